@@ -1,0 +1,48 @@
+"""A digest of what Python code does, so that a new comment does not make an old result look stale."""
+
+import ast
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def code_digest(files: Iterable[Path]) -> str:
+    """SHA-256 of the syntax trees of Python files: comments, formatting and docstrings do not count.
+
+    The files' names relative to their common folder do count, their order and the folder's own place do not.
+
+    Raises:
+        SyntaxError: a file is not Python.
+    """
+    paths = sorted(Path(file).resolve() for file in files)
+    root = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    digest = hashlib.sha256()
+    for path in paths:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+        digest.update(f"{path.relative_to(root).as_posix()}\n{_canonical(tree)}\n".encode())
+    return digest.hexdigest()
+
+
+def _canonical(node: object) -> str:
+    """The tree as text. Unlike `ast.dump` it leaves out empty fields: they differ between Python versions."""
+    if isinstance(node, list):
+        return "[" + ",".join(_canonical(item) for item in node if not _is_remark(item)) + "]"
+    if isinstance(node, ast.AST):
+        fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
+        return (
+            type(node).__name__
+            + "("
+            + ",".join(f"{name}={_canonical(value)}" for name, value in fields)
+            + ")"
+        )
+    return repr(node)
+
+
+def _is_remark(node: object) -> bool:
+    """A string that stands alone as a statement: a docstring, or the line under an attribute."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

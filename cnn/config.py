@@ -1,0 +1,183 @@
+"""Configuration of preprocessing and training: every value that changes the weights, validated on creation.
+
+Importing this module loads pydantic only, so that a command line can refuse a mistake before torch is loaded.
+"""
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+
+
+class Config(BaseModel):
+    """Base of all configuration: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class PreprocessConfig(Config):
+    """How source images become a dataset version (`data.*`)."""
+
+    image_size: int | None = Field(None, ge=1, le=4096)
+    """Height and width in pixels. Unset: the images' own size if all share one, else the median shorter side, at most 128."""
+
+    channels: Literal[1, 3] | None = None
+    """1 for grey, 3 for RGB. Unset: 1 if every image is grey, else 3."""
+
+    val_fraction: float = Field(0.1, gt=0, lt=0.5)
+    """Share of the training images held out for validation, where the source brings no validation split."""
+
+    test_fraction: float = Field(0.15, gt=0, lt=0.5)
+    """Share of all images held out for the test, where the source brings no test split."""
+
+    split_seed: int = Field(0, ge=0, lt=2**32)
+    """Chooses another random split; an image's split depends on this and on its own content only."""
+
+    max_unreadable: float = Field(0.01, ge=0, le=1)
+    """Share of images that may be unreadable (named and left out) before preprocessing fails."""
+
+    limit: int | None = Field(None, ge=1)
+    """For a trial run: keep at most this many images of each split, spread evenly over the source."""
+
+
+class NotesOptions(Config):
+    """Options of `notes`, the classic teaching network (`network.*`)."""
+
+    channels: tuple[int, ...] = (32, 64)
+    """Output channels (filters) of each convolution; as many convolutions as entries."""
+
+    kernel_sizes: tuple[int, ...] = (3, 3)
+    """Kernel size of each convolution, in pixels; one entry serves all."""
+
+    strides: tuple[int, ...] = (1, 1)
+    """Stride of each convolution, in pixels; one entry serves all."""
+
+    pool_size: int = Field(2, ge=1)
+    """Window of the max pooling after each convolution, in pixels; 1 is no pooling."""
+
+    pool_stride: int = Field(2, ge=1)
+    """Stride of the max pooling, in pixels."""
+
+    hidden: tuple[int, ...] = (128,)
+    """Sizes of the fully connected layers before the last one; may be empty."""
+
+    dropout: float = Field(0.25, ge=0, lt=1)
+    """Probability of dropping a value before each fully connected layer."""
+
+    @model_validator(mode="after")
+    def _one_entry_a_layer(self) -> "NotesOptions":
+        for key in ("channels", "kernel_sizes", "strides", "hidden"):
+            if any(value < 1 for value in getattr(self, key)):
+                raise ValueError(f"{key} must be positive")
+        if not self.channels:
+            raise ValueError("channels needs at least one entry")
+        for key in ("kernel_sizes", "strides"):
+            if len(getattr(self, key)) not in (1, len(self.channels)):
+                raise ValueError(f"{key} needs one entry, or one for each of the {len(self.channels)} convolutions")
+        return self
+
+
+class Convoy9Options(Config):
+    """Options of `convoy9`, eight convolutions with batch norm and a linear layer (`network.*`)."""
+
+    width: int = Field(32, ge=4, le=512, multiple_of=4)
+    """Filters of the first convolution; later stages have two, four and eight times as many."""
+
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability of dropping a feature before the linear layer."""
+
+
+NETWORK_OPTIONS: Mapping[str, type[Config]] = MappingProxyType({"notes": NotesOptions, "convoy9": Convoy9Options})
+"""The networks by name, each with the model of its options."""
+
+
+class AugmentConfig(Config):
+    """Random changes to each training batch (`augment.*`), made on whole batches, on the device."""
+
+    flip: bool = True
+    """Mirror left-right with probability one half. Switch off where left and right differ (digits, letters)."""
+
+    shift: int = Field(2, ge=0, le=64)
+    """Shift by up to this many pixels in each direction, filled with the image's edge value of zero."""
+
+    cutout: int = Field(0, ge=0, le=256)
+    """Blank a square of this side, in pixels, at a random place; 0 is off."""
+
+
+class TrainConfig(Config):
+    """How a network is trained. Two equal configurations on one dataset version give equal weights, bit for bit."""
+
+    model: str = "convoy9"
+    """The network: `notes` (the classic teaching network) or `convoy9` (deeper, with batch norm)."""
+
+    network: SerializeAsAny[Config] = Config()
+    """Options of the network, for example `network.dropout=0.2`; `convoy config --model NAME` lists them."""
+
+    epochs: int = Field(12, ge=1, le=100_000)
+    """Passes over the training split."""
+
+    batch_size: int = Field(128, ge=1)
+    """Images in a global batch, over all ranks; a multiple of `lanes`."""
+
+    lanes: int = Field(4, ge=1, le=1024)
+    """Equal parts of a batch, a power of two; ranks share them out, and the result depends on lanes, not on ranks."""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seeds the initial weights, the order of the images, augmentation and dropout."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """`sgd` has Nesterov momentum; `adam` adds L2 to the gradient; `adamw` decouples the weight decay."""
+
+    lr: float = Field(0.1, gt=0, le=100)
+    """Peak learning rate."""
+
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """SGD's momentum; Adam's first beta."""
+
+    weight_decay: float = Field(5e-4, ge=0, le=1)
+    """Weight decay of weight matrices and kernels; norms and biases have none."""
+
+    schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
+    """Learning rate over the steps: `one-cycle` warms up and anneals linearly, `cosine` anneals after the same warm-up."""
+
+    warmup: float = Field(0.2, ge=0, lt=1)
+    """Share of all steps over which the learning rate rises to its peak."""
+
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Share of the target probability spread evenly over all classes."""
+
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weighs each class by the inverse of its share of the training split."""
+
+    augment: AugmentConfig = AugmentConfig()
+
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, model: str) -> str:
+        if model not in NETWORK_OPTIONS:
+            near = difflib.get_close_matches(model, NETWORK_OPTIONS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(NETWORK_OPTIONS)}"
+            raise ValueError(f"unknown network {model!r}; {hint}")
+        return model
+
+    @field_validator("network", mode="wrap")
+    @classmethod
+    def _options_of_the_model(cls, options: Any, _: Any, info: ValidationInfo) -> Config:
+        if "model" not in info.data:  # refused already; there is nothing to check against
+            return Config()
+        values = options.model_dump(exclude_unset=True) if isinstance(options, Config) else options
+        return NETWORK_OPTIONS[info.data["model"]].model_validate(values)
+
+    @model_validator(mode="after")
+    def _lanes_divide_batch(self) -> "TrainConfig":
+        if self.lanes & (self.lanes - 1):
+            lower = 1 << (self.lanes.bit_length() - 1)
+            raise ValueError(f"lanes must be a power of two; the nearest are {lower} and {lower * 2}")
+        if self.batch_size % self.lanes or self.batch_size < 2 * self.lanes:
+            raise ValueError(
+                f"batch_size must be a multiple of lanes ({self.lanes}) with at least two images a lane; "
+                f"the nearest is {max(2, round(self.batch_size / self.lanes)) * self.lanes}"
+            )
+        return self

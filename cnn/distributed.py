@@ -1,0 +1,65 @@
+"""The processes of a training: their group, device, threads and deterministic arithmetic."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from cnn.lanes import Exchange
+
+THREADS_PER_RANK = 1  # another count would add a convolution's weight gradient in another order
+EXCHANGE_TIMEOUT = timedelta(minutes=10)
+
+
+@contextmanager
+def process_group(store: dist.Store | None = None) -> Iterator[tuple[torch.device, Exchange]]:
+    """Join the processes that torchrun started, or be a single one; yields this rank's device and the exchange.
+
+    Rank and world size come from the variables that torchrun sets (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`).
+
+    Args:
+        store: where the ranks meet; None for torchrun's own (`MASTER_ADDR`, `MASTER_PORT`), or for a single process
+            without torchrun, memory.
+    """
+    device = local_device()
+    if store is None and "WORLD_SIZE" not in os.environ:
+        store = dist.HashStore()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        timeout=EXCHANGE_TIMEOUT,
+    )
+    exchange = Exchange(dist.new_group())
+    try:
+        yield device, exchange
+        exchange.close()
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device() -> torch.device:
+    """This rank's device: the CUDA device of its local rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def device_count() -> int:
+    """How many ranks this machine runs at once: one a GPU, or one a CPU core that this process may use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+
+
+def make_deterministic() -> None:
+    """Choose deterministic kernels and a fixed number of threads; call it before anything is computed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(THREADS_PER_RANK)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it guards against bugs, at a cost in every step
+    torch.backends.cudnn.benchmark = False

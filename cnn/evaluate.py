@@ -1,0 +1,79 @@
+"""Exact evaluation: every image once, no padding, and the same numbers for every world size."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnn.lanes import Exchange
+from cnn.packed import PackedSplit
+
+EVAL_BATCH = 250  # images; part of the result's last bits, hence no option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Mean cross-entropy (nats, no label smoothing) and share of correct predictions over a split."""
+
+    loss: float
+    accuracy: float
+
+
+def predict_logits(
+    network: nn.Module, split: PackedSplit, device: torch.device, *, on_progress: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """Logits of every image of a split, in its order: float32 N×classes, on the CPU.
+
+    Args:
+        network: takes uint8 images, normalisation included.
+        on_progress: called with the number of images done since the last call.
+    """
+    parts = []
+    for batch in range(_batches(split)):
+        images, _ = _batch(split, batch)
+        with _evaluating(network):
+            parts.append(network(images.to(device)).float().cpu())
+        on_progress(len(images))
+    return torch.cat(parts)
+
+
+def evaluate(network: nn.Module, split: PackedSplit, device: torch.device, exchange: Exchange) -> Score:
+    """Score a split, each rank taking every world-size-th batch.
+
+    The sums of each batch travel, not those of each rank, and are added in one order, so that the number of ranks
+    cannot change the result.
+
+    Args:
+        network: takes uint8 images, normalisation included; equal on every rank.
+    """
+    sums = torch.zeros(_batches(split), 2, dtype=torch.float64, device=device)
+    for batch in range(exchange.rank, len(sums), exchange.world_size):
+        images, labels = _batch(split, batch)
+        labels = labels.to(device)
+        with _evaluating(network):
+            logits = network(images.to(device)).float()
+        sums[batch, 0] = F.cross_entropy(logits, labels, reduction="sum")
+        sums[batch, 1] = (logits.argmax(1) == labels).sum()
+    loss, correct = exchange.submit(sums).wait().sum(0).tolist()
+    return Score(loss=loss / len(split), accuracy=correct / len(split))
+
+
+def _batches(split: PackedSplit) -> int:
+    return -(-len(split) // EVAL_BATCH)
+
+
+def _batch(split: PackedSplit, batch: int) -> tuple[Tensor, Tensor]:
+    start = batch * EVAL_BATCH
+    return split.slice(start, min(start + EVAL_BATCH, len(split)))
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    was_training = network.training
+    network.eval()
+    with torch.inference_mode():
+        yield
+    network.train(was_training)

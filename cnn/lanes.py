@@ -1,0 +1,213 @@
+"""Lanes: data-parallel training whose result does not depend on the number of ranks.
+
+A global batch is cut into `lanes` equal parts. A rank of W runs lanes/W of them, one after another, and the lanes'
+gradients are added over a balanced binary tree: its lower levels inside a rank, its upper levels between ranks in
+pairs. Floating-point addition is commutative but not associative, so what fixes the bits is which partial sums are
+added, and the tree fixes that for every W. A W that divides the lanes only moves the line between the levels.
+
+       rank 0      rank 1                    rank 0
+      0  1 | 2  3                  0  1  2  3
+      └+─┘ | └+─┘    and           └+─┘  └+─┘      add the same pairs.
+        └──+──┘                      └──+─┘
+
+Related: EasyScale (Li et al., SC '23) makes elastic training consistent by replaying virtual workers in the order
+of a ring all-reduce; a tree lets the ranks do most of the adding before they talk.
+"""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from cnn.worldsize import check_world_size
+
+
+class PartialSums:
+    """The lower levels of the tree: adds equally shaped lists of tensors, pushed in lane order, two by two."""
+
+    def __init__(self) -> None:
+        self._sums: list[tuple[int, list[Tensor]]] = []  # (level, tensors), levels falling, as in a binary counter
+
+    def push(self, tensors: list[Tensor]) -> None:
+        """Add a leaf. The tensors become the tree's own and are changed in place."""
+        level = 0
+        while self._sums and self._sums[-1][0] == level:
+            torch._foreach_add_(tensors, self._sums.pop()[1])
+            level += 1
+        self._sums.append((level, tensors))
+
+    def fold_into(self, index: int, last: Tensor) -> None:
+        """Add tensor `index` of every open partial sum to `last`, the last leaf, lowest level first, in place."""
+        for _, tensors in reversed(self._sums):
+            last.add_(tensors[index])
+
+    def pop_total(self) -> list[Tensor]:
+        """The sum of all leaves, of which there were a power of two; the tree is empty again."""
+        ((_, total),) = self._sums
+        self._sums.clear()
+        return total
+
+    def clear(self) -> None:
+        """Forget all leaves."""
+        self._sums.clear()
+
+
+class Exchange:
+    """The upper levels of the tree: sums tensors over the ranks in pairs, in log2(world size) rounds.
+
+    On a CPU one thread issues every exchange, in the order in which they were handed over, so that ranks never
+    disagree about which comes next and the exchange overlaps what is computed meanwhile. (Chaining the rounds as
+    callbacks of futures has been seen to corrupt gradients at four ranks.) On a GPU the rounds are queued on the
+    current stream, which does both.
+
+    Args:
+        group: process group of all ranks, used by nothing else. None for a single process.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group) if group else 0
+        self.world_size = dist.get_world_size(group) if group else 1
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="lane-exchange", daemon=True)
+        self._thread.start()
+
+    def submit(self, tensor: Tensor, prepare: Callable[[], None] = lambda: None) -> Future[Tensor]:
+        """Run `prepare`, then sum `tensor` over all ranks, in place; equal bits on every rank."""
+
+        def job() -> Tensor:
+            prepare()
+            return self._sum(tensor)
+
+        devices = [tensor.device] if tensor.is_cuda else None
+        future: Future[Tensor] = Future(devices=devices)
+        if tensor.is_cuda or self.world_size == 1:
+            future.set_result(job())
+        else:
+            self._jobs.put((job, future))
+        return future
+
+    def close(self) -> None:
+        """Finish what was submitted, and end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, future = item
+            try:
+                future.set_result(job())
+            except Exception as error:  # the waiting rank raises it; this thread must live to answer the others
+                future.set_exception(error)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        theirs = torch.empty_like(tensor)
+        distance = 1
+        while distance < self.world_size:
+            peer = self.rank ^ distance
+            swap = [
+                dist.P2POp(dist.isend, tensor, group=self._group, group_peer=peer),
+                dist.P2POp(dist.irecv, theirs, group=self._group, group_peer=peer),
+            ]
+            for request in dist.batch_isend_irecv(swap):
+                request.wait()
+            tensor.add_(theirs)
+            distance *= 2
+        return tensor
+
+
+class LaneParallel:
+    """A network whose gradients and buffers are those of all lanes of a global batch, whatever the number of ranks.
+
+    Use, in every step: `run(lane, loss_of)` for each of `lanes_here` in order; then gradients and buffers are those
+    of the whole batch on every rank.
+
+    Args:
+        network: the network, on its device, with equal weights on every rank.
+        lanes: number of lanes; a power of two.
+        exchange: between the ranks.
+
+    Raises:
+        InputError: the world size does not divide the lanes.
+    """
+
+    def __init__(self, network: nn.Module, *, lanes: int, exchange: Exchange) -> None:
+        check_world_size(lanes, exchange.world_size)
+        self.lanes = lanes
+        per_rank = lanes // exchange.world_size
+        self.lanes_here = range(exchange.rank * per_rank, (exchange.rank + 1) * per_rank)
+        self._exchange = exchange
+        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self._index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
+        self._averaged = [b for b in network.buffers() if b.is_floating_point()]
+        self._buffers = list(network.buffers())
+        self._buffers_before: list[Tensor] = []
+        self._figures_size = 0
+        self._gradients, self._message = PartialSums(), PartialSums()
+        self._reduced_message: Future[Tensor] = Future()
+        # Buffers are averaged here, and equal at the start, so DDP need not send them.
+        self._ddp = DistributedDataParallel(
+            network,
+            device_ids=[p.device for p in self._parameters[:1] if p.is_cuda] or None,
+            forward_sync_buffers=False,
+        )
+        self._ddp.register_comm_hook(None, self._reduce_bucket)
+
+    def run(self, lane: int, forward: Callable[[nn.Module], tuple[Tensor, Tensor]]) -> None:
+        """Run one lane forward and backward; on the last lane here, the sums over all lanes arrive meanwhile.
+
+        Args:
+            lane: the next of `lanes_here`.
+            forward: given the network to call, returns the lane's mean loss (scalar) and figures to be summed over
+                all lanes (float64 vector, the same length in every lane).
+        """
+        last = lane == self.lanes_here[-1]
+        if lane == self.lanes_here[0]:
+            self._buffers_before = [buffer.clone() for buffer in self._buffers]
+        elif self._buffers:
+            torch._foreach_copy_(self._buffers, self._buffers_before)
+        with contextlib.nullcontext() if last else self._ddp.no_sync():
+            loss, figures = forward(self._ddp)
+            self._figures_size = figures.numel()
+            self._message.push([torch.cat([figures, *(buffer.flatten().double() for buffer in self._averaged)])])
+            if last:
+                self._reduced_message = self._exchange.submit(self._message.pop_total()[0])
+            (loss / self.lanes).backward()  # exact: lanes is a power of two
+        if not last:
+            self._gradients.push([_take_gradient(parameter) for parameter in self._parameters])
+
+    def finish(self) -> Tensor:
+        """Set the buffers to their average over all lanes and return the summed figures, on the device."""
+        self._gradients.clear()
+        message = self._reduced_message.wait()
+        offset = self._figures_size
+        for buffer in self._averaged:
+            buffer.copy_((message[offset : offset + buffer.numel()] / self.lanes).view_as(buffer))
+            offset += buffer.numel()
+        return message[: self._figures_size]
+
+    def _reduce_bucket(self, _: None, bucket: dist.GradBucket) -> Future[Tensor]:
+        """DDP's communication hook: fold in this rank's earlier lanes, then exchange with the other ranks."""
+        pairs = list(zip(bucket.parameters(), bucket.gradients(), strict=True))
+
+        def fold_earlier_lanes() -> None:
+            for parameter, gradient in pairs:
+                # The bucket's memory is in the parameter's own order (channels_last, say), but the views that DDP
+                # hands out are strided as if it were contiguous.
+                view = gradient.as_strided(parameter.shape, parameter.stride(), gradient.storage_offset())
+                self._gradients.fold_into(self._index[id(parameter)], view)
+
+        return self._exchange.submit(bucket.buffer(), fold_earlier_lanes)
+
+
+def _take_gradient(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    assert gradient is not None, "every trainable parameter takes part in every lane"
+    parameter.grad = None
+    return gradient

@@ -1,0 +1,110 @@
+"""Reading packed images: shards are memory-mapped, and a batch is one vectorised gather."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cnn.errors import InputError
+
+
+class PackedSplit:
+    """One split of a dataset version, N images of one shape.
+
+    The images stay on disk and are paged in as they are touched; processes on one machine share the pages.
+    Only the labels are copied to memory. Do not write to the tensors that come from `slice`.
+
+    Args:
+        paths: the split's shards in reading order, at least one.
+
+    Raises:
+        InputError: a file is no shard, or the shards do not fit together.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        if not paths:
+            raise InputError("a packed split has at least one shard")
+        shards = [_open(Path(path)) for path in paths]
+        self._images = [images for images, _ in shards]
+        self.labels = torch.cat([labels for _, labels in shards])
+        """int64 [N]"""
+        _, channels, height, width = self._images[0].shape
+        self.shape = (channels, height, width)
+        """(C, H, W) of an image."""
+        for path, images in zip(paths, self._images, strict=True):
+            if images.shape[1:] != self._images[0].shape[1:]:
+                raise InputError(
+                    f"{path}: its images are {tuple(images.shape[1:])}, those before it {self.shape}"
+                )
+        self._ends = torch.tensor([len(images) for images in self._images]).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The images and labels at `index`, in its order.
+
+        Args:
+            index: int64 [n], each in 0..N-1.
+
+        Returns:
+            uint8 [n, C, H, W] and int64 [n], both in memory.
+
+        Raises:
+            IndexError: an index is out of range.
+        """
+        labels = self.labels.index_select(0, index)
+        if len(self._images) == 1:
+            return self._images[0].index_select(0, index), labels
+        order = index.argsort()
+        ordered = index[order]
+        stops = torch.searchsorted(ordered, self._ends).tolist()
+        if stops[-1] < len(index):  # a negative index fails in index_select
+            raise IndexError(f"index {int(ordered[-1])} is out of range for {len(self)} images")
+        by_shard = torch.empty((len(index), *self.shape), dtype=torch.uint8)
+        first = 0
+        for images, end, stop in zip(self._images, self._ends.tolist(), stops, strict=True):
+            if first < stop:  # one index_select a touched shard
+                local = ordered[first:stop] - (end - len(images))
+                torch.index_select(images, 0, local, out=by_shard[first:stop])
+            first = stop
+        batch = torch.empty_like(by_shard)
+        batch.index_copy_(0, order, by_shard)
+        return batch, labels
+
+    def slice(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The images and labels from `start` up to, not including, `stop`, which is cut to N.
+
+        Returns:
+            uint8 [n, C, H, W] and int64 [n]; a view of the mapped file where one shard holds them all.
+        """
+        stop = min(stop, len(self))
+        parts, first = [], 0
+        for images in self._images:
+            low, high = max(start - first, 0), min(stop - first, len(images))
+            if low < high:
+                parts.append(images[low:high])
+            first += len(images)
+        if not parts:
+            return torch.empty((0, *self.shape), dtype=torch.uint8), self.labels[:0]
+        return parts[0] if len(parts) == 1 else torch.cat(parts), self.labels[start:stop]
+
+
+def _open(path: Path) -> tuple[Tensor, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:  # maps the file; the tensors keep the mapping
+            images, labels = file.get_tensor("images"), file.get_tensor("labels")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise InputError(
+            f"{path} is not a whole shard ({error}); remove it and it is fetched again"
+        ) from error
+    if (
+        images.dtype != torch.uint8
+        or images.ndim != 4
+        or labels.dtype != torch.int64
+        or labels.shape != images.shape[:1]
+    ):
+        raise InputError(f"{path} is not a shard: expected images uint8 [N, C, H, W] and labels int64 [N]")
+    return images, labels

@@ -1,0 +1,37 @@
+"""Where labelled images come from: one module a format, and one door, `open_source`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from cnn.sources.archive import ArchiveSource
+from cnn.sources.block import Source
+from cnn.sources.cifar import CifarSource
+from cnn.sources.digits import DigitsSource
+from cnn.sources.folder import FolderSource
+from cnn.sources.idx import IdxSource
+
+Format = Literal["idx", "cifar", "digits", "folder", "archive"]
+
+
+def open_source(format: Format, files: Mapping[str, Path], classes: Sequence[str] | None = None) -> Source:
+    """Open and check a source.
+
+    Args:
+        files: path inside the source (relative, posix: `train/cat/1.png`) → local file of any name.
+        classes: names of the labels 0, 1, ... of an `idx` source, which has none of its own.
+
+    Raises:
+        InputError: the source is damaged or is no labelled collection of images.
+    """
+    match format:
+        case "idx":
+            return IdxSource(files, classes)
+        case "cifar":
+            return CifarSource(files)
+        case "digits":
+            return DigitsSource(files)
+        case "folder":
+            return FolderSource(files)
+        case "archive":
+            return ArchiveSource(files)

@@ -1,0 +1,144 @@
+"""The first pass over a source: each image's split, and the size and channels of all."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cnn.config import PreprocessConfig
+from cnn.errors import InputError
+from cnn.parallel import in_order
+from cnn.sources.block import Block, Source, Survey
+from cnn.sources.decode import Look, Target
+from cnn.split import SPLITS, TEST, TRAIN, UNDECIDED, VAL, assign, content_keys, thin_out
+
+OnImages = Callable[[int], object]
+"""Called with the number of images just done."""
+
+LARGEST_DEFAULT = 128
+"""Pixels; an unset image size is at most this, unless all images are squares of one size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the survey settles. N: all images, in the source's order."""
+
+    target: Target
+    labels: NDArray[np.int64]
+    splits: NDArray[np.int8]
+    """N positions in `SPLITS`; `UNDECIDED` for images left out by the limit."""
+
+    looks: Counter[Look]
+    """Sizes and modes of the readable ones of all N images."""
+
+    duplicates: int
+    """Images equal to an earlier one."""
+
+    shared: int
+    """Validation and test images that are in the training split too."""
+
+    @property
+    def count(self) -> int:
+        """Images to pack."""
+        return int((self.splits != UNDECIDED).sum())
+
+
+def survey(source: Source, config: PreprocessConfig, on_progress: OnImages = lambda count: None) -> Plan:
+    """Read every image's digest and header; holds some 20 bytes for each image.
+
+    Args:
+        on_progress: its amounts add up to `len(source)`.
+
+    Raises:
+        InputError: no image can be read, a split would be empty, or a class is missing in the training split.
+    """
+    labels, official, keys = [], [], []
+    looks = Counter[Look]()
+
+    def look_at(block: Block) -> tuple[Block, Survey]:
+        return block, block.survey()
+
+    for block, found in in_order(look_at, source.blocks()):
+        labels.append(block.labels)
+        official.append(block.splits)
+        keys.append(content_keys(config.split_seed, found.digests))
+        looks += found.looks
+        on_progress(len(found.digests))
+    if not looks:
+        raise InputError("not one image can be read; PNG, JPEG, WebP and BMP are supported")
+    all_labels, all_keys = np.concatenate(labels), np.concatenate(keys)
+    splits = assign(
+        np.concatenate(official),
+        all_keys,
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+    )
+    shared = np.isin(all_keys[splits != TRAIN], all_keys[splits == TRAIN]).sum()
+    if config.limit is not None:
+        splits = thin_out(splits, all_labels, all_keys, config.limit)
+    check_splits(count_classes(splits, all_labels, len(source.classes)), source.classes, config)
+    return Plan(
+        target=_target(looks, config),
+        labels=all_labels,
+        splits=splits,
+        looks=looks,
+        duplicates=len(all_keys) - len(np.unique(all_keys)),
+        shared=int(shared),
+    )
+
+
+def count_classes(splits: NDArray[np.int8], labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """Images of each class in each split, [splits, classes]."""
+    return np.stack([np.bincount(labels[splits == split], minlength=classes) for split in range(len(SPLITS))])
+
+
+def check_splits(counts: NDArray[np.int64], classes: tuple[str, ...], config: PreprocessConfig) -> None:
+    """Raise InputError if a split is empty or a class cannot be learnt, saying what to do.
+
+    Args:
+        counts: [splits, classes], as from `count_classes`.
+    """
+    total = counts.sum()
+    for split, setting in ((TRAIN, ""), (VAL, "data.val_fraction"), (TEST, "data.test_fraction")):
+        if not counts[split].any():
+            remedy = f"add images, or raise {setting}" if setting else "add images"
+            raise InputError(
+                f"no image of {total} is in the {SPLITS[split]} split; {remedy} or change data.split_seed"
+            )
+    missing = np.flatnonzero(counts[TRAIN] == 0)
+    if len(missing):
+        names = ", ".join(classes[label] for label in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        if config.limit is not None and config.limit < len(classes):
+            raise InputError(
+                f"data.limit {config.limit} leaves no training image of {names}; the least is {len(classes)}"
+            )
+        raise InputError(
+            f"no training image of class {names}; add some, or remove the class from the other splits"
+        )
+
+
+def _target(looks: Counter[Look], config: PreprocessConfig) -> Target:
+    """The configured size and channels, or those that `PreprocessConfig` promises where they are unset."""
+    size, channels = config.image_size, config.channels
+    if size is None:
+        sizes = {(look.width, look.height) for look in looks}
+        sides = Counter[int]()
+        for look, count in looks.items():
+            sides[min(look.width, look.height)] += count
+        own = len(sizes) == 1 and all(width == height for width, height in sizes)
+        size = min(median(sides), 4096 if own else LARGEST_DEFAULT)
+    if channels is None:
+        channels = 1 if all(look.grey for look in looks) else 3
+    return Target(size, channels)
+
+
+def median(counts: Counter[int]) -> int:
+    """The lower median of counted numbers."""
+    half, seen = (counts.total() + 1) // 2, 0
+    for value in sorted(counts):
+        seen += counts[value]
+        if seen >= half:
+            return value
+    raise ValueError("the median of nothing")

@@ -1,0 +1,237 @@
+"""The command line. Torch, Prefect and MLflow are loaded only by the commands that need them, once they need them."""
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from flows.summary import Summary, check_writable, write_summary
+from infra.settings import Settings
+from tasks.config import RunConfig, load_config
+
+INTERRUPTED, CTRL_C = 75, 130
+
+app = typer.Typer(
+    name="convoy",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Retrain convolutional image classifiers: download, preprocess, train on all GPUs or cores, evaluate, register.\n\n"
+    "Start with [bold]convoy train[/]: it brings up local servers, trains on Fashion-MNIST and says where to look.",
+    epilog="Exit status: 0 done, 1 failed or a server did not answer, 2 your mistake, 75 interrupted, 130 Ctrl-C.",
+)
+
+
+class Step(StrEnum):
+    """Steps whose output is kept and found again."""
+
+    download = "download"
+    preprocess = "preprocess"
+
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file of configuration keys; see `convoy config`.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set any key: -s lr=0.05 -s augment.shift=3. May be repeated."),
+]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="fashion-mnist, mnist, kmnist, cifar10, cifar100, digits; or a folder or archive of class sub-folders; "
+        "or an s3:// or https:// address of one.",
+    ),
+]
+ModelOption = Annotated[str | None, typer.Option(help="Network: convoy9, or notes (the classic teaching network).")]
+EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+RanksOption = Annotated[
+    int | None, typer.Option(help="Processes; the result does not depend on it. Default: one a GPU, or one a core.")
+]
+NameOption = Annotated[str | None, typer.Option(help="Name of the registered model. Default: the dataset's.")]
+LimitOption = Annotated[int | None, typer.Option(help="Trial run on at most this many images of each split.")]
+
+
+@app.command()
+def train(
+    dataset: DatasetOption = None,
+    model: ModelOption = None,
+    epochs: EpochsOption = None,
+    ranks: RanksOption = None,
+    name: NameOption = None,
+    limit: LimitOption = None,
+    settings: SetOption = None,
+    config_file: ConfigOption = None,
+    refresh: Annotated[list[Step] | None, typer.Option(help="Do a step anew although its output exists.")] = None,
+    summary: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON, also on failure.")] = None,
+) -> None:
+    """Train, evaluate and register a network.
+
+    A key may be given in a file, by --set or by its own option; the later of these wins.
+
+    [dim]convoy train --dataset digits --epochs 3[/]
+    [dim]convoy train --dataset photos/ --set data.image_size=64 --set augment.flip=false[/]
+    """
+    if summary:
+        check_writable(summary)
+    result = Summary(status="failed", dataset=dataset)
+    try:
+        config = _config(dataset, model, epochs, ranks, name, limit, settings, config_file)
+        result = Summary(status="failed", dataset=config.dataset)
+        result = _train(config, refresh or [])
+    except BaseException as error:
+        status = exit_status(error)
+        kind = "interrupted" if status in (INTERRUPTED, CTRL_C) else "failed"
+        result = result.model_copy(update={"status": kind, "error": one_line(error), "exit_status": status})
+        raise
+    finally:
+        if summary:
+            write_summary(summary, result)
+
+
+@app.command()
+def config(
+    dataset: DatasetOption = None,
+    model: ModelOption = None,
+    epochs: EpochsOption = None,
+    ranks: RanksOption = None,
+    name: NameOption = None,
+    limit: LimitOption = None,
+    settings: SetOption = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Print the configuration that `convoy train` would use with the same options, as YAML for --config."""
+    resolved = _config(dataset, model, epochs, ranks, name, limit, settings, config_file).resolved()
+    typer.echo(yaml.safe_dump(resolved, sort_keys=False).rstrip())
+
+
+@app.command()
+def up() -> None:
+    """Start the local servers (object storage, MLflow, Prefect) that are not running, and say where they are."""
+    _stack_up()
+    status()
+
+
+@app.command()
+def down() -> None:
+    """Stop the local servers. What they stored stays."""
+    from infra import stack
+
+    stopped = stack.down(Settings())
+    typer.echo(f"Stopped {', '.join(stopped)}." if stopped else "No local server was running.")
+
+
+@app.command()
+def status() -> None:
+    """Show the servers: where they are, and whether they answer."""
+    from infra import stack
+
+    table = Table("server", "state", "address", "log", box=None, pad_edge=False)
+    colours = {"running": "green", "external": "cyan", "dead": "red", "stopped": "dim"}
+    for server in stack.status(Settings()):
+        log = os.path.relpath(server.log) if server.log else ""
+        table.add_row(server.name, f"[{colours[server.state]}]{server.state}[/]", server.url, log)
+    Console(soft_wrap=True).print(table)
+
+
+@app.command()
+def env() -> None:
+    """Print versions, devices and servers, for bug reports. Holds no secrets."""
+    from tasks.environment import describe
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in describe().items():
+        table.add_row(f"[bold]{key}[/]", value)
+    Console(soft_wrap=True).print(table)
+    status()
+
+
+def _config(
+    dataset: str | None,
+    model: str | None,
+    epochs: int | None,
+    ranks: int | None,
+    name: str | None,
+    limit: int | None,
+    settings: list[str] | None,
+    config_file: Path | None,
+) -> RunConfig:
+    settings = [*(settings or []), *([f"data.limit={limit}"] if limit is not None else [])]
+    options = {"dataset": dataset, "model": model, "epochs": epochs, "ranks": ranks, "name": name}
+    return load_config(config_file, settings, options)
+
+
+def _stack_up() -> None:
+    """Have the servers running, and tell every client of this process, and of those it starts, where they are."""
+    from infra import stack
+
+    say = Console(stderr=True, highlight=False)
+    endpoints = stack.up(Settings(), lambda event: say.print(event, style="dim"))
+    os.environ.update(endpoints.environment())
+
+
+def _train(config: RunConfig, refresh: list[Step]) -> Summary:
+    from infra.catalogue import check_dataset
+
+    check_dataset(config.dataset)  # a wrong name should not have to wait for servers
+    _stack_up()
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # its tracebacks stay in its UI
+    Console(stderr=True).print("loading …", style="dim", end="\r")
+
+    from flows.train import train_flow
+    from tasks.progress import show_task_logs
+
+    show_task_logs()
+    result = train_flow(config, frozenset(step.value for step in refresh))
+    _print(result)
+    return result
+
+
+def _print(result: Summary) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("accuracy", f"[bold green]{result.accuracy:.2%}[/] of the test split")
+    table.add_row("model", f"{result.model_name}, version {result.model_version} (alias challenger)")
+    table.add_row("weights", f"SHA-256 {result.weights_sha256}")
+    speed = f"{result.images_per_second:,.0f} images/s on {result.world_size} ranks"
+    table.add_row("time", f"{result.train_seconds:.0f} s training ({speed}), {result.total_seconds:.0f} s in all")
+    if result.reused:
+        table.add_row("reused", ", ".join(result.reused))
+    table.add_row("MLflow run", result.mlflow_run_url)
+    table.add_row("Prefect run", result.prefect_flow_run_url)
+    Console(soft_wrap=True).print(table)
+
+
+def exit_status(error: BaseException) -> int:
+    """What the command exits with because of an error; see the design of exit statuses in `--help`."""
+    if isinstance(error, KeyboardInterrupt):
+        return CTRL_C
+    if type(error).__name__ == "TerminationSignal":  # Prefect's name for SIGTERM, without loading Prefect
+        return INTERRUPTED
+    return int(getattr(error, "exit_status", 1))
+
+
+def one_line(error: BaseException) -> str:
+    """The error as one line."""
+    text = " ".join(str(error).split())
+    known = hasattr(error, "exit_status")
+    return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def main() -> None:
+    """Entry point. An error that we foresaw is one line; a traceback means a bug."""
+    try:
+        app()
+    except (KeyboardInterrupt, Exception) as error:
+        foreseen = hasattr(error, "exit_status") or exit_status(error) in (CTRL_C, INTERRUPTED)
+        if not foreseen:
+            raise
+        message = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"convoy: {message}")
+        sys.exit(exit_status(error))

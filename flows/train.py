@@ -1,0 +1,56 @@
+"""The training flow: download, preprocess, train, evaluate, register, verify."""
+
+import time
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.summary import Summary
+from infra import tracking
+from tasks.config import RunConfig
+from tasks.download import download
+from tasks.evaluate import evaluate
+from tasks.preprocess import preprocess
+from tasks.register import register
+from tasks.run import tracked_run
+from tasks.train import train
+from tasks.verify import verify
+
+
+@flow(name="train", persist_result=False)
+def train_flow(config: RunConfig, refresh: frozenset[str] = frozenset()) -> Summary:
+    """Train a network on a dataset and register it.
+
+    Args:
+        config: what to train on, and how.
+        refresh: steps (`download`, `preprocess`) to do anew although their output exists.
+    """
+    began = time.monotonic()
+    tracking.check_server()  # before hours of work, rather than after
+    source = download(config.dataset, refresh="download" in refresh)
+    dataset = preprocess(source, config.data, refresh="preprocess" in refresh)
+    with tracked_run(config, dataset) as run:
+        trained = train(run, dataset, config.training(), config.ranks)
+        evaluated = evaluate(config.training(), dataset, trained)
+        registered = register(config.name or dataset.name, config.training(), dataset, trained, evaluated)
+        verify(registered, evaluated)
+    return Summary(
+        status="done",
+        accuracy=evaluated.accuracy,
+        weights_sha256=trained.weights_sha256,
+        dataset=config.dataset,
+        dataset_version=dataset.version,
+        model_name=registered.name,
+        model_version=registered.version,
+        world_size=trained.world_size,
+        train_seconds=round(trained.train_seconds, 3),
+        total_seconds=round(time.monotonic() - began, 3),
+        images_per_second=round(trained.images_per_second, 1),
+        mlflow_tracking_uri=tracking.tracking_uri(),
+        mlflow_run_id=run.run_id,
+        mlflow_run_url=run.url,
+        prefect_flow_run_id=flow_run.id,
+        prefect_flow_run_url=flow_run.ui_url,
+        checkpoint_prefix=run.checkpoint_prefix,
+        reused=tuple(step for step, output in (("download", source), ("preprocess", dataset)) if output.reused),
+    )

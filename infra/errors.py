@@ -1,0 +1,13 @@
+"""What `infra` raises; the command line prints the message as one line and exits with `exit_status`."""
+
+
+class UsageError(ValueError):
+    """The user asked for something that does not exist or is not allowed; the message says what to do instead."""
+
+    exit_status = 2
+
+
+class ServiceError(RuntimeError):
+    """A server, mirror or store failed, refused or could not be reached, after the stated retries."""
+
+    exit_status = 1

@@ -1,0 +1,56 @@
+"""Counting bytes that several threads move, and stopping them."""
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from infra.files import OnBytes
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Stopped(Exception):
+    """Another thread failed, or the user interrupted: this one's work is no longer wanted."""
+
+
+class Meter:
+    """Reports one file's progress; the total comes out right after resumed and repeated transfers."""
+
+    def __init__(self, size: int, on_bytes: OnBytes, stop: threading.Event) -> None:
+        self._size = size
+        self._on_bytes = on_bytes
+        self._stop = stop
+        self._reported = 0
+
+    def at(self, share: float) -> None:
+        """This share of the file is here (0..1); going back is not reported.
+
+        Raises:
+            Stopped: the work is no longer wanted.
+        """
+        if self._stop.is_set():
+            raise Stopped
+        position = int(self._size * min(share, 1.0))
+        if position > self._reported:
+            self._on_bytes(position - self._reported)
+            self._reported = position
+
+
+def in_parallel(
+    work: Callable[[T], R], items: Iterable[T], stop: threading.Event, *, threads: int = 8
+) -> list[R]:
+    """`[work(item) for item in items]` on a few threads.
+
+    The first error, or an interrupt, sets `stop`, drops what has not begun, and is raised when the others
+    have ended.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

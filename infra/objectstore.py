@@ -1,0 +1,246 @@
+"""The bucket that holds every byte: an S3-compatible object store, through boto3.
+
+Endpoint and credentials come from the standard variables (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...).
+Objects are named by their content wherever possible; the few that are not (commit objects) are written once,
+by a conditional put.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from boto3.s3.transfer import S3Transfer, TransferConfig
+from botocore.exceptions import BotoCoreError, ClientError
+from pydantic import BaseModel, ConfigDict
+
+from infra.errors import ServiceError
+from infra.files import OnBytes, atomic_file, file_digest
+from infra.s3client import CONCURRENCY, TRIES, ObjectMissing, error_code, open_client, translated
+
+__all__ = ["ObjectInfo", "ObjectMissing", "ObjectStore"]
+
+PART = 64 << 20  # bytes; larger files go up and come down in parts of this size, several at a time
+SHA256 = "sha256"  # name of the object's metadata entry
+
+
+class ObjectInfo(BaseModel):
+    """What the store knows of one object."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    size: int
+    """Bytes."""
+
+    sha256: str | None = None
+    """Digest noted when the object was written; None if it was not written by Convoy, or in a listing."""
+
+    etag: str = ""
+    """The store's own mark of this version of the object."""
+
+
+class ObjectStore:
+    """One bucket. Safe to share between threads.
+
+    Every method raises ServiceError, in one line that names endpoint, bucket and key, when the store fails,
+    refuses or cannot be reached after bounded retries.
+    """
+
+    def __init__(self, client: Any, bucket: str) -> None:
+        self._client = client
+        self.bucket = bucket
+        self._transfer = S3Transfer(
+            client=client,
+            config=TransferConfig(
+                multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=CONCURRENCY
+            ),
+        )
+        self._conditions_proven = False
+
+    @classmethod
+    def connect(cls, bucket: str, *, create: bool = True) -> "ObjectStore":
+        """Open a bucket, and create it if it is not there and `create` is true.
+
+        Raises:
+            UsageError: not a valid bucket name or endpoint address.
+        """
+        store = cls(open_client(), bucket)
+        with translated(store._where()):
+            try:
+                store._client.head_bucket(Bucket=bucket)
+            except ClientError as error:
+                if error_code(error) not in {"404", "NoSuchBucket"}:
+                    raise
+                if not create:
+                    raise ServiceError(f"{store._where()}: no such bucket") from error
+                store._create_bucket()
+        return store
+
+    def uri(self, key: str) -> str:
+        """`s3://bucket/key`."""
+        return f"s3://{self.bucket}/{key}"
+
+    def put_file(
+        self, key: str, path: Path, *, sha256: str | None = None, on_progress: OnBytes | None = None
+    ) -> str:
+        """Upload a file, large ones in concurrent parts, and return its SHA-256.
+
+        The file is hashed first; the digest is stored with the object. The store checks the bytes that arrive
+        against the signature of each request, which covers them, and the size is compared afterwards.
+
+        Raises:
+            ServiceError: also when the content is not what `sha256` promised.
+        """
+        size, digest = path.stat().st_size, file_digest(path)
+        if sha256 is not None and digest != sha256:
+            raise ServiceError(f"{path}: its SHA-256 is {digest}, expected {sha256}; not uploaded")
+        with translated(self._where(key)):
+            if size > PART:
+                self._transfer.upload_file(
+                    str(path), self.bucket, key, on_progress, {"Metadata": {SHA256: digest}}
+                )
+            else:
+                with path.open("rb") as body:
+                    self._client.put_object(Bucket=self.bucket, Key=key, Body=body, Metadata={SHA256: digest})
+                if on_progress:
+                    on_progress(size)
+        stored = self.head(key)
+        if stored is None or stored.size != size:
+            found = "nothing" if stored is None else f"{stored.size} bytes"
+            raise ServiceError(f"{self._where(key)}: {found} after an upload of {size} bytes; try again")
+        return digest
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        """Write a small object, replacing what was there."""
+        with translated(self._where(key)):
+            self._client.put_object(Bucket=self.bucket, Key=key, Body=data, Metadata=_metadata(data))
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write a small object only if the key is free, atomically; False if it was taken.
+
+        A lost answer is not mistaken for a lost race: when a retry finds the very bytes that an earlier try
+        sent, this call wrote them. A store that ignores the condition is found out on the first success, by
+        asking again.
+
+        Raises:
+            ServiceError: also when the store does not honour `If-None-Match`.
+        """
+        created = self._put_if_absent(key, data)
+        if created and not self._conditions_proven:
+            if self._put_if_absent(key, data):
+                raise ServiceError(
+                    f"{self._where(key)}: this store ignores If-None-Match, so commits are not safe; "
+                    "use a store with conditional writes"
+                )
+            self._conditions_proven = True
+        return created
+
+    def get_bytes(self, key: str) -> bytes:
+        """Read a small object.
+
+        Raises:
+            ObjectMissing: no such object.
+        """
+        with translated(self._where(key)):
+            for remaining in reversed(range(TRIES)):
+                body = self._client.get_object(Bucket=self.bucket, Key=key)["Body"]
+                try:
+                    return bytes(body.read())
+                except BotoCoreError:  # cut while reading: botocore retries requests, not their bodies
+                    if not remaining:
+                        raise
+        raise AssertionError("unreachable")
+
+    def get_file(
+        self, key: str, path: Path, *, sha256: str | None = None, on_progress: OnBytes | None = None
+    ) -> None:
+        """Download to `path`, which appears whole and verified, or not at all; fetched once more if its
+        digest is wrong.
+
+        Args:
+            sha256: the digest to expect; None takes the one stored with the object, if any.
+
+        Raises:
+            ObjectMissing: no such object.
+            ServiceError: also on a wrong digest; the message names both.
+        """
+        if sha256 is None and (info := self.head(key)):
+            sha256 = info.sha256
+        with atomic_file(path) as temporary, translated(self._where(key)):
+            for try_again in (True, False):
+                self._transfer.download_file(self.bucket, key, str(temporary), callback=on_progress)
+                if sha256 is None or (got := file_digest(temporary)) == sha256:
+                    return
+                on_progress = None  # the second time round moves no new bytes
+                if not try_again:
+                    raise ServiceError(
+                        f"{self._where(key)}: the object is damaged: its SHA-256 is {got}, expected {sha256}"
+                    )
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """What the store knows of an object, or None if there is none."""
+        try:
+            with translated(self._where(key)):
+                answer = self._client.head_object(Bucket=self.bucket, Key=key)
+        except ObjectMissing:
+            return None
+        return ObjectInfo(
+            key=key,
+            size=answer["ContentLength"],
+            sha256=answer["Metadata"].get(SHA256),
+            etag=answer.get("ETag", ""),
+        )
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Every object whose key starts with `prefix`, in the order of their keys; without their SHA-256."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        with translated(self._where(prefix)):
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    yield ObjectInfo(key=item["Key"], size=item["Size"], etag=item.get("ETag", ""))
+
+    def delete(self, key: str) -> None:
+        """Remove an object; nothing happens if there is none."""
+        with translated(self._where(key)):
+            self._client.delete_object(Bucket=self.bucket, Key=key)
+
+    def _put_if_absent(self, key: str, data: bytes) -> bool:
+        with translated(self._where(key)):
+            for remaining in reversed(range(TRIES)):
+                try:
+                    self._client.put_object(
+                        Bucket=self.bucket, Key=key, Body=data, IfNoneMatch="*", Metadata=_metadata(data)
+                    )
+                    return True
+                except ClientError as error:
+                    code = error_code(error)
+                    if code in {"412", "PreconditionFailed"}:
+                        resent = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
+                        return resent and self.get_bytes(key) == data
+                    if code not in {"409", "ConditionalRequestConflict"} or not remaining:
+                        raise
+                    time.sleep(0.1 * (TRIES - remaining))  # another writer is at it: ask again who won
+        raise AssertionError("unreachable")
+
+    def _create_bucket(self) -> None:
+        region = self._client.meta.region_name
+        place = {} if region in {None, "aws-global", "us-east-1"} else {"LocationConstraint": region}
+        try:
+            self._client.create_bucket(
+                Bucket=self.bucket, **({"CreateBucketConfiguration": place} if place else {})
+            )
+        except ClientError as error:
+            if error_code(error) != "BucketAlreadyOwnedByYou":  # by another process, since we asked
+                raise
+
+    def _where(self, key: str = "") -> str:
+        address = urlsplit(self._client.meta.endpoint_url)
+        place = f"{address.scheme}://{address.hostname}" + (f":{address.port}" if address.port else "")
+        return f"object storage at {place}, bucket {self.bucket}" + (f", key {key}" if key else "")
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    return {SHA256: hashlib.sha256(data).hexdigest()}

@@ -1,0 +1,63 @@
+"""Choosing ports on the loopback address, and keeping them from one start to the next."""
+
+import random
+import socket
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict
+
+CHOICE = range(20_000, 32_000)  # below every system's range for outgoing connections, which come and go
+
+
+class Ports(BaseModel):
+    """The ports of the local servers; SeaweedFS opens ten, each of which it would otherwise choose itself."""
+
+    model_config = ConfigDict(frozen=True)
+
+    s3: int = 8333
+    s3_grpc: int = 0
+    master: int = 0
+    master_grpc: int = 0
+    volume: int = 0
+    volume_grpc: int = 0
+    filer: int = 0
+    filer_grpc: int = 0
+    admin: int = 0
+    admin_grpc: int = 0
+    mlflow: int = 5000
+    prefect: int = 4200
+
+
+SEAWEEDFS = tuple(name for name in Ports.model_fields if name not in ("mlflow", "prefect"))
+
+
+def is_free(port: int) -> bool:
+    """Whether no process listens on `port`, on any address of this machine."""
+    dual = socket.has_dualstack_ipv6()
+    try:
+        with socket.create_server(
+            ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
+        ):
+            return True
+    except OSError:
+        return False
+
+
+def choose(wanted: Ports, *, kept: Iterable[str], preferred: dict[str, int]) -> Ports:
+    """Return ports that are free now, as near to `wanted` as can be.
+
+    Args:
+        wanted: the last ones used, or the defaults.
+        kept: names of the ports that our own running servers hold: they stay.
+        preferred: ports that the user asked for by name; taken if free.
+    """
+    kept = set(kept)
+    chosen = {name: port for name, port in wanted.model_dump().items() if name in kept}
+    for name, last in wanted.model_dump().items():
+        if name in kept:
+            continue
+        candidates = [preferred.get(name, 0), last, *random.sample(CHOICE, 200)]
+        chosen[name] = next(
+            port for port in candidates if port and port not in chosen.values() and is_free(port)
+        )
+    return Ports(**chosen)

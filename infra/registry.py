@@ -1,0 +1,147 @@
+"""MLflow's model registry: what is served, under which name, version and alias."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlflow.pytorch
+from mlflow.entities import LoggedModelOutput
+from mlflow.exceptions import RestException
+from mlflow.models import Model, infer_signature
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from infra.errors import UsageError
+from infra.mlflowserver import mlflow_client, tracking_uri
+
+ARTIFACT = "model"  # the served model's name among the run's models
+
+
+class ModelVersion(BaseModel):
+    """A version of a registered model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    version: str
+
+    @property
+    def uri(self) -> str:
+        """What MLflow loads: `models:/name/version`."""
+        return f"models:/{self.name}/{self.version}"
+
+    @property
+    def url(self) -> str:
+        """Its address in MLflow's web pages."""
+        return f"{tracking_uri()}/#/models/{self.name}/versions/{self.version}"
+
+
+def check_model_name(name: str) -> str:
+    """Return the name if MLflow takes it.
+
+    Raises:
+        UsageError: it is empty, or has one of the characters that separate parts of a model's address.
+    """
+    if not name.strip() or any(character in name for character in "/:"):
+        raise UsageError(f"{name!r} cannot name a model: MLflow refuses `/` and `:`; choose one with --name")
+    return name
+
+
+def log_model(
+    run_id: str,
+    model: Any,
+    *,
+    images: NDArray[Any],
+    outputs: NDArray[Any],
+    requirements: Sequence[str],
+    metadata: Mapping[str, Any],
+) -> str:
+    """Store a model with a run, as a torch.export program; returns its id in MLflow. Nothing is registered.
+
+    This is `mlflow.pytorch.log_model` in its parts, for three reasons: it can pin the device (a program
+    exported on the CPU only runs there, yet MLflow would move it to any GPU it finds, and fail), it uses no
+    global run, and it prints nothing. The requirements are given, so that MLflow need not load the model to
+    find them out.
+
+    Args:
+        model: the torch.nn.Module, in evaluation mode on the CPU.
+        images: an example input; at least two images, since the export takes a batch of one for a constant.
+        outputs: what the model gives for it; both together are the signature, with any number of images.
+        requirements: pinned packages that loading and calling the model take.
+        metadata: JSON values that travel with the model, for example the names of the classes.
+    """
+    assert len(images) >= 2
+    with mlflow_client(f"store the model of run {run_id}") as client, TemporaryDirectory() as temporary:
+        run = client.get_run(run_id)
+        logged = client.create_logged_model(
+            run.info.experiment_id, name=ARTIFACT, source_run_id=run_id, params=run.data.params
+        )
+        try:
+            folder = Path(temporary) / ARTIFACT
+            mlflow.pytorch.save_model(
+                model,
+                folder,
+                mlflow_model=Model(
+                    artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id
+                ),
+                signature=infer_signature(images, outputs),
+                input_example=images,
+                pip_requirements=list(requirements),
+                metadata=dict(metadata),
+                serialization_format="pt2",
+            )
+            saved = Model.load(folder)
+            saved.flavors["python_function"]["config"]["device"] = "cpu"
+            saved.save(folder / "MLmodel")
+            client.log_model_artifacts(logged.model_id, str(folder))
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        except BaseException:
+            client.finalize_logged_model(logged.model_id, "FAILED")
+            raise
+        client.finalize_logged_model(logged.model_id, "READY")
+    return str(logged.model_id)
+
+
+def create_version(name: str, model_id: str, *, run_id: str, tags: Mapping[str, str]) -> ModelVersion:
+    """Register a stored model as the next version of `name`, without an alias.
+
+    Raises:
+        UsageError: not a name for a model.
+    """
+    check_model_name(name)
+    with mlflow_client(f"register a version of model {name!r}") as client:
+        try:
+            client.create_registered_model(name)
+        except RestException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        created = client.create_model_version(
+            name, f"models:/{model_id}", run_id=run_id, tags=dict(tags), model_id=model_id
+        )
+    return ModelVersion(name=name, version=str(created.version))
+
+
+def set_alias(model: ModelVersion, alias: str) -> None:
+    """Point an alias of the model's name at this version, away from any other."""
+    with mlflow_client(f"set alias {alias} of model {model.name!r}") as client:
+        client.set_registered_model_alias(model.name, alias, model.version)
+
+
+def aliased(name: str, alias: str) -> ModelVersion | None:
+    """The version that an alias points at; None if there is no such model or alias."""
+    with mlflow_client(f"read alias {alias} of model {name!r}") as client:
+        try:
+            found = client.get_model_version_by_alias(name, alias)
+        except RestException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+    return ModelVersion(name=name, version=str(found.version))
+
+
+def tag_version(model: ModelVersion, tags: Mapping[str, str]) -> None:
+    """Set tags of a version."""
+    with mlflow_client(f"tag version {model.version} of model {model.name!r}") as client:
+        for name, value in tags.items():
+            client.set_model_version_tag(model.name, model.version, name, value)

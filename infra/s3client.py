@@ -1,0 +1,121 @@
+"""The S3 client: its configuration, and its exceptions turned into one line that says what to do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import boto3
+from boto3.exceptions import RetriesExceededError, S3UploadFailedError
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    EndpointConnectionError,
+    HTTPClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
+
+from infra.errors import ServiceError, UsageError
+
+REFUSED = {
+    "403": "access denied",
+    "AccessDenied": "access denied",
+    "InvalidAccessKeyId": "the access key is unknown there",
+    "SignatureDoesNotMatch": "the secret key is wrong",
+    "ExpiredToken": "the session token has expired",
+}
+MISSING_KEY = {"404", "NoSuchKey"}
+
+
+CONCURRENCY = 8  # requests side by side for one large object
+TRIES = 5  # of one request
+
+
+class ObjectMissing(ServiceError):
+    """There is no object under that key."""
+
+
+def open_client() -> Any:
+    """A boto3 client for the store that the standard variables name.
+
+    It is configured for what every S3-compatible store understands.
+    Newer checksum trailers are refused by some stores, so they are sent only where S3 demands them; the
+    signature covers each request's body instead. Keys are in the path, since a local server has no host name
+    per bucket.
+
+    Raises:
+        UsageError: the endpoint's address cannot be used.
+    """
+    config = Config(
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        retries={"mode": "standard", "total_max_attempts": TRIES},
+        s3={"addressing_style": "path", "payload_signing_enabled": True},
+        max_pool_connections=4 * CONCURRENCY,
+        connect_timeout=5,
+        read_timeout=60,
+    )
+    try:
+        with translated("object storage"):
+            return boto3.session.Session().client("s3", config=config)
+    except ValueError as error:
+        raise UsageError(f"AWS_ENDPOINT_URL: {_line(error)}") from error
+
+
+def error_code(error: ClientError) -> str:
+    """The server's error code, such as `NoSuchKey`; the HTTP status where the answer had no body."""
+    return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+@contextmanager
+def translated(where: str) -> Iterator[None]:
+    """Raise ServiceError, ObjectMissing or UsageError in place of botocore's exceptions.
+
+    Args:
+        where: endpoint, bucket and key, for people; starts each message.
+    """
+    try:
+        yield
+    except S3UploadFailedError as error:  # boto3 wraps the server's answer in it
+        if isinstance(error.__context__, ClientError):
+            _raise_answer(error.__context__, where)
+        raise ServiceError(f"{where}: the upload failed: {_line(error)}") from error
+    except ClientError as error:
+        _raise_answer(error, where)
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise ServiceError(
+            f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from error
+    except ParamValidationError as error:
+        raise UsageError(f"{where}: not a valid name: {_line(error)}") from error
+    except EndpointConnectionError as error:
+        raise ServiceError(
+            f"{where}: no connection; start the local servers with `convoy up`, or check AWS_ENDPOINT_URL"
+        ) from error
+    except (ConnectionError, HTTPClientError, RetriesExceededError) as error:
+        raise ServiceError(f"{where}: the connection failed after several tries: {_line(error)}") from error
+    except BotoCoreError as error:
+        raise ServiceError(f"{where}: {_line(error)}") from error
+
+
+def _raise_answer(error: ClientError, where: str) -> NoReturn:
+    code = error_code(error)
+    if code in MISSING_KEY:
+        raise ObjectMissing(f"{where}: no such object") from error
+    if code == "NoSuchBucket":
+        raise ServiceError(f"{where}: no such bucket; create it, or name another in CONVOY_BUCKET") from error
+    if code in REFUSED:
+        raise ServiceError(
+            f"{where}: {REFUSED[code]} ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "and that they may read and write this bucket"
+        ) from error
+    message = error.response.get("Error", {}).get("Message", "")
+    tries = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0) + 1
+    raise ServiceError(f"{where}: {code} {message} (tries: {tries})".replace("\n", " ")) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,65 @@
+"""An archive of class sub-folders, local or at an address; it is kept as it is."""
+
+import tarfile
+import threading
+import zipfile
+from dataclasses import dataclass
+
+from infra.errors import ServiceError, UsageError
+from infra.files import OnBytes
+from infra.meter import Meter
+from infra.raw import RawBucket, RawFile, RawSource, write_record
+from infra.sources.base import Workplace, slug, source_key
+from infra.webfetch import display
+
+SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
+
+
+@dataclass(frozen=True)
+class ArchiveSource:
+    """See `infra.sources.base.Source`."""
+
+    address: str
+    file: str
+    """Its file name."""
+
+    size: int | None
+    version: str | None = None
+    """The server's mark of this version of it; None: it has to be read to be known."""
+
+    @property
+    def name(self) -> str:
+        suffix = next(suffix for suffix in SUFFIXES if self.file.lower().endswith(suffix))
+        return slug(self.file[: -len(suffix)])
+
+    @property
+    def key(self) -> str | None:
+        return source_key("archive", display(self.address), self.version) if self.version else None
+
+    def fetch(self, place: Workplace, on_bytes: OnBytes, *, refresh: bool = False) -> RawSource:
+        """The record is written only for an archive whose server tells versions apart."""
+        where = display(self.address)
+        meter = Meter(self.size or 0, on_bytes, threading.Event())
+        try:
+            with place.mirrors.fetched(self.address, meter) as path:
+                if not (
+                    zipfile.is_zipfile(path)
+                    if self.file.lower().endswith(".zip")
+                    else tarfile.is_tarfile(path)
+                ):
+                    raise UsageError(f"{where}: this is no whole archive of the kind its name says")
+                digest = place.cache.add_file(path)
+        except ServiceError as error:
+            raise ServiceError(f"{where}: {error}") from error
+        raw = RawFile(path=self.file, sha256=digest, size=place.cache.path(digest).stat().st_size)
+        bucket = RawBucket(place.store, place.cache, expected_files=1)
+        reused = not refresh and bucket.holds(raw)
+        if not reused:
+            bucket.put(raw)
+        meter.at(1.0)
+        source = RawSource(
+            name=self.name, format="archive", files=(raw,), served_by={raw.path: where}, reused=reused
+        )
+        if self.key:
+            write_record(place.store, self.key, source)
+        return source

@@ -1,0 +1,71 @@
+"""What all kinds of sources have in common."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Protocol
+
+from infra.cache import Cache
+from infra.files import OnBytes
+from infra.mirrors import Mirrors
+from infra.objectstore import ObjectStore
+from infra.raw import RawBucket, RawSource, read_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """Where files come from, go to, and pass through."""
+
+    mirrors: Mirrors
+    store: ObjectStore
+    cache: Cache
+
+
+class Source(Protocol):
+    """A data set that was found, but not fetched yet."""
+
+    @property
+    def name(self) -> str:
+        """See RawSource.name."""
+
+    @property
+    def size(self) -> int | None:
+        """Bytes that `on_bytes` will be told of; None if unknown."""
+
+    @property
+    def key(self) -> str | None:
+        """Digest of what makes it this data set, if that is known without fetching it."""
+
+    def fetch(self, place: Workplace, on_bytes: OnBytes, *, refresh: bool = False) -> RawSource:
+        """Bring what is missing into the bucket.
+
+        Args:
+            on_bytes: told of progress, from any thread.
+            refresh: fetch everything anew, whatever is there.
+
+        Raises:
+            ServiceError: a mirror, a server or the bucket failed.
+            UsageError: the user's files cannot be read, or are not what their names say.
+        """
+
+
+def reusable(source: Source, place: Workplace) -> RawSource | None:
+    """The source as an earlier download left it in the bucket, if all its files are still there, whole."""
+    record = read_record(place.store, source.key) if source.key else None
+    if record is None:
+        return None
+    bucket = RawBucket(place.store, place.cache, expected_files=len(record.files))
+    return record.model_copy(update={"reused": True}) if bucket.holds_all(record.files) else None
+
+
+def source_key(*parts: object) -> str:
+    """Digest of what identifies a source; the parts must have a JSON form."""
+    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
+
+
+def slug(name: str) -> str:
+    """A name for runs and models, which may not hold `/` or `:`: lower case, of `a-z 0-9 - _ .`."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9_.]+", "-", plain).strip("-.") or "dataset"

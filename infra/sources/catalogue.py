@@ -1,0 +1,92 @@
+"""A data set that Convoy knows by name, fetched from the first mirror that has it."""
+
+import threading
+from dataclasses import dataclass
+
+from infra.catalogue import CatalogueEntry, CatalogueFile
+from infra.errors import ServiceError
+from infra.files import OnBytes, file_digest, locked
+from infra.meter import Meter, in_parallel
+from infra.mirrors import addresses, obtain
+from infra.raw import RawBucket, RawFile, RawSource, read_record, write_record
+from infra.sources.base import Workplace, reusable
+
+
+@dataclass(frozen=True)
+class CatalogueSource:
+    """See `infra.sources.base.Source`."""
+
+    entry: CatalogueEntry
+    own_mirror: str | None = None
+    """The user's mirror, asked first: a folder, or an address of any scheme in `infra.mirrors`."""
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def size(self) -> int:
+        return self.entry.size
+
+    @property
+    def key(self) -> str:
+        return self.entry.digest
+
+    def fetch(self, place: Workplace, on_bytes: OnBytes, *, refresh: bool = False) -> RawSource:
+        """Only files that are missing or damaged in the bucket are fetched, side by side.
+
+        On one machine, one process fetches while others wait; then they find it done.
+        """
+        with locked(place.cache.root / "locks" / f"source-{self.key}"):
+            if not refresh and (known := reusable(self, place)):
+                return known
+            place.mirrors.knock([self.own_mirror or "", *self.entry.mirrors])
+            known = None if refresh else read_record(place.store, self.key)
+            stop = threading.Event()
+
+            def bring(file: CatalogueFile) -> tuple[RawFile, str]:
+                meter = Meter(file.size, on_bytes, stop)
+                found = None if refresh else self._at_hand(file, known, place)
+                found = found or self._fetched(file, place, meter)
+                meter.at(1.0)
+                return found
+
+            try:
+                brought = in_parallel(bring, self.entry.files, stop)
+            except ServiceError as error:
+                raise ServiceError(f"{self.name}: {error}") from error
+            source = RawSource(
+                name=self.name,
+                format=self.entry.format,
+                classes=self.entry.classes,
+                files=tuple(raw for raw, _ in brought),
+                served_by={raw.path: origin for raw, origin in brought},
+            )
+            write_record(place.store, self.key, source)
+            return source
+
+    def _at_hand(
+        self, file: CatalogueFile, known: RawSource | None, place: Workplace
+    ) -> tuple[RawFile, str] | None:
+        """A file whose content is in the bucket or, to be put there, in the cache."""
+        before = next((raw for raw in known.files if raw.path == file.path), None) if known else None
+        digest = before.sha256 if before else file.sha256
+        if digest is None:
+            return None
+        raw = RawFile(path=file.path, sha256=digest, size=file.size)
+        bucket = RawBucket(place.store, place.cache, expected_files=1)
+        if bucket.holds(raw):
+            origin = place.store.uri(raw.key)
+        elif place.cache.holds(digest, file.size) and file_digest(place.cache.path(digest)) == digest:
+            bucket.put(raw)
+            origin = "cache"
+        else:
+            return None
+        return raw, known.served_by.get(file.path, origin) if known else origin
+
+    def _fetched(self, file: CatalogueFile, place: Workplace, meter: Meter) -> tuple[RawFile, str]:
+        tried = addresses(file, self.name, self.entry.mirrors, self.own_mirror)
+        digest, origin = obtain(file, tried, place.mirrors, place.cache, meter)
+        raw = RawFile(path=file.path, sha256=digest, size=file.size)
+        RawBucket(place.store, place.cache, expected_files=1).put(raw)
+        return raw, origin

@@ -1,0 +1,78 @@
+"""From what the user typed to a source."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from infra.catalogue import CATALOGUE, CatalogueEntry
+from infra.errors import UsageError
+from infra.mirrors import Mirrors
+from infra.sources.archive import SUFFIXES, ArchiveSource
+from infra.sources.catalogue import CatalogueSource
+from infra.sources.folder import FolderSource, bucket_folder, local_folder
+from infra.webfetch import display, file_name
+
+CHOICES = "give a folder, an archive, an s3:// or https:// address"
+
+
+def find_source(
+    dataset: str,
+    mirrors: Mirrors,
+    *,
+    own_mirror: str | None = None,
+    catalogue: Sequence[CatalogueEntry] = CATALOGUE,
+) -> CatalogueSource | ArchiveSource | FolderSource:
+    """What `dataset` names: a catalogue entry, a folder, an archive, or an `s3://` or `https://` address of
+    one.
+
+    A catalogue name comes before a folder of that name; write `./mnist` for the folder.
+
+    Raises:
+        UsageError: it names nothing; the message says what would do.
+        ServiceError: the address's server failed.
+    """
+    if entry := next((entry for entry in catalogue if entry.name == dataset), None):
+        return CatalogueSource(entry, own_mirror)
+    scheme, found, _ = dataset.partition("://")
+    if found and scheme in {"http", "https"}:
+        return _web(dataset, mirrors)
+    if found and scheme == "s3":
+        return _bucket(dataset, mirrors)
+    if found and scheme != "file":
+        raise UsageError(f"{dataset}: {scheme}:// is not supported; {CHOICES}")
+    path = Path(dataset.removeprefix("file://").removeprefix("file:")).expanduser()
+    if path.is_dir():
+        return local_folder(path)
+    if path.is_file():
+        _require_archive(path.name, str(path))
+        return ArchiveSource(f"file:{path.absolute()}", path.name, path.stat().st_size)
+    raise UsageError(_nothing(dataset, path, [entry.name for entry in catalogue]))
+
+
+def _web(address: str, mirrors: Mirrors) -> ArchiveSource:
+    _require_archive(file_name(address), display(address))
+    version, size = mirrors.web.version(address)
+    return ArchiveSource(address, file_name(address), size, version)
+
+
+def _bucket(address: str, mirrors: Mirrors) -> ArchiveSource | FolderSource:
+    store, key = mirrors.object(address)
+    if not key.lower().endswith(SUFFIXES):
+        return bucket_folder(store, key)
+    info = store.head(key)
+    if info is None:
+        raise UsageError(f"{address}: there is no such object")
+    return ArchiveSource(address, key.rpartition("/")[2], info.size, info.etag or None)
+
+
+def _require_archive(file: str, where: str) -> None:
+    if not file.lower().endswith(SUFFIXES):
+        raise UsageError(f"{where}: not an archive by its name; known are {' '.join(SUFFIXES)}")
+
+
+def _nothing(dataset: str, path: Path, names: Sequence[str]) -> str:
+    if len(path.parts) > 1 or dataset.startswith((".", "~", "/")) or dataset.lower().endswith(SUFFIXES):
+        return f"{dataset}: there is no such folder or archive"
+    near = difflib.get_close_matches(dataset.lower(), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)};"
+    return f"unknown data set {dataset!r}: {hint} or {CHOICES}"

@@ -1,0 +1,227 @@
+"""The local stack: starts, checks and stops an object store, MLflow and Prefect on this machine.
+
+`up` is safe to call at any time and from several processes at once: what already runs is checked and left
+alone. Each of the three can be an external server instead, named by its standard variable:
+`AWS_ENDPOINT_URL`, `MLFLOW_TRACKING_URI`, `PREFECT_API_URL`. Everything else in Convoy reads the standard
+variables only: `os.environ.update(up(Settings()).environment())`. The local MLflow and Prefect ask for no
+password; see `infra.servers`.
+"""
+
+import subprocess
+import time
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import httpx
+from pydantic import BaseModel, ConfigDict
+
+from infra import processes
+from infra.endpoints import REGION, Endpoints
+from infra.errors import ServiceError
+from infra.ports import is_free
+from infra.settings import Settings
+from infra.stackfolder import HEALTH, NAMES, ServerName, StackFolder
+
+__all__ = ["NAMES", "Endpoints", "ServerName", "ServerStatus", "down", "status", "up"]
+
+START_PATIENCE = 180.0  # seconds until a server is ready; a cold start on two busy cores takes under a minute
+BUSY_PATIENCE = 30.0  # seconds for a running server to answer, however busy the machine is
+POLL = 0.1  # seconds between looks at a starting server
+ATTEMPTS = 3  # at finding ports that nobody else takes in the meantime
+
+OnEvent = Callable[[str], None]
+
+
+class ServerStatus(BaseModel):
+    """State of one server: `dead` is one that was started, but is gone or does not answer."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: ServerName
+    url: str
+    state: Literal["running", "stopped", "external", "dead"]
+    pid: int | None = None
+    log: Path | None = None
+
+
+class _PortTaken(Exception):
+    """Another program took a port between our look and the server's start."""
+
+
+def up(
+    settings: Settings, on_event: OnEvent = lambda event: None, *, only: Collection[ServerName] = NAMES
+) -> Endpoints:
+    """Start what does not run yet, side by side; return when all answer and the bucket exists.
+
+    Args:
+        on_event: told in a few words what happens, for people.
+        only: the servers to start; the others keep their state, and their addresses are where they would be.
+
+    Raises:
+        ServiceError: a server died at its start or does not answer; the message has the end of its log.
+    """
+    folder = StackFolder(settings)
+    for name, variable, address in folder.external():
+        if name in only:
+            _check_external(variable, address)
+    try:
+        with folder.locked(on_event):
+            for _ in range(ATTEMPTS):
+                try:
+                    return _up(folder, on_event, only)
+                except _PortTaken as taken:
+                    on_event(str(taken))
+    except OSError as error:
+        raise ServiceError(f"the servers cannot be started in {settings.home}: {error}") from None
+    raise ServiceError(f"other programs took the servers' ports {ATTEMPTS} times in a row: try again")
+
+
+def down(settings: Settings) -> list[str]:
+    """Stop every server of this state folder with all its processes; return the names of those that ran."""
+    folder = StackFolder(settings)
+    if not folder.root.exists() and not any(folder.members(name) for name in NAMES):
+        return []
+    with folder.locked():
+        ran = [name for name in NAMES if folder.members(name)]
+        processes.stop(lambda: {process for name in ran for process in folder.members(name)})
+        for name in NAMES:
+            folder.record_file(name).unlink(missing_ok=True)
+    return list(ran)
+
+
+def status(settings: Settings) -> list[ServerStatus]:
+    """Look at each server once."""
+    folder = StackFolder(settings)
+    external = {name: address for name, _, address in folder.external()}
+    found = []
+    with httpx.Client(trust_env=False, timeout=5) as client:
+        for name in NAMES:
+            if name in external:
+                found.append(ServerStatus(name=name, url=external[name], state="external"))
+                continue
+            record = folder.record(name)
+            leader = record.process(folder.mark(name)) if record else None
+            state: Literal["running", "stopped", "dead"] = "dead" if record else "stopped"
+            if leader and _answers(name, folder, client):
+                state = "running"
+            pid = leader.pid if leader else None
+            found.append(
+                ServerStatus(name=name, url=folder.url(name), state=state, pid=pid, log=folder.log(name))
+            )
+    return found
+
+
+def _up(folder: StackFolder, on_event: OnEvent, only: Collection[ServerName]) -> Endpoints:
+    folder.prepare(on_event)
+    external = {name for name, _, _ in folder.external()}
+    wanted = [name for name in NAMES if name in only and name not in external]
+    with httpx.Client(trust_env=False, timeout=5) as client:
+        starting: dict[ServerName, subprocess.Popen[bytes]] = {}
+        for name in wanted:
+            if not _runs(name, folder, client, on_event):
+                on_event(f"starting {name} at {folder.url(name)}")
+                starting[name] = processes.start(
+                    folder.server(name), folder.mark(name), folder.record_file(name)
+                )
+        for name in wanted:
+            if name in starting:
+                _wait(name, starting[name], folder, client)
+                on_event(f"{name} is ready at {folder.url(name)}")
+            if name == "seaweedfs":  # the first, so that this happens while the others still start
+                _ensure_bucket(folder)
+    return folder.endpoints()
+
+
+def _runs(name: ServerName, folder: StackFolder, client: httpx.Client, on_event: OnEvent) -> bool:
+    """Whether a server runs as it is defined now; if it runs in another way, or not well, stop it."""
+    record = folder.record(name)
+    if record is None or record.process(folder.mark(name)) is None:
+        return False
+    as_defined = record.digest == folder.server(name).digest
+    deadline = time.monotonic() + BUSY_PATIENCE
+    while as_defined and time.monotonic() < deadline and record.process(folder.mark(name)):
+        if _answers(name, folder, client):
+            return True
+        time.sleep(POLL)
+    on_event(f"stopping {name}, which {'does not answer' if as_defined else 'has other settings'}")
+    processes.stop(partial(folder.members, name))
+    return False
+
+
+def _wait(
+    name: ServerName, process: subprocess.Popen[bytes], folder: StackFolder, client: httpx.Client
+) -> None:
+    """Return when a server that was just started answers.
+
+    Raises:
+        ServiceError: it died or was not ready in time; nothing of it is left then.
+        _PortTaken: it died because another program had one of its ports.
+    """
+    deadline = time.monotonic() + START_PATIENCE
+    while not _answers(name, folder, client):
+        ended = process.poll()
+        if ended is None and time.monotonic() < deadline:
+            time.sleep(POLL)
+            continue
+        processes.stop(partial(folder.members, name))
+        if ended is None:
+            trouble = f"was not ready within {START_PATIENCE:.0f} s"
+        elif taken := [port for port in folder.server(name).ports if not is_free(port)]:
+            raise _PortTaken(f"another program took port {taken[0]} before {name} did: choosing another")
+        else:
+            trouble = f"ended at its start with status {ended}"
+        log = folder.log(name)
+        raise ServiceError(f"{name} {trouble}; {log} ends: {processes.log_end(log)}")
+
+
+def _answers(name: ServerName, folder: StackFolder, client: httpx.Client) -> bool:
+    """Whether a server is healthy and ours: another program may answer on a port that ours failed to take."""
+    try:
+        healthy = client.get(folder.url(name) + HEALTH[name]).is_success
+    except httpx.HTTPError:
+        return False
+    return healthy and processes.listens(folder.port(name), folder.members(name))
+
+
+def _check_external(variable: str, address: str) -> None:
+    """Ask whether anything answers there.
+
+    Nothing secret is sent; which certificates to trust, and how to log in, is each client's own setting.
+    """
+    if not address.startswith(("http://", "https://")):  # MLflow also takes databases and folders
+        return
+    url = httpx.URL(address)
+    url = url.copy_with(username=None, password=None) if url.userinfo else url
+    try:
+        answer = httpx.get(url, timeout=10, verify=False)
+    except httpx.HTTPError as error:
+        advice = "correct it, or unset it to use a local server"
+        raise ServiceError(f"{variable} names {url}, which does not answer ({error}): {advice}") from None
+    if answer.is_server_error:
+        raise ServiceError(f"{variable} names {url}, which answers with status {answer.status_code}")
+
+
+def _ensure_bucket(folder: StackFolder) -> None:
+    """Make the bucket in the local object store; this also shows that the credentials work."""
+    from boto3.session import Session  # slow to import, so only where the local store is used
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    credentials, bucket = folder.credentials, folder.settings.bucket
+    client = Session(
+        aws_access_key_id=credentials.access_key_id.get_secret_value(),
+        aws_secret_access_key=credentials.secret_access_key.get_secret_value(),
+        region_name=REGION,
+    ).client(
+        "s3",
+        endpoint_url=folder.url("seaweedfs"),
+        config=Config(retries={"mode": "standard", "total_max_attempts": 5}, proxies={}),
+    )
+    try:
+        client.create_bucket(Bucket=bucket)
+    except client.exceptions.BucketAlreadyOwnedByYou:
+        pass
+    except (BotoCoreError, ClientError) as error:
+        raise ServiceError(f"bucket {bucket} cannot be made in the local object store: {error}") from None

@@ -1,0 +1,152 @@
+"""MLflow runs: one for each training, opened by the flow, written by it and by rank 0, closed by the flow.
+
+Nothing here uses MLflow's global "active run".
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Literal
+
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import RestException
+
+from infra.errors import UsageError
+from infra.metriclog import MetricLogger, MetricRow
+from infra.mlflowserver import check_server, mlflow_client, tracking_uri
+from infra.systemmetrics import SystemMetrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "MetricLogger",
+    "MetricRow",
+    "SystemMetrics",
+    "check_server",
+    "end_run",
+    "log_dataset",
+    "log_figure",
+    "log_file",
+    "log_metrics",
+    "log_text",
+    "run_url",
+    "set_tags",
+    "start_run",
+    "tracking_uri",
+]
+
+PARAMS_A_CALL, PARAM_CHARACTERS = 100, 6000  # MLflow's limits
+DATASET_DIGEST_CHARACTERS = 36  # likewise
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+def start_run(
+    experiment: str,
+    run_name: str,
+    params: Mapping[str, str | int | float | bool | None],
+    tags: Mapping[str, str],
+) -> str:
+    """Open a run, in an experiment that is created if there is none of that name, and return its id.
+
+    Raises:
+        ServiceError: the server cannot be reached, or refuses; no run is left open.
+        UsageError: the experiment was deleted.
+    """
+    check_server()
+    with mlflow_client(f"start a run in experiment {experiment!r}") as client:
+        run_id: str = client.create_run(
+            _experiment_id(client, experiment), run_name=run_name, tags=dict(tags)
+        ).info.run_id
+        try:
+            values = [Param(name, str(value)[:PARAM_CHARACTERS]) for name, value in params.items()]
+            for start in range(0, len(values), PARAMS_A_CALL):
+                client.log_batch(run_id, params=values[start : start + PARAMS_A_CALL])
+        except BaseException:
+            client.set_terminated(run_id, "FAILED")
+            raise
+    return run_id
+
+
+def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except RestException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another process was faster
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise UsageError(f"MLflow experiment {name!r} was deleted; restore it there, or choose another name")
+    return str(found.experiment_id)
+
+
+def end_run(run_id: str, status: RunStatus) -> None:
+    """Close a run, now."""
+    with mlflow_client(f"close run {run_id}") as client:
+        client.set_terminated(run_id, status)
+
+
+def run_url(run_id: str) -> str:
+    """The address of a run in MLflow's web pages."""
+    with mlflow_client(f"find run {run_id}") as client:
+        experiment = client.get_run(run_id).info.experiment_id
+    return f"{tracking_uri()}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def log_dataset(run_id: str, name: str, digest: str, source: str, context: str = "training") -> None:
+    """Name the dataset version that a run uses.
+
+    MLflow keeps 36 characters of a digest; the whole one is a tag of the run's input, `convoy.digest`.
+
+    Args:
+        source: address of the data, for example `s3://bucket/datasets/<version>/manifest.json`.
+        context: what the run uses it for.
+    """
+    dataset = Dataset(
+        name=name,
+        digest=digest[:DATASET_DIGEST_CHARACTERS],
+        source_type=source.partition(":")[0],
+        source=json.dumps({"uri": source}),
+    )
+    tags = [InputTag("mlflow.data.context", context), InputTag("convoy.digest", digest)]
+    with mlflow_client(f"log the dataset of run {run_id}") as client:
+        client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags)])
+
+
+def set_tags(run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run; a tag that is there already gets the new value."""
+    with mlflow_client(f"tag run {run_id}") as client:
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def log_metrics(run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
+    """Log a few final figures at once; figures of a running training go through a `MetricLogger`."""
+    now = time.time_ns() // 1_000_000
+    with mlflow_client(f"log metrics of run {run_id}") as client:
+        client.log_batch(run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
+
+
+def log_file(run_id: str, path: Path, artifact_dir: str = "") -> None:
+    """Upload a local file to a run's artifacts."""
+    with mlflow_client(f"store {path.name} of run {run_id}") as client:
+        client.log_artifact(run_id, str(path), artifact_dir or None)
+
+
+def log_text(run_id: str, artifact: str, text: str) -> None:
+    """Write a text as an artifact of a run, at a path such as `report/evaluation.json`."""
+    with mlflow_client(f"store {artifact} of run {run_id}") as client:
+        client.log_text(run_id, text, artifact)
+
+
+def log_figure(run_id: str, artifact: str, figure: "Figure") -> None:
+    """Draw a matplotlib figure as an image artifact; the path's ending says in what format."""
+    assert PurePosixPath(artifact).suffix
+    with mlflow_client(f"store {artifact} of run {run_id}") as client:
+        client.log_figure(run_id, figure, artifact, save_kwargs={"dpi": 150, "bbox_inches": "tight"})

@@ -1,0 +1,141 @@
+"""The configuration of a whole run: what to train on, how, and under which name; from a file, then `--set`, then options.
+
+Importing this module loads pydantic only, so that a mistake is refused before torch, Prefect or MLflow are loaded.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from cnn.config import NETWORK_OPTIONS, Config, PreprocessConfig, TrainConfig
+from cnn.worldsize import check_world_size
+from infra.errors import UsageError
+
+
+class RunConfig(TrainConfig):
+    """Everything that `convoy train` can be told. `TrainConfig`, `data` and the dataset decide the weights."""
+
+    dataset: str = "fashion-mnist"
+    """A catalogue name, a folder or archive of class sub-folders, or an s3:// or https:// address of one."""
+
+    name: str | None = None
+    """Name of the registered model. Unset: the dataset's name."""
+
+    ranks: int | None = Field(None, ge=1, le=4096)
+    """Processes to train with; has no say in the result. Unset: as many as share the lanes and have a GPU or core each."""
+
+    data: PreprocessConfig = PreprocessConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _registry_takes_it(cls, name: str | None) -> str | None:
+        if name is not None and (not name.strip() or re.search(r"[/:]", name)):
+            raise ValueError("a model's name may not be empty or hold '/' or ':'")
+        return name
+
+    @model_validator(mode="after")
+    def _ranks_share_lanes(self) -> "RunConfig":
+        if self.ranks is not None:
+            check_world_size(self.lanes, self.ranks)
+        return self
+
+    def training(self) -> TrainConfig:
+        """The part that `cnn` trains by."""
+        return TrainConfig.model_validate({key: getattr(self, key) for key in TrainConfig.model_fields})
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, defaults of the network's options included, as JSON types."""
+        return self.model_dump(mode="json")
+
+
+def load_config(file: Path | None, settings: Iterable[str] = (), options: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a configuration.
+
+    Args:
+        file: YAML mapping, or None.
+        settings: `key=value` texts; a dot reaches into a section (`augment.shift=1`), the value is read as YAML.
+        options: top-level keys that take precedence over both; None values are left out.
+
+    Raises:
+        UsageError: one line that names the file or key that is wrong, and the nearest that is right.
+    """
+    values = _read(file) if file else {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set {setting}: write key=value, for example --set lr=0.05")
+        section = values
+        *path, last = key.strip().split(".")
+        for name in path:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise UsageError(f"--set {setting}: {name} is a value, not a section")
+        try:
+            section[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {setting}: the value is not valid YAML") from None
+    values |= {key: value for key, value in (options or {}).items() if value is not None}
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(explain(error, RunConfig, values)) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the configuration {file}: {error.strerror if isinstance(error, OSError) else error}") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        raise UsageError(f"{file} is not valid YAML" + (f" (line {where.line + 1})" if where else "")) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{file} must hold keys and values, for example 'epochs: 5'")
+    return values
+
+
+def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]) -> str:
+    """Say in one line what is wrong with each key; for an unknown key name the nearest that there is."""
+    complaints = []
+    for detail in error.errors(include_url=False):
+        path = [str(part) for part in detail["loc"]]
+        key = ".".join(path)
+        if detail["type"] == "extra_forbidden":
+            complaints.append(f"unknown key {key!r}; {_nearest(path, model, values)}")
+        else:
+            message = detail["msg"].removeprefix("Value error, ")
+            message = message[:1].lower() + message[1:]
+            given = "" if not path or detail["type"] == "value_error" else f" (given: {detail['input']!r})"
+            complaints.append(f"{key}: {message}{given}" if key else message)
+    return "; ".join(complaints)
+
+
+def _nearest(path: list[str], model: type[BaseModel], values: Mapping[str, Any]) -> str:
+    """The key that was probably meant, searched where it was written, then everywhere."""
+    keys = list(known_keys(model, str(values.get("model", model.model_fields["model"].default))))
+    key = ".".join(path)
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if not close:
+        by_last = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
+        close = [by_last[last] for last in difflib.get_close_matches(path[-1], by_last, n=1, cutoff=0.5)]
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(keys)}"
+
+
+def known_keys(model: type[BaseModel], network: str) -> Iterable[str]:
+    """Every key that a configuration may hold, in dotted form."""
+    for name, field in model.model_fields.items():
+        candidates = (field.annotation, *get_args(field.annotation))
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), None)
+        if name == "network":
+            section = NETWORK_OPTIONS.get(network)
+        if section is None:
+            yield name
+        else:
+            yield from (f"{name}.{key}" for key in section.model_fields)

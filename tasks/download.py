@@ -1,0 +1,63 @@
+"""The raw files of a data set, verified, in the bucket."""
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from rich.filesize import decimal
+
+from cnn.errors import InputError
+from cnn.sources.layout import arrange
+from infra.cache import Cache
+from infra.errors import UsageError
+from infra.mirrors import Mirrors
+from infra.objectstore import ObjectStore
+from infra.raw import RawSource
+from infra.settings import Settings
+from infra.sources.base import Source, Workplace, reusable
+from infra.sources.find import find_source
+from infra.sources.folder import FolderSource
+from tasks.progress import progress, run_logger
+
+
+@task(name="download", task_run_name="download-{dataset}", cache_policy=NO_CACHE, persist_result=False)
+def download(dataset: str, *, refresh: bool = False) -> RawSource:
+    """Bring a data set into the bucket; what is there already is not fetched again.
+
+    Args:
+        dataset: a catalogue name, a folder, an archive, or an `s3://` or `https://` address of one.
+        refresh: fetch everything anew.
+
+    Raises:
+        UsageError: there is no such data set, or it is no collection of labelled images.
+        ServiceError: a mirror, a server or the bucket failed, refused or could not be reached.
+    """
+    settings = Settings()
+    store = ObjectStore.connect(settings.bucket)
+    with Mirrors(settings.cache / "partial") as mirrors:
+        place = Workplace(mirrors=mirrors, store=store, cache=Cache(settings.cache, store))
+        source: Source = find_source(dataset, mirrors, own_mirror=settings.mirror)
+        if isinstance(source, FolderSource):
+            source = _images_of(source, dataset)
+        raw = None if refresh else reusable(source, place)
+        if raw is None:
+            with progress(
+                f"Downloading {source.name}", source.size, unit="bytes", artifact="download"
+            ) as advance:
+                raw = source.fetch(place, advance, refresh=refresh)
+    run_logger().info(_summary(raw))
+    return raw
+
+
+def _images_of(folder: FolderSource, dataset: str) -> FolderSource:
+    """Only the images, if they lie in class folders: nothing is uploaded that cannot be used."""
+    try:
+        layout = arrange(folder.paths, folder.folders)
+    except InputError as error:
+        raise UsageError(f"{dataset}: {error}") from error
+    return folder.only(layout.names)
+
+
+def _summary(raw: RawSource) -> str:
+    size = decimal(sum(file.size for file in raw.files))
+    origins = ", ".join(sorted({origin.removesuffix(f"/{path}") for path, origin in raw.served_by.items()}))
+    done = "in the bucket already" if raw.reused else "stored in the bucket"
+    return f"{raw.name}: {len(raw.files)} files, {size}, {done}; from {origins}"

@@ -1,0 +1,118 @@
+"""The evaluate task: how the trained weights do on the test split."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from cnn.augment import Normalise
+from cnn.config import TrainConfig
+from cnn.distributed import local_device
+from cnn.evaluate import predict_logits
+from cnn.manifest import Manifest
+from cnn.networks import build_network
+from cnn.weights import load_weights, weights_sha256
+from infra import tracking
+from infra.cache import Cache
+from infra.errors import ServiceError
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from tasks.dataset import DatasetRef, load_manifest, open_split
+from tasks.progress import progress, run_logger
+from tasks.reference import store_reference
+from tasks.report import EvaluationReport, confusion_figure, evaluation_report, report_markdown
+from tasks.train import TrainResult
+
+REFERENCE_IMAGES = 64
+
+
+class Evaluation(BaseModel):
+    """A finished evaluation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    report: EvaluationReport
+
+    device: str
+    """`cpu` or `cuda`: what the network ran on."""
+
+    reference_key: str
+    """Key of the first test images with the probabilities found for them (tasks/reference.py)."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the test images that were classified correctly."""
+        return self.report.accuracy
+
+
+@task(name="evaluate", cache_policy=NO_CACHE, persist_result=False)
+def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> Evaluation:
+    """Score the trained weights on the test split, each image once.
+
+    The report goes to the MLflow run (`report/`, metrics `test/...`) and, as a page, to Prefect.
+
+    Raises:
+        ServiceError: a server failed, or the bucket has other weights than the training left.
+    """
+    settings = Settings()
+    store = ObjectStore.connect(settings.bucket, create=False)
+    manifest = load_manifest(store, dataset.version)
+    split = open_split(Cache(settings.cache, store), manifest, "test")
+    device = local_device()
+    trained_part = trained_network(store, config, manifest, trained).to(memory_format=torch.channels_last)
+    network = nn.Sequential(Normalise(manifest.mean, manifest.std), trained_part).to(device)
+    with progress("Evaluating", len(split), unit="images") as advance:
+        logits = predict_logits(network, split, device, on_progress=advance)
+    report = evaluation_report("test", logits, split.labels, manifest.classes)
+
+    images, _ = split.slice(0, REFERENCE_IMAGES)
+    key = f"runs/{trained.run_id}/reference.safetensors"
+    store_reference(store, key, images, logits[: len(images)].softmax(1))
+    _publish(trained.run_id, report)
+    run_logger().info(
+        "test accuracy %.2f %%, cross-entropy %.4f, %d images",
+        100 * report.accuracy,
+        report.loss,
+        report.images,
+    )
+    return Evaluation(run_id=trained.run_id, report=report, device=device.type, reference_key=key)
+
+
+def trained_network(
+    store: ObjectStore, config: TrainConfig, manifest: Manifest, trained: TrainResult
+) -> nn.Module:
+    """The network with the weights that a training committed, verified; on the CPU, in evaluation mode.
+
+    Raises:
+        ServiceError: the weights in the bucket are not those of the training.
+    """
+    network = build_network(
+        config, channels=manifest.channels, image_size=manifest.image_size, classes=len(manifest.classes)
+    )
+    with TemporaryDirectory() as temporary:
+        file = Path(temporary) / "weights.safetensors"
+        store.get_file(trained.weights_key, file, sha256=None)
+        load_weights(network, file)
+    found = weights_sha256(network.state_dict())
+    if found != trained.weights_sha256:
+        raise ServiceError(
+            f"{store.uri(trained.weights_key)} holds other weights than the training left: "
+            f"their SHA-256 is {found}, expected {trained.weights_sha256}"
+        )
+    return network.eval()
+
+
+def _publish(run_id: str, report: EvaluationReport) -> None:
+    tracking.log_metrics(run_id, report.metrics())
+    tracking.log_text(run_id, "report/evaluation.json", report.model_dump_json(indent=2))
+    tracking.log_text(run_id, "report/confusion_matrix.json", report.confusion_json())
+    tracking.log_figure(run_id, "report/confusion_matrix.png", confusion_figure(report))
+    create_markdown_artifact(
+        report_markdown(report), key="evaluation", description=f"Test split, MLflow run {run_id}"
+    )

@@ -1,0 +1,114 @@
+"""What the train task and the processes of a training tell each other, as files in the training's own folder.
+
+    job.json        the task's order
+    events.jsonl    rank 0's account of how it goes, a line at a time
+    train.log       what the ranks and torchrun print
+    outcome.json    how it ended, by the first rank that had something to say
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from cnn.config import TrainConfig
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Job(_Record):
+    """An order to train."""
+
+    run_id: str
+    config: TrainConfig
+    dataset_version: str
+    world_size: int
+    manifest_digest: str
+
+
+class Event(_Record):
+    """Where the training is: after `step` of `total_steps` steps, in `epoch`, both counted from 1."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float | None = None
+    images_per_second: float | None = None
+    val_accuracy: float | None = None
+
+
+class Outcome(_Record):
+    """How a training ended. `exit_status` and `error` are those that the command line should end with."""
+
+    status: Literal["finished", "failed"]
+    error: str = ""
+    exit_status: int = 0
+    weights_key: str = ""
+    weights_sha256: str = ""
+    steps: int = 0
+    train_seconds: float = 0.0
+    images_per_second: float = 0.0
+    val_accuracy: float = 0.0
+    val_loss: float = 0.0
+
+
+class JobFolder:
+    """The folder of one training, `<home>/runs/<MLflow run id>`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.log = path / "train.log"
+        self._events_read = 0
+
+    def write_job(self, job: Job) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in ("events.jsonl", "outcome.json"):
+            (self.path / name).unlink(missing_ok=True)
+        (self.path / "job.json").write_text(job.model_dump_json())
+
+    def read_job(self) -> Job:
+        return Job.model_validate_json((self.path / "job.json").read_bytes())
+
+    def write_event(self, event: Event) -> None:
+        with (self.path / "events.jsonl").open("a") as file:
+            file.write(event.model_dump_json() + "\n")
+
+    def new_events(self) -> Iterator[Event]:
+        """Events that were not read before by this object; a line that is still being written waits."""
+        try:
+            with (self.path / "events.jsonl").open("rb") as file:
+                file.seek(self._events_read)
+                written = file.read()
+        except FileNotFoundError:
+            return
+        whole = written[: written.rfind(b"\n") + 1]
+        self._events_read += len(whole)
+        yield from map(Event.model_validate_json, whole.splitlines())
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        """Leave how it ended; the first to say so is right, since the others fail because of it."""
+        temporary = self.path / f".outcome.{os.getpid()}"
+        temporary.write_text(outcome.model_dump_json())
+        try:
+            os.link(temporary, self.path / "outcome.json")  # unlike a rename, fails if there is one
+        except FileExistsError:
+            pass
+        temporary.unlink()
+
+    def read_outcome(self) -> Outcome | None:
+        """How it ended; None if no rank lived to say so."""
+        try:
+            return Outcome.model_validate_json((self.path / "outcome.json").read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def log_end(self, lines: int = 8) -> str:
+        """The last lines that ranks or torchrun printed."""
+        try:
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        except FileNotFoundError:
+            return ""

@@ -1,0 +1,79 @@
+"""The register task: the model that is served goes to MLflow, and becomes a version of its name."""
+
+from importlib.metadata import version
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
+
+from cnn.config import TrainConfig
+from cnn.serving import ServedClassifier
+from infra.objectstore import ObjectStore
+from infra.provenance import provenance
+from infra.registry import ModelVersion, check_model_name, create_version, log_model
+from infra.settings import Settings
+from tasks.dataset import DatasetRef, load_manifest
+from tasks.evaluate import Evaluation, trained_network
+from tasks.progress import run_logger
+from tasks.reference import load_reference
+from tasks.train import TrainResult
+
+REQUIREMENTS = ("torch", "numpy")  # what loading and calling the model take, MLflow itself apart
+
+
+@task(name="register", cache_policy=NO_CACHE, persist_result=False)
+def register(
+    name: str, config: TrainConfig, dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation
+) -> ModelVersion:
+    """Store the served model with its run and create the next version of `name`, which has no alias yet.
+
+    The version is created last: whatever fails before leaves the registry as it was.
+
+    Raises:
+        UsageError: not a name for a model.
+        ServiceError: a server failed.
+    """
+    check_model_name(name)
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    manifest = load_manifest(store, dataset.version)
+    served = ServedClassifier(trained_network(store, config, manifest, trained), manifest.mean, manifest.std)
+    example = load_reference(store, evaluated.reference_key)["images"][:2]
+    example = example.expand(2, -1, -1, -1).contiguous() if len(example) == 1 else example
+    with torch.inference_mode():
+        outputs = served(example)
+    model_id = log_model(
+        trained.run_id,
+        served,
+        images=example.numpy(),
+        outputs=outputs.numpy(),
+        requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
+        metadata={
+            "classes": list(manifest.classes),
+            "dataset_version": dataset.version,
+            "weights_sha256": trained.weights_sha256,
+        },
+    )
+    registered = create_version(
+        name, model_id, run_id=trained.run_id, tags=_tags(dataset, trained, evaluated)
+    )
+    run_logger().info("registered version %s of model %s", registered.version, registered.name)
+    return registered
+
+
+def _tags(dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation) -> dict[str, str]:
+    tags = {
+        "convoy.dataset": dataset.name,
+        "convoy.dataset_version": dataset.version,
+        "convoy.weights_sha256": trained.weights_sha256,
+        "convoy.weights_key": trained.weights_key,
+        "convoy.reference_key": evaluated.reference_key,
+        "convoy.test_accuracy": str(evaluated.accuracy),
+        "convoy.verification": "pending",
+    }
+    if commit := provenance().git_commit:
+        tags["convoy.git_commit"] = commit
+    flow = FlowRunContext.get()
+    if flow and flow.flow_run:
+        tags["prefect.flow_run_id"] = str(flow.flow_run.id)
+    return tags

@@ -1,0 +1,164 @@
+"""The train task: starts the ranks through the supervisor, shows how they do, and ends with them."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from uuid import UUID
+
+import httpx
+from prefect import get_client, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import StateType
+from prefect.context import FlowRunContext
+from prefect.exceptions import PrefectException
+from pydantic import BaseModel, ConfigDict
+
+from cnn.config import TrainConfig
+from cnn.distributed import device_count
+from cnn.worldsize import default_world_size
+from infra.settings import Settings
+from tasks.job import Event, Job, JobFolder, Outcome
+from tasks.preprocess import DatasetRef
+from tasks.progress import Advance, progress, run_logger
+from tasks.run import Cancelled, TrackedRun
+from tasks.supervisor import PATIENCE
+
+WATCH_EVERY = 0.3  # seconds between looks at the supervisor and its news
+ASK_EVERY = 2.0  # seconds between questions to Prefect whether the flow run is cancelled
+
+
+class TrainingFailed(RuntimeError):
+    """The ranks did not finish. `exit_status` is 2 where the user's input was at fault, else 1."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+class TrainResult(BaseModel):
+    """A finished training."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    weights_key: str
+    """Key of the safetensors weights in the bucket."""
+
+    weights_sha256: str
+    """Over the tensors in sorted name order (`cnn.weights.weights_sha256`)."""
+
+    world_size: int
+    steps: int
+    train_seconds: float
+    images_per_second: float
+    """Of all ranks together, validation not counted."""
+
+    val_accuracy: float
+    val_loss: float
+
+
+@task(name="train", cache_policy=NO_CACHE, persist_result=False)
+def train(run: TrackedRun, dataset: DatasetRef, config: TrainConfig, ranks: int | None = None) -> TrainResult:
+    """Train on this machine's GPUs or cores and return the committed weights.
+
+    Raises:
+        TrainingFailed: with what the ranks say was wrong.
+        Cancelled: the flow run was cancelled; no rank is left.
+    """
+    world_size = ranks or default_world_size(config.lanes, device_count())
+    if (idle := device_count() - world_size) > 0:
+        run_logger().warning(
+            "%d of %d devices stay idle: %d lanes are shared by %d ranks", idle, device_count(), config.lanes, world_size
+        )
+    folder = JobFolder(Settings().runs / run.run_id)
+    folder.write_job(
+        Job(
+            run_id=run.run_id,
+            config=config,
+            dataset_version=dataset.version,
+            world_size=world_size,
+            manifest_digest=run.manifest_digest,
+        )
+    )
+    total = float(config.epochs)
+    with progress(f"Training on {world_size} ranks", total, unit="epochs", artifact="training") as advance:
+        outcome = _run(folder, _Display(advance, config.epochs))
+    return TrainResult(
+        run_id=run.run_id,
+        world_size=world_size,
+        **outcome.model_dump(exclude={"status", "error", "exit_status"}),
+    )
+
+
+def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
+    """Run the supervisor to its end. However this function is left, the supervisor ends all ranks."""
+    cancelled = _CancelWatch()
+    # Its own session keeps a Ctrl-C of the terminal from it: it hears of the end from us, by its standard input.
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", "tasks.supervisor", str(folder.path)], stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert supervisor.stdin is not None
+    try:
+        while supervisor.poll() is None:
+            for event in folder.new_events():
+                show(event)
+            if cancelled():
+                raise Cancelled("the flow run was cancelled; every rank is stopped")
+            time.sleep(WATCH_EVERY)
+        for event in folder.new_events():
+            show(event)
+    finally:
+        supervisor.stdin.close()
+        try:
+            supervisor.wait(PATIENCE + 10)
+        except subprocess.TimeoutExpired:
+            supervisor.kill()  # torchrun and the ranks die with it
+            supervisor.wait()
+    outcome = folder.read_outcome()
+    if outcome is None:
+        raise TrainingFailed(f"the ranks died (see {folder.log}): {folder.log_end()}", exit_status=1)
+    if outcome.status == "failed":
+        raise TrainingFailed(outcome.error, outcome.exit_status)
+    return outcome
+
+
+class _Display:
+    """Turns events into an amount done and a note."""
+
+    def __init__(self, advance: Advance, epochs: int) -> None:
+        self._advance, self._epochs, self._done = advance, epochs, 0.0
+        self._parts: dict[str, str] = {}
+
+    def __call__(self, event: Event) -> None:
+        self._parts["epoch"] = f"epoch {event.epoch}/{self._epochs}"
+        if event.loss is not None:
+            self._parts["loss"] = f"loss {event.loss:.3f}"
+        if event.val_accuracy is not None:
+            self._parts["val"] = f"val {event.val_accuracy:.2%}"
+        if event.images_per_second is not None:
+            self._parts["speed"] = f"{event.images_per_second:,.0f} images/s"
+        done = self._epochs * event.step / event.total_steps
+        self._advance(done - self._done, " · ".join(self._parts.values()))
+        self._done = done
+
+
+class _CancelWatch:
+    """Asks Prefect now and then whether this flow run is to be cancelled; an unreachable Prefect says no."""
+
+    def __init__(self) -> None:
+        context = FlowRunContext.get()
+        self._flow_run: UUID | None = context.flow_run.id if context and context.flow_run else None
+        self._asked = time.monotonic()
+
+    def __call__(self) -> bool:
+        if self._flow_run is None or time.monotonic() - self._asked < ASK_EVERY:
+            return False
+        self._asked = time.monotonic()
+        try:
+            with get_client(sync_client=True) as client:
+                state = client.read_flow_run(self._flow_run).state
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().debug("cannot ask Prefect about the flow run: %s", error)
+            return False
+        return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)

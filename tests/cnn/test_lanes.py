@@ -1,0 +1,85 @@
+"""The number of ranks does not change the result: real processes over gloo, real digits."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from cnn.config import TrainConfig
+from cnn.errors import InputError
+from cnn.lanes import PartialSums
+from cnn.worldsize import check_world_size, default_world_size
+from tests.cnn.conftest import Packed
+
+NETWORKS = {
+    "notes": {"network": {"channels": [8, 16], "pool_stride": 1, "dropout": 0.3}, "optimizer": "adamw", "lr": 0.002},
+    "convoy9": {"network": {"width": 8, "dropout": 0.2}, "augment": {"shift": 1, "cutout": 2}},
+}
+
+
+def train(digits: Packed, config: TrainConfig, *world_sizes: int) -> list[list[dict[str, Any]]]:
+    """Train with so many processes; returns what each rank says, for each world size."""
+    command = [sys.executable, "-m", "tests.cnn.rank_program", str(digits.folder), config.model_dump_json()]
+    done = subprocess.run(
+        [*command, *map(str, world_sizes)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=240,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_weights_and_metrics_are_equal_bit_for_bit_for_1_2_and_4_ranks(
+    network: str, digits: Packed
+) -> None:
+    config = TrainConfig(model=network, epochs=2, batch_size=64, lanes=4, **NETWORKS[network])
+    (alone,), two, four = train(digits, config, 1, 2, 4)
+    assert len(alone["steps"]) == 2 * (digits.manifest.splits["train"].count // 64)
+    assert alone["steps"][-1]["loss"] < alone["steps"][0]["loss"]
+    assert two == [alone] * 2
+    assert four == [alone] * 4
+
+
+def test_another_seed_or_number_of_lanes_gives_other_weights(digits: Packed) -> None:
+    config = TrainConfig(model="notes", epochs=1, batch_size=64, lanes=4, **NETWORKS["notes"])
+    changed = [config, config.model_copy(update={"seed": 1}), config.model_copy(update={"lanes": 2})]
+    assert len({train(digits, each, 1)[0][0]["weights"] for each in changed}) == 3
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 4, 8, 16])
+def test_partial_sums_add_along_the_balanced_tree(leaves: int) -> None:
+    values = torch.rand(leaves, 5, generator=torch.Generator().manual_seed(1)) * 10 ** torch.arange(5)
+
+    def tree(part: torch.Tensor) -> torch.Tensor:
+        half = len(part) // 2
+        return part[0] if half == 0 else tree(part[:half]) + tree(part[half:])
+
+    sums = PartialSums()
+    for value in values:
+        sums.push([value.clone()])
+    assert torch.equal(sums.pop_total()[0], tree(values))
+
+    for value in values[:-1]:
+        sums.push([value.clone()])
+    last = values[-1].clone()
+    sums.fold_into(0, last)
+    assert torch.equal(last, tree(values))
+
+
+def test_ranks_that_cannot_share_the_lanes_are_refused_with_the_nearest_that_can() -> None:
+    for fits in (1, 2, 4, 8):
+        check_world_size(8, fits)
+    with pytest.raises(InputError, match="nearest are 2 and 4"):
+        check_world_size(8, 3)
+    with pytest.raises(InputError, match="nearest is 8"):
+        check_world_size(8, 16)
+
+
+def test_default_world_size_is_the_largest_that_has_devices_and_shares_the_lanes() -> None:
+    assert [default_world_size(8, devices) for devices in (0, 1, 2, 3, 6, 8, 64)] == [1, 1, 2, 2, 4, 8, 8]

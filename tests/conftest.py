@@ -1,0 +1,92 @@
+"""Fixtures of the whole suite: one real local stack a session, in a temporary state folder, on free ports.
+
+Tests that need only the object store ask for `s3` or `store`, ready in a second; `stack` adds the others.
+"""
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from infra.settings import Settings
+from infra.stack import Endpoints, down, up
+
+if TYPE_CHECKING:
+    from infra.objectstore import ObjectStore
+
+REPOSITORY = Path(__file__).parents[1]
+USERS_OWN = ("AWS_", "CONVOY_", "MLFLOW_", "PREFECT_")
+STOP_WHEN_ORPHANED = """
+import sys
+from pathlib import Path
+from infra.settings import Settings
+from infra.stack import down
+sys.stdin.read()
+down(Settings(home=Path(sys.argv[1])))
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment() -> Iterator[None]:
+    """Take the user's own settings away for the session: no test may depend on them, or use their servers."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(USERS_OWN):
+            del os.environ[name]
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def settings(_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of the session's stack."""
+    return Settings(home=tmp_path_factory.mktemp("session") / ".convoy")
+
+
+@pytest.fixture(scope="session")
+def _stack_ends_with_session(settings: Settings) -> Iterator[None]:
+    """Stop the stack at the end, even if this process is killed: then a helper's standard input closes."""
+    helper = subprocess.Popen(
+        [sys.executable, "-c", STOP_WHEN_ORPHANED, str(settings.home)],
+        stdin=subprocess.PIPE,
+        cwd=REPOSITORY,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        down(settings)
+        helper.communicate()
+
+
+@pytest.fixture(scope="session")
+def s3(settings: Settings, _stack_ends_with_session: None) -> Endpoints:
+    """The session's object store; MLflow and Prefect may not run. `os.environ` names it from now on."""
+    endpoints = up(settings, only=["seaweedfs"])
+    os.environ.update(endpoints.environment())
+    return endpoints
+
+
+@pytest.fixture(scope="session")
+def stack(settings: Settings, s3: Endpoints) -> Endpoints:
+    """The session's object store, MLflow and Prefect. `os.environ` names them from now on."""
+    endpoints = up(settings)
+    os.environ.update(endpoints.environment())
+    return endpoints
+
+
+@pytest.fixture
+def store(s3: Endpoints) -> "Iterator[ObjectStore]":
+    """An empty bucket of the test's own."""
+    from infra.objectstore import ObjectStore
+
+    store = ObjectStore.connect(f"test-{uuid.uuid4().hex[:12]}")
+    yield store
+    for info in list(store.list("")):
+        store.delete(info.key)

@@ -1,0 +1,171 @@
+"""The object store, against a real SeaweedFS."""
+
+import hashlib
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from infra.errors import ServiceError, UsageError
+from infra.objectstore import PART, ObjectMissing, ObjectStore
+from infra.stack import Endpoints
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_a_file_comes_back_as_it_went_up(store: ObjectStore, tmp_path: Path) -> None:
+    source, back = tmp_path / "source", tmp_path / "deep" / "back"
+    source.write_bytes(os.urandom(300_000))
+    moved: list[int] = []
+    digest = store.put_file("some/key", source, on_progress=moved.append)
+    assert digest == _sha256(source.read_bytes())
+    assert sum(moved) == 300_000
+    info = store.head("some/key")
+    assert info is not None and info.size == 300_000 and info.sha256 == digest
+    store.get_file("some/key", back, sha256=digest)
+    assert back.read_bytes() == source.read_bytes()
+    assert store.uri("some/key") == f"s3://{store.bucket}/some/key"
+
+
+def test_a_large_file_goes_up_in_parts_and_comes_back_whole(store: ObjectStore, tmp_path: Path) -> None:
+    source, back = tmp_path / "source", tmp_path / "back"
+    block = os.urandom(1 << 20)
+    with source.open("wb") as file:
+        for number in range(PART // len(block) + 3):
+            file.write(number.to_bytes(8, "big") + block[8:])
+    up: list[int] = []
+    down: list[int] = []
+    digest = store.put_file("large", source, on_progress=up.append)
+    info = store.head("large")
+    assert info is not None and info.sha256 == digest and info.size == source.stat().st_size
+    assert info.etag.strip('"').endswith("-2")  # the mark of an upload in two parts
+    store.get_file("large", back, sha256=digest, on_progress=down.append)
+    assert _sha256(back.read_bytes()) == digest
+    assert sum(up) == sum(down) == info.size
+
+
+def test_a_file_that_is_not_what_was_promised_is_not_uploaded(store: ObjectStore, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"changed meanwhile")
+    with pytest.raises(ServiceError) as raised:
+        store.put_file("key", source, sha256=_sha256(b"as it was"))
+    assert _sha256(b"as it was") in str(raised.value) and _sha256(b"changed meanwhile") in str(raised.value)
+    assert store.head("key") is None
+
+
+def test_a_damaged_object_is_refused_with_both_digests_and_leaves_no_file(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    store.put_bytes("key", b"damaged")
+    with pytest.raises(ServiceError) as raised:
+        store.get_file("key", tmp_path / "file", sha256=_sha256(b"good"))
+    message = str(raised.value)
+    assert _sha256(b"good") in message and _sha256(b"damaged") in message and "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_download_keeps_the_file_that_was_there(store: ObjectStore, tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+    with pytest.raises(ObjectMissing):
+        store.get_file("nothing", target, sha256=_sha256(b"new"))
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_empty_file_is_a_file(store: ObjectStore, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    digest = store.put_file("empty", tmp_path / "empty")
+    store.get_file("empty", tmp_path / "back", sha256=digest)
+    assert (tmp_path / "back").read_bytes() == b""
+
+
+def test_small_objects_are_read_listed_and_deleted(store: ObjectStore) -> None:
+    for key in ("a/1", "a/2", "b/1"):
+        store.put_bytes(key, key.encode())
+    assert store.get_bytes("a/2") == b"a/2"
+    assert [(info.key, info.size) for info in store.list("a/")] == [("a/1", 3), ("a/2", 3)]
+    store.delete("a/1")
+    store.delete("a/1")
+    assert store.head("a/1") is None
+    with pytest.raises(ObjectMissing, match="key a/1: no such object"):
+        store.get_bytes("a/1")
+
+
+def test_of_many_writers_at_once_exactly_one_puts_the_commit(store: ObjectStore) -> None:
+    writers = 8
+    together = threading.Barrier(writers)
+
+    def write(number: int) -> bool:
+        together.wait()
+        return store.put_if_absent("commit", f"writer {number}".encode())
+
+    with ThreadPoolExecutor(writers) as pool:
+        won = list(pool.map(write, range(writers)))
+    assert won.count(True) == 1
+    assert store.get_bytes("commit") == f"writer {won.index(True)}".encode()
+    assert store.put_if_absent("commit", b"too late") is False
+
+
+def test_refused_credentials_are_named_in_one_line(
+    s3: Endpoints, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-but-secret")
+    with pytest.raises(ServiceError) as raised:
+        ObjectStore.connect(store.bucket)
+    message = str(raised.value)
+    assert str(s3.s3_endpoint_url) in message and store.bucket in message
+    assert "AWS_SECRET_ACCESS_KEY" in message and "wrong-but-secret" not in message and "\n" not in message
+
+
+def test_missing_credentials_are_named_in_one_line(
+    s3: Endpoints, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(ServiceError, match="no credentials; set AWS_ACCESS_KEY_ID"):
+        ObjectStore.connect("any-bucket")
+
+
+def test_a_store_that_does_not_answer_is_named_with_what_to_do(
+    s3: Endpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hidden@127.0.0.1:9")
+    with pytest.raises(ServiceError) as raised:
+        ObjectStore.connect("any-bucket")
+    message = str(raised.value)
+    assert "http://127.0.0.1:9, bucket any-bucket" in message and "convoy up" in message
+    assert "hidden" not in message and "\n" not in message
+
+
+def test_an_endpoint_that_is_no_address_is_the_users_mistake(
+    s3: Endpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost 8333")
+    with pytest.raises(UsageError, match="AWS_ENDPOINT_URL"):
+        ObjectStore.connect("any-bucket")
+
+
+def test_a_bucket_that_must_exist_is_not_created(s3: Endpoints) -> None:
+    with pytest.raises(ServiceError, match="no such bucket"):
+        ObjectStore.connect("never-created", create=False)
+    with pytest.raises(ServiceError, match="no such bucket"):
+        ObjectStore.connect("never-created", create=False)
+
+
+def test_connecting_creates_the_bucket_and_does_so_once(s3: Endpoints) -> None:
+    first = ObjectStore.connect("created-once")
+    first.put_bytes("key", b"kept")
+    assert ObjectStore.connect("created-once").get_bytes("key") == b"kept"
+    first.delete("key")
+
+
+def test_a_bad_bucket_name_is_the_users_mistake(s3: Endpoints) -> None:
+    with pytest.raises(UsageError, match="not a valid name"):
+        ObjectStore.connect("not/a bucket")

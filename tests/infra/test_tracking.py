@@ -1,0 +1,249 @@
+"""Runs and metrics against a real MLflow server, which is also stopped and started again."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.artifacts import load_text
+from mlflow.tracking import MlflowClient
+from pydantic import TypeAdapter
+
+from infra import tracking
+from infra.errors import ServiceError, UsageError
+from infra.metriclog import MetricLogger, MetricRow
+from infra.systemmetrics import SystemMetrics
+
+PATIENCE = 60.0  # seconds until a wait counts as a failure
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def run_id(stack: object, request: pytest.FixtureRequest) -> str:
+    return tracking.start_run("tracking-tests", request.node.name, {}, {})
+
+
+def history(run_id: str, metric: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in MlflowClient().get_metric_history(run_id, metric)]
+
+
+def test_run_carries_params_tags_and_dataset(stack: object) -> None:
+    params = {f"network.option{number}": number for number in range(120)}
+    digest = "ab12" * 16
+    run_id = tracking.start_run("tracking-tests", "whole", {**params, "unset": None, "lr": 0.1}, {"a": "1"})
+    tracking.set_tags(run_id, {"a": "2", "b": "3"})
+    tracking.log_dataset(run_id, "digits", digest, f"s3://convoy/datasets/{digest}/manifest.json")
+    tracking.log_metrics(run_id, {"test/accuracy": 0.5})
+    tracking.log_text(run_id, "report/evaluation.json", '{"accuracy": 0.5}')
+    tracking.end_run(run_id, "FINISHED")
+
+    run = MlflowClient().get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {name: str(value) for name, value in params.items()} | {
+        "unset": "None",
+        "lr": "0.1",
+    }
+    assert (run.data.tags["a"], run.data.tags["b"]) == ("2", "3")
+    assert run.data.metrics == {"test/accuracy": 0.5}
+    assert run.inputs is not None
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("digits", digest[:36])
+    assert {tag.key: tag.value for tag in used.tags} == {
+        "mlflow.data.context": "training",
+        "convoy.digest": digest,
+    }
+    assert json.loads(used.dataset.source)["uri"].endswith(f"{digest}/manifest.json")
+    assert load_text(f"runs:/{run_id}/report/evaluation.json") == '{"accuracy": 0.5}'
+
+
+def test_run_url_names_experiment_and_run(run_id: str) -> None:
+    experiment = MlflowClient().get_run(run_id).info.experiment_id
+    assert tracking.run_url(run_id) == f"{mlflow.get_tracking_uri()}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def test_password_in_the_servers_address_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hidden@127.0.0.1:9")
+    with pytest.raises(ServiceError) as failure:
+        tracking.check_server()
+    assert tracking.tracking_uri() == "http://127.0.0.1:9"
+    assert "hidden" not in str(failure.value)
+
+
+def test_deleted_experiment_is_the_users_to_restore(stack: object) -> None:
+    MlflowClient().delete_experiment(MlflowClient().create_experiment("tracking-tests-deleted"))
+    with pytest.raises(UsageError, match=r"tracking-tests-deleted.*was deleted"):
+        tracking.start_run("tracking-tests-deleted", "run", {}, {})
+
+
+def test_refused_params_leave_no_open_run(stack: object) -> None:
+    with pytest.raises(ServiceError, match=r"(failed|refused) to start a run") as failure:
+        tracking.start_run("tracking-tests-refused", "run", {"not?a name": 1}, {})
+    assert "\n" not in str(failure.value)
+    experiment = MlflowClient().get_experiment_by_name("tracking-tests-refused")
+    assert experiment is not None
+    assert [run.info.status for run in MlflowClient().search_runs([experiment.experiment_id])] == ["FAILED"]
+
+
+def test_server_that_is_down_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, free_address: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
+    with pytest.raises(ServiceError, match=f"{free_address} does not answer") as failure:
+        tracking.start_run("experiment", "run", {}, {})
+    assert "\n" not in str(failure.value)
+
+
+def test_metrics_arrive_once_each_and_in_order(run_id: str) -> None:
+    metrics = MetricLogger(run_id)
+    for step in range(1, 2501):
+        metrics.log(step, {"train/loss": 1 / step, "train/accuracy": float("nan")})
+    assert metrics.close(PATIENCE) == ()
+    assert history(run_id, "train/loss") == [(step, 1 / step) for step in range(1, 2501)]
+    assert len(history(run_id, "train/accuracy")) == 2500
+
+
+def test_rows_sent_again_after_a_resume_are_stored_once(run_id: str) -> None:
+    first = MetricLogger(run_id)
+    first.log(1, {"loss": 0.5, "nan": float("nan")})
+    rows = first.unacknowledged()
+    assert first.close(PATIENCE) == ()
+
+    rows_type = TypeAdapter(tuple[MetricRow, ...])
+    checkpoint = rows_type.dump_json(rows)
+    resumed = MetricLogger(run_id, backlog=rows_type.validate_json(checkpoint))
+    resumed.log(2, {"loss": 0.25})
+    assert resumed.close(PATIENCE) == ()
+    assert history(run_id, "loss") == [(1, 0.5), (2, 0.25)]
+    assert len(history(run_id, "nan")) == 1
+
+
+def test_rows_that_the_server_refuses_do_not_stop_those_behind_them(run_id: str) -> None:
+    refused = MetricRow(step=1, timestamp=1, values={"not?a name": 1.0})
+    metrics = MetricLogger(run_id, backlog=[refused])
+    wait_for(lambda: not metrics.unacknowledged())
+    metrics.log(2, {"loss": 0.5})
+    assert metrics.close(PATIENCE) == ()
+    assert history(run_id, "loss") == [(2, 0.5)]
+
+
+def test_full_buffer_thins_the_oldest_steps_but_no_epoch(
+    monkeypatch: pytest.MonkeyPatch, free_address: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    metrics = MetricLogger("0" * 32, capacity=400)
+    for step in range(1, 2001):
+        metrics.log(step, {"loss": 1.0}, keep=step % 100 == 0)
+    rows = metrics.close(0)
+    steps = [row.step for row in rows]
+    assert len(rows) <= 400
+    assert steps == sorted(steps)
+    assert {step for step in steps if step % 100 == 0} == set(range(100, 2001, 100))
+    newest = [step for step in steps if step > 1800]
+    assert newest == list(range(1801, 2001))
+    assert len([step for step in steps if step <= 1000]) < 200
+
+
+def test_outage_of_the_server_loses_and_repeats_no_step(
+    monkeypatch: pytest.MonkeyPatch, free_address: str, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with mlflow_server(free_address, tmp_path):
+        run_id = tracking.start_run("outage", "run", {}, {})
+        metrics = MetricLogger(run_id)
+        for step in range(1, 101):
+            metrics.log(step, {"loss": 1 / step})
+        wait_for(lambda: not metrics.unacknowledged())
+    for step in range(101, 301):
+        metrics.log(step, {"loss": 1 / step})
+    wait_for(lambda: metrics._failures >= 2)  # the thread has met the outage
+    assert [row.step for row in metrics.unacknowledged()] == list(range(101, 301))
+    with mlflow_server(free_address, tmp_path):
+        for step in range(301, 401):
+            metrics.log(step, {"loss": 1 / step})
+        assert metrics.close(PATIENCE) == ()
+        assert history(run_id, "loss") == [(step, 1 / step) for step in range(1, 401)]
+
+
+def test_close_returns_in_time_what_a_dead_server_did_not_take(
+    monkeypatch: pytest.MonkeyPatch, free_address: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "7")  # minutes of retries inside MLflow
+    metrics = MetricLogger("0" * 32)
+    metrics.log(1, {"loss": 0.5})
+    (row,) = metrics.close(1.0)
+    assert (row.step, row.values) == (1, {"loss": 0.5})
+
+
+def test_system_metrics_join_the_run(run_id: str) -> None:
+    metrics = MetricLogger(run_id)
+    system = SystemMetrics(metrics, interval=0.2)
+    system.start()
+    wait_for(lambda: len(history(run_id, "system/cpu_utilization_percentage")) >= 2)
+    system.stop()
+    assert metrics.close(PATIENCE) == ()
+    assert all(memory > 0 for _, memory in history(run_id, "system/system_memory_usage_megabytes"))
+
+
+def test_system_metrics_survive_a_server_that_is_down(
+    monkeypatch: pytest.MonkeyPatch, free_address: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    metrics = MetricLogger("0" * 32)
+    system = SystemMetrics(metrics, interval=0.05)
+    system.start()
+    time.sleep(0.2)
+    system.stop()
+    assert not system._thread.is_alive()
+    metrics.close(0)
+
+
+@pytest.fixture
+def free_address() -> str:
+    """An address of this machine where nothing listens."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@contextmanager
+def mlflow_server(address: str, folder: Path) -> Iterator[None]:
+    """A server of our own at `address`, its database kept in `folder` from one to the next."""
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", address.rpartition(":")[2],
+        "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination", str(folder / "artifacts"),
+    ]  # fmt: skip
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "server.log").open("ab") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        wait_for(lambda: server.poll() is not None or answers())
+        assert server.poll() is None, (folder / "server.log").read_text()
+        yield
+    finally:
+        os.killpg(server.pid, 9)
+        server.wait()
+
+
+def answers() -> bool:
+    try:
+        tracking.check_server()
+    except ServiceError:
+        return False
+    return True

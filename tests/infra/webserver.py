@@ -1,0 +1,101 @@
+"""A real HTTP server on 127.0.0.1 for tests: ranges, validators, and faults on demand."""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
+
+Fault = Literal["cut", "404", "500", "wrong bytes", "no ranges", "changed"]
+
+
+class WebServer:
+    """Files by path; `faults` holds, for each path, what goes wrong in its next requests, one entry a request."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.faults: dict[str, list[Fault]] = {}
+        self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
+        self.sent = 0  # bytes of content
+        self.lock = threading.Lock()
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                owner.answer(self)
+
+            def do_HEAD(self) -> None:
+                owner.answer(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def gets(self, path: str) -> list[str | None]:
+        """The Range of each GET of a path so far."""
+        return [range_ for method, asked, range_ in self.requests if method == "GET" and asked == path]
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        """Serve one request."""
+        path, asked = handler.path.partition("?")[0], handler.headers.get("Range")
+        with self.lock:
+            self.requests.append((handler.command, path, asked))
+            faults = self.faults.get(path, []) if handler.command == "GET" else []
+            fault = faults.pop(0) if faults else None
+        if path not in self.files or fault in {"404", "500"}:
+            handler.send_error(int(fault or 404))
+            return
+        content = self.files[path]
+        if fault == "wrong bytes":
+            content = bytes(len(content))
+        if fault == "changed":
+            content = content[::-1]
+        etag = f'"{hashlib.md5(content).hexdigest()}"'
+        start = 0
+        if asked and fault != "no ranges" and handler.headers.get("If-Range", etag) == etag:
+            start = int(asked.removeprefix("bytes=").partition("-")[0])
+            if start >= len(content):
+                handler.send_response(416)
+                handler.send_header("Content-Range", f"bytes */{len(content)}")
+                handler.send_header("Content-Length", "0")
+                handler.end_headers()
+                return
+            handler.send_response(206)
+            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            handler.send_response(200)
+        handler.send_header("ETag", etag)
+        handler.send_header("Content-Length", str(len(content) - start))
+        handler.end_headers()
+        if handler.command == "HEAD":
+            return
+        body = content[start:]
+        if fault == "cut":
+            body = body[: len(body) // 2]
+        with self.lock:
+            self.sent += len(body)
+        handler.wfile.write(body)
+        if fault == "cut":
+            handler.wfile.flush()
+            handler.connection.shutdown(2)
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@contextmanager
+def web_server() -> Iterator[WebServer]:
+    """A server for the block."""
+    server = WebServer()
+    try:
+        yield server
+    finally:
+        server.close()

@@ -1,0 +1,239 @@
+"""The preprocess task against a real object store: what it writes, when it is skipped, what it repairs."""
+
+import gzip
+import hashlib
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from cnn.config import PreprocessConfig
+from cnn.errors import InputError
+from infra.cache import Cache
+from infra.errors import ServiceError
+from infra.objectstore import ObjectMissing, ObjectStore
+from infra.raw import RawFile, RawSource
+from tasks.dataset import (
+    DatasetDamaged,
+    DatasetRef,
+    load_manifest,
+    manifest_key,
+    open_split,
+    shard_key,
+    shards_of,
+)
+from tasks.preprocess import preprocess, step_key
+
+CSV = gzip.decompress(files("sklearn.datasets.data").joinpath("digits.csv.gz").read_bytes())
+CONFIG = PreprocessConfig()
+
+
+@pytest.fixture
+def home(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The state folder of a machine that uses the test's bucket."""
+    monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
+    monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def put_raw(store: ObjectStore, content: bytes, name: str = "digits") -> RawSource:
+    file = RawFile(path="digits.csv", sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+    store.put_bytes(file.key, content)
+    return RawSource(name=name, format="digits", files=(file,), served_by={})
+
+
+@pytest.fixture
+def raw(store: ObjectStore) -> RawSource:
+    return put_raw(store, CSV)
+
+
+def run(raw: RawSource, config: PreprocessConfig = CONFIG, *, refresh: bool = False) -> DatasetRef:
+    return preprocess.fn(raw, config, refresh=refresh)
+
+
+def keys(store: ObjectStore, prefix: str) -> list[str]:
+    return [info.key for info in store.list(prefix)]
+
+
+def test_shards_manifest_and_step_record_are_stored_under_their_digests(
+    store: ObjectStore, raw: RawSource, home: Path
+) -> None:
+    dataset = run(raw)
+    assert (dataset.name, dataset.reused) == ("digits", False)
+    assert hashlib.sha256(store.get_bytes(manifest_key(dataset.version))).hexdigest() == dataset.version
+    manifest = load_manifest(store, dataset.version)
+    assert keys(store, "shards/") == sorted(shard_key(shard) for shard in shards_of(manifest))
+    for shard in shards_of(manifest):
+        content = store.get_bytes(shard_key(shard))
+        assert (hashlib.sha256(content).hexdigest(), len(content)) == (shard.sha256, shard.bytes)
+    record = json.loads(store.get_bytes(f"steps/preprocess/{step_key(raw, CONFIG)}.json"))
+    assert record == {"dataset_version": dataset.version}
+    assert not list((home / "work").iterdir())
+
+
+def test_another_machine_reads_the_packed_images(
+    store: ObjectStore, raw: RawSource, home: Path, tmp_path: Path
+) -> None:
+    manifest = load_manifest(store, run(raw).version)
+    cache = Cache(tmp_path / "elsewhere", store)
+    total = 0
+    for split in manifest.splits:
+        packed = open_split(cache, manifest, split)
+        images, labels = packed.gather(torch.arange(len(packed)))
+        assert torch.bincount(labels, minlength=10).tolist() == list(manifest.splits[split].class_counts)
+        total += int(images.sum())
+    assert total == np.round(load_digits().images * 255 / 16).sum()
+
+
+def test_a_second_run_is_skipped_even_without_the_raw_files(
+    store: ObjectStore, raw: RawSource, home: Path
+) -> None:
+    first = run(raw)
+    store.delete(raw.files[0].key)
+    shutil.rmtree(home)
+    assert run(raw) == first.model_copy(update={"reused": True})
+
+
+def test_other_parameters_data_or_class_names_are_another_step(
+    store: ObjectStore, raw: RawSource, home: Path
+) -> None:
+    first = run(raw)
+    fewer = put_raw(store, b"".join(CSV.splitlines(keepends=True)[:-1]))
+    named = raw.model_copy(update={"classes": ("a", "b")})
+    others = [(raw, PreprocessConfig(split_seed=1)), (fewer, CONFIG), (named, CONFIG)]
+    step_keys = {step_key(source, config) for source, config in [(raw, CONFIG), *others]}
+    assert len(step_keys) == 4
+    for source, config in others[:2]:
+        dataset = run(source, config)
+        assert not dataset.reused and dataset.version != first.version
+
+
+def test_the_name_and_the_mirror_are_not_part_of_the_step(
+    store: ObjectStore, raw: RawSource, home: Path
+) -> None:
+    first = run(raw)
+    same = RawSource(name="other", format="digits", files=raw.files, served_by={"digits.csv": "elsewhere"})
+    assert run(same) == DatasetRef(version=first.version, name="other", reused=True)
+
+
+def test_equal_results_of_different_steps_are_one_version(
+    store: ObjectStore, raw: RawSource, home: Path
+) -> None:
+    first = run(raw)
+    second = run(raw, PreprocessConfig(max_unreadable=0.5))
+    assert (second.version, second.reused) == (first.version, False)
+    assert len(keys(store, "datasets/")) == 1
+
+
+def damage_shard_size(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
+    key = shard_key(shards_of(load_manifest(store, dataset.version))[1])
+    store.put_bytes(key, store.get_bytes(key)[:-1])
+    return key
+
+
+def damage_shard_content(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
+    key = shard_key(shards_of(load_manifest(store, dataset.version))[1])
+    store.put_bytes(key, store.get_bytes(key)[:-1] + b"?")
+    return key
+
+
+def delete_shard(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
+    key = shard_key(shards_of(load_manifest(store, dataset.version))[0])
+    store.delete(key)
+    return key
+
+
+def delete_manifest(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
+    store.delete(manifest_key(dataset.version))
+    return manifest_key(dataset.version)
+
+
+def damage_manifest(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
+    store.put_bytes(manifest_key(dataset.version), b"{}")
+    return manifest_key(dataset.version)
+
+
+def damage_record(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
+    key = f"steps/preprocess/{step_key(raw, CONFIG)}.json"
+    store.put_bytes(key, b'{"dataset_ver')
+    return key
+
+
+def misdirect_record(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
+    key = f"steps/preprocess/{step_key(raw, CONFIG)}.json"
+    store.put_bytes(key, json.dumps({"dataset_version": "0" * 64}).encode())
+    return key
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_shard_size,
+        damage_shard_content,
+        delete_shard,
+        delete_manifest,
+        damage_manifest,
+        damage_record,
+        misdirect_record,
+    ],
+)
+def test_a_damaged_or_deleted_object_is_noticed_and_rebuilt(  # type: ignore[no-untyped-def]
+    store: ObjectStore, raw: RawSource, home: Path, damage
+) -> None:
+    dataset = run(raw)
+    before = {key: store.get_bytes(key) for key in keys(store, "")}
+    damaged = damage(store, dataset, raw)
+    assert run(raw) == dataset  # not reused
+    assert store.get_bytes(damaged) == before[damaged]
+    assert {key: store.get_bytes(key) for key in keys(store, "")} == before
+    assert run(raw).reused
+
+
+def test_refresh_computes_anew_and_comes_to_the_same(store: ObjectStore, raw: RawSource, home: Path) -> None:
+    first = run(raw)
+    again = run(raw, refresh=True)
+    assert (again.version, again.reused) == (first.version, False)
+
+
+def test_what_a_killed_run_left_does_not_disturb(store: ObjectStore, raw: RawSource, home: Path) -> None:
+    leavings = home / "work" / f"preprocess-{step_key(raw, CONFIG)}"
+    leavings.mkdir(parents=True)
+    (leavings / "half.safetensors.tmp").write_bytes(b"half")
+    run(raw)
+    assert not leavings.exists()
+
+
+def test_bad_data_is_refused_with_the_source_named_and_nothing_stored(store: ObjectStore, home: Path) -> None:
+    bad = put_raw(store, CSV[: len(CSV) // 2 - 7], name="my-digits")
+    with pytest.raises(InputError, match=r"^my-digits: digits\.csv is not the digits CSV") as refusal:
+        run(bad)
+    assert "\n" not in str(refusal.value)
+    assert keys(store, "") == [bad.files[0].key]
+    assert not list((home / "work").iterdir())
+
+
+def test_a_damaged_raw_file_is_refused(store: ObjectStore, raw: RawSource, home: Path) -> None:
+    store.put_bytes(raw.files[0].key, CSV[:-1] + b"?")
+    with pytest.raises(ServiceError, match=raw.files[0].sha256):
+        run(raw)
+    assert keys(store, "") == [raw.files[0].key]
+
+
+def test_a_manifest_that_is_missing_or_does_not_match_its_version_is_refused(
+    store: ObjectStore, raw: RawSource, home: Path
+) -> None:
+    version = run(raw).version
+    with pytest.raises(ObjectMissing):
+        load_manifest(store, "0" * 64)
+    store.put_bytes(manifest_key(version), store.get_bytes(manifest_key(version)) + b" ")
+    with pytest.raises(DatasetDamaged, match="is damaged: its SHA-256 is"):
+        load_manifest(store, version)
+    foreign = hashlib.sha256(b"{}").hexdigest()
+    store.put_bytes(manifest_key(foreign), b"{}")
+    with pytest.raises(DatasetDamaged, match="not a dataset manifest"):
+        load_manifest(store, foreign)

@@ -1,0 +1,207 @@
+"""Evaluation, registration and verification on the real stack, from weights in the bucket to an alias."""
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from mlflow.artifacts import download_artifacts
+from mlflow.tracking import MlflowClient
+from prefect import flow
+from safetensors.torch import load_file, save_file
+
+from cnn.config import PreprocessConfig, TrainConfig
+from cnn.networks import build_network
+from cnn.weights import save_weights
+from infra import tracking
+from infra.errors import ServiceError, UsageError
+from infra.objectstore import ObjectStore
+from infra.registry import ModelVersion, aliased
+from infra.settings import Settings
+from tasks.dataset import DatasetRef, load_manifest
+from tasks.download import download
+from tasks.evaluate import Evaluation, evaluate
+from tasks.preprocess import preprocess
+from tasks.reference import load_reference, store_reference
+from tasks.register import register
+from tasks.train import TrainResult
+from tasks.verify import VerificationFailed, verify
+
+CONFIG = TrainConfig(model="convoy9", network={"width": 8})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the train task leaves: digits, a run, and weights in the bucket."""
+
+    store: ObjectStore
+    dataset: DatasetRef
+    result: TrainResult
+
+
+@pytest.fixture(scope="module")
+def trained(stack: object, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    @flow
+    def prepare() -> DatasetRef:
+        return preprocess(download("digits"), PreprocessConfig(limit=300))
+
+    dataset = prepare()
+    store = ObjectStore.connect(Settings().bucket)
+    manifest = load_manifest(store, dataset.version)
+    torch.manual_seed(0)
+    network = build_network(
+        CONFIG, channels=manifest.channels, image_size=manifest.image_size, classes=len(manifest.classes)
+    )
+    run_id = tracking.start_run("register-tests", "run", {"model": CONFIG.model}, {})
+    weights = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    digest = save_weights(network, weights)
+    key = f"runs/{run_id}/checkpoints/step-00000001/model.safetensors"
+    store.put_file(key, weights)
+    result = TrainResult(
+        run_id=run_id,
+        weights_key=key,
+        weights_sha256=digest,
+        world_size=1,
+        steps=1,
+        train_seconds=1.0,
+        images_per_second=1.0,
+        val_accuracy=0.1,
+        val_loss=2.3,
+    )
+    return Trained(store, dataset, result)
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained: Trained) -> Evaluation:
+    @flow
+    def evaluating() -> Evaluation:
+        return evaluate(CONFIG, trained.dataset, trained.result)
+
+    return evaluating()
+
+
+@pytest.fixture(scope="module")
+def registered(trained: Trained, evaluated: Evaluation) -> ModelVersion:
+    @flow
+    def registering() -> ModelVersion:
+        return register("digits-test", CONFIG, trained.dataset, trained.result, evaluated)
+
+    return registering()
+
+
+def verifying(model: ModelVersion, evaluation: Evaluation) -> None:
+    @flow
+    def run() -> None:
+        verify(model, evaluation)
+
+    run()
+
+
+def test_evaluation_is_in_the_run(trained: Trained, evaluated: Evaluation) -> None:
+    run = MlflowClient().get_run(trained.result.run_id)
+    assert run.data.metrics["test/accuracy"] == evaluated.accuracy
+    assert set(run.data.metrics) >= {"test/loss", "test/macro_f1"}
+    folder = Path(download_artifacts(run_id=trained.result.run_id, artifact_path="report"))
+    report = json.loads((folder / "evaluation.json").read_text())
+    counts = json.loads((folder / "confusion_matrix.json").read_text())["counts"]
+    assert report["accuracy"] == evaluated.accuracy
+    assert sum(map(sum, counts)) == report["images"] == evaluated.report.images
+    assert (folder / "confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_that_are_not_those_of_the_training_are_not_evaluated(trained: Trained) -> None:
+    other = trained.result.model_copy(update={"weights_sha256": "0" * 64})
+    with pytest.raises(ServiceError, match="holds other weights than the training left"):
+        evaluate.fn(CONFIG, trained.dataset, other)
+
+
+def test_registered_version_carries_its_origin(trained: Trained, registered: ModelVersion) -> None:
+    version = MlflowClient().get_model_version(registered.name, registered.version)
+    assert version.run_id == trained.result.run_id
+    assert version.tags["convoy.dataset_version"] == trained.dataset.version
+    assert version.tags["convoy.weights_sha256"] == trained.result.weights_sha256
+    assert version.tags["prefect.flow_run_id"]
+    (output,) = MlflowClient().get_run(trained.result.run_id).outputs.model_outputs  # type: ignore[union-attr]
+    assert f"models:/{output.model_id}" == version.source
+
+
+def test_registered_model_describes_itself(trained: Trained, registered: ModelVersion) -> None:
+    info = mlflow.models.get_model_info(registered.uri)
+    assert str(info.signature.inputs) == "[Tensor('uint8', (-1, 1, 8, 8))]"
+    assert str(info.signature.outputs) == "[Tensor('float32', (-1, 10))]"
+    manifest = load_manifest(trained.store, trained.dataset.version)
+    assert info.metadata is not None
+    assert info.metadata["classes"] == list(manifest.classes)
+    assert info.saved_input_example_info is not None
+    assert info.flavors["python_function"]["config"]["device"] == "cpu"
+
+
+def test_registered_files_hold_no_pickled_weights(registered: ModelVersion) -> None:
+    folder = Path(download_artifacts(registered.uri))
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pth", ".pt", ".bin"))]
+    with zipfile.ZipFile(folder / "data" / "model.pt2") as archive:
+        configs = [name for name in archive.namelist() if name.endswith(("weights_config.json", "constants_config.json"))]
+        assert len(configs) == 2
+        for name in configs:
+            assert not [
+                tensor for tensor, payload in json.loads(archive.read(name))["config"].items() if payload["use_pickle"]
+            ]
+
+
+def test_only_a_verified_version_becomes_challenger(
+    trained: Trained, evaluated: Evaluation, registered: ModelVersion
+) -> None:
+    assert aliased(registered.name, "challenger") is None
+    verifying(registered, evaluated)
+    assert aliased(registered.name, "challenger") == registered
+    tags = MlflowClient().get_model_version(registered.name, registered.version).tags
+    assert tags["convoy.verification"] == "passed"
+
+    reference = load_reference(trained.store, evaluated.reference_key)
+    reference["probabilities"][-1] += 1e-4  # only the largest batch shows it
+    key = "runs/other/reference.safetensors"
+    store_reference(trained.store, key, **reference)
+    MlflowClient().delete_registered_model_alias(registered.name, "challenger")
+    with pytest.raises(VerificationFailed, match="is not the evaluated network"):
+        verifying(registered, evaluated.model_copy(update={"reference_key": key}))
+    assert aliased(registered.name, "challenger") is None
+    tags = MlflowClient().get_model_version(registered.name, registered.version).tags
+    assert tags["convoy.verification"] == "failed"
+
+
+def test_version_whose_files_are_gone_fails_verification(
+    stack: object, trained: Trained, evaluated: Evaluation, registered: ModelVersion
+) -> None:
+    client = MlflowClient()
+    experiment = client.get_run(trained.result.run_id).info.experiment_id
+    empty = client.create_logged_model(experiment, name="empty", source_run_id=trained.result.run_id)
+    version = client.create_model_version(registered.name, f"models:/{empty.model_id}", model_id=empty.model_id)
+    lost = ModelVersion(name=registered.name, version=str(version.version))
+    with pytest.raises(VerificationFailed, match="gave no predictions in a fresh process") as failure:
+        verifying(lost, evaluated)
+    assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "models:1"])
+def test_name_that_mlflow_refuses_registers_nothing(trained: Trained, evaluated: Evaluation, name: str) -> None:
+    with pytest.raises(UsageError, match="cannot name a model"):
+        register.fn(name, CONFIG, trained.dataset, trained.result, evaluated)
+
+
+def test_failed_export_registers_nothing(
+    trained: Trained, evaluated: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.register.REQUIREMENTS", ("torch",))
+    monkeypatch.setattr("cnn.serving.ServedClassifier.forward", _cannot_be_exported)
+    with pytest.raises(Exception, match="data-dependent|Could not guard|Could not extract"):
+        register.fn("never-registered", CONFIG, trained.dataset, trained.result, evaluated)
+    assert not MlflowClient().search_registered_models("name = 'never-registered'")
+
+
+def _cannot_be_exported(self: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The number of values in the output depends on the images' content."""
+    return images.float().flatten(1) if images.sum().item() > 10 else images.float()
