@@ -1,9 +1,19 @@
 """The data sets that Convoy knows by name: their files, how to verify them, and where they can be had."""
 
+import difflib
 import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from infra.errors import UsageError
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
+"""How the name of an archive ends."""
+
+CHOICES = "give a folder, an archive, an s3:// or https:// address"
 
 Format = Literal["idx", "cifar", "digits", "folder", "archive"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -198,3 +208,20 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         mirrors=("package:sklearn/datasets/data",),
     ),
 )
+
+
+def check_dataset(dataset: str) -> None:
+    """Raise UsageError if `dataset` is neither in the catalogue, nor an address, nor on this machine. Asks nobody."""
+    known = any(entry.name == dataset for entry in CATALOGUE)
+    if not known and "://" not in dataset and not Path(dataset.removeprefix("file:")).expanduser().exists():
+        raise no_such_dataset(dataset, CATALOGUE)
+
+
+def no_such_dataset(dataset: str, catalogue: Sequence[CatalogueEntry]) -> UsageError:
+    """The error for a name that names nothing; says what was probably meant."""
+    if len(Path(dataset).parts) > 1 or dataset.startswith((".", "~", "/")) or dataset.lower().endswith(ARCHIVES):
+        return UsageError(f"{dataset}: there is no such folder or archive")
+    names = [entry.name for entry in catalogue]
+    near = difflib.get_close_matches(dataset.lower(), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)};"
+    return UsageError(f"unknown data set {dataset!r}: {hint} or {CHOICES}")

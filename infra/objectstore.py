@@ -5,6 +5,7 @@ Objects are named by their content wherever possible; the few that are not (comm
 by a conditional put.
 """
 
+import base64
 import hashlib
 import time
 from collections.abc import Iterator
@@ -86,10 +87,10 @@ class ObjectStore:
     def put_file(
         self, key: str, path: Path, *, sha256: str | None = None, on_progress: OnBytes | None = None
     ) -> str:
-        """Upload a file, large ones in concurrent parts, and return its SHA-256.
+        """Upload a file, a large one in concurrent parts, and return its SHA-256.
 
-        The file is hashed first; the digest is stored with the object. The store checks the bytes that arrive
-        against the signature of each request, which covers them, and the size is compared afterwards.
+        The file is hashed first. The store checks what arrives against the SHA-256 sent with each request,
+        refuses it if it differs, and keeps the digest with the object.
 
         Raises:
             ServiceError: also when the content is not what `sha256` promised.
@@ -99,24 +100,23 @@ class ObjectStore:
             raise ServiceError(f"{path}: its SHA-256 is {digest}, expected {sha256}; not uploaded")
         with translated(self._where(key)):
             if size > PART:
-                self._transfer.upload_file(
-                    str(path), self.bucket, key, on_progress, {"Metadata": {SHA256: digest}}
-                )
+                extra = {"Metadata": {SHA256: digest}, "ChecksumAlgorithm": "SHA256"}
+                self._transfer.upload_file(str(path), self.bucket, key, on_progress, extra)
             else:
                 with path.open("rb") as body:
-                    self._client.put_object(Bucket=self.bucket, Key=key, Body=body, Metadata={SHA256: digest})
+                    self._client.put_object(Bucket=self.bucket, Key=key, Body=body, **_digests(digest))
                 if on_progress:
                     on_progress(size)
-        stored = self.head(key)
-        if stored is None or stored.size != size:
-            found = "nothing" if stored is None else f"{stored.size} bytes"
-            raise ServiceError(f"{self._where(key)}: {found} after an upload of {size} bytes; try again")
+        if size > PART and (stored := self.head(key)) and stored.size != size:  # a part went missing
+            raise ServiceError(f"{self._where(key)}: {stored.size} bytes there after an upload of {size}")
         return digest
 
     def put_bytes(self, key: str, data: bytes) -> None:
         """Write a small object, replacing what was there."""
         with translated(self._where(key)):
-            self._client.put_object(Bucket=self.bucket, Key=key, Body=data, Metadata=_metadata(data))
+            self._client.put_object(
+                Bucket=self.bucket, Key=key, Body=data, **_digests(hashlib.sha256(data).hexdigest())
+            )
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write a small object only if the key is free, atomically; False if it was taken.
@@ -212,7 +212,11 @@ class ObjectStore:
             for remaining in reversed(range(TRIES)):
                 try:
                     self._client.put_object(
-                        Bucket=self.bucket, Key=key, Body=data, IfNoneMatch="*", Metadata=_metadata(data)
+                        Bucket=self.bucket,
+                        Key=key,
+                        Body=data,
+                        IfNoneMatch="*",
+                        **_digests(hashlib.sha256(data).hexdigest()),
                     )
                     return True
                 except ClientError as error:
@@ -242,5 +246,7 @@ class ObjectStore:
         return f"object storage at {place}, bucket {self.bucket}" + (f", key {key}" if key else "")
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    return {SHA256: hashlib.sha256(data).hexdigest()}
+def _digests(sha256: str) -> dict[str, Any]:
+    """Arguments that make the store check what arrives, and keep the digest."""
+    checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
+    return {"Metadata": {SHA256: sha256}, "ChecksumSHA256": checksum}

@@ -1,13 +1,15 @@
 """MLflow's model registry: what is served, under which name, version and alias."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import quote
 
 import mlflow.pytorch
 from mlflow.entities import LoggedModelOutput
-from mlflow.exceptions import RestException
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.models import Model, infer_signature
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
@@ -34,7 +36,7 @@ class ModelVersion(BaseModel):
     @property
     def url(self) -> str:
         """Its address in MLflow's web pages."""
-        return f"{tracking_uri()}/#/models/{self.name}/versions/{self.version}"
+        return f"{tracking_uri()}/#/models/{quote(self.name, safe='')}/versions/{self.version}"
 
 
 def check_model_name(name: str) -> str:
@@ -97,7 +99,8 @@ def log_model(
             client.log_model_artifacts(logged.model_id, str(folder))
             client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
         except BaseException:
-            client.finalize_logged_model(logged.model_id, "FAILED")
+            with suppress(MlflowException):  # what went wrong first is what should be known
+                client.finalize_logged_model(logged.model_id, "FAILED")
             raise
         client.finalize_logged_model(logged.model_id, "READY")
     return str(logged.model_id)

@@ -41,10 +41,8 @@ class ObjectMissing(ServiceError):
 def open_client() -> Any:
     """A boto3 client for the store that the standard variables name.
 
-    It is configured for what every S3-compatible store understands.
-    Newer checksum trailers are refused by some stores, so they are sent only where S3 demands them; the
-    signature covers each request's body instead. Keys are in the path, since a local server has no host name
-    per bucket.
+    It is configured for what every S3-compatible store understands: checksums only where we ask for them,
+    since newer kinds are refused by some; keys in the path, since a local server has no host name a bucket.
 
     Raises:
         UsageError: the endpoint's address cannot be used.
@@ -53,7 +51,7 @@ def open_client() -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         retries={"mode": "standard", "total_max_attempts": TRIES},
-        s3={"addressing_style": "path", "payload_signing_enabled": True},
+        s3={"addressing_style": "path"},
         max_pool_connections=4 * CONCURRENCY,
         connect_timeout=5,
         read_timeout=60,

@@ -7,6 +7,7 @@ variables only: `os.environ.update(up(Settings()).environment())`. The local MLf
 password; see `infra.servers`.
 """
 
+import re
 import subprocess
 import time
 from collections.abc import Callable, Collection
@@ -28,6 +29,7 @@ __all__ = ["NAMES", "Endpoints", "ServerName", "ServerStatus", "down", "status",
 
 START_PATIENCE = 180.0  # seconds until a server is ready; a cold start on two busy cores takes under a minute
 BUSY_PATIENCE = 30.0  # seconds for a running server to answer, however busy the machine is
+ANSWER_PATIENCE = 5.0  # seconds for one answer
 POLL = 0.1  # seconds between looks at a starting server
 ATTEMPTS = 3  # at finding ports that nobody else takes in the meantime
 
@@ -94,9 +96,9 @@ def down(settings: Settings) -> list[str]:
 def status(settings: Settings) -> list[ServerStatus]:
     """Look at each server once."""
     folder = StackFolder(settings)
-    external = {name: address for name, _, address in folder.external()}
+    external = {name: _without_login(address) for name, _, address in folder.external()}
     found = []
-    with httpx.Client(trust_env=False, timeout=5) as client:
+    with httpx.Client(trust_env=False, timeout=ANSWER_PATIENCE) as client:
         for name in NAMES:
             if name in external:
                 found.append(ServerStatus(name=name, url=external[name], state="external"))
@@ -117,7 +119,7 @@ def _up(folder: StackFolder, on_event: OnEvent, only: Collection[ServerName]) ->
     folder.prepare(on_event)
     external = {name for name, _, _ in folder.external()}
     wanted = [name for name in NAMES if name in only and name not in external]
-    with httpx.Client(trust_env=False, timeout=5) as client:
+    with httpx.Client(trust_env=False, timeout=ANSWER_PATIENCE) as client:
         starting: dict[ServerName, subprocess.Popen[bytes]] = {}
         for name in wanted:
             if not _runs(name, folder, client, on_event):
@@ -192,8 +194,7 @@ def _check_external(variable: str, address: str) -> None:
     """
     if not address.startswith(("http://", "https://")):  # MLflow also takes databases and folders
         return
-    url = httpx.URL(address)
-    url = url.copy_with(username=None, password=None) if url.userinfo else url
+    url = _without_login(address)
     try:
         answer = httpx.get(url, timeout=10, verify=False)
     except httpx.HTTPError as error:
@@ -201,6 +202,11 @@ def _check_external(variable: str, address: str) -> None:
         raise ServiceError(f"{variable} names {url}, which does not answer ({error}): {advice}") from None
     if answer.is_server_error:
         raise ServiceError(f"{variable} names {url}, which answers with status {answer.status_code}")
+
+
+def _without_login(address: str) -> str:
+    """The address without user and password, to be shown."""
+    return re.sub(r"//[^/]*@", "//", address)
 
 
 def _ensure_bucket(folder: StackFolder) -> None:

@@ -60,10 +60,10 @@ class StackFolder:
         }
         preferred = {name: port for name, port in asked.items() if port}
         self.ports = ports.choose(self.ports, kept=kept, preferred=preferred)
-        for name, port in preferred.items():
-            if port != getattr(self.ports, name):
-                why = "it already runs on another" if name in kept else "another program has it"
-                on_event(f"port {port} is not used for {name}: {why}")
+        for purpose, port in preferred.items():
+            if port != getattr(self.ports, purpose):
+                why = "it already runs on another" if purpose in kept else "another program has it"
+                on_event(f"port {port} is not used for {purpose}: {why}")
         (self.root / "ports.json").write_text(self.ports.model_dump_json())
 
     def external(self) -> list[tuple[ServerName, str, str]]:

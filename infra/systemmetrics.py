@@ -45,9 +45,8 @@ class SystemMetrics:
 
     def _run(self) -> None:
         try:
-            logging.getLogger(SystemMetricsMonitor.__module__).setLevel(
-                logging.WARNING
-            )  # "no GPU", every time
+            # It would say at every start that there is no GPU.
+            logging.getLogger(SystemMetricsMonitor.__module__).setLevel(logging.WARNING)
             monitor: Any = SystemMetricsMonitor(self._metrics.run_id)  # type: ignore[no-untyped-call]
             monitor.collect_metrics()  # processor use is counted from the first look
             began = self._began()

@@ -6,12 +6,13 @@ Nothing here uses MLflow's global "active run".
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.exceptions import RestException
+from mlflow.exceptions import MlflowException, RestException
 
 from infra.errors import UsageError
 from infra.metriclog import MetricLogger, MetricRow
@@ -66,7 +67,8 @@ def start_run(
             for start in range(0, len(values), PARAMS_A_CALL):
                 client.log_batch(run_id, params=values[start : start + PARAMS_A_CALL])
         except BaseException:
-            client.set_terminated(run_id, "FAILED")
+            with suppress(MlflowException):  # what went wrong first is what should be known
+                client.set_terminated(run_id, "FAILED")
             raise
     return run_id
 

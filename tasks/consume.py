@@ -2,7 +2,7 @@
 
     python -P consume.py MODEL_URI IMAGES PREDICTIONS SIZE...
 
-IMAGES and PREDICTIONS are safetensors files. For each SIZE the first that many `images` are sent as one batch,
+IMAGES and PREDICTIONS are safetensors files. For each SIZE, that many of the first `images` go in as one batch,
 and its predictions are stored under that number. It imports nothing of Convoy, as whoever serves the model.
 """
 

@@ -22,7 +22,7 @@ from infra.provenance import provenance
 from infra.settings import Settings
 from tasks.checkpoints import checkpoint_prefix
 from tasks.config import RunConfig
-from tasks.preprocess import DatasetRef
+from tasks.dataset import DatasetRef
 
 
 class Cancelled(RuntimeError):

@@ -19,7 +19,7 @@ from cnn.distributed import device_count
 from cnn.worldsize import default_world_size
 from infra.settings import Settings
 from tasks.job import Event, Job, JobFolder, Outcome
-from tasks.preprocess import DatasetRef
+from tasks.dataset import DatasetRef
 from tasks.progress import Advance, progress, run_logger
 from tasks.run import Cancelled, TrackedRun
 from tasks.supervisor import PATIENCE

@@ -31,20 +31,28 @@ down(Settings(home=Path(sys.argv[1])))
 """
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _environment() -> Iterator[None]:
-    """Take the user's own settings away for the session: no test may depend on them, or use their servers."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Take the user's own settings away before anything is imported: no test may depend on them."""
     before = dict(os.environ)
     for name in before:
         if name.startswith(USERS_OWN):
             del os.environ[name]
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+
+    def restore() -> None:
+        os.environ.clear()
+        os.environ.update(before)
+
+    config.add_cleanup(restore)
+
+
+def _apply(endpoints: Endpoints) -> None:
+    os.environ.update(endpoints.environment())
+    if context := sys.modules.get("prefect.context"):  # it read its settings when it was imported
+        context.refresh_global_settings_context()
 
 
 @pytest.fixture(scope="session")
-def settings(_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of the session's stack."""
     return Settings(home=tmp_path_factory.mktemp("session") / ".convoy")
 
@@ -69,7 +77,7 @@ def _stack_ends_with_session(settings: Settings) -> Iterator[None]:
 def s3(settings: Settings, _stack_ends_with_session: None) -> Endpoints:
     """The session's object store; MLflow and Prefect may not run. `os.environ` names it from now on."""
     endpoints = up(settings, only=["seaweedfs"])
-    os.environ.update(endpoints.environment())
+    _apply(endpoints)
     return endpoints
 
 
@@ -77,7 +85,7 @@ def s3(settings: Settings, _stack_ends_with_session: None) -> Endpoints:
 def stack(settings: Settings, s3: Endpoints) -> Endpoints:
     """The session's object store, MLflow and Prefect. `os.environ` names them from now on."""
     endpoints = up(settings)
-    os.environ.update(endpoints.environment())
+    _apply(endpoints)
     return endpoints
 
 

@@ -5,6 +5,7 @@ import threading
 import zipfile
 from dataclasses import dataclass
 
+from infra.catalogue import ARCHIVES
 from infra.errors import ServiceError, UsageError
 from infra.files import OnBytes
 from infra.meter import Meter
@@ -12,7 +13,6 @@ from infra.raw import RawBucket, RawFile, RawSource, write_record
 from infra.sources.base import Workplace, slug, source_key
 from infra.webfetch import display
 
-SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ArchiveSource:
 
     @property
     def name(self) -> str:
-        suffix = next(suffix for suffix in SUFFIXES if self.file.lower().endswith(suffix))
+        suffix = next(suffix for suffix in ARCHIVES if self.file.lower().endswith(suffix))
         return slug(self.file[: -len(suffix)])
 
     @property

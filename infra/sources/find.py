@@ -1,18 +1,15 @@
 """From what the user typed to a source."""
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from infra.catalogue import CATALOGUE, CatalogueEntry
+from infra.catalogue import ARCHIVES, CATALOGUE, CHOICES, CatalogueEntry, no_such_dataset
 from infra.errors import UsageError
 from infra.mirrors import Mirrors
-from infra.sources.archive import SUFFIXES, ArchiveSource
+from infra.sources.archive import ArchiveSource
 from infra.sources.catalogue import CatalogueSource
 from infra.sources.folder import FolderSource, bucket_folder, local_folder
 from infra.webfetch import display, file_name
-
-CHOICES = "give a folder, an archive, an s3:// or https:// address"
 
 
 def find_source(
@@ -46,7 +43,7 @@ def find_source(
     if path.is_file():
         _require_archive(path.name, str(path))
         return ArchiveSource(f"file:{path.absolute()}", path.name, path.stat().st_size)
-    raise UsageError(_nothing(dataset, path, [entry.name for entry in catalogue]))
+    raise no_such_dataset(dataset, catalogue)
 
 
 def _web(address: str, mirrors: Mirrors) -> ArchiveSource:
@@ -57,7 +54,7 @@ def _web(address: str, mirrors: Mirrors) -> ArchiveSource:
 
 def _bucket(address: str, mirrors: Mirrors) -> ArchiveSource | FolderSource:
     store, key = mirrors.object(address)
-    if not key.lower().endswith(SUFFIXES):
+    if not key.lower().endswith(ARCHIVES):
         return bucket_folder(store, key)
     info = store.head(key)
     if info is None:
@@ -66,13 +63,5 @@ def _bucket(address: str, mirrors: Mirrors) -> ArchiveSource | FolderSource:
 
 
 def _require_archive(file: str, where: str) -> None:
-    if not file.lower().endswith(SUFFIXES):
-        raise UsageError(f"{where}: not an archive by its name; known are {' '.join(SUFFIXES)}")
-
-
-def _nothing(dataset: str, path: Path, names: Sequence[str]) -> str:
-    if len(path.parts) > 1 or dataset.startswith((".", "~", "/")) or dataset.lower().endswith(SUFFIXES):
-        return f"{dataset}: there is no such folder or archive"
-    near = difflib.get_close_matches(dataset.lower(), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)};"
-    return f"unknown data set {dataset!r}: {hint} or {CHOICES}"
+    if not file.lower().endswith(ARCHIVES):
+        raise UsageError(f"{where}: not an archive by its name; known are {' '.join(ARCHIVES)}")

@@ -1,12 +1,18 @@
 """The object store, against a real SeaweedFS."""
 
 import hashlib
+import io
 import os
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from botocore.awsrequest import AWSPreparedRequest, AWSRequest, AWSResponse
+from botocore.exceptions import ConnectionClosedError
+from urllib3 import HTTPResponse
 
 from infra.errors import ServiceError, UsageError
 from infra.objectstore import PART, ObjectMissing, ObjectStore
@@ -109,6 +115,106 @@ def test_of_many_writers_at_once_exactly_one_puts_the_commit(store: ObjectStore)
     assert won.count(True) == 1
     assert store.get_bytes("commit") == f"writer {won.index(True)}".encode()
     assert store.put_if_absent("commit", b"too late") is False
+
+
+@contextmanager
+def _meddling(store: ObjectStore, event: str, meddle: Callable[..., object]) -> Iterator[None]:
+    """Change requests to the real store on their way, or answers on their way back."""
+    events = store._client.meta.events
+    events.register(event, meddle)
+    try:
+        yield
+    finally:
+        events.unregister(event, meddle)
+
+
+def test_bytes_that_change_on_their_way_are_refused(store: ObjectStore, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(1000))
+
+    def flip(request: AWSPreparedRequest, **_: object) -> None:
+        request.body = b"x" + bytes(999)
+
+    with _meddling(store, "before-send.s3.PutObject", flip):
+        for put in (
+            lambda: store.put_file("key", tmp_path / "file"),
+            lambda: store.put_bytes("key", bytes(1000)),
+            lambda: store.put_if_absent("key", bytes(1000)),
+        ):
+            with pytest.raises(ServiceError, match="BadDigest"):
+                put()
+    assert store.head("key") is None
+
+
+def test_a_part_that_changes_on_its_way_is_refused(store: ObjectStore, tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(PART + 1000)
+
+    def flip(request: AWSPreparedRequest, **_: object) -> None:
+        if int(request.headers["Content-Length"]) == 1000:
+            request.body = b"x" + bytes(999)
+
+    with _meddling(store, "before-send.s3.UploadPart", flip), pytest.raises(ServiceError, match="BadDigest"):
+        store.put_file("key", tmp_path / "file")
+    assert store.head("key") is None
+
+
+def test_a_lost_answer_is_not_taken_for_a_lost_race(store: ObjectStore) -> None:
+    lost = []
+
+    def lose_first(request: AWSPreparedRequest, **_: object) -> None:
+        if not lost:
+            lost.append(store._client._endpoint.http_session.send(request).status_code)
+            raise ConnectionClosedError(endpoint_url=request.url)
+
+    with _meddling(store, "before-send.s3.PutObject", lose_first):
+        assert store.put_if_absent("commit", b"mine") is True
+    assert lost == [200]
+    lost.clear()
+    with _meddling(store, "before-send.s3.PutObject", lose_first):
+        assert store.put_if_absent("commit", b"not mine") is False
+    assert lost == [412] and store.get_bytes("commit") == b"mine"
+
+
+def test_a_conflict_with_another_writer_is_settled_by_asking_again(store: ObjectStore) -> None:
+    conflicts = []
+
+    def conflict_once(request: AWSPreparedRequest, **_: object) -> AWSResponse | None:
+        if conflicts:
+            return None
+        conflicts.append(request.url)
+        body = b"<Error><Code>ConditionalRequestConflict</Code><Message>again</Message></Error>"
+        return AWSResponse(request.url, 409, {}, HTTPResponse(io.BytesIO(body), preload_content=False))
+
+    with _meddling(store, "before-send.s3.PutObject", conflict_once):
+        assert store.put_if_absent("commit", b"mine") is True
+    assert len(conflicts) == 1 and store.get_bytes("commit") == b"mine"
+
+
+def test_a_store_that_ignores_conditions_is_found_out(store: ObjectStore) -> None:
+    def ignore(request: AWSRequest, **_: object) -> None:
+        del request.headers["If-None-Match"]
+
+    with (
+        _meddling(store, "before-sign.s3.PutObject", ignore),
+        pytest.raises(ServiceError, match="ignores If-None-Match"),
+    ):
+        store.put_if_absent("commit", b"mine")
+
+
+def test_an_answer_that_is_cut_is_read_again(store: ObjectStore) -> None:
+    store.put_bytes("key", b"whole")
+    cuts = []
+
+    def cut_once(request: AWSPreparedRequest, **_: object) -> AWSResponse | None:
+        if cuts:
+            return None
+        cuts.append(request.url)
+        raw = HTTPResponse(io.BytesIO(b"wh"), headers={"Content-Length": "5"}, preload_content=False)
+        return AWSResponse(request.url, 200, {"Content-Length": "5"}, raw)
+
+    with _meddling(store, "before-send.s3.GetObject", cut_once):
+        assert store.get_bytes("key") == b"whole"
+    assert len(cuts) == 1
 
 
 def test_refused_credentials_are_named_in_one_line(

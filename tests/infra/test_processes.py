@@ -1,0 +1,169 @@
+"""Server processes are found whatever happened to their parent or record, and nobody else's are touched."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from infra import processes
+from infra.processes import Record, Server
+
+PARENT_AND_CHILD = (
+    "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+    "print('started', flush=True); time.sleep(600)"
+)
+DEAF = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started', flush=True); "
+    "time.sleep(600)"
+)
+
+
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it runs; one that ended stays as a zombie until its parent, maybe the system's first process, looks."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+class Started:
+    """A server made of a few lines of Python."""
+
+    def __init__(self, folder: Path, program: str) -> None:
+        self.mark = f"test@{folder}"
+        self.record_file = folder / "record.json"
+        self.server = Server(
+            command=(sys.executable, "-c", program),
+            environment={"A_SECRET": "tell nobody"},
+            not_inherited=("UNWANTED_",),
+            folder=folder / "data",
+            log=folder / "server.log",
+            ports=(),
+        )
+        self.process = processes.start(self.server, self.mark, self.record_file)
+        until(lambda: "started" in self.server.log.read_text())
+
+    @property
+    def record(self) -> Record:
+        found = Record.read(self.record_file)
+        assert found
+        return found
+
+    def members(self) -> set[psutil.Process]:
+        return processes.members(self.mark, Record.read(self.record_file))
+
+    def stop(self) -> None:
+        processes.stop(self.members)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], Started]]:
+    started: list[Started] = []
+
+    def start_one(program: str) -> Started:
+        started.append(Started(tmp_path, program))
+        return started[-1]
+
+    yield start_one
+    for one in started:
+        one.stop()
+
+
+@pytest.fixture
+def stranger() -> Iterator[psutil.Process]:
+    """A process that has nothing to do with any server."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        yield psutil.Process(process.pid)
+        process.kill()
+
+
+def test_a_server_has_a_session_of_its_own_and_no_standard_input(start: Callable[[str], Started]) -> None:
+    program = "import os, sys; print(os.getsid(0) == os.getpid(), repr(sys.stdin.read()), 'started', flush=True)"
+    server = start(program + "; import time; time.sleep(600)")
+    assert server.server.log.read_text().startswith("True ''")
+
+
+def test_a_server_inherits_nothing_that_it_must_not(
+    start: Callable[[str], Started], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNWANTED_SETTING", "1")
+    monkeypatch.setenv("WANTED_SETTING", "1")
+    monkeypatch.setenv("no_proxy", "intranet.example")
+    variables = psutil.Process(start(PARENT_AND_CHILD).process.pid).environ()
+    assert "UNWANTED_SETTING" not in variables
+    assert variables["WANTED_SETTING"] == "1"
+    assert variables["no_proxy"] == "intranet.example,127.0.0.1,localhost"
+
+
+def test_stop_ends_a_server_with_its_children(start: Callable[[str], Started]) -> None:
+    server = start(PARENT_AND_CHILD)
+    found = server.members()
+    assert len(found) == 2
+    server.stop()
+    assert not any(lives(process) for process in found)
+
+
+def test_children_of_a_killed_server_are_found_and_stopped(start: Callable[[str], Started]) -> None:
+    server = start(PARENT_AND_CHILD)
+    (child,) = psutil.Process(server.process.pid).children()
+    server.process.kill()
+    server.process.wait()
+    assert server.record.process(server.mark) is None
+    assert server.members() == {child}
+    server.stop()
+    assert server.members() == set()
+
+
+def test_a_server_without_a_record_is_found(start: Callable[[str], Started]) -> None:
+    server = start(PARENT_AND_CHILD)
+    server.record_file.unlink()
+    assert len(server.members()) == 2
+
+
+def test_a_server_that_ignores_the_first_signal_is_killed(
+    start: Callable[[str], Started], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "TERM_PATIENCE", 0.2)
+    server = start(DEAF)
+    server.stop()
+    assert not psutil.pid_exists(server.process.pid)
+
+
+def test_a_process_id_in_use_by_another_process_is_left_alone(
+    start: Callable[[str], Started], stranger: psutil.Process
+) -> None:
+    server = start(PARENT_AND_CHILD)
+    stale = server.record.model_copy(update={"pid": stranger.pid, "created": stranger.create_time() - 3600})
+    server.record_file.write_text(stale.model_dump_json())
+    assert server.record.process(server.mark) is None
+    assert stranger not in server.members()
+    server.stop()
+    assert lives(stranger)
+
+
+def test_a_record_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
+    half = tmp_path / "record.json"
+    half.write_text('{"pid": 12, "crea')
+    assert Record.read(half) is None
+
+
+def test_the_log_of_the_start_before_is_kept(start: Callable[[str], Started]) -> None:
+    start("print('started first', flush=True)")
+    second = start("print('started second', flush=True)")
+    assert second.server.log.read_text() == "started second\n"
+    assert second.server.log.with_suffix(".log.1").read_text() == "started first\n"
+
+
+def test_the_end_of_a_log_is_one_short_line(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    log.write_text("x" * 50_000 + "\nfirst\n\n   second\t line\nlast\n")
+    assert processes.log_end(log) == "first | second line | last"
+    assert processes.log_end(tmp_path / "absent.log") == "(no log)"

@@ -1,0 +1,90 @@
+"""The model registry of a real MLflow server."""
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+
+from infra import tracking
+from infra.errors import ServiceError, UsageError
+from infra.registry import (
+    ModelVersion,
+    aliased,
+    check_model_name,
+    create_version,
+    log_model,
+    set_alias,
+    tag_version,
+)
+
+IMAGES = np.arange(2 * 1 * 2 * 2, dtype=np.uint8).reshape(2, 1, 2, 2)
+
+
+class Classifier(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().flatten(1).softmax(1)
+
+
+@pytest.fixture(scope="module")
+def stored(stack: object) -> tuple[str, str]:
+    """A run, and the model stored with it."""
+    run_id = tracking.start_run("registry-tests", "run", {"lr": 0.1}, {})
+    outputs = Classifier()(torch.from_numpy(IMAGES)).numpy()
+    model_id = log_model(
+        run_id,
+        Classifier().eval(),
+        images=IMAGES,
+        outputs=outputs,
+        requirements=["torch"],
+        metadata={"classes": ["a", "b", "c", "d"]},
+    )
+    return run_id, model_id
+
+
+def test_stored_model_is_ready_but_not_registered(stored: tuple[str, str]) -> None:
+    run_id, model_id = stored
+    model = MlflowClient().get_logged_model(model_id)
+    assert (model.status, model.source_run_id, model.params) == ("READY", run_id, {"lr": "0.1"})
+    assert not MlflowClient().search_model_versions(f"run_id = '{run_id}'")
+
+
+def test_versions_count_up_and_load(stored: tuple[str, str]) -> None:
+    run_id, model_id = stored
+    first = create_version("counting up", model_id, run_id=run_id, tags={"a": "1"})
+    second = create_version("counting up", model_id, run_id=run_id, tags={})
+    assert (first.version, second.version) == ("1", "2")
+    assert first.uri == "models:/counting up/1"
+    assert first.url == f"{mlflow.get_tracking_uri()}/#/models/counting%20up/versions/1"
+    loaded = mlflow.pyfunc.load_model(first.uri)
+    for count in (1, 2):
+        assert np.allclose(
+            loaded.predict(IMAGES[:count]), mlflow.pyfunc.load_model(second.uri).predict(IMAGES)[:count]
+        )
+
+
+def test_alias_moves_and_tags_change(stored: tuple[str, str]) -> None:
+    run_id, model_id = stored
+    first, second = (create_version("aliases", model_id, run_id=run_id, tags={"a": "1"}) for _ in range(2))
+    assert aliased("aliases", "challenger") is None
+    for version in (first, second):
+        set_alias(version, "challenger")
+        assert aliased("aliases", "challenger") == version
+    tag_version(first, {"a": "2", "b": "3"})
+    assert MlflowClient().get_model_version("aliases", "1").tags == {"a": "2", "b": "3"}
+
+
+def test_unknown_model_has_no_alias(stack: object) -> None:
+    assert aliased("no such model", "challenger") is None
+
+
+def test_missing_version_cannot_be_tagged(stack: object) -> None:
+    with pytest.raises(ServiceError, match="refused to tag version 7 of model 'no such model'") as failure:
+        tag_version(ModelVersion(name="no such model", version="7"), {"a": "1"})
+    assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b"])
+def test_names_that_mlflow_refuses_are_refused_before(name: str) -> None:
+    with pytest.raises(UsageError, match="cannot name a model"):
+        check_model_name(name)

@@ -1,0 +1,276 @@
+"""Users' own data: folders, archives and addresses, into a real bucket."""
+
+import hashlib
+import io
+import os
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.cache import Cache
+from infra.errors import ServiceError, UsageError
+from infra.files import file_digest
+from infra.mirrors import Mirrors
+from infra.objectstore import ObjectStore
+from infra.raw import RawSource
+from infra.sources.archive import ArchiveSource
+from infra.sources.base import Workplace, reusable, slug
+from infra.sources.catalogue import CatalogueSource
+from infra.sources.find import find_source
+from infra.sources.folder import FolderSource
+from tests.infra.webserver import WebServer, web_server
+
+IMAGES = {"cat/1.png": b"one", "cat/deep/2.png": b"two", "dog/1.png": b"three", "dog/same.png": b"one"}
+
+
+@pytest.fixture
+def place(store: ObjectStore, tmp_path: Path) -> Iterator[Workplace]:
+    with Mirrors(tmp_path / "partial") as mirrors:
+        yield Workplace(mirrors=mirrors, store=store, cache=Cache(tmp_path / "cache", store))
+
+
+@pytest.fixture
+def web() -> Iterator[WebServer]:
+    with web_server() as server:
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "My Pets"
+    for path, content in IMAGES.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    return root
+
+
+def _zip(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in IMAGES.items():
+            archive.writestr(name, content)
+    return path
+
+
+def _fetch(place: Workplace, dataset: str, *, refresh: bool = False) -> RawSource:
+    source = find_source(dataset, place.mirrors)
+    return (None if refresh else reusable(source, place)) or source.fetch(
+        place, lambda _: None, refresh=refresh
+    )
+
+
+def _check(raw: RawSource, place: Workplace, expected: dict[str, bytes]) -> None:
+    assert {file.path: place.store.get_bytes(file.key) for file in raw.files} == expected
+    for file in raw.files:
+        assert file.sha256 == hashlib.sha256(expected[file.path]).hexdigest()
+        assert place.cache.path(file.sha256).read_bytes() == expected[file.path]
+
+
+def test_a_folder_is_stored_by_content_and_found_unchanged_again(place: Workplace, folder: Path) -> None:
+    raw = _fetch(place, str(folder))
+    _check(raw, place, IMAGES)
+    assert (raw.name, raw.format, raw.reused) == ("my-pets", "folder", False)
+    assert raw.served_by == {".": f"file:{folder}"}
+    assert len(list(place.store.list("raw/"))) == 3  # two files are equal
+    again = _fetch(place, str(folder))
+    assert again.reused and again.digest == raw.digest
+    (folder / "cat" / "new.png").write_bytes(b"four")
+    changed = _fetch(place, str(folder))
+    assert not changed.reused and changed.digest != raw.digest
+
+
+def test_a_missing_object_of_a_folder_is_stored_again(place: Workplace, folder: Path) -> None:
+    raw = _fetch(place, str(folder))
+    place.store.delete(raw.files[0].key)
+    again = _fetch(place, str(folder))
+    assert not again.reused and again.digest == raw.digest
+    _check(again, place, IMAGES)
+
+
+def test_many_files_are_looked_up_by_one_listing(place: Workplace, tmp_path: Path) -> None:
+    many = {f"class-{number % 2}/{number}.png": str(number).encode() for number in range(250)}
+    for path, content in many.items():
+        (tmp_path / "many" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "many" / path).write_bytes(content)
+    moved: list[int] = []
+    source = find_source(str(tmp_path / "many"), place.mirrors)
+    raw = source.fetch(place, moved.append)
+    _check(raw, place, many)
+    assert sum(moved) == source.size == sum(map(len, many.values()))
+    place.store.delete(raw.files[7].key)
+    assert not _fetch(place, str(tmp_path / "many")).reused
+    assert _fetch(place, str(tmp_path / "many")).reused
+
+
+def test_hidden_and_foreign_system_files_are_left_out(place: Workplace, folder: Path) -> None:
+    for path in (".git/1.png", "cat/.hidden.png", "__MACOSX/cat/1.png", "dog/Thumbs.db"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"x")
+    source = find_source(str(folder), place.mirrors)
+    assert isinstance(source, FolderSource)
+    assert set(source.paths) == set(IMAGES) and set(source.folders) == {"cat", "cat/deep", "dog"}
+    assert set(source.only(["cat/1.png"]).paths) == {"cat/1.png"}
+
+
+def test_names_that_differ_in_case_or_unicode_form_do_not_collide(place: Workplace, tmp_path: Path) -> None:
+    names = ["a.png", "A.PNG", "caf\u00e9.png", "cafe\u0301.png", "\U0001f600.png"]
+    expected = {f"cat/{name}": name.encode() for name in names}
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    for path, content in expected.items():
+        (tmp_path / "set" / path).write_bytes(content)
+    invalid = os.fsencode(tmp_path / "set" / "cat") + b"/\xff.png"
+    Path(os.fsdecode(invalid)).write_bytes(b"not unicode")
+    raw = _fetch(place, str(tmp_path / "set"))
+    _check(raw, place, expected | {"cat/\\xff.png": b"not unicode"})
+    assert RawSource.model_validate_json(raw.model_dump_json()) == raw
+
+
+def test_links_are_followed_and_circles_end(place: Workplace, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.png").write_bytes(b"bird")
+    (folder / "bird").symlink_to(tmp_path / "elsewhere")
+    (folder / "cat" / "circle").symlink_to(folder)
+    (folder / "dog" / "broken.png").symlink_to(tmp_path / "nothing")
+    _check(_fetch(place, str(folder)), place, IMAGES | {"bird/1.png": b"bird"})
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".TGZ", ".tar.xz"])
+def test_a_local_archive_is_stored_as_it_is(
+    place: Workplace, folder: Path, tmp_path: Path, suffix: str
+) -> None:
+    archive = tmp_path / f"Some Pets v1.2{suffix}"
+    if suffix == ".zip":
+        _zip(archive)
+    else:
+        with tarfile.open(
+            archive, f"w:{ {'.tar.gz': 'gz', '.TGZ': 'gz', '.tar.xz': 'xz'}.get(suffix, '') }"
+        ) as tar:
+            tar.add(folder, arcname="pets")
+    raw = _fetch(place, str(archive))
+    _check(raw, place, {archive.name: archive.read_bytes()})
+    assert (raw.name, raw.format, raw.reused) == ("some-pets-v1.2", "archive", False)
+    assert _fetch(place, str(archive)).reused
+
+
+def test_a_file_that_only_looks_like_an_archive_is_refused(place: Workplace, tmp_path: Path) -> None:
+    for name in ("x.zip", "x.tar.gz"):
+        (tmp_path / name).write_bytes(b"not an archive")
+        with pytest.raises(UsageError, match="no whole archive"):
+            _fetch(place, str(tmp_path / name))
+    assert list(place.store.list("")) == []
+
+
+def test_an_archive_at_an_address_is_fetched_once_a_version(
+    place: Workplace, web: WebServer, tmp_path: Path
+) -> None:
+    web.files["/pets.zip"] = _zip(tmp_path / "a.zip").read_bytes()
+    web.faults["/pets.zip"] = ["cut"]
+    address = f"{web.url}/pets.zip?token=hidden"
+    raw = _fetch(place, address)
+    _check(raw, place, {"pets.zip": web.files["/pets.zip"]})
+    assert raw.name == "pets" and raw.served_by == {"pets.zip": f"{web.url}/pets.zip"}
+    assert len(web.gets("/pets.zip")) == 2
+    assert _fetch(place, address).reused
+    assert len(web.gets("/pets.zip")) == 2
+    IMAGES_ADDED = io.BytesIO(web.files["/pets.zip"])
+    with zipfile.ZipFile(IMAGES_ADDED, "a") as archive:
+        archive.writestr("cat/9.png", b"nine")
+    web.files["/pets.zip"] = IMAGES_ADDED.getvalue()
+    changed = _fetch(place, address)
+    assert changed.digest != raw.digest and not changed.reused
+    assert all(b"hidden" not in place.store.get_bytes(info.key) for info in place.store.list("sources/"))
+
+
+def test_a_bucket_folder_is_fetched_once_a_version(place: Workplace, store: ObjectStore) -> None:
+    for path, content in IMAGES.items():
+        store.put_bytes(f"data/Pets/{path}", content)
+    store.put_bytes("data/Pets/.hidden/1.png", b"x")
+    store.put_bytes("data/Pets-not/cat/1.png", b"x")
+    address = f"s3://{store.bucket}/data/Pets"
+    raw = _fetch(place, address)
+    _check(raw, place, IMAGES)
+    assert raw.name == "pets" and raw.served_by == {".": f"{address}/"}
+    assert _fetch(place, f"{address}/").reused
+    store.put_bytes("data/Pets/cat/1.png", b"another one")
+    changed = _fetch(place, address)
+    _check(changed, place, IMAGES | {"cat/1.png": b"another one"})
+    assert not changed.reused
+
+
+def test_an_archive_in_a_bucket_is_found(place: Workplace, store: ObjectStore, tmp_path: Path) -> None:
+    store.put_file("in/pets.zip", _zip(tmp_path / "a.zip"))
+    raw = _fetch(place, f"s3://{store.bucket}/in/pets.zip")
+    _check(raw, place, {"pets.zip": (tmp_path / "a.zip").read_bytes()})
+    assert _fetch(place, f"s3://{store.bucket}/in/pets.zip").reused
+    with pytest.raises(UsageError, match="no such object"):
+        _fetch(place, f"s3://{store.bucket}/in/none.zip")
+
+
+def test_refresh_repairs_what_a_size_cannot_tell(place: Workplace, folder: Path) -> None:
+    raw = _fetch(place, str(folder))
+    file = next(file for file in raw.files if file.path == "cat/1.png")
+    place.store.put_bytes(file.key, bytes(file.size))
+    refreshed = _fetch(place, str(folder), refresh=True)
+    _check(refreshed, place, IMAGES)
+    assert not refreshed.reused
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("fashon-mnist", ["fashon-mnist", "did you mean fashion-mnist?", "s3:// or https:// address"]),
+        ("CIFAR10", ["did you mean cifar10?"]),
+        ("imagenet21k", ["known are fashion-mnist, mnist", "a folder, an archive"]),
+        ("./none", ["./none: there is no such folder or archive"]),
+        ("some/where", ["no such folder or archive"]),
+        ("none.zip", ["no such folder or archive"]),
+        ("ftp://host/x.zip", ["ftp:// is not supported", "https://"]),
+        ("https://host/page.html", ["not an archive by its name", ".tar.xz"]),
+    ],
+)
+def test_what_names_nothing_is_the_users_mistake(place: Workplace, dataset: str, words: list[str]) -> None:
+    with pytest.raises(UsageError) as raised:
+        find_source(dataset, place.mirrors)
+    message = str(raised.value)
+    assert all(word in message for word in words) and "\n" not in message
+
+
+def test_a_file_of_an_unknown_kind_is_the_users_mistake(place: Workplace, tmp_path: Path) -> None:
+    (tmp_path / "data.npz").touch()
+    with pytest.raises(UsageError, match="not an archive by its name"):
+        find_source(str(tmp_path / "data.npz"), place.mirrors)
+
+
+def test_a_server_that_does_not_answer_is_named(place: Workplace) -> None:
+    with pytest.raises(ServiceError, match=r"http://127.0.0.1:9/x.zip: no connection to 127.0.0.1"):
+        _fetch(place, "http://127.0.0.1:9/x.zip")
+
+
+def test_a_name_in_the_catalogue_comes_before_a_folder(
+    place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "digits" / "cat").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(find_source("digits", place.mirrors), CatalogueSource)
+    assert isinstance(find_source("./digits", place.mirrors), FolderSource)
+    assert find_source("./digits", place.mirrors).name == "digits"
+    monkeypatch.chdir(tmp_path / "digits")
+    assert find_source(".", place.mirrors).name == "digits"
+
+
+def test_an_archive_is_named_after_its_file() -> None:
+    assert ArchiveSource("file:/x/Photos.TAR.GZ", "Photos.TAR.GZ", 1).name == "photos"
+    assert slug("Bücher & Bäume: neu/alt") == "bucher-baume-neu-alt"
+    assert slug("日本") == "dataset"
+
+
+def test_a_folder_that_changes_while_it_is_stored_is_stored_consistently(
+    place: Workplace, folder: Path
+) -> None:
+    source = find_source(str(folder), place.mirrors)
+    (folder / "cat" / "1.png").write_bytes(b"grown since it was found")
+    raw = source.fetch(place, lambda _: None)
+    _check(raw, place, IMAGES | {"cat/1.png": b"grown since it was found"})
+    assert file_digest(place.cache.path(raw.files[0].sha256)) == raw.files[0].sha256

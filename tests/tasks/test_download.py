@@ -1,0 +1,102 @@
+"""The download task: its pieces joined, on a real bucket."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from infra.errors import ServiceError, UsageError
+from infra.objectstore import ObjectStore
+from infra.raw import RawSource
+from tasks.download import download
+
+
+@pytest.fixture(autouse=True)
+def _own_bucket(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
+
+
+def _download(dataset: str, *, refresh: bool = False) -> RawSource:
+    return download.fn(dataset, refresh=refresh)
+
+
+def _images(root: Path, *paths: str) -> Path:
+    for number, path in enumerate(paths):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), number * 10).save(root / path)
+    return root
+
+
+def test_a_catalogue_data_set_is_downloaded_once(store: ObjectStore) -> None:
+    raw = _download("digits")
+    assert (raw.name, raw.format, raw.reused) == ("digits", "digits", False)
+    assert store.head(f"raw/{raw.files[0].sha256}") is not None
+    again = _download("digits")
+    assert again.reused and again.digest == raw.digest
+    assert not _download("digits", refresh=True).reused
+
+
+def test_of_a_folder_only_the_images_are_stored(store: ObjectStore, tmp_path: Path) -> None:
+    folder = _images(
+        tmp_path / "pets", "train/cat/001.png", "train/dog/1.PNG", "test/cat/1.bmp", "test/dog/1.webp"
+    )
+    (folder / "train" / "cat" / "notes.txt").write_text("not an image")
+    (folder / "README.md").write_text("not an image")
+    raw = _download(str(folder))
+    assert [file.path for file in raw.files] == [
+        "test/cat/1.bmp",
+        "test/dog/1.webp",
+        "train/cat/001.png",
+        "train/dog/1.PNG",
+    ]
+    assert len(list(store.list("raw/"))) == 4
+    assert _download(str(folder)).reused
+
+
+@pytest.mark.parametrize(
+    ("paths", "folders", "words"),
+    [
+        ((), (), "image"),
+        ((), ("cat", "dog"), "image"),
+        (("cat/1.png", "dog/1.png"), ("bird",), "bird"),
+        (("cat/1.png", "cat/2.png"), (), "only one class, cat"),
+        (("1.png", "2.png"), (), "class folder"),
+    ],
+    ids=["empty folder", "empty classes", "one empty class", "one class", "no class folders"],
+)
+def test_a_folder_that_is_no_collection_of_classes_is_refused_before_anything_is_stored(
+    store: ObjectStore, tmp_path: Path, paths: tuple[str, ...], folders: tuple[str, ...], words: str
+) -> None:
+    folder = _images(tmp_path / "set", *paths)
+    for name in ("", *folders):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UsageError) as raised:
+        _download(str(folder))
+    message = str(raised.value)
+    assert message.startswith(f"{folder}: ") and words in message and "\n" not in message
+    assert raised.value.exit_status == 2
+    assert list(store.list("")) == []
+
+
+def test_an_unknown_data_set_is_the_users_mistake(store: ObjectStore) -> None:
+    with pytest.raises(UsageError, match="did you mean digits"):
+        _download("digit")
+    assert list(store.list("")) == []
+
+
+def test_the_users_mirror_is_taken_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVOY_MIRROR", str(tmp_path / "mirror"))
+    assert _download("digits").served_by["digits.csv"].startswith("package:")
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / "digits.csv.gz").write_bytes(b"damaged")
+    assert _download("digits", refresh=True).served_by["digits.csv"].startswith("package:")
+
+
+def test_a_store_that_is_down_is_a_service_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(ServiceError, match="no connection") as raised:
+        _download("digits")
+    assert raised.value.exit_status == 1
