@@ -30,19 +30,10 @@ def _canonical(node: object) -> str:
         return "[" + ",".join(_canonical(item) for item in node if not _is_remark(item)) + "]"
     if isinstance(node, ast.AST):
         fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
-        return (
-            type(node).__name__
-            + "("
-            + ",".join(f"{name}={_canonical(value)}" for name, value in fields)
-            + ")"
-        )
+        return type(node).__name__ + "(" + ",".join(f"{name}={_canonical(value)}" for name, value in fields) + ")"
     return repr(node)
 
 
 def _is_remark(node: object) -> bool:
     """A string that stands alone as a statement: a docstring, or the line under an attribute."""
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -21,7 +21,7 @@ class PreprocessConfig(Config):
     """How source images become a dataset version (`data.*`)."""
 
     image_size: int | None = Field(None, ge=1, le=4096)
-    """Height and width in pixels. Unset: the images' own size if all share one, else the median shorter side, at most 128."""
+    """Height and width in pixels. Unset: the size that all images share, else the median shorter side, at most 128."""
 
     channels: Literal[1, 3] | None = None
     """1 for grey, 3 for RGB. Unset: 1 if every image is grey, else 3."""
@@ -97,10 +97,10 @@ class AugmentConfig(Config):
     """Random changes to each training batch (`augment.*`), made on whole batches, on the device."""
 
     flip: bool = True
-    """Mirror left-right with probability one half. Switch off where left and right differ (digits, letters)."""
+    """Mirror left-right with probability one half. Off for the catalogue's digits and letters, unless set."""
 
     shift: int = Field(2, ge=0, le=64)
-    """Shift by up to this many pixels in each direction, filled with the image's edge value of zero."""
+    """Shift by up to this many pixels in each direction; what comes in is black."""
 
     cutout: int = Field(0, ge=0, le=256)
     """Blank a square of this side, in pixels, at a random place; 0 is off."""
@@ -140,7 +140,7 @@ class TrainConfig(Config):
     """Weight decay of weight matrices and kernels; norms and biases have none."""
 
     schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
-    """Learning rate over the steps: `one-cycle` warms up and anneals linearly, `cosine` anneals after the same warm-up."""
+    """Learning rate over the steps: `one-cycle` warms up and anneals linearly, `cosine` anneals along a cosine."""
 
     warmup: float = Field(0.2, ge=0, lt=1)
     """Share of all steps over which the learning rate rises to its peak."""

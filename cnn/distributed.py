@@ -34,7 +34,9 @@ def process_group(store: dist.Store | None = None) -> Iterator[tuple[torch.devic
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         timeout=EXCHANGE_TIMEOUT,
     )
-    exchange = Exchange(dist.new_group())
+    group = dist.new_group()
+    assert isinstance(group, dist.ProcessGroup)
+    exchange = Exchange(group)
     try:
         yield device, exchange
         exchange.close()
@@ -61,5 +63,5 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(THREADS_PER_RANK)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it guards against bugs, at a cost in every step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it guards against bugs, at a cost in every step
     torch.backends.cudnn.benchmark = False

@@ -85,8 +85,7 @@ class Exchange:
             prepare()
             return self._sum(tensor)
 
-        devices = [tensor.device] if tensor.is_cuda else None
-        future: Future[Tensor] = Future(devices=devices)
+        future: Future[Tensor] = Future(devices=[tensor.device] if tensor.is_cuda else None)
         if tensor.is_cuda or self.world_size == 1:
             future.set_result(job())
         else:
@@ -103,8 +102,8 @@ class Exchange:
             job, future = item
             try:
                 future.set_result(job())
-            except Exception as error:  # the waiting rank raises it; this thread must live to answer the others
-                future.set_exception(error)
+            except Exception as error:  # raised by who waits; this thread must live to answer the others
+                future.set_exception(error)  # type: ignore[arg-type]
 
     def _sum(self, tensor: Tensor) -> Tensor:
         theirs = torch.empty_like(tensor)
@@ -178,7 +177,7 @@ class LaneParallel:
             self._message.push([torch.cat([figures, *(buffer.flatten().double() for buffer in self._averaged)])])
             if last:
                 self._reduced_message = self._exchange.submit(self._message.pop_total()[0])
-            (loss / self.lanes).backward()  # exact: lanes is a power of two
+            (loss / self.lanes).backward()  # type: ignore[no-untyped-call]  # the division is exact: a power of two
         if not last:
             self._gradients.push([_take_gradient(parameter) for parameter in self._parameters])
 
@@ -192,7 +191,7 @@ class LaneParallel:
             offset += buffer.numel()
         return message[: self._figures_size]
 
-    def _reduce_bucket(self, _: None, bucket: dist.GradBucket) -> Future[Tensor]:
+    def _reduce_bucket(self, _: None, bucket: "dist.GradBucket") -> Future[Tensor]:
         """DDP's communication hook: fold in this rank's earlier lanes, then exchange with the other ranks."""
         pairs = list(zip(bucket.parameters(), bucket.gradients(), strict=True))
 

@@ -114,9 +114,7 @@ class Manifest(_Record):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the whole"
-            raise InputError(
-                f"not a dataset manifest this version can read: {where}: {first['msg']}"
-            ) from error
+            raise InputError(f"not a dataset manifest this version can read: {where}: {first['msg']}") from error
 
     @property
     def version(self) -> str:
@@ -126,6 +124,4 @@ class Manifest(_Record):
 
 def canonical_json(value: object) -> bytes:
     """JSON with sorted keys and no spaces, so that equal values have equal bytes and one digest."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

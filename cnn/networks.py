@@ -1,7 +1,5 @@
 """The networks, by name. Each takes normalised float images N×C×H×W and gives logits N×classes."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -48,11 +46,12 @@ def notes(options: NotesOptions, *, channels: int, image_size: int, classes: int
         after_pool = (after_conv - options.pool_size) // options.pool_stride + 1
         if min(after_conv, after_pool) < 1:
             raise InputError(
-                f"images of {image_size}×{image_size} pixels are too small for notes: nothing is left after layer {number}; "
-                "give larger images (data.image_size), fewer network.channels, or smaller kernels and pooling"
+                f"images of {image_size}×{image_size} pixels are too small for notes: nothing is left after layer "
+                f"{number}; give larger images (data.image_size), fewer network.channels, or smaller windows"
             )
         # ReLU after pooling equals ReLU before it, since both keep the order of values, and has less to do.
-        layers += [nn.Conv2d(inputs, filters, kernel, stride), nn.MaxPool2d(options.pool_size, options.pool_stride), nn.ReLU()]
+        pooling = nn.MaxPool2d(options.pool_size, options.pool_stride)
+        layers += [nn.Conv2d(inputs, filters, kernel, stride), pooling, nn.ReLU()]
         inputs, size = filters, after_pool
     layers.append(nn.Flatten())
     for units in options.hidden:
@@ -64,7 +63,7 @@ def notes(options: NotesOptions, *, channels: int, image_size: int, classes: int
     return network.train()
 
 
-def _for_each(values: Sequence[int], depth: int) -> Sequence[int]:
+def _for_each(values: tuple[int, ...], depth: int) -> tuple[int, ...]:
     return values if len(values) == depth else values * depth
 
 

@@ -35,9 +35,7 @@ class PackedSplit:
         """(C, H, W) of an image."""
         for path, images in zip(paths, self._images, strict=True):
             if images.shape[1:] != self._images[0].shape[1:]:
-                raise InputError(
-                    f"{path}: its images are {tuple(images.shape[1:])}, those before it {self.shape}"
-                )
+                raise InputError(f"{path}: its images are {tuple(images.shape[1:])}, those before it {self.shape}")
         self._ends = torch.tensor([len(images) for images in self._images]).cumsum(0)
 
     def __len__(self) -> int:
@@ -97,9 +95,7 @@ def _open(path: Path) -> tuple[Tensor, Tensor]:
         with safe_open(path, framework="pt") as file:  # maps the file; the tensors keep the mapping
             images, labels = file.get_tensor("images"), file.get_tensor("labels")
     except (SafetensorError, FileNotFoundError) as error:
-        raise InputError(
-            f"{path} is not a whole shard ({error}); remove it and it is fetched again"
-        ) from error
+        raise InputError(f"{path} is not a whole shard ({error}); remove it and it is fetched again") from error
     if (
         images.dtype != torch.uint8
         or images.ndim != 4

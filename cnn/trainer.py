@@ -100,7 +100,7 @@ class Trainer:
             image_size=manifest.image_size,
             classes=len(manifest.classes),
         )
-        self.network = network.to(device=device, memory_format=torch.channels_last)
+        self.network = network.to(device).to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(config, self.network)
         self.lanes = LaneParallel(self.network, lanes=config.lanes, exchange=exchange)
         self._class_weights = _class_weights(config, train.labels, len(manifest.classes), device)
@@ -207,6 +207,6 @@ def _to_host(figures: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     if not figures.is_cuda:
         return figures, None
     host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True).copy_(figures, non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()
     return host, copied

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,6 @@ from typing import Annotated
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from flows.summary import Summary, check_writable, write_summary
 from infra.settings import Settings
@@ -23,7 +23,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Retrain convolutional image classifiers: download, preprocess, train on all GPUs or cores, evaluate, register.\n\n"
+    help="Retrain convolutional image classifiers: download, preprocess, train on all GPUs or cores, evaluate, register"
+    ".\n\n"
     "Start with [bold]convoy train[/]: it brings up local servers, trains on Fashion-MNIST and says where to look.",
     epilog="Exit status: 0 done, 1 failed or a server did not answer, 2 your mistake, 75 interrupted, 130 Ctrl-C.",
 )
@@ -41,7 +42,7 @@ ConfigOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set any key: -s lr=0.05 -s augment.shift=3. May be repeated."),
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set any key: -s lr=0.05 -s augment.shift=3. Repeatable."),
 ]
 DatasetOption = Annotated[
     str | None,
@@ -70,7 +71,9 @@ def train(
     settings: SetOption = None,
     config_file: ConfigOption = None,
     refresh: Annotated[list[Step] | None, typer.Option(help="Do a step anew although its output exists.")] = None,
-    summary: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON, also on failure.")] = None,
+    summary: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the result as JSON, also on failure.")
+    ] = None,
 ) -> None:
     """Train, evaluate and register a network.
 
@@ -133,12 +136,12 @@ def status() -> None:
     """Show the servers: where they are, and whether they answer."""
     from infra import stack
 
-    table = Table("server", "state", "address", "log", box=None, pad_edge=False)
     colours = {"running": "green", "external": "cyan", "dead": "red", "stopped": "dim"}
+    lines: dict[str, str] = {}
     for server in stack.status(Settings()):
-        log = os.path.relpath(server.log) if server.log else ""
-        table.add_row(server.name, f"[{colours[server.state]}]{server.state}[/]", server.url, log)
-    Console(soft_wrap=True).print(table)
+        log = f"  [dim]log {os.path.relpath(server.log)}[/]" if server.log else ""
+        lines[server.name] = f"[{colours[server.state]}]{server.state:8}[/]  {server.url}{log}"
+    _print_pairs(lines)
 
 
 @app.command()
@@ -146,10 +149,7 @@ def env() -> None:
     """Print versions, devices and servers, for bug reports. Holds no secrets."""
     from tasks.environment import describe
 
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for key, value in describe().items():
-        table.add_row(f"[bold]{key}[/]", value)
-    Console(soft_wrap=True).print(table)
+    _print_pairs(describe())
     status()
 
 
@@ -183,10 +183,9 @@ def _train(config: RunConfig, refresh: list[Step]) -> Summary:
     check_dataset(config.dataset)  # a wrong name should not have to wait for servers
     _stack_up()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # its tracebacks stay in its UI
-    Console(stderr=True).print("loading …", style="dim", end="\r")
-
-    from flows.train import train_flow
-    from tasks.progress import show_task_logs
+    with Console(stderr=True).status("Loading torch, Prefect and MLflow …"):
+        from flows.train import train_flow
+        from tasks.progress import show_task_logs
 
     show_task_logs()
     result = train_flow(config, frozenset(step.value for step in refresh))
@@ -195,17 +194,24 @@ def _train(config: RunConfig, refresh: list[Step]) -> Summary:
 
 
 def _print(result: Summary) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("accuracy", f"[bold green]{result.accuracy:.2%}[/] of the test split")
-    table.add_row("model", f"{result.model_name}, version {result.model_version} (alias challenger)")
-    table.add_row("weights", f"SHA-256 {result.weights_sha256}")
     speed = f"{result.images_per_second:,.0f} images/s on {result.world_size} ranks"
-    table.add_row("time", f"{result.train_seconds:.0f} s training ({speed}), {result.total_seconds:.0f} s in all")
-    if result.reused:
-        table.add_row("reused", ", ".join(result.reused))
-    table.add_row("MLflow run", result.mlflow_run_url)
-    table.add_row("Prefect run", result.prefect_flow_run_url)
-    Console(soft_wrap=True).print(table)
+    lines = {
+        "accuracy": f"[bold green]{result.accuracy:.2%}[/] of the test split",
+        "model": f"{result.model_name}, version {result.model_version} (alias challenger)",
+        "weights": f"SHA-256 {result.weights_sha256}",
+        "time": f"{result.train_seconds:.0f} s of training ({speed}), {result.total_seconds:.0f} s in all",
+        "reused": ", ".join(result.reused),
+        "MLflow run": result.mlflow_run_url,
+        "Prefect run": result.prefect_flow_run_url,
+    }
+    _print_pairs({key: value for key, value in lines.items() if value})
+
+
+def _print_pairs(lines: Mapping[str, str]) -> None:
+    """Names and values side by side; never shortened, so that addresses can be clicked and copied."""
+    width = max(map(len, lines))
+    for key, value in lines.items():
+        Console(soft_wrap=True, highlight=False).print(f"[bold]{key:{width}}[/]  {value}")
 
 
 def exit_status(error: BaseException) -> int:

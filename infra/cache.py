@@ -61,9 +61,7 @@ class Cache:
                     file.write(chunk)
             got = digest.hexdigest()
             if size is not None and count > size:
-                raise ServiceError(
-                    f"it holds more than the {size} bytes expected (SHA-256 {sha256 or 'unknown'})"
-                )
+                raise ServiceError(f"it holds more than the {size} bytes expected (SHA-256 {sha256 or 'unknown'})")
             if sha256 is not None and got != sha256:
                 raise ServiceError(f"its SHA-256 is {got}, expected {sha256}")
             if size is not None and count != size:
@@ -71,9 +69,7 @@ class Cache:
             self._adopt(temporary, got)
         return got
 
-    def fetch(
-        self, key: str, sha256: str, *, size: int | None = None, on_progress: OnBytes | None = None
-    ) -> Path:
+    def fetch(self, key: str, sha256: str, *, size: int | None = None, on_progress: OnBytes | None = None) -> Path:
         """The local path of an object's content; downloaded and verified when it is not here, or has another
         size.
 

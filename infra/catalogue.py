@@ -67,6 +67,9 @@ class CatalogueEntry(BaseModel):
     classes: tuple[str, ...] = ()
     """Names of the labels 0, 1, ...; empty where the files name them, or the labels are their own names."""
 
+    handed: bool = False
+    """Whether a mirror image is another thing, or nothing, as with digits and letters."""
+
     files: tuple[CatalogueFile, ...]
     mirrors: tuple[str, ...]
     """Base addresses, tried in order; a file's name follows after a slash. Schemes: `infra.mirrors`."""
@@ -137,6 +140,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
     CatalogueEntry(
         name="mnist",
         format="idx",
+        handed=True,
         homepage="http://yann.lecun.com/exdb/mnist/",
         licence="CC BY-SA 3.0",
         citation="LeCun, Bottou, Bengio, Haffner: Gradient-Based Learning Applied to Document Recognition, "
@@ -152,6 +156,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
     CatalogueEntry(
         name="kmnist",
         format="idx",
+        handed=True,
         homepage="http://codh.rois.ac.jp/kmnist/",
         licence="CC BY-SA 4.0",
         citation="Clanuwat, Bober-Irizar, Kitamoto, Lamb, Yamamoto, Ha: Deep Learning for Classical "
@@ -171,11 +176,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
         licence="none stated; its author asks for the citation",
         citation="Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
-        files=(
-            CatalogueFile(
-                name="cifar-10-binary.tar.gz", size=170052171, md5="c32a1d4ab5d03f1284b67883e8d87530"
-            ),
-        ),
+        files=(CatalogueFile(name="cifar-10-binary.tar.gz", size=170052171, md5="c32a1d4ab5d03f1284b67883e8d87530"),),
         mirrors=("https://www.cs.toronto.edu/~kriz",),
     ),
     CatalogueEntry(
@@ -184,20 +185,16 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
         licence="none stated; its author asks for the citation",
         citation="Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
-        files=(
-            CatalogueFile(
-                name="cifar-100-binary.tar.gz", size=168513733, md5="03b5dce01913d631647c71ecec9e9cb8"
-            ),
-        ),
+        files=(CatalogueFile(name="cifar-100-binary.tar.gz", size=168513733, md5="03b5dce01913d631647c71ecec9e9cb8"),),
         mirrors=("https://www.cs.toronto.edu/~kriz",),
     ),
     CatalogueEntry(
         name="digits",
         format="digits",
+        handed=True,
         homepage="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
         licence="CC BY 4.0",
-        citation="Alpaydin, Kaynak: Optical Recognition of Handwritten Digits, UCI Machine Learning "
-        "Repository, 1998",
+        citation="Alpaydin, Kaynak: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998",
         files=(
             CatalogueFile(
                 name="digits.csv.gz",
@@ -211,7 +208,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
 
 
 def check_dataset(dataset: str) -> None:
-    """Raise UsageError if `dataset` is neither in the catalogue, nor an address, nor on this machine. Asks nobody."""
+    """Raise UsageError if `dataset` is neither in the catalogue, nor an address, nor here; asks no server."""
     known = any(entry.name == dataset for entry in CATALOGUE)
     if not known and "://" not in dataset and not Path(dataset.removeprefix("file:")).expanduser().exists():
         raise no_such_dataset(dataset, CATALOGUE)

@@ -79,9 +79,7 @@ def _apt_download(package: str, folder: Path) -> Path:
         (lists / "partial").mkdir(parents=True, exist_ok=True)
         (cache / "archives" / "partial").mkdir(parents=True, exist_ok=True)
         private = (f"Dir::State::Lists={lists}", f"Dir::Cache={cache}")
-        problem = _apt(folder, "update", options=private) or _apt(
-            folder, "download", package, options=private
-        )
+        problem = _apt(folder, "update", options=private) or _apt(folder, "download", package, options=private)
     deb = next(folder.glob(f"{package}_*.deb"), None)
     if deb is None:
         raise ServiceError(f"apt-get cannot download {package}: {problem or 'it left no file'}")

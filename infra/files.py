@@ -11,7 +11,7 @@ from pathlib import Path
 CHUNK = 1 << 20
 
 OnBytes = Callable[[int], object]
-"""Called with a number of bytes just moved; from any thread."""
+"""Called with a number of bytes just moved, from any thread; negative where a part has to be moved again."""
 
 
 def file_digest(path: Path, algorithm: str = "sha256") -> str:

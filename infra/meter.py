@@ -22,6 +22,7 @@ class Meter:
         self._size = size
         self._on_bytes = on_bytes
         self._stop = stop
+        self._lock = threading.Lock()
         self._reported = 0
 
     def at(self, share: float) -> None:
@@ -33,14 +34,27 @@ class Meter:
         if self._stop.is_set():
             raise Stopped
         position = int(self._size * min(share, 1.0))
-        if position > self._reported:
-            self._on_bytes(position - self._reported)
-            self._reported = position
+        with self._lock:
+            if position > self._reported:
+                self._on_bytes(position - self._reported)
+                self._reported = position
+
+    def adding_up(self, total: int) -> OnBytes:
+        """A function that is told of bytes as they come, from any thread, until `total` are here."""
+        here = 0
+        lock = threading.Lock()
+
+        def moved(count: int) -> None:
+            nonlocal here
+            with lock:
+                here += count
+                share = here / max(total, 1)
+            self.at(share)
+
+        return moved
 
 
-def in_parallel(
-    work: Callable[[T], R], items: Iterable[T], stop: threading.Event, *, threads: int = 8
-) -> list[R]:
+def in_parallel(work: Callable[[T], R], items: Iterable[T], stop: threading.Event, *, threads: int = 8) -> list[R]:
     """`[work(item) for item in items]` on a few threads.
 
     The first error, or an interrupt, sets `stop`, drops what has not begun, and is raised when the others

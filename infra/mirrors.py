@@ -24,7 +24,7 @@ from urllib.parse import unquote
 from infra.cache import Cache
 from infra.catalogue import CatalogueFile
 from infra.debian import Debian
-from infra.errors import ServiceError
+from infra.errors import ServiceError, UsageError
 from infra.files import file_digest
 from infra.meter import Meter
 from infra.objectstore import ObjectStore
@@ -107,17 +107,10 @@ class Mirrors:
             raise ServiceError("no such object")
         if limit is not None and info.size > limit:
             raise ServiceError(f"it holds {info.size} bytes, more than the {limit} expected")
-        here = 0
-
-        def moved(count: int) -> None:
-            nonlocal here
-            here += count
-            meter.at(here / max(info.size, 1))
-
         self._partial.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._partial) as folder:
             path = Path(folder, "object")
-            store.get_file(key, path, on_progress=moved)
+            store.get_file(key, path, on_progress=meter.adding_up(info.size))
             yield path
 
     def object(self, address: str) -> tuple[ObjectStore, str]:
@@ -132,19 +125,18 @@ def addresses(file: CatalogueFile, dataset: str, mirrors: Sequence[str], first: 
     Args:
         mirrors: the entry's base addresses.
         first: the user's own mirror: a base address or a folder, with one sub-folder a data set or none.
+
+    Raises:
+        UsageError: the user's mirror is of no known kind.
     """
     own = []
     if first:
-        base = (first if first.startswith(SCHEMES) else f"file:{Path(first).expanduser().absolute()}").rstrip(
-            "/"
-        )
+        base = _base(first)
         own = [f"{base}/{dataset}/{file.name}", f"{base}/{file.name}"]
     return own + [f"{base.rstrip('/')}/{file.name}" for base in mirrors]
 
 
-def obtain(
-    file: CatalogueFile, places: Sequence[str], mirrors: Mirrors, cache: Cache, meter: Meter
-) -> tuple[str, str]:
+def obtain(file: CatalogueFile, places: Sequence[str], mirrors: Mirrors, cache: Cache, meter: Meter) -> tuple[str, str]:
     """Put a file's content into the cache, from the first place that has the right one.
 
     Returns:
@@ -164,8 +156,7 @@ def obtain(
             meter.at(1.0)
             return digest, display(place)
     raise ServiceError(
-        f"no mirror has {file.name}: {'; '.join(problems)}. "
-        "Set CONVOY_MIRROR to a folder or an address that has it"
+        f"no mirror has {file.name}: {'; '.join(problems)}. Set CONVOY_MIRROR to a folder or an address that has it"
     )
 
 
@@ -183,6 +174,15 @@ def _admit(path: Path, file: CatalogueFile, cache: Cache) -> str:
             f"it is no whole gzip file: the SHA-256 of what came is {file_digest(path)}, "
             f"expected was a content of {file.sha256 or 'unknown digest'}"
         ) from error
+
+
+def _base(mirror: str) -> str:
+    """The base address of the user's own mirror, which may be a folder."""
+    if not mirror.startswith(SCHEMES):
+        if "://" in mirror:
+            raise UsageError(f"CONVOY_MIRROR: give a folder, or an address with one of {' '.join(SCHEMES)}")
+        mirror = f"file:{Path(mirror).expanduser().absolute()}"
+    return mirror.rstrip("/")
 
 
 def _require(algorithm: str, got: str, expected: str) -> None:

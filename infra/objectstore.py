@@ -55,9 +55,7 @@ class ObjectStore:
         self.bucket = bucket
         self._transfer = S3Transfer(
             client=client,
-            config=TransferConfig(
-                multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=CONCURRENCY
-            ),
+            config=TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=CONCURRENCY),
         )
         self._conditions_proven = False
 
@@ -84,9 +82,7 @@ class ObjectStore:
         """`s3://bucket/key`."""
         return f"s3://{self.bucket}/{key}"
 
-    def put_file(
-        self, key: str, path: Path, *, sha256: str | None = None, on_progress: OnBytes | None = None
-    ) -> str:
+    def put_file(self, key: str, path: Path, *, sha256: str | None = None, on_progress: OnBytes | None = None) -> str:
         """Upload a file, a large one in concurrent parts, and return its SHA-256.
 
         The file is hashed first. The store checks what arrives against the SHA-256 sent with each request,
@@ -154,9 +150,7 @@ class ObjectStore:
                         raise
         raise AssertionError("unreachable")
 
-    def get_file(
-        self, key: str, path: Path, *, sha256: str | None = None, on_progress: OnBytes | None = None
-    ) -> None:
+    def get_file(self, key: str, path: Path, *, sha256: str | None = None, on_progress: OnBytes | None = None) -> None:
         """Download to `path`, which appears whole and verified, or not at all; fetched once more if its
         digest is wrong.
 
@@ -233,9 +227,7 @@ class ObjectStore:
         region = self._client.meta.region_name
         place = {} if region in {None, "aws-global", "us-east-1"} else {"LocationConstraint": region}
         try:
-            self._client.create_bucket(
-                Bucket=self.bucket, **({"CreateBucketConfiguration": place} if place else {})
-            )
+            self._client.create_bucket(Bucket=self.bucket, **({"CreateBucketConfiguration": place} if place else {}))
         except ClientError as error:
             if error_code(error) != "BucketAlreadyOwnedByYou":  # by another process, since we asked
                 raise

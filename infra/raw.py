@@ -109,9 +109,7 @@ def read_record(store: ObjectStore, source_key: str) -> RawSource | None:
     except ObjectMissing:
         return None
     except ValidationError as error:
-        raise ServiceError(
-            f"{store.uri(key)} is damaged; fetch the data anew with --refresh download"
-        ) from error
+        raise ServiceError(f"{store.uri(key)} is damaged; fetch the data anew with --refresh download") from error
 
 
 def write_record(store: ObjectStore, source_key: str, source: RawSource) -> None:

@@ -84,9 +84,7 @@ def translated(where: str) -> Iterator[None]:
     except ClientError as error:
         _raise_answer(error, where)
     except (NoCredentialsError, PartialCredentialsError) as error:
-        raise ServiceError(
-            f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from error
+        raise ServiceError(f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
     except ParamValidationError as error:
         raise UsageError(f"{where}: not a valid name: {_line(error)}") from error
     except EndpointConnectionError as error:

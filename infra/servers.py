@@ -57,6 +57,7 @@ def seaweedfs(
             f"-admin.port.grpc={ports.admin_grpc}",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
+            "-volume.preStopSeconds=0",  # it waits for other machines of a cluster
             "-s3.iam=false",
             "-admin.ui=false",
             "-webdav=false",

@@ -7,6 +7,7 @@ variables only: `os.environ.update(up(Settings()).environment())`. The local MLf
 password; see `infra.servers`.
 """
 
+import os
 import re
 import subprocess
 import time
@@ -211,18 +212,18 @@ def _without_login(address: str) -> str:
 
 def _ensure_bucket(folder: StackFolder) -> None:
     """Make the bucket in the local object store; this also shows that the credentials work."""
-    from boto3.session import Session  # slow to import, so only where the local store is used
-    from botocore.config import Config
+    from botocore.config import Config  # slow to import, so only where the local store is used
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.session import Session
 
     credentials, bucket = folder.credentials, folder.settings.bucket
-    client = Session(
-        aws_access_key_id=credentials.access_key_id.get_secret_value(),
-        aws_secret_access_key=credentials.secret_access_key.get_secret_value(),
-        region_name=REGION,
-    ).client(
+    not_the_users_own = {"profile": (None, None, None, None), "config_file": (None, None, os.devnull, None)}
+    client = Session(session_vars=not_the_users_own).create_client(
         "s3",
         endpoint_url=folder.url("seaweedfs"),
+        region_name=REGION,
+        aws_access_key_id=credentials.access_key_id.get_secret_value(),
+        aws_secret_access_key=credentials.secret_access_key.get_secret_value(),
         config=Config(retries={"mode": "standard", "total_max_attempts": 5}, proxies={}),
     )
     try:

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import httpx
 
 from infra.errors import ServiceError
+from infra.files import locked
 from infra.meter import Meter
 
 CONNECT_SECONDS = 3.0
@@ -94,12 +95,12 @@ class Web:
         """
         self._require_host(url)
         partial = self._partial / hashlib.sha256(display(url).encode()).hexdigest()
-        self._partial.mkdir(parents=True, exist_ok=True)
-        self._complete(url, partial, limit, meter)
-        try:
-            yield partial
-        finally:
-            _discard(partial)
+        with locked(partial.with_suffix(".lock")):  # another process may want the same file
+            self._complete(url, partial, limit, meter)
+            try:
+                yield partial
+            finally:
+                _discard(partial)
 
     def _complete(self, url: str, partial: Path, limit: int | None, meter: Meter) -> None:
         """Transfer until the file is whole; gives up after TRIES transfers in a row that brought nothing."""
@@ -159,7 +160,9 @@ class Web:
                 future = self._hosts[place] = Future[str]()
                 # A daemon thread, since a name that does not resolve may block for much longer than we care
                 # to wait.
-                threading.Thread(target=_knock, args=(address.host, port, self._connect_seconds, future), daemon=True).start()
+                threading.Thread(
+                    target=_knock, args=(address.host, port, self._connect_seconds, future), daemon=True
+                ).start()
             return self._hosts[place]
 
     def _require_host(self, url: str) -> None:

@@ -1,7 +1,7 @@
 """Weights of a training in the bucket: whole and committed, or not there.
 
-    runs/<run>/checkpoints/step-00005064/model.safetensors
-    runs/<run>/checkpoints/step-00005064/commit.json          written last, by a conditional put
+runs/<run>/checkpoints/step-00005064/model.safetensors
+runs/<run>/checkpoints/step-00005064/commit.json          written last, by a conditional put
 """
 
 import time

@@ -1,4 +1,4 @@
-"""The configuration of a whole run: what to train on, how, and under which name; from a file, then `--set`, then options.
+"""The configuration of a whole run: what to train on, how, and under which name; from a file, `--set` and options.
 
 Importing this module loads pydantic only, so that a mistake is refused before torch, Prefect or MLflow are loaded.
 """
@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from cnn.config import NETWORK_OPTIONS, Config, PreprocessConfig, TrainConfig
 from cnn.worldsize import check_world_size
+from infra.catalogue import CATALOGUE
 from infra.errors import UsageError
 
 
@@ -27,9 +28,21 @@ class RunConfig(TrainConfig):
     """Name of the registered model. Unset: the dataset's name."""
 
     ranks: int | None = Field(None, ge=1, le=4096)
-    """Processes to train with; has no say in the result. Unset: as many as share the lanes and have a GPU or core each."""
+    """Processes to train with; no part of the result. Unset: as many as share the lanes and have a GPU or core each."""
 
     data: PreprocessConfig = PreprocessConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_mirror_images_of_digits(cls, values: Any) -> Any:
+        """Where a data set's images have a left and a right, `augment.flip` is off unless asked for."""
+        if not isinstance(values, dict):
+            return values
+        handed = any(entry.handed for entry in CATALOGUE if entry.name == values.get("dataset"))
+        augment = values.get("augment") or {}
+        if handed and isinstance(augment, dict):
+            values = {**values, "augment": {"flip": False, **augment}}
+        return values
 
     @field_validator("name")
     @classmethod
@@ -90,7 +103,8 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the configuration {file}: {error.strerror if isinstance(error, OSError) else error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise UsageError(f"cannot read the configuration {file}: {reason}") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         raise UsageError(f"{file} is not valid YAML" + (f" (line {where.line + 1})" if where else "")) from None

@@ -2,8 +2,8 @@
 
     python -P consume.py MODEL_URI IMAGES PREDICTIONS SIZE...
 
-IMAGES and PREDICTIONS are safetensors files. For each SIZE, that many of the first `images` go in as one batch,
-and its predictions are stored under that number. It imports nothing of Convoy, as whoever serves the model.
+IMAGES and PREDICTIONS are safetensors files. For each SIZE, that many of the first `images` go in as one
+batch, and its predictions are stored under that number. It knows nothing of Convoy, like any model server.
 """
 
 import sys

@@ -7,7 +7,7 @@ from rich.filesize import decimal
 from cnn.errors import InputError
 from cnn.sources.layout import arrange
 from infra.cache import Cache
-from infra.errors import UsageError
+from infra.errors import ServiceError, UsageError
 from infra.mirrors import Mirrors
 from infra.objectstore import ObjectStore
 from infra.raw import RawSource
@@ -18,7 +18,7 @@ from infra.sources.folder import FolderSource
 from tasks.progress import progress, run_logger
 
 
-@task(name="download", task_run_name="download-{dataset}", cache_policy=NO_CACHE, persist_result=False)
+@task(name="download", cache_policy=NO_CACHE, persist_result=False)
 def download(dataset: str, *, refresh: bool = False) -> RawSource:
     """Bring a data set into the bucket; what is there already is not fetched again.
 
@@ -32,6 +32,16 @@ def download(dataset: str, *, refresh: bool = False) -> RawSource:
     """
     settings = Settings()
     store = ObjectStore.connect(settings.bucket)
+    try:
+        raw = _download(dataset, settings, store, refresh)
+    except OSError as error:  # a full disk, say; what the user's own files do wrong is a UsageError already
+        where = error.filename or settings.cache
+        raise ServiceError(f"{where}: {error.strerror or error}; CONVOY_HOME chooses another place") from error
+    run_logger().info(_summary(raw))
+    return raw
+
+
+def _download(dataset: str, settings: Settings, store: ObjectStore, refresh: bool) -> RawSource:
     with Mirrors(settings.cache / "partial") as mirrors:
         place = Workplace(mirrors=mirrors, store=store, cache=Cache(settings.cache, store))
         source: Source = find_source(dataset, mirrors, own_mirror=settings.mirror)
@@ -39,11 +49,8 @@ def download(dataset: str, *, refresh: bool = False) -> RawSource:
             source = _images_of(source, dataset)
         raw = None if refresh else reusable(source, place)
         if raw is None:
-            with progress(
-                f"Downloading {source.name}", source.size, unit="bytes", artifact="download"
-            ) as advance:
+            with progress(f"Downloading {source.name}", source.size, unit="bytes", artifact="download") as advance:
                 raw = source.fetch(place, advance, refresh=refresh)
-    run_logger().info(_summary(raw))
     return raw
 
 
@@ -58,6 +65,6 @@ def _images_of(folder: FolderSource, dataset: str) -> FolderSource:
 
 def _summary(raw: RawSource) -> str:
     size = decimal(sum(file.size for file in raw.files))
-    origins = ", ".join(sorted({origin.removesuffix(f"/{path}") for path, origin in raw.served_by.items()}))
+    origins = {origin.removesuffix(f"/{path}.gz").removesuffix(f"/{path}") for path, origin in raw.served_by.items()}
     done = "in the bucket already" if raw.reused else "stored in the bucket"
-    return f"{raw.name}: {len(raw.files)} files, {size}, {done}; from {origins}"
+    return f"{raw.name}: {len(raw.files)} files, {size}, {done}; from {', '.join(sorted(origins))}"

@@ -84,9 +84,7 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
     return Evaluation(run_id=trained.run_id, report=report, device=device.type, reference_key=key)
 
 
-def trained_network(
-    store: ObjectStore, config: TrainConfig, manifest: Manifest, trained: TrainResult
-) -> nn.Module:
+def trained_network(store: ObjectStore, config: TrainConfig, manifest: Manifest, trained: TrainResult) -> nn.Module:
     """The network with the weights that a training committed, verified; on the CPU, in evaluation mode.
 
     Raises:
@@ -113,6 +111,4 @@ def _publish(run_id: str, report: EvaluationReport) -> None:
     tracking.log_text(run_id, "report/evaluation.json", report.model_dump_json(indent=2))
     tracking.log_text(run_id, "report/confusion_matrix.json", report.confusion_json())
     tracking.log_figure(run_id, "report/confusion_matrix.png", confusion_figure(report))
-    create_markdown_artifact(
-        report_markdown(report), key="evaluation", description=f"Test split, MLflow run {run_id}"
-    )
+    create_markdown_artifact(report_markdown(report), key="evaluation", description=f"Test split, MLflow run {run_id}")

@@ -1,9 +1,9 @@
 """What the train task and the processes of a training tell each other, as files in the training's own folder.
 
-    job.json        the task's order
-    events.jsonl    rank 0's account of how it goes, a line at a time
-    train.log       what the ranks and torchrun print
-    outcome.json    how it ended, by the first rank that had something to say
+job.json        the task's order
+events.jsonl    rank 0's account of how it goes, a line at a time
+train.log       what the ranks and torchrun print
+outcome.json    how it ended, by the first rank that had something to say
 """
 
 import os

@@ -142,9 +142,7 @@ def _store_shards(name: str, manifest: Manifest, out: Path, cache: Cache, *, ref
     missing = [shard for shard in shards if refresh or not is_stored(cache.store, shard)]
     with progress(f"Storing {name}", sum(shard.bytes for shard in missing), unit="bytes") as advance:
         for shard in missing:
-            cache.store.put_file(
-                shard_key(shard), cache.path(shard.sha256), sha256=shard.sha256, on_progress=advance
-            )
+            cache.store.put_file(shard_key(shard), cache.path(shard.sha256), sha256=shard.sha256, on_progress=advance)
 
 
 def _commit(store: ObjectStore, key: str, data: bytes) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
+from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext, TaskRunContext
@@ -30,9 +31,7 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(
-    description: str, total: float | None, *, unit: Unit, artifact: str | None = None
-) -> Iterator[Advance]:
+def progress(description: str, total: float | None, *, unit: Unit, artifact: str | None = None) -> Iterator[Advance]:
     """Yield a function that is told what has been done.
 
     Args:
@@ -89,6 +88,7 @@ class _Bar:
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
         )
+        self._note = ""
         self._task = self._bars.add_task(description.ljust(28), total=total, note="")
 
     def __enter__(self) -> None:
@@ -98,8 +98,8 @@ class _Bar:
         self._bars.stop()
 
     def update(self, done: float, note: str | None) -> None:
-        fields = {} if note is None else {"note": note}
-        self._bars.update(self._task, completed=done, **fields)
+        self._note = self._note if note is None else note
+        self._bars.update(self._task, completed=done, note=self._note)
 
 
 class _LogLines:
@@ -135,7 +135,9 @@ class _Artifact:
     def __init__(self, key: str, description: str, total: float) -> None:
         self._total = total
         self._last = time.monotonic()
-        self._id = create_progress_artifact(progress=0.0, key=key, description=description)
+        created = create_progress_artifact(progress=0.0, key=key, description=description)
+        assert isinstance(created, UUID)  # not a coroutine, since we are not in one
+        self._id = created
 
     def update(self, done: float, *, at_once: bool = False) -> None:
         if at_once or time.monotonic() - self._last >= ARTIFACT_EVERY:

@@ -6,6 +6,7 @@ FOLDER holds the job (tasks/job.py); MEETING is a path where the ranks of this s
 """
 
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -42,11 +43,13 @@ class RankZero:
     """
 
     def __init__(self, job: Job, folder: JobFolder, trainer: Trainer) -> None:
-        from infra.tracking import MetricLogger, SystemMetrics  # seconds to import, and only rank 0 needs them
+        from infra.metriclog import ONE_TRY_A_REQUEST, MetricLogger  # seconds to import, and only rank 0 needs it
+        from infra.systemmetrics import SystemMetrics
 
+        os.environ.update(ONE_TRY_A_REQUEST)
         self._folder, self._trainer = folder, trainer
         self._metrics = MetricLogger(job.run_id)
-        self._system = SystemMetrics(job.run_id)
+        self._system = SystemMetrics(self._metrics)
         self._batch = job.config.batch_size
         self._since = time.perf_counter()
         self._pending: list[StepReport] = []

@@ -54,9 +54,7 @@ def register(
             "weights_sha256": trained.weights_sha256,
         },
     )
-    registered = create_version(
-        name, model_id, run_id=trained.run_id, tags=_tags(dataset, trained, evaluated)
-    )
+    registered = create_version(name, model_id, run_id=trained.run_id, tags=_tags(dataset, trained, evaluated))
     run_logger().info("registered version %s of model %s", registered.version, registered.name)
     return registered
 

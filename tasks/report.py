@@ -162,10 +162,7 @@ def report_markdown(report: EvaluationReport) -> str:
         "",
         "| class | precision | recall | F1 | images |",
         "|:--|--:|--:|--:|--:|",
-        *(
-            f"| {_cell(s.name)} | {s.precision:.3f} | {s.recall:.3f} | {s.f1:.3f} | {s.support:,} |"
-            for s in listed
-        ),
+        *(f"| {_cell(s.name)} | {s.precision:.3f} | {s.recall:.3f} | {s.f1:.3f} | {s.support:,} |" for s in listed),
     ]
     if len(listed) < len(ordered):
         lines += ["", f"The {len(listed)} hardest of {len(ordered)} classes."]

@@ -1,5 +1,6 @@
 """The MLflow run of a training: opened before the ranks start, closed with the flow, however it ends."""
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -18,6 +19,7 @@ import cnn
 from cnn.codedigest import code_digest
 from cnn.distributed import THREADS_PER_RANK, local_device
 from infra import tracking
+from infra.errors import ServiceError
 from infra.provenance import provenance
 from infra.settings import Settings
 from tasks.checkpoints import checkpoint_prefix
@@ -94,7 +96,8 @@ def tracked_run(config: RunConfig, dataset: DatasetRef) -> Iterator[TrackedRun]:
         )
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Cancelled)
-        tracking.end_run(run_id, "KILLED" if stopped else "FAILED")
+        with contextlib.suppress(ServiceError):  # the server may be what failed, and the first error says more
+            tracking.end_run(run_id, "KILLED" if stopped else "FAILED")
         raise
     tracking.end_run(run_id, "FINISHED")
 

@@ -1,4 +1,4 @@
-"""The program between the train task and torchrun: it starts the ranks, and answers for none of them outliving the task.
+"""The program between the train task and torchrun: starts the ranks, and answers for none outliving the task.
 
     python -m tasks.supervisor FOLDER        (see tasks/job.py for the folder; started by tasks/train.py)
 

@@ -18,8 +18,8 @@ from cnn.config import TrainConfig
 from cnn.distributed import device_count
 from cnn.worldsize import default_world_size
 from infra.settings import Settings
-from tasks.job import Event, Job, JobFolder, Outcome
 from tasks.dataset import DatasetRef
+from tasks.job import Event, Job, JobFolder, Outcome
 from tasks.progress import Advance, progress, run_logger
 from tasks.run import Cancelled, TrackedRun
 from tasks.supervisor import PATIENCE
@@ -68,9 +68,8 @@ def train(run: TrackedRun, dataset: DatasetRef, config: TrainConfig, ranks: int 
     """
     world_size = ranks or default_world_size(config.lanes, device_count())
     if (idle := device_count() - world_size) > 0:
-        run_logger().warning(
-            "%d of %d devices stay idle: %d lanes are shared by %d ranks", idle, device_count(), config.lanes, world_size
-        )
+        devices, lanes = device_count(), config.lanes
+        run_logger().warning("%d of %d devices stay idle: %d ranks share %d lanes", idle, devices, world_size, lanes)
     folder = JobFolder(Settings().runs / run.run_id)
     folder.write_job(
         Job(

@@ -100,9 +100,7 @@ def _consume(uri: str, images: Tensor, sizes: list[int]) -> dict[str, Tensor]:
                 stdin=subprocess.DEVNULL,
             )
         except subprocess.TimeoutExpired:
-            raise VerificationFailed(
-                f"{uri} gave no predictions within {TIME_LIMIT:.0f} s; it has no alias"
-            ) from None
+            raise VerificationFailed(f"{uri} gave no predictions within {TIME_LIMIT:.0f} s; it has no alias") from None
         try:
             return load_file(made)
         except (FileNotFoundError, SafetensorError):

@@ -47,9 +47,7 @@ class ArchiveSource:
         ((self._name, self._path),) = files.items()
         with self._path.open("rb") as stream:
             self._is_zip = stream.read(2) == b"PK"
-        members = check_members(
-            self._name, self._path, self._list_zip() if self._is_zip else self._list_tar()
-        )
+        members = check_members(self._name, self._path, self._list_zip() if self._is_zip else self._list_tar())
         layout = arrange((m.name for m in members if m.is_file), (m.name for m in members if m.is_folder))
         places = zip(layout.labels.tolist(), layout.splits.tolist(), strict=True)
         self._places = dict(zip(layout.names, places, strict=True))
@@ -109,9 +107,7 @@ class ArchiveSource:
                 try:
                     yield name, archive.read(stored[name])
                 except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-                    raise InputError(
-                        f"{self._name}: member {name} is damaged ({error}); fetch it again"
-                    ) from error
+                    raise InputError(f"{self._name}: member {name} is damaged ({error}); fetch it again") from error
 
     def _read_tar(self) -> Iterator[tuple[str, bytes]]:
         with tar_stream(self._name, self._path) as members:
@@ -140,16 +136,12 @@ def check_members(archive: str, path: Path, members: Iterable[Member]) -> list[M
         name = normal_name(member.name)
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or PureWindowsPath(name).drive:
-            raise InputError(
-                f"{archive}: member {member.name} points outside the archive; pack it without such paths"
-            )
+            raise InputError(f"{archive}: member {member.name} points outside the archive; pack it without such paths")
         if not member.is_file and not member.is_folder:
             raise InputError(f"{archive}: member {member.name} is a link or a device; pack plain files only")
         total += member.size
         if member.size > MAX_MEMBER or total > allowance:
-            raise InputError(
-                f"{archive}: member {member.name} makes it too large when uncompressed ({total:,} bytes)"
-            )
+            raise InputError(f"{archive}: member {member.name} makes it too large when uncompressed ({total:,} bytes)")
         if member.is_file and name in names:
             raise InputError(f"{archive}: member {name} is there twice; pack each file once")
         names.add(name)

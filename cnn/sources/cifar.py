@@ -50,14 +50,8 @@ class CifarSource:
                     lists[base] = tuple(reader.read(_NAME_LIST_MAX).decode("utf-8", "replace").split())
         layout = next((layout for layout in (_CIFAR10, _CIFAR100) if layout.names in lists), None)
         if layout is None:
-            kind = (
-                "Python version, a pickle"
-                if {"batches.meta", "meta"} & sizes.keys()
-                else "an unknown archive"
-            )
-            raise InputError(
-                f"{self._name} is not CIFAR's binary version but {kind}; fetch the binary version"
-            )
+            kind = "Python version, a pickle" if {"batches.meta", "meta"} & sizes.keys() else "an unknown archive"
+            raise InputError(f"{self._name} is not CIFAR's binary version but {kind}; fetch the binary version")
         self._layout = layout
         self._record = layout.label_bytes + _PIXELS
         batches = {base: size for base, size in sizes.items() if _split_of(base) is not None}
@@ -87,9 +81,7 @@ class CifarSource:
         rows = np.frombuffer(data, dtype=np.uint8).reshape(-1, self._record)
         labels = rows[:, self._layout.label_bytes - 1].astype(np.int64)
         if labels.max() >= len(self.classes):
-            raise InputError(
-                f"{self._name}: {member} has label {labels.max()}, which has no name; fetch it again"
-            )
+            raise InputError(f"{self._name}: {member} has label {labels.max()}, which has no name; fetch it again")
         images = rows[:, self._layout.label_bytes :].reshape(-1, 3, 32, 32)
         return PixelBlock(images=images, labels=labels, splits=np.full(len(rows), split, dtype=np.int8))
 

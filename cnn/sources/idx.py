@@ -43,13 +43,9 @@ class IdxSource:
             if pixels and labels:
                 parts.append(_read_part(split, pixels, files[pixels], labels, files[labels]))
             elif pixels or labels:
-                raise InputError(
-                    f"{pixels or labels} has no {'labels' if pixels else 'images'} file beside it"
-                )
+                raise InputError(f"{pixels or labels} has no {'labels' if pixels else 'images'} file beside it")
         if not parts or parts[0].split != TRAIN:
-            raise InputError(
-                "no pair of IDX files named like train-images-idx3-ubyte and train-labels-idx1-ubyte"
-            )
+            raise InputError("no pair of IDX files named like train-images-idx3-ubyte and train-labels-idx1-ubyte")
         if len({part.images.shape[1:] for part in parts}) > 1:
             raise InputError("the training and test images differ in size")
         present = np.unique(np.concatenate([part.labels for part in parts]))
@@ -75,9 +71,7 @@ class IdxSource:
 
 
 def _find(files: Mapping[str, Path], words: Sequence[str], kind: str) -> str | None:
-    names = [
-        path for path in sorted(files) if kind in Path(path).name and any(w in Path(path).name for w in words)
-    ]
+    names = [path for path in sorted(files) if kind in Path(path).name and any(w in Path(path).name for w in words)]
     if len(names) > 1:
         raise InputError(f"{names[0]} and {names[1]} both look like the {words[0]} {kind}")
     return names[0] if names else None
@@ -98,14 +92,10 @@ def _header(name: str, file: Path, magic: int) -> tuple[int, ...]:
     with file.open("rb") as stream:
         head = stream.read(length)
     if len(head) < length:
-        raise InputError(
-            f"{name} is cut short: an IDX header has {length} bytes, found {found}; fetch it again"
-        )
+        raise InputError(f"{name} is cut short: an IDX header has {length} bytes, found {found}; fetch it again")
     number, *dimensions = struct.unpack(f">{length // 4}I", head)
     if number != magic:
-        raise InputError(
-            f"{name} is not the IDX file expected: it starts with {number:#010x}, not {magic:#010x}"
-        )
+        raise InputError(f"{name} is not the IDX file expected: it starts with {number:#010x}, not {magic:#010x}")
     expected = length + int(np.prod(dimensions, dtype=object))
     if found != expected:
         fault = "is cut short" if found < expected else "is too long"

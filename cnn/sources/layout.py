@@ -54,9 +54,7 @@ def arrange(paths: Iterable[str], folders: Iterable[str] = ()) -> Layout:
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     others = [file for file in files if file.suffix.lower() not in SUFFIXES]
     if not images:
-        raise InputError(
-            f"no {_KINDS} image found among {len(files)} files; put images into one folder a class"
-        )
+        raise InputError(f"no {_KINDS} image found among {len(files)} files; put images into one folder a class")
     depth = _wrapping(images)
     top = {image.parts[depth] for image in images if len(image.parts) > depth + 1}
     in_splits = bool(top) and all(name.lower() in SPLIT_FOLDERS for name in top)
@@ -88,9 +86,7 @@ def _is_hidden(path: str) -> bool:
 def _wrapping(images: Sequence[PurePosixPath]) -> int:
     """How many outer folders hold everything and yet leave a class folder inside."""
     depth = 0
-    while (
-        all(len(image.parts) > depth + 2 for image in images) and len({i.parts[depth] for i in images}) == 1
-    ):
+    while all(len(image.parts) > depth + 2 for image in images) and len({i.parts[depth] for i in images}) == 1:
         depth += 1
     return depth
 
@@ -101,20 +97,14 @@ def _class_folders(
     """Class folders that are known from something else than an image in them."""
     seen = [other.parent for other in others]
     seen += [PurePosixPath(folder) for folder in folders if not _is_hidden(folder)]
-    return {
-        folder.parts[level]
-        for folder in seen
-        if folder.parts[: len(root)] == root and len(folder.parts) > level
-    }
+    return {folder.parts[level] for folder in seen if folder.parts[: len(root)] == root and len(folder.parts) > level}
 
 
 def _check_classes(classes: Sequence[str], folders: Collection[str]) -> None:
     if empty := sorted(set(folders) - set(classes)):
         raise InputError(f"class folder {empty[0]} holds no {_KINDS} image; add some or remove the folder")
     if len(classes) == 1:
-        raise InputError(
-            f"there is only one class, {classes[0]}; a classifier needs at least two class folders"
-        )
+        raise InputError(f"there is only one class, {classes[0]}; a classifier needs at least two class folders")
 
 
 def _remarks(others: Sequence[PurePosixPath]) -> tuple[str, ...]:

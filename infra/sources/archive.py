@@ -14,7 +14,6 @@ from infra.sources.base import Workplace, slug, source_key
 from infra.webfetch import display
 
 
-
 @dataclass(frozen=True)
 class ArchiveSource:
     """See `infra.sources.base.Source`."""
@@ -42,11 +41,7 @@ class ArchiveSource:
         meter = Meter(self.size or 0, on_bytes, threading.Event())
         try:
             with place.mirrors.fetched(self.address, meter) as path:
-                if not (
-                    zipfile.is_zipfile(path)
-                    if self.file.lower().endswith(".zip")
-                    else tarfile.is_tarfile(path)
-                ):
+                if not (zipfile.is_zipfile(path) if self.file.lower().endswith(".zip") else tarfile.is_tarfile(path)):
                     raise UsageError(f"{where}: this is no whole archive of the kind its name says")
                 digest = place.cache.add_file(path)
         except ServiceError as error:
@@ -57,9 +52,7 @@ class ArchiveSource:
         if not reused:
             bucket.put(raw)
         meter.at(1.0)
-        source = RawSource(
-            name=self.name, format="archive", files=(raw,), served_by={raw.path: where}, reused=reused
-        )
+        source = RawSource(name=self.name, format="archive", files=(raw,), served_by={raw.path: where}, reused=reused)
         if self.key:
             write_record(place.store, self.key, source)
         return source

@@ -65,9 +65,7 @@ class CatalogueSource:
             write_record(place.store, self.key, source)
             return source
 
-    def _at_hand(
-        self, file: CatalogueFile, known: RawSource | None, place: Workplace
-    ) -> tuple[RawFile, str] | None:
+    def _at_hand(self, file: CatalogueFile, known: RawSource | None, place: Workplace) -> tuple[RawFile, str] | None:
         """A file whose content is in the bucket or, to be put there, in the cache."""
         before = next((raw for raw in known.files if raw.path == file.path), None) if known else None
         digest = before.sha256 if before else file.sha256

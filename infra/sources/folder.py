@@ -98,9 +98,7 @@ class FolderSource:
     def key(self) -> str | None:
         if not all(file.version for file in self.files):
             return None
-        return source_key(
-            "folder", self.address, [[file.path, file.size, file.version] for file in self.files]
-        )
+        return source_key("folder", self.address, [[file.path, file.size, file.version] for file in self.files])
 
     def only(self, paths: Iterable[str]) -> "FolderSource":
         """The same folder with these files only."""

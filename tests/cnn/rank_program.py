@@ -35,7 +35,8 @@ class History:
 
 
 def run_rank(folder: Path, config: TrainConfig, meeting: Path, rank: int, world_size: int) -> dict[str, object]:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
     train, val = (
         PackedSplit([folder / f"{shard.sha256}.safetensors" for shard in manifest.splits[split].shards])

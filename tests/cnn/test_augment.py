@@ -31,7 +31,9 @@ def image() -> Tensor:
     ],
     ids=["flip", "shift"],
 )
-def test_outcomes_are_as_frequent_as_with_torchvision(config: AugmentConfig, theirs: v2.Transform, image: Tensor) -> None:
+def test_outcomes_are_as_frequent_as_with_torchvision(
+    config: AugmentConfig, theirs: v2.Transform, image: Tensor
+) -> None:
     torch.manual_seed(0)
     ours = outcomes(augment(image.expand(DRAWS, -1, -1, -1), config, torch.Generator().manual_seed(1)))
     reference = outcomes(torch.cat([theirs(image) for _ in range(DRAWS)]))

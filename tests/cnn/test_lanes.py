@@ -35,9 +35,7 @@ def train(digits: Packed, config: TrainConfig, *world_sizes: int) -> list[list[d
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_weights_and_metrics_are_equal_bit_for_bit_for_1_2_and_4_ranks(
-    network: str, digits: Packed
-) -> None:
+def test_weights_and_metrics_are_equal_bit_for_bit_for_1_2_and_4_ranks(network: str, digits: Packed) -> None:
     config = TrainConfig(model=network, epochs=2, batch_size=64, lanes=4, **NETWORKS[network])
     (alone,), two, four = train(digits, config, 1, 2, 4)
     assert len(alone["steps"]) == 2 * (digits.manifest.splits["train"].count // 64)

@@ -8,7 +8,8 @@ from cnn.networks import build_network
 
 
 def network(model: str, channels: int = 1, image_size: int = 28, classes: int = 10, **options: object) -> nn.Module:
-    return build_network(TrainConfig(model=model, network=options), channels=channels, image_size=image_size, classes=classes)
+    config = TrainConfig(model=model, network=options)
+    return build_network(config, channels=channels, image_size=image_size, classes=classes)
 
 
 @pytest.mark.parametrize("model", NETWORK_OPTIONS)
@@ -44,7 +45,8 @@ def test_notes_is_the_network_of_the_notes() -> None:
     )
     layers = list(built)
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
-    assert [(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0]) for c in convolutions] == [(3, 32, 3, 1), (32, 48, 5, 2)]
+    shapes = [(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0]) for c in convolutions]
+    assert shapes == [(3, 32, 3, 1), (32, 48, 5, 2)]
     assert {(p.kernel_size, p.stride) for p in layers if isinstance(p, nn.MaxPool2d)} == {(3, 2)}
     assert sum(isinstance(layer, nn.Flatten) for layer in layers) == 1
     assert {layer.p for layer in layers if isinstance(layer, nn.Dropout)} == {0.4}

@@ -60,9 +60,7 @@ def test_slices_cover_the_split_in_order(split: PackedSplit) -> None:
 def test_images_are_mapped_and_not_copied(tmp_path: Path) -> None:
     split = PackedSplit(write(tmp_path, per_shard=2000))
     images, _ = split.slice(100, 200)
-    (mapping,) = [
-        line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line
-    ]
+    (mapping,) = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     low, high = (int(end, 16) for end in mapping[0].split("-"))
     assert low <= images.data_ptr() < high
     assert images.data_ptr() == split.slice(100, 300)[0].data_ptr()

@@ -34,9 +34,7 @@ CONFIG = PreprocessConfig()
 @pytest.fixture
 def digits(tmp_path: Path) -> dict[str, Path]:
     path = tmp_path / "digits"
-    path.write_bytes(
-        gzip.decompress((Path(sklearn.datasets.__path__[0]) / "data" / "digits.csv.gz").read_bytes())
-    )
+    path.write_bytes(gzip.decompress((Path(sklearn.datasets.__path__[0]) / "data" / "digits.csv.gz").read_bytes()))
     return {"digits.csv": path}
 
 
@@ -219,9 +217,7 @@ def test_a_limit_keeps_so_many_images_of_each_split_and_no_other(digits: dict[st
 
 def test_an_empty_split_is_refused_with_advice(folder: Folder, out: Path) -> None:
     folder.add_digits(range(4))
-    with pytest.raises(
-        InputError, match=r"no image of 4 is in the (val|test) split; .*data\.(val|test)_fraction"
-    ):
+    with pytest.raises(InputError, match=r"no image of 4 is in the (val|test) split; .*data\.(val|test)_fraction"):
         preprocess("folder", folder.files, CONFIG, out)
 
 
@@ -369,9 +365,7 @@ def test_the_step_knows_every_module_it_depends_on() -> None:
         "import sys, cnn.preprocess;"
         "print(*(module.__file__ for name, module in sys.modules.items() if name.split('.')[0] == 'cnn'))"
     )
-    loaded = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    ).stdout
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     names = {Path(file).resolve() for file in loaded.split()}
     package = Path(code_files()[-1]).parent
     # Configuration enters the step's key by its values; errors and threads do not change what comes out.

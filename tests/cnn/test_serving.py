@@ -18,9 +18,7 @@ def network(model: str) -> nn.Module:
 
 
 def images(count: int) -> torch.Tensor:
-    return torch.randint(
-        0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 def test_raw_images_give_the_probabilities_of_the_normalised_network() -> None:
@@ -37,9 +35,7 @@ def test_raw_images_give_the_probabilities_of_the_normalised_network() -> None:
 def test_normalisation_is_that_of_the_training_split() -> None:
     served = ServedClassifier(nn.Flatten(), MEAN, STD)
     pixel = torch.tensor([51, 102, 153], dtype=torch.uint8).view(1, 3, 1, 1)  # 0.2, 0.4, 0.6: the mean itself
-    brighter = torch.tensor([255, 102, 153], dtype=torch.uint8).view(
-        1, 3, 1, 1
-    )  # eight deviations above in red
+    brighter = torch.tensor([255, 102, 153], dtype=torch.uint8).view(1, 3, 1, 1)  # eight deviations above in red
     with torch.inference_mode():
         assert torch.allclose(served(pixel), torch.full((1, 3), 1 / 3), atol=1e-6)
         assert torch.allclose(served(brighter), torch.tensor([[8.0, 0.0, 0.0]]).softmax(1), atol=1e-6)

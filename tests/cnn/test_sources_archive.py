@@ -52,10 +52,7 @@ def test_every_kind_is_recognised_by_content_and_read(tmp_path: Path, kind: str)
         seen = {}
         for block in source.blocks():
             pixels = block.decode(np.ones(len(block.labels), dtype=np.bool_), Target(8, 1)).images[:, 0]
-            seen |= {
-                name: (image, label)
-                for name, image, label in zip(block.names, pixels, block.labels, strict=True)
-            }
+            seen |= {name: (image, label) for name, image, label in zip(block.names, pixels, block.labels, strict=True)}
         assert seen.keys() == contents.keys()
         for name, (image, label) in seen.items():
             number = int(Path(name).stem)
@@ -74,9 +71,7 @@ def test_backslashes_and_leading_dots_are_understood(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
-@pytest.mark.parametrize(
-    "name", ["../evil.png", "digits/1/../../../evil.png", "/etc/evil.png", "C:\\evil.png"]
-)
+@pytest.mark.parametrize("name", ["../evil.png", "digits/1/../../../evil.png", "/etc/evil.png", "C:\\evil.png"])
 def test_a_member_that_points_outside_is_refused(tmp_path: Path, kind: str, name: str) -> None:
     path = write(tmp_path / "digest", digit_pngs() | {name: b"x"}, kind)
     with pytest.raises(InputError, match=r"evil\.png points outside the archive"):

@@ -67,9 +67,7 @@ def test_cifar100_uses_the_fine_labels(tmp_path: Path) -> None:
 
 
 def test_the_python_version_is_refused_and_never_opened(tmp_path: Path) -> None:
-    path = write_tar(
-        tmp_path / "digest", {"cifar-10-batches-py/batches.meta": b"\x80\x02}.", "c/data_batch_1": b"x"}
-    )
+    path = write_tar(tmp_path / "digest", {"cifar-10-batches-py/batches.meta": b"\x80\x02}.", "c/data_batch_1": b"x"})
     with pytest.raises(InputError, match="pickle; fetch the binary version"):
         open_source("cifar", {"cifar-10-python.tar.gz": path})
 
@@ -89,9 +87,7 @@ def test_batches_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     members = {"c/data_batch_1.bin": data, "c/batches.meta.txt": b"a b", "c/test_batch.bin": data[:-1]}
     with pytest.raises(InputError, match=r"test_batch\.bin has 6145 bytes"):
         open_source("cifar", {"cifar": write_tar(tmp_path / "digest", members)})
-    source = open_source(
-        "cifar", {"cifar": write_tar(tmp_path / "digest", members | {"c/test_batch.bin": data})}
-    )
+    source = open_source("cifar", {"cifar": write_tar(tmp_path / "digest", members | {"c/test_batch.bin": data})})
     with pytest.raises(InputError, match="label 9, which has no name"):
         list(source.blocks())
     del members["c/test_batch.bin"]

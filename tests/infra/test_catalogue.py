@@ -131,9 +131,7 @@ def test_a_missing_object_comes_from_the_cache_if_it_is_there(
     assert web.requests == []
 
 
-def test_a_damaged_cache_does_not_reach_the_bucket(
-    source: CatalogueSource, place: Workplace, web: WebServer
-) -> None:
+def test_a_damaged_cache_does_not_reach_the_bucket(source: CatalogueSource, place: Workplace, web: WebServer) -> None:
     raw = source.fetch(place, lambda _: None)
     file = next(file for file in raw.files if file.path == "images")
     place.store.delete(file.key)
@@ -168,9 +166,7 @@ def test_a_file_that_no_mirror_has_right_leaves_no_record(
     _check(source.fetch(place, lambda _: None), place)
 
 
-def test_of_several_downloads_at_once_one_fetches(
-    source: CatalogueSource, place: Workplace, web: WebServer
-) -> None:
+def test_of_several_downloads_at_once_one_fetches(source: CatalogueSource, place: Workplace, web: WebServer) -> None:
     together = threading.Barrier(3)
 
     def fetch(_: int) -> RawSource:

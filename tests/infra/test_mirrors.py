@@ -8,16 +8,18 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from infra.cache import Cache
 from infra.catalogue import CatalogueFile
-from infra.errors import ServiceError
+from infra.errors import ServiceError, UsageError
 from infra.meter import Meter
 from infra.mirrors import Mirrors, addresses, obtain
 from infra.objectstore import ObjectStore
+from infra.stack import Endpoints
 from tests.infra.webserver import WebServer, web_server
 
 CONTENT = os.urandom(400_000)
@@ -32,9 +34,14 @@ def web() -> Iterator[WebServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def module_store(s3: Endpoints) -> ObjectStore:
+    return ObjectStore.connect("test-mirrors")
+
+
 @pytest.fixture
-def cache(store: ObjectStore, tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "cache", store)
+def cache(module_store: ObjectStore, tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache", module_store)
 
 
 class Fetcher:
@@ -111,9 +118,7 @@ def test_a_file_that_was_whole_already_is_not_downloaded_again(fetcher: Fetcher,
     assert web.sent == sent
 
 
-def test_a_file_that_changed_on_the_server_is_not_pasted_to_its_old_start(
-    fetcher: Fetcher, web: WebServer
-) -> None:
+def test_a_file_that_changed_on_the_server_is_not_pasted_to_its_old_start(fetcher: Fetcher, web: WebServer) -> None:
     web.files["/data.bin"] = CONTENT[::-1]
     web.faults["/data.bin"] = ["cut", "500", "500"]
     _refusal(fetcher, PLAIN, [f"{web.url}/data.bin"])
@@ -128,9 +133,7 @@ def test_a_server_without_ranges_is_asked_for_the_whole_file_again(fetcher: Fetc
     assert len(web.gets("/data.bin")) == 2
 
 
-def test_wrong_bytes_are_refused_with_both_digests_and_the_next_mirror_serves(
-    fetcher: Fetcher, web: WebServer
-) -> None:
+def test_wrong_bytes_are_refused_with_both_digests_and_the_next_mirror_serves(fetcher: Fetcher, web: WebServer) -> None:
     web.files |= {"/bad/data.bin": b"x" * len(CONTENT), "/good/data.bin": CONTENT}
     places = [f"{web.url}/bad/data.bin", f"{web.url}/good/data.bin"]
     assert fetcher.get(PLAIN, places) == places[1]
@@ -146,9 +149,7 @@ def test_wrong_content_of_a_gzip_file_is_refused_with_both_digests(fetcher: Fetc
     assert SHA256 in message and hashlib.sha256(b"other").hexdigest() in message
 
 
-def test_a_page_in_place_of_a_gzip_file_is_refused_with_both_digests(
-    fetcher: Fetcher, web: WebServer
-) -> None:
+def test_a_page_in_place_of_a_gzip_file_is_refused_with_both_digests(fetcher: Fetcher, web: WebServer) -> None:
     page = b"<html>log in to this network</html>"
     web.files["/data.bin.gz"] = page
     message = _refusal(fetcher, PACKED, [f"{web.url}/data.bin.gz"])
@@ -184,9 +185,7 @@ def test_a_publishers_md5_is_verified_before_unpacking(fetcher: Fetcher, web: We
     assert md5 in message and hashlib.md5(web.files["/data.bin.gz"]).hexdigest() in message
 
 
-def test_a_missing_file_is_asked_for_once_and_a_failing_server_twice(
-    fetcher: Fetcher, web: WebServer
-) -> None:
+def test_a_missing_file_is_asked_for_once_and_a_failing_server_twice(fetcher: Fetcher, web: WebServer) -> None:
     web.files["/failing"] = CONTENT
     web.faults["/failing"] = ["500"]
     assert fetcher.get(PLAIN, [f"{web.url}/missing", f"{web.url}/failing"]) == f"{web.url}/failing"
@@ -194,9 +193,7 @@ def test_a_missing_file_is_asked_for_once_and_a_failing_server_twice(
     assert len(web.gets("/failing")) == 2
 
 
-def test_every_mirror_that_failed_is_listed_with_its_reason(
-    fetcher: Fetcher, web: WebServer, tmp_path: Path
-) -> None:
+def test_every_mirror_that_failed_is_listed_with_its_reason(fetcher: Fetcher, web: WebServer, tmp_path: Path) -> None:
     message = _refusal(
         fetcher,
         PLAIN,
@@ -276,6 +273,24 @@ def test_the_users_mirror_comes_first_with_or_without_a_folder_a_data_set(
     assert fetcher.get(PLAIN, folder) == f"file:{tmp_path}/data.bin"
     empty = addresses(PLAIN, "set", [official], str(tmp_path / "empty"))
     assert fetcher.get(PLAIN, empty) == f"{official}/data.bin"
+    with pytest.raises(UsageError, match="CONVOY_MIRROR"):
+        addresses(PLAIN, "set", [official], "ftp://mine")
+
+
+def test_two_runs_that_want_one_address_do_not_mix_their_bytes(
+    fetcher: Fetcher, web: WebServer, tmp_path: Path
+) -> None:
+    web.files["/data.bin"] = CONTENT
+    web.faults["/data.bin"] = ["cut", "cut"]
+
+    def get(number: int) -> str:
+        return Fetcher(Cache(tmp_path / str(number), fetcher.cache.store), fetcher.partial).get(
+            PLAIN, [f"{web.url}/data.bin"]
+        )
+
+    with ThreadPoolExecutor(3) as pool:
+        assert set(pool.map(get, range(3))) == {f"{web.url}/data.bin"}
+    assert web.sent == 3 * len(CONTENT)
 
 
 @pytest.fixture

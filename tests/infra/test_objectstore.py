@@ -63,9 +63,7 @@ def test_a_file_that_is_not_what_was_promised_is_not_uploaded(store: ObjectStore
     assert store.head("key") is None
 
 
-def test_a_damaged_object_is_refused_with_both_digests_and_leaves_no_file(
-    store: ObjectStore, tmp_path: Path
-) -> None:
+def test_a_damaged_object_is_refused_with_both_digests_and_leaves_no_file(store: ObjectStore, tmp_path: Path) -> None:
     store.put_bytes("key", b"damaged")
     with pytest.raises(ServiceError) as raised:
         store.get_file("key", tmp_path / "file", sha256=_sha256(b"good"))
@@ -159,7 +157,7 @@ def test_a_part_that_changes_on_its_way_is_refused(store: ObjectStore, tmp_path:
 
 
 def test_a_lost_answer_is_not_taken_for_a_lost_race(store: ObjectStore) -> None:
-    lost = []
+    lost: list[int] = []
 
     def lose_first(request: AWSPreparedRequest, **_: object) -> None:
         if not lost:
@@ -176,7 +174,7 @@ def test_a_lost_answer_is_not_taken_for_a_lost_race(store: ObjectStore) -> None:
 
 
 def test_a_conflict_with_another_writer_is_settled_by_asking_again(store: ObjectStore) -> None:
-    conflicts = []
+    conflicts: list[str] = []
 
     def conflict_once(request: AWSPreparedRequest, **_: object) -> AWSResponse | None:
         if conflicts:
@@ -203,7 +201,7 @@ def test_a_store_that_ignores_conditions_is_found_out(store: ObjectStore) -> Non
 
 def test_an_answer_that_is_cut_is_read_again(store: ObjectStore) -> None:
     store.put_bytes("key", b"whole")
-    cuts = []
+    cuts: list[str] = []
 
     def cut_once(request: AWSPreparedRequest, **_: object) -> AWSResponse | None:
         if cuts:
@@ -239,9 +237,7 @@ def test_missing_credentials_are_named_in_one_line(
         ObjectStore.connect("any-bucket")
 
 
-def test_a_store_that_does_not_answer_is_named_with_what_to_do(
-    s3: Endpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_does_not_answer_is_named_with_what_to_do(s3: Endpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hidden@127.0.0.1:9")
     with pytest.raises(ServiceError) as raised:
         ObjectStore.connect("any-bucket")
@@ -250,9 +246,7 @@ def test_a_store_that_does_not_answer_is_named_with_what_to_do(
     assert "hidden" not in message and "\n" not in message
 
 
-def test_an_endpoint_that_is_no_address_is_the_users_mistake(
-    s3: Endpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_endpoint_that_is_no_address_is_the_users_mistake(s3: Endpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost 8333")
     with pytest.raises(UsageError, match="AWS_ENDPOINT_URL"):
         ObjectStore.connect("any-bucket")

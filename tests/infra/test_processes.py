@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from infra import processes
 from infra.processes import Record, Server
+from tests.infra.localstack import until
 
 PARENT_AND_CHILD = (
     "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
@@ -22,15 +22,8 @@ DEAF = (
 )
 
 
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def lives(process: psutil.Process) -> bool:
-    """Whether it runs; one that ended stays as a zombie until its parent, maybe the system's first process, looks."""
+    """Whether it runs: one that ended stays a zombie until its parent asks for its exit status."""
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
@@ -86,7 +79,9 @@ def stranger() -> Iterator[psutil.Process]:
 
 
 def test_a_server_has_a_session_of_its_own_and_no_standard_input(start: Callable[[str], Started]) -> None:
-    program = "import os, sys; print(os.getsid(0) == os.getpid(), repr(sys.stdin.read()), 'started', flush=True)"
+    program = (
+        "import os, sys; print(os.getsid(0) == os.getpid(), repr(sys.stdin.read()), 'started', flush=True)"
+    )
     server = start(program + "; import time; time.sleep(600)")
     assert server.server.log.read_text().startswith("True ''")
 

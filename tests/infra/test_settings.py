@@ -9,7 +9,13 @@ import pytest
 from infra.errors import UsageError
 from infra.settings import Settings
 
-STANDARD = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_UI_URL")
+STANDARD = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "MLFLOW_TRACKING_URI",
+    "PREFECT_API_URL",
+    "PREFECT_UI_URL",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +100,10 @@ def test_the_stack_is_imported_without_the_slow_libraries() -> None:
     slow = ("torch", "mlflow", "prefect", "boto3", "cryptography")
     program = f"import sys, infra.stack; print(*[name for name in {slow} if name in sys.modules])"
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == ""

@@ -1,5 +1,6 @@
 """The download task: its pieces joined, on a real bucket."""
 
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -38,18 +39,12 @@ def test_a_catalogue_data_set_is_downloaded_once(store: ObjectStore) -> None:
 
 
 def test_of_a_folder_only_the_images_are_stored(store: ObjectStore, tmp_path: Path) -> None:
-    folder = _images(
-        tmp_path / "pets", "train/cat/001.png", "train/dog/1.PNG", "test/cat/1.bmp", "test/dog/1.webp"
-    )
+    paths = ("test/cat/1.bmp", "test/dog/1.webp", "train/cat/001.png", "train/dog/1.PNG")
+    folder = _images(tmp_path / "pets", *paths)
     (folder / "train" / "cat" / "notes.txt").write_text("not an image")
     (folder / "README.md").write_text("not an image")
     raw = _download(str(folder))
-    assert [file.path for file in raw.files] == [
-        "test/cat/1.bmp",
-        "test/dog/1.webp",
-        "train/cat/001.png",
-        "train/dog/1.PNG",
-    ]
+    assert tuple(file.path for file in raw.files) == paths
     assert len(list(store.list("raw/"))) == 4
     assert _download(str(folder)).reused
 
@@ -85,13 +80,14 @@ def test_an_unknown_data_set_is_the_users_mistake(store: ObjectStore) -> None:
     assert list(store.list("")) == []
 
 
-def test_the_users_mirror_is_taken_from_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_users_mirror_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVOY_MIRROR", str(tmp_path / "mirror"))
-    assert _download("digits").served_by["digits.csv"].startswith("package:")
+    assert _download("digits").served_by == {"digits.csv": "package:sklearn/datasets/data/digits.csv.gz"}
     (tmp_path / "mirror").mkdir()
-    (tmp_path / "mirror" / "digits.csv.gz").write_bytes(b"damaged")
+    copy = tmp_path / "mirror" / "digits.csv.gz"
+    copy.write_bytes((files("sklearn") / "datasets" / "data" / copy.name).read_bytes())
+    assert _download("digits", refresh=True).served_by == {"digits.csv": f"file:{copy}"}
+    copy.write_bytes(b"damaged")
     assert _download("digits", refresh=True).served_by["digits.csv"].startswith("package:")
 
 
@@ -100,3 +96,11 @@ def test_a_store_that_is_down_is_a_service_error(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ServiceError, match="no connection") as raised:
         _download("digits")
     assert raised.value.exit_status == 1
+
+
+def test_a_state_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "file"))
+    with pytest.raises(ServiceError, match=r"file/cache.*Not a directory; CONVOY_HOME") as raised:
+        _download("digits")
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,118 @@
+"""Nobody without credentials reads or writes objects, through any port that the local object store opens."""
+
+import socket
+import ssl
+import uuid
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from infra.endpoints import Endpoints
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from infra.stackfolder import StackFolder
+
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+SECRET = b"nobody may read this"
+GRPC = ("s3_grpc", "master_grpc", "volume_grpc", "filer_grpc", "admin_grpc")
+METHODS = ("GET", "HEAD", "PUT", "POST", "DELETE")
+
+
+@pytest.fixture
+def folder(s3: Endpoints, settings: Settings) -> StackFolder:
+    return StackFolder(settings)
+
+
+@pytest.fixture
+def key(s3: Endpoints) -> Iterator[str]:
+    """Key of an object in the session's bucket; still the same after the test, or the test fails."""
+    store = ObjectStore.connect(s3.bucket)
+    key = f"secret/{uuid.uuid4().hex}"
+    store.put_bytes(key, SECRET)
+    yield key
+    assert store.get_bytes(key) == SECRET
+    store.delete(key)
+
+
+@pytest.fixture
+def certified(folder: StackFolder) -> ssl.SSLContext:
+    """A TLS client that has the state folder's certificate."""
+    context = anonymous()
+    context.load_cert_chain(folder.root / "certificate.pem", folder.root / "key.pem")
+    return context
+
+
+def anonymous() -> ssl.SSLContext:
+    """A TLS client that trusts every server and has no certificate."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    return context
+
+
+def greeting(port: int, context: ssl.SSLContext | None) -> bytes:
+    """What a port says to an HTTP/2 client, and so to a gRPC client, before it closes or is silent."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as plain:
+        try:
+            connection = context.wrap_socket(plain) if context else plain
+            connection.sendall(HTTP2_PREFACE)
+            return connection.recv(9)
+        except (ssl.SSLError, ConnectionError):
+            return b""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_s3_port_refuses_requests_without_a_signature(s3: Endpoints, key: str, method: str) -> None:
+    for path in (f"{s3.bucket}/{key}", f"{s3.bucket}/new", s3.bucket, ""):
+        answer = httpx.request(method, f"{s3.s3_endpoint_url}/{path}")
+        assert answer.is_client_error, path
+        assert SECRET not in answer.content
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_filer_port_refuses_requests_without_a_token(
+    folder: StackFolder, s3: Endpoints, key: str, method: str
+) -> None:
+    for path in (f"buckets/{s3.bucket}/{key}", f"buckets/{s3.bucket}/", "etc/iam/identity.json", ""):
+        answer = httpx.request(method, f"http://127.0.0.1:{folder.ports.filer}/{path}", content=b"changed")
+        assert answer.status_code == 401, path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_volume_port_refuses_requests_without_a_token(folder: StackFolder, key: str, method: str) -> None:
+    address = f"http://127.0.0.1:{folder.ports.volume}"
+    volumes = httpx.get(f"{address}/status").json()["Volumes"]
+    assert volumes
+    for volume in volumes:
+        answer = httpx.request(method, f"{address}/{volume['Id']},01637037d6", content=b"changed")
+        assert answer.status_code == 401
+
+
+def test_the_master_port_hands_out_tokens_to_holders_of_the_certificate_only(
+    folder: StackFolder, certified: ssl.SSLContext
+) -> None:
+    path = f"127.0.0.1:{folder.ports.master}/dir/assign"
+    granted = httpx.get(f"https://{path}", verify=certified)
+    assert granted.headers["authorization"].startswith("Bearer ")
+    assert httpx.get(f"http://{path}").status_code == 400
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"https://{path}", verify=anonymous())
+
+
+@pytest.mark.parametrize("name", GRPC)
+def test_a_grpc_port_speaks_to_holders_of_the_certificate_only(
+    folder: StackFolder, certified: ssl.SSLContext, name: str
+) -> None:
+    port = getattr(folder.ports, name)
+    settings_frame = 4
+    assert greeting(port, certified)[3] == settings_frame
+    assert greeting(port, anonymous()) == b""
+    assert greeting(port, None)[3:4] != bytes([settings_frame])
+
+
+def test_the_admin_port_has_no_pages(folder: StackFolder) -> None:
+    address = f"http://127.0.0.1:{folder.ports.admin}"
+    for path in ("", "admin", "login", "object-store/users", "api/config", "api/s3/buckets", "api/users"):
+        assert httpx.get(f"{address}/{path}").status_code == 404, path
