@@ -191,7 +191,7 @@ class LaneParallel:
             offset += buffer.numel()
         return message[: self._figures_size]
 
-    def _reduce_bucket(self, _: None, bucket: "dist.GradBucket") -> Future[Tensor]:
+    def _reduce_bucket(self, _: None, bucket: dist.GradBucket) -> Future[Tensor]:
         """DDP's communication hook: fold in this rank's earlier lanes, then exchange with the other ranks."""
         pairs = list(zip(bucket.parameters(), bucket.gradients(), strict=True))
 

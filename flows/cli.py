@@ -1,6 +1,7 @@
 """The command line. Torch, Prefect and MLflow are loaded only by the commands that need them, once they need them."""
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from enum import StrEnum
@@ -17,10 +18,17 @@ from tasks.config import RunConfig, load_config
 
 INTERRUPTED, CTRL_C = 75, 130
 
+
+class Terminated(BaseException):
+    """SIGTERM: the machine, or the scheduler, wants us to end."""
+
+    exit_status = INTERRUPTED
+
 app = typer.Typer(
     name="convoy",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Retrain convolutional image classifiers: download, preprocess, train on all GPUs or cores, evaluate, register"
@@ -181,6 +189,7 @@ def _train(config: RunConfig, refresh: list[Step]) -> Summary:
     from infra.catalogue import check_dataset
 
     check_dataset(config.dataset)  # a wrong name should not have to wait for servers
+    signal.signal(signal.SIGTERM, _terminate)  # Prefect calls it when it has closed the flow run
     _stack_up()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # its tracebacks stay in its UI
     with Console(stderr=True).status("Loading torch, Prefect and MLflow …"):
@@ -191,6 +200,10 @@ def _train(config: RunConfig, refresh: list[Step]) -> Summary:
     result = train_flow(config, frozenset(step.value for step in refresh))
     _print(result)
     return result
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated("ended by SIGTERM")
 
 
 def _print(result: Summary) -> None:
@@ -218,8 +231,6 @@ def exit_status(error: BaseException) -> int:
     """What the command exits with because of an error; see the design of exit statuses in `--help`."""
     if isinstance(error, KeyboardInterrupt):
         return CTRL_C
-    if type(error).__name__ == "TerminationSignal":  # Prefect's name for SIGTERM, without loading Prefect
-        return INTERRUPTED
     return int(getattr(error, "exit_status", 1))
 
 
@@ -234,9 +245,8 @@ def main() -> None:
     """Entry point. An error that we foresaw is one line; a traceback means a bug."""
     try:
         app()
-    except (KeyboardInterrupt, Exception) as error:
-        foreseen = hasattr(error, "exit_status") or exit_status(error) in (CTRL_C, INTERRUPTED)
-        if not foreseen:
+    except (KeyboardInterrupt, Terminated, Exception) as error:
+        if not hasattr(error, "exit_status") and not isinstance(error, KeyboardInterrupt):
             raise
         message = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"convoy: {message}")

@@ -2,7 +2,7 @@
 
 import time
 
-from prefect import flow
+from prefect import flow, states
 from prefect.runtime import flow_run
 
 from flows.summary import Summary
@@ -12,7 +12,7 @@ from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.preprocess import preprocess
 from tasks.register import register
-from tasks.run import tracked_run
+from tasks.run import Cancelled, tracked_run
 from tasks.train import train
 from tasks.verify import verify
 
@@ -29,11 +29,15 @@ def train_flow(config: RunConfig, refresh: frozenset[str] = frozenset()) -> Summ
     tracking.check_server()  # before hours of work, rather than after
     source = download(config.dataset, refresh="download" in refresh)
     dataset = preprocess(source, config.data, refresh="preprocess" in refresh)
-    with tracked_run(config, dataset) as run:
-        trained = train(run, dataset, config.training(), config.ranks)
-        evaluated = evaluate(config.training(), dataset, trained)
-        registered = register(config.name or dataset.name, config.training(), dataset, trained, evaluated)
-        verify(registered, evaluated)
+    try:
+        with tracked_run(config, dataset) as run:
+            trained = train(run, dataset, config.training(), config.ranks)
+            evaluated = evaluate(config.training(), dataset, trained)
+            registered = register(config.name or dataset.name, config.training(), dataset, trained, evaluated)
+            verify(registered, evaluated)
+    except Cancelled as cancelled:
+        # Prefect lets a cancelled run end in this state only; the caller is raised `cancelled` from it.
+        return states.Cancelled(message=str(cancelled), data=cancelled)  # type: ignore[return-value]
     return Summary(
         status="done",
         accuracy=evaluated.accuracy,

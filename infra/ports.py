@@ -56,7 +56,7 @@ def choose(wanted: Ports, *, kept: Iterable[str], preferred: dict[str, int]) -> 
     for name, last in wanted.model_dump().items():
         if name in kept:
             continue
-        candidates = [preferred.get(name, 0), last, *random.sample(CHOICE, 200)]
+        candidates = [preferred.get(name, 0), last, *random.SystemRandom().sample(CHOICE, 200)]
         chosen[name] = next(
             port for port in candidates if port and port not in chosen.values() and is_free(port)
         )

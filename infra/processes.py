@@ -8,6 +8,7 @@ folder: so children whose parent was killed, and servers whose state folder was 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -27,6 +28,7 @@ CLOCK_STEP = 1.5  # seconds: a creation time is told relative to the clock, whic
 TERM_PATIENCE = 10.0  # seconds for a server to end by itself
 KILL_PATIENCE = 5.0
 POLL = 0.05  # seconds between looks at ending processes
+GO_CRASH = re.compile(r"F\d{4} |panic: |fatal error: ")
 
 
 class Server(BaseModel):
@@ -148,14 +150,16 @@ def listens(port: int, found: Iterable[psutil.Process]) -> bool:
 
 
 def log_end(path: Path, lines: int = 3, characters: int = 600) -> str:
-    """The last lines of a log that say something, as one line."""
+    """The last lines of a log that say something, as one line; of a Go program that crashed, the reason."""
     try:
         with path.open("rb") as log:
-            log.seek(max(0, path.stat().st_size - 16_384))
+            log.seek(max(0, path.stat().st_size - 1_000_000))
             text = log.read().decode(errors="replace")
     except OSError:
         return "(no log)"
     said = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    if crash := next((line for line in said if GO_CRASH.match(line)), None):  # all its threads' stacks follow
+        return crash[:characters]
     return " | ".join(said[-lines:])[-characters:] or "(empty)"
 
 

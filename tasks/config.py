@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -43,6 +44,18 @@ class RunConfig(TrainConfig):
         if handed and isinstance(augment, dict):
             values = {**values, "augment": {"flip": False, **augment}}
         return values
+
+    @field_validator("dataset")
+    @classmethod
+    def _holds_no_secret(cls, dataset: str) -> str:
+        """Parameters are shown in Prefect and MLflow, so an address that gives access may not be one."""
+        address = urlsplit(dataset)
+        if address.scheme in ("http", "https") and (address.query or "@" in address.netloc):
+            raise ValueError(
+                "an address with a password or a query would be stored with the run, for all to see; "
+                "download it and give the file"
+            )
+        return dataset
 
     @field_validator("name")
     @classmethod

@@ -4,6 +4,7 @@ Tests that need only the object store ask for `s3` or `store`, ready in a second
 """
 
 import os
+import random
 import subprocess
 import sys
 import uuid
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from infra.ports import CHOICE
 from infra.settings import Settings
 from infra.stack import Endpoints, down, up
 
@@ -24,6 +26,7 @@ USERS_OWN = ("AWS_", "CONVOY_", "MLFLOW_", "PREFECT_")
 STOP_WHEN_ORPHANED = """
 import sys
 from pathlib import Path
+from infra.ports import CHOICE
 from infra.settings import Settings
 from infra.stack import down
 sys.stdin.read()
@@ -53,8 +56,10 @@ def _apply(endpoints: Endpoints) -> None:
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of the session's stack."""
-    return Settings(home=tmp_path_factory.mktemp("session") / ".convoy")
+    """Settings of the session's stack; its ports leave the default ones to the user's own stack."""
+    s3, mlflow, prefect = random.sample(CHOICE, 3)
+    home = tmp_path_factory.mktemp("session") / ".convoy"
+    return Settings(home=home, s3_port=s3, mlflow_port=mlflow, prefect_port=prefect)
 
 
 @pytest.fixture(scope="session")

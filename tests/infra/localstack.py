@@ -1,6 +1,7 @@
 """Fixtures and helpers for tests of the local stack."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.ports import CHOICE
 from infra.settings import Settings
 from infra.stack import NAMES, Endpoints, ServerName, ServerStatus, down, status
 from infra.stackfolder import StackFolder
@@ -29,7 +31,8 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def own(own_environment: None, tmp_path: Path) -> Iterator[Settings]:
     """Settings of a stack of the test's own, which is stopped after it."""
-    settings = Settings(home=tmp_path / ".convoy")
+    s3, mlflow = random.sample(CHOICE, 2)
+    settings = Settings(home=tmp_path / ".convoy", s3_port=s3, mlflow_port=mlflow)
     yield settings
     down(settings)
     assert not any(StackFolder(settings).members(name) for name in NAMES)
@@ -51,9 +54,9 @@ def use(endpoints: Endpoints, monkeypatch: pytest.MonkeyPatch) -> None:
 def run_up(settings: Settings) -> "subprocess.Popen[str]":
     program = (
         "import sys; from infra.settings import Settings; from infra.stack import up; "
-        "up(Settings(home=sys.argv[1]), only=['seaweedfs'])"
+        "up(Settings(home=sys.argv[1], s3_port=sys.argv[2]), only=['seaweedfs'])"
     )
-    command = [sys.executable, "-c", program, str(settings.home)]
+    command = [sys.executable, "-c", program, str(settings.home), str(settings.s3_port)]
     return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
 
 

@@ -162,3 +162,11 @@ def test_the_end_of_a_log_is_one_short_line(tmp_path: Path) -> None:
     log.write_text("x" * 50_000 + "\nfirst\n\n   second\t line\nlast\n")
     assert processes.log_end(log) == "first | second line | last"
     assert processes.log_end(tmp_path / "absent.log") == "(no log)"
+
+
+def test_the_end_of_a_crashed_go_programs_log_is_the_reason(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    log.write_text(
+        "ready\nF1124 06:37:47 mini.go:12] the disk is full\n\ngoroutine 1 [running]:\nmain.main()\n"
+    )
+    assert processes.log_end(log) == "F1124 06:37:47 mini.go:12] the disk is full"

@@ -1,0 +1,107 @@
+"""Evaluation counts every image once and agrees with a plain loop."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnn.augment import Normalise
+from cnn.config import TrainConfig
+from cnn.evaluate import EVAL_BATCH, evaluate, predict_logits
+from cnn.lanes import Exchange
+from cnn.networks import build_network
+from cnn.packed import PackedSplit
+from tests.cnn.conftest import Packed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def network(digits: Packed) -> nn.Module:
+    torch.manual_seed(0)
+    config = TrainConfig.model_validate({"network": {"width": 4, "dropout": 0.5}})
+    trained_part = build_network(config, channels=1, image_size=8, classes=10)
+    return nn.Sequential(Normalise(digits.manifest.mean, digits.manifest.std), trained_part)
+
+
+def one_by_one(network: nn.Module, split: PackedSplit) -> Tensor:
+    network.eval()
+    with torch.no_grad():
+        return torch.cat([network(split.slice(i, i + 1)[0]) for i in range(len(split))])
+
+
+class Recorder(nn.Module):
+    """Gives each image, by its first pixel, a logit, and remembers what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        numbers = images[:, 0, 0, :2].int()
+        numbers = numbers[:, 0] * 256 + numbers[:, 1]
+        self.seen += numbers.tolist()
+        return torch.stack([numbers % 2 == 0, numbers % 2 == 1], 1).float()
+
+
+def numbered(count: int, folder: Path) -> PackedSplit:
+    """Images that carry their number; the label is right for all but every tenth."""
+    numbers = torch.arange(count)
+    images = torch.zeros(count, 1, 2, 2, dtype=torch.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = (numbers // 256).byte(), (numbers % 256).byte()
+    labels = torch.where(numbers % 10 == 0, 1 - numbers % 2, numbers % 2)
+    paths = [folder / f"{part}.safetensors" for part in range(2)]
+    for path, chosen in zip(paths, (slice(0, count // 3), slice(count // 3, count)), strict=True):
+        save_file({"images": images[chosen].contiguous(), "labels": labels[chosen].contiguous()}, path)
+    return PackedSplit(paths)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_logits_are_those_of_each_image_alone_in_the_order_of_the_split(
+    network: nn.Module, digits: Packed, split: str
+) -> None:
+    packed = digits.split(split)
+    logits = predict_logits(network, packed, CPU)
+    assert (logits.shape, logits.dtype) == ((len(packed), 10), torch.float32)
+    torch.testing.assert_close(logits, one_by_one(network, packed))
+
+
+def test_score_agrees_with_a_plain_loop(network: nn.Module, digits: Packed) -> None:
+    split = digits.split("train")
+    assert len(split) % EVAL_BATCH  # the last batch is a short one
+    score = evaluate(network, split, CPU, Exchange(None))
+    logits = one_by_one(network, split)
+    assert score.accuracy == int((logits.argmax(1) == split.labels).sum()) / len(split)
+    assert score.loss == pytest.approx(float(F.cross_entropy(logits.double(), split.labels)))
+
+
+@pytest.mark.parametrize("count", [1, EVAL_BATCH - 1, EVAL_BATCH, EVAL_BATCH + 1, 3 * EVAL_BATCH + 7])
+def test_every_image_counts_once(count: int, tmp_path: Path) -> None:
+    split, network = numbered(count, tmp_path) if count > 1 else single(tmp_path), Recorder()
+    score = evaluate(network, split, CPU, Exchange(None))
+    assert network.seen == list(range(count))
+    assert score.accuracy == pytest.approx(1 - len(range(0, count, 10)) / count)
+    done: list[int] = []
+    network.seen.clear()
+    logits = predict_logits(network, split, CPU, on_progress=done.append)
+    assert network.seen == list(range(count))
+    assert sum(done) == len(logits) == count
+
+
+def single(folder: Path) -> PackedSplit:
+    path = folder / "one.safetensors"
+    save_file({"images": torch.zeros(1, 1, 2, 2, dtype=torch.uint8), "labels": torch.tensor([1])}, path)
+    return PackedSplit([path])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_the_network_as_it_was(network: nn.Module, digits: Packed, training: bool) -> None:
+    network.train(training)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    evaluate(network, digits.split("val"), CPU, Exchange(None))
+    predict_logits(network, digits.split("val"), CPU)
+    assert all(module.training is training for module in network.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())

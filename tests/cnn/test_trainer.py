@@ -1,0 +1,167 @@
+"""The training loop learns real digits, reports what it does, and stops at a loss that is no number."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cnn.config import TrainConfig
+from cnn.distributed import make_deterministic, process_group
+from cnn.errors import InputError
+from cnn.lanes import Exchange
+from cnn.schedule import learning_rate
+from cnn.trainer import EpochReport, NonFiniteLoss, StepReport, Trainer, fit
+from cnn.weights import weights_sha256
+from tests.cnn.conftest import Packed
+
+SMALL = {"channels": [8], "kernel_sizes": [3], "strides": [1], "hidden": [32]}
+NOTES: dict[str, Any] = {"model": "notes", "network": SMALL | {"dropout": 0.1}}
+CONVOY9: dict[str, Any] = {"model": "convoy9", "network": {"width": 8}}
+OPTIMIZERS: dict[str, dict[str, float]] = {
+    "sgd": {"lr": 0.05},
+    "adam": {"lr": 0.01, "weight_decay": 1e-4},
+    "adamw": {"lr": 0.01, "weight_decay": 0.01},
+}
+FLOOR = 0.85  # validation accuracy; they reach 0.94 to 1
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[tuple[torch.device, Exchange]]:
+    threads = torch.get_num_threads()
+    make_deterministic()
+    with process_group() as joined:
+        yield joined
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+class History:
+    """Keeps all reports."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepReport] = []
+        self.epochs: list[EpochReport] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.steps.append(report)
+
+    def on_epoch(self, report: EpochReport) -> None:
+        self.epochs.append(report)
+
+
+class Lab:
+    """Trains on digits in this process, by one rank."""
+
+    def __init__(self, digits: Packed, group: tuple[torch.device, Exchange]) -> None:
+        self._digits, self._group = digits, group
+
+    def trainer(self, **keys: Any) -> Trainer:
+        defaults = {"epochs": 1, "batch_size": 64, "augment": {"flip": False, "shift": 1}, **NOTES}
+        device, exchange = self._group
+        return Trainer(
+            TrainConfig.model_validate(defaults | keys),
+            manifest=self._digits.manifest,
+            train=self._digits.split("train"),
+            val=self._digits.split("val"),
+            device=device,
+            exchange=exchange,
+        )
+
+    def train(self, **keys: Any) -> tuple[Trainer, History]:
+        trainer, history = self.trainer(**keys), History()
+        fit(trainer, history)
+        return trainer, history
+
+
+@pytest.fixture
+def lab(digits: Packed, group: tuple[torch.device, Exchange]) -> Lab:
+    return Lab(digits, group)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("network", [NOTES, CONVOY9], ids=["notes", "convoy9"])
+def test_each_network_learns_with_each_optimizer(lab: Lab, network: dict[str, Any], optimizer: str) -> None:
+    plain = {"epochs": 4, "lanes": 2, "label_smoothing": 0.0, "augment": {"flip": False, "shift": 0}}
+    _, history = lab.train(optimizer=optimizer, **plain, **network, **OPTIMIZERS[optimizer])
+    first, last = history.steps[0], history.steps[-1]
+    assert last.loss < first.loss / 3
+    assert history.epochs[-1].val.loss < history.epochs[0].val.loss
+    assert history.epochs[-1].val.accuracy > FLOOR
+
+
+def test_every_step_and_every_epoch_is_reported_once_with_its_learning_rate(lab: Lab) -> None:
+    trainer, history = lab.train(epochs=2)
+    per_epoch = 1372 // 64
+    assert trainer.steps_per_epoch == per_epoch
+    assert trainer.step == trainer.total_steps == 2 * per_epoch
+    assert [report.step for report in history.steps] == list(range(1, 2 * per_epoch + 1))
+    assert [(report.epoch, report.step) for report in history.epochs] == [(1, per_epoch), (2, 2 * per_epoch)]
+    expected = [learning_rate(trainer.config, step, trainer.total_steps) for step in range(trainer.total_steps)]
+    assert [report.learning_rate for report in history.steps] == expected
+
+
+def test_first_reported_loss_is_the_untrained_networks_mean_cross_entropy(lab: Lab) -> None:
+    keys: dict[str, Any] = {"augment": {"flip": False, "shift": 0}, "label_smoothing": 0.1, "network": SMALL | {"dropout": 0}}
+    reference = lab.trainer(**keys)
+    images, labels = reference.train.gather(reference._order[:64])
+    with torch.no_grad():
+        logits = reference.network(reference.normalise(images))
+    trainer = lab.trainer(**keys)
+    trainer.train_step()
+    (report,) = trainer.reports(all_steps=True)
+    assert report.loss == pytest.approx(float(F.cross_entropy(logits, labels, label_smoothing=0.1)))
+    assert report.accuracy == int((logits.argmax(1) == labels).sum()) / 64
+
+
+def test_label_smoothing_keeps_the_training_loss_up_but_not_the_validation_loss_formula(lab: Lab) -> None:
+    plain, smoothed = (lab.train(epochs=3, label_smoothing=smoothing)[1] for smoothing in (0.0, 0.3))
+    # The least loss with smoothing s over K classes is the entropy of the smoothed target.
+    target = [1 - 0.3 + 0.03] + [0.03] * 9
+    least = -sum(share * math.log(share) for share in target)
+    assert min(report.loss for report in smoothed.steps) > least
+    assert min(report.loss for report in plain.steps) < least
+
+
+def test_balanced_class_weights_are_one_on_the_average_and_equal_for_each_class_in_sum(lab: Lab) -> None:
+    trainer = lab.trainer(class_weights="balanced")
+    weights = trainer._class_weights
+    assert weights is not None
+    labels = trainer.train.labels
+    assert float(weights[labels].mean()) == pytest.approx(1)
+    shares = torch.bincount(labels, weights=weights[labels].double())
+    assert shares.tolist() == pytest.approx([len(labels) / 10] * 10)
+    assert lab.trainer(class_weights="none")._class_weights is None
+
+
+def test_class_weights_change_what_is_learnt(lab: Lab) -> None:
+    digests = {weights_sha256(lab.train(class_weights=kind)[0].network.state_dict()) for kind in ("none", "balanced")}
+    assert len(digests) == 2
+
+
+def test_weights_are_a_function_of_the_configuration(lab: Lab) -> None:
+    once, again = (weights_sha256(lab.train(**CONVOY9)[0].network.state_dict()) for _ in range(2))
+    assert once == again
+
+
+@pytest.mark.parametrize("network", [NOTES, CONVOY9], ids=["notes", "convoy9"])
+def test_a_loss_that_is_no_number_stops_training_and_names_the_step(lab: Lab, network: dict[str, Any]) -> None:
+    history = History()
+    trainer = lab.trainer(**network | {"epochs": 20, "lr": 100.0, "schedule": "constant", "weight_decay": 1.0})
+    with pytest.raises(NonFiniteLoss, match=r"^the loss became (nan|inf) at step \d+ \(learning rate 100\)") as stop:
+        fit(trainer, history)
+    assert f"at step {len(history.steps) + 1} " in str(stop.value)
+    assert all(math.isfinite(report.loss) for report in history.steps)
+    assert "\n" not in str(stop.value)
+
+
+def test_a_batch_larger_than_the_training_split_is_refused_with_the_largest_that_fits(lab: Lab) -> None:
+    with pytest.raises(InputError, match=r"has 1372 images, fewer than a batch of 2048; set batch_size to at most 1372"):
+        lab.trainer(batch_size=2048)
+
+
+def test_images_too_small_for_the_network_are_refused(lab: Lab) -> None:
+    with pytest.raises(InputError, match="8×8 pixels are too small for notes"):
+        lab.trainer(network=SMALL | {"channels": [8, 8, 8]})

@@ -1,0 +1,76 @@
+"""One whole training of a session, which several tests look at, and the means to run more."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from flows.summary import Summary
+from infra.settings import Settings
+from tests.flows.program import Done, NextTraining, Program
+
+Convoy = Callable[..., Done]
+
+
+@pytest.fixture
+def next_training(stack: object, settings: Settings) -> NextTraining:
+    return NextTraining(settings)
+
+
+@pytest.fixture
+def program(stack: object, tmp_path: Path) -> Iterator[Callable[..., Program]]:
+    """Starts `convoy` as a process; what still runs at the end of the test is killed."""
+    started: list[Program] = []
+
+    def start(*arguments: str) -> Program:
+        started.append(Program(*arguments, folder=tmp_path))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+@pytest.fixture
+def convoy(capfd: pytest.CaptureFixture[str], quiet_prefect: None) -> Iterator[Convoy]:
+    """Runs `convoy` in this process, where everything is imported already; its changes of the environment and of
+    logging are undone."""
+    from flows import cli
+
+    environment = dict(os.environ)
+    handlers = {name: list(logging.getLogger(name).handlers) for name in ("prefect.flow_runs", "prefect.task_runs")}
+
+    def run(*arguments: str) -> Done:
+        capfd.readouterr()
+        arguments_before, sys.argv = sys.argv, ["convoy", *arguments]
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            sys.argv = arguments_before
+        captured = capfd.readouterr()
+        return Done(status, captured.out, captured.err)
+
+    yield run
+    os.environ.clear()
+    os.environ.update(environment)
+    for name, before in handlers.items():
+        logging.getLogger(name).handlers[:] = before
+
+
+@pytest.fixture(scope="session")
+def quiet_prefect(stack: object) -> None:
+    """What `convoy` does before it loads Prefect: Prefect's own console log says nothing."""
+    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+    from prefect.context import refresh_global_settings_context
+    from prefect.logging.configuration import setup_logging
+
+    refresh_global_settings_context()
+    setup_logging()

@@ -1,0 +1,139 @@
+"""Helpers for tests that run whole flows: the command line as a program, and the processes of a training."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from infra.settings import Settings
+
+PATIENCE = 120.0  # seconds until a wait counts as a failure, on a busy machine
+ENDS_WITHIN = 20.0  # seconds that a training's processes have to end
+
+# Small, and long enough that whoever wants to disturb it comes in time.
+SMALL = ("data.limit=400", "network.width=4", "batch_size=64", "augment.shift=0")
+ENDLESS = (*SMALL, "epochs=100000")
+
+
+def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+    """Poll until `condition` gives something true; returns that."""
+    deadline = time.monotonic() + patience
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.1)
+    return found
+
+
+def sets(*settings: str) -> list[str]:
+    """`--set` options."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command did."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line that a failed command ends with; nothing of it may be a traceback."""
+        assert "Traceback" not in self.stderr, self.stderr
+        lines = self.stderr.strip().splitlines() or [""]
+        assert lines[-1].startswith("convoy: "), self.stderr
+        assert sum(line.startswith("convoy: ") for line in lines) == 1, self.stderr
+        return lines[-1].removeprefix("convoy: ")
+
+
+class Program:
+    """`convoy` with arguments, as a process of its own."""
+
+    def __init__(self, *arguments: str, folder: Path) -> None:
+        self._out, self._err = folder / "stdout", folder / "stderr"
+        command = [sys.executable, "-P", "-c", "from flows.cli import main; main()", *arguments]
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=folder,
+                env=os.environ | {"COLUMNS": "80"},
+            )
+
+    def wait(self, patience: float = PATIENCE) -> Done:
+        status = self.process.wait(patience)
+        return Done(status, self._out.read_text(), self._err.read_text())
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Training:
+    """The processes of one training, found by the path of its folder in their command lines."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def run_id(self) -> str:
+        return self.folder.name
+
+    def processes(self, module: str = "") -> list[psutil.Process]:
+        """Those that live, of all modules or of one: `tasks.supervisor`, `torch.distributed.run`, `tasks.rank`.
+
+        torchrun names the ranks' module too; so a rank is what has it in its own `-m`.
+        """
+        found = []
+        for process in psutil.process_iter():
+            try:
+                words = process.cmdline()
+                if str(self.folder) in words and process.status() != psutil.STATUS_ZOMBIE:
+                    named = words[words.index("-m") + 1] if "-m" in words else ""
+                    if module in ("", named):
+                        found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def steps(self) -> int:
+        """Steps that its ranks have reported."""
+        try:
+            lines = (self.folder / "events.jsonl").read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return 0
+        whole = [line for line in lines if line.endswith(b"\n")]
+        return int(json.loads(whole[-1])["step"]) if whole else 0
+
+    def assert_ends(self) -> None:
+        """Wait until no process of it lives."""
+        wait_for(lambda: not self.processes(), f"the end of {self.processes()}", ENDS_WITHIN)
+
+
+class NextTraining:
+    """Finds the training that starts after this object was made."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._runs = settings.runs
+        self._before = self._folders()
+
+    def _folders(self) -> set[Path]:
+        return set(self._runs.iterdir()) if self._runs.exists() else set()
+
+    def under_way(self) -> Training:
+        """Wait until its ranks have reported steps twice, so that they certainly train."""
+        (folder,) = wait_for(lambda: self._folders() - self._before, "a training to start")
+        training = Training(folder)
+        first = wait_for(training.steps, "the ranks to train")
+        wait_for(lambda: training.steps() > first, "the ranks to go on")
+        return training
