@@ -17,7 +17,7 @@ from tasks.train import train
 from tasks.verify import verify
 
 
-@flow(name="train", persist_result=False)
+@flow(name="train", flow_run_name="{config.dataset} {config.model}", persist_result=False)
 def train_flow(config: RunConfig, refresh: frozenset[str] = frozenset()) -> Summary:
     """Train a network on a dataset and register it.
 

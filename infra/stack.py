@@ -7,7 +7,6 @@ variables only: `os.environ.update(up(Settings()).environment())`. The local MLf
 password; see `infra.servers`.
 """
 
-import os
 import re
 import subprocess
 import time
@@ -20,8 +19,9 @@ import httpx
 from pydantic import BaseModel, ConfigDict
 
 from infra import processes
-from infra.endpoints import REGION, Endpoints
+from infra.endpoints import Endpoints
 from infra.errors import ServiceError
+from infra.localstore import make_ready
 from infra.ports import is_free
 from infra.settings import Settings
 from infra.stackfolder import HEALTH, NAMES, ServerName, StackFolder
@@ -131,9 +131,11 @@ def _up(folder: StackFolder, on_event: OnEvent, only: Collection[ServerName]) ->
         for name in wanted:
             if name in starting:
                 _wait(name, starting[name], folder, client)
-                on_event(f"{name} is ready at {folder.url(name)}")
             if name == "seaweedfs":  # the first, so that this happens while the others still start
-                _ensure_bucket(folder)
+                store = (folder.url(name), folder.credentials, folder.settings.bucket)
+                make_ready(*store, just_started=name in starting, patience=BUSY_PATIENCE)
+            if name in starting:
+                on_event(f"{name} is ready at {folder.url(name)}")
     return folder.endpoints()
 
 
@@ -208,27 +210,3 @@ def _check_external(variable: str, address: str) -> None:
 def _without_login(address: str) -> str:
     """The address without user and password, to be shown."""
     return re.sub(r"//[^/]*@", "//", address)
-
-
-def _ensure_bucket(folder: StackFolder) -> None:
-    """Make the bucket in the local object store; this also shows that the credentials work."""
-    from botocore.config import Config  # slow to import, so only where the local store is used
-    from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.session import Session
-
-    credentials, bucket = folder.credentials, folder.settings.bucket
-    not_the_users_own = {"profile": (None, None, None, None), "config_file": (None, None, os.devnull, None)}
-    client = Session(session_vars=not_the_users_own).create_client(
-        "s3",
-        endpoint_url=folder.url("seaweedfs"),
-        region_name=REGION,
-        aws_access_key_id=credentials.access_key_id.get_secret_value(),
-        aws_secret_access_key=credentials.secret_access_key.get_secret_value(),
-        config=Config(retries={"mode": "standard", "total_max_attempts": 5}, proxies={}),
-    )
-    try:
-        client.create_bucket(Bucket=bucket)
-    except client.exceptions.BucketAlreadyOwnedByYou:
-        pass
-    except (BotoCoreError, ClientError) as error:
-        raise ServiceError(f"bucket {bucket} cannot be made in the local object store: {error}") from None

@@ -77,7 +77,8 @@ def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name))
+            # The kind decides which of its two faces MLflow shows: for training, rather than for prompts and traces.
+            return str(client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
         except RestException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

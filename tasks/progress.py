@@ -167,5 +167,6 @@ class _TaskLogs(logging.Handler):
 
 def show_task_logs() -> None:
     """Have tasks' log lines on standard error, for flows that run in this process."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addHandler(_TaskLogs(logging.INFO))
