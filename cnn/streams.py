@@ -17,6 +17,18 @@ def generator(device: torch.device, *parts: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(stream_seed(*parts))
 
 
+def seed_default_generator(device: torch.device, *parts: int | str) -> None:
+    """Seed the generator that layers such as dropout draw from on `device`.
+
+    `torch.manual_seed` seeds those of every kind of device, which takes fifty times as long.
+    """
+    seed = stream_seed(*parts)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     """The order of a split's images in an epoch: int64 permutation of 0 … count - 1, on the CPU."""
     return torch.randperm(count, generator=generator(torch.device("cpu"), seed, "order", epoch))

@@ -20,7 +20,7 @@ from cnn.networks import build_network
 from cnn.optim import build_optimizer, set_learning_rate
 from cnn.packed import PackedSplit
 from cnn.schedule import learning_rate
-from cnn.streams import epoch_order, generator, stream_seed
+from cnn.streams import epoch_order, generator, seed_default_generator, stream_seed
 
 STEPS_LATE = 2  # figures are read this many steps after they were computed, so that nothing waits for a GPU
 
@@ -168,7 +168,7 @@ class Trainer:
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         random = generator(self.device, self.config.seed, "augment", self.step, lane)
         images = self.normalise(augment(images, self.config.augment, random))
-        torch.manual_seed(stream_seed(self.config.seed, "dropout", self.step, lane))
+        seed_default_generator(self.device, self.config.seed, "dropout", self.step, lane)
         return images, labels
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class Terminated(BaseException):
 
     exit_status = INTERRUPTED
 
+
 app = typer.Typer(
     name="convoy",
     no_args_is_help=True,

@@ -4,6 +4,7 @@ import time
 
 from prefect import flow, states
 from prefect.runtime import flow_run
+from prefect.utilities.urls import url_for
 
 from flows.summary import Summary
 from infra import tracking
@@ -54,7 +55,7 @@ def train_flow(config: RunConfig, refresh: frozenset[str] = frozenset()) -> Summ
         mlflow_run_id=run.run_id,
         mlflow_run_url=run.url,
         prefect_flow_run_id=flow_run.id,
-        prefect_flow_run_url=flow_run.ui_url,
+        prefect_flow_run_url=url_for("flow-run", obj_id=flow_run.id),
         checkpoint_prefix=run.checkpoint_prefix,
         reused=tuple(step for step, output in (("download", source), ("preprocess", dataset)) if output.reused),
     )

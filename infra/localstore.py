@@ -3,6 +3,7 @@
 import os
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 
 from infra.credentials import Credentials
@@ -32,10 +33,8 @@ def make_ready(
     deadline = time.monotonic() + patience
     while True:
         try:
-            try:
+            with suppress(client.exceptions.BucketAlreadyOwnedByYou):
                 client.create_bucket(Bucket=bucket)
-            except client.exceptions.BucketAlreadyOwnedByYou:
-                pass
             if just_started:
                 _round_trip(client, bucket)
             return

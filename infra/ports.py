@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict
 
-CHOICE = range(20_000, 32_000)  # below every system's range for outgoing connections, which come and go
+CHOICE = range(20_000, 30_000)  # below every system's range for outgoing connections, which come and go
+ADMIN_GRPC_OFFSET = 10_000  # SeaweedFS's own worker looks there for it, whatever it is told
 
 
 class Ports(BaseModel):
@@ -23,9 +24,18 @@ class Ports(BaseModel):
     filer: int = 0
     filer_grpc: int = 0
     admin: int = 0
-    admin_grpc: int = 0
     mlflow: int = 5000
     prefect: int = 4200
+
+    @property
+    def admin_grpc(self) -> int:
+        """The one port that is not chosen by itself."""
+        return self.admin + ADMIN_GRPC_OFFSET
+
+    @property
+    def seaweedfs(self) -> tuple[int, ...]:
+        """All that SeaweedFS opens."""
+        return (*(getattr(self, name) for name in SEAWEEDFS), self.admin_grpc)
 
 
 SEAWEEDFS = tuple(name for name in Ports.model_fields if name not in ("mlflow", "prefect"))
@@ -34,10 +44,9 @@ SEAWEEDFS = tuple(name for name in Ports.model_fields if name not in ("mlflow", 
 def is_free(port: int) -> bool:
     """Whether no process listens on `port`, on any address of this machine."""
     dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        with socket.create_server(
-            ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
-        ):
+        with socket.create_server(("", port), family=family, dualstack_ipv6=dual):
             return True
     except OSError:
         return False
@@ -53,11 +62,14 @@ def choose(wanted: Ports, *, kept: Iterable[str], preferred: dict[str, int]) -> 
     """
     kept = set(kept)
     chosen = {name: port for name, port in wanted.model_dump().items() if name in kept}
+    taken = set(chosen.values())
     for name, last in wanted.model_dump().items():
         if name in kept:
             continue
-        candidates = [preferred.get(name, 0), last, *random.SystemRandom().sample(CHOICE, 200)]
-        chosen[name] = next(
-            port for port in candidates if port and port not in chosen.values() and is_free(port)
-        )
+        for port in (preferred.get(name), last, *random.SystemRandom().sample(CHOICE, 200)):
+            opened = {port, port + ADMIN_GRPC_OFFSET} if name == "admin" and port else {port}
+            if port and not opened & taken and all(map(is_free, opened)):
+                break
+        chosen[name] = port
+        taken |= opened
     return Ports(**chosen)

@@ -17,7 +17,7 @@ from pathlib import Path
 from infra.credentials import Credentials
 from infra.endpoints import QUIET
 from infra.errors import ServiceError
-from infra.ports import SEAWEEDFS, Ports
+from infra.ports import Ports
 from infra.processes import Server
 from infra.settings import Settings
 
@@ -75,7 +75,7 @@ def seaweedfs(
         not_inherited=("AWS_", "S3_", "WEED_"),
         folder=settings.home / "seaweedfs",
         log=settings.logs / "seaweedfs.log",
-        ports=tuple(getattr(ports, name) for name in SEAWEEDFS),
+        ports=ports.seaweedfs,
     )
 
 

@@ -7,6 +7,7 @@ outcome.json    how it ended, by the first rank that had something to say
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from cnn.config import TrainConfig
+
+KILLED = re.compile(r"rank +: (\d+) .*\n *exitcode +: -\d+ \(pid: \d+\) +\((?!SIGTERM)(SIG\w+)\)")
+"""How torchrun says that a rank ended by a signal; SIGTERM is what it then sends to the others."""
 
 
 class _Record(BaseModel):
@@ -44,7 +48,9 @@ class Event(_Record):
 class Outcome(_Record):
     """How a training ended. `exit_status` and `error` are those that the command line should end with."""
 
-    status: Literal["finished", "failed"]
+    status: Literal["finished", "failed", "crashed"]
+    """`crashed`: by an error that nobody foresaw; perhaps only because another rank was gone."""
+
     error: str = ""
     exit_status: int = 0
     weights_key: str = ""
@@ -106,9 +112,18 @@ class JobFolder:
         except FileNotFoundError:
             return None
 
-    def log_end(self, lines: int = 8) -> str:
-        """The last lines that ranks or torchrun printed."""
+    def killed(self) -> str | None:
+        """Which rank was ended by which signal, if torchrun lived to see it."""
+        found = KILLED.search(self._log())
+        return f"rank {found[1]} was killed by {found[2]}" if found else None
+
+    def log_end(self, lines: int = 3) -> str:
+        """The last lines that ranks or torchrun printed, as one line."""
+        said = [line for line in self._log().splitlines() if line.strip()]
+        return " | ".join(said[-lines:]) or "they were killed"
+
+    def _log(self) -> str:
         try:
-            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+            return self.log.read_text(errors="replace")
         except FileNotFoundError:
             return ""

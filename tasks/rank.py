@@ -43,7 +43,10 @@ class RankZero:
     """
 
     def __init__(self, job: Job, folder: JobFolder, trainer: Trainer) -> None:
-        from infra.metriclog import ONE_TRY_A_REQUEST, MetricLogger  # seconds to import, and only rank 0 needs it
+        from infra.metriclog import (
+            ONE_TRY_A_REQUEST,
+            MetricLogger,
+        )  # seconds to import, and only rank 0 needs it
         from infra.systemmetrics import SystemMetrics
 
         os.environ.update(ONE_TRY_A_REQUEST)
@@ -75,7 +78,11 @@ class RankZero:
         if self._pending:
             self._report_steps()
         self.last_epoch = report
-        figures = {"val/loss": report.val.loss, "val/accuracy": report.val.accuracy, "epoch": float(report.epoch)}
+        figures = {
+            "val/loss": report.val.loss,
+            "val/accuracy": report.val.accuracy,
+            "epoch": float(report.epoch),
+        }
         self._metrics.log(report.step, figures, keep=True)
         self._folder.write_event(self._event(report.step, val_accuracy=report.val.accuracy))
         self._since = time.perf_counter()  # the time of the validation is not that of steps
@@ -110,11 +117,10 @@ def main() -> int:
     try:
         train(job, folder, meeting=Path(sys.argv[2]))
     except Exception as error:
-        status = getattr(error, "exit_status", None)
-        message = str(error) if status else f"{type(error).__name__}: {error}"
-        folder.write_outcome(Outcome(status="failed", error=message, exit_status=status or 1))
-        if status:
+        if status := getattr(error, "exit_status", None):
+            folder.write_outcome(Outcome(status="failed", error=str(error), exit_status=status))
             return 1
+        folder.write_outcome(Outcome(status="crashed", error=f"{type(error).__name__}: {error}", exit_status=1))
         raise
     return 0
 

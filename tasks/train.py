@@ -1,5 +1,6 @@
 """The train task: starts the ranks through the supervisor, shows how they do, and ends with them."""
 
+import os
 import subprocess
 import sys
 import time
@@ -95,7 +96,10 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
     cancelled = _CancelWatch()
     # Its own session keeps a Ctrl-C of the terminal from it: it hears of the end from us, by its standard input.
     supervisor = subprocess.Popen(
-        [sys.executable, "-m", "tasks.supervisor", str(folder.path)], stdin=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-m", "tasks.supervisor", str(folder.path)],
+        env=os.environ | {"PYTHONSAFEPATH": "1"},  # else `-m` looks for our modules in the user's folder first
+        stdin=subprocess.PIPE,
+        start_new_session=True,
     )
     assert supervisor.stdin is not None
     try:
@@ -115,9 +119,10 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
             supervisor.kill()  # torchrun and the ranks die with it
             supervisor.wait()
     outcome = folder.read_outcome()
-    if outcome is None:
-        raise TrainingFailed(f"the ranks died (see {folder.log}): {folder.log_end()}", exit_status=1)
-    if outcome.status == "failed":
+    if outcome is None or (outcome.status == "crashed" and folder.killed()):
+        why = folder.killed() or folder.log_end()
+        raise TrainingFailed(f"the ranks died (see {folder.log}): {why}", exit_status=1)
+    if outcome.status != "finished":
         raise TrainingFailed(outcome.error, outcome.exit_status)
     return outcome
 

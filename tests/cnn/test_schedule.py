@@ -46,8 +46,6 @@ def test_constant_rate_does_not_warm_up() -> None:
 @pytest.mark.parametrize("schedule", ANNEALED)
 @pytest.mark.parametrize("warmup", [0.0, 0.2, 0.99])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
-def test_short_trainings_have_rates_above_zero_and_not_above_the_peak(
-    schedule: str, warmup: float, steps: int
-) -> None:
+def test_short_trainings_have_rates_above_zero_and_not_above_the_peak(schedule: str, warmup: float, steps: int) -> None:
     config = TrainConfig.model_validate({"schedule": schedule, "warmup": warmup, "lr": 0.5})
     assert all(0 < learning_rate(config, step, steps) <= 0.5 for step in range(steps))

@@ -104,7 +104,11 @@ def test_every_step_and_every_epoch_is_reported_once_with_its_learning_rate(lab:
 
 
 def test_first_reported_loss_is_the_untrained_networks_mean_cross_entropy(lab: Lab) -> None:
-    keys: dict[str, Any] = {"augment": {"flip": False, "shift": 0}, "label_smoothing": 0.1, "network": SMALL | {"dropout": 0}}
+    keys: dict[str, Any] = {
+        "augment": {"flip": False, "shift": 0},
+        "label_smoothing": 0.1,
+        "network": SMALL | {"dropout": 0},
+    }
     reference = lab.trainer(**keys)
     images, labels = reference.train.gather(reference._order[:64])
     with torch.no_grad():
@@ -158,7 +162,9 @@ def test_a_loss_that_is_no_number_stops_training_and_names_the_step(lab: Lab, ne
 
 
 def test_a_batch_larger_than_the_training_split_is_refused_with_the_largest_that_fits(lab: Lab) -> None:
-    with pytest.raises(InputError, match=r"has 1372 images, fewer than a batch of 2048; set batch_size to at most 1372"):
+    with pytest.raises(
+        InputError, match=r"has 1372 images, fewer than a batch of 2048; set batch_size to at most 1372"
+    ):
         lab.trainer(batch_size=2048)
 
 

@@ -39,9 +39,7 @@ def test_file_holds_plain_names_and_a_digest_for_everybody_to_recompute(tmp_path
     assert weights_sha256(held) == digest
 
 
-def test_digest_depends_neither_on_the_order_nor_on_the_layout_in_memory_or_file(
-    state: State, tmp_path: Path
-) -> None:
+def test_digest_depends_neither_on_the_order_nor_on_the_layout_in_memory_or_file(state: State, tmp_path: Path) -> None:
     digest = weights_sha256(state)
     assert weights_sha256(dict(reversed(state.items()))) == digest
     channels_last = network().to(memory_format=torch.channels_last)
@@ -82,8 +80,6 @@ def test_scalars_and_empty_tensors_have_a_digest() -> None:
 
 def test_loading_into_another_structure_is_refused(tmp_path: Path) -> None:
     save_weights(network(), tmp_path / "model.safetensors")
-    wider = build_network(
-        TrainConfig.model_validate({"network": {"width": 8}}), channels=1, image_size=8, classes=10
-    )
+    wider = build_network(TrainConfig.model_validate({"network": {"width": 8}}), channels=1, image_size=8, classes=10)
     with pytest.raises(RuntimeError, match="size mismatch"):
         load_weights(wider, tmp_path / "model.safetensors")

@@ -12,9 +12,32 @@ import pytest
 
 from flows.summary import Summary
 from infra.settings import Settings
+from tasks.config import RunConfig
 from tests.flows.program import Done, NextTraining, Program
 
 Convoy = Callable[..., Done]
+
+CONFIG = RunConfig.model_validate(
+    {
+        "dataset": "digits",
+        "name": "whole-flow",
+        "network": {"width": 4},
+        "epochs": 4,
+        "batch_size": 60,
+        "ranks": 2,
+        "data": {"limit": 600},
+        "augment": {"shift": 0},
+    }
+)
+"""Of `trained`: small, and with all that takes part in a training: several lanes a rank, a validation split."""
+
+
+@pytest.fixture(scope="session")
+def trained(stack: object, quiet_prefect: None) -> Summary:
+    """A whole training on two ranks."""
+    from flows.train import train_flow
+
+    return train_flow(CONFIG)
 
 
 @pytest.fixture
@@ -43,7 +66,9 @@ def convoy(capfd: pytest.CaptureFixture[str], quiet_prefect: None) -> Iterator[C
     from flows import cli
 
     environment = dict(os.environ)
-    handlers = {name: list(logging.getLogger(name).handlers) for name in ("prefect.flow_runs", "prefect.task_runs")}
+    handlers = {
+        name: list(logging.getLogger(name).handlers) for name in ("prefect.flow_runs", "prefect.task_runs")
+    }
 
     def run(*arguments: str) -> Done:
         capfd.readouterr()

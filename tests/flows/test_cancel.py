@@ -1,0 +1,73 @@
+"""A training ends with its flow: when the flow is killed, and when it is cancelled in Prefect."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from uuid import UUID
+
+import psutil
+from mlflow.tracking import MlflowClient
+from prefect import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.states import Cancelling
+
+from flows.summary import Summary
+from tests.flows.conftest import Convoy
+from tests.flows.program import ENDLESS, NextTraining, Program, Training, sets, wait_for
+
+
+def listening(training: Training) -> set[str]:
+    """Addresses at which the processes of a training can be reached."""
+    return {
+        connection.laddr.ip
+        for process in training.processes()
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def test_no_process_of_a_training_outlives_a_killed_flow(
+    program: Callable[..., Program], next_training: NextTraining
+) -> None:
+    flow = program("train", "--dataset", "digits", "--ranks", "2", *sets(*ENDLESS))
+    training = next_training.under_way()
+    assert len(training.processes("tasks.rank")) == 2
+    assert len(training.processes()) == 4
+    assert listening(training) == {"127.0.0.1"}
+    flow.process.kill()
+    training.assert_ends()
+
+
+def test_a_flow_run_cancelled_in_prefect_stops_its_ranks_and_ends_as_cancelled(
+    convoy: Convoy, next_training: NextTraining, tmp_path: Path
+) -> None:
+    cancelled: list[Training] = []
+
+    def cancel() -> None:
+        training = next_training.under_way()
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(flow_run_of(training), Cancelling())
+        cancelled.append(training)
+
+    canceller = threading.Thread(target=cancel, daemon=True)
+    canceller.start()
+    done = convoy(
+        *("train", "--dataset", "digits", "--ranks", "1", "--name", "cancelled", *sets(*ENDLESS)),
+        *("--summary", str(tmp_path / "out.json")),
+    )
+    canceller.join()
+    (training,) = cancelled
+    training.assert_ends()
+    assert done.status == 75
+    assert "cancelled" in done.complaint
+    summary = Summary.model_validate_json((tmp_path / "out.json").read_bytes())
+    assert (summary.status, summary.exit_status) == ("interrupted", 75)
+    assert MlflowClient().get_run(training.run_id).info.status == "KILLED"
+    assert not MlflowClient().search_registered_models("name = 'cancelled'")
+    with get_client(sync_client=True) as client:
+        state = wait_for(lambda: client.read_flow_run(flow_run_of(training)).state, "the flow run's state")
+    assert state.type == StateType.CANCELLED
+
+
+def flow_run_of(training: Training) -> UUID:
+    return UUID(MlflowClient().get_run(training.run_id).data.tags["prefect.flow_run_id"])

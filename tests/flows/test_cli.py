@@ -1,0 +1,259 @@
+"""The command line: what it refuses, in one line and with the right status, and a whole training by it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from flows.summary import Summary
+from infra.registry import aliased
+from infra.settings import Settings
+from tasks.config import RunConfig
+from tests.flows.conftest import CONFIG, Convoy
+from tests.flows.program import SMALL, Program, sets
+
+REFUSED = {
+    "unknown dataset": (["--dataset", "fashon-mnist"], "did you mean fashion-mnist"),
+    "missing folder": (["--dataset", "./no/such/folder"], "no such folder"),
+    "unknown key": (["--set", "augment.shfit=1"], "did you mean 'augment.shift'"),
+    "unknown model": (["--model", "convoy8"], "did you mean 'convoy9'"),
+    "unknown option of the model": (["--set", "network.hidden=[8]"], "unknown key"),
+    "lr out of range": (["--set", "lr=-1"], "lr: "),
+    "epochs out of range": (["--epochs", "0"], "epochs: "),
+    "not a number": (["--set", "seed=many"], "seed: "),
+    "no value": (["--set", "lr"], "key=value"),
+    "ranks that do not divide the lanes": (["--ranks", "3"], "nearest are 2 and 4"),
+    "batch that lanes do not divide": (["--set", "batch_size=30"], "nearest is 32"),
+    "lanes that are no power of two": (["--set", "lanes=6"], "nearest are 4 and 8"),
+    "name that MLflow refuses": (["--name", "a/b"], "name: "),
+    "limit out of range": (["--limit", "0"], "data.limit: "),
+}
+
+
+@pytest.fixture
+def summary(tmp_path: Path) -> Callable[[], dict[str, object]]:
+    return lambda: json.loads((tmp_path / "out.json").read_bytes())
+
+
+@pytest.mark.parametrize("arguments, hint", REFUSED.values(), ids=REFUSED)
+def test_mistake_is_refused_in_one_line_that_says_what_would_do(
+    convoy: Convoy, tmp_path: Path, summary: Callable[[], dict[str, object]], arguments: list[str], hint: str
+) -> None:
+    done = convoy("train", *arguments, "--summary", str(tmp_path / "out.json"))
+    assert (done.status, done.stdout) == (2, "")
+    assert hint in done.complaint
+    assert len(done.stderr.splitlines()) == 1
+    assert (summary()["status"], summary()["exit_status"]) == ("failed", 2)
+    assert hint in str(summary()["error"])
+
+
+@pytest.mark.parametrize(
+    "content, hint",
+    [
+        (None, "cannot read the configuration"),
+        ("epochs: [1", "not valid YAML"),
+        ("just text", "must hold keys and values"),
+        ("epoch: 3", "did you mean 'epochs'"),
+        (b"\xff\xfe\x00", "cannot read the configuration"),
+    ],
+    ids=["missing", "bad YAML", "no mapping", "unknown key", "binary"],
+)
+def test_unusable_configuration_file_is_named(
+    convoy: Convoy, tmp_path: Path, content: str | bytes | None, hint: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    done = convoy("train", "--config", str(file))
+    assert done.status == 2
+    assert hint in done.complaint
+
+
+@pytest.mark.parametrize("place", ["missing/out.json", "."])
+def test_summary_that_cannot_be_written_is_refused_at_once(
+    convoy: Convoy, tmp_path: Path, place: str
+) -> None:
+    done = convoy("train", "--summary", str(tmp_path / place))
+    assert done.status == 2
+    assert "--summary" in done.complaint
+
+
+def pictures(folder: Path, count: int, size: int = 8) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        noise = torch.randint(
+            256, (size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(number)
+        )
+        Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
+
+
+def empty(folder: Path) -> None:
+    folder.mkdir()
+
+
+def class_without_images(folder: Path) -> None:
+    pictures(folder / "cat", 20)
+    (folder / "dog").mkdir()
+
+
+def one_class(folder: Path) -> None:
+    pictures(folder / "cat", 20)
+
+
+def unreadable_images(folder: Path) -> None:
+    pictures(folder / "cat", 20)
+    pictures(folder / "dog", 20)
+    for name in ("a", "b"):
+        (folder / "dog" / f"{name}.png").write_bytes(b"not an image")
+
+
+@pytest.mark.parametrize(
+    "make, hint",
+    [(empty, "photos"), (class_without_images, "dog"), (one_class, "cat"), (unreadable_images, "dog/a.png")],
+)
+def test_folder_that_cannot_be_learnt_from_is_refused_and_opens_no_run(
+    convoy: Convoy,
+    tmp_path: Path,
+    summary: Callable[[], dict[str, object]],
+    make: Callable[[Path], None],
+    hint: str,
+) -> None:
+    make(tmp_path / "photos")
+    before = MlflowClient().search_experiments()
+    arguments = ["--dataset", str(tmp_path / "photos"), "--name", "refused", *sets(*SMALL)]
+    done = convoy("train", *arguments, "--summary", str(tmp_path / "out.json"))
+    assert done.status == 2
+    assert hint in done.complaint
+    assert summary()["exit_status"] == 2
+    assert [e.name for e in MlflowClient().search_experiments()] == [e.name for e in before]
+    assert aliased("refused", "challenger") is None
+
+
+def test_batch_larger_than_the_training_split_is_refused_and_registers_nothing(
+    convoy: Convoy, tmp_path: Path, summary: Callable[[], dict[str, object]]
+) -> None:
+    arguments = ["--dataset", "digits", "--name", "refused", "--ranks", "1", *sets(*SMALL, "batch_size=512")]
+    done = convoy("train", *arguments, "--summary", str(tmp_path / "out.json"))
+    assert done.status == 2
+    assert "400 images, fewer than a batch of 512" in done.complaint
+    assert summary()["exit_status"] == 2
+    (run, *_) = MlflowClient().search_runs(
+        [e.experiment_id for e in MlflowClient().search_experiments(filter_string="name = 'digits'")],
+        filter_string="tags.`convoy.model` = 'refused'",
+    )
+    assert run.info.status == "FAILED"
+    assert not MlflowClient().search_registered_models("name = 'refused'")
+
+
+def test_tracking_server_that_is_down_is_named_before_anything_is_done(
+    convoy: Convoy, tmp_path: Path, summary: Callable[[], dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    done = convoy("train", "--dataset", "digits", "--summary", str(tmp_path / "out.json"))
+    assert done.status == 1
+    assert "http://127.0.0.1:9" in done.complaint
+    assert summary()["exit_status"] == 1
+
+
+def test_wrong_credentials_for_the_bucket_are_named(
+    convoy: Convoy, tmp_path: Path, summary: Callable[[], dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    done = convoy("train", "--dataset", "digits", "--summary", str(tmp_path / "out.json"))
+    assert done.status == 1
+    assert "AWS_SECRET_ACCESS_KEY" in done.complaint
+    assert summary()["exit_status"] == 1
+
+
+def test_printed_configuration_is_read_back_as_the_same(convoy: Convoy, tmp_path: Path) -> None:
+    options = [
+        "--dataset",
+        "digits",
+        "--model",
+        "notes",
+        *sets("network.dropout=0.5", "data.limit=7", "augment.cutout=2"),
+    ]
+    printed = convoy("config", *options)
+    assert (printed.status, printed.stderr) == (0, "")
+    (tmp_path / "config.yaml").write_text(printed.stdout)
+    assert convoy("config", "--config", str(tmp_path / "config.yaml")).stdout == printed.stdout
+    config = RunConfig.model_validate(yaml.safe_load(printed.stdout))
+    assert config.dataset == "digits"
+    assert (config.data.limit, config.augment.cutout, config.augment.flip) == (7, 2, False)
+    assert config.resolved()["network"]["dropout"] == 0.5
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["config"], ["up"], ["down"], ["status"], ["env"]])
+def test_every_command_explains_itself(convoy: Convoy, command: list[str]) -> None:
+    done = convoy(*command, "--help")
+    assert done.status == 0
+    assert "Usage: convoy" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--set", "lr=-1"], ["train", "--dataset", "digit"]]
+)
+def test_help_and_refusals_load_no_heavy_library(arguments: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom flows.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', sorted({'torch', 'prefect', 'mlflow', 'boto3', 'sklearn', 'httpx'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+@pytest.mark.parametrize("arguments", [["train", "--epochs", "many"], ["train", "--epoch", "3"], ["trian"]])
+def test_wrong_usage_ends_with_status_2(convoy: Convoy, arguments: list[str]) -> None:
+    done = convoy(*arguments)
+    assert done.status == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_second_training_by_one_rank_skips_what_is_there_and_gives_the_same_weights(
+    trained: Summary, program: Callable[..., Program], tmp_path: Path, settings: Settings
+) -> None:
+    for name in ("tasks", "cnn", "torch"):  # what lies in the user's folder is none of our modules
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('this is not ours')")
+    config = {key: value for key, value in CONFIG.resolved().items() if key != "ranks"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    done = program("train", "--config", "config.yaml", "--ranks", "1", "--summary", "out.json").wait()
+    assert done.status == 0, done.stderr
+    found = Summary.model_validate_json((tmp_path / "out.json").read_bytes())
+    assert found.reused == ("download", "preprocess")
+    assert found.world_size == 1
+    assert found.weights_sha256 == trained.weights_sha256
+    assert found.accuracy == trained.accuracy
+    assert found.dataset_version == trained.dataset_version
+    assert found.mlflow_run_id != trained.mlflow_run_id
+    assert found.model_name == trained.model_name
+    assert int(found.model_version or 0) == int(trained.model_version or 0) + 1
+    challenger = aliased(found.model_name or "", "challenger")
+    assert challenger and challenger.version == found.model_version
+    for told in (
+        f"{found.accuracy:.2%}",
+        found.mlflow_run_url,
+        found.prefect_flow_run_url,
+        "whole-flow, version 2",
+    ):
+        assert told and told in done.stdout
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in done.stdout + done.stderr
+    assert all(
+        secret not in file.read_text() for file in (settings.runs / (found.mlflow_run_id or "")).glob("*.*l*")
+    )

@@ -1,0 +1,187 @@
+"""The whole flow on the real stack: what a finished training leaves in the bucket, in MLflow and in Prefect."""
+
+import hashlib
+import json
+import math
+from uuid import UUID
+
+import mlflow
+import pytest
+import torch
+from mlflow.artifacts import load_text
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+from prefect import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
+from prefect.client.schemas.objects import StateType
+from safetensors.torch import load
+
+from cnn.weights import weights_sha256
+from flows.summary import Summary
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from tasks.checkpoints import Commit
+from tasks.config import RunConfig
+from tasks.dataset import load_manifest
+from tests.flows.conftest import CONFIG
+from tests.flows.program import wait_for
+
+
+@pytest.fixture(scope="module")
+def run(trained: Summary) -> Run:
+    assert trained.mlflow_run_id
+    return MlflowClient().get_run(trained.mlflow_run_id)
+
+
+@pytest.fixture(scope="module")
+def bucket(trained: Summary) -> ObjectStore:
+    return ObjectStore.connect(Settings().bucket, create=False)
+
+
+def test_summary_has_every_name_that_scripts_depend_on(trained: Summary) -> None:
+    found = trained.as_dict()
+    names = (
+        "accuracy weights_sha256 dataset dataset_version model_name model_version world_size train_seconds total_seconds "
+        "images_per_second mlflow_tracking_uri mlflow_run_id prefect_flow_run_id checkpoint_prefix"
+    )
+    assert set(names.split()) <= found.keys()
+    assert (found["status"], found["exit_status"]) == ("done", 0)
+    assert (found["dataset"], found["model_name"], found["world_size"]) == ("digits", CONFIG.name, 2)
+    assert 0.5 < found["accuracy"] <= 1
+    assert 0 < found["train_seconds"] < found["total_seconds"]
+    assert found["images_per_second"] > 0
+
+
+def test_run_is_finished_and_has_every_parameter(trained: Summary, run: Run) -> None:
+    assert run.info.status == "FINISHED"
+    params = run.data.params
+    assert params["network.width"] == "4"
+    assert params["epochs"] == str(CONFIG.epochs)
+    assert params["dataset"] == "digits"
+    assert params["data.limit"] == "600"
+    assert params["augment.flip"] == "False"
+    assert "ranks" not in params  # it has no say in the result
+
+
+def test_run_has_metrics_by_step_and_by_epoch(trained: Summary, run: Run) -> None:
+    def history(name: str) -> list[tuple[int, float]]:
+        points = MlflowClient().get_metric_history(run.info.run_id, name)
+        return [(point.step, point.value) for point in points]
+
+    per_epoch = 600 // CONFIG.batch_size
+    last = CONFIG.epochs * per_epoch
+    assert [step for step, _ in history("val/accuracy")] == list(range(per_epoch, last + 1, per_epoch))
+    assert history("epoch") == [(epoch * per_epoch, epoch) for epoch in range(1, CONFIG.epochs + 1)]
+    losses = history("train/loss")
+    assert losses[-1][0] == last
+    assert losses[-1][1] < losses[0][1]
+    for name in ("train/accuracy", "train/learning_rate", "train/images_per_second", "val/loss"):
+        assert all(math.isfinite(value) and value > 0 for _, value in history(name))
+    assert run.data.metrics["test/accuracy"] == trained.accuracy
+
+
+def test_run_is_tagged_with_where_it_comes_from(trained: Summary, run: Run) -> None:
+    tags = run.data.tags
+    assert tags["prefect.flow_run_id"] == trained.prefect_flow_run_id
+    assert tags["prefect.flow_run_url"] == trained.prefect_flow_run_url
+    assert tags["convoy.checkpoint_prefix"] == trained.checkpoint_prefix
+    assert tags["convoy.dataset_version"] == trained.dataset_version
+    assert all(
+        len(tags[f"convoy.{name}"]) == 64 for name in ("code_digest", "manifest_digest", "lock_sha256")
+    )
+
+
+def test_run_names_the_dataset_version_it_used(trained: Summary, run: Run) -> None:
+    assert run.inputs is not None
+    (used,) = run.inputs.dataset_inputs
+    assert used.dataset.name == "digits"
+    assert {tag.key: tag.value for tag in used.tags}["convoy.digest"] == trained.dataset_version
+    assert trained.dataset_version
+    manifest = load_manifest(ObjectStore.connect(Settings().bucket), trained.dataset_version)
+    assert manifest.splits["train"].count == 600
+
+
+def test_run_has_the_report_and_a_manifest_whose_digest_names_the_training(
+    trained: Summary, run: Run
+) -> None:
+    uri = f"runs:/{run.info.run_id}"
+    client = MlflowClient()
+    names = {
+        item.path for folder in ("", "report") for item in client.list_artifacts(run.info.run_id, folder)
+    }
+    reports = {"report/evaluation.json", "report/confusion_matrix.json", "report/confusion_matrix.png"}
+    assert reports | {"manifest.json"} <= names
+    assert json.loads(load_text(f"{uri}/report/evaluation.json"))["accuracy"] == trained.accuracy
+    manifest = json.loads(load_text(f"{uri}/manifest.json"))
+    assert manifest["dataset_version"] == trained.dataset_version
+    assert manifest["config"]["batch_size"] == CONFIG.batch_size
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    assert run.data.tags["convoy.manifest_digest"] == digest
+
+
+def test_weights_lie_committed_under_the_checkpoint_prefix(
+    trained: Summary, run: Run, bucket: ObjectStore
+) -> None:
+    assert trained.checkpoint_prefix
+    prefix = trained.checkpoint_prefix.removeprefix(bucket.uri(""))
+    keys = [info.key for info in bucket.list(prefix)]
+    (commit_key,) = (key for key in keys if key.endswith("/commit.json"))
+    commit = Commit.model_validate_json(bucket.get_bytes(commit_key))
+    assert set(keys) == {commit_key, *commit.files}
+    ((key, file_sha256),) = commit.files.items()
+    data = bucket.get_bytes(key)
+    assert hashlib.sha256(data).hexdigest() == file_sha256
+    assert weights_sha256(load(data)) == commit.weights_sha256 == trained.weights_sha256
+    assert commit.manifest_digest == run.data.tags["convoy.manifest_digest"]
+    assert commit.step == CONFIG.epochs * (600 // CONFIG.batch_size)
+
+
+def test_registered_version_is_the_challenger_and_predicts_from_raw_images(trained: Summary) -> None:
+    version = MlflowClient().get_model_version(trained.model_name, trained.model_version)
+    assert version.run_id == trained.mlflow_run_id
+    assert version.tags["convoy.weights_sha256"] == trained.weights_sha256
+    assert version.tags["convoy.verification"] == "passed"
+    images = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8).numpy()
+    model = mlflow.pyfunc.load_model(f"models:/{trained.model_name}@challenger")
+    probabilities = model.predict(images)
+    assert probabilities.shape == (3, 10)
+    assert probabilities.sum(1) == pytest.approx([1, 1, 1], abs=1e-5)
+
+
+def test_flow_run_is_completed_with_its_tasks_and_artifacts(trained: Summary) -> None:
+    flow_run_id = UUID(trained.prefect_flow_run_id)
+    only_ours = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+    names = {"download", "preprocess", "train", "evaluate", "register", "verify"}
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(flow_run_id).state
+        assert state is not None
+        assert state.type == StateType.COMPLETED
+
+        def ended_tasks() -> dict[str, StateType]:
+            tasks = client.read_task_runs(flow_run_filter=only_ours)
+            return {
+                task.name.rpartition("-")[0]: task.state.type
+                for task in tasks
+                if task.state and task.state.is_final()
+            }
+
+        # Prefect records task runs from events, some time after they ended.
+        wait_for(lambda: len(ended_tasks()) >= len(names), "Prefect to record the task runs")
+        states = ended_tasks()
+        artifacts = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+        )
+    assert states == dict.fromkeys(names, StateType.COMPLETED)
+    kinds = {artifact.key: artifact.type for artifact in artifacts}
+    assert kinds["training"] == "progress"
+    assert kinds["evaluation"] == "markdown"
+    assert next(artifact.data for artifact in artifacts if artifact.key == "training") == 100
+
+
+def test_configuration_of_the_run_reads_back(trained: Summary) -> None:
+    assert RunConfig.model_validate(CONFIG.resolved()) == CONFIG

@@ -1,0 +1,125 @@
+"""The configuration of a run: files, settings, options, and what is said about mistakes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cnn.config import NETWORK_OPTIONS, TrainConfig
+from infra.errors import UsageError
+from tasks.config import RunConfig, known_keys, load_config
+
+
+def refusal(*settings: str, **options: Any) -> str:
+    with pytest.raises(UsageError) as refused:
+        load_config(None, settings, options)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_option_wins_over_setting_over_file_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("epochs: 3\nseed: 3\nlr: 0.3\naugment:\n  shift: 3\n  cutout: 3\n")
+    config = load_config(file, ["epochs=4", "seed=4", "augment.shift=4"], {"epochs": 5, "model": None})
+    assert (config.epochs, config.seed, config.lr) == (5, 4, 0.3)
+    assert (config.augment.shift, config.augment.cutout) == (4, 3)
+    assert config.batch_size == RunConfig().batch_size
+
+
+def test_later_setting_wins_and_values_are_yaml() -> None:
+    config = load_config(
+        None,
+        ["model=notes", "network.hidden=[64, 32]", "lr=1e-2", "lr=0.02", "name=null", "augment.flip=false"],
+    )
+    assert config.network.model_dump()["hidden"] == (64, 32)
+    assert (config.lr, config.name, config.augment.flip) == (0.02, None, False)
+
+
+def test_empty_file_is_the_default_configuration(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert load_config(tmp_path / "empty.yaml") == load_config(None) == RunConfig()
+
+
+@pytest.mark.parametrize("network", NETWORK_OPTIONS)
+def test_resolved_configuration_is_complete_and_gives_itself_again(network: str) -> None:
+    config = load_config(None, [f"model={network}", "network.dropout=0.5"])
+    resolved = config.resolved()
+    assert resolved["network"].keys() == NETWORK_OPTIONS[network].model_fields.keys()
+    again = RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(resolved)))
+    assert again == config
+    assert again.resolved() == resolved
+
+
+def test_training_part_has_neither_ranks_nor_name_nor_data() -> None:
+    config = load_config(None, ["ranks=2", "name=other", "data.limit=9", "lr=0.5"])
+    training = config.training()
+    assert type(training) is TrainConfig
+    assert training == load_config(None, ["lr=0.5"]).training()
+    assert training.network == config.network
+
+
+@pytest.mark.parametrize(
+    "dataset, flip", [("digits", False), ("mnist", False), ("fashion-mnist", True), ("x/", True)]
+)
+def test_images_with_a_left_and_a_right_are_not_mirrored_unless_asked_for(dataset: str, flip: bool) -> None:
+    assert load_config(None, ["augment.shift=1"], {"dataset": dataset}).augment.flip is flip
+    assert load_config(None, ["augment.flip=true"], {"dataset": dataset}).augment.flip is True
+
+
+@pytest.mark.parametrize(
+    "setting, nearest",
+    [
+        ("epoch=3", "epochs"),
+        ("batchsize=64", "batch_size"),
+        ("augment.shfit=1", "augment.shift"),
+        ("shift=1", "augment.shift"),
+        ("data.imagesize=32", "data.image_size"),
+        ("network.widht=8", "network.width"),
+        ("width=8", "network.width"),
+        ("limit=8", "data.limit"),
+    ],
+)
+def test_unknown_key_is_refused_with_the_nearest_that_there_is(setting: str, nearest: str) -> None:
+    complaint = refusal(setting)
+    assert complaint == f"unknown key {setting.partition('=')[0]!r}; did you mean {nearest!r}?"
+
+
+def test_unknown_key_that_is_near_to_none_is_answered_with_all() -> None:
+    complaint = refusal("xyzzy=1")
+    assert all(key in complaint for key in known_keys(RunConfig, "convoy9"))
+
+
+@pytest.mark.parametrize(
+    "setting, names",
+    [
+        ("lr=0", ["lr", "greater than 0", "given: 0"]),
+        ("lr=.nan", ["lr"]),
+        ("epochs=1.5", ["epochs", "given: 1.5"]),
+        ("batch_size=2", ["batch_size", "nearest is 8"]),
+        ("batch_size=130", ["nearest is 128"]),
+        ("lanes=3", ["nearest are 2 and 4"]),
+        ("ranks=8", ["8 ranks cannot share 4 lanes", "nearest is 4"]),
+        ("optimizer=adamax", ["optimizer", "'adamw'"]),
+        ("network.width=6", ["network.width", "multiple of 4"]),
+        ("network.kernel_sizes=[3]", ["network.kernel_sizes"]),
+        ("augment=3", ["augment"]),
+        ("data.val_fraction=0.5", ["data.val_fraction", "less than 0.5"]),
+        ("name=a:b", ["name", "':'"]),
+        ("name=''", ["name", "empty"]),
+    ],
+)
+def test_value_that_cannot_be_used_is_named_with_what_could(setting: str, names: list[str]) -> None:
+    complaint = refusal(setting)
+    assert all(name in complaint for name in names), complaint
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    complaint = refusal("lr=0", "epoch=1", "seed=-1")
+    assert all(name in complaint for name in ("lr: ", "'epochs'", "seed: "))
+
+
+@pytest.mark.parametrize("setting", ["lr", "lr=[", "lr.peak=1"])
+def test_setting_that_is_no_setting_is_refused(setting: str) -> None:
+    values = ["lr=0.1", setting] if setting.startswith("lr.") else [setting]
+    assert f"--set {setting}" in refusal(*values)

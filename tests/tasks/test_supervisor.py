@@ -1,0 +1,151 @@
+"""No process outlives its owner: the supervisor, and what it is made of, with real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cnn.config import TrainConfig
+from tasks.job import Job, JobFolder
+from tests.flows.program import Training, wait_for
+
+SAY_PID_AND_SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SAY_PID_AND_SLEEP
+OWNER = f"""
+import subprocess, sys, time
+from tasks.lifeline import die_with_parent
+subprocess.Popen([sys.executable, "-c", {SAY_PID_AND_SLEEP!r}], preexec_fn=die_with_parent, start_new_session=True)
+time.sleep(600)
+"""
+ORPHAN = """
+import os, sys, time
+from tasks.lifeline import die_with_parent
+if os.fork():
+    os._exit(0)  # the parent is gone before its child asks to die with it
+while os.getppid() == int(sys.argv[1]):
+    time.sleep(0.01)
+die_with_parent()
+print("lives on", flush=True)
+"""
+CLEANER = f"""
+import subprocess, sys
+from tasks.lifeline import adopt_orphans, end_descendants
+adopt_orphans()
+# A child, a grandchild that hides in a session of its own and hears no SIGTERM, and one whose parent has ended.
+start = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+wait = "; import time; time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", {SAY_PID_AND_SLEEP!r}])
+subprocess.Popen([sys.executable, "-c", start + wait, {STUBBORN!r}])
+subprocess.run([sys.executable, "-c", start, {STUBBORN!r}])
+sys.stdin.readline()
+end_descendants(1.0)
+print("ended", flush=True)
+"""
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """Programs to kill at the end of the test."""
+    programs: list[subprocess.Popen[str]] = []
+    yield programs
+    for each in programs:
+        each.kill()
+        each.communicate()
+
+
+def start(started: list[subprocess.Popen[str]], code: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    return started[-1]
+
+
+def said(program: subprocess.Popen[str]) -> str:
+    assert program.stdout
+    return program.stdout.readline().strip()
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_process_dies_with_its_killed_parent(started: list[subprocess.Popen[str]]) -> None:
+    owner = start(started, OWNER)
+    child = int(said(owner))
+    assert not gone(child)
+    owner.kill()
+    wait_for(lambda: gone(child), "the child to die")
+
+
+def test_process_whose_parent_is_gone_already_ends_at_once(
+    started: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The orphan goes to process 1, or to this process's own reaper, which takes the supervisor's place here.
+    reaper = next(iter(reversed(psutil.Process().parents())), psutil.Process()).pid
+    monkeypatch.setenv("CONVOY_SUPERVISOR_PID", str(reaper))
+    orphan = start(started, ORPHAN, str(os.getpid()))
+    assert said(orphan) == ""
+
+
+def test_all_descendants_are_ended_whatever_they_ignore_and_wherever_they_hide(
+    started: list[subprocess.Popen[str]],
+) -> None:
+    cleaner = start(started, CLEANER)
+    pids = [int(said(cleaner)) for _ in range(3)]
+    assert not any(map(gone, pids))
+    cleaner.communicate("now\n")
+    assert all(map(gone, pids))
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Training:
+    """A job whose dataset is nowhere: its ranks would fail."""
+    folder = JobFolder(tmp_path / "job")
+    config = TrainConfig()
+    folder.write_job(
+        Job(run_id="f00d", config=config, dataset_version="0" * 64, world_size=2, manifest_digest="")
+    )
+    return Training(folder.path)
+
+
+def supervise(started: list[subprocess.Popen[str]], training: Training) -> subprocess.Popen[str]:
+    command = [sys.executable, "-P", "-m", "tasks.supervisor", str(training.folder)]
+    started.append(subprocess.Popen(command, stdin=subprocess.PIPE, text=True))
+    return started[-1]
+
+
+def test_supervisor_ends_torchrun_when_its_standard_input_closes(
+    started: list[subprocess.Popen[str]], training: Training
+) -> None:
+    supervisor = supervise(started, training)
+    wait_for(lambda: training.processes("torch.distributed.run"), "torchrun to start")
+    assert supervisor.stdin
+    supervisor.stdin.close()
+    assert supervisor.wait(60) == 128 + signal.SIGTERM
+    assert training.processes() == []
+
+
+def test_supervisor_that_is_told_to_end_takes_torchrun_along(
+    started: list[subprocess.Popen[str]], training: Training
+) -> None:
+    supervisor = supervise(started, training)
+    wait_for(lambda: training.processes("torch.distributed.run"), "torchrun to start")
+    supervisor.terminate()
+    assert supervisor.wait(60) == 128 + signal.SIGTERM
+    assert training.processes() == []
+
+
+def test_killed_supervisor_takes_torchrun_along(
+    started: list[subprocess.Popen[str]], training: Training
+) -> None:
+    supervisor = supervise(started, training)
+    wait_for(lambda: training.processes("torch.distributed.run"), "torchrun to start")
+    supervisor.kill()
+    training.assert_ends()
