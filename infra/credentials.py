@@ -25,9 +25,7 @@ class Credentials(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    access_key_id: SecretStr = Field(
-        default_factory=lambda: SecretStr("CONVOY" + secrets.token_hex(7).upper())
-    )
+    access_key_id: SecretStr = Field(default_factory=lambda: SecretStr("CONVOY" + secrets.token_hex(7).upper()))
     secret_access_key: SecretStr = Field(default_factory=lambda: SecretStr(secrets.token_urlsafe(30)))
     filer_write: SecretStr = Field(default_factory=_secret)
     filer_read: SecretStr = Field(default_factory=_secret)
@@ -73,9 +71,7 @@ def ensure_certificate(certificate: Path, key: Path) -> None:
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + VALID_FOR)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
-        )
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
         .sign(private, hashes.SHA256())
     )
     encoding = serialization.Encoding.PEM

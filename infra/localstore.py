@@ -13,9 +13,7 @@ from infra.errors import ServiceError
 POLL = 0.1  # seconds between tries
 
 
-def make_ready(
-    url: str, credentials: Credentials, bucket: str, *, just_started: bool, patience: float
-) -> None:
+def make_ready(url: str, credentials: Credentials, bucket: str, *, just_started: bool, patience: float) -> None:
     """Make the bucket if need be; after a start, write, read and delete an object.
 
     The port answers some seconds before the store's parts have found each other, and until then it can answer

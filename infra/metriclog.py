@@ -130,11 +130,7 @@ class MetricLogger:
 
     def _send(self, batch: tuple[MetricRow, ...]) -> bool:
         """Send rows; false if the same is worth another try later."""
-        metrics = [
-            Metric(name, value, row.timestamp, row.step)
-            for row in batch
-            for name, value in row.values.items()
-        ]
+        metrics = [Metric(name, value, row.timestamp, row.step) for row in batch for name, value in row.values.items()]
         try:
             for start in range(0, len(metrics), METRICS_A_CALL):
                 mlflow.MlflowClient().log_batch(self.run_id, metrics[start : start + METRICS_A_CALL])

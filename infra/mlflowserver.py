@@ -66,6 +66,4 @@ def check_server() -> None:
             "start it with `convoy up`, or correct MLFLOW_TRACKING_URI"
         ) from error
     if status in (502, 503, 504):
-        raise ServiceError(
-            f"MLflow at {tracking_uri()} is not available (HTTP {status}); try again when it is up"
-        )
+        raise ServiceError(f"MLflow at {tracking_uri()} is not available (HTTP {status}); try again when it is up")

@@ -134,9 +134,7 @@ def stop(find: Callable[[], set[psutil.Process]]) -> None:
         ended |= asked
     for process in ended:
         with suppress(psutil.Error):
-            process.wait(
-                timeout=0
-            )  # takes the exit status of our own children, which stay as zombies otherwise
+            process.wait(timeout=0)  # takes the exit status of our own children, which stay as zombies otherwise
 
 
 def listens(port: int, found: Iterable[psutil.Process]) -> bool:

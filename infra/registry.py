@@ -84,9 +84,7 @@ def log_model(
             mlflow.pytorch.save_model(
                 model,
                 folder,
-                mlflow_model=Model(
-                    artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id
-                ),
+                mlflow_model=Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id),
                 signature=infer_signature(images, outputs),
                 input_example=images,
                 pip_requirements=list(requirements),

@@ -1,11 +1,12 @@
 """What the three local servers run: SeaweedFS (S3), MLflow and Prefect.
 
 All are bound to 127.0.0.1, with telemetry off. SeaweedFS refuses everyone without credentials on each of its
-ports: the S3 port wants the keys; the filer's and the volumes' ports want tokens that only its own parts can
-sign; the master's port, which would hand out such tokens, and all gRPC ports want the state folder's
-certificate. MLflow and Prefect ask nobody for a password: whoever may open a connection to this machine's
-loopback address can use them. That is the accepted limit of the local stack; on a machine shared with people
-you do not trust, use servers of your own (`MLFLOW_TRACKING_URI`, `PREFECT_API_URL`).
+ports: the S3 port wants the keys, and all others, which are for its own parts, the state folder's
+certificate. The filer's and the volumes' ports also want tokens that only its parts can sign. Tokens alone
+would not do: the master's port hands them out, and gRPC asks for none. MLflow and Prefect ask nobody for a
+password: whoever may open a connection to this machine's loopback address can use them. That is the accepted
+limit of the local stack; on a machine shared with people you do not trust, use servers of your own
+(`MLFLOW_TRACKING_URI`, `PREFECT_API_URL`).
 """
 
 import os
@@ -22,20 +23,23 @@ from infra.processes import Server
 from infra.settings import Settings
 
 HOST = "127.0.0.1"
+TLS_ROLES = {
+    "GRPC": ("MASTER", "VOLUME", "FILER", "S3", "ADMIN", "WORKER", "CLIENT"),
+    "HTTPS": ("MASTER", "VOLUME", "FILER", "ADMIN", "CLIENT"),
+}
 
 
-def seaweedfs(
-    settings: Settings, ports: Ports, credentials: Credentials, certificate: Path, key: Path
-) -> Server:
+def seaweedfs(settings: Settings, ports: Ports, credentials: Credentials, certificate: Path, key: Path) -> Server:
     """The object store."""
-    tls = {
-        "WEED_GRPC_CA": str(certificate),
-        "WEED_HTTPS_MASTER_CA": str(certificate),
-        "WEED_HTTPS_MASTER_CERT": str(certificate),
-        "WEED_HTTPS_MASTER_KEY": str(key),
-    }
-    for role in ("MASTER", "VOLUME", "FILER", "S3", "ADMIN", "WORKER", "CLIENT"):
-        tls |= {f"WEED_GRPC_{role}_CERT": str(certificate), f"WEED_GRPC_{role}_KEY": str(key)}
+    tls = {"WEED_GRPC_CA": str(certificate), "WEED_HTTPS_CLIENT_ENABLED": "true"}
+    for protocol, roles in TLS_ROLES.items():
+        for role in roles:
+            prefix = f"WEED_{protocol}_{role}"
+            tls |= {
+                f"{prefix}_CERT": str(certificate),
+                f"{prefix}_KEY": str(key),
+                f"{prefix}_CA": str(certificate),
+            }
     return Server(
         command=(
             _program("weed"),

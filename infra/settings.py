@@ -63,9 +63,7 @@ class Settings(BaseSettings):
     prefect_port: Port | None = None
     """CONVOY_PREFECT_PORT: port of the local Prefect. Unset: the last one used, or 4200, or a free one."""
 
-    s3_url: Address | None = Field(
-        None, validation_alias=AliasChoices("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-    )
+    s3_url: Address | None = Field(None, validation_alias=AliasChoices("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
     """AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL: an object store to use instead of a local one."""
 
     mlflow_uri: str | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")

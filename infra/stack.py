@@ -110,9 +110,7 @@ def status(settings: Settings) -> list[ServerStatus]:
             if leader and _answers(name, folder, client):
                 state = "running"
             pid = leader.pid if leader else None
-            found.append(
-                ServerStatus(name=name, url=folder.url(name), state=state, pid=pid, log=folder.log(name))
-            )
+            found.append(ServerStatus(name=name, url=folder.url(name), state=state, pid=pid, log=folder.log(name)))
     return found
 
 
@@ -125,9 +123,7 @@ def _up(folder: StackFolder, on_event: OnEvent, only: Collection[ServerName]) ->
         for name in wanted:
             if not _runs(name, folder, client, on_event):
                 on_event(f"starting {name} at {folder.url(name)}")
-                starting[name] = processes.start(
-                    folder.server(name), folder.mark(name), folder.record_file(name)
-                )
+                starting[name] = processes.start(folder.server(name), folder.mark(name), folder.record_file(name))
         for name in wanted:
             if name in starting:
                 _wait(name, starting[name], folder, client)
@@ -155,9 +151,7 @@ def _runs(name: ServerName, folder: StackFolder, client: httpx.Client, on_event:
     return False
 
 
-def _wait(
-    name: ServerName, process: subprocess.Popen[bytes], folder: StackFolder, client: httpx.Client
-) -> None:
+def _wait(name: ServerName, process: subprocess.Popen[bytes], folder: StackFolder, client: httpx.Client) -> None:
     """Return when a server that was just started answers.
 
     Raises:

@@ -37,7 +37,7 @@ class Silent:
 
 
 class RankZero:
-    """Reporter of rank 0: to the tracking server and to the train task. Steps are reported as means over a while.
+    """Reporter of rank 0: to the tracking server and to the train task. Steps are reported as means.
 
     Use it as a context manager; leaving it sends what is left.
     """

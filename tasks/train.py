@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from cnn.config import TrainConfig
 from cnn.distributed import device_count
 from cnn.worldsize import default_world_size
+from infra import tracking
 from infra.settings import Settings
 from tasks.dataset import DatasetRef
 from tasks.job import Event, Job, JobFolder, Outcome
@@ -84,6 +85,9 @@ def train(run: TrackedRun, dataset: DatasetRef, config: TrainConfig, ranks: int 
     total = float(config.epochs)
     with progress(f"Training on {world_size} ranks", total, unit="epochs", artifact="training") as advance:
         outcome = _run(folder, _Display(advance, config.epochs))
+    tracking.log_file(run.run_id, folder.weights, "weights")
+    tags = {"convoy.weights_sha256": outcome.weights_sha256, "convoy.world_size": str(world_size)}
+    tracking.set_tags(run.run_id, tags)
     return TrainResult(
         run_id=run.run_id,
         world_size=world_size,
@@ -94,7 +98,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: TrainConfig, ranks: int 
 def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
     """Run the supervisor to its end. However this function is left, the supervisor ends all ranks."""
     cancelled = _CancelWatch()
-    # Its own session keeps a Ctrl-C of the terminal from it: it hears of the end from us, by its standard input.
+    # Its own session keeps a Ctrl-C of the terminal from it: it hears of the end by its standard input.
     supervisor = subprocess.Popen(
         [sys.executable, "-m", "tasks.supervisor", str(folder.path)],
         env=os.environ | {"PYTHONSAFEPATH": "1"},  # else `-m` looks for our modules in the user's folder first

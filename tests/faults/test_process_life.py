@@ -1,4 +1,4 @@
-"""However a training ends, nothing of it lives on, and its runs say how it ended. Whole programs, killed on purpose."""
+"""However a training ends, nothing of it lives on, and its runs say how it ended."""
 
 import signal
 from collections.abc import Callable
@@ -12,7 +12,17 @@ from prefect.states import Cancelled
 
 from flows.summary import Summary
 from tests.flows.conftest import next_training, program  # noqa: F401
-from tests.flows.program import ENDLESS, SMALL, Done, NextTraining, Program, Training, sets, wait_for
+from tests.flows.program import (
+    ENDLESS,
+    SMALL,
+    Done,
+    NextTraining,
+    Program,
+    Training,
+    flow_run_of,
+    sets,
+    wait_for,
+)
 
 pytestmark = pytest.mark.faults
 
@@ -46,17 +56,14 @@ def run_status(training: Training) -> str:
 
 
 def flow_run_state(training: Training) -> StateType:
-    flow_run_id = MlflowClient().get_run(training.run_id).data.tags["prefect.flow_run_id"]
     with get_client(sync_client=True) as client:
-        state = client.read_flow_run(flow_run_id).state
+        state = client.read_flow_run(flow_run_of(training)).state
     assert state is not None
     return state.type
 
 
 @pytest.mark.parametrize("module", ["tasks.supervisor", "torch.distributed.run"])
-def test_killed_supervisor_or_torchrun_takes_the_ranks_along_and_the_flow_fails(
-    disturb: Disturb, module: str
-) -> None:
+def test_killed_supervisor_or_torchrun_takes_the_ranks_along_and_the_flow_fails(disturb: Disturb, module: str) -> None:
     def kill(_: Program, training: Training) -> None:
         (process,) = training.processes(module)
         process.kill()
@@ -107,9 +114,8 @@ def test_second_ctrl_c_does_not_leave_ranks_behind(disturb: Disturb) -> None:
 
 def test_flow_run_set_to_cancelled_at_once_stops_too(disturb: Disturb) -> None:
     def cancel(_: Program, training: Training) -> None:
-        flow_run_id = MlflowClient().get_run(training.run_id).data.tags["prefect.flow_run_id"]
         with get_client(sync_client=True) as client:
-            client.set_flow_run_state(flow_run_id, Cancelled(), force=True)
+            client.set_flow_run_state(flow_run_of(training), Cancelled(), force=True)
 
     done, training, summary = disturb(cancel)
     assert (done.status, summary.status) == (75, "interrupted")
@@ -139,13 +145,7 @@ def test_system_metrics_of_a_training_reach_its_run(
     training = next_training.under_way()
 
     def system_metrics() -> list[str]:
-        return [
-            name
-            for name in MlflowClient().get_run(training.run_id).data.metrics
-            if name.startswith("system/")
-        ]
+        return [name for name in MlflowClient().get_run(training.run_id).data.metrics if name.startswith("system/")]
 
     wait_for(system_metrics, "system metrics")
-    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(
-        system_metrics()
-    )
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(system_metrics())

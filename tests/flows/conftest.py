@@ -1,11 +1,9 @@
 """One whole training of a session, which several tests look at, and the means to run more."""
 
-import contextlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -29,7 +27,7 @@ CONFIG = RunConfig.model_validate(
         "augment": {"shift": 0},
     }
 )
-"""Of `trained`: small, and with all that takes part in a training: several lanes a rank, a validation split."""
+"""Of `trained`: small, and with all that takes part in a training: several lanes a rank."""
 
 
 @pytest.fixture(scope="session")
@@ -61,14 +59,11 @@ def program(stack: object, tmp_path: Path) -> Iterator[Callable[..., Program]]:
 
 @pytest.fixture
 def convoy(capfd: pytest.CaptureFixture[str], quiet_prefect: None) -> Iterator[Convoy]:
-    """Runs `convoy` in this process, where everything is imported already; its changes of the environment and of
-    logging are undone."""
+    """Runs `convoy` in this process, where everything is imported; what it changes here is undone."""
     from flows import cli
 
     environment = dict(os.environ)
-    handlers = {
-        name: list(logging.getLogger(name).handlers) for name in ("prefect.flow_runs", "prefect.task_runs")
-    }
+    handlers = {name: list(logging.getLogger(name).handlers) for name in ("prefect.flow_runs", "prefect.task_runs")}
 
     def run(*arguments: str) -> Done:
         capfd.readouterr()

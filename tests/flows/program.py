@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psutil
+from mlflow.tracking import MlflowClient
 
 from infra.settings import Settings
 
@@ -90,10 +92,7 @@ class Training:
         return self.folder.name
 
     def processes(self, module: str = "") -> list[psutil.Process]:
-        """Those that live, of all modules or of one: `tasks.supervisor`, `torch.distributed.run`, `tasks.rank`.
-
-        torchrun names the ranks' module too; so a rank is what has it in its own `-m`.
-        """
+        """Those that live; or only those of a module, such as `tasks.rank`."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -118,6 +117,11 @@ class Training:
     def assert_ends(self) -> None:
         """Wait until no process of it lives."""
         wait_for(lambda: not self.processes(), f"the end of {self.processes()}", ENDS_WITHIN)
+
+
+def flow_run_of(training: Training) -> UUID:
+    """Id of the Prefect flow run that started it."""
+    return UUID(MlflowClient().get_run(training.run_id).data.tags["prefect.flow_run_id"])
 
 
 class NextTraining:

@@ -1,4 +1,4 @@
-"""The whole flow on the real stack: what a finished training leaves in the bucket, in MLflow and in Prefect."""
+"""The whole flow on the real stack: what it leaves in the bucket, in MLflow and in Prefect."""
 
 import hashlib
 import json
@@ -46,8 +46,9 @@ def bucket(trained: Summary) -> ObjectStore:
 def test_summary_has_every_name_that_scripts_depend_on(trained: Summary) -> None:
     found = trained.as_dict()
     names = (
-        "accuracy weights_sha256 dataset dataset_version model_name model_version world_size train_seconds total_seconds "
-        "images_per_second mlflow_tracking_uri mlflow_run_id prefect_flow_run_id checkpoint_prefix"
+        "accuracy weights_sha256 dataset dataset_version model_name model_version world_size train_seconds "
+        "total_seconds images_per_second mlflow_tracking_uri mlflow_run_id prefect_flow_run_id "
+        "checkpoint_prefix"
     )
     assert set(names.split()) <= found.keys()
     assert (found["status"], found["exit_status"]) == ("done", 0)
@@ -91,9 +92,7 @@ def test_run_is_tagged_with_where_it_comes_from(trained: Summary, run: Run) -> N
     assert tags["prefect.flow_run_url"] == trained.prefect_flow_run_url
     assert tags["convoy.checkpoint_prefix"] == trained.checkpoint_prefix
     assert tags["convoy.dataset_version"] == trained.dataset_version
-    assert all(
-        len(tags[f"convoy.{name}"]) == 64 for name in ("code_digest", "manifest_digest", "lock_sha256")
-    )
+    assert all(len(tags[f"convoy.{name}"]) == 64 for name in ("code_digest", "manifest_digest", "lock_sha256"))
 
 
 def test_run_names_the_dataset_version_it_used(trained: Summary, run: Run) -> None:
@@ -106,14 +105,10 @@ def test_run_names_the_dataset_version_it_used(trained: Summary, run: Run) -> No
     assert manifest.splits["train"].count == 600
 
 
-def test_run_has_the_report_and_a_manifest_whose_digest_names_the_training(
-    trained: Summary, run: Run
-) -> None:
+def test_run_has_the_report_and_a_manifest_whose_digest_names_the_training(trained: Summary, run: Run) -> None:
     uri = f"runs:/{run.info.run_id}"
     client = MlflowClient()
-    names = {
-        item.path for folder in ("", "report") for item in client.list_artifacts(run.info.run_id, folder)
-    }
+    names = {item.path for folder in ("", "report") for item in client.list_artifacts(run.info.run_id, folder)}
     reports = {"report/evaluation.json", "report/confusion_matrix.json", "report/confusion_matrix.png"}
     assert reports | {"manifest.json"} <= names
     assert json.loads(load_text(f"{uri}/report/evaluation.json"))["accuracy"] == trained.accuracy
@@ -124,9 +119,7 @@ def test_run_has_the_report_and_a_manifest_whose_digest_names_the_training(
     assert run.data.tags["convoy.manifest_digest"] == digest
 
 
-def test_weights_lie_committed_under_the_checkpoint_prefix(
-    trained: Summary, run: Run, bucket: ObjectStore
-) -> None:
+def test_weights_lie_committed_under_the_checkpoint_prefix(trained: Summary, run: Run, bucket: ObjectStore) -> None:
     assert trained.checkpoint_prefix
     prefix = trained.checkpoint_prefix.removeprefix(bucket.uri(""))
     keys = [info.key for info in bucket.list(prefix)]
@@ -142,6 +135,7 @@ def test_weights_lie_committed_under_the_checkpoint_prefix(
 
 
 def test_registered_version_is_the_challenger_and_predicts_from_raw_images(trained: Summary) -> None:
+    assert trained.model_name and trained.model_version
     version = MlflowClient().get_model_version(trained.model_name, trained.model_version)
     assert version.run_id == trained.mlflow_run_id
     assert version.tags["convoy.weights_sha256"] == trained.weights_sha256
@@ -165,9 +159,7 @@ def test_flow_run_is_completed_with_its_tasks_and_artifacts(trained: Summary) ->
         def ended_tasks() -> dict[str, StateType]:
             tasks = client.read_task_runs(flow_run_filter=only_ours)
             return {
-                task.name.rpartition("-")[0]: task.state.type
-                for task in tasks
-                if task.state and task.state.is_final()
+                task.name.rpartition("-")[0]: task.state.type for task in tasks if task.state and task.state.is_final()
             }
 
         # Prefect records task runs from events, some time after they ended.

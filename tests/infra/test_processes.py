@@ -17,8 +17,7 @@ PARENT_AND_CHILD = (
     "print('started', flush=True); time.sleep(600)"
 )
 DEAF = (
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started', flush=True); "
-    "time.sleep(600)"
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started', flush=True); time.sleep(600)"
 )
 
 
@@ -79,9 +78,7 @@ def stranger() -> Iterator[psutil.Process]:
 
 
 def test_a_server_has_a_session_of_its_own_and_no_standard_input(start: Callable[[str], Started]) -> None:
-    program = (
-        "import os, sys; print(os.getsid(0) == os.getpid(), repr(sys.stdin.read()), 'started', flush=True)"
-    )
+    program = "import os, sys; print(os.getsid(0) == os.getpid(), repr(sys.stdin.read()), 'started', flush=True)"
     server = start(program + "; import time; time.sleep(600)")
     assert server.server.log.read_text().startswith("True ''")
 
@@ -166,7 +163,5 @@ def test_the_end_of_a_log_is_one_short_line(tmp_path: Path) -> None:
 
 def test_the_end_of_a_crashed_go_programs_log_is_the_reason(tmp_path: Path) -> None:
     log = tmp_path / "server.log"
-    log.write_text(
-        "ready\nF1124 06:37:47 mini.go:12] the disk is full\n\ngoroutine 1 [running]:\nmain.main()\n"
-    )
+    log.write_text("ready\nF1124 06:37:47 mini.go:12] the disk is full\n\ngoroutine 1 [running]:\nmain.main()\n")
     assert processes.log_end(log) == "F1124 06:37:47 mini.go:12] the disk is full"

@@ -58,9 +58,7 @@ def test_versions_count_up_and_load(stored: tuple[str, str]) -> None:
     assert first.url == f"{mlflow.get_tracking_uri()}/#/models/counting%20up/versions/1"
     loaded = mlflow.pyfunc.load_model(first.uri)
     for count in (1, 2):
-        assert np.allclose(
-            loaded.predict(IMAGES[:count]), mlflow.pyfunc.load_model(second.uri).predict(IMAGES)[:count]
-        )
+        assert np.allclose(loaded.predict(IMAGES[:count]), mlflow.pyfunc.load_model(second.uri).predict(IMAGES)[:count])
 
 
 def test_alias_moves_and_tags_change(stored: tuple[str, str]) -> None:

@@ -31,9 +31,7 @@ def test_a_second_up_starts_nothing(stack: Endpoints, settings: Settings) -> Non
     assert all(before.values())
 
 
-def test_status_names_each_running_server_with_its_address_and_log(
-    stack: Endpoints, settings: Settings
-) -> None:
+def test_status_names_each_running_server_with_its_address_and_log(stack: Endpoints, settings: Settings) -> None:
     found = status(settings)
     assert [(server.name, server.state) for server in found] == [(name, "running") for name in NAMES]
     assert [server.url for server in found] == [
@@ -63,9 +61,7 @@ def test_every_port_is_bound_to_the_loopback_address(stack: Endpoints, settings:
 
 def test_secrets_are_in_private_files_and_nowhere_else(stack: Endpoints, settings: Settings) -> None:
     folder = StackFolder(settings)
-    secrets = [
-        getattr(folder.credentials, name).get_secret_value() for name in type(folder.credentials).model_fields
-    ]
+    secrets = [getattr(folder.credentials, name).get_secret_value() for name in type(folder.credentials).model_fields]
     for process in (process for name in NAMES for process in folder.members(name)):
         assert not any(secret in " ".join(process.cmdline()) for secret in secrets)
     for log in settings.logs.iterdir():
@@ -83,9 +79,7 @@ def test_mlflow_keeps_artifacts_in_the_bucket_for_clients_without_its_keys(
     with httpx.Client() as client:
         created = client.post(f"{address}/mlflow/experiments/create", json={"name": "artifacts of a stack"})
         experiment = created.raise_for_status().json()["experiment_id"]
-        run = client.post(
-            f"{address}/mlflow/runs/create", json={"experiment_id": experiment}
-        ).raise_for_status()
+        run = client.post(f"{address}/mlflow/runs/create", json={"experiment_id": experiment}).raise_for_status()
         root = run.json()["run"]["info"]["artifact_uri"].removeprefix("mlflow-artifacts:/")
         file = f"{address}/mlflow-artifacts/artifacts/{root}/note.txt"
         client.put(file, content=b"kept").raise_for_status()
@@ -169,9 +163,7 @@ def test_the_users_own_aws_settings_do_not_reach_the_local_store(
     assert store.get_bytes("key") == b"value"
 
 
-def test_a_running_store_gets_another_bucket_without_a_restart(
-    own: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_running_store_gets_another_bucket_without_a_restart(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     endpoints = up(own, only=S3)
     before = pids(own)
     other = own.model_copy(update={"bucket": "another-bucket"})
@@ -181,9 +173,7 @@ def test_a_running_store_gets_another_bucket_without_a_restart(
     assert httpx.get(address).status_code == 403  # it is there, though not for everybody
 
 
-def test_children_find_the_same_state_folder_from_any_working_folder(
-    s3: Endpoints, settings: Settings
-) -> None:
+def test_children_find_the_same_state_folder_from_any_working_folder(s3: Endpoints, settings: Settings) -> None:
     assert s3.environment()["CONVOY_HOME"] == str(settings.home)
     assert s3.environment()["CONVOY_BUCKET"] == settings.bucket
 

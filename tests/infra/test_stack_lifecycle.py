@@ -85,9 +85,7 @@ def test_a_stale_record_does_not_harm_the_process_that_has_its_id_now(own: Setti
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as stranger:
         created = psutil.Process(stranger.pid).create_time() - 3600
         folder.root.mkdir(parents=True)
-        folder.record_file("seaweedfs").write_text(
-            f'{{"pid": {stranger.pid}, "created": {created}, "digest": "old"}}'
-        )
+        folder.record_file("seaweedfs").write_text(f'{{"pid": {stranger.pid}, "created": {created}, "digest": "old"}}')
         assert state_of(own).state == "dead"
         up(own, only=S3)
         assert state_of(own).state == "running"
@@ -97,9 +95,7 @@ def test_a_stale_record_does_not_harm_the_process_that_has_its_id_now(own: Setti
         stranger.kill()
 
 
-def test_servers_whose_state_folder_was_deleted_are_stopped(
-    own: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_servers_whose_state_folder_was_deleted_are_stopped(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.processes.TERM_PATIENCE", 1.0)  # without its data it does not end by itself
     up(own, only=S3)
     members = StackFolder(own).members("seaweedfs")
@@ -110,9 +106,7 @@ def test_servers_whose_state_folder_was_deleted_are_stopped(
     assert down(own) == ["seaweedfs"]
 
 
-def test_a_stopped_server_that_does_not_answer_is_replaced(
-    own: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_server_that_does_not_answer_is_replaced(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.stack.BUSY_PATIENCE", 0.5)
     monkeypatch.setattr("infra.processes.TERM_PATIENCE", 0.5)
     monkeypatch.setattr("infra.stack.ANSWER_PATIENCE", 0.5)
@@ -129,9 +123,7 @@ def test_a_server_that_dies_at_its_start_is_reported_with_the_end_of_its_log(own
     database = own.home / "mlflow" / "mlflow.db"
     database.parent.mkdir(parents=True)
     database.write_text("no database at all " * 1000)
-    with pytest.raises(
-        ServiceError, match=r"mlflow ended at its start with status 1; .*mlflow\.log ends: "
-    ) as failure:
+    with pytest.raises(ServiceError, match=r"mlflow ended at its start with status 1; .*mlflow\.log ends: ") as failure:
         up(own, only=["mlflow"])
     assert "not a database" in str(failure.value)
     assert "\n" not in str(failure.value)

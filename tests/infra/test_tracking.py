@@ -136,9 +136,7 @@ def test_rows_that_the_server_refuses_do_not_stop_those_behind_them(run_id: str)
     assert history(run_id, "loss") == [(2, 0.5)]
 
 
-def test_full_buffer_thins_the_oldest_steps_but_no_epoch(
-    monkeypatch: pytest.MonkeyPatch, free_address: str
-) -> None:
+def test_full_buffer_thins_the_oldest_steps_but_no_epoch(monkeypatch: pytest.MonkeyPatch, free_address: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     metrics = MetricLogger("0" * 32, capacity=400)
@@ -197,9 +195,7 @@ def test_system_metrics_join_the_run(run_id: str) -> None:
     assert all(memory > 0 for _, memory in history(run_id, "system/system_memory_usage_megabytes"))
 
 
-def test_system_metrics_survive_a_server_that_is_down(
-    monkeypatch: pytest.MonkeyPatch, free_address: str
-) -> None:
+def test_system_metrics_survive_a_server_that_is_down(monkeypatch: pytest.MonkeyPatch, free_address: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     metrics = MetricLogger("0" * 32)

@@ -59,9 +59,7 @@ def test_training_part_has_neither_ranks_nor_name_nor_data() -> None:
     assert training.network == config.network
 
 
-@pytest.mark.parametrize(
-    "dataset, flip", [("digits", False), ("mnist", False), ("fashion-mnist", True), ("x/", True)]
-)
+@pytest.mark.parametrize("dataset, flip", [("digits", False), ("mnist", False), ("fashion-mnist", True), ("x/", True)])
 def test_images_with_a_left_and_a_right_are_not_mirrored_unless_asked_for(dataset: str, flip: bool) -> None:
     assert load_config(None, ["augment.shift=1"], {"dataset": dataset}).augment.flip is flip
     assert load_config(None, ["augment.flip=true"], {"dataset": dataset}).augment.flip is True

@@ -10,9 +10,7 @@ from tasks.job import Event, Job, JobFolder, Outcome
 
 JOB = Job(
     run_id="f00d",
-    config=TrainConfig.model_validate(
-        {"model": "notes", "network": {"dropout": 0.5}, "augment": {"shift": 1}}
-    ),
+    config=TrainConfig.model_validate({"model": "notes", "network": {"dropout": 0.5}, "augment": {"shift": 1}}),
     dataset_version="ab" * 32,
     world_size=2,
     manifest_digest="cd" * 32,

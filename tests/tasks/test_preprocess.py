@@ -90,18 +90,14 @@ def test_another_machine_reads_the_packed_images(
     assert total == np.round(load_digits().images * 255 / 16).sum()
 
 
-def test_a_second_run_is_skipped_even_without_the_raw_files(
-    store: ObjectStore, raw: RawSource, home: Path
-) -> None:
+def test_a_second_run_is_skipped_even_without_the_raw_files(store: ObjectStore, raw: RawSource, home: Path) -> None:
     first = run(raw)
     store.delete(raw.files[0].key)
     shutil.rmtree(home)
     assert run(raw) == first.model_copy(update={"reused": True})
 
 
-def test_other_parameters_data_or_class_names_are_another_step(
-    store: ObjectStore, raw: RawSource, home: Path
-) -> None:
+def test_other_parameters_data_or_class_names_are_another_step(store: ObjectStore, raw: RawSource, home: Path) -> None:
     first = run(raw)
     fewer = put_raw(store, b"".join(CSV.splitlines(keepends=True)[:-1]))
     named = raw.model_copy(update={"classes": ("a", "b")})
@@ -113,17 +109,13 @@ def test_other_parameters_data_or_class_names_are_another_step(
         assert not dataset.reused and dataset.version != first.version
 
 
-def test_the_name_and_the_mirror_are_not_part_of_the_step(
-    store: ObjectStore, raw: RawSource, home: Path
-) -> None:
+def test_the_name_and_the_mirror_are_not_part_of_the_step(store: ObjectStore, raw: RawSource, home: Path) -> None:
     first = run(raw)
     same = RawSource(name="other", format="digits", files=raw.files, served_by={"digits.csv": "elsewhere"})
     assert run(same) == DatasetRef(version=first.version, name="other", reused=True)
 
 
-def test_equal_results_of_different_steps_are_one_version(
-    store: ObjectStore, raw: RawSource, home: Path
-) -> None:
+def test_equal_results_of_different_steps_are_one_version(store: ObjectStore, raw: RawSource, home: Path) -> None:
     first = run(raw)
     second = run(raw, PreprocessConfig(max_unreadable=0.5))
     assert (second.version, second.reused) == (first.version, False)

@@ -150,16 +150,12 @@ def test_registered_files_hold_no_pickled_weights(registered: ModelVersion) -> N
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pth", ".pt", ".bin"))]
     with zipfile.ZipFile(folder / "data" / "model.pt2") as archive:
         configs = [
-            name
-            for name in archive.namelist()
-            if name.endswith(("weights_config.json", "constants_config.json"))
+            name for name in archive.namelist() if name.endswith(("weights_config.json", "constants_config.json"))
         ]
         assert len(configs) == 2
         for name in configs:
             assert not [
-                tensor
-                for tensor, payload in json.loads(archive.read(name))["config"].items()
-                if payload["use_pickle"]
+                tensor for tensor, payload in json.loads(archive.read(name))["config"].items() if payload["use_pickle"]
             ]
 
 
@@ -190,9 +186,7 @@ def test_version_whose_files_are_gone_fails_verification(
     client = MlflowClient()
     experiment = client.get_run(trained.result.run_id).info.experiment_id
     empty = client.create_logged_model(experiment, name="empty", source_run_id=trained.result.run_id)
-    version = client.create_model_version(
-        registered.name, f"models:/{empty.model_id}", model_id=empty.model_id
-    )
+    version = client.create_model_version(registered.name, f"models:/{empty.model_id}", model_id=empty.model_id)
     lost = ModelVersion(name=registered.name, version=str(version.version))
     with pytest.raises(VerificationFailed, match="gave no predictions in a fresh process") as failure:
         verifying(lost, evaluated)
@@ -200,9 +194,7 @@ def test_version_whose_files_are_gone_fails_verification(
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "models:1"])
-def test_name_that_mlflow_refuses_registers_nothing(
-    trained: Trained, evaluated: Evaluation, name: str
-) -> None:
+def test_name_that_mlflow_refuses_registers_nothing(trained: Trained, evaluated: Evaluation, name: str) -> None:
     with pytest.raises(UsageError, match="cannot name a model"):
         register.fn(name, CONFIG, trained.dataset, trained.result, evaluated)
 

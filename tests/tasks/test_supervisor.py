@@ -19,7 +19,8 @@ STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SA
 OWNER = f"""
 import subprocess, sys, time
 from tasks.lifeline import die_with_parent
-subprocess.Popen([sys.executable, "-c", {SAY_PID_AND_SLEEP!r}], preexec_fn=die_with_parent, start_new_session=True)
+command = [sys.executable, "-c", {SAY_PID_AND_SLEEP!r}]
+subprocess.Popen(command, preexec_fn=die_with_parent, start_new_session=True)
 time.sleep(600)
 """
 ORPHAN = """
@@ -36,8 +37,8 @@ CLEANER = f"""
 import subprocess, sys
 from tasks.lifeline import adopt_orphans, end_descendants
 adopt_orphans()
-# A child, a grandchild that hides in a session of its own and hears no SIGTERM, and one whose parent has ended.
-start = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+# A child, a hidden grandchild that hears no SIGTERM, and one whose parent has ended.
+start = "import subprocess as s, sys; s.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
 wait = "; import time; time.sleep(600)"
 subprocess.Popen([sys.executable, "-c", {SAY_PID_AND_SLEEP!r}])
 subprocess.Popen([sys.executable, "-c", start + wait, {STUBBORN!r}])
@@ -109,9 +110,7 @@ def training(tmp_path: Path) -> Training:
     """A job whose dataset is nowhere: its ranks would fail."""
     folder = JobFolder(tmp_path / "job")
     config = TrainConfig()
-    folder.write_job(
-        Job(run_id="f00d", config=config, dataset_version="0" * 64, world_size=2, manifest_digest="")
-    )
+    folder.write_job(Job(run_id="f00d", config=config, dataset_version="0" * 64, world_size=2, manifest_digest=""))
     return Training(folder.path)
 
 
@@ -142,9 +141,7 @@ def test_supervisor_that_is_told_to_end_takes_torchrun_along(
     assert training.processes() == []
 
 
-def test_killed_supervisor_takes_torchrun_along(
-    started: list[subprocess.Popen[str]], training: Training
-) -> None:
+def test_killed_supervisor_takes_torchrun_along(started: list[subprocess.Popen[str]], training: Training) -> None:
     supervisor = supervise(started, training)
     wait_for(lambda: training.processes("torch.distributed.run"), "torchrun to start")
     supervisor.kill()

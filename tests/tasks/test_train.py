@@ -62,6 +62,7 @@ def test_a_killed_rank_ends_the_training_which_says_so_in_one_line(settings: Set
     assert MlflowClient().get_run(training.run_id).info.status == "FAILED"
 
 
+@pytest.mark.faults
 def test_a_loss_that_is_no_number_fails_the_training_with_its_step_and_commits_no_weights(
     settings: Settings,
 ) -> None:
