@@ -25,7 +25,7 @@ from infra.endpoints import loopback_without_proxy
 
 MARK = "CONVOY_LOCAL_SERVER"
 CLOCK_STEP = 1.5  # seconds: a creation time is told relative to the clock, which may be set meanwhile
-TERM_PATIENCE = 10.0  # seconds for a server to end by itself
+TERM_PATIENCE = 5.0  # seconds for a server to end by itself; SeaweedFS 4.48's admin part sometimes never does
 KILL_PATIENCE = 5.0
 POLL = 0.05  # seconds between looks at ending processes
 GO_CRASH = re.compile(r"F\d{4} |panic: |fatal error: ")
@@ -134,7 +134,7 @@ def stop(find: Callable[[], set[psutil.Process]]) -> None:
         ended |= asked
     for process in ended:
         with suppress(psutil.Error):
-            process.wait(timeout=0)  # takes the exit status of our own children, which stay as zombies otherwise
+            process.wait(timeout=0)  # takes our own child's exit status, or it would stay a zombie
 
 
 def listens(port: int, found: Iterable[psutil.Process]) -> bool:

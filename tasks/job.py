@@ -1,9 +1,10 @@
 """What the train task and the processes of a training tell each other, as files in the training's own folder.
 
-job.json        the task's order
-events.jsonl    rank 0's account of how it goes, a line at a time
-train.log       what the ranks and torchrun print
-outcome.json    how it ended, by the first rank that had something to say
+job.json             the task's order
+events.jsonl         rank 0's account of how it goes, a line at a time
+train.log            what the ranks and torchrun print
+model.safetensors    the final weights
+outcome.json         how it ended, by the first rank that had something to say
 """
 
 import os
@@ -68,6 +69,7 @@ class JobFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.log = path / "train.log"
+        self.weights = path / "model.safetensors"
         self._events_read = 0
 
     def write_job(self, job: Job) -> None:

@@ -151,9 +151,8 @@ def finish(
     job: Job, folder: JobFolder, store: ObjectStore, trainer: Trainer, reporter: RankZero, seconds: float
 ) -> None:
     """Commit the weights, then leave the outcome."""
-    weights = folder.path / "model.safetensors"
-    digest = save_weights(trainer.network, weights)
-    key = commit_weights(store, job, step=trainer.step, weights=weights, weights_sha256=digest)
+    digest = save_weights(trainer.network, folder.weights)
+    key = commit_weights(store, job, step=trainer.step, weights=folder.weights, weights_sha256=digest)
     assert reporter.last_epoch is not None
     folder.write_outcome(
         Outcome(

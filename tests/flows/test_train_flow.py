@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from pathlib import Path
 from uuid import UUID
 
 import mlflow
@@ -132,6 +133,12 @@ def test_weights_lie_committed_under_the_checkpoint_prefix(trained: Summary, run
     assert weights_sha256(load(data)) == commit.weights_sha256 == trained.weights_sha256
     assert commit.manifest_digest == run.data.tags["convoy.manifest_digest"]
     assert commit.step == CONFIG.epochs * (600 // CONFIG.batch_size)
+
+
+def test_run_has_the_weights_as_safetensors(trained: Summary, run: Run, tmp_path: Path) -> None:
+    file = MlflowClient().download_artifacts(run.info.run_id, "weights/model.safetensors", str(tmp_path))
+    assert weights_sha256(load(Path(file).read_bytes())) == trained.weights_sha256
+    assert run.data.tags["convoy.weights_sha256"] == trained.weights_sha256
 
 
 def test_registered_version_is_the_challenger_and_predicts_from_raw_images(trained: Summary) -> None:

@@ -1,6 +1,5 @@
 """No process outlives its owner: the supervisor, and what it is made of, with real processes."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -24,11 +23,12 @@ subprocess.Popen(command, preexec_fn=die_with_parent, start_new_session=True)
 time.sleep(600)
 """
 ORPHAN = """
-import os, sys, time
+import os, time
 from tasks.lifeline import die_with_parent
+parent = os.getpid()
 if os.fork():
     os._exit(0)  # the parent is gone before its child asks to die with it
-while os.getppid() == int(sys.argv[1]):
+while os.getppid() == parent:
     time.sleep(0.01)
 die_with_parent()
 print("lives on", flush=True)
@@ -59,9 +59,10 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
         each.communicate()
 
 
-def start(started: list[subprocess.Popen[str]], code: str, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", code, *arguments]
-    started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+def start(started: list[subprocess.Popen[str]], code: str) -> subprocess.Popen[str]:
+    started.append(
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    )
     return started[-1]
 
 
@@ -91,7 +92,7 @@ def test_process_whose_parent_is_gone_already_ends_at_once(
     # The orphan goes to process 1, or to this process's own reaper, which takes the supervisor's place here.
     reaper = next(iter(reversed(psutil.Process().parents())), psutil.Process()).pid
     monkeypatch.setenv("CONVOY_SUPERVISOR_PID", str(reaper))
-    orphan = start(started, ORPHAN, str(os.getpid()))
+    orphan = start(started, ORPHAN)
     assert said(orphan) == ""
 
 
