@@ -32,8 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Retrain convolutional image classifiers: download, preprocess, train on all GPUs or cores, evaluate, register"
-    ".\n\n"
+    help="Retrain convolutional image classifiers: download, preprocess, train on all GPUs or cores, evaluate, "
+    "register.\n\n"
     "Start with [bold]convoy train[/]: it brings up local servers, trains on Fashion-MNIST and says where to look.",
     epilog="Exit status: 0 done, 1 failed or a server did not answer, 2 your mistake, 75 interrupted, 130 Ctrl-C.",
 )
@@ -224,8 +224,9 @@ def _print(result: Summary) -> None:
 def _print_pairs(lines: Mapping[str, str]) -> None:
     """Names and values side by side; never shortened, so that addresses can be clicked and copied."""
     width = max(map(len, lines))
+    console = Console(soft_wrap=True, highlight=False)
     for key, value in lines.items():
-        Console(soft_wrap=True, highlight=False).print(f"[bold]{key:{width}}[/]  {value}")
+        console.print(f"[bold]{key:{width}}[/]  {value}")
 
 
 def exit_status(error: BaseException) -> int:

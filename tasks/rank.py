@@ -43,10 +43,8 @@ class RankZero:
     """
 
     def __init__(self, job: Job, folder: JobFolder, trainer: Trainer) -> None:
-        from infra.metriclog import (
-            ONE_TRY_A_REQUEST,
-            MetricLogger,
-        )  # seconds to import, and only rank 0 needs it
+        # They take seconds to import, and only rank 0 needs them.
+        from infra.metriclog import ONE_TRY_A_REQUEST, MetricLogger
         from infra.systemmetrics import SystemMetrics
 
         os.environ.update(ONE_TRY_A_REQUEST)

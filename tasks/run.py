@@ -20,7 +20,7 @@ from cnn.codedigest import code_digest
 from cnn.distributed import THREADS_PER_RANK, local_device
 from infra import tracking
 from infra.errors import ServiceError
-from infra.provenance import provenance
+from infra.provenance import Provenance, provenance
 from infra.settings import Settings
 from tasks.checkpoints import checkpoint_prefix
 from tasks.config import RunConfig
@@ -78,12 +78,13 @@ def tracked_run(config: RunConfig, dataset: DatasetRef) -> Iterator[TrackedRun]:
         ServiceError: the tracking server cannot be reached.
     """
     settings = Settings()
-    manifest = run_manifest(config, dataset)
+    code = provenance()
+    manifest = run_manifest(config, dataset, code)
     run_id = tracking.start_run(
         experiment=dataset.name,
         run_name=f"{config.model} {config.epochs} epochs",
         params=flatten({"dataset": config.dataset, "data": config.data.model_dump(), **manifest.config}),
-        tags=_tags(config, dataset, manifest),
+        tags=_tags(config, dataset, manifest, code),
     )
     try:
         prefix = f"s3://{settings.bucket}/{checkpoint_prefix(run_id)}"
@@ -102,7 +103,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef) -> Iterator[TrackedRun]:
     tracking.end_run(run_id, "FINISHED")
 
 
-def run_manifest(config: RunConfig, dataset: DatasetRef) -> RunManifest:
+def run_manifest(config: RunConfig, dataset: DatasetRef, code: Provenance) -> RunManifest:
     """The manifest of a training on this machine's kind of device."""
     device = local_device().type
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
@@ -110,7 +111,7 @@ def run_manifest(config: RunConfig, dataset: DatasetRef) -> RunManifest:
         code_digest=code_digest(sorted(Path(cnn.__path__[0]).rglob("*.py"))),
         dataset_version=dataset.version,
         config=config.training().model_dump(mode="json"),
-        lock_sha256=provenance().lock_sha256,
+        lock_sha256=code.lock_sha256,
         torch=torch.__version__,
         device=device,
         instruction_set=gpu or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -129,13 +130,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _tags(config: RunConfig, dataset: DatasetRef, manifest: RunManifest) -> dict[str, str]:
+def _tags(config: RunConfig, dataset: DatasetRef, manifest: RunManifest, code: Provenance) -> dict[str, str]:
     tags = {
         "convoy.model": config.name or dataset.name,
         "convoy.dataset_version": dataset.version,
         "convoy.code_digest": manifest.code_digest,
         "convoy.manifest_digest": manifest.digest,
-        **provenance().as_tags(),
+        **code.as_tags(),
     }
     flow = FlowRunContext.get()
     if flow and flow.flow_run:

@@ -68,9 +68,9 @@ def train(run: TrackedRun, dataset: DatasetRef, config: TrainConfig, ranks: int 
         TrainingFailed: with what the ranks say was wrong.
         Cancelled: the flow run was cancelled; no rank is left.
     """
-    world_size = ranks or default_world_size(config.lanes, device_count())
-    if (idle := device_count() - world_size) > 0:
-        devices, lanes = device_count(), config.lanes
+    devices, lanes = device_count(), config.lanes
+    world_size = ranks or default_world_size(lanes, devices)
+    if (idle := devices - world_size) > 0:
         run_logger().warning("%d of %d devices stay idle: %d ranks share %d lanes", idle, devices, world_size, lanes)
     folder = JobFolder(Settings().runs / run.run_id)
     folder.write_job(
@@ -123,12 +123,12 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
             supervisor.kill()  # torchrun and the ranks die with it
             supervisor.wait()
     outcome = folder.read_outcome()
-    if outcome is None or (outcome.status == "crashed" and folder.killed()):
-        why = folder.killed() or folder.log_end()
-        raise TrainingFailed(f"the ranks died (see {folder.log}): {why}", exit_status=1)
-    if outcome.status != "finished":
-        raise TrainingFailed(outcome.error, outcome.exit_status)
-    return outcome
+    if outcome and outcome.status == "finished":
+        return outcome
+    killed = folder.killed()
+    if outcome is None or (outcome.status == "crashed" and killed):
+        raise TrainingFailed(f"the ranks died (see {folder.log}): {killed or folder.log_end()}", exit_status=1)
+    raise TrainingFailed(outcome.error, outcome.exit_status)
 
 
 class _Display:

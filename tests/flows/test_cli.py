@@ -149,23 +149,27 @@ def test_batch_larger_than_the_training_split_is_refused_and_registers_nothing(
     assert not MlflowClient().search_registered_models("name = 'refused'")
 
 
-def test_tracking_server_that_is_down_is_named_before_anything_is_done(
-    convoy: Convoy, tmp_path: Path, summary: Callable[[], dict[str, object]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [
+        ("MLFLOW_TRACKING_URI", "http://127.0.0.1:9", "http://127.0.0.1:9"),
+        ("AWS_SECRET_ACCESS_KEY", "wrong", "AWS_SECRET_ACCESS_KEY"),
+    ],
+    ids=["tracking-server-down", "wrong-credentials-for-the-bucket"],
+)
+def test_server_that_is_down_or_refuses_is_named(
+    variable: str,
+    value: str,
+    named: str,
+    convoy: Convoy,
+    tmp_path: Path,
+    summary: Callable[[], dict[str, object]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv(variable, value)
     done = convoy("train", "--dataset", "digits", "--summary", str(tmp_path / "out.json"))
     assert done.status == 1
-    assert "http://127.0.0.1:9" in done.complaint
-    assert summary()["exit_status"] == 1
-
-
-def test_wrong_credentials_for_the_bucket_are_named(
-    convoy: Convoy, tmp_path: Path, summary: Callable[[], dict[str, object]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    done = convoy("train", "--dataset", "digits", "--summary", str(tmp_path / "out.json"))
-    assert done.status == 1
-    assert "AWS_SECRET_ACCESS_KEY" in done.complaint
+    assert named in done.complaint
     assert summary()["exit_status"] == 1
 
 
