@@ -48,10 +48,10 @@ class NotesOptions(Config):
     channels: tuple[int, ...] = (32, 64)
     """Output channels (filters) of each convolution; as many convolutions as entries."""
 
-    kernel_sizes: tuple[int, ...] = (3, 3)
+    kernel_sizes: tuple[int, ...] = (3,)
     """Kernel size of each convolution, in pixels; one entry serves all."""
 
-    strides: tuple[int, ...] = (1, 1)
+    strides: tuple[int, ...] = (1,)
     """Stride of each convolution, in pixels; one entry serves all."""
 
     pool_size: int = Field(2, ge=1)

@@ -32,11 +32,11 @@ def predict_logits(
         on_progress: called with the number of images done since the last call.
     """
     parts = []
-    for batch in range(_batches(split)):
-        images, _ = _batch(split, batch)
-        with _evaluating(network):
+    with _evaluating(network):
+        for batch in range(_batches(split)):
+            images, _ = _batch(split, batch)
             parts.append(network(images.to(device)).float().cpu())
-        on_progress(len(images))
+            on_progress(len(images))
     return torch.cat(parts)
 
 
@@ -50,13 +50,13 @@ def evaluate(network: nn.Module, split: PackedSplit, device: torch.device, excha
         network: takes uint8 images, normalisation included; equal on every rank.
     """
     sums = torch.zeros(_batches(split), 2, dtype=torch.float64, device=device)
-    for batch in range(exchange.rank, len(sums), exchange.world_size):
-        images, labels = _batch(split, batch)
-        labels = labels.to(device)
-        with _evaluating(network):
+    with _evaluating(network):
+        for batch in range(exchange.rank, len(sums), exchange.world_size):
+            images, labels = _batch(split, batch)
+            labels = labels.to(device)
             logits = network(images.to(device)).float()
-        sums[batch, 0] = F.cross_entropy(logits, labels, reduction="sum")
-        sums[batch, 1] = (logits.argmax(1) == labels).sum()
+            sums[batch, 0] = F.cross_entropy(logits, labels, reduction="sum")
+            sums[batch, 1] = (logits.argmax(1) == labels).sum()
     loss, correct = exchange.submit(sums).wait().sum(0).tolist()
     return Score(loss=loss / len(split), accuracy=correct / len(split))
 
@@ -74,6 +74,8 @@ def _batch(split: PackedSplit, batch: int) -> tuple[Tensor, Tensor]:
 def _evaluating(network: nn.Module) -> Iterator[None]:
     was_training = network.training
     network.eval()
-    with torch.inference_mode():
-        yield
-    network.train(was_training)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        network.train(was_training)

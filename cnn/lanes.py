@@ -174,7 +174,8 @@ class LaneParallel:
         with contextlib.nullcontext() if last else self._ddp.no_sync():
             loss, figures = forward(self._ddp)
             self._figures_size = figures.numel()
-            self._message.push([torch.cat([figures, *(buffer.flatten().double() for buffer in self._averaged)])])
+            buffers = [torch.cat([buffer.flatten() for buffer in self._averaged]).double()] if self._averaged else []
+            self._message.push([torch.cat([figures, *buffers])])
             if last:
                 self._reduced_message = self._exchange.submit(self._message.pop_total()[0])
             (loss / self.lanes).backward()  # type: ignore[no-untyped-call]  # the division is exact: a power of two
@@ -185,11 +186,13 @@ class LaneParallel:
         """Set the buffers to their average over all lanes and return the summed figures, on the device."""
         self._gradients.clear()
         message = self._reduced_message.wait()
-        offset = self._figures_size
-        for buffer in self._averaged:
-            buffer.copy_((message[offset : offset + buffer.numel()] / self.lanes).view_as(buffer))
-            offset += buffer.numel()
-        return message[: self._figures_size]
+        figures, sums = message[: self._figures_size], message[self._figures_size :]
+        if self._averaged:
+            means = (sums / self.lanes).split([buffer.numel() for buffer in self._averaged])
+            torch._foreach_copy_(
+                self._averaged, [mean.view_as(b) for mean, b in zip(means, self._averaged, strict=True)]
+            )
+        return figures
 
     def _reduce_bucket(self, _: None, bucket: dist.GradBucket) -> Future[Tensor]:
         """DDP's communication hook: fold in this rank's earlier lanes, then exchange with the other ranks."""

@@ -58,6 +58,28 @@ class Reporter(Protocol):
     def on_epoch(self, report: EpochReport) -> None: ...
 
 
+def check_fits(config: TrainConfig, manifest: Manifest) -> None:
+    """Refuse what cannot be trained on a dataset version, before anything is set up for it.
+
+    Raises:
+        InputError: a batch larger than the training split, or images too small for the network.
+    """
+    count = manifest.splits["train"].count
+    if count < config.batch_size:
+        raise InputError(
+            f"the training split has {count} images, fewer than a batch of {config.batch_size}; "
+            f"set batch_size to at most {count // config.lanes * config.lanes}, or give more images"
+        )
+    with torch.device("meta"):
+        _network(config, manifest)
+
+
+def _network(config: TrainConfig, manifest: Manifest) -> nn.Module:
+    return build_network(
+        config, channels=manifest.channels, image_size=manifest.image_size, classes=len(manifest.classes)
+    )
+
+
 class Trainer:
     """A network in training: what a step needs, and how far it has come.
 
@@ -84,23 +106,13 @@ class Trainer:
         exchange: Exchange,
     ) -> None:
         self.config, self.train, self.val, self.device, self.exchange = config, train, val, device, exchange
+        check_fits(config, manifest)
         self.step = 0
         self.steps_per_epoch = len(train) // config.batch_size
-        if self.steps_per_epoch == 0:
-            raise InputError(
-                f"the training split has {len(train)} images, fewer than a batch of {config.batch_size}; "
-                f"set batch_size to at most {len(train) // config.lanes * config.lanes}, or give more images"
-            )
         self.total_steps = config.epochs * self.steps_per_epoch
         self.normalise = Normalise(manifest.mean, manifest.std).to(device)
         torch.manual_seed(stream_seed(config.seed, "weights"))
-        network = build_network(
-            config,
-            channels=manifest.channels,
-            image_size=manifest.image_size,
-            classes=len(manifest.classes),
-        )
-        self.network = network.to(device).to(memory_format=torch.channels_last)
+        self.network = _network(config, manifest).to(device).to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(config, self.network)
         self.lanes = LaneParallel(self.network, lanes=config.lanes, exchange=exchange)
         self._class_weights = _class_weights(config, train.labels, len(manifest.classes), device)

@@ -25,6 +25,12 @@ class Terminated(BaseException):
     exit_status = INTERRUPTED
 
 
+class Interrupted(BaseException):
+    """Ctrl-C, in a form that typer does not swallow."""
+
+    exit_status = CTRL_C
+
+
 app = typer.Typer(
     name="convoy",
     no_args_is_help=True,
@@ -198,7 +204,10 @@ def _train(config: RunConfig, refresh: list[Step]) -> Summary:
         from tasks.progress import show_task_logs
 
     show_task_logs()
-    result = train_flow(config, frozenset(step.value for step in refresh))
+    try:
+        result = train_flow(config, frozenset(step.value for step in refresh))
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted") from None
     _print(result)
     return result
 
@@ -231,8 +240,6 @@ def _print_pairs(lines: Mapping[str, str]) -> None:
 
 def exit_status(error: BaseException) -> int:
     """What the command exits with because of an error; see the design of exit statuses in `--help`."""
-    if isinstance(error, KeyboardInterrupt):
-        return CTRL_C
     return int(getattr(error, "exit_status", 1))
 
 
@@ -247,9 +254,8 @@ def main() -> None:
     """Entry point. An error that we foresaw is one line; a traceback means a bug."""
     try:
         app()
-    except (KeyboardInterrupt, Terminated, Exception) as error:
-        if not hasattr(error, "exit_status") and not isinstance(error, KeyboardInterrupt):
+    except (Interrupted, Terminated, Exception) as error:
+        if not hasattr(error, "exit_status"):
             raise
-        message = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
-        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"convoy: {message}")
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"convoy: {one_line(error)}")
         sys.exit(exit_status(error))

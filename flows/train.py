@@ -8,12 +8,13 @@ from prefect.utilities.urls import url_for
 
 from flows.summary import Summary
 from infra import tracking
+from tasks.cancel import Cancelled
 from tasks.config import RunConfig
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.preprocess import preprocess
 from tasks.register import register
-from tasks.run import Cancelled, tracked_run
+from tasks.run import tracked_run
 from tasks.train import train
 from tasks.verify import verify
 

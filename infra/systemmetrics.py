@@ -50,7 +50,8 @@ class SystemMetrics:
             monitor: Any = SystemMetricsMonitor(self._metrics.run_id)  # type: ignore[no-untyped-call]
             monitor.collect_metrics()  # processor use is counted from the first look
             began = self._began()
-            while began is not None and not self._stop.wait(self._interval):
+            while began is not None:
+                last = self._stop.wait(self._interval)  # a training shorter than the interval is measured too
                 for probe in monitor.monitors:
                     probe.clear_metrics()
                 monitor.collect_metrics()
@@ -59,6 +60,8 @@ class SystemMetrics:
                     int((time.time() - began) / self._interval),
                     {f"system/{name}": float(value) for name, value in figures},
                 )
+                if last:
+                    return
         except Exception as error:
             logger.warning("system metrics stop: %s", first_line(error))
 

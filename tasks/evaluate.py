@@ -22,6 +22,7 @@ from infra.cache import Cache
 from infra.errors import ServiceError
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
+from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetRef, load_manifest, open_split
 from tasks.progress import progress, run_logger
 from tasks.reference import store_reference
@@ -58,8 +59,10 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
     The report goes to the MLflow run (`report/`, metrics `test/...`) and, as a page, to Prefect.
 
     Raises:
+        Cancelled: the flow run was cancelled.
         ServiceError: a server failed, or the bucket has other weights than the training left.
     """
+    stop_if_cancelled()
     settings = Settings()
     store = ObjectStore.connect(settings.bucket, create=False)
     manifest = load_manifest(store, dataset.version)

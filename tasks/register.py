@@ -13,6 +13,7 @@ from infra.objectstore import ObjectStore
 from infra.provenance import provenance
 from infra.registry import ModelVersion, check_model_name, create_version, log_model
 from infra.settings import Settings
+from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetRef, load_manifest
 from tasks.evaluate import Evaluation, trained_network
 from tasks.progress import run_logger
@@ -31,9 +32,11 @@ def register(
     The version is created last: whatever fails before leaves the registry as it was.
 
     Raises:
+        Cancelled: the flow run was cancelled.
         UsageError: not a name for a model.
         ServiceError: a server failed.
     """
+    stop_if_cancelled()
     check_model_name(name)
     store = ObjectStore.connect(Settings().bucket, create=False)
     manifest = load_manifest(store, dataset.version)

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,19 +17,17 @@ from pydantic import BaseModel, ConfigDict
 import cnn
 from cnn.codedigest import code_digest
 from cnn.distributed import THREADS_PER_RANK, local_device
+from cnn.manifest import canonical_json
+from cnn.trainer import check_fits
 from infra import tracking
 from infra.errors import ServiceError
+from infra.objectstore import ObjectStore
 from infra.provenance import Provenance, provenance
 from infra.settings import Settings
+from tasks.cancel import Cancelled
 from tasks.checkpoints import checkpoint_prefix
 from tasks.config import RunConfig
-from tasks.dataset import DatasetRef
-
-
-class Cancelled(RuntimeError):
-    """The flow run was cancelled in Prefect."""
-
-    exit_status = 75
+from tasks.dataset import DatasetRef, load_manifest
 
 
 class RunManifest(BaseModel):
@@ -56,7 +53,7 @@ class RunManifest(BaseModel):
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(canonical_json(self.model_dump())).hexdigest()
 
 
 class TrackedRun(BaseModel):
@@ -76,8 +73,10 @@ def tracked_run(config: RunConfig, dataset: DatasetRef) -> Iterator[TrackedRun]:
 
     Raises:
         ServiceError: the tracking server cannot be reached.
+        InputError: the configuration does not fit the dataset; no run is opened.
     """
     settings = Settings()
+    check_fits(config.training(), load_manifest(ObjectStore.connect(settings.bucket, create=False), dataset.version))
     code = provenance()
     manifest = run_manifest(config, dataset, code)
     run_id = tracking.start_run(

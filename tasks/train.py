@@ -5,14 +5,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from uuid import UUID
 
-import httpx
-from prefect import get_client, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import StateType
-from prefect.context import FlowRunContext
-from prefect.exceptions import PrefectException
 from pydantic import BaseModel, ConfigDict
 
 from cnn.config import TrainConfig
@@ -20,14 +15,14 @@ from cnn.distributed import device_count
 from cnn.worldsize import default_world_size
 from infra import tracking
 from infra.settings import Settings
+from tasks.cancel import Cancelled, CancelWatch
 from tasks.dataset import DatasetRef
 from tasks.job import Event, Job, JobFolder, Outcome
 from tasks.progress import Advance, progress, run_logger
-from tasks.run import Cancelled, TrackedRun
+from tasks.run import TrackedRun
 from tasks.supervisor import PATIENCE
 
 WATCH_EVERY = 0.3  # seconds between looks at the supervisor and its news
-ASK_EVERY = 2.0  # seconds between questions to Prefect whether the flow run is cancelled
 
 
 class TrainingFailed(RuntimeError):
@@ -97,7 +92,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: TrainConfig, ranks: int 
 
 def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
     """Run the supervisor to its end. However this function is left, the supervisor ends all ranks."""
-    cancelled = _CancelWatch()
+    cancelled = CancelWatch()
     # Its own session keeps a Ctrl-C of the terminal from it: it hears of the end by its standard input.
     supervisor = subprocess.Popen(
         [sys.executable, "-m", "tasks.supervisor", str(folder.path)],
@@ -149,24 +144,3 @@ class _Display:
         done = self._epochs * event.step / event.total_steps
         self._advance(done - self._done, " · ".join(self._parts.values()))
         self._done = done
-
-
-class _CancelWatch:
-    """Asks Prefect now and then whether this flow run is to be cancelled; an unreachable Prefect says no."""
-
-    def __init__(self) -> None:
-        context = FlowRunContext.get()
-        self._flow_run: UUID | None = context.flow_run.id if context and context.flow_run else None
-        self._asked = time.monotonic()
-
-    def __call__(self) -> bool:
-        if self._flow_run is None or time.monotonic() - self._asked < ASK_EVERY:
-            return False
-        self._asked = time.monotonic()
-        try:
-            with get_client(sync_client=True) as client:
-                state = client.read_flow_run(self._flow_run).state
-        except (httpx.HTTPError, PrefectException) as error:
-            run_logger().debug("cannot ask Prefect about the flow run: %s", error)
-            return False
-        return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)

@@ -16,6 +16,7 @@ from torch import Tensor
 from infra.objectstore import ObjectStore
 from infra.registry import ModelVersion, set_alias, tag_version
 from infra.settings import Settings
+from tasks.cancel import stop_if_cancelled
 from tasks.evaluate import Evaluation
 from tasks.progress import run_logger
 from tasks.reference import load_reference
@@ -46,9 +47,11 @@ def verify(registered: ModelVersion, evaluated: Evaluation) -> None:
     A version that fails stays for inspection, without an alias, with the tag `convoy.verification=failed`.
 
     Raises:
+        Cancelled: the flow run was cancelled.
         VerificationFailed: it is not the model that was evaluated.
         ServiceError: a server failed.
     """
+    stop_if_cancelled()
     reference = load_reference(ObjectStore.connect(Settings().bucket, create=False), evaluated.reference_key)
     try:
         worst = _largest_difference(registered, reference)

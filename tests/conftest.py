@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,10 +95,13 @@ def stack(settings: Settings, s3: Endpoints) -> Endpoints:
 
 @pytest.fixture
 def store(s3: Endpoints) -> "Iterator[ObjectStore]":
-    """An empty bucket of the test's own."""
+    """An empty bucket.
+
+    It is the same for all tests, since each bucket takes a volume of its own from SeaweedFS, whose number is bounded.
+    """
     from infra.objectstore import ObjectStore
 
-    store = ObjectStore.connect(f"test-{uuid.uuid4().hex[:12]}")
+    store = ObjectStore.connect("test")
     yield store
     for info in list(store.list("")):
         store.delete(info.key)

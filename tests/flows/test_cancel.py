@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from uuid import UUID
 
 import psutil
 from mlflow.tracking import MlflowClient
@@ -67,3 +68,25 @@ def test_a_flow_run_cancelled_in_prefect_stops_its_ranks_and_ends_as_cancelled(
         state = client.read_flow_run(flow_run_of(training)).state
     assert state
     assert state.type == StateType.CANCELLED
+
+
+def test_a_task_does_not_begin_in_a_cancelled_flow_run(stack: object, quiet_prefect: None) -> None:
+    from prefect import flow
+    from prefect.runtime import flow_run
+
+    from tasks.cancel import Cancelled, stop_if_cancelled
+
+    found: list[bool] = []
+
+    @flow(name="cancelled-between-tasks")
+    def between_tasks() -> None:
+        stop_if_cancelled()
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(UUID(flow_run.id), Cancelling())
+        try:
+            stop_if_cancelled()
+        except Cancelled:
+            found.append(True)
+
+    between_tasks(return_state=True)
+    assert found == [True]
