@@ -115,10 +115,10 @@ class TrainConfig(Config):
     network: SerializeAsAny[Config] = Config()
     """Options of the network, for example `network.dropout=0.2`; `convoy config --model NAME` lists them."""
 
-    epochs: int = Field(12, ge=1, le=100_000)
+    epochs: int = Field(10, ge=1, le=100_000)
     """Passes over the training split."""
 
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(256, ge=1)
     """Images in a global batch, over all ranks; a multiple of `lanes`."""
 
     lanes: int = Field(4, ge=1, le=1024)
@@ -130,7 +130,7 @@ class TrainConfig(Config):
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """`sgd` has Nesterov momentum; `adam` adds L2 to the gradient; `adamw` decouples the weight decay."""
 
-    lr: float = Field(0.1, gt=0, le=100)
+    lr: float = Field(0.2, gt=0, le=100)
     """Peak learning rate."""
 
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -150,6 +150,24 @@ class TrainConfig(Config):
 
     class_weights: Literal["none", "balanced"] = "none"
     """`balanced` weighs each class by the inverse of its share of the training split."""
+
+    clip_norm: float = Field(0.0, ge=0)
+    """Largest norm of a step's gradient; a larger one is scaled down to it. 0 is off."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16` runs the network under autocast; weights, sums and losses stay float32."""
+
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of a moving average of the weights, which is then validated and kept in their place. 0 is off."""
+
+    select: Literal["last", "best"] = "last"
+    """Which weights to keep: of the last epoch, or of the one with the best validation accuracy."""
+
+    early_stopping: int = Field(0, ge=0)
+    """Stop after this many epochs in a row without a better validation accuracy. 0 is off."""
+
+    test_flip: bool = False
+    """Average the logits of each image and its mirror image, wherever the network predicts."""
 
     augment: AugmentConfig = AugmentConfig()
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cnn.config import TrainConfig
+from tests.bench.comparison import keep_memory
 from tests.bench.training import compare_with_bare_loop
 
 
@@ -16,7 +18,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's figures")
     options = parser.parse_args()
 
-    table = Table("one thread, batch 128, 28×28", "bare loop", "Convoy", "ratio: median", "min … max", box=None)
+    keep_memory()
+    table = Table(
+        f"one thread, batch {TrainConfig().batch_size}, 28×28",
+        "bare loop",
+        "Convoy",
+        "ratio: median",
+        "min … max",
+        box=None,
+    )
     results = [compare_with_bare_loop(model, rounds=options.rounds) for model in ("notes", "convoy9")]
     for result in results:
         table.add_row(
