@@ -1,7 +1,7 @@
 """Augmentation and normalisation of whole batches, on their device. No per-sample Python.
 
-The distributions are those of torchvision's per-sample transforms: `RandomHorizontalFlip`, `RandomCrop` with zero
-padding, `RandomErasing` of a fixed square (Cutout: DeVries and Taylor, 2017).
+The distributions are those of torchvision's transforms: `RandomHorizontalFlip`, `RandomCrop` with zero padding,
+`RandomErasing` of a fixed square that may reach over the edge (Cutout: DeVries and Taylor, 2017), `MixUp`, `CutMix`.
 """
 
 import torch
@@ -31,6 +31,22 @@ class Normalise(torch.nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 N×C×H×W to float32 N×C×H×W."""
         return (images.float() * self.scale + self.bias).contiguous(memory_format=torch.channels_last)
+
+
+class TestTimeFlip(torch.nn.Module):
+    """A network that averages its logits over each image and its mirror image (Krizhevsky et al., 2012).
+
+    Args:
+        network: takes float N×C×H×W, gives logits N×classes.
+    """
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised float images N×C×H×W to logits N×classes."""
+        return (self.network(images) + self.network(images.flip(-1))) / 2  # type: ignore[no-any-return]
 
 
 def augment(images: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
@@ -76,3 +92,48 @@ def _cutout(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
     columns = torch.arange(width, device=device).view(1, 1, 1, -1)
     inside = (rows >= row) & (rows < row + side) & (columns >= column) & (columns < column + side)
     return images.masked_fill(inside, 0)
+
+
+def mix(
+    images: Tensor, labels: Tensor, classes: int, config: AugmentConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mix each image of a batch, and its label, with another: mixup (Zhang et al., 2018) or cutmix (Yun et al., 2019).
+
+    The partners are a random permutation of the batch, and all pairs share one Beta-distributed mixing ratio and box.
+
+    Args:
+        images: float N×C×H×W, normalised.
+        labels: int64 N.
+        classes: number of classes.
+        config: what is on; with both, each batch takes one or the other, with equal chance.
+        generator: on the images' device; the result is a function of its seed.
+
+    Returns:
+        Images in the same memory format, and targets float32 N×classes: each row has the sum 1. Both arguments as
+        they are, if neither is on.
+    """
+    if not (config.mixup or config.cutmix):
+        return images, labels
+    # What is drawn stays on the device, and no branch depends on it: reading it would make the host wait for a GPU.
+    device = images.device
+    cutmix_chance = 0.5 if config.mixup and config.cutmix else float(config.cutmix > 0)
+    cuts = torch.rand((), device=device, generator=generator) < cutmix_chance
+    alpha = torch.where(cuts, config.cutmix, config.mixup).double().expand(2)
+    # Two Gamma variates make a Beta one; float64, since small alphas give values below float32's smallest.
+    gammas = torch._standard_gamma(alpha, generator=generator)
+    theirs = gammas[0] / gammas.sum()
+    rows, columns = (_interval(size, theirs.sqrt(), generator) for size in images.shape[2:])
+    # The partner's share of each pixel, H×W: the same everywhere, or all of a box and nothing around it.
+    share = torch.where(cuts, (rows[:, None] & columns).float(), theirs.float())
+    partner = torch.randperm(len(images), device=device, generator=generator)
+    targets = (labels[:, None] == torch.arange(classes, device=device)).float()
+    # The mean is the box's true share of the area, also where the edge cuts it.
+    return torch.lerp(images, images[partner], share.to(images.dtype)), targets.lerp(targets[partner], share.mean())
+
+
+def _interval(size: int, share: Tensor, generator: torch.Generator) -> Tensor:
+    """Which of `size` pixels lie in an interval of this share of them around a random one: bool, length `size`."""
+    half = (share * size / 2).floor()
+    centre = torch.randint(size, (), device=share.device, generator=generator)
+    pixels = torch.arange(size, device=share.device)
+    return (pixels >= centre - half) & (pixels < centre + half)

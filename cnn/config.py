@@ -89,7 +89,33 @@ class Convoy9Options(Config):
     """Probability of dropping a feature before the linear layer."""
 
 
-NETWORK_OPTIONS: Mapping[str, type[Config]] = MappingProxyType({"notes": NotesOptions, "convoy9": Convoy9Options})
+class TorchvisionOptions(Config):
+    """Options of torchvision's networks (`network.*`)."""
+
+    stem: Literal["auto", "small", "original"] = "auto"
+    """`original` shrinks the image at once; `small` starts with a 3×3 convolution of stride 1, and a ResNet then does
+    not pool either; `auto` is `small` for images under 64 pixels."""
+
+
+TORCHVISION_NETWORKS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnext50_32x4d",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "mobilenet_v3_large",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "convnext_tiny",
+    "regnet_y_400mf",
+    "shufflenet_v2_x1_0",
+)
+"""Names of networks that torchvision defines, as `torchvision.models.get_model` takes them."""
+
+NETWORK_OPTIONS: Mapping[str, type[Config]] = MappingProxyType(
+    {"notes": NotesOptions, "convoy9": Convoy9Options, **dict.fromkeys(TORCHVISION_NETWORKS, TorchvisionOptions)}
+)
 """The networks by name, each with the model of its options."""
 
 
@@ -105,17 +131,32 @@ class AugmentConfig(Config):
     cutout: int = Field(0, ge=0, le=256)
     """Blank a square of this side, in pixels, at a random place; 0 is off."""
 
+    mixup: float = Field(0.0, ge=0, le=100)
+    """Blend each image and its label with another of its lane; alpha of the Beta distribution of the share. 0 is off.
+    With `cutmix` on too, each lane of each batch takes one or the other, with equal chance."""
+
+    cutmix: float = Field(0.0, ge=0, le=100)
+    """Paste a box of another image of its lane into each image, and blend the labels by area; alpha of the Beta
+    distribution of the share. 0 is off."""
+
 
 class TrainConfig(Config):
     """How a network is trained. Two equal configurations on one dataset version give equal weights, bit for bit."""
 
     model: str = "convoy9"
-    """The network: `notes` (the classic teaching network) or `convoy9` (deeper, with batch norm)."""
+    """The network: `notes` (the classic teaching network), `convoy9` (deeper, with batch norm), or one of
+    torchvision's, for example `resnet18`."""
 
     network: SerializeAsAny[Config] = Config()
     """Options of the network, for example `network.dropout=0.2`; `convoy config --model NAME` lists them."""
 
-    epochs: int = Field(10, ge=1, le=100_000)
+    pretrained: str | None = None
+    """Safetensors file of the same network, local or s3://, to start from instead of fresh weights."""
+
+    pretrained_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 of that file; filled in by the flow, so that the run's manifest says what it began from."""
+
+    epochs: int = Field(9, ge=1, le=100_000)
     """Passes over the training split."""
 
     batch_size: int = Field(256, ge=1)

@@ -14,7 +14,6 @@ Related: EasyScale (Li et al., SC '23) makes elastic training consistent by repl
 of a ring all-reduce; a tree lets the ranks do most of the adding before they talk.
 """
 
-import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -131,17 +130,25 @@ class LaneParallel:
         network: the network, on its device, with equal weights on every rank.
         lanes: number of lanes; a power of two.
         exchange: between the ranks.
+        on_computed: called in each step when this rank's last gradient is computed; what follows is waiting.
 
     Raises:
         InputError: the world size does not divide the lanes.
     """
 
-    def __init__(self, network: nn.Module, *, lanes: int, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        lanes: int,
+        exchange: Exchange,
+        on_computed: Callable[[], None] = lambda: None,
+    ) -> None:
         check_world_size(lanes, exchange.world_size)
         self.lanes = lanes
         per_rank = lanes // exchange.world_size
         self.lanes_here = range(exchange.rank * per_rank, (exchange.rank + 1) * per_rank)
-        self._exchange = exchange
+        self._exchange, self._on_computed = exchange, on_computed
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
         self._averaged = [b for b in network.buffers() if b.is_floating_point()]
@@ -171,14 +178,14 @@ class LaneParallel:
             self._buffers_before = [buffer.clone() for buffer in self._buffers]
         elif self._buffers:
             torch._foreach_copy_(self._buffers, self._buffers_before)
-        with contextlib.nullcontext() if last else self._ddp.no_sync():
-            loss, figures = forward(self._ddp)
-            self._figures_size = figures.numel()
-            buffers = [torch.cat([buffer.flatten() for buffer in self._averaged]).double()] if self._averaged else []
-            self._message.push([torch.cat([figures, *buffers])])
-            if last:
-                self._reduced_message = self._exchange.submit(self._message.pop_total()[0])
-            (loss / self.lanes).backward()  # type: ignore[no-untyped-call]  # the division is exact: a power of two
+        # DDP reduces gradients after its own forward only, so earlier lanes go round it.
+        loss, figures = forward(self._ddp if last else self._ddp.module)
+        self._figures_size = figures.numel()
+        buffers = [torch.cat([buffer.flatten() for buffer in self._averaged]).double()] if self._averaged else []
+        self._message.push([torch.cat([figures, *buffers])])
+        if last:
+            self._reduced_message = self._exchange.submit(self._message.pop_total()[0])
+        (loss / self.lanes).backward()  # type: ignore[no-untyped-call]  # the division is exact: a power of two
         if not last:
             self._gradients.push([_take_gradient(parameter) for parameter in self._parameters])
 
@@ -188,7 +195,7 @@ class LaneParallel:
         message = self._reduced_message.wait()
         figures, sums = message[: self._figures_size], message[self._figures_size :]
         if self._averaged:
-            means = (sums / self.lanes).split([buffer.numel() for buffer in self._averaged])
+            means = torch.split(sums / self.lanes, [buffer.numel() for buffer in self._averaged])
             torch._foreach_copy_(
                 self._averaged, [mean.view_as(b) for mean, b in zip(means, self._averaged, strict=True)]
             )
@@ -196,6 +203,8 @@ class LaneParallel:
 
     def _reduce_bucket(self, _: None, bucket: dist.GradBucket) -> Future[Tensor]:
         """DDP's communication hook: fold in this rank's earlier lanes, then exchange with the other ranks."""
+        if bucket.is_last():
+            self._on_computed()
         pairs = list(zip(bucket.parameters(), bucket.gradients(), strict=True))
 
         def fold_earlier_lanes() -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cnn.config import Convoy9Options, NotesOptions, TrainConfig
+from cnn.config import Convoy9Options, NotesOptions, TorchvisionOptions, TrainConfig
 from cnn.errors import InputError
 
 
@@ -24,6 +24,10 @@ def build_network(config: TrainConfig, *, channels: int, image_size: int, classe
             return notes(options, channels=channels, image_size=image_size, classes=classes)
         case Convoy9Options() as options:
             return Convoy9(options, channels=channels, image_size=image_size, classes=classes)
+        case TorchvisionOptions() as options:
+            from cnn.torchvision_networks import torchvision_network  # only here: its import takes long
+
+            return torchvision_network(config.model, options, channels=channels, image_size=image_size, classes=classes)
         case other:
             raise TypeError(f"no network has {type(other).__name__}")
 

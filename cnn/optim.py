@@ -17,14 +17,32 @@ def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Opti
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    optimizer: torch.optim.Optimizer
     match config.optimizer:
         case "sgd":
             nesterov = config.momentum > 0
-            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+            optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
         case "adam":
-            return torch.optim.Adam(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+            optimizer = torch.optim.Adam(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
         case "adamw":
-            return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+            optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+    _fill_state(optimizer)
+    return optimizer
+
+
+def _fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that torch would make at the first step, so that a checkpoint can be loaded into it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if isinstance(optimizer, torch.optim.SGD):
+                if group["momentum"]:
+                    optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+            else:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

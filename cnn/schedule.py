@@ -20,3 +20,8 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     if config.schedule == "cosine":
         return config.lr * (1 - math.cos(math.pi * remaining)) / 2
     return config.lr * remaining
+
+
+def average_decay(config: TrainConfig, step: int) -> float:
+    """Decay of the moving average of the weights at step `step` of 0 …: shorter at first, when all is still moving."""
+    return min(config.ema, (1 + step) / (10 + step))

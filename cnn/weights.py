@@ -1,12 +1,16 @@
 """Weights as safetensors files: the form of record. Nothing here unpickles."""
 
+import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from cnn.errors import InputError
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
@@ -33,3 +37,70 @@ def load_weights(network: nn.Module, path: Path) -> nn.Module:
     """Load a safetensors file into a network of the same structure, in place; every name must match."""
     network.load_state_dict(load_file(path))
     return network
+
+
+def load_pretrained(network: nn.Module, path: Path) -> tuple[str, ...]:
+    """Start a network from weights that the same network has learned on other classes or images, in place.
+
+    The last linear layer may be for another number of classes, the first convolution for another number of channels.
+    If that takes three and the network's one, its weights are summed over them: a grey image then gives what it
+    would give as RGB. Nothing is changed unless everything else fits.
+
+    Args:
+        network: keeps its values where the file has none that fit.
+        path: safetensors file.
+
+    Returns:
+        Names of the tensors that keep their values, because the file's are for other classes or channels.
+
+    Raises:
+        InputError: the file cannot be read, or holds the weights of another network.
+    """
+    try:
+        theirs = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as a safetensors file: {error}") from None
+    ours = network.state_dict()
+    _check_names(ours.keys(), theirs.keys(), path)
+    layers = list(network.named_modules())
+    first = next((f"{name}.weight" for name, layer in layers if isinstance(layer, nn.Conv2d)), None)
+    last = next((name for name, layer in reversed(layers) if isinstance(layer, nn.Linear)), None)
+    by_classes = (f"{last}.weight", f"{last}.bias")
+    fitting, fresh = {}, []
+    for name in filter(theirs.__contains__, ours):
+        mine, found = ours[name].shape, theirs[name].shape
+        if found == mine:
+            fitting[name] = theirs[name]
+        elif name == first and mine == (*found[:1], 1, *found[2:]) and found[1] == 3:
+            fitting[name] = theirs[name].sum(1, keepdim=True)
+        elif (name == first and mine == (*found[:1], mine[1], *found[2:])) or (
+            name in by_classes and mine[1:] == found[1:]
+        ):
+            fresh.append(name)
+        else:
+            raise InputError(
+                f"{path} is of another network: {name} is {_size(found)} in it, but {_size(mine)} here; "
+                "set the network's options (network.*) and data.image_size as they were for that file"
+            )
+    network.load_state_dict(fitting, strict=False)
+    return tuple(fresh)
+
+
+def _check_names(ours: Collection[str], theirs: Collection[str], path: Path) -> None:
+    # Batch norm's step counters are not needed, and files from before there were any do without.
+    missing = [name for name in ours if name not in theirs and not name.endswith(".num_batches_tracked")]
+    unknown = sorted(name for name in theirs if name not in ours)
+    if not missing and not unknown:
+        return
+    matched = sum(name in theirs for name in ours)
+    if missing:
+        near = difflib.get_close_matches(missing[0], unknown, n=1, cutoff=0)
+        detail = f"there is no {missing[0]!r} in it" + (f", the nearest is {near[0]!r}" if near else "")
+    else:
+        near = difflib.get_close_matches(unknown[0], ours, n=1, cutoff=0)
+        detail = f"there is no {unknown[0]!r} here, the nearest is {near[0]!r}"
+    raise InputError(f"{path} is of another network: {matched} of {len(ours)} names match; {detail}")
+
+
+def _size(shape: torch.Size) -> str:
+    return "×".join(map(str, shape)) or "a scalar"

@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from typing import Annotated
 import typer
 import yaml
 from rich.console import Console
+from rich.table import Table
 
 from flows.summary import Summary, check_writable, write_summary
 from infra.settings import Settings
@@ -72,6 +74,7 @@ RanksOption = Annotated[
     int | None, typer.Option(help="Processes; the result does not depend on it. Default: one a GPU, or one a core.")
 ]
 NameOption = Annotated[str | None, typer.Option(help="Name of the registered model. Default: the dataset's.")]
+SummaryOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON, also on failure.")]
 LimitOption = Annotated[int | None, typer.Option(help="Trial run on at most this many images of each split.")]
 
 
@@ -86,9 +89,7 @@ def train(
     settings: SetOption = None,
     config_file: ConfigOption = None,
     refresh: Annotated[list[Step] | None, typer.Option(help="Do a step anew although its output exists.")] = None,
-    summary: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the result as JSON, also on failure.")
-    ] = None,
+    summary: SummaryOption = None,
 ) -> None:
     """Train, evaluate and register a network.
 
@@ -97,21 +98,61 @@ def train(
     [dim]convoy train --dataset digits --epochs 3[/]
     [dim]convoy train --dataset photos/ --set data.image_size=64 --set augment.flip=false[/]
     """
-    if summary:
-        check_writable(summary)
-    result = Summary(status="failed", dataset=dataset)
-    try:
+
+    def run() -> Summary:
+        from infra.catalogue import check_dataset
+
         config = _config(dataset, model, epochs, ranks, name, limit, settings, config_file)
-        result = Summary(status="failed", dataset=config.dataset)
-        result = _train(config, refresh or [])
-    except BaseException as error:
-        status = exit_status(error)
-        kind = "interrupted" if status in (INTERRUPTED, CTRL_C) else "failed"
-        result = result.model_copy(update={"status": kind, "error": one_line(error), "exit_status": status})
-        raise
-    finally:
-        if summary:
-            write_summary(summary, result)
+        check_dataset(config.dataset)  # a wrong name should not have to wait for servers
+        return _train(config, refresh or [])
+
+    _summarised(run, summary, dataset)
+
+
+@app.command()
+def resume(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="MLflow run id; `convoy runs` lists them.")],
+    ranks: RanksOption = None,
+    summary: SummaryOption = None,
+) -> None:
+    """Go on with a training that was interrupted, from its last checkpoint.
+
+    The number of ranks may differ: the weights are those that the undisturbed training would have had.
+
+    [dim]convoy resume $(convoy runs --last --id) --ranks 1[/]
+    """
+
+    def go_on() -> Summary:
+        _stack_up()
+        with _loading():
+            from tasks.run import check_resumable
+        config = check_resumable(run)
+        if ranks is not None:
+            config = load_config(None, options=config.model_dump(exclude_unset=True) | {"ranks": ranks})
+        return _train(config, [], resume=run)
+
+    _summarised(go_on, summary)
+
+
+@app.command()
+def runs(
+    limit: Annotated[int, typer.Option(help="Show at most so many.", min=1)] = 20,
+    last: Annotated[bool, typer.Option("--last", help="Only the newest.")] = False,
+    only_id: Annotated[bool, typer.Option("--id", help="Only their ids, for scripts.")] = False,
+) -> None:
+    """List the trainings, the newest first: how they stand, and what can be resumed."""
+    _stack_up()
+    with _loading():
+        from tasks.runs import list_trainings
+
+    found = list_trainings(1 if last else limit)
+    if only_id:
+        typer.echo("\n".join(training.run_id for training in found))
+        return
+    table = Table("run", "started", "status", "checkpoint", "dataset", "model", "validation", box=None)
+    for training in found:
+        table.add_row(*training.cells())
+    Console(width=160).print(table if found else "No training yet.")  # ids are for copying: never shortened
 
 
 @app.command()
@@ -192,20 +233,39 @@ def _stack_up() -> None:
     os.environ.update(endpoints.environment())
 
 
-def _train(config: RunConfig, refresh: list[Step]) -> Summary:
-    from infra.catalogue import check_dataset
+def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | None = None) -> None:
+    """Run something, and write how it went, also when it fails."""
+    if file:
+        check_writable(file)
+    result = Summary(status="failed", dataset=dataset)
+    try:
+        result = run()
+    except BaseException as error:
+        status = exit_status(error)
+        kind = "interrupted" if status in (INTERRUPTED, CTRL_C) else "failed"
+        result = result.model_copy(update={"status": kind, "error": one_line(error), "exit_status": status})
+        raise
+    finally:
+        if file:
+            write_summary(file, result)
 
-    check_dataset(config.dataset)  # a wrong name should not have to wait for servers
+
+def _loading() -> AbstractContextManager[object]:
+    """Says that imports take a while."""
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # its tracebacks stay in its UI
+    return Console(stderr=True).status("Loading torch, Prefect and MLflow …")
+
+
+def _train(config: RunConfig, refresh: list[Step], resume: str | None = None) -> Summary:
     signal.signal(signal.SIGTERM, _terminate)  # Prefect calls it when it has closed the flow run
     _stack_up()
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # its tracebacks stay in its UI
-    with Console(stderr=True).status("Loading torch, Prefect and MLflow …"):
+    with _loading():
         from flows.train import train_flow
         from tasks.progress import show_task_logs
 
     show_task_logs()
     try:
-        result = train_flow(config, frozenset(step.value for step in refresh))
+        result = train_flow(config, frozenset(step.value for step in refresh), resume)
     except KeyboardInterrupt:
         raise Interrupted("interrupted") from None
     _print(result)

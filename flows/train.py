@@ -14,26 +14,32 @@ from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.preprocess import preprocess
 from tasks.register import register
-from tasks.run import tracked_run
+from tasks.run import read_record, recorded_dataset, tracked_run
 from tasks.train import train
 from tasks.verify import verify
 
 
 @flow(name="train", flow_run_name="{config.dataset} {config.model}", persist_result=False)
-def train_flow(config: RunConfig, refresh: frozenset[str] = frozenset()) -> Summary:
+def train_flow(config: RunConfig, refresh: frozenset[str] = frozenset(), resume: str | None = None) -> Summary:
     """Train a network on a dataset and register it.
 
     Args:
         config: what to train on, and how.
         refresh: steps (`download`, `preprocess`) to do anew although their output exists.
+        resume: id of the MLflow run of an earlier, unfinished training to go on with.
     """
     began = time.monotonic()
     tracking.check_server()  # before hours of work, rather than after
-    source = download(config.dataset, refresh="download" in refresh)
-    dataset = preprocess(source, config.data, refresh="preprocess" in refresh)
+    reused: tuple[str, ...]
+    if resume:
+        dataset, reused = recorded_dataset(read_record(resume)), ("download", "preprocess")
+    else:
+        source = download(config.dataset, refresh="download" in refresh)
+        dataset = preprocess(source, config.data, refresh="preprocess" in refresh)
+        reused = tuple(step for step, output in (("download", source), ("preprocess", dataset)) if output.reused)
     try:
-        with tracked_run(config, dataset) as run:
-            trained = train(run, dataset, config.training(), config.ranks)
+        with tracked_run(config, dataset, resume) as run:
+            trained = train(run, dataset, config)
             evaluated = evaluate(config.training(), dataset, trained)
             registered = register(config.name or dataset.name, config.training(), dataset, trained, evaluated)
             verify(registered, evaluated)
@@ -58,5 +64,5 @@ def train_flow(config: RunConfig, refresh: frozenset[str] = frozenset()) -> Summ
         prefect_flow_run_id=flow_run.id,
         prefect_flow_run_url=url_for("flow-run", obj_id=flow_run.id),
         checkpoint_prefix=run.checkpoint_prefix,
-        reused=tuple(step for step, output in (("download", source), ("preprocess", dataset)) if output.reused),
+        reused=reused,
     )

@@ -54,11 +54,17 @@ class MetricLogger:
     Args:
         run_id: the MLflow run.
         backlog: what an earlier process could not deliver (its `unacknowledged()`); sent first.
+        resumed: an earlier process went further than this one begins; of each metric only steps that the server
+            does not have yet are sent, so that none is there twice.
         capacity: values that may wait.
     """
 
-    def __init__(self, run_id: str, *, backlog: Iterable[MetricRow] = (), capacity: int = CAPACITY) -> None:
+    def __init__(
+        self, run_id: str, *, backlog: Iterable[MetricRow] = (), resumed: bool = False, capacity: int = CAPACITY
+    ) -> None:
         self.run_id = run_id
+        self._resumed = resumed
+        self._there: dict[str, int] = {}  # last step of each metric when we began, as far as it is asked for
         self._capacity = capacity
         self._rows: deque[MetricRow] = deque(backlog)
         self._waiting = sum(len(row.values) for row in self._rows)
@@ -130,8 +136,13 @@ class MetricLogger:
 
     def _send(self, batch: tuple[MetricRow, ...]) -> bool:
         """Send rows; false if the same is worth another try later."""
-        metrics = [Metric(name, value, row.timestamp, row.step) for row in batch for name, value in row.values.items()]
         try:
+            metrics = [
+                Metric(name, value, row.timestamp, row.step)
+                for row in batch
+                for name, value in row.values.items()
+                if row.step > self._last_step(name)
+            ]
             for start in range(0, len(metrics), METRICS_A_CALL):
                 mlflow.MlflowClient().log_batch(self.run_id, metrics[start : start + METRICS_A_CALL])
         except MlflowException as error:
@@ -146,6 +157,15 @@ class MetricLogger:
             self._failed(error)
             return False
         return True
+
+    def _last_step(self, name: str) -> int:
+        """The last step of a metric that an earlier process has delivered."""
+        if not self._resumed:
+            return -1
+        if name not in self._there:
+            history = mlflow.MlflowClient().get_metric_history(self.run_id, name)
+            self._there[name] = max((metric.step for metric in history), default=-1)
+        return self._there[name]
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1

@@ -7,12 +7,14 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException, RestException
+from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
 from infra.metriclog import MetricLogger, MetricRow
@@ -25,14 +27,18 @@ if TYPE_CHECKING:
 __all__ = [
     "MetricLogger",
     "MetricRow",
+    "RunInfo",
     "SystemMetrics",
     "check_server",
     "end_run",
+    "list_runs",
     "log_dataset",
     "log_figure",
     "log_file",
     "log_metrics",
     "log_text",
+    "reopen_run",
+    "run_status",
     "run_url",
     "set_tags",
     "start_run",
@@ -88,6 +94,57 @@ def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
     if found.lifecycle_stage != "active":
         raise UsageError(f"MLflow experiment {name!r} was deleted; restore it there, or choose another name")
     return str(found.experiment_id)
+
+
+def reopen_run(run_id: str) -> None:
+    """Have a run that has ended go on.
+
+    Raises:
+        ServiceError: the server cannot be reached, or has no such run.
+    """
+    check_server()
+    with mlflow_client(f"open run {run_id} again") as client:
+        client.update_run(run_id, status="RUNNING")
+
+
+def run_status(run_id: str) -> str:
+    """MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
+    with mlflow_client(f"find run {run_id}") as client:
+        return str(client.get_run(run_id).info.status)
+
+
+class RunInfo(BaseModel):
+    """A run, as lists show it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    name: str
+    status: str
+    """MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
+
+    started: datetime
+    tags: dict[str, str]
+    metrics: dict[str, float]
+
+
+def list_runs(tag: str, value: str | None = None, *, limit: int) -> list[RunInfo]:
+    """Runs of all experiments that have a tag (of this value, if one is given), the newest first."""
+    condition = f"tags.`{tag}` != ''" if value is None else f"tags.`{tag}` = '{value}'"
+    with mlflow_client("list the runs") as client:
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        runs = client.search_runs(experiments, condition, max_results=limit, order_by=["attributes.start_time DESC"])
+    return [
+        RunInfo(
+            run_id=run.info.run_id,
+            name=run.info.run_name or "",
+            status=run.info.status,
+            started=datetime.fromtimestamp(run.info.start_time / 1000, tz=UTC),
+            tags=run.data.tags,
+            metrics=run.data.metrics,
+        )
+        for run in runs
+    ]
 
 
 def end_run(run_id: str, status: RunStatus) -> None:

@@ -1,31 +1,78 @@
-"""Weights of a training in the bucket: whole and committed, or not there.
+"""Checkpoints of a training in the bucket: whole and committed, or not there.
 
-runs/<run>/checkpoints/step-00005064/model.safetensors
+runs/<run>/checkpoints/step-00005064/state.safetensors
 runs/<run>/checkpoints/step-00005064/commit.json          written last, by a conditional put
+runs/<run>/weights/model.safetensors                      the weights that the training is for
+runs/<run>/weights/commit.json                            how it finished; likewise
 """
 
+import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from infra.objectstore import ObjectStore
-from tasks.job import Job
+from cnn.weights import weights_sha256
+from infra.errors import ServiceError
+from infra.objectstore import ObjectMissing, ObjectStore
+from tasks.config import CheckpointConfig
+from tasks.job import Job, Outcome
+
+COMMIT, STATE = "commit.json", "state.safetensors"
+LONGEST_PAUSE = 30.0  # seconds between tries while the storage fails
+
+Trouble = ServiceError | OSError
+
+
+class CheckpointFailed(RuntimeError):
+    """No checkpoint could be stored for so long that going on would risk too much work."""
+
+    exit_status = 1
 
 
 class Commit(BaseModel):
-    """Says that a checkpoint is whole, and how to verify it."""
+    """Says that a checkpoint is whole, how to verify it, and what is not in its tensors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: int
     manifest_digest: str
+    """Of the training's `RunManifest`."""
+
     files: dict[str, str]
     """SHA-256 of each file, by its key."""
 
-    weights_sha256: str
+    val_accuracy: float | None = None
+    """Of the last epoch before it."""
+
+    train_seconds: float = 0.0
+    """Of all processes that brought the training here."""
+
+    metrics: tuple[dict[str, Any], ...] = ()
+    """Rows (`MetricRow`) that the tracking server had not acknowledged."""
+
     committed: float
     """Seconds since 1970."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A state to be stored."""
+
+    step: int
+    state: Mapping[str, Tensor]
+    """On the CPU; nobody changes it any more."""
+
+    val_accuracy: float | None
+    train_seconds: float
+    metrics: tuple[dict[str, Any], ...]
 
 
 def checkpoint_prefix(run_id: str) -> str:
@@ -33,17 +80,224 @@ def checkpoint_prefix(run_id: str) -> str:
     return f"runs/{run_id}/checkpoints/"
 
 
-def commit_weights(store: ObjectStore, job: Job, *, step: int, weights: Path, weights_sha256: str) -> str:
-    """Upload a weights file, then commit it; returns its key."""
-    prefix = f"{checkpoint_prefix(job.run_id)}step-{step:08d}/"
-    key = prefix + weights.name
-    file_sha256 = store.put_file(key, weights)
-    commit = Commit(
-        step=step,
-        manifest_digest=job.manifest_digest,
-        files={key: file_sha256},
-        weights_sha256=weights_sha256,
-        committed=time.time(),
-    )
-    store.put_if_absent(prefix + "commit.json", commit.model_dump_json().encode())
-    return key
+class CheckpointWriter:
+    """Stores snapshots from a thread of its own; training never waits for it.
+
+    While one snapshot is on its way another may wait; a newer one takes its place. What fails is tried again, with
+    the newest snapshot there is, until `config.patience` seconds have passed without a success.
+
+    Args:
+        store: the bucket.
+        job: whose checkpoints these are.
+        folder: where files are made; on this machine.
+        config: how often, how many to keep, when to give up.
+        on_trouble: told in one line when the storage begins to fail and when it works again.
+    """
+
+    def __init__(
+        self, store: ObjectStore, job: Job, folder: Path, config: CheckpointConfig, on_trouble: Callable[[str], None]
+    ) -> None:
+        self._store, self._job, self._folder, self._config, self._on_trouble = store, job, folder, config, on_trouble
+        self._waiting: Snapshot | None = None
+        self._busy = False
+        self._closing = False
+        self._failing_since: float | None = None
+        self._failed: str | None = None
+        self._last = time.monotonic()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    def is_due(self) -> bool:
+        """Whether it is time for a snapshot, by the clock."""
+        return time.monotonic() - self._last >= self._config.every
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Hand over a snapshot.
+
+        Raises:
+            CheckpointFailed: storing has failed for too long.
+        """
+        with self._changed:
+            self._raise_failure()
+            self._last = time.monotonic()
+            self._waiting = snapshot
+            self._changed.notify_all()
+
+    def close(self, patience: float) -> None:
+        """Store what is waiting, for at most so many seconds, and end the thread.
+
+        Raises:
+            CheckpointFailed: it could not be stored.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            stored = self._changed.wait_for(
+                lambda: self._failed or (self._waiting is None and not self._busy), patience
+            )
+            self._raise_failure()
+            if not stored:
+                raise CheckpointFailed(f"the last checkpoint could not be stored within {patience:.0f} s")
+
+    def _raise_failure(self) -> None:
+        if self._failed:
+            raise CheckpointFailed(
+                f"no checkpoint could be stored for {self._config.patience:.0f} s (checkpoints.patience): "
+                f"{self._failed}"
+            )
+
+    def _run(self) -> None:
+        pause = 1.0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
+                snapshot, self._waiting = self._waiting, None
+                if snapshot is None:
+                    return
+                self._busy = True
+            try:
+                self._commit(snapshot)
+            except (ServiceError, OSError) as error:
+                pause = self._put_back(snapshot, error, pause)
+            except Exception as error:  # a bug must not look like a slow upload
+                with self._changed:
+                    self._failed = f"{type(error).__name__}: {error}"
+            else:
+                pause = 1.0
+                if self._failing_since is not None:
+                    self._on_trouble(f"checkpoints are stored again, at step {snapshot.step}")
+                self._failing_since = None
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                if self._failed:
+                    return
+
+    def _put_back(self, snapshot: Snapshot, error: Trouble, pause: float) -> float:
+        """Have the snapshot wait again, unless a newer one does; returns how long to pause next time."""
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+            self._on_trouble(f"the checkpoint of step {snapshot.step} cannot be stored yet; training goes on ({error})")
+        with self._changed:
+            if now - self._failing_since >= self._config.patience:
+                self._failed = str(error)
+                return pause
+            self._waiting = self._waiting or snapshot
+            self._changed.wait_for(lambda: self._closing, min(pause, max(self._config.patience / 10, 0.1)))
+            if self._closing:
+                time.sleep(0.2)
+        return min(2 * pause, LONGEST_PAUSE)
+
+    def _commit(self, snapshot: Snapshot) -> None:
+        prefix = f"{checkpoint_prefix(self._job.run_id)}step-{snapshot.step:08d}/"
+        file = self._folder / STATE
+        try:
+            save_file(dict(snapshot.state), file)
+            digest = self._store.put_file(prefix + STATE, file)
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(str(error)) from error
+        finally:
+            file.unlink(missing_ok=True)
+        commit = Commit(
+            step=snapshot.step,
+            manifest_digest=self._job.manifest_digest,
+            files={prefix + STATE: digest},
+            val_accuracy=snapshot.val_accuracy,
+            train_seconds=snapshot.train_seconds,
+            metrics=snapshot.metrics,
+            committed=time.time(),
+        )
+        if not self._store.put_if_absent(prefix + COMMIT, commit.model_dump_json().encode()):
+            # Done again after an older checkpoint was resumed: the same step has the same state, to the bit.
+            found = Commit.model_validate_json(self._store.get_bytes(prefix + COMMIT))
+            if found.files != commit.files:
+                raise CheckpointFailed(f"another process trains run {self._job.run_id}: {prefix} differs from ours")
+        self._prune()
+
+    def _prune(self) -> None:
+        """Keep the newest `keep`, and the one with the best validation accuracy."""
+        commits = [commit for commit in commits_of(self._store, self._job.run_id) if commit is not None]
+        best = max(commits, key=lambda commit: commit.val_accuracy or 0.0)  # of equals the newest, which is first
+        for commit in commits[self._config.keep :]:
+            if commit is not best:
+                delete_checkpoint(self._store, self._job.run_id, commit)
+
+
+def commits_of(store: ObjectStore, run_id: str) -> Iterator[Commit]:
+    """A training's commits, the newest first; those that cannot be read are left out."""
+    keys = [info.key for info in store.list(checkpoint_prefix(run_id)) if info.key.endswith(f"/{COMMIT}")]
+    for key in sorted(keys, reverse=True):
+        try:
+            yield Commit.model_validate_json(store.get_bytes(key))
+        except (ObjectMissing, ValidationError):
+            continue
+
+
+def delete_checkpoint(store: ObjectStore, run_id: str, commit: Commit) -> None:
+    """Take back the commit, then its files."""
+    store.delete(f"{checkpoint_prefix(run_id)}step-{commit.step:08d}/{COMMIT}")
+    for key in commit.files:
+        store.delete(key)
+
+
+def newest_checkpoint(
+    store: ObjectStore, run_id: str, manifest_digest: str, on_damage: Callable[[str], None]
+) -> tuple[Commit, dict[str, Tensor]] | None:
+    """The newest checkpoint whose files have the digests that it promises; None if there is none.
+
+    Args:
+        manifest_digest: of the training that wants it; the checkpoints of another are not for it.
+        on_damage: told of each newer one that is damaged.
+
+    Raises:
+        ServiceError: the storage failed, or only damaged ones are left.
+    """
+    damaged = 0
+    for commit in commits_of(store, run_id):
+        if commit.manifest_digest != manifest_digest:
+            raise ServiceError(f"the checkpoint of step {commit.step} of run {run_id} belongs to another training")
+        ((key, digest),) = commit.files.items()
+        try:
+            with TemporaryDirectory() as temporary:
+                file = Path(temporary) / STATE
+                store.get_file(key, file, sha256=digest)
+                return commit, load_file(file)
+        except (ServiceError, SafetensorError) as error:
+            damaged += 1
+            on_damage(f"the checkpoint of step {commit.step} cannot be used, trying the one before: {error}")
+    if damaged:
+        raise ServiceError(f"none of the {damaged} checkpoints of run {run_id} can be used; see the log")
+    return None
+
+
+def commit_weights(store: ObjectStore, job: Job, state: Mapping[str, Tensor], file: Path, outcome: Outcome) -> Outcome:
+    """Write the weights that a training is for, upload and commit them; returns the outcome with their place.
+
+    Args:
+        file: where to leave them on this machine.
+        outcome: of the training, weights apart.
+    """
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, file)
+    key = f"runs/{job.run_id}/weights/{file.name}"
+    store.put_file(key, file)
+    finished = outcome.model_copy(update={"weights_key": key, "weights_sha256": weights_sha256(state)})
+    if not store.put_if_absent(_final_key(job.run_id), finished.model_dump_json().encode()):
+        earlier = finished_outcome(store, job.run_id)
+        assert earlier is not None
+        if earlier.weights_sha256 != finished.weights_sha256:
+            raise ServiceError(f"run {job.run_id} has finished before, with other weights: {earlier.weights_sha256}")
+    return finished
+
+
+def finished_outcome(store: ObjectStore, run_id: str) -> Outcome | None:
+    """How a training finished; None if it has not."""
+    try:
+        return Outcome.model_validate_json(store.get_bytes(_final_key(run_id)))
+    except ObjectMissing:
+        return None
+
+
+def _final_key(run_id: str) -> str:
+    return f"runs/{run_id}/weights/{COMMIT}"

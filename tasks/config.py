@@ -19,6 +19,19 @@ from infra.catalogue import CATALOGUE
 from infra.errors import UsageError
 
 
+class CheckpointConfig(Config):
+    """When the state of a training is stored; no part of the result (`checkpoints.*`)."""
+
+    every: float = Field(30.0, ge=0)
+    """Seconds between checkpoints; there is one at each epoch's end too."""
+
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep; the one with the best validation accuracy stays too."""
+
+    patience: float = Field(1800.0, gt=0)
+    """Seconds to go on training while no checkpoint can be stored."""
+
+
 class RunConfig(TrainConfig):
     """Everything that `convoy train` can be told. `TrainConfig`, `data` and the dataset decide the weights."""
 
@@ -32,6 +45,11 @@ class RunConfig(TrainConfig):
     """Processes to train with; no part of the result. Unset: as many as share the lanes and have a GPU or core each."""
 
     data: PreprocessConfig = PreprocessConfig()
+
+    checkpoints: CheckpointConfig = CheckpointConfig()
+
+    restarts: int = Field(3, ge=0)
+    """How often in a row a training whose ranks died is taken up again without having come further."""
 
     @model_validator(mode="before")
     @classmethod

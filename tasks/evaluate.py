@@ -16,6 +16,7 @@ from cnn.distributed import local_device
 from cnn.evaluate import predict_logits
 from cnn.manifest import Manifest
 from cnn.networks import build_network
+from cnn.trainer import predictor
 from cnn.weights import load_weights, weights_sha256
 from infra import tracking
 from infra.cache import Cache
@@ -69,7 +70,7 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
     split = open_split(Cache(settings.cache, store), manifest, "test")
     device = local_device()
     trained_part = trained_network(store, config, manifest, trained).to(memory_format=torch.channels_last)
-    network = nn.Sequential(Normalise(manifest.mean, manifest.std), trained_part).to(device)
+    network = nn.Sequential(Normalise(manifest.mean, manifest.std), predictor(trained_part, config)).to(device)
     with progress("Evaluating", len(split), unit="images") as advance:
         logits = predict_logits(network, split, device, on_progress=advance)
     report = evaluation_report("test", logits, split.labels, manifest.classes)

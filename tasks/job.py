@@ -2,7 +2,7 @@
 
 job.json             the task's order
 events.jsonl         rank 0's account of how it goes, a line at a time
-train.log            what the ranks and torchrun print
+train.log            what the ranks and torchrun print; train.log.1 … of earlier starts
 model.safetensors    the final weights
 outcome.json         how it ended, by the first rank that had something to say
 """
@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from cnn.config import TrainConfig
+from tasks.config import CheckpointConfig
 
 KILLED = re.compile(r"rank +: (\d+) .*\n *exitcode +: -\d+ \(pid: \d+\) +\((?!SIGTERM)(SIG\w+)\)")
 """How torchrun says that a rank ended by a signal; SIGTERM is what it then sends to the others."""
@@ -33,24 +34,29 @@ class Job(_Record):
     dataset_version: str
     world_size: int
     manifest_digest: str
+    checkpoints: CheckpointConfig
+    restarts: int
 
 
 class Event(_Record):
-    """Where the training is: after `step` of `total_steps` steps, in `epoch`, both counted from 1."""
+    """Where the training is: after `step` of `total_steps` steps, in `epoch`, both counted from 1; or a warning."""
 
-    step: int
-    total_steps: int
-    epoch: int
+    step: int = 0
+    total_steps: int = 0
+    epoch: int = 0
     loss: float | None = None
     images_per_second: float | None = None
     val_accuracy: float | None = None
+    warning: str | None = None
+    """Something that people should know of, in one line."""
 
 
 class Outcome(_Record):
     """How a training ended. `exit_status` and `error` are those that the command line should end with."""
 
-    status: Literal["finished", "failed", "crashed"]
-    """`crashed`: by an error that nobody foresaw; perhaps only because another rank was gone."""
+    status: Literal["finished", "interrupted", "failed", "crashed"]
+    """`interrupted`: the ranks agreed to stop, and stored a checkpoint. `crashed`: by an error that nobody foresaw;
+    perhaps only because another rank was gone."""
 
     error: str = ""
     exit_status: int = 0
@@ -96,6 +102,16 @@ class JobFolder:
         whole = written[: written.rfind(b"\n") + 1]
         self._events_read += len(whole)
         yield from map(Event.model_validate_json, whole.splitlines())
+
+    def last_step(self) -> int:
+        """How far any start of the ranks has come, as far as it is reported; 0 before the first report."""
+        return max((event.step for event in JobFolder(self.path).new_events()), default=0)
+
+    def start_again(self) -> None:
+        """Make room for another start of the ranks: forget the outcome, and set the log aside."""
+        (self.path / "outcome.json").unlink(missing_ok=True)
+        number = len(list(self.path.glob("train.log.*"))) + 1
+        self.log.rename(self.path / f"train.log.{number}")
 
     def write_outcome(self, outcome: Outcome) -> None:
         """Leave how it ended; the first to say so is right, since the others fail because of it."""

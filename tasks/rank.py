@@ -2,30 +2,55 @@
 
     python -m torch.distributed.run ... -m tasks.rank FOLDER MEETING
 
-FOLDER holds the job (tasks/job.py); MEETING is a path where the ranks of this start find each other.
+FOLDER holds the job (tasks/job.py); MEETING is a path where the ranks of this start find each other. The training goes
+on from its newest checkpoint, if it has one.
 """
 
-import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from cnn.distributed import make_deterministic, process_group
-from cnn.trainer import EpochReport, StepReport, Trainer, fit
-from cnn.weights import save_weights
+from cnn.reports import EpochReport, StepReport, StragglerWatch
+from cnn.trainer import Trainer, fit
 from infra.cache import Cache
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from tasks.checkpoints import commit_weights
+from tasks.checkpoints import CheckpointWriter, Snapshot, commit_weights, newest_checkpoint
 from tasks.dataset import load_manifest, open_split
 from tasks.job import Event, Job, JobFolder, Outcome
 from tasks.lifeline import die_with_parent
 
-REPORT_EVERY = 0.5  # seconds between reports of steps
-FLUSH_PATIENCE = 60.0  # seconds that the tracking server has to take the last metrics
+SPEED_OVER = 0.5  # seconds that a figure of speed covers at least
+FLUSH_PATIENCE = 10.0  # seconds that the tracking server has to take the last metrics; checkpoints carry the others
+STOP_PATIENCE = 20.0  # seconds that a rank has to end after SIGTERM, waiting for one that is gone included
+LAST_CHECKPOINT = 15.0  # seconds that the storage has to take the checkpoint of a stop
+
+
+class StopSignal:
+    """Remembers a SIGTERM, for the ranks to agree on a step to stop at; ends a process that cannot get there."""
+
+    def __init__(self) -> None:
+        self._received = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def __call__(self) -> bool:
+        return self._received
+
+    def _receive(self, _: int, __: FrameType | None) -> None:
+        if not self._received:
+            self._received = True
+            timer = threading.Timer(STOP_PATIENCE, os._exit, (1,))
+            timer.daemon = True
+            timer.start()
 
 
 class Silent:
@@ -35,85 +60,138 @@ class Silent:
 
     def on_epoch(self, report: EpochReport) -> None: ...
 
+    def after_step(self, trainer: Trainer, *, milestone: bool) -> None: ...
+
 
 class RankZero:
-    """Reporter of rank 0: to the tracking server and to the train task. Steps are reported as means.
+    """Reporter of rank 0: to the tracking server and to the train task; and keeper of the checkpoints."""
 
-    Use it as a context manager; leaving it sends what is left.
-    """
-
-    def __init__(self, job: Job, folder: JobFolder, trainer: Trainer) -> None:
+    def __init__(self, job: Job, folder: JobFolder, store: ObjectStore) -> None:
         # They take seconds to import, and only rank 0 needs them.
-        from infra.metriclog import ONE_TRY_A_REQUEST, MetricLogger
-        from infra.systemmetrics import SystemMetrics
+        from infra import metriclog, systemmetrics
 
-        os.environ.update(ONE_TRY_A_REQUEST)
-        self._folder, self._trainer = folder, trainer
-        self._metrics = MetricLogger(job.run_id)
-        self._system = SystemMetrics(self._metrics)
-        self._batch = job.config.batch_size
-        self._since = time.perf_counter()
-        self._pending: list[StepReport] = []
-        self.training_seconds = 0.0
-        self.last_epoch: EpochReport | None = None
+        os.environ.update(metriclog.ONE_TRY_A_REQUEST)
+        self._job, self._folder, self._store = job, folder, store
+        self._metriclog, self._systemmetrics = metriclog, systemmetrics
+        self._watch = StragglerWatch()
+        self._seconds_before = 0.0
+        self._began = self._since = time.perf_counter()
+        self._images, self._seconds = 0, 0.0  # of steps whose time is counted
+        self._new_images = 0  # since then
 
-    def __enter__(self) -> "RankZero":
+    def resume(self) -> dict[str, Tensor] | None:
+        """The state to go on from, if there is one; opens the metrics where they were left."""
+        found = newest_checkpoint(self._store, self._job.run_id, self._job.manifest_digest, self.warn)
+        backlog: tuple[dict[str, Any], ...] = ()
+        if found:
+            self._seconds_before, backlog = found[0].train_seconds, found[0].metrics
+        rows = [self._metriclog.MetricRow.model_validate(row) for row in backlog]
+        self._metrics = self._metriclog.MetricLogger(self._job.run_id, backlog=rows, resumed=found is not None)
+        self._system = self._systemmetrics.SystemMetrics(self._metrics)
         self._system.start()
-        self._since = time.perf_counter()
-        return self
+        self._writer = CheckpointWriter(
+            self._store, self._job, self._folder.path, self._job.checkpoints, on_trouble=self.warn
+        )
+        return found[1] if found else None
 
-    def __exit__(self, *_: object) -> None:
+    def start(self, trainer: Trainer) -> None:
+        """Training begins now."""
+        self._trainer = trainer
+        self._began = self._since = time.perf_counter()
+
+    def close(self, *, whole: bool) -> None:
+        """Send and store what is waiting; `whole` if the training came to its last step, or to a stop."""
         self._system.stop()
+        if whole:
+            self._writer.close(LAST_CHECKPOINT)
         if lost := self._metrics.close(FLUSH_PATIENCE):
             print(f"{len(lost)} metrics did not reach the tracking server", file=sys.stderr)
 
+    @property
+    def train_seconds(self) -> float:
+        """Of this and of earlier processes of the training."""
+        return self._seconds_before + time.perf_counter() - self._began
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all ranks together, validation not counted."""
+        return self._images / self._seconds if self._seconds else 0.0
+
+    def warn(self, message: str) -> None:
+        """Tell the log, and the people at the train task."""
+        print(message, file=sys.stderr)
+        self._folder.write_event(Event(warning=message))
+
     def on_step(self, report: StepReport) -> None:
-        self._pending.append(report)
-        if time.perf_counter() - self._since >= REPORT_EVERY:
-            self._report_steps()
+        now = time.perf_counter()
+        self._new_images += report.steps * self._job.config.batch_size
+        speed: dict[str, float] = {}
+        epoch_ends = report.step % self._trainer.steps_per_epoch == 0  # what follows is validation, not steps
+        if (seconds := now - self._since) >= SPEED_OVER or epoch_ends:
+            speed = {"images_per_second": self._new_images / seconds}
+            self._count_speed(now)
+        figures = {
+            "train/loss": report.loss,
+            "train/accuracy": report.accuracy,
+            "train/learning_rate": report.learning_rate,
+            "train/gradient_norm": report.gradient_norm,
+            **{f"train/{name}": value for name, value in speed.items()},
+        }
+        if times := sorted(report.rank_seconds):
+            figures |= {
+                "train/rank_seconds_min": times[0],
+                "train/rank_seconds_median": times[(len(times) - 1) // 2],
+                "train/rank_seconds_max": times[-1],
+            }
+            for rank in self._watch.look(report.rank_seconds):
+                self.warn(f"rank {rank} is slow: {report.rank_seconds[rank]:.3f} s a step, others {times[0]:.3f} s")
+        self._metrics.log(report.step, figures)
+        self._event(report.step, loss=report.loss, **speed)
 
     def on_epoch(self, report: EpochReport) -> None:
-        if self._pending:
-            self._report_steps()
-        self.last_epoch = report
         figures = {
             "val/loss": report.val.loss,
             "val/accuracy": report.val.accuracy,
             "epoch": float(report.epoch),
         }
         self._metrics.log(report.step, figures, keep=True)
-        self._folder.write_event(self._event(report.step, val_accuracy=report.val.accuracy))
+        self._event(report.step, val_accuracy=report.val.accuracy)
         self._since = time.perf_counter()  # the time of the validation is not that of steps
 
-    def _report_steps(self) -> None:
-        now = time.perf_counter()
-        seconds, count = now - self._since, len(self._pending)
-        loss = sum(step.loss for step in self._pending) / count
-        speed = count * self._batch / seconds
-        last = self._pending[-1]
-        figures = {
-            "train/loss": loss,
-            "train/accuracy": sum(step.accuracy for step in self._pending) / count,
-            "train/learning_rate": last.learning_rate,
-            "train/images_per_second": speed,
-        }
-        self._metrics.log(last.step, figures)
-        self._folder.write_event(self._event(last.step, loss=loss, images_per_second=speed))
-        self.training_seconds += seconds
-        self._pending.clear()
-        self._since = now
+    def after_step(self, trainer: Trainer, *, milestone: bool) -> None:
+        if not (milestone or self._writer.is_due()):
+            return
+        for report in trainer.reports(until=trainer.step):
+            self.on_step(report)
+        if trainer.is_broken(trainer.step):  # all ranks find out in a moment
+            return
+        self._writer.save(
+            Snapshot(
+                step=trainer.step,
+                state=trainer.state(),
+                val_accuracy=trainer.history[-1].accuracy if trainer.history else None,
+                train_seconds=self.train_seconds,
+                metrics=tuple(row.model_dump(mode="json") for row in self._metrics.unacknowledged()),
+            )
+        )
 
-    def _event(self, step: int, **values: float) -> Event:
-        per_epoch, total = self._trainer.steps_per_epoch, self._trainer.total_steps
-        return Event(step=step, total_steps=total, epoch=(step - 1) // per_epoch + 1, **values)
+    def _count_speed(self, now: float) -> None:
+        self._images += self._new_images
+        self._seconds += now - self._since
+        self._new_images, self._since = 0, now
+
+    def _event(self, step: int, **values: float) -> None:
+        epoch = (step - 1) // self._trainer.steps_per_epoch + 1
+        self._folder.write_event(Event(step=step, total_steps=self._trainer.total_steps, epoch=epoch, **values))
 
 
 def main() -> int:
     die_with_parent()
+    stop = StopSignal()
     folder = JobFolder(Path(sys.argv[1]))
     job = folder.read_job()
     try:
-        train(job, folder, meeting=Path(sys.argv[2]))
+        train(job, folder, Path(sys.argv[2]), stop)
     except Exception as error:
         if status := getattr(error, "exit_status", None):
             folder.write_outcome(Outcome(status="failed", error=str(error), exit_status=status))
@@ -123,8 +201,8 @@ def main() -> int:
     return 0
 
 
-def train(job: Job, folder: JobFolder, meeting: Path) -> None:
-    """Train to the end; rank 0 reports, and stores the weights and the outcome."""
+def train(job: Job, folder: JobFolder, meeting: Path, stop: StopSignal) -> None:
+    """Train to the end, or until the ranks agree to stop; rank 0 stores the weights and leaves the outcome."""
     settings = Settings()
     store = ObjectStore.connect(settings.bucket, create=False)
     cache = Cache(settings.cache, store)
@@ -133,37 +211,40 @@ def train(job: Job, folder: JobFolder, meeting: Path) -> None:
 
     make_deterministic()
     with process_group(dist.FileStore(str(meeting), job.world_size)) as (device, exchange):
+        first = RankZero(job, folder, store) if exchange.rank == 0 else None
+        state = first.resume() if first else None
         trainer = Trainer(
-            job.config, manifest=manifest, train=train_split, val=val_split, device=device, exchange=exchange
+            job.config,
+            manifest=manifest,
+            train=train_split,
+            val=val_split,
+            device=device,
+            exchange=exchange,
+            stop_requested=stop,
         )
-        first = exchange.rank == 0
-        with RankZero(job, folder, trainer) if first else contextlib.nullcontext(Silent()) as reporter:
-            began = time.perf_counter()
-            fit(trainer, reporter)
-            seconds = time.perf_counter() - began
-        if isinstance(reporter, RankZero):
-            finish(job, folder, store, trainer, reporter, seconds)
-
-
-def finish(
-    job: Job, folder: JobFolder, store: ObjectStore, trainer: Trainer, reporter: RankZero, seconds: float
-) -> None:
-    """Commit the weights, then leave the outcome."""
-    digest = save_weights(trainer.network, folder.weights)
-    key = commit_weights(store, job, step=trainer.step, weights=folder.weights, weights_sha256=digest)
-    assert reporter.last_epoch is not None
-    folder.write_outcome(
-        Outcome(
-            status="finished",
-            weights_key=key,
-            weights_sha256=digest,
+        trainer.restore(state)
+        if first is None:
+            fit(trainer, Silent())
+            return
+        first.start(trainer)
+        try:
+            finished = fit(trainer, first)
+        except BaseException:
+            first.close(whole=False)
+            raise
+        outcome = Outcome(
+            status="finished" if finished else "interrupted",
             steps=trainer.step,
-            train_seconds=seconds,
-            images_per_second=trainer.step * job.config.batch_size / reporter.training_seconds,
-            val_accuracy=reporter.last_epoch.val.accuracy,
-            val_loss=reporter.last_epoch.val.loss,
+            train_seconds=first.train_seconds,
+            images_per_second=first.images_per_second,
         )
-    )
+        if finished:
+            outcome = outcome.model_copy(
+                update={"val_accuracy": trainer.selected.accuracy, "val_loss": trainer.selected.loss}
+            )
+            outcome = commit_weights(store, job, trainer.weights(), folder.weights, outcome)
+        first.close(whole=not finished)
+        folder.write_outcome(outcome)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from prefect.context import FlowRunContext
 
 from cnn.config import TrainConfig
 from cnn.serving import ServedClassifier
+from cnn.trainer import predictor
 from infra.objectstore import ObjectStore
 from infra.provenance import provenance
 from infra.registry import ModelVersion, check_model_name, create_version, log_model
@@ -40,7 +41,9 @@ def register(
     check_model_name(name)
     store = ObjectStore.connect(Settings().bucket, create=False)
     manifest = load_manifest(store, dataset.version)
-    served = ServedClassifier(trained_network(store, config, manifest, trained), manifest.mean, manifest.std)
+    served = ServedClassifier(
+        predictor(trained_network(store, config, manifest, trained), config), manifest.mean, manifest.std
+    )
     example = load_reference(store, evaluated.reference_key)["images"][:2]
     example = example.expand(2, -1, -1, -1).contiguous() if len(example) == 1 else example
     with torch.inference_mode():

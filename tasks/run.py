@@ -1,4 +1,7 @@
-"""The MLflow run of a training: opened before the ranks start, closed with the flow, however it ends."""
+"""The MLflow run of a training: opened before the ranks start, closed with the flow, however it ends.
+
+runs/<run>/run.json in the bucket holds what a resumed run needs to know.
+"""
 
 import contextlib
 import hashlib
@@ -12,7 +15,7 @@ import torch
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.utilities.urls import url_for
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 import cnn
 from cnn.codedigest import code_digest
@@ -20,14 +23,22 @@ from cnn.distributed import THREADS_PER_RANK, local_device
 from cnn.manifest import canonical_json
 from cnn.trainer import check_fits
 from infra import tracking
-from infra.errors import ServiceError
-from infra.objectstore import ObjectStore
+from infra.errors import ServiceError, UsageError
+from infra.objectstore import ObjectMissing, ObjectStore
 from infra.provenance import Provenance, provenance
 from infra.settings import Settings
 from tasks.cancel import Cancelled
 from tasks.checkpoints import checkpoint_prefix
 from tasks.config import RunConfig
-from tasks.dataset import DatasetRef, load_manifest
+from tasks.dataset import DatasetRef, is_whole, load_manifest
+
+MANIFEST_DIGEST, FLOW_RUN = "convoy.manifest_digest", "prefect.flow_run_id"
+
+
+class Interrupted(RuntimeError):
+    """The ranks were asked to stop, and stored a checkpoint."""
+
+    exit_status = 75
 
 
 class RunManifest(BaseModel):
@@ -56,6 +67,16 @@ class RunManifest(BaseModel):
         return hashlib.sha256(canonical_json(self.model_dump())).hexdigest()
 
 
+class RunRecord(BaseModel):
+    """What a run was started with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: RunConfig
+    dataset: DatasetRef
+    manifest: RunManifest
+
+
 class TrackedRun(BaseModel):
     """An open MLflow run."""
 
@@ -67,35 +88,90 @@ class TrackedRun(BaseModel):
     checkpoint_prefix: str
 
 
+def read_record(run_id: str) -> RunRecord:
+    """What a run was started with.
+
+    Raises:
+        UsageError: there is no such run of ours.
+    """
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    try:
+        return RunRecord.model_validate_json(store.get_bytes(_record_key(run_id)))
+    except ObjectMissing:
+        raise UsageError(f"no run {run_id} in bucket {store.bucket}; `convoy runs` lists them") from None
+    except ValidationError as error:
+        raise UsageError(f"run {run_id} was made by another version of Convoy: {error.errors()[0]['msg']}") from None
+
+
+def check_resumable(run_id: str) -> RunConfig:
+    """The configuration of an unfinished run.
+
+    Raises:
+        UsageError: there is no such run of ours, or it has finished.
+    """
+    record = read_record(run_id)
+    if tracking.run_status(run_id) == "FINISHED":
+        raise UsageError(f"run {run_id} has finished; there is nothing to resume")
+    return record.config
+
+
+def recorded_dataset(record: RunRecord) -> DatasetRef:
+    """The dataset version of a run to be resumed.
+
+    Raises:
+        UsageError: it is not in the bucket any more.
+    """
+    version = record.dataset.version
+    if not is_whole(ObjectStore.connect(Settings().bucket, create=False), version):
+        raise UsageError(f"dataset version {version} is not whole in the bucket any more: the run cannot go on")
+    return record.dataset.model_copy(update={"reused": True})
+
+
 @contextmanager
-def tracked_run(config: RunConfig, dataset: DatasetRef) -> Iterator[TrackedRun]:
+def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = None) -> Iterator[TrackedRun]:
     """Open the run, and close it as FINISHED, KILLED (cancelled, interrupted) or FAILED.
+
+    Args:
+        resume: id of an earlier run to go on with. If this flow run has one already, because Prefect runs it again,
+            that is resumed unasked.
 
     Raises:
         ServiceError: the tracking server cannot be reached.
         InputError: the configuration does not fit the dataset; no run is opened.
+        UsageError: the run to be resumed was made from other code, data or configuration.
     """
     settings = Settings()
-    check_fits(config.training(), load_manifest(ObjectStore.connect(settings.bucket, create=False), dataset.version))
+    store = ObjectStore.connect(settings.bucket, create=False)
+    check_fits(config.training(), load_manifest(store, dataset.version))
     code = provenance()
     manifest = run_manifest(config, dataset, code)
-    run_id = tracking.start_run(
-        experiment=dataset.name,
-        run_name=f"{config.model} {config.epochs} epochs",
-        params=flatten({"dataset": config.dataset, "data": config.data.model_dump(), **manifest.config}),
-        tags=_tags(config, dataset, manifest, code),
-    )
+    resume = resume or _run_of_this_flow_run(store)
+    if resume:
+        _check_equal(resume, read_record(resume).manifest, manifest)
+        run_id = resume
+        tracking.reopen_run(run_id)
+        tracking.set_tags(run_id, _flow_tags())
+    else:
+        run_id = tracking.start_run(
+            experiment=dataset.name,
+            run_name=f"{config.model} {config.epochs} epochs",
+            params=flatten({"dataset": config.dataset, "data": config.data.model_dump(), **manifest.config}),
+            tags=_tags(config, dataset, manifest, code),
+        )
     try:
         prefix = f"s3://{settings.bucket}/{checkpoint_prefix(run_id)}"
-        tracking.set_tags(run_id, {"convoy.checkpoint_prefix": prefix})
-        source = f"s3://{settings.bucket}/datasets/{dataset.version}/manifest.json"
-        tracking.log_dataset(run_id, dataset.name, dataset.version, source)
-        tracking.log_text(run_id, "manifest.json", manifest.model_dump_json(indent=2))
+        if not resume:
+            tracking.set_tags(run_id, {"convoy.checkpoint_prefix": prefix})
+            source = f"s3://{settings.bucket}/datasets/{dataset.version}/manifest.json"
+            tracking.log_dataset(run_id, dataset.name, dataset.version, source)
+            tracking.log_text(run_id, "manifest.json", manifest.model_dump_json(indent=2))
+            record = RunRecord(config=config, dataset=dataset, manifest=manifest)
+            store.put_if_absent(_record_key(run_id), record.model_dump_json().encode())
         yield TrackedRun(
             run_id=run_id, url=tracking.run_url(run_id), manifest_digest=manifest.digest, checkpoint_prefix=prefix
         )
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Cancelled)
+        stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Cancelled | Interrupted)
         with contextlib.suppress(ServiceError):  # the server may be what failed, and the first error says more
             tracking.end_run(run_id, "KILLED" if stopped else "FAILED")
         raise
@@ -129,16 +205,40 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _record_key(run_id: str) -> str:
+    return f"runs/{run_id}/run.json"
+
+
+def _check_equal(run_id: str, theirs: RunManifest, ours: RunManifest) -> None:
+    """Refuse to go on with weights that would be neither the old manifest's nor the new one's."""
+    was, now = flatten(theirs.model_dump()), flatten(ours.model_dump())
+    differing = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+    if differing:
+        shown = "; ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in differing)
+        raise UsageError(f"run {run_id} cannot go on here, because its weights would differ: {shown}")
+
+
+def _run_of_this_flow_run(store: ObjectStore) -> str | None:
+    flow_run = _flow_tags().get(FLOW_RUN)
+    runs = tracking.list_runs(FLOW_RUN, flow_run, limit=1) if flow_run else []
+    # One without a record ended before it began.
+    return runs[0].run_id if runs and store.head(_record_key(runs[0].run_id)) else None
+
+
+def _flow_tags() -> dict[str, str]:
+    flow = FlowRunContext.get()
+    if not (flow and flow.flow_run):
+        return {}
+    url = url_for("flow-run", obj_id=flow.flow_run.id) or ""
+    return {FLOW_RUN: str(flow.flow_run.id), "prefect.flow_run_url": url}
+
+
 def _tags(config: RunConfig, dataset: DatasetRef, manifest: RunManifest, code: Provenance) -> dict[str, str]:
-    tags = {
+    return {
         "convoy.model": config.name or dataset.name,
         "convoy.dataset_version": dataset.version,
         "convoy.code_digest": manifest.code_digest,
-        "convoy.manifest_digest": manifest.digest,
+        MANIFEST_DIGEST: manifest.digest,
         **code.as_tags(),
+        **_flow_tags(),
     }
-    flow = FlowRunContext.get()
-    if flow and flow.flow_run:
-        tags["prefect.flow_run_id"] = str(flow.flow_run.id)
-        tags["prefect.flow_run_url"] = url_for("flow-run", obj_id=flow.flow_run.id) or ""
-    return tags

@@ -16,10 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tasks.job import JobFolder
+from tasks.job import Event, JobFolder
 from tasks.lifeline import SUPERVISOR_PID, adopt_orphans, die_with_parent, end_descendants
 
-PATIENCE = 8.0  # seconds that ranks have to end by themselves
+PATIENCE = 25.0  # seconds that ranks have to end by themselves: time for a last checkpoint
 POLL = 0.2  # seconds
 
 
@@ -28,16 +28,42 @@ def main() -> int:
     adopt_orphans()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        with tempfile.TemporaryDirectory(prefix="convoy-") as meeting, folder.log.open("wb") as log:
-            torchrun = start_torchrun(folder, Path(meeting), log.fileno())
-            while torchrun.poll() is None:
-                readable, _, _ = select.select([sys.stdin], [], [], POLL)
-                if readable and not os.read(sys.stdin.fileno(), 1):
-                    return 128 + signal.SIGTERM  # the task has ended, or wants us to end
-            return torchrun.returncode
+        return supervise(folder)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         end_descendants(PATIENCE)
+
+
+def supervise(folder: JobFolder) -> int:
+    """Start the ranks, and again after a crash, from their last checkpoint, until they say how it ended."""
+    restarts_left = folder.read_job().restarts
+    while True:
+        step = folder.last_step()
+        status = run_ranks(folder)
+        outcome = folder.read_outcome()
+        if status is None or (outcome and outcome.status != "crashed"):
+            return status or 0
+        if folder.last_step() > step:
+            restarts_left = folder.read_job().restarts
+        if not restarts_left:
+            return status
+        restarts_left -= 1
+        end_descendants(PATIENCE)
+        reason = folder.killed() or (outcome.error if outcome else folder.log_end())
+        folder.write_event(Event(warning=f"{reason}; starting again from the last checkpoint"))
+        folder.start_again()
+
+
+def run_ranks(folder: JobFolder) -> int | None:
+    """One start of torchrun; its exit status, or None if the task has ended, or wants us to end."""
+    with tempfile.TemporaryDirectory(prefix="convoy-") as meeting, folder.log.open("wb") as log:
+        torchrun = start_torchrun(folder, Path(meeting), log.fileno())
+        while torchrun.poll() is None:
+            readable, _, _ = select.select([sys.stdin], [], [], POLL)
+            if readable and not os.read(sys.stdin.fileno(), 1):
+                end_descendants(PATIENCE)  # now, while the ranks' meeting place is still there
+                return None
+        return torchrun.returncode
 
 
 def start_torchrun(folder: JobFolder, meeting: Path, log: int) -> subprocess.Popen[bytes]:

@@ -10,16 +10,18 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from cnn.config import TrainConfig
 from cnn.distributed import device_count
 from cnn.worldsize import default_world_size
 from infra import tracking
+from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from tasks.cancel import Cancelled, CancelWatch
+from tasks.checkpoints import finished_outcome
+from tasks.config import RunConfig
 from tasks.dataset import DatasetRef
 from tasks.job import Event, Job, JobFolder, Outcome
 from tasks.progress import Advance, progress, run_logger
-from tasks.run import TrackedRun
+from tasks.run import Interrupted, TrackedRun
 from tasks.supervisor import PATIENCE
 
 WATCH_EVERY = 0.3  # seconds between looks at the supervisor and its news
@@ -56,25 +58,32 @@ class TrainResult(BaseModel):
 
 
 @task(name="train", cache_policy=NO_CACHE, persist_result=False)
-def train(run: TrackedRun, dataset: DatasetRef, config: TrainConfig, ranks: int | None = None) -> TrainResult:
-    """Train on this machine's GPUs or cores and return the committed weights.
+def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResult:
+    """Train on this machine's GPUs or cores and return the committed weights; goes on where the run was left.
 
     Raises:
         TrainingFailed: with what the ranks say was wrong.
-        Cancelled: the flow run was cancelled; no rank is left.
+        Cancelled: the flow run was cancelled; a checkpoint is stored, and no rank is left.
+        Interrupted: a rank was asked to stop; likewise.
     """
     devices, lanes = device_count(), config.lanes
-    world_size = ranks or default_world_size(lanes, devices)
+    world_size = config.ranks or default_world_size(lanes, devices)
+    outcome = finished_outcome(ObjectStore.connect(Settings().bucket, create=False), run.run_id)
+    if outcome:
+        run_logger().info("training of run %s has finished before", run.run_id)
+        return _result(run, world_size, outcome)
     if (idle := devices - world_size) > 0:
         run_logger().warning("%d of %d devices stay idle: %d ranks share %d lanes", idle, devices, world_size, lanes)
     folder = JobFolder(Settings().runs / run.run_id)
     folder.write_job(
         Job(
             run_id=run.run_id,
-            config=config,
+            config=config.training(),
             dataset_version=dataset.version,
             world_size=world_size,
             manifest_digest=run.manifest_digest,
+            checkpoints=config.checkpoints,
+            restarts=config.restarts,
         )
     )
     total = float(config.epochs)
@@ -83,6 +92,10 @@ def train(run: TrackedRun, dataset: DatasetRef, config: TrainConfig, ranks: int 
     tracking.log_file(run.run_id, folder.weights, "weights")
     tags = {"convoy.weights_sha256": outcome.weights_sha256, "convoy.world_size": str(world_size)}
     tracking.set_tags(run.run_id, tags)
+    return _result(run, world_size, outcome)
+
+
+def _result(run: TrackedRun, world_size: int, outcome: Outcome) -> TrainResult:
     return TrainResult(
         run_id=run.run_id,
         world_size=world_size,
@@ -120,6 +133,8 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
     outcome = folder.read_outcome()
     if outcome and outcome.status == "finished":
         return outcome
+    if outcome and outcome.status == "interrupted":
+        raise Interrupted(f"interrupted at step {outcome.steps}; `convoy resume {folder.path.name}` goes on")
     killed = folder.killed()
     if outcome is None or (outcome.status == "crashed" and killed):
         raise TrainingFailed(f"the ranks died (see {folder.log}): {killed or folder.log_end()}", exit_status=1)
@@ -134,6 +149,10 @@ class _Display:
         self._parts: dict[str, str] = {}
 
     def __call__(self, event: Event) -> None:
+        if event.warning:
+            run_logger().warning("%s", event.warning)
+        if not event.step:
+            return
         self._parts["epoch"] = f"epoch {event.epoch}/{self._epochs}"
         if event.loss is not None:
             self._parts["loss"] = f"loss {event.loss:.3f}"

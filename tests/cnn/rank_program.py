@@ -1,7 +1,8 @@
-"""Train on packed digits at several world sizes: rank_program.py FOLDER CONFIG WORLD_SIZE...
+"""Train on packed digits at several world sizes: rank_program.py FOLDER CONFIG PLAN...
 
-Prints one JSON line: for each world size the list of what its ranks found (the weights' digest and every report).
-Ranks are forked from this process, so that torch is loaded once.
+A plan is a world size (`2`), or several, each with the step about which to stop and go on with the next: `2@9,4@30,1`.
+Prints one JSON line: for each plan the list of what its last ranks found (digests of the weights, and every report of
+all parts). Ranks are forked from this process, so that torch is loaded once.
 """
 
 import json
@@ -11,30 +12,44 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from cnn.config import TrainConfig
 from cnn.distributed import make_deterministic, process_group
 from cnn.manifest import Manifest
 from cnn.packed import PackedSplit
-from cnn.trainer import EpochReport, StepReport, Trainer, fit
+from cnn.reports import EpochReport, StepReport
+from cnn.trainer import Trainer, fit
 from cnn.weights import weights_sha256
 
 
 class History:
+    """Keeps all reports, and the state at the last milestone."""
+
     def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-        self.epochs: list[dict[str, object]] = []
+        self.steps: list[dict[str, Any]] = []
+        self.epochs: list[dict[str, Any]] = []
+        self.state: dict[str, Any] = {}
 
     def on_step(self, report: StepReport) -> None:
-        self.steps.append(asdict(report))
+        self.steps.append({key: value for key, value in asdict(report).items() if key != "rank_seconds"})
 
     def on_epoch(self, report: EpochReport) -> None:
         self.epochs.append(asdict(report))
 
+    def after_step(self, trainer: Trainer, *, milestone: bool) -> None:
+        if milestone:
+            for report in trainer.reports(until=trainer.step):
+                self.on_step(report)
+            self.state = trainer.state()
 
-def run_rank(folder: Path, config: TrainConfig, meeting: Path, rank: int, world_size: int) -> dict[str, object]:
+
+def run_rank(
+    folder: Path, config: TrainConfig, meeting: Path, rank: int, world_size: int, stop: int | None
+) -> dict[str, Any]:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
@@ -43,21 +58,50 @@ def run_rank(folder: Path, config: TrainConfig, meeting: Path, rank: int, world_
         for split in ("train", "val")
     )
     make_deterministic()
-    with process_group(dist.FileStore(str(meeting), world_size)) as (device, exchange):
-        trainer = Trainer(config, manifest=manifest, train=train, val=val, device=device, exchange=exchange)
+    state = meeting / "state.safetensors"
+    with process_group(dist.FileStore(str(meeting / f"ranks-{stop}"), world_size)) as (device, exchange):
+        trainer = Trainer(
+            config,
+            manifest=manifest,
+            train=train,
+            val=val,
+            device=device,
+            exchange=exchange,
+            # One rank's wish is enough, and it is the last one's.
+            stop_requested=lambda: rank == world_size - 1 and stop is not None and trainer.step >= stop,
+        )
+        trainer.restore(load_file(state) if rank == 0 and state.exists() else None)
         history = History()
-        fit(trainer, history)
-    return {"weights": weights_sha256(trainer.network.state_dict()), **vars(history)}
+        finished = fit(trainer, history)
+        if rank == 0:
+            save_file(history.state, state)
+    assert finished == (stop is None)
+    return {
+        "weights": weights_sha256(trainer.weights()),
+        "state": weights_sha256(history.state),
+        "steps": history.steps,
+        "epochs": history.epochs,
+    }
 
 
 def main() -> None:
     folder, config = Path(sys.argv[1]), TrainConfig.model_validate_json(sys.argv[2])
     found = []
-    for world_size in map(int, sys.argv[3:]):
+    for plan in sys.argv[3:]:
         with tempfile.TemporaryDirectory() as meeting:
-            ranks = [(folder, config, Path(meeting, "ranks"), rank, world_size) for rank in range(world_size)]
-            with multiprocessing.get_context("fork").Pool(world_size) as pool:
-                found.append(pool.starmap(run_rank, ranks, chunksize=1))
+            earlier: dict[str, list[Any]] = {"steps": [], "epochs": []}
+            for part in plan.split(","):
+                size, _, stop = part.partition("@")
+                ranks = [
+                    (folder, config, Path(meeting), r, int(size), int(stop) if stop else None) for r in range(int(size))
+                ]
+                with multiprocessing.get_context("fork").Pool(int(size)) as pool:
+                    said = pool.starmap(run_rank, ranks, chunksize=1)
+                for each in said:
+                    each |= {key: earlier[key] + each[key] for key in earlier}
+                # The first rank alone reads the figures of the last steps before a stop.
+                earlier = {key: said[0][key] for key in earlier}
+            found.append(said)
     print(json.dumps(found))
 
 

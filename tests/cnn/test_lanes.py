@@ -15,17 +15,38 @@ from cnn.lanes import PartialSums
 from cnn.worldsize import check_world_size, default_world_size
 from tests.cnn.conftest import Packed
 
-NETWORKS = {
-    "notes": {"network": {"channels": [8, 16], "pool_stride": 1, "dropout": 0.3}, "optimizer": "adamw", "lr": 0.002},
-    "convoy9": {"network": {"width": 8, "dropout": 0.2}, "augment": {"shift": 1, "cutout": 2}},
+RECIPES: dict[str, dict[str, Any]] = {
+    "notes": {
+        "model": "notes",
+        "network": {"channels": [8, 16], "pool_stride": 1, "dropout": 0.3},
+        "optimizer": "adamw",
+        "lr": 0.002,
+        "augment": {"shift": 1, "mixup": 0.4},
+    },
+    "convoy9": {
+        "model": "convoy9",
+        "network": {"width": 8, "dropout": 0.2},
+        "augment": {"shift": 1, "cutout": 2, "cutmix": 1.0},
+        "ema": 0.9,
+        "clip_norm": 2.0,
+        "select": "best",
+        "test_flip": True,
+    },
+    "convoy9 in bfloat16": {
+        "model": "convoy9",
+        "network": {"width": 4},
+        "precision": "bfloat16",
+        "optimizer": "adam",
+        "lr": 0.01,
+    },
 }
 
 
-def train(digits: Packed, config: TrainConfig, *world_sizes: int) -> list[list[dict[str, Any]]]:
-    """Train with so many processes; returns what each rank says, for each world size."""
+def train(digits: Packed, config: TrainConfig, *plans: int | str) -> list[list[dict[str, Any]]]:
+    """Train by some plans (see the program); returns what each rank says, for each plan."""
     command = [sys.executable, "-m", "tests.cnn.rank_program", str(digits.folder), config.model_dump_json()]
     done = subprocess.run(
-        [*command, *map(str, world_sizes)],
+        [*command, *map(str, plans)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         check=True,
@@ -34,18 +55,37 @@ def train(digits: Packed, config: TrainConfig, *world_sizes: int) -> list[list[d
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_weights_and_metrics_are_equal_bit_for_bit_for_1_2_and_4_ranks(network: str, digits: Packed) -> None:
-    config = TrainConfig(model=network, epochs=2, batch_size=64, lanes=4, **NETWORKS[network])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_weights_and_metrics_are_equal_bit_for_bit_for_1_2_and_4_ranks(recipe: str, digits: Packed) -> None:
+    config = TrainConfig(epochs=2, batch_size=64, lanes=4, **RECIPES[recipe])
     (alone,), two, four = train(digits, config, 1, 2, 4)
     assert len(alone["steps"]) == 2 * (digits.manifest.splits["train"].count // 64)
     assert alone["steps"][-1]["loss"] < alone["steps"][0]["loss"]
-    assert two == [alone] * 2
-    assert four == [alone] * 4
+    for rank in (*two, *four):
+        assert rank["weights"] == alone["weights"]
+        assert (rank["steps"], rank["epochs"]) == (alone["steps"], alone["epochs"])
+    assert two[0]["state"] == four[0]["state"] == alone["state"]
+
+
+def test_eight_lanes_give_the_same_to_1_2_4_and_8_ranks(digits: Packed) -> None:
+    config = TrainConfig(epochs=1, batch_size=64, lanes=8, **RECIPES["convoy9"])
+    plans = train(digits, config, 1, 2, 4, 8)
+    assert len({rank["weights"] for plan in plans for rank in plan}) == 1
+
+
+@pytest.mark.parametrize("recipe", ["notes", "convoy9"])
+def test_stopped_and_resumed_in_mid_epoch_by_other_numbers_of_ranks_nothing_differs(
+    recipe: str, digits: Packed
+) -> None:
+    config = TrainConfig(epochs=2, batch_size=64, lanes=4, **RECIPES[recipe])
+    per_epoch = digits.manifest.splits["train"].count // 64
+    (undisturbed,), (resumed,), four = train(digits, config, 1, f"2@5,4@{per_epoch - 2},2@{per_epoch + 3},1", "1@9,4")
+    assert resumed == undisturbed
+    assert four[0] == undisturbed
 
 
 def test_another_seed_or_number_of_lanes_gives_other_weights(digits: Packed) -> None:
-    config = TrainConfig(model="notes", epochs=1, batch_size=64, lanes=4, **NETWORKS["notes"])
+    config = TrainConfig(epochs=1, batch_size=64, lanes=4, **RECIPES["notes"])
     changed = [config, config.model_copy(update={"seed": 1}), config.model_copy(update={"lanes": 2})]
     assert len({train(digits, each, 1)[0][0]["weights"] for each in changed}) == 3
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cnn.config import NETWORK_OPTIONS, TrainConfig
+from cnn.config import TrainConfig
 from cnn.errors import InputError
 from cnn.networks import build_network
 
@@ -12,9 +12,9 @@ def network(model: str, channels: int = 1, image_size: int = 28, classes: int = 
     return build_network(config, channels=channels, image_size=image_size, classes=classes)
 
 
-@pytest.mark.parametrize("model", NETWORK_OPTIONS)
+@pytest.mark.parametrize("model", ["notes", "convoy9"])
 @pytest.mark.parametrize(("channels", "image_size"), [(1, 28), (3, 32), (3, 97), (1, 10)])
-def test_every_network_takes_images_of_any_shape(model: str, channels: int, image_size: int) -> None:
+def test_our_networks_take_images_of_any_shape(model: str, channels: int, image_size: int) -> None:
     logits = network(model, channels, image_size, classes=7)(torch.rand(3, channels, image_size, image_size))
     assert logits.shape == (3, 7)
     assert logits.isfinite().all()

@@ -12,8 +12,9 @@ from cnn.config import TrainConfig
 from cnn.distributed import make_deterministic, process_group
 from cnn.errors import InputError
 from cnn.lanes import Exchange
+from cnn.reports import EpochReport, StepReport
 from cnn.schedule import learning_rate
-from cnn.trainer import EpochReport, NonFiniteLoss, StepReport, Trainer, fit
+from cnn.trainer import NonFinite, Trainer, fit
 from cnn.weights import weights_sha256
 from tests.cnn.conftest import Packed
 
@@ -50,6 +51,8 @@ class History:
 
     def on_epoch(self, report: EpochReport) -> None:
         self.epochs.append(report)
+
+    def after_step(self, trainer: Trainer, *, milestone: bool) -> None: ...
 
 
 class Lab:
@@ -110,12 +113,12 @@ def test_first_reported_loss_is_the_untrained_networks_mean_cross_entropy(lab: L
         "network": SMALL | {"dropout": 0},
     }
     reference = lab.trainer(**keys)
-    images, labels = reference.train.gather(reference._order[:64])
+    images, labels = reference.train.gather(reference._samples(0).flatten())
     with torch.no_grad():
         logits = reference.network(reference.normalise(images))
     trainer = lab.trainer(**keys)
     trainer.train_step()
-    (report,) = trainer.reports(all_steps=True)
+    (report,) = trainer.reports(until=1)
     assert report.loss == pytest.approx(float(F.cross_entropy(logits, labels, label_smoothing=0.1)))
     assert report.accuracy == int((logits.argmax(1) == labels).sum()) / 64
 
@@ -151,14 +154,80 @@ def test_weights_are_a_function_of_the_configuration(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("network", [NOTES, CONVOY9], ids=["notes", "convoy9"])
-def test_a_loss_that_is_no_number_stops_training_and_names_the_step(lab: Lab, network: dict[str, Any]) -> None:
+def test_figures_that_are_not_finite_stop_training_and_leave_the_weights_of_the_step_before(
+    lab: Lab, network: dict[str, Any]
+) -> None:
     history = History()
-    trainer = lab.trainer(**network | {"epochs": 20, "lr": 100.0, "schedule": "constant", "weight_decay": 1.0})
-    with pytest.raises(NonFiniteLoss, match=r"^the loss became (nan|inf) at step \d+ \(learning rate 100\)") as stop:
+    keys = network | {"epochs": 20, "lr": 100.0, "schedule": "constant", "weight_decay": 1.0}
+    trainer = lab.trainer(**keys)
+    with pytest.raises(NonFinite, match=r"^the loss or its gradient is not finite at step \d+, in lane \d") as stop:
         fit(trainer, history)
-    assert f"at step {len(history.steps) + 1} " in str(stop.value)
-    assert all(math.isfinite(report.loss) for report in history.steps)
     assert "\n" not in str(stop.value)
+    assert all(math.isfinite(report.loss) for report in history.steps)
+    assert [report.step for report in history.steps] == list(range(1, stop.value.step))
+    assert trainer.step > stop.value.step - 1
+    again = lab.trainer(**keys)
+    for _ in range(stop.value.step - 1):
+        again.train_step()
+    weights = {name: tensor for name, tensor in again.network.named_parameters()}
+    assert all(torch.equal(weights[name], tensor) for name, tensor in trainer.network.named_parameters())
+
+
+def test_the_lane_and_the_images_to_blame_are_named(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = lab.trainer(lanes=4)
+    poisoned = int(trainer._samples(3)[2][5])
+    gather = type(trainer.train).gather
+
+    def gather_with_a_bad_image(split: Any, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = gather(split, index)
+        return torch.where((index == poisoned).view(-1, 1, 1, 1), torch.nan, images.float()), labels
+
+    monkeypatch.setattr("cnn.trainer.augment", lambda images, *_: images)
+    monkeypatch.setattr(type(trainer.train), "gather", gather_with_a_bad_image)
+    with pytest.raises(NonFinite, match=f"at step 4, in lane 2 .*training images .*{poisoned}") as stop:
+        fit(trainer, History())
+    assert (stop.value.step, stop.value.lanes) == (4, [2])
+    assert stop.value.samples == trainer._samples(3)[2].tolist()
+
+
+def test_early_stopping_and_best_epoch_keep_the_weights_of_the_best(lab: Lab) -> None:
+    keys = {"epochs": 30, "early_stopping": 2, "select": "best", "lr": 0.3, **CONVOY9}
+    trainer, history = lab.train(**keys)
+    accuracies = [report.val.accuracy for report in history.epochs]
+    best = accuracies.index(max(accuracies)) + 1
+    assert len(accuracies) == best + 2 < 30
+    assert (trainer.best_epoch, trainer.selected) == (best, history.epochs[best - 1].val)
+    # The schedule is that of all the epochs, so fewer steps of it end in the same place.
+    again = lab.trainer(**keys)
+    while again.step < best * again.steps_per_epoch:
+        again.train_step()
+    assert weights_sha256(trainer.weights()) == weights_sha256(again.network.state_dict())
+
+
+def test_moving_average_lags_behind_the_weights_and_is_what_is_kept(lab: Lab) -> None:
+    trainer, history = lab.train(epochs=5, ema=0.8, **CONVOY9)
+    assert trainer.average is not None
+    assert weights_sha256(trainer.weights()) == weights_sha256(trainer.average.state_dict())
+    kept, last = (module.state_dict()["linear.weight"] for module in (trainer.average, trainer.network))
+    assert not torch.equal(kept, last)
+    assert history.epochs[-1].val.accuracy > FLOOR
+
+
+def test_clipping_bounds_the_step_but_not_the_reported_norm(lab: Lab) -> None:
+    plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 1.0, "schedule": "constant"}
+    trainer = lab.trainer(clip_norm=0.01, **plain)
+    before = [parameter.clone() for parameter in trainer.network.parameters()]
+    trainer.train_step()
+    (report,) = trainer.reports(until=1)
+    moved = torch.cat([(a - b).detach().flatten() for a, b in zip(before, trainer.network.parameters(), strict=True)]).norm()
+    assert report.gradient_norm > 0.1
+    assert float(moved) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_rank_seconds_are_reported(lab: Lab) -> None:
+    _, history = lab.train()
+    (seconds,) = history.steps[-1].rank_seconds
+    assert 0 < seconds < 10
 
 
 def test_a_batch_larger_than_the_training_split_is_refused_with_the_largest_that_fits(lab: Lab) -> None:

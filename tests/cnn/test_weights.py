@@ -9,16 +9,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cnn.config import TrainConfig
+from cnn.errors import InputError
 from cnn.networks import build_network
-from cnn.weights import load_weights, save_weights, weights_sha256
+from cnn.weights import load_pretrained, load_weights, save_weights, weights_sha256
 
 State = dict[str, Tensor]
 
 
-def network(seed: int = 0) -> nn.Module:
+def network(seed: int = 0, channels: int = 1, classes: int = 10, **options: object) -> nn.Module:
     torch.manual_seed(seed)
-    config = TrainConfig.model_validate({"network": {"width": 4}})
-    return build_network(config, channels=1, image_size=8, classes=10)
+    config = TrainConfig.model_validate({"network": {"width": 4}, **options})
+    return build_network(config, channels=channels, image_size=8, classes=classes)
 
 
 @pytest.fixture
@@ -83,3 +84,111 @@ def test_loading_into_another_structure_is_refused(tmp_path: Path) -> None:
     wider = build_network(TrainConfig.model_validate({"network": {"width": 8}}), channels=1, image_size=8, classes=10)
     with pytest.raises(RuntimeError, match="size mismatch"):
         load_weights(wider, tmp_path / "model.safetensors")
+
+
+STEM = "stem.0.weight"
+
+
+def pretrained(path: Path, **options: object) -> Path:
+    """A file as another training leaves it."""
+    save_weights(network(seed=1, **options), path / "pretrained.safetensors")
+    return path / "pretrained.safetensors"
+
+
+def test_pretrained_weights_of_the_same_network_are_all_taken(tmp_path: Path) -> None:
+    fresh = network().to(memory_format=torch.channels_last)
+    assert load_pretrained(fresh, pretrained(tmp_path)) == ()
+    assert weights_sha256(fresh.state_dict()) == weights_sha256(network(seed=1).state_dict())
+    assert fresh.stage1[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "left"),
+    [
+        ({"classes": 3}, {}, ("linear.weight", "linear.bias")),
+        ({"channels": 1}, {"channels": 3}, (STEM,)),
+        ({"channels": 4}, {"channels": 1}, (STEM,)),
+        ({"classes": 3, "channels": 1}, {"channels": 3}, (STEM, "linear.weight", "linear.bias")),
+        (
+            {"model": "resnet18", "network": {}, "classes": 5},
+            {"model": "resnet18", "network": {}},
+            ("fc.weight", "fc.bias"),
+        ),
+    ],
+    ids=["classes", "more channels", "fewer channels", "both", "torchvision"],
+)
+def test_what_is_of_other_classes_or_channels_stays_fresh_and_is_named(
+    there: dict[str, object], here: dict[str, object], left: tuple[str, ...], tmp_path: Path
+) -> None:
+    ours, fresh, theirs = network(**here), network(**here).state_dict(), network(seed=1, **there).state_dict()
+    assert load_pretrained(ours, pretrained(tmp_path, **there)) == left
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, (fresh if name in left else theirs)[name])
+
+
+def test_grey_images_give_what_they_would_give_as_rgb(tmp_path: Path) -> None:
+    grey, rgb = network(), network(seed=1, channels=3)
+    assert load_pretrained(grey, pretrained(tmp_path, channels=3)) == ()
+    images = torch.rand(5, 1, 8, 8)
+    torch.testing.assert_close(grey(images), rgb(images.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
+
+
+def test_pretrained_weights_may_be_of_lower_precision_and_without_step_counters(tmp_path: Path) -> None:
+    state = {n: t.half() for n, t in network(seed=1).state_dict().items() if not n.endswith("num_batches_tracked")}
+    save_file(state, tmp_path / "half.safetensors")
+    ours = network()
+    assert load_pretrained(ours, tmp_path / "half.safetensors") == ()
+    assert torch.equal(ours.linear.weight, state["linear.weight"].float())
+
+
+Change = Callable[[State], State]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            lambda state: {name.replace("linear.", "fc."): tensor for name, tensor in state.items()},
+            r"48 of 50 names match; there is no 'linear.weight' in it, the nearest is 'fc.weight'",
+        ),
+        (
+            lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+            r"0 of 50 names match; there is no 'stem.0.weight' in it, the nearest is 'module.stem.0.weight'",
+        ),
+        (lambda state: {}, r"0 of 50 names match; there is no 'stem.0.weight' in it$"),
+        (
+            lambda state: state | {"linear2.weight": torch.zeros(1)},
+            r"50 of 50 names match; there is no 'linear2.weight' here, the nearest is 'linear.weight'",
+        ),
+        (
+            lambda state: state | {"head.0.weight": torch.zeros(16, 16, 5, 5)},
+            r"head.0.weight is 16×16×5×5 in it, but 16×16×3×3 here; set the network's options",
+        ),
+        (lambda state: state | {STEM: torch.zeros(4, 3, 7, 7)}, r"stem.0.weight is 4×3×7×7 in it, but 4×1×3×3 here"),
+        (lambda state: state | {"linear.weight": torch.zeros(10, 8)}, r"linear.weight is 10×8 in it, but 10×16 here"),
+    ],
+    ids=["other names", "prefix", "empty", "one more", "other kernel", "other stem", "other features"],
+)
+def test_weights_of_another_network_are_refused_and_change_nothing(
+    change: Change, complaint: str, state: State, tmp_path: Path
+) -> None:
+    ours = network(seed=1)
+    save_file(change(state), tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=complaint):
+        load_pretrained(ours, tmp_path / "other.safetensors")
+    assert weights_sha256(ours.state_dict()) == weights_sha256(network(seed=1).state_dict())
+
+
+def test_a_deeper_network_is_another_network_though_it_has_all_names(tmp_path: Path) -> None:
+    deeper = pretrained(tmp_path, model="resnet34", network={})
+    with pytest.raises(InputError, match=r"122 of 122 names match; there is no 'layer1.2"):
+        load_pretrained(network(model="resnet18", network={}), deeper)
+
+
+@pytest.mark.parametrize("content", [None, b"not weights"], ids=["no file", "another format"])
+def test_an_unreadable_file_is_named(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    if content:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=r"weights\.safetensors cannot be read as a safetensors file"):
+        load_pretrained(network(), file)

@@ -112,7 +112,7 @@ class Training:
         except FileNotFoundError:
             return 0
         whole = [line for line in lines if line.endswith(b"\n")]
-        return int(json.loads(whole[-1])["step"]) if whole else 0
+        return max((int(json.loads(line)["step"]) for line in whole), default=0)
 
     def assert_ends(self) -> None:
         """Wait until no process of it lives."""

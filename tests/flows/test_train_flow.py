@@ -22,11 +22,12 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from safetensors.torch import load
 
+from cnn.manifest import canonical_json
 from cnn.weights import weights_sha256
 from flows.summary import Summary
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from tasks.checkpoints import Commit
+from tasks.checkpoints import commits_of, finished_outcome
 from tasks.config import RunConfig
 from tasks.dataset import load_manifest
 from tests.flows.conftest import CONFIG
@@ -116,23 +117,30 @@ def test_run_has_the_report_and_a_manifest_whose_digest_names_the_training(train
     manifest = json.loads(load_text(f"{uri}/manifest.json"))
     assert manifest["dataset_version"] == trained.dataset_version
     assert manifest["config"]["batch_size"] == CONFIG.batch_size
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(canonical_json(manifest)).hexdigest()
     assert run.data.tags["convoy.manifest_digest"] == digest
 
 
-def test_weights_lie_committed_under_the_checkpoint_prefix(trained: Summary, run: Run, bucket: ObjectStore) -> None:
+def test_checkpoints_lie_committed_under_their_prefix(trained: Summary, run: Run, bucket: ObjectStore) -> None:
     assert trained.checkpoint_prefix
+    commits = list(commits_of(bucket, run.info.run_id))
     prefix = trained.checkpoint_prefix.removeprefix(bucket.uri(""))
-    keys = [info.key for info in bucket.list(prefix)]
-    (commit_key,) = (key for key in keys if key.endswith("/commit.json"))
-    commit = Commit.model_validate_json(bucket.get_bytes(commit_key))
-    assert set(keys) == {commit_key, *commit.files}
-    ((key, file_sha256),) = commit.files.items()
-    data = bucket.get_bytes(key)
-    assert hashlib.sha256(data).hexdigest() == file_sha256
-    assert weights_sha256(load(data)) == commit.weights_sha256 == trained.weights_sha256
-    assert commit.manifest_digest == run.data.tags["convoy.manifest_digest"]
-    assert commit.step == CONFIG.epochs * (600 // CONFIG.batch_size)
+    keys = {info.key for info in bucket.list(prefix)}
+    assert keys == {key for commit in commits for key in (*commit.files, f"{prefix}step-{commit.step:08d}/commit.json")}
+    assert 1 <= len(commits) <= CONFIG.checkpoints.keep + 1
+    assert commits[0].step <= CONFIG.epochs * (600 // CONFIG.batch_size)
+    for commit in commits:
+        assert commit.manifest_digest == run.data.tags["convoy.manifest_digest"]
+        for key, sha256 in commit.files.items():
+            assert hashlib.sha256(bucket.get_bytes(key)).hexdigest() == sha256
+
+
+def test_weights_are_committed_once_the_training_has_finished(trained: Summary, run: Run, bucket: ObjectStore) -> None:
+    outcome = finished_outcome(bucket, run.info.run_id)
+    assert outcome
+    assert outcome.steps == CONFIG.epochs * (600 // CONFIG.batch_size)
+    assert weights_sha256(load(bucket.get_bytes(outcome.weights_key))) == outcome.weights_sha256
+    assert outcome.weights_sha256 == trained.weights_sha256
 
 
 def test_run_has_the_weights_as_safetensors(trained: Summary, run: Run, tmp_path: Path) -> None:

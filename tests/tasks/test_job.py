@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from cnn.config import TrainConfig
+from tasks.config import CheckpointConfig
 from tasks.job import Event, Job, JobFolder, Outcome
 
 JOB = Job(
@@ -14,6 +15,8 @@ JOB = Job(
     dataset_version="ab" * 32,
     world_size=2,
     manifest_digest="cd" * 32,
+    checkpoints=CheckpointConfig(),
+    restarts=3,
 )
 EVENT = Event(step=1, total_steps=10, epoch=1, loss=0.5)
 TORCHRUN_SAYS = """\

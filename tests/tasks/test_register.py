@@ -61,7 +61,7 @@ def trained(stack: object, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     run_id = tracking.start_run("register-tests", "run", {"model": CONFIG.model}, {})
     weights = tmp_path_factory.mktemp("weights") / "model.safetensors"
     digest = save_weights(network, weights)
-    key = f"runs/{run_id}/checkpoints/step-00000001/model.safetensors"
+    key = f"runs/{run_id}/weights/model.safetensors"
     store.put_file(key, weights)
     result = TrainResult(
         run_id=run_id,

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from cnn.config import TrainConfig
+from tasks.config import CheckpointConfig
 from tasks.job import Job, JobFolder
 from tests.flows.program import Training, wait_for
 
@@ -111,7 +112,17 @@ def training(tmp_path: Path) -> Training:
     """A job whose dataset is nowhere: its ranks would fail."""
     folder = JobFolder(tmp_path / "job")
     config = TrainConfig()
-    folder.write_job(Job(run_id="f00d", config=config, dataset_version="0" * 64, world_size=2, manifest_digest=""))
+    folder.write_job(
+        Job(
+            run_id="f00d",
+            config=config,
+            dataset_version="0" * 64,
+            world_size=2,
+            manifest_digest="",
+            checkpoints=CheckpointConfig(),
+            restarts=0,
+        )
+    )
     return Training(folder.path)
 
 

@@ -24,7 +24,7 @@ def only_train(config: RunConfig) -> TrainResult:
     dataset = preprocess(download(config.dataset), config.data)
     with tracked_run(config, dataset) as run:
         opened.append(run)
-        return train(run, dataset, config.training(), config.ranks)
+        return train(run, dataset, config)
 
 
 opened: list[TrackedRun] = []

@@ -1,0 +1,70 @@
+"""What a training says of itself; equal on every rank, the ranks' own times included."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from cnn.evaluate import Score
+
+if TYPE_CHECKING:
+    from cnn.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Means over the `steps` steps that end with `step`, which counts from 1."""
+
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    """Of the augmented images."""
+
+    gradient_norm: float
+    """Before clipping."""
+
+    learning_rate: float
+    """Of the last step."""
+
+    rank_seconds: tuple[float, ...]
+    """Seconds a step that each rank computed, without the time it waited for others; empty if not known yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochReport:
+    """What the validation split says after an epoch. `epoch` and `step` count from 1."""
+
+    epoch: int
+    step: int
+    val: Score
+
+
+class Reporter(Protocol):
+    """Is told how a training goes."""
+
+    def on_step(self, report: StepReport) -> None: ...
+
+    def on_epoch(self, report: EpochReport) -> None: ...
+
+    def after_step(self, trainer: "Trainer", *, milestone: bool) -> None:
+        """A good moment to keep `trainer.state()`; a `milestone` is an epoch's end, or the last step before a stop."""
+        ...
+
+
+class StragglerWatch:
+    """Notices a rank that computes slower than the others for some reports in a row.
+
+    Args:
+        factor: how many times the median of all ranks is slow.
+        patience: reports in a row until it is named.
+    """
+
+    def __init__(self, factor: float = 1.5, patience: int = 5) -> None:
+        self._factor, self._patience = factor, patience
+        self._slow: dict[int, int] = {}
+
+    def look(self, seconds: tuple[float, ...]) -> list[int]:
+        """The ranks to name now: each once, until it has caught up."""
+        median = sorted(seconds)[(len(seconds) - 1) // 2] if seconds else 0.0  # the lower one: of two, the faster
+        slow = [rank for rank, each in enumerate(seconds) if each > self._factor * median]
+        self._slow = {rank: self._slow.get(rank, 0) + 1 for rank in slow}
+        return [rank for rank, times in self._slow.items() if times == self._patience]

@@ -1,0 +1,62 @@
+"""The list of trainings, for people who look for one to resume."""
+
+from datetime import datetime
+
+from pydantic import BaseModel, ConfigDict
+
+from infra import tracking
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from tasks.checkpoints import commits_of
+from tasks.run import MANIFEST_DIGEST, read_record
+
+
+class Training(BaseModel):
+    """One training, as a list shows it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    started: datetime
+    status: str
+    """MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
+
+    step: int | None
+    """Of the newest checkpoint."""
+
+    dataset: str
+    model: str
+    val_accuracy: float | None
+
+    def cells(self) -> list[str]:
+        """As texts, in the order of the fields."""
+        return [
+            self.run_id,
+            f"{self.started.astimezone():%Y-%m-%d %H:%M}",
+            self.status,
+            "" if self.step is None else str(self.step),
+            self.dataset,
+            self.model,
+            "" if self.val_accuracy is None else f"{self.val_accuracy:.2%}",
+        ]
+
+
+def list_trainings(limit: int) -> list[Training]:
+    """The newest trainings, the newest first."""
+    store = ObjectStore.connect(Settings().bucket)
+    found = []
+    for run in tracking.list_runs(MANIFEST_DIGEST, limit=limit):
+        newest = next(commits_of(store, run.run_id), None)
+        config = read_record(run.run_id).config
+        found.append(
+            Training(
+                run_id=run.run_id,
+                started=run.started,
+                status=run.status,
+                step=newest and newest.step,
+                dataset=config.dataset,
+                model=config.name or config.dataset,
+                val_accuracy=run.metrics.get("val/accuracy"),
+            )
+        )
+    return found
