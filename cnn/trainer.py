@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from cnn.packed import PackedSplit
 from cnn.reports import EpochReport, Reporter, StepReport
 from cnn.schedule import average_decay, learning_rate
 from cnn.streams import epoch_order, generator, seed_default_generator, stream_seed
+from cnn.weights import load_pretrained
 
 STEPS_LATE = 2  # figures are acted on this many steps after they were computed, so that nothing waits for a GPU
 REPORTS_AN_EPOCH = 50  # at most some more; each is the mean of equally many steps
@@ -76,7 +78,7 @@ def check_fits(config: TrainConfig, manifest: Manifest) -> None:
             f"set batch_size to at most {count // config.lanes * config.lanes}, or give more images"
         )
     with torch.device("meta"):
-        _network(config, manifest)
+        build(config, manifest)
 
 
 def predictor(network: nn.Module, config: TrainConfig) -> nn.Module:
@@ -84,7 +86,8 @@ def predictor(network: nn.Module, config: TrainConfig) -> nn.Module:
     return TestTimeFlip(network) if config.test_flip else network
 
 
-def _network(config: TrainConfig, manifest: Manifest) -> nn.Module:
+def build(config: TrainConfig, manifest: Manifest) -> nn.Module:
+    """The network that a configuration names, for the images and classes of a dataset version."""
     return build_network(
         config, channels=manifest.channels, image_size=manifest.image_size, classes=len(manifest.classes)
     )
@@ -101,6 +104,7 @@ class Trainer:
         train, val: its packed splits.
         device: of this rank.
         exchange: between the ranks.
+        pretrained: safetensors file of weights to start from, in place of fresh ones.
         stop_requested: whether this rank wants to stop soon; asked at each step, all ranks stop at the same one.
 
     Raises:
@@ -117,6 +121,7 @@ class Trainer:
         val: PackedSplit,
         device: torch.device,
         exchange: Exchange,
+        pretrained: Path | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         check_fits(config, manifest)
@@ -128,7 +133,10 @@ class Trainer:
         self.classes = len(manifest.classes)
         self.normalise = Normalise(manifest.mean, manifest.std).to(device)
         torch.manual_seed(stream_seed(config.seed, "weights"))
-        self.network = _network(config, manifest).to(device).to(memory_format=torch.channels_last)
+        network = build(config, manifest)
+        if pretrained:
+            load_pretrained(network, pretrained)
+        self.network = network.to(device).to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.network) if config.ema else None
         self.optimizer = build_optimizer(config, self.network)
         self._clock = ComputeClock(device)

@@ -13,6 +13,7 @@ from tasks.config import RunConfig
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.preprocess import preprocess
+from tasks.pretrained import pretrained
 from tasks.register import register
 from tasks.run import read_record, recorded_dataset, tracked_run
 from tasks.train import train
@@ -37,6 +38,8 @@ def train_flow(config: RunConfig, refresh: frozenset[str] = frozenset(), resume:
         source = download(config.dataset, refresh="download" in refresh)
         dataset = preprocess(source, config.data, refresh="preprocess" in refresh)
         reused = tuple(step for step, output in (("download", source), ("preprocess", dataset)) if output.reused)
+        if config.pretrained:
+            config = pretrained(config, dataset)
     try:
         with tracked_run(config, dataset, resume) as run:
             trained = train(run, dataset, config)

@@ -47,6 +47,11 @@ def shard_key(shard: Shard) -> str:
     return f"shards/{shard.sha256}.safetensors"
 
 
+def pretrained_key(sha256: str) -> str:
+    """Key of weights to start a training from."""
+    return f"pretrained/{sha256}.safetensors"
+
+
 def load_manifest(store: ObjectStore, version: str) -> Manifest:
     """Read and verify a manifest.
 

@@ -15,8 +15,7 @@ from cnn.config import TrainConfig
 from cnn.distributed import local_device
 from cnn.evaluate import predict_logits
 from cnn.manifest import Manifest
-from cnn.networks import build_network
-from cnn.trainer import predictor
+from cnn.trainer import build, predictor
 from cnn.weights import load_weights, weights_sha256
 from infra import tracking
 from infra.cache import Cache
@@ -94,9 +93,7 @@ def trained_network(store: ObjectStore, config: TrainConfig, manifest: Manifest,
     Raises:
         ServiceError: the weights in the bucket are not those of the training.
     """
-    network = build_network(
-        config, channels=manifest.channels, image_size=manifest.image_size, classes=len(manifest.classes)
-    )
+    network = build(config, manifest)
     with TemporaryDirectory() as temporary:
         file = Path(temporary) / "weights.safetensors"
         store.get_file(trained.weights_key, file, sha256=None)

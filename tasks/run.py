@@ -185,7 +185,7 @@ def run_manifest(config: RunConfig, dataset: DatasetRef, code: Provenance) -> Ru
     return RunManifest(
         code_digest=code_digest(sorted(Path(cnn.__path__[0]).rglob("*.py"))),
         dataset_version=dataset.version,
-        config=config.training().model_dump(mode="json"),
+        config=config.training().model_dump(mode="json", exclude={"pretrained"}),  # its digest says what it was
         lock_sha256=code.lock_sha256,
         torch=torch.__version__,
         device=device,

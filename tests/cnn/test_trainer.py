@@ -219,7 +219,9 @@ def test_clipping_bounds_the_step_but_not_the_reported_norm(lab: Lab) -> None:
     before = [parameter.clone() for parameter in trainer.network.parameters()]
     trainer.train_step()
     (report,) = trainer.reports(until=1)
-    moved = torch.cat([(a - b).detach().flatten() for a, b in zip(before, trainer.network.parameters(), strict=True)]).norm()
+    moved = torch.cat(
+        [(a - b).detach().flatten() for a, b in zip(before, trainer.network.parameters(), strict=True)]
+    ).norm()
     assert report.gradient_norm > 0.1
     assert float(moved) == pytest.approx(0.01, rel=1e-3)
 
