@@ -28,9 +28,8 @@ def torchvision_network(
     Raises:
         InputError: the images are too small for a ConvNeXt, which shrinks them without padding.
     """
-    with torch.device(
-        "cpu"
-    ):  # a RegNet computes its widths with tensors, whose values the device "meta" would not have
+    # A RegNet computes its widths with tensors, whose values it would not have on the device "meta".
+    with torch.device("cpu"):
         network: nn.Module = models.get_model(name, weights=None, num_classes=classes)  # type: ignore[attr-defined]
     network.to(torch.get_default_device())
     small = options.stem == "small" or (options.stem == "auto" and image_size < SMALL_IMAGE)
