@@ -14,8 +14,8 @@ def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Opti
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if not _is_matrix(p)], "weight_decay": 0.0},
     ]
     optimizer: torch.optim.Optimizer
     match config.optimizer:
@@ -28,6 +28,11 @@ def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Opti
             optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
     _fill_state(optimizer)
     return optimizer
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """A matrix or kernel, rather than a bias or one factor a channel, whatever its shape (ConvNeXt's are C×1×1)."""
+    return parameter.shape[1:].numel() > 1
 
 
 def _fill_state(optimizer: torch.optim.Optimizer) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from flows.summary import Summary, check_writable, write_summary
 from infra.settings import Settings
-from tasks.config import RunConfig, load_config
+from tasks.config import RunConfig, load_config, recipes
 
 INTERRUPTED, CTRL_C = 75, 130
 
@@ -57,6 +57,10 @@ class Step(StrEnum):
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file of configuration keys; see `convoy config`.")
 ]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(help=f"Named configuration to build on: {', '.join(recipes())}."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set any key: -s lr=0.05 -s augment.shift=3. Repeatable."),
@@ -68,7 +72,10 @@ DatasetOption = Annotated[
         "or an s3:// or https:// address of one.",
     ),
 ]
-ModelOption = Annotated[str | None, typer.Option(help="Network: convoy9, or notes (the classic teaching network).")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Network: convoy9, notes (the classic teaching network), or one of torchvision's: resnet18, …"),
+]
 EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]
 RanksOption = Annotated[
     int | None, typer.Option(help="Processes; the result does not depend on it. Default: one a GPU, or one a core.")
@@ -88,12 +95,13 @@ def train(
     limit: LimitOption = None,
     settings: SetOption = None,
     config_file: ConfigOption = None,
+    recipe: RecipeOption = None,
     refresh: Annotated[list[Step] | None, typer.Option(help="Do a step anew although its output exists.")] = None,
     summary: SummaryOption = None,
 ) -> None:
     """Train, evaluate and register a network.
 
-    A key may be given in a file, by --set or by its own option; the later of these wins.
+    A key may be given by a recipe, in a file, by --set or by its own option; the later of these wins.
 
     [dim]convoy train --dataset digits --epochs 3[/]
     [dim]convoy train --dataset photos/ --set data.image_size=64 --set augment.flip=false[/]
@@ -102,7 +110,7 @@ def train(
     def run() -> Summary:
         from infra.catalogue import check_dataset
 
-        config = _config(dataset, model, epochs, ranks, name, limit, settings, config_file)
+        config = _config(dataset, model, epochs, ranks, name, limit, settings, config_file, recipe)
         check_dataset(config.dataset)  # a wrong name should not have to wait for servers
         return _train(config, refresh or [])
 
@@ -165,9 +173,10 @@ def config(
     limit: LimitOption = None,
     settings: SetOption = None,
     config_file: ConfigOption = None,
+    recipe: RecipeOption = None,
 ) -> None:
     """Print the configuration that `convoy train` would use with the same options, as YAML for --config."""
-    resolved = _config(dataset, model, epochs, ranks, name, limit, settings, config_file).resolved()
+    resolved = _config(dataset, model, epochs, ranks, name, limit, settings, config_file, recipe).resolved()
     typer.echo(yaml.safe_dump(resolved, sort_keys=False).rstrip())
 
 
@@ -218,10 +227,11 @@ def _config(
     limit: int | None,
     settings: list[str] | None,
     config_file: Path | None,
+    recipe: str | None,
 ) -> RunConfig:
     settings = [*(settings or []), *([f"data.limit={limit}"] if limit is not None else [])]
     options = {"dataset": dataset, "model": model, "epochs": epochs, "ranks": ranks, "name": name}
-    return load_config(config_file, settings, options)
+    return load_config(config_file, settings, options, recipe=recipe)
 
 
 def _stack_up() -> None:

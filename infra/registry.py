@@ -123,6 +123,14 @@ def create_version(name: str, model_id: str, *, run_id: str, tags: Mapping[str, 
     return ModelVersion(name=name, version=str(created.version))
 
 
+def version_of(name: str, run_id: str) -> ModelVersion | None:
+    """The newest version of `name` that a run has registered; None if there is none."""
+    with mlflow_client(f"look for versions of model {name!r}") as client:
+        found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    versions = sorted((int(version.version) for version in found), reverse=True)
+    return ModelVersion(name=name, version=str(versions[0])) if versions else None
+
+
 def set_alias(model: ModelVersion, alias: str) -> None:
     """Point an alias of the model's name at this version, away from any other."""
     with mlflow_client(f"set alias {alias} of model {model.name!r}") as client:

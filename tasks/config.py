@@ -18,6 +18,8 @@ from cnn.worldsize import check_world_size
 from infra.catalogue import CATALOGUE
 from infra.errors import UsageError
 
+RECIPES = Path(__file__).parent / "recipes"
+
 
 class CheckpointConfig(Config):
     """When the state of a training is stored; no part of the result (`checkpoints.*`)."""
@@ -97,10 +99,22 @@ class RunConfig(TrainConfig):
         return self.model_dump(mode="json")
 
 
-def load_config(file: Path | None, settings: Iterable[str] = (), options: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read a configuration.
+def recipes() -> dict[str, Path]:
+    """The named configurations that come with Convoy."""
+    return {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+
+
+def load_config(
+    file: Path | None,
+    settings: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+    *,
+    recipe: str | None = None,
+) -> RunConfig:
+    """Read a configuration. Options win over settings, these over the file, and the file over the recipe.
 
     Args:
+        recipe: name of one of `recipes()`, which all else builds on.
         file: YAML mapping, or None.
         settings: `key=value` texts; a dot reaches into a section (`augment.shift=1`), the value is read as YAML.
         options: top-level keys that take precedence over both; None values are left out.
@@ -108,7 +122,15 @@ def load_config(file: Path | None, settings: Iterable[str] = (), options: Mappin
     Raises:
         UsageError: one line that names the file or key that is wrong, and the nearest that is right.
     """
-    values = _read(file) if file else {}
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        known = recipes()
+        if recipe not in known:
+            near = difflib.get_close_matches(recipe, known, n=1, cutoff=0)
+            raise UsageError(f"unknown recipe {recipe!r}; did you mean {near[0]!r}?")
+        values = _read(known[recipe])
+    if file:
+        values = _merge(values, _read(file))
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
@@ -128,6 +150,15 @@ def load_config(file: Path | None, settings: Iterable[str] = (), options: Mappin
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise UsageError(explain(error, RunConfig, values)) from None
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, section by section; `over` wins."""
+    merged = {**base}
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def _read(file: Path) -> dict[str, Any]:

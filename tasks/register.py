@@ -12,7 +12,7 @@ from cnn.serving import ServedClassifier
 from cnn.trainer import predictor
 from infra.objectstore import ObjectStore
 from infra.provenance import provenance
-from infra.registry import ModelVersion, check_model_name, create_version, log_model
+from infra.registry import ModelVersion, check_model_name, create_version, log_model, version_of
 from infra.settings import Settings
 from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetRef, load_manifest
@@ -39,6 +39,9 @@ def register(
     """
     stop_if_cancelled()
     check_model_name(name)
+    if found := version_of(name, trained.run_id):
+        run_logger().info("version %s of model %s was registered before", found.version, found.name)
+        return found
     store = ObjectStore.connect(Settings().bucket, create=False)
     manifest = load_manifest(store, dataset.version)
     served = ServedClassifier(

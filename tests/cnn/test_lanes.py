@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cnn.config import TrainConfig
+from cnn.config import TORCHVISION_NETWORKS, TrainConfig
 from cnn.errors import InputError
 from cnn.lanes import PartialSums
 from cnn.worldsize import check_world_size, default_world_size
@@ -65,6 +65,14 @@ def test_weights_and_metrics_are_equal_bit_for_bit_for_1_2_and_4_ranks(recipe: s
         assert rank["weights"] == alone["weights"]
         assert (rank["steps"], rank["epochs"]) == (alone["steps"], alone["epochs"])
     assert two[0]["state"] == four[0]["state"] == alone["state"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TORCHVISION_NETWORKS)
+def test_torchvisions_networks_too(name: str, digits: Packed) -> None:
+    config = TrainConfig(model=name, epochs=1, batch_size=256, lanes=4, lr=0.01, ema=0.5)
+    plans = train(digits, config, 1, 2, 4)
+    assert len({rank["weights"] for plan in plans for rank in plan}) == 1
 
 
 def test_eight_lanes_give_the_same_to_1_2_4_and_8_ranks(digits: Packed) -> None:

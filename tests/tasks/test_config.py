@@ -8,7 +8,7 @@ import yaml
 
 from cnn.config import NETWORK_OPTIONS, TrainConfig
 from infra.errors import UsageError
-from tasks.config import RunConfig, known_keys, load_config
+from tasks.config import RunConfig, known_keys, load_config, recipes
 
 
 def refusal(*settings: str, **options: Any) -> str:
@@ -36,6 +36,23 @@ def test_later_setting_wins_and_values_are_yaml() -> None:
     assert (config.lr, config.name, config.augment.flip) == (0.02, None, False)
 
 
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_recipe_is_a_configuration_that_all_else_builds_on(recipe: str, tmp_path: Path) -> None:
+    config = load_config(None, recipe=recipe)
+    assert config != RunConfig()
+    file = tmp_path / "config.yaml"
+    file.write_text("augment:\n  cutout: 3\n")
+    changed = load_config(file, ["lr=0.3"], {"epochs": 5}, recipe=recipe)
+    assert (changed.lr, changed.epochs, changed.augment.cutout) == (0.3, 5, 3)
+    unset = {"lr", "epochs", "augment"}
+    assert changed.model_dump(exclude=unset) == config.model_dump(exclude=unset)
+
+
+def test_unknown_recipe_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="unknown recipe 'fashion-95'; did you mean 'fashion-94'"):
+        load_config(None, recipe="fashion-95")
+
+
 def test_empty_file_is_the_default_configuration(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "empty.yaml") == load_config(None) == RunConfig()
@@ -43,7 +60,8 @@ def test_empty_file_is_the_default_configuration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("network", NETWORK_OPTIONS)
 def test_resolved_configuration_is_complete_and_gives_itself_again(network: str) -> None:
-    config = load_config(None, [f"model={network}", "network.dropout=0.5"])
+    option = "dropout=0.5" if "dropout" in NETWORK_OPTIONS[network].model_fields else "stem=small"
+    config = load_config(None, [f"model={network}", f"network.{option}"])
     resolved = config.resolved()
     assert resolved["network"].keys() == NETWORK_OPTIONS[network].model_fields.keys()
     again = RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(resolved)))
