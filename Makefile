@@ -38,8 +38,13 @@ up: setup
 down: setup
 	$(BIN)/convoy down
 
-bench: setup
-	$(BIN)/python -m tests.bench
+bench: setup .venv/bench-ready
+	$(BIN)/python -m tests.bench $(ARGS)
+
+# What the benchmarks compare with, beside the locked set.
+.venv/bench-ready: tests/bench/requirements.txt .venv/ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r tests/bench/requirements.txt && touch $@ \
+		|| echo "packages are missing; what needs them is left out"
 
 lock:
 	$(BIN)/uv pip compile --quiet --all-extras --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \

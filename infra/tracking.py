@@ -187,10 +187,15 @@ def set_tags(run_id: str, tags: Mapping[str, str]) -> None:
 
 
 def log_metrics(run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
-    """Log a few final figures at once; figures of a running training go through a `MetricLogger`."""
+    """Log a few final figures at once, those apart that are there already, from before a resume.
+
+    Figures of a running training go through a `MetricLogger`.
+    """
     now = time.time_ns() // 1_000_000
     with mlflow_client(f"log metrics of run {run_id}") as client:
-        client.log_batch(run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
+        there = client.get_run(run_id).data.metrics
+        new = {name: value for name, value in metrics.items() if there.get(name) != value}
+        client.log_batch(run_id, [Metric(name, value, now, step) for name, value in new.items()])
 
 
 def log_file(run_id: str, path: Path, artifact_dir: str = "") -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cnn.weights import weights_sha256
 from infra.errors import ServiceError
+from infra.files import file_digest
 from infra.objectstore import ObjectMissing, ObjectStore
 from tasks.config import CheckpointConfig
 from tasks.job import Job, Outcome
@@ -142,10 +143,7 @@ class CheckpointWriter:
 
     def _raise_failure(self) -> None:
         if self._failed:
-            raise CheckpointFailed(
-                f"no checkpoint could be stored for {self._config.patience:.0f} s (checkpoints.patience): "
-                f"{self._failed}"
-            )
+            raise CheckpointFailed(self._failed)
 
     def _run(self) -> None:
         pause = 1.0
@@ -161,8 +159,9 @@ class CheckpointWriter:
             except (ServiceError, OSError) as error:
                 pause = self._put_back(snapshot, error, pause)
             except Exception as error:  # a bug must not look like a slow upload
+                known = isinstance(error, CheckpointFailed)
                 with self._changed:
-                    self._failed = f"{type(error).__name__}: {error}"
+                    self._failed = str(error) if known else f"no checkpoint: {type(error).__name__}: {error}"
             else:
                 pause = 1.0
                 if self._failing_since is not None:
@@ -182,7 +181,8 @@ class CheckpointWriter:
             self._on_trouble(f"the checkpoint of step {snapshot.step} cannot be stored yet; training goes on ({error})")
         with self._changed:
             if now - self._failing_since >= self._config.patience:
-                self._failed = str(error)
+                patience = f"{self._config.patience:g} s (checkpoints.patience)"
+                self._failed = f"no checkpoint could be stored for {patience}: {error}"
                 return pause
             self._waiting = self._waiting or snapshot
             self._changed.wait_for(lambda: self._closing, min(pause, max(self._config.patience / 10, 0.1)))
@@ -195,7 +195,9 @@ class CheckpointWriter:
         file = self._folder / STATE
         try:
             save_file(dict(snapshot.state), file)
-            digest = self._store.put_file(prefix + STATE, file)
+            files = {prefix + STATE: file_digest(file)}
+            self._check_earlier(prefix, files)  # before its file is replaced
+            self._store.put_file(prefix + STATE, file)
         except SafetensorError as error:  # how it reports a full disk
             raise OSError(str(error)) from error
         finally:
@@ -203,18 +205,27 @@ class CheckpointWriter:
         commit = Commit(
             step=snapshot.step,
             manifest_digest=self._job.manifest_digest,
-            files={prefix + STATE: digest},
+            files=files,
             val_accuracy=snapshot.val_accuracy,
             train_seconds=snapshot.train_seconds,
             metrics=snapshot.metrics,
             committed=time.time(),
         )
         if not self._store.put_if_absent(prefix + COMMIT, commit.model_dump_json().encode()):
-            # Done again after an older checkpoint was resumed: the same step has the same state, to the bit.
-            found = Commit.model_validate_json(self._store.get_bytes(prefix + COMMIT))
-            if found.files != commit.files:
-                raise CheckpointFailed(f"another process trains run {self._job.run_id}: {prefix} differs from ours")
+            self._check_earlier(prefix, files)
         self._prune()
+
+    def _check_earlier(self, prefix: str, files: dict[str, str]) -> None:
+        """Done again after an older checkpoint was resumed, the same step has the same state, to the bit."""
+        try:
+            found = Commit.model_validate_json(self._store.get_bytes(prefix + COMMIT))
+        except ObjectMissing:
+            return
+        except ValidationError:  # it counts for nobody, and would be in the way
+            self._store.delete(prefix + COMMIT)
+            return
+        if found.files != files:
+            raise CheckpointFailed(f"another process trains run {self._job.run_id}: {prefix} differs from ours")
 
     def _prune(self) -> None:
         """Keep the newest `keep`, and the one with the best validation accuracy."""

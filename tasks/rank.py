@@ -86,7 +86,8 @@ class RankZero:
         if found:
             self._seconds_before, backlog = found[0].train_seconds, found[0].metrics
         rows = [self._metriclog.MetricRow.model_validate(row) for row in backlog]
-        self._metrics = self._metriclog.MetricLogger(self._job.run_id, backlog=rows, resumed=found is not None)
+        # An earlier start of the ranks may have logged steps without leaving a checkpoint.
+        self._metrics = self._metriclog.MetricLogger(self._job.run_id, backlog=rows, resumed=True)
         self._system = self._systemmetrics.SystemMetrics(self._metrics)
         self._system.start()
         self._writer = CheckpointWriter(
@@ -244,8 +245,9 @@ def train(job: Job, folder: JobFolder, meeting: Path, stop: StopSignal) -> None:
             outcome = outcome.model_copy(
                 update={"val_accuracy": trainer.selected.accuracy, "val_loss": trainer.selected.loss}
             )
+        first.close(whole=not finished)  # before the commit, after which nobody would come back for the metrics
+        if finished:
             outcome = commit_weights(store, job, trainer.weights(), folder.weights, outcome)
-        first.close(whole=not finished)
         folder.write_outcome(outcome)
 
 

@@ -96,6 +96,8 @@ def read_record(run_id: str) -> RunRecord:
     """
     store = ObjectStore.connect(Settings().bucket, create=False)
     try:
+        if "/" in run_id:  # that would be another key
+            raise ObjectMissing(run_id)
         return RunRecord.model_validate_json(store.get_bytes(_record_key(run_id)))
     except ObjectMissing:
         raise UsageError(f"no run {run_id} in bucket {store.bucket}; `convoy runs` lists them") from None

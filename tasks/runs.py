@@ -5,10 +5,13 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict
 
 from infra import tracking
+from infra.errors import UsageError
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from tasks.checkpoints import commits_of
 from tasks.run import MANIFEST_DIGEST, read_record
+
+SPARE = 100  # runs that are looked at in place of those that are left out
 
 
 class Training(BaseModel):
@@ -42,12 +45,17 @@ class Training(BaseModel):
 
 
 def list_trainings(limit: int) -> list[Training]:
-    """The newest trainings, the newest first."""
+    """The newest trainings, the newest first; without those that ended before they began, or are not of our kind."""
     store = ObjectStore.connect(Settings().bucket)
-    found = []
-    for run in tracking.list_runs(MANIFEST_DIGEST, limit=limit):
+    found: list[Training] = []
+    for run in tracking.list_runs(MANIFEST_DIGEST, limit=limit + SPARE):
+        if len(found) == limit:
+            break
+        try:
+            config = read_record(run.run_id).config
+        except UsageError:
+            continue
         newest = next(commits_of(store, run.run_id), None)
-        config = read_record(run.run_id).config
         found.append(
             Training(
                 run_id=run.run_id,

@@ -68,13 +68,15 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     """
     devices, lanes = device_count(), config.lanes
     world_size = config.ranks or default_world_size(lanes, devices)
-    outcome = finished_outcome(ObjectStore.connect(Settings().bucket, create=False), run.run_id)
+    folder = JobFolder(Settings().runs / run.run_id)
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    outcome = finished_outcome(store, run.run_id)
     if outcome:
         run_logger().info("training of run %s has finished before", run.run_id)
-        return _result(run, world_size, outcome)
+        store.get_file(outcome.weights_key, folder.weights)
+        return _publish(run, world_size, outcome, folder)
     if (idle := devices - world_size) > 0:
         run_logger().warning("%d of %d devices stay idle: %d ranks share %d lanes", idle, devices, world_size, lanes)
-    folder = JobFolder(Settings().runs / run.run_id)
     folder.write_job(
         Job(
             run_id=run.run_id,
@@ -89,13 +91,14 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     total = float(config.epochs)
     with progress(f"Training on {world_size} ranks", total, unit="epochs", artifact="training") as advance:
         outcome = _run(folder, _Display(advance, config.epochs))
+    return _publish(run, world_size, outcome, folder)
+
+
+def _publish(run: TrackedRun, world_size: int, outcome: Outcome, folder: JobFolder) -> TrainResult:
+    """Have the weights in the MLflow run; done again after a crash in between."""
     tracking.log_file(run.run_id, folder.weights, "weights")
     tags = {"convoy.weights_sha256": outcome.weights_sha256, "convoy.world_size": str(world_size)}
     tracking.set_tags(run.run_id, tags)
-    return _result(run, world_size, outcome)
-
-
-def _result(run: TrackedRun, world_size: int, outcome: Outcome) -> TrainResult:
     return TrainResult(
         run_id=run.run_id,
         world_size=world_size,

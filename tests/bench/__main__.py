@@ -2,44 +2,113 @@
 
 import argparse
 import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from cnn.config import TrainConfig
-from tests.bench.comparison import keep_memory
-from tests.bench.training import compare_with_bare_loop
+from tasks.environment import describe
+from tasks.lifeline import adopt_orphans, end_descendants
+from tests.bench import checkpoints, frameworks, loaders, memory, training
+from tests.bench.comparison import Comparison, NotInstalled, keep_memory
+
+COMPARISONS: dict[str, Callable[[int], Iterator[Comparison]]] = {
+    "bare": training.bare_loop,
+    "lanes": training.plain_ddp,
+    "ranks": training.two_threads,
+    "lightning": frameworks.lightning,
+    "dataloader": frameworks.dataloader,
+    "accelerate": frameworks.accelerate,
+    "loader28": loaders.small_images,
+    "loader224": loaders.large_images,
+    "memory": memory.memory,
+    "checkpoints": checkpoints.checkpoints,
+}
+WIDTH = 140  # of the table, wherever it is printed
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each pair; the medians are shown")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="comparisons to run; all, if none is named")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each pair; the medians are shown")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's figures")
+    parser.add_argument("--list", action="store_true", help="say what there is to compare")
     options = parser.parse_args()
+    if options.list:
+        for name, comparison in COMPARISONS.items():
+            print(f"{name:12}{(comparison.__doc__ or '').splitlines()[0]}")
+        return 0
+    if unknown := [name for name in options.names if name not in COMPARISONS]:
+        parser.error(f"no comparison is named {unknown[0]!r}; there are {', '.join(COMPARISONS)}")
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
 
+    adopt_orphans()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks are ended and folders removed
+    try:
+        return run(options.names or list(COMPARISONS), options.rounds, options.json)
+    finally:
+        end_descendants(5.0)
+
+
+def run(names: list[str], rounds: int, file: Path | None) -> int:
+    """Run comparisons by name, print the table and write the report; returns the exit status."""
     keep_memory()
-    table = Table(
-        f"one thread, batch {TrainConfig().batch_size}, 28×28",
-        "bare loop",
-        "Convoy",
-        "ratio: median",
-        "min … max",
-        box=None,
-    )
-    results = [compare_with_bare_loop(model, rounds=options.rounds) for model in ("notes", "convoy9")]
+    say = Console(width=WIDTH, highlight=False)
+    machine = describe() | {"processor": _processor()}
+    results: list[Comparison] = []
+    left_out: dict[str, str] = {}
+    failed = False
+    for name in names:
+        began = time.perf_counter()
+        load = os.getloadavg()[0]
+        try:
+            for result in COMPARISONS[name](rounds):
+                results.append(result)
+                ratio = statistics.median(result.ratios)
+                print(f"{result.name}: {ratio:.3f} times {result.theirs_label}", file=sys.stderr)
+        except NotInstalled as missing:
+            left_out[name] = str(missing)
+        except Exception as error:  # the others are worth having all the same
+            left_out[name] = f"failed: {type(error).__name__}: {error}"
+            failed = True
+        print(f"{name}: {time.perf_counter() - began:.0f} s, load average before it {load:.1f}", file=sys.stderr)
+
+    say.print(f"{machine['processor']}, {machine['cpu']}; torch {machine['torch']}; {rounds} rounds")
+    say.print(_table(results))
+    for name, reason in left_out.items():
+        say.print(f"{name}: {reason}")
+    if file:
+        report = {"machine": machine, "comparisons": [each.as_dict() for each in results], "left_out": left_out}
+        file.write_text(json.dumps(report, indent=2) + "\n")
+    return int(failed)
+
+
+def _table(results: list[Comparison]) -> Table:
+    table = Table("comparison", "ours", "theirs", "ratio: median", "min … max", box=None)
     for result in results:
         table.add_row(
-            f"{result.name}: data, augmentation, lanes against one resident batch",
-            f"{result.median(result.theirs):,.0f} img/s",
-            f"{result.median(result.ours):,.0f} img/s",
-            f"{result.median(result.ratios):.3f}",
+            result.name,
+            f"{result.ours_label}: {statistics.median(result.ours):,.0f} {result.unit}",
+            f"{result.theirs_label}: {statistics.median(result.theirs):,.0f} {result.unit}",
+            f"{statistics.median(result.ratios):.3f}",
             f"{min(result.ratios):.3f} … {max(result.ratios):.3f}",
         )
-    Console(soft_wrap=True).print(table)
-    if options.json:
-        options.json.write_text(json.dumps([result.as_dict() for result in results], indent=2) + "\n")
+    return table
+
+
+def _processor() -> str:
+    """The model's name, as Linux has it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown processor")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

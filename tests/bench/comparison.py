@@ -1,17 +1,30 @@
 """Two things measured in turns."""
 
 import ctypes
+import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 
+@dataclass(frozen=True)
+class Side:
+    """One of two things to compare."""
+
+    label: str
+    measure: Callable[[], float]
+    """Does a round and returns its figure."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Rates of two things, round by round; higher is better."""
+    """Figures of two things, round by round."""
 
     name: str
+    ours_label: str
+    theirs_label: str
+    unit: str
     ours: tuple[float, ...]
     theirs: tuple[float, ...]
 
@@ -20,12 +33,20 @@ class Comparison:
         """Ours by theirs, each round."""
         return tuple(a / b for a, b in zip(self.ours, self.theirs, strict=True))
 
-    @staticmethod
-    def median(values: Sequence[float]) -> float:
-        return statistics.median(values)
-
     def as_dict(self) -> dict[str, object]:
-        return asdict(self) | {"ratios": self.ratios}
+        return asdict(self) | {"ratios": self.ratios, "median_ratio": statistics.median(self.ratios)}
+
+
+class NotInstalled(Exception):
+    """A package that a comparison needs is missing; see requirements.txt here."""
+
+
+def require(package: str) -> str:
+    """The version of a package of `requirements.txt`; raises NotInstalled."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise NotInstalled(f"{package} is not installed") from None
 
 
 def keep_memory() -> None:
@@ -39,18 +60,38 @@ def keep_memory() -> None:
     libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def rate(work: Callable[[], float], *, calls: int = 1) -> Callable[[], float]:
+    """A measure: what `calls` calls of `work` do, by its own account, per second."""
+
+    def measure() -> float:
+        began = time.perf_counter()
+        amount = sum(work() for _ in range(calls))
+        return amount / (time.perf_counter() - began)
+
+    return measure
+
+
 def compare(
-    name: str, ours: Callable[[], None], theirs: Callable[[], None], *, amount: float, calls: int, rounds: int
+    name: str, ours: Side, theirs: Side, *, rounds: int, unit: str = "img/s", warm_up: bool = True
 ) -> Comparison:
-    """Call each `calls` times a round, after a warm-up, changing who is first; `amount` is what one call does."""
-    rates: dict[Callable[[], None], list[float]] = {ours: [], theirs: []}
-    for work in rates:
-        for _ in range(3):
-            work()
-    for number in range(rounds):
-        for work in (ours, theirs) if number % 2 else (theirs, ours):
-            began = time.perf_counter()
-            for _ in range(calls):
-                work()
-            rates[work].append(amount * calls / (time.perf_counter() - began))
-    return Comparison(name=name, ours=tuple(rates[ours]), theirs=tuple(rates[theirs]))
+    """Measure both in every round, changing who is first; a warm-up round is not counted."""
+    figures: dict[Side, list[float]] = {ours: [], theirs: []}
+    for number in range(rounds + warm_up):
+        for side in (ours, theirs) if number % 2 else (theirs, ours):
+            figures[side].append(side.measure())
+    first = int(warm_up)
+    return Comparison(
+        name=name,
+        ours_label=ours.label,
+        theirs_label=theirs.label,
+        unit=unit,
+        ours=tuple(figures[ours][first:]),
+        theirs=tuple(figures[theirs][first:]),
+    )
+
+
+def fastest(sides: Sequence[Side]) -> Side:
+    """The side with the highest figure in a round, after a warm-up round of each."""
+    for side in sides:
+        side.measure()
+    return max(sides, key=lambda side: side.measure())

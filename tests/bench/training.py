@@ -1,70 +1,80 @@
-"""Training throughput: what data, augmentation, lanes and reports cost."""
+"""Convoy's training step against plain PyTorch: what data, augmentation, lanes and reports cost."""
 
-import tempfile
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 
-from cnn.config import PreprocessConfig, TrainConfig
+from cnn.config import TrainConfig
 from cnn.distributed import make_deterministic, process_group
-from cnn.manifest import Manifest
-from cnn.networks import build_network
 from cnn.optim import build_optimizer
-from cnn.packed import PackedSplit
-from cnn.preprocess import preprocess
-from cnn.shards import shard_path
-from cnn.trainer import Trainer
-from tests.bench.comparison import Comparison, compare
+from cnn.trainer import Trainer, build
+from tests.bench.comparison import Comparison, Side, compare, rate
+from tests.bench.data import open_packed, packed_images
+from tests.bench.rank_program import train_step
+from tests.bench.turns import Job, ranks
 
-IMAGES, SIZE, CLASSES = 20_000, 28, 10
-STEPS = 40  # a round
+STEPS = {"notes": 25, "convoy9": 10}  # a round; a few seconds on one core
 
 
-def compare_with_bare_loop(model: str, *, rounds: int) -> Comparison:
-    """`Trainer.train_step` against forward, backward and optimizer step on one batch that never leaves memory.
+def bare_loop(rounds: int) -> Iterator[Comparison]:
+    """Convoy's training step against forward, backward and optimizer step on one batch that never leaves memory.
 
-    Both: one process, one thread, channels_last, the same network, optimizer and batch size. The trainer also draws
-    each image from the packed shards, shifts, flips and normalises it, runs the batch as four lanes, and reports.
+    Both: one process, one thread, channels_last, deterministic kernels, the same network, optimizer and batch size.
+    Convoy also draws each image from the packed shards, shifts, flips and normalises it, runs the batch as four lanes,
+    and reports.
     """
     make_deterministic()
-    config = TrainConfig(model=model)
-    with tempfile.TemporaryDirectory() as folder, process_group() as (device, exchange):
-        manifest = _pack(Path(folder))
-        train, val = (
-            PackedSplit([shard_path(Path(folder), shard.sha256) for shard in manifest.splits[split].shards])
-            for split in ("train", "val")
-        )
-        trainer = Trainer(config, manifest=manifest, train=train, val=val, device=device, exchange=exchange)
+    for model, steps in STEPS.items():
+        yield _bare(model, steps, rounds)
 
-        network = build_network(config, channels=1, image_size=SIZE, classes=CLASSES)
-        network = network.to(memory_format=torch.channels_last)
+
+def plain_ddp(rounds: int) -> Iterator[Comparison]:
+    """Convoy's four lanes against plain DDP on the same packed images and batch augmentation, at 2 ranks.
+
+    DDP has its own all-reduce, no buffer broadcast, gradients as views of the buckets, a static graph, and may use
+    kernels that are not deterministic; each of its ranks runs its half batch at once.
+    """
+    yield from _two_ranks_against("lanes", "plain DDP, 2 ranks", Job(program="packed_ddp"), rounds)
+
+
+def two_threads(rounds: int) -> Iterator[Comparison]:
+    """Convoy on 2 ranks of one thread against a plain loop on one rank of 2 threads, on the same packed images."""
+    yield from _two_ranks_against("ranks", "1 rank, 2 threads", Job(program="packed_ddp", ranks=1, threads=2), rounds)
+
+
+def _two_ranks_against(name: str, label: str, job: Job, rounds: int) -> Iterator[Comparison]:
+    for model, steps in STEPS.items():
+        ours, theirs = (replace(each, model=model, steps=steps) for each in (Job(program="convoy"), job))
+        with (
+            packed_images() as folder,
+            ranks("Convoy, 2 ranks", ours, folder) as our_side,
+            ranks(label, theirs, folder) as their_side,
+        ):
+            yield compare(f"{name}: {model}", our_side, their_side, rounds=rounds)
+
+
+def _bare(model: str, steps: int, rounds: int) -> Comparison:
+    config = TrainConfig(model=model)
+    with packed_images() as folder, process_group() as (device, exchange):
+        manifest, train = open_packed(folder)
+        trainer = Trainer(config, manifest=manifest, train=train, val=train, device=device, exchange=exchange)
+        network = build(config, manifest).to(memory_format=torch.channels_last)
         optimizer = build_optimizer(config, network)
         images, labels = train.slice(0, config.batch_size)
         images = trainer.normalise(images)
 
-        def bare_step() -> None:
+        def our_step() -> float:
+            train_step(trainer)
+            return config.batch_size
+
+        def bare_step() -> float:
             optimizer.zero_grad(set_to_none=True)
             loss = F.cross_entropy(network(images), labels, label_smoothing=config.label_smoothing)
             loss.backward()
             optimizer.step()
+            return config.batch_size
 
-        def our_step() -> None:
-            trainer.train_step()
-            list(trainer.reports())
-
-        return compare(model, our_step, bare_step, amount=config.batch_size, calls=STEPS, rounds=rounds)
-
-
-def _pack(folder: Path) -> Manifest:
-    """Packed images of the right number and shape; what they show makes no difference to the time."""
-    random = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (IMAGES, SIZE, SIZE), dtype=torch.uint8, generator=random)
-    labels = torch.randint(CLASSES, (IMAGES,), dtype=torch.uint8, generator=random)
-    files = {}
-    for name, magic, values in (("images-idx3", 0x803, images), ("labels-idx1", 0x801, labels)):
-        path = folder / f"train-{name}-ubyte"
-        header = b"".join(number.to_bytes(4, "big") for number in (magic, *values.shape))
-        path.write_bytes(header + values.numpy().tobytes())
-        files[path.name] = path
-    return preprocess("idx", files, PreprocessConfig(), folder)
+        ours, theirs = (rate(step, calls=steps) for step in (our_step, bare_step))
+        return compare(f"bare: {model}", Side("Convoy", ours), Side("bare loop", theirs), rounds=rounds)

@@ -34,11 +34,11 @@ def disturb(
     program: Callable[..., Program],  # noqa: F811
     next_training: NextTraining,  # noqa: F811
     tmp_path: Path,
-) -> Callable[[Callable[[Program, Training], None]], tuple[Done, Training, Summary]]:
+) -> "Disturb":
     """Starts a training, does something to it, and waits for its end and for that of its processes."""
 
-    def run(act: Callable[[Program, Training], None]) -> tuple[Done, Training, Summary]:
-        flow = program(*TRAIN, "--ranks", "2", *sets(*ENDLESS))
+    def run(act: Callable[[Program, Training], None], *settings: str) -> tuple[Done, Training, Summary]:
+        flow = program(*TRAIN, "--ranks", "2", *sets(*ENDLESS, *settings))
         training = next_training.under_way()
         act(flow, training)
         done = flow.wait()
@@ -48,7 +48,7 @@ def disturb(
     return run
 
 
-Disturb = Callable[[Callable[[Program, Training], None]], tuple[Done, Training, Summary]]
+Disturb = Callable[..., tuple[Done, Training, Summary]]
 
 
 def run_status(training: Training) -> str:
@@ -63,12 +63,14 @@ def flow_run_state(training: Training) -> StateType:
 
 
 @pytest.mark.parametrize("module", ["tasks.supervisor", "torch.distributed.run"])
-def test_killed_supervisor_or_torchrun_takes_the_ranks_along_and_the_flow_fails(disturb: Disturb, module: str) -> None:
+def test_killed_supervisor_or_torchrun_takes_the_ranks_along_and_without_restarts_the_flow_fails(
+    disturb: Disturb, module: str
+) -> None:
     def kill(_: Program, training: Training) -> None:
         (process,) = training.processes(module)
         process.kill()
 
-    done, training, summary = disturb(kill)
+    done, training, summary = disturb(kill, "restarts=0")
     assert done.status == 1
     assert done.complaint.endswith("train.log): they were killed")
     assert (summary.status, summary.exit_status) == ("failed", 1)
@@ -77,12 +79,11 @@ def test_killed_supervisor_or_torchrun_takes_the_ranks_along_and_the_flow_fails(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_killed_rank_is_named_by_the_command_line(disturb: Disturb, rank: int) -> None:
+def test_killed_rank_is_named_by_the_command_line_when_there_are_no_restarts(disturb: Disturb, rank: int) -> None:
     def kill(_: Program, training: Training) -> None:
-        (process,) = (p for p in training.processes("tasks.rank") if p.environ()["RANK"] == str(rank))
-        process.kill()
+        training.rank(rank).kill()
 
-    done, training, summary = disturb(kill)
+    done, training, summary = disturb(kill, "restarts=0")
     assert done.status == 1
     assert done.complaint.endswith(f"rank {rank} was killed by SIGKILL")
     assert (summary.status, summary.exit_status) == ("failed", 1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from uuid import UUID
 import psutil
 from mlflow.tracking import MlflowClient
 
+from flows.summary import Summary
 from infra.settings import Settings
 
 PATIENCE = 120.0  # seconds until a wait counts as a failure, on a busy machine
@@ -22,6 +24,16 @@ ENDS_WITHIN = 20.0  # seconds that a training's processes have to end
 # Small, and long enough that whoever wants to disturb it comes in time.
 SMALL = ("data.limit=400", "network.width=4", "batch_size=64", "augment.shift=0")
 ENDLESS = (*SMALL, "epochs=100000")
+
+# All that a step may depend on, and so all that a checkpoint must hold; 180 steps in some seconds.
+RESUMABLE = (
+    *("data.limit=400", "network.width=4", "batch_size=32", "epochs=15", "lr=0.1"),
+    *("ema=0.9", "select=best", "augment.mixup=0.3", "network.dropout=0.1", "checkpoints.every=0.3"),
+)
+RESUMABLE_STEPS = 180
+
+NOT_EXACT = re.compile(r"system/|train/(rank_seconds_|images_per_second)|test/")
+"""Metrics that differ from run to run; and those of the evaluation, which are looked at apart."""
 
 
 def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
@@ -114,9 +126,59 @@ class Training:
         whole = [line for line in lines if line.endswith(b"\n")]
         return max((int(json.loads(line)["step"]) for line in whole), default=0)
 
+    def reported(self) -> list[int]:
+        """The steps of all reports of the flow's last try, in their order."""
+        events = [json.loads(line) for line in (self.folder / "events.jsonl").read_bytes().splitlines()]
+        return [event["step"] for event in events if event["loss"] is not None]
+
+    def rank(self, number: int) -> psutil.Process:
+        """The process of a rank."""
+        (found,) = (p for p in self.processes("tasks.rank") if p.environ()["RANK"] == str(number))
+        return found
+
+    def comes_to(self, step: int) -> None:
+        """Wait until its ranks have come that far."""
+        wait_for(lambda: self.steps() >= step, f"step {step}")
+
     def assert_ends(self) -> None:
         """Wait until no process of it lives."""
         wait_for(lambda: not self.processes(), f"the end of {self.processes()}", ENDS_WITHIN)
+
+
+def history(run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """Step and value of each row that MLflow has of each metric, but for `NOT_EXACT`."""
+    client = MlflowClient()
+    names = [name for name in client.get_run(run_id).data.metrics if not NOT_EXACT.match(name)]
+    return {
+        name: sorted((point.step, point.value) for point in client.get_metric_history(run_id, name)) for name in names
+    }
+
+
+def assert_as_undisturbed(found: Summary, undisturbed: Summary) -> None:
+    """Whatever happened to a training, it ended as one to which nothing happened."""
+    assert found.status == "done", found.error
+    assert found.weights_sha256 == undisturbed.weights_sha256
+    assert found.accuracy == undisturbed.accuracy
+    assert found.mlflow_run_id and undisturbed.mlflow_run_id
+    run = MlflowClient().get_run(found.mlflow_run_id)
+    assert run.data.metrics["test/accuracy"] == undisturbed.accuracy
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["convoy.weights_sha256"] == undisturbed.weights_sha256
+    artifacts = MlflowClient().list_artifacts(found.mlflow_run_id, "weights")
+    assert [item.path for item in artifacts] == ["weights/model.safetensors"]
+    ours, theirs = history(found.mlflow_run_id), history(undisturbed.mlflow_run_id)
+    assert ours.keys() == theirs.keys()
+    for name, rows in theirs.items():
+        steps, expected = [step for step, _ in ours[name]], [step for step, _ in rows]
+        assert steps == expected, f"{name}: {difference(steps, expected)}"
+        assert ours[name] == rows, name
+
+
+def difference(found: list[int], expected: list[int]) -> str:
+    """Which steps are missing, and which are there more than once or should not be there."""
+    missing = sorted(set(expected) - set(found))
+    surplus = sorted(set(found) - set(expected) | {step for step in found if found.count(step) > expected.count(step)})
+    return f"missing {missing}, surplus {surplus}"
 
 
 def flow_run_of(training: Training) -> UUID:
@@ -134,10 +196,14 @@ class NextTraining:
     def _folders(self) -> set[Path]:
         return set(self._runs.iterdir()) if self._runs.exists() else set()
 
+    def starts(self) -> Training:
+        """Wait until it is about to start."""
+        (folder,) = wait_for(lambda: self._folders() - self._before, "a training to start")
+        return Training(folder)
+
     def under_way(self) -> Training:
         """Wait until its ranks have reported steps twice, so that they certainly train."""
-        (folder,) = wait_for(lambda: self._folders() - self._before, "a training to start")
-        training = Training(folder)
+        training = self.starts()
         first = wait_for(training.steps, "the ranks to train")
         wait_for(lambda: training.steps() > first, "the ranks to go on")
         return training

@@ -127,6 +127,42 @@ def test_rows_sent_again_after_a_resume_are_stored_once(run_id: str) -> None:
     assert len(history(run_id, "nan")) == 1
 
 
+def test_a_resumed_logger_sends_what_the_server_lacks_and_only_that(run_id: str) -> None:
+    earlier = MetricLogger(run_id)
+    for step in (1, 2, 3):
+        earlier.log(step, {"loss": 1 / step} | ({"val": 0.5} if step == 2 else {}))
+    assert earlier.close(PATIENCE) == ()
+
+    # The checkpoint of step 2 did not know yet that its rows would arrive, nor that the server would get step 3.
+    backlog = [MetricRow(step=step, timestamp=1, values={"loss": 1 / step, "lost": 0.1 * step}) for step in (1, 2)]
+    resumed = MetricLogger(run_id, backlog=backlog, resumed=True)
+    resumed.log(3, {"loss": 1 / 3, "fresh": 3.0})  # done again
+    resumed.log(4, {"loss": 1 / 4, "val": 0.75})
+    assert resumed.close(PATIENCE) == ()
+    assert history(run_id, "loss") == [(step, 1 / step) for step in (1, 2, 3, 4)]
+    assert history(run_id, "val") == [(2, 0.5), (4, 0.75)]
+    assert history(run_id, "lost") == [(1, 0.1), (2, 0.2)]
+    assert history(run_id, "fresh") == [(3, 3.0)]
+
+
+def test_a_resumed_logger_keeps_the_backlog_first_and_asks_again_while_the_server_is_down(
+    monkeypatch: pytest.MonkeyPatch, free_address: str, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with mlflow_server(free_address, tmp_path):
+        run_id = tracking.start_run("resumed-in-an-outage", "run", {}, {})
+        tracking.log_metrics(run_id, {"loss": 1.0}, step=1)
+    backlog = [MetricRow(step=step, timestamp=1, values={"loss": 1 / step}) for step in (1, 2)]
+    resumed = MetricLogger(run_id, backlog=backlog, resumed=True)
+    resumed.log(3, {"loss": 1 / 3})
+    wait_for(lambda: resumed._failures)
+    assert [row.step for row in resumed.unacknowledged()] == [1, 2, 3]
+    with mlflow_server(free_address, tmp_path):
+        assert resumed.close(PATIENCE) == ()
+        assert sorted(history(run_id, "loss")) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+
+
 def test_rows_that_the_server_refuses_do_not_stop_those_behind_them(run_id: str) -> None:
     refused = MetricRow(step=1, timestamp=1, values={"not?a name": 1.0})
     metrics = MetricLogger(run_id, backlog=[refused])

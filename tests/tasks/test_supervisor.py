@@ -11,7 +11,7 @@ import pytest
 
 from cnn.config import TrainConfig
 from tasks.config import CheckpointConfig
-from tasks.job import Job, JobFolder
+from tasks.job import Job, JobFolder, Outcome
 from tests.flows.program import Training, wait_for
 
 SAY_PID_AND_SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
@@ -110,7 +110,11 @@ def test_all_descendants_are_ended_whatever_they_ignore_and_wherever_they_hide(
 @pytest.fixture
 def training(tmp_path: Path) -> Training:
     """A job whose dataset is nowhere: its ranks would fail."""
-    folder = JobFolder(tmp_path / "job")
+    return order(tmp_path, restarts=0)
+
+
+def order(folder_of_test: Path, *, restarts: int) -> Training:
+    folder = JobFolder(folder_of_test / "job")
     config = TrainConfig()
     folder.write_job(
         Job(
@@ -120,7 +124,7 @@ def training(tmp_path: Path) -> Training:
             world_size=2,
             manifest_digest="",
             checkpoints=CheckpointConfig(),
-            restarts=0,
+            restarts=restarts,
         )
     )
     return Training(folder.path)
@@ -139,7 +143,7 @@ def test_supervisor_ends_torchrun_when_its_standard_input_closes(
     wait_for(lambda: training.processes("torch.distributed.run"), "torchrun to start")
     assert supervisor.stdin
     supervisor.stdin.close()
-    assert supervisor.wait(60) == 128 + signal.SIGTERM
+    assert supervisor.wait(60) == 0  # as it was told
     assert training.processes() == []
 
 
@@ -158,3 +162,44 @@ def test_killed_supervisor_takes_torchrun_along(started: list[subprocess.Popen[s
     wait_for(lambda: training.processes("torch.distributed.run"), "torchrun to start")
     supervisor.kill()
     training.assert_ends()
+
+
+def test_supervisor_starts_killed_ranks_again_as_often_as_it_may(
+    started: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    training = order(tmp_path, restarts=2)
+    supervisor = supervise(started, training)
+    seen: set[int] = set()
+
+    def another() -> psutil.Process | None:
+        found = [process for process in training.processes("torch.distributed.run") if process.pid not in seen]
+        return found[0] if found else None
+
+    for _ in range(3):
+        torchrun = wait_for(another, "torchrun to start")
+        seen.add(torchrun.pid)
+        torchrun.kill()
+    assert supervisor.wait(60) not in (0, None)
+    assert training.processes() == []
+    assert sorted(path.name for path in training.folder.glob("train.log*")) == [
+        "train.log",
+        "train.log.1",
+        "train.log.2",
+    ]
+    warnings = [event.warning for event in JobFolder(training.folder).new_events()]
+    assert warnings == ["they were killed; starting again from the last checkpoint"] * 2
+
+
+def test_supervisor_does_not_start_ranks_again_that_say_what_was_wrong(
+    started: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    training = order(tmp_path, restarts=2)
+    wrong = Outcome(status="failed", error="the loss is not finite", exit_status=1)
+    supervisor = supervise(started, training)
+    torchrun = wait_for(lambda: training.processes("torch.distributed.run"), "torchrun to start")[0]
+    JobFolder(training.folder).write_outcome(wrong)
+    torchrun.kill()
+    supervisor.wait(60)
+    assert training.processes() == []
+    assert JobFolder(training.folder).read_outcome() == wrong
+    assert not (training.folder / "train.log.1").exists()

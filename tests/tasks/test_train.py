@@ -1,5 +1,6 @@
 """The train task with real ranks: what it returns, and how it fails."""
 
+import shutil
 import threading
 from collections.abc import Callable
 
@@ -8,21 +9,23 @@ from mlflow.tracking import MlflowClient
 from prefect import flow
 from prefect.context import refresh_global_settings_context
 
+from infra.objectstore import ObjectStore
 from infra.settings import Settings
+from tasks.checkpoints import Commit, commits_of
 from tasks.config import RunConfig, load_config
 from tasks.download import download
 from tasks.preprocess import preprocess
 from tasks.run import TrackedRun, tracked_run
 from tasks.train import TrainingFailed, TrainResult, train
-from tests.flows.program import ENDLESS, SMALL, NextTraining, Training
+from tests.flows.program import ENDLESS, SMALL, NextTraining, Training, wait_for
 
 DIGITS = {"dataset": "digits"}
 
 
 @flow(persist_result=False)
-def only_train(config: RunConfig) -> TrainResult:
+def only_train(config: RunConfig, resume: str | None = None) -> TrainResult:
     dataset = preprocess(download(config.dataset), config.data)
-    with tracked_run(config, dataset) as run:
+    with tracked_run(config, dataset, resume) as run:
         opened.append(run)
         return train(run, dataset, config)
 
@@ -42,7 +45,7 @@ def meanwhile(act: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def test_a_killed_rank_ends_the_training_which_says_so_in_one_line(settings: Settings) -> None:
+def test_without_restarts_a_killed_rank_ends_the_training_which_says_so_in_one_line(settings: Settings) -> None:
     next_training, disturbed = NextTraining(settings), list[Training]()
 
     def kill_the_first_rank() -> None:
@@ -54,7 +57,7 @@ def test_a_killed_rank_ends_the_training_which_says_so_in_one_line(settings: Set
     with pytest.raises(
         TrainingFailed, match=r"^the ranks died \(see .*train\.log\): rank \d was killed by SIGKILL$"
     ) as end:
-        only_train(load_config(None, [*ENDLESS, "ranks=2"], DIGITS))
+        only_train(load_config(None, [*ENDLESS, "ranks=2", "restarts=0"], DIGITS))
     killer.join()
     assert end.value.exit_status == 1
     (training,) = disturbed
@@ -62,18 +65,66 @@ def test_a_killed_rank_ends_the_training_which_says_so_in_one_line(settings: Set
     assert MlflowClient().get_run(training.run_id).info.status == "FAILED"
 
 
+def test_steps_that_were_logged_before_the_first_checkpoint_are_not_logged_twice(settings: Settings) -> None:
+    next_training, disturbed = NextTraining(settings), list[Training]()
+
+    def kill_once_steps_are_logged() -> None:
+        training = next_training.starts()
+        wait_for(lambda: logged_steps(training.run_id), "MLflow to have steps")
+        assert not checkpoints(settings, training.run_id)
+        training.rank(0).kill()
+        disturbed.append(training)
+
+    killer = meanwhile(kill_once_steps_are_logged)
+    # One epoch of 125 steps, and no checkpoint but at its end.
+    long_epoch = ("data.limit=1000", "network.width=64", "batch_size=8", "augment.shift=0", "epochs=1", "lr=0.01")
+    only_train(load_config(None, [*long_epoch, "ranks=1", "checkpoints.every=3600"], DIGITS))
+    killer.join()
+    (training,) = disturbed
+    steps = logged_steps(training.run_id)
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 125
+
+
+def logged_steps(run_id: str) -> list[int]:
+    return [point.step for point in MlflowClient().get_metric_history(run_id, "train/loss")]
+
+
+def checkpoints(settings: Settings, run_id: str) -> list[Commit]:
+    return list(commits_of(ObjectStore.connect(settings.bucket), run_id))
+
+
+def test_weights_reach_the_mlflow_run_although_the_flow_failed_between_the_training_and_that(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("on purpose")
+
+    config = load_config(None, [*SMALL, "epochs=2", "ranks=1"], DIGITS)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="on purpose"):
+        patch.setattr("infra.tracking.log_file", fail)
+        only_train(config)
+    (run,) = opened
+    shutil.rmtree(settings.runs / run.run_id)  # as on another machine
+    trained = only_train(config, run.run_id)
+    assert trained.run_id == run.run_id
+    found = MlflowClient().get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["convoy.weights_sha256"] == trained.weights_sha256
+    assert [item.path for item in MlflowClient().list_artifacts(run.run_id, "weights")] == ["weights/model.safetensors"]
+
+
 @pytest.mark.faults
 def test_a_loss_that_is_no_number_fails_the_training_with_its_step_and_commits_no_weights(
     settings: Settings,
 ) -> None:
-    from infra.objectstore import ObjectStore
-
     wild = ("lr=100", "schedule=constant", "weight_decay=1", "epochs=200", "ranks=1")
     with pytest.raises(
-        TrainingFailed, match=r"^the loss became (nan|inf) at step \d+ \(learning rate 100\); a lower lr"
+        TrainingFailed, match=r"^the loss or its gradient is not finite at step \d+, in lane .*; a lower lr"
     ) as end:
         only_train(load_config(None, [*SMALL, *wild], DIGITS))
     assert end.value.exit_status == 1
     (run,) = opened
     assert MlflowClient().get_run(run.run_id).info.status == "FAILED"
-    assert list(ObjectStore.connect(settings.bucket).list(f"runs/{run.run_id}/")) == []
+    assert list(ObjectStore.connect(settings.bucket).list(f"runs/{run.run_id}/weights/")) == []
+    assert not (settings.runs / run.run_id / "train.log.1").exists()  # it would only do the same again

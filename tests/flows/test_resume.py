@@ -1,0 +1,273 @@
+"""A training that was disturbed and went on ends as if nothing had happened: to the bit, with one whole history."""
+
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from flows.summary import Summary
+from infra import tracking
+from infra.objectstore import ObjectStore
+from infra.registry import ModelVersion
+from infra.settings import Settings
+from tasks.checkpoints import commits_of
+from tasks.config import RunConfig, load_config
+from tasks.dataset import DatasetRef
+from tasks.job import JobFolder
+from tasks.run import FLOW_RUN, MANIFEST_DIGEST, RunRecord, read_record, tracked_run
+from tests.flows.conftest import Convoy
+from tests.flows.program import (
+    ENDS_WITHIN,
+    RESUMABLE,
+    RESUMABLE_STEPS,
+    NextTraining,
+    Program,
+    Training,
+    assert_as_undisturbed,
+    sets,
+)
+
+TRAIN = ("--dataset", "digits", "--name", "resumed")
+OPTIONS = {"dataset": "digits", "name": "resumed"}
+THIRD = RESUMABLE_STEPS // 3
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stack: object, quiet_prefect: None) -> Summary:
+    """The training to which nothing happened."""
+    from flows.train import train_flow
+
+    return train_flow(load_config(None, [*RESUMABLE, "ranks=2"], OPTIONS))
+
+
+@pytest.fixture
+def summary(tmp_path: Path) -> Callable[[], Summary]:
+    return lambda: Summary.model_validate_json((tmp_path / "out.json").read_bytes())
+
+
+@pytest.fixture
+def bucket(stack: object, settings: Settings) -> ObjectStore:
+    return ObjectStore.connect(settings.bucket, create=False)
+
+
+@pytest.fixture
+def resume(convoy: Convoy, tmp_path: Path, summary: Callable[[], Summary]) -> Callable[..., Summary]:
+    """Goes on with a training by the command line."""
+
+    def run(training: Training, ranks: int) -> Summary:
+        to = str(tmp_path / "out.json")
+        done = convoy("resume", training.run_id, "--ranks", str(ranks), "--summary", to)
+        assert done.status == 0, done.stderr
+        return summary()
+
+    return run
+
+
+@dataclass(frozen=True)
+class Survived:
+    """What is left of a flow run that met several mishaps."""
+
+    summary: Summary
+    training: Training
+    events: list[bytes]
+    """The ranks' account, as it was at each try of the registration."""
+
+
+@pytest.fixture(scope="module")
+def survived(undisturbed: Summary, settings: Settings) -> Survived:
+    """A flow run in which a rank is killed, and whose registration fails at first, so that Prefect runs it again."""
+    from flows import train as flow
+    from tasks.register import register
+
+    next_training = NextTraining(settings)
+    events: list[bytes] = []
+
+    def kill_a_rank() -> None:
+        training = next_training.starts()
+        training.comes_to(THIRD)
+        training.rank(1).kill()
+
+    def fail_once(*arguments: Any) -> ModelVersion:
+        events.append((next_training.starts().folder / "events.jsonl").read_bytes())
+        if len(events) == 1:
+            raise OSError("the first try of the registration fails")
+        return register(*arguments)
+
+    killer = threading.Thread(target=kill_a_rank, daemon=True)
+    killer.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "register", fail_once)
+        tried = flow.train_flow.with_options(retries=1, retry_delay_seconds=0)
+        summary = tried(load_config(None, [*RESUMABLE, "ranks=2"], OPTIONS))
+    killer.join()
+    return Survived(summary, next_training.starts(), events)
+
+
+def test_weights_and_history_are_those_of_the_undisturbed_training_after_a_rank_was_killed(
+    survived: Survived, undisturbed: Summary
+) -> None:
+    assert b"rank 1 was killed by SIGKILL; starting again from the last checkpoint" in survived.events[0]
+    assert len(list(survived.training.folder.glob("train.log*"))) == 2
+    assert_as_undisturbed(survived.summary, undisturbed)
+
+
+def test_a_flow_run_that_prefect_tries_again_goes_on_in_its_mlflow_run_and_does_not_train_again(
+    survived: Survived,
+) -> None:
+    runs = tracking.list_runs(FLOW_RUN, survived.summary.prefect_flow_run_id, limit=9)
+    assert [run.run_id for run in runs] == [survived.training.run_id] == [survived.summary.mlflow_run_id]
+    first, second = survived.events
+    assert first == second  # the ranks would have begun another account of what they do
+
+
+def test_an_evaluation_that_is_done_again_is_recorded_once(survived: Survived) -> None:
+    points = MlflowClient().get_metric_history(survived.training.run_id, "test/accuracy")
+    assert len(points) == 1
+
+
+def test_weights_and_history_are_those_of_the_undisturbed_training_after_the_flow_was_killed(
+    undisturbed: Summary,
+    program: Callable[..., Program],
+    next_training: NextTraining,
+    resume: Callable[..., Summary],
+) -> None:
+    flow = program("train", *TRAIN, "--ranks", "2", *sets(*RESUMABLE))
+    training = next_training.starts()
+    training.comes_to(THIRD)
+    flow.process.kill()
+    training.assert_ends()
+    assert MlflowClient().get_run(training.run_id).info.status == "RUNNING"  # nobody lived to say otherwise
+    found = resume(training, ranks=1)
+    assert (found.world_size, found.mlflow_run_id) == (1, training.run_id)
+    assert min(training.reported()) > 1
+    assert_as_undisturbed(found, undisturbed)
+
+
+def test_weights_and_history_are_those_of_the_undisturbed_training_after_a_sigterm(
+    undisturbed: Summary,
+    program: Callable[..., Program],
+    next_training: NextTraining,
+    resume: Callable[..., Summary],
+    summary: Callable[[], Summary],
+    bucket: ObjectStore,
+) -> None:
+    flow = program("train", *TRAIN, "--ranks", "1", *sets(*RESUMABLE), "--summary", "out.json")
+    training = next_training.starts()
+    training.comes_to(THIRD)
+    flow.process.send_signal(signal.SIGTERM)
+    assert flow.wait(ENDS_WITHIN).status == 75
+    assert training.processes() == []
+    assert (summary().status, summary().exit_status) == ("interrupted", 75)
+    assert MlflowClient().get_run(training.run_id).info.status == "KILLED"
+    outcome = JobFolder(training.folder).read_outcome()
+    assert outcome
+    assert outcome.status == "interrupted"
+    assert next(commits_of(bucket, training.run_id)).step == outcome.steps < RESUMABLE_STEPS
+    found = resume(training, ranks=2)
+    assert min(training.reported()) == outcome.steps + 1  # no step was done again
+    assert_as_undisturbed(found, undisturbed)
+
+
+# What cannot be resumed
+
+
+@pytest.fixture
+def unfinished(undisturbed: Summary) -> str:
+    """Id of a run that failed before its first step."""
+    record = read_record(undisturbed.mlflow_run_id or "")
+    return open_and_fail(record.config, record.dataset)
+
+
+def open_and_fail(config: RunConfig, dataset: DatasetRef) -> str:
+    run_id = ""
+    with pytest.raises(OSError, match="on purpose"), tracked_run(config, dataset) as run:
+        run_id = run.run_id
+        raise OSError("on purpose")
+    return run_id
+
+
+def test_a_finished_run_is_not_resumed(undisturbed: Summary, convoy: Convoy) -> None:
+    run_id = undisturbed.mlflow_run_id or ""
+    done = convoy("resume", run_id)
+    assert (done.status, done.complaint) == (2, f"run {run_id} has finished; there is nothing to resume")
+    assert MlflowClient().get_run(run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("run_id", ["0" * 32, "no-run", "../x"])
+def test_an_unknown_run_is_refused(stack: object, bucket: ObjectStore, convoy: Convoy, run_id: str) -> None:
+    done = convoy("resume", run_id)
+    assert (done.status, done.stdout) == (2, "")
+    assert done.complaint == f"no run {run_id} in bucket {bucket.bucket}; `convoy runs` lists them"
+
+
+def test_ranks_that_cannot_share_the_lanes_are_refused(unfinished: str, convoy: Convoy) -> None:
+    done = convoy("resume", unfinished, "--ranks", "3")
+    assert done.status == 2
+    assert "nearest are 2 and 4" in done.complaint
+
+
+def test_a_run_that_was_made_differently_is_refused_with_what_differs(
+    unfinished: str, bucket: ObjectStore, convoy: Convoy
+) -> None:
+    record = read_record(unfinished)
+    config = record.manifest.config | {"lr": 0.125}
+    manifest = record.manifest.model_copy(update={"torch": "0.0.1", "code_digest": "c" * 64, "config": config})
+    changed = RunRecord(config=record.config, dataset=record.dataset, manifest=manifest)
+    bucket.put_bytes(f"runs/{unfinished}/run.json", changed.model_dump_json().encode())
+    done = convoy("resume", unfinished)
+    assert done.status == 2
+    told = done.complaint
+    assert told.startswith(f"run {unfinished} cannot go on here, because its weights would differ: ")
+    assert "config.lr was 0.125, is 0.1" in told
+    assert "torch was 0.0.1, is " in told
+    assert f"code_digest was {'c' * 64}, is " in told
+    assert "batch_size" not in told  # only what differs
+    assert MlflowClient().get_run(unfinished).info.status == "FAILED"
+
+
+def test_a_run_whose_dataset_is_gone_is_refused(undisturbed: Summary, bucket: ObjectStore, convoy: Convoy) -> None:
+    record = read_record(undisturbed.mlflow_run_id or "")
+    run_id = open_and_fail(record.config, record.dataset)
+    gone = record.model_copy(update={"dataset": record.dataset.model_copy(update={"version": "0" * 64})})
+    bucket.put_bytes(f"runs/{run_id}/run.json", gone.model_dump_json().encode())
+    done = convoy("resume", run_id)
+    assert done.status == 2
+    assert f"dataset version {'0' * 64} is not whole in the bucket any more" in done.complaint
+
+
+# The list of trainings
+
+
+def test_the_newest_run_is_found_by_scripts(unfinished: str, convoy: Convoy) -> None:
+    done = convoy("runs", "--last", "--id")
+    assert (done.status, done.stdout) == (0, unfinished + "\n")
+
+
+def test_runs_are_listed_the_newest_first_with_how_they_stand(
+    undisturbed: Summary, unfinished: str, convoy: Convoy
+) -> None:
+    done = convoy("runs", "--limit", "1000")
+    assert done.status == 0
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()}
+    ids = list(rows)
+    assert ids[1] == unfinished
+    finished = undisturbed.mlflow_run_id or ""
+    assert ids.index(finished) > 1
+    assert "FAILED" in rows[unfinished]
+    assert f" {RESUMABLE_STEPS} " in rows[finished]
+    assert "FINISHED" in rows[finished]
+
+
+def test_a_run_that_was_killed_while_it_was_opened_does_not_spoil_the_list(unfinished: str, convoy: Convoy) -> None:
+    run_id = tracking.start_run("digits", "killed at once", {}, {MANIFEST_DIGEST: "d" * 64})
+    try:
+        done = convoy("runs", "--limit", "1000")
+        assert done.status == 0, done.stderr
+        assert unfinished in done.stdout
+    finally:
+        MlflowClient().delete_run(run_id)
