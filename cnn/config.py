@@ -234,7 +234,7 @@ class TrainConfig(Config):
         if self.lanes & (self.lanes - 1):
             lower = 1 << (self.lanes.bit_length() - 1)
             raise ValueError(f"lanes must be a power of two; the nearest are {lower} and {lower * 2}")
-        if self.batch_size % self.lanes or self.batch_size < 2 * self.lanes:
+        if self.batch_size and (self.batch_size % self.lanes or self.batch_size < 2 * self.lanes):
             raise ValueError(
                 f"batch_size must be a multiple of lanes ({self.lanes}) with at least two images a lane; "
                 f"the nearest is {max(2, round(self.batch_size / self.lanes)) * self.lanes}"

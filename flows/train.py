@@ -15,7 +15,7 @@ from tasks.evaluate import evaluate
 from tasks.preprocess import preprocess
 from tasks.pretrained import pretrained
 from tasks.register import register
-from tasks.run import read_record, recorded_dataset, tracked_run
+from tasks.run import fitted, read_record, recorded_dataset, tracked_run
 from tasks.train import train
 from tasks.verify import verify
 
@@ -38,6 +38,7 @@ def train_flow(config: RunConfig, refresh: frozenset[str] = frozenset(), resume:
         source = download(config.dataset, refresh="download" in refresh)
         dataset = preprocess(source, config.data, refresh="preprocess" in refresh)
         reused = tuple(step for step, output in (("download", source), ("preprocess", dataset)) if output.reused)
+        config = fitted(config, dataset)
         if config.pretrained:
             config = pretrained(config, dataset)
     try:

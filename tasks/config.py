@@ -18,6 +18,7 @@ from cnn.worldsize import check_world_size
 from infra.catalogue import CATALOGUE
 from infra.errors import UsageError
 
+STEPS_AN_EPOCH = 20  # at least, where the batch size is ours to choose
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -42,6 +43,9 @@ class RunConfig(TrainConfig):
 
     name: str | None = None
     """Name of the registered model. Unset: the dataset's name."""
+
+    batch_size: int = Field(0, ge=0)
+    """Images in a global batch, over all ranks; a multiple of `lanes`. 0: 256, fewer for a small training split."""
 
     ranks: int | None = Field(None, ge=1, le=4096)
     """Processes to train with; no part of the result. Unset: as many as share the lanes and have a GPU or core each."""
@@ -89,6 +93,15 @@ class RunConfig(TrainConfig):
         if self.ranks is not None:
             check_world_size(self.lanes, self.ranks)
         return self
+
+    def for_images(self, count: int) -> "RunConfig":
+        """With a batch size for a training split of so many images, if none was asked for."""
+        if self.batch_size:
+            return self
+        size = max(TrainConfig().batch_size, 2 * self.lanes)
+        while size > 2 * self.lanes and count // size < STEPS_AN_EPOCH:
+            size //= 2
+        return self.model_copy(update={"batch_size": size})
 
     def training(self) -> TrainConfig:
         """The part that `cnn` trains by."""

@@ -129,6 +129,12 @@ def recorded_dataset(record: RunRecord) -> DatasetRef:
     return record.dataset.model_copy(update={"reused": True})
 
 
+def fitted(config: RunConfig, dataset: DatasetRef) -> RunConfig:
+    """The configuration with what depends on the size of the training split filled in."""
+    manifest = load_manifest(ObjectStore.connect(Settings().bucket, create=False), dataset.version)
+    return config.for_images(manifest.splits["train"].count)
+
+
 @contextmanager
 def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = None) -> Iterator[TrackedRun]:
     """Open the run, and close it as FINISHED, KILLED (cancelled, interrupted) or FAILED.

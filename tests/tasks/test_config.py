@@ -69,11 +69,18 @@ def test_resolved_configuration_is_complete_and_gives_itself_again(network: str)
     assert again.resolved() == resolved
 
 
+@pytest.mark.parametrize("images, size", [(54_000, 256), (5_120, 256), (5_119, 128), (1_372, 64), (40, 8), (3, 8)])
+def test_batch_size_that_nobody_asked_for_suits_the_training_split(images: int, size: int) -> None:
+    assert load_config(None).for_images(images).training().batch_size == size
+    assert load_config(None, ["batch_size=12"]).for_images(images).batch_size == 12
+    assert load_config(None, ["lanes=256"]).for_images(images).batch_size == 512
+
+
 def test_training_part_has_neither_ranks_nor_name_nor_data() -> None:
-    config = load_config(None, ["ranks=2", "name=other", "data.limit=9", "lr=0.5"])
+    config = load_config(None, ["ranks=2", "name=other", "data.limit=9", "lr=0.5", "batch_size=64"])
     training = config.training()
     assert type(training) is TrainConfig
-    assert training == load_config(None, ["lr=0.5"]).training()
+    assert training == load_config(None, ["lr=0.5", "batch_size=64"]).training()
     assert training.network == config.network
 
 
