@@ -213,7 +213,7 @@ class CheckpointWriter:
         )
         if not self._store.put_if_absent(prefix + COMMIT, commit.model_dump_json().encode()):
             self._check_earlier(prefix, files)
-        self._prune()
+        self._prune(snapshot.step)
 
     def _check_earlier(self, prefix: str, files: dict[str, str]) -> None:
         """Done again after an older checkpoint was resumed, the same step has the same state, to the bit."""
@@ -227,9 +227,12 @@ class CheckpointWriter:
         if found.files != files:
             raise CheckpointFailed(f"another process trains run {self._job.run_id}: {prefix} differs from ours")
 
-    def _prune(self) -> None:
-        """Keep the newest `keep`, and the one with the best validation accuracy."""
-        commits = [commit for commit in commits_of(self._store, self._job.run_id) if commit is not None]
+    def _prune(self, step: int) -> None:
+        """Keep the newest `keep`, and the one with the best validation accuracy.
+
+        Later ones than `step` are damaged, since resuming passed them over; they are made anew when it comes to them.
+        """
+        commits = [commit for commit in commits_of(self._store, self._job.run_id) if commit.step <= step]
         best = max(commits, key=lambda commit: commit.val_accuracy or 0.0)  # of equals the newest, which is first
         for commit in commits[self._config.keep :]:
             if commit is not best:

@@ -53,6 +53,34 @@ class StopSignal:
             timer.start()
 
 
+class Speed:
+    """Images per second of all ranks together, over stretches of steps; what lies between stretches is not counted."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._step, self._since = 0, time.perf_counter()
+        self._images, self._seconds = 0, 0.0
+
+    def begin(self, step: int) -> None:
+        """A stretch begins after so many steps."""
+        self._step, self._since = step, time.perf_counter()
+
+    def measure(self, step: int, *, at_least: float) -> float | None:
+        """Speed since the last measurement; None if that is less than so many seconds ago, or nothing was done."""
+        seconds, images = time.perf_counter() - self._since, (step - self._step) * self._batch_size
+        if seconds < at_least or not images:
+            return None
+        self._images += images
+        self._seconds += seconds
+        self.begin(step)
+        return images / seconds
+
+    @property
+    def mean(self) -> float:
+        """Of all that was measured; 0.0 if nothing was."""
+        return self._images / self._seconds if self._seconds else 0.0
+
+
 class Silent:
     """Reporter of the ranks that are not the first."""
 
@@ -75,9 +103,8 @@ class RankZero:
         self._metriclog, self._systemmetrics = metriclog, systemmetrics
         self._watch = StragglerWatch()
         self._seconds_before = 0.0
-        self._began = self._since = time.perf_counter()
-        self._images, self._seconds = 0, 0.0  # of steps whose time is counted
-        self._new_images = 0  # since then
+        self._began = time.perf_counter()
+        self._speed = Speed(job.config.batch_size)
 
     def resume(self) -> dict[str, Tensor] | None:
         """The state to go on from, if there is one; opens the metrics where they were left."""
@@ -98,7 +125,8 @@ class RankZero:
     def start(self, trainer: Trainer) -> None:
         """Training begins now."""
         self._trainer = trainer
-        self._began = self._since = time.perf_counter()
+        self._began = time.perf_counter()
+        self._speed.begin(trainer.step)
 
     def close(self, *, whole: bool) -> None:
         """Send and store what is waiting; `whole` if the training came to its last step, or to a stop."""
@@ -116,7 +144,7 @@ class RankZero:
     @property
     def images_per_second(self) -> float:
         """Of all ranks together, validation not counted."""
-        return self._images / self._seconds if self._seconds else 0.0
+        return self._speed.mean
 
     def warn(self, message: str) -> None:
         """Tell the log, and the people at the train task."""
@@ -124,13 +152,9 @@ class RankZero:
         self._folder.write_event(Event(warning=message))
 
     def on_step(self, report: StepReport) -> None:
-        now = time.perf_counter()
-        self._new_images += report.steps * self._job.config.batch_size
-        speed: dict[str, float] = {}
         epoch_ends = report.step % self._trainer.steps_per_epoch == 0  # what follows is validation, not steps
-        if (seconds := now - self._since) >= (SPEED_OVER / 10 if epoch_ends else SPEED_OVER):
-            speed = {"images_per_second": self._new_images / seconds}
-            self._count_speed(now)
+        measured = self._speed.measure(self._trainer.step, at_least=SPEED_OVER / 10 if epoch_ends else SPEED_OVER)
+        speed = {} if measured is None else {"images_per_second": measured}
         figures = {
             "train/loss": report.loss,
             "train/accuracy": report.accuracy,
@@ -157,7 +181,7 @@ class RankZero:
         }
         self._metrics.log(report.step, figures, keep=True)
         self._event(report.step, val_accuracy=report.val.accuracy)
-        self._new_images, self._since = 0, time.perf_counter()  # the time of the validation is not that of steps
+        self._speed.begin(report.step)
 
     def after_step(self, trainer: Trainer, *, milestone: bool) -> None:
         if not (milestone or self._writer.is_due()):
@@ -175,11 +199,6 @@ class RankZero:
                 metrics=tuple(row.model_dump(mode="json") for row in self._metrics.unacknowledged()),
             )
         )
-
-    def _count_speed(self, now: float) -> None:
-        self._images += self._new_images
-        self._seconds += now - self._since
-        self._new_images, self._since = 0, now
 
     def _event(self, step: int, **values: float) -> None:
         epoch = (step - 1) // self._trainer.steps_per_epoch + 1
