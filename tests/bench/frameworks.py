@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from tests.bench.comparison import Comparison, compare, fastest, require
 from tests.bench.data import packed_images
+from tests.bench.training import STEPS
 from tests.bench.turns import Job, ranks
 
 WORKERS = (0, 1, 2)  # of each rank
@@ -40,11 +41,13 @@ def accelerate(rounds: int) -> Iterator[Comparison]:
 
 
 def _against(name: str, label: str, job: Job, rounds: int) -> Iterator[Comparison]:
-    with ExitStack() as stack:
-        folder = stack.enter_context(packed_images())
-        ours = stack.enter_context(ranks("Convoy", Job(program="convoy"), folder))
-        theirs = [
-            stack.enter_context(ranks(f"{label}, {workers} workers a rank", replace(job, workers=workers), folder))
-            for workers in WORKERS
-        ]
-        yield compare(f"{name}: {job.model}", ours, fastest(theirs), rounds=rounds)
+    for model, steps in STEPS.items():
+        each = replace(job, model=model, steps=steps)
+        with ExitStack() as stack:
+            folder = stack.enter_context(packed_images())
+            ours = stack.enter_context(ranks("Convoy", replace(each, program="convoy", starts_ranks=False), folder))
+            theirs = [
+                stack.enter_context(ranks(f"{label}, {workers} workers a rank", replace(each, workers=workers), folder))
+                for workers in WORKERS
+            ]
+            yield compare(f"{name}: {model}", ours, fastest(theirs), rounds=rounds)
