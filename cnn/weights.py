@@ -26,10 +26,9 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_weights(network: nn.Module, path: Path) -> str:
-    """Write a network's parameters and buffers to a safetensors file; returns their `weights_sha256`."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(state, path)
+def save_weights(state: Mapping[str, Tensor], path: Path) -> str:
+    """Write a network's parameters and buffers, by name, to a safetensors file; returns their `weights_sha256`."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
     return weights_sha256(state)
 
 

@@ -119,12 +119,10 @@ class RunInfo(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     run_id: str
-    name: str
     status: str
     """MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
 
     started: datetime
-    tags: dict[str, str]
     metrics: dict[str, float]
 
 
@@ -137,10 +135,8 @@ def list_runs(tag: str, value: str | None = None, *, limit: int) -> list[RunInfo
     return [
         RunInfo(
             run_id=run.info.run_id,
-            name=run.info.run_name or "",
             status=run.info.status,
             started=datetime.fromtimestamp(run.info.start_time / 1000, tz=UTC),
-            tags=run.data.tags,
             metrics=run.data.metrics,
         )
         for run in runs

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cnn.weights import weights_sha256
+from cnn.weights import save_weights
 from infra.errors import ServiceError
 from infra.files import file_digest
 from infra.objectstore import ObjectMissing, ObjectStore
@@ -293,10 +293,10 @@ def commit_weights(store: ObjectStore, job: Job, state: Mapping[str, Tensor], fi
         file: where to leave them on this machine.
         outcome: of the training, weights apart.
     """
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, file)
+    digest = save_weights(state, file)
     key = f"runs/{job.run_id}/weights/{file.name}"
     store.put_file(key, file)
-    finished = outcome.model_copy(update={"weights_key": key, "weights_sha256": weights_sha256(state)})
+    finished = outcome.model_copy(update={"weights_key": key, "weights_sha256": digest})
     if not store.put_if_absent(_final_key(job.run_id), finished.model_dump_json().encode()):
         earlier = finished_outcome(store, job.run_id)
         assert earlier is not None

@@ -28,13 +28,13 @@ def state() -> State:
 
 
 def test_weights_come_back_from_a_file_with_the_digest_that_saving_gave(tmp_path: Path) -> None:
-    digest = save_weights(network(), tmp_path / "model.safetensors")
+    digest = save_weights(network().state_dict(), tmp_path / "model.safetensors")
     loaded = load_weights(network(seed=1), tmp_path / "model.safetensors")
     assert weights_sha256(loaded.state_dict()) == digest == weights_sha256(network().state_dict())
 
 
 def test_file_holds_plain_names_and_a_digest_for_everybody_to_recompute(tmp_path: Path) -> None:
-    digest = save_weights(network(), tmp_path / "model.safetensors")
+    digest = save_weights(network().state_dict(), tmp_path / "model.safetensors")
     held = load_file(tmp_path / "model.safetensors")
     assert held.keys() == network().state_dict().keys()
     assert weights_sha256(held) == digest
@@ -45,7 +45,7 @@ def test_digest_depends_neither_on_the_order_nor_on_the_layout_in_memory_or_file
     assert weights_sha256(dict(reversed(state.items()))) == digest
     channels_last = network().to(memory_format=torch.channels_last)
     assert weights_sha256(channels_last.state_dict()) == digest
-    assert save_weights(channels_last, tmp_path / "channels-last.safetensors") == digest
+    assert save_weights(channels_last.state_dict(), tmp_path / "channels-last.safetensors") == digest
     save_file(state, tmp_path / "other.safetensors", metadata={"format": "pt", "note": "another header"})
     assert weights_sha256(load_file(tmp_path / "other.safetensors")) == digest
 
@@ -80,7 +80,7 @@ def test_scalars_and_empty_tensors_have_a_digest() -> None:
 
 
 def test_loading_into_another_structure_is_refused(tmp_path: Path) -> None:
-    save_weights(network(), tmp_path / "model.safetensors")
+    save_weights(network().state_dict(), tmp_path / "model.safetensors")
     wider = build_network(TrainConfig.model_validate({"network": {"width": 8}}), channels=1, image_size=8, classes=10)
     with pytest.raises(RuntimeError, match="size mismatch"):
         load_weights(wider, tmp_path / "model.safetensors")
@@ -91,7 +91,7 @@ STEM = "stem.0.weight"
 
 def pretrained(path: Path, **options: object) -> Path:
     """A file as another training leaves it."""
-    save_weights(network(seed=1, **options), path / "pretrained.safetensors")
+    save_weights(network(seed=1, **options).state_dict(), path / "pretrained.safetensors")
     return path / "pretrained.safetensors"
 
 

@@ -60,7 +60,7 @@ def trained(stack: object, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     )
     run_id = tracking.start_run("register-tests", "run", {"model": CONFIG.model}, {})
     weights = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    digest = save_weights(network, weights)
+    digest = save_weights(network.state_dict(), weights)
     key = f"runs/{run_id}/weights/model.safetensors"
     store.put_file(key, weights)
     result = TrainResult(
