@@ -21,6 +21,8 @@ from tasks.lifeline import SUPERVISOR_PID, adopt_orphans, die_with_parent, end_d
 
 PATIENCE = 25.0  # seconds that ranks have to end by themselves: time for a last checkpoint
 POLL = 0.2  # seconds
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+"""The C library is to keep freed memory: else each step gives its largest blocks back, and page faults fetch them."""
 
 
 def main() -> int:
@@ -78,13 +80,17 @@ def start_torchrun(folder: JobFolder, meeting: Path, log: int) -> subprocess.Pop
     command += ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--rdzv-endpoint", str(meeting / "agents")]
     command += ["--rdzv-id", job.run_id, "--local-addr", "127.0.0.1"]
     command += ["-m", "tasks.rank", str(folder.path), str(meeting / "ranks")]
-    environment = os.environ | {
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        SUPERVISOR_PID: str(os.getpid()),
-    }
+    environment = (
+        KEEP_MEMORY
+        | os.environ
+        | {
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+            SUPERVISOR_PID: str(os.getpid()),
+        }
+    )
     return subprocess.Popen(
         command,
         env=environment,
