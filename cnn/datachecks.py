@@ -1,0 +1,334 @@
+"""Checks of a dataset version before a network learns from it: balance, duplicates, leakage, empty images, drift.
+
+They look at the packed images, so at what the network would see.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict
+
+from cnn.config import DataGateConfig, Level
+from cnn.manifest import Manifest, Spread
+from cnn.split import SPLITS, Split
+
+if TYPE_CHECKING:
+    from cnn.packed import PackedSplit
+
+Outcome = Literal["passed", "warned", "failed", "off", "skipped"]
+
+BLOCK_BYTES = 2 * 2**20
+"""Pixels looked at together: with some bytes for each image, all that is held in memory."""
+
+COMPARISONS = ("missing_classes", "new_classes", "class_drift", "pixel_drift")
+"""The checks against the champion's data."""
+
+PIXEL_BINS = 16  # of 16 grey levels each
+EXAMPLES = 8  # offenders named for each check
+SMALLEST_SHARE = 1e-4  # what an empty bin counts as in a PSI, which would be infinite else
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Check(_Record):
+    """What one check found."""
+
+    name: str
+    level: Level
+    outcome: Outcome
+    """`skipped`: there is nothing to compare with."""
+
+    value: float | None
+    limit: float
+    note: str
+    """What the value is made of, for people."""
+
+
+class Offender(_Record):
+    """An image that a check complains of."""
+
+    check: str
+    split: Split
+    index: int
+    """Its place in the split."""
+
+    label: int
+    note: str
+
+
+class SplitFacts(_Record):
+    """What a split holds."""
+
+    images: int
+    class_counts: tuple[int, ...]
+    duplicates: int
+    """Images equal to an earlier one of the split."""
+
+    leaked: int
+    """Images that an earlier split has too; the splits' order is train, val, test."""
+
+    conflicts: int
+    """Images of which there is an equal one, in any split, with another label."""
+
+    constant: int
+    blank: int
+
+
+class DataChecks(_Record):
+    """All that was found out about a dataset version."""
+
+    dataset_version: str
+    champion_version: str | None
+    classes: tuple[str, ...]
+    splits: dict[Split, SplitFacts]
+    pixels: tuple[tuple[float, ...], ...]
+    """Shares of the training split's pixel values, by channel and bin of 16 grey levels."""
+
+    checks: tuple[Check, ...]
+    offenders: tuple[Offender, ...]
+    """The first few of each check."""
+
+    def having(self, outcome: Outcome) -> tuple[Check, ...]:
+        """The checks that ended so."""
+        return tuple(check for check in self.checks if check.outcome == outcome)
+
+    @property
+    def outcome(self) -> Literal["passed", "warned", "failed"]:
+        """Of all checks together: the worst."""
+        return "failed" if self.having("failed") else "warned" if self.having("warned") else "passed"
+
+
+def population_stability_index(expected: ArrayLike, found: ArrayLike) -> float:
+    """PSI of two histograms over the same bins: Σ (f − e) · ln(f / e) over the bins' shares e and f.
+
+    A share below 0.0001 counts as 0.0001. By convention, less than 0.1 is no change and more than 0.25 a major one
+    (Siddiqi, Credit Risk Scorecards, 2006).
+    """
+    e, f = (
+        np.maximum(counts / max(counts.sum(), 1), SMALLEST_SHARE)
+        for counts in (np.asarray(expected, dtype=np.float64), np.asarray(found, dtype=np.float64))
+    )
+    return float(((f - e) * np.log(f / e)).sum())
+
+
+def check_dataset(
+    manifest: Manifest,
+    splits: Mapping[Split, "PackedSplit"],
+    config: DataGateConfig,
+    champion: "tuple[Manifest, PackedSplit] | None" = None,
+    on_progress: Callable[[int], object] = lambda count: None,
+) -> DataChecks:
+    """Look at every image of a dataset version once, block by block.
+
+    Args:
+        splits: all of them.
+        champion: manifest and training split of the version that the champion learned from, to compare with.
+        on_progress: its amounts add up to the images of the splits and, unless it is the same version, of the
+            champion's training split.
+    """
+    scans = {name: _scan(splits[name], on_progress) for name in SPLITS}
+    marks = _marks(scans, config)
+    facts = {
+        name: SplitFacts(
+            images=len(splits[name]),
+            class_counts=manifest.splits[name].class_counts,
+            duplicates=int(marks["duplicates"][name].sum()),
+            leaked=int(marks["leakage"][name].sum()),
+            conflicts=int(marks["conflicts"][name].sum()),
+            constant=int(marks["constant"][name].sum()),
+            blank=int(marks["blank"][name].sum()),
+        )
+        for name in SPLITS
+    }
+    pixels = _binned(scans["train"].pixels)
+    theirs = None
+    if champion:
+        same = champion[0].version == manifest.version
+        theirs = champion[0], pixels if same else _binned(_scan(champion[1], on_progress).pixels)
+    found = (*_content_checks(manifest, facts, config), *_comparisons(manifest, pixels, theirs, config))
+    off = {check.name for check in found if check.outcome == "off"}
+    return DataChecks(
+        dataset_version=manifest.version,
+        champion_version=champion[0].version if champion else None,
+        classes=manifest.classes,
+        splits=facts,
+        pixels=tuple(tuple(row) for row in (pixels / pixels.sum(1, keepdims=True)).tolist()),
+        checks=found,
+        offenders=tuple(_offenders({kind: masks for kind, masks in marks.items() if kind not in off}, scans)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scan:
+    """What is kept of N images with C channels."""
+
+    labels: NDArray[np.int64]
+    digests: NDArray[np.uint64]
+    """64 bits of each image's BLAKE2b: two different ones in a hundred million images agree with a chance of 1:3000."""
+
+    contrast: NDArray[np.uint8]
+    """Of each image: brightest minus darkest pixel, in the channel where that is most."""
+
+    pixels: NDArray[np.int64]
+    """Pixels of each value, C×256."""
+
+
+def _scan(split: "PackedSplit", on_progress: Callable[[int], object]) -> _Scan:
+    channels, height, width = split.shape
+    digests, contrast = bytearray(), np.empty(len(split), dtype=np.uint8)
+    pixels = np.zeros((channels, 256), dtype=np.int64)
+    step = max(1, BLOCK_BYTES // (channels * height * width))
+    for start in range(0, len(split), step):
+        images = np.ascontiguousarray(split.slice(start, start + step)[0].numpy())
+        for image in images:
+            digests += hashlib.blake2b(image.data, digest_size=8).digest()
+        planes = images.reshape(len(images), channels, -1)
+        contrast[start : start + len(images)] = np.ptp(planes, axis=2).max(1)
+        pixels += np.stack([np.bincount(planes[:, channel].ravel(), minlength=256) for channel in range(channels)])
+        on_progress(len(images))
+    return _Scan(
+        labels=split.labels.numpy(),
+        digests=np.frombuffer(digests, dtype=np.uint64),
+        contrast=contrast,
+        pixels=pixels,
+    )
+
+
+def _binned(pixels: NDArray[np.int64]) -> NDArray[np.int64]:
+    binned: NDArray[np.int64] = pixels.reshape(len(pixels), PIXEL_BINS, -1).sum(2)
+    return binned
+
+
+def _marks(scans: Mapping[Split, _Scan], config: DataGateConfig) -> dict[str, dict[Split, NDArray[np.bool_]]]:
+    """Which images of each split a check complains of."""
+    everything = np.concatenate([scan.digests for scan in scans.values()])
+    conflicting = _conflicting(everything, np.concatenate([scan.labels for scan in scans.values()]))
+    marks: dict[str, dict[Split, NDArray[np.bool_]]] = {
+        kind: {} for kind in ("duplicates", "leakage", "conflicts", "constant", "blank")
+    }
+    earlier = everything[:0]
+    for name, scan in scans.items():
+        repeated = np.ones(len(scan.digests), dtype=np.bool_)
+        repeated[np.unique(scan.digests, return_index=True)[1]] = False
+        marks["duplicates"][name] = repeated
+        marks["leakage"][name] = np.isin(scan.digests, earlier)
+        marks["conflicts"][name] = np.isin(scan.digests, conflicting)
+        marks["constant"][name] = scan.contrast == 0
+        marks["blank"][name] = (scan.contrast > 0) & (scan.contrast <= config.blank_contrast)
+        earlier = np.concatenate([earlier, scan.digests])
+    return marks
+
+
+def _conflicting(digests: NDArray[np.uint64], labels: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The digests that occur with more than one label."""
+    order = np.lexsort((labels, digests))
+    digests, labels = digests[order], labels[order]
+    return np.unique(digests[1:][(digests[1:] == digests[:-1]) & (labels[1:] != labels[:-1])])
+
+
+def _offenders(
+    marks: Mapping[str, Mapping[Split, NDArray[np.bool_]]], scans: Mapping[Split, _Scan]
+) -> Iterator[Offender]:
+    for kind, masks in marks.items():
+        places = [(name, int(index)) for name, mask in masks.items() for index in np.flatnonzero(mask)[:EXAMPLES]]
+        for name, index in places[:EXAMPLES]:
+            note = f"contrast {scans[name].contrast[index]}"
+            if kind not in ("constant", "blank"):
+                twins = (
+                    f"{other} {place}"
+                    for other, scan in scans.items()
+                    for place in np.flatnonzero(scan.digests == scans[name].digests[index]).tolist()
+                    if (other, place) != (name, index)
+                )
+                note = f"equals {next(twins)}"
+            yield Offender(check=kind, split=name, index=index, label=int(scans[name].labels[index]), note=note)
+
+
+def _at_most(config: DataGateConfig, name: str, value: float | None, note: str) -> Check:
+    """Judge by the level `name` and the limit `max_<name>`; None: there is nothing to judge."""
+    limit = float(getattr(config, f"max_{name}"))
+    return _judged(config, name, value, limit, note, good=value is None or value <= limit)
+
+
+def _judged(config: DataGateConfig, name: str, value: float | None, limit: float, note: str, *, good: bool) -> Check:
+    level: Level = getattr(config, name)
+    wrong: Outcome = "failed" if level == "fail" else "warned"
+    found: Outcome = "skipped" if value is None else "passed" if good else wrong
+    outcome: Outcome = "off" if level == "off" else found
+    return Check(name=name, level=level, outcome=outcome, value=value, limit=limit, note=note)
+
+
+def _content_checks(manifest: Manifest, facts: Mapping[Split, SplitFacts], config: DataGateConfig) -> Iterator[Check]:
+    """The checks that need no champion."""
+    counts = facts["train"].class_counts
+    least, most = min(counts), max(counts)
+    rarest, commonest = (manifest.classes[counts.index(count)] for count in (least, most))
+    note = f"training images of {rarest}, the rarest of {len(counts)} classes"
+    limit = config.min_class_images
+    yield _judged(config, "class_images", least, limit, note, good=least >= limit)
+    note = f"{commonest} has {most:,} training images, {rarest} {least:,}"
+    yield _at_most(config, "imbalance", most / max(least, 1), note)
+
+    for name, counted in (("duplicates", "duplicates"), ("leakage", "leaked"), ("constant",) * 2, ("blank",) * 2):
+        found = [(split, getattr(fact, counted), fact.images) for split, fact in facts.items()]
+        note = ", ".join(f"{split} {count:,} of {images:,}" for split, count, images in found)
+        yield _at_most(config, name, max(count / images for _, count, images in found), note)
+    total, conflicts = (sum(getattr(fact, key) for fact in facts.values()) for key in ("images", "conflicts"))
+    note = f"{conflicts:,} of {total:,} images equal one with another label"
+    yield _at_most(config, "conflicts", conflicts / total, note)
+
+    source = manifest.report
+    tried = source.packed + source.unreadable
+    note = f"{source.unreadable:,} of {tried:,} could not be decoded"
+    if source.unreadable_examples:
+        note += f", for example {source.unreadable_examples[0].name} ({source.unreadable_examples[0].reason})"
+    yield _at_most(config, "unreadable", source.unreadable / tried, note)
+    ratio = max(side.max / max(side.min, 1) for side in (source.width, source.height))
+    note = f"width {_spread(source.width)}, height {_spread(source.height)}; all became {manifest.image_size}"
+    yield _at_most(config, "size_ratio", ratio, note)
+    modes = sorted(source.modes.items(), key=lambda item: -item[1])
+    note = ", ".join(f"{mode} {count:,}" for mode, count in modes)
+    yield _at_most(config, "other_modes", 1 - modes[0][1] / sum(source.modes.values()), note)
+
+
+def _spread(spread: Spread) -> str:
+    return f"{spread.min} … {spread.max} (median {spread.median})"
+
+
+def _comparisons(
+    manifest: Manifest,
+    pixels: NDArray[np.int64],
+    champion: tuple[Manifest, NDArray[np.int64]] | None,
+    config: DataGateConfig,
+) -> Iterator[Check]:
+    """The checks against the data that the champion learned from: its manifest and binned pixels."""
+    if champion is None:
+        for name in COMPARISONS:
+            yield _at_most(config, name, None, "there are no champion's data to compare with")
+        return
+    theirs, their_pixels = champion
+    missing = [name for name in theirs.classes if name not in manifest.classes]
+    new = [name for name in manifest.classes if name not in theirs.classes]
+    yield _at_most(config, "missing_classes", len(missing), _listed(missing))
+    yield _at_most(config, "new_classes", len(new), _listed(new))
+    before, now = (dict(zip(m.classes, m.splits["train"].class_counts, strict=True)) for m in (theirs, manifest))
+    union = [*theirs.classes, *new]
+    psi = population_stability_index([before.get(name, 0) for name in union], [now.get(name, 0) for name in union])
+    yield _at_most(config, "class_drift", psi, f"PSI over {len(union)} classes, training splits")
+    if len(pixels) != len(their_pixels):
+        note = f"{len(pixels)} channels, the champion's data have {len(their_pixels)}"
+        yield _at_most(config, "pixel_drift", None, note)
+        return
+    each = [population_stability_index(e, f) for e, f in zip(their_pixels, pixels, strict=True)]
+    note = f"PSI over {PIXEL_BINS} bins of grey levels, training splits; by channel "
+    yield _at_most(config, "pixel_drift", max(each), note + ", ".join(f"{psi:.3f}" for psi in each))
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"

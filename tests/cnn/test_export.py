@@ -1,0 +1,118 @@
+"""Exported files: each gives what the original gives, or does not appear."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.export import ExportedProgram
+
+from cnn.config import TrainConfig
+from cnn.errors import InputError
+from cnn.export import (
+    ONNX_TOLERANCE,
+    Description,
+    ExportDiffers,
+    export_onnx,
+    export_pt2,
+    export_weights,
+    load_classifier,
+)
+from cnn.serving import ServedClassifier
+from cnn.weights import weights_sha256
+
+CLASSES = ("ant", "bee", "cat")
+IMAGES = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def original() -> tuple[torch.nn.Module, Description, ServedClassifier]:
+    torch.manual_seed(0)
+    described = Description(
+        config=TrainConfig(model="convoy9", network={"width": 4}, test_flip=True),
+        classes=CLASSES,
+        channels=3,
+        image_size=16,
+        mean=(0.2, 0.4, 0.6),
+        std=(0.1, 0.2, 0.3),
+        weights_sha256="",
+    )
+    network, served = described.classifier()
+    return network, described.model_copy(update={"weights_sha256": weights_sha256(network.state_dict())}), served
+
+
+@pytest.fixture(scope="module")
+def program() -> ExportedProgram:
+    return torch.export.export(original()[2], (IMAGES[:2],), dynamic_shapes=[{0: torch.export.Dim.AUTO}])
+
+
+@pytest.fixture(scope="module")
+def expected() -> torch.Tensor:
+    return original()[2](IMAGES)
+
+
+def test_pt2_gives_what_the_original_gives(program: ExportedProgram, expected: torch.Tensor, tmp_path: Path) -> None:
+    out = tmp_path / "model.pt2"
+    assert export_pt2(program, out, IMAGES, expected) < 1e-6
+    assert torch.allclose(torch.export.load(out).module()(IMAGES[:3]), expected[:3], atol=1e-6)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_onnx_gives_what_the_original_gives(program: ExportedProgram, expected: torch.Tensor, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    out = tmp_path / "named as you like"
+    export_onnx(program, CLASSES, out, IMAGES, expected)
+    session = runtime.InferenceSession(str(out))
+    (found,) = session.run(None, {"images": IMAGES[:3].numpy()})
+    assert torch.allclose(torch.from_numpy(found), expected[:3], atol=ONNX_TOLERANCE)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(CLASSES)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_weights_describe_themselves(expected: torch.Tensor, tmp_path: Path) -> None:
+    network, described, _ = original()
+    out = tmp_path / "model.safetensors"
+    assert export_weights(network, described, out, IMAGES, expected) < 1e-6
+    assert torch.equal(load_classifier(out)(IMAGES), expected)
+
+
+def test_what_differs_from_the_original_is_not_written(
+    program: ExportedProgram, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    out = tmp_path / "model.pt2"
+    out.write_bytes(b"an earlier one")
+    network, described, _ = original()
+    last = expected.clone()
+    last[-1, 0] += 1e-4  # only the large batch shows it
+    for wrong in (last, expected[:, :2], expected * torch.nan):
+        with pytest.raises(ExportDiffers, match="nothing was written"):
+            export_pt2(program, out, IMAGES, wrong)
+        with pytest.raises(ExportDiffers, match="nothing was written"):
+            export_weights(network, described, out, IMAGES, wrong)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"an earlier one"]
+
+
+def test_onnx_without_its_packages_is_refused_in_one_line(
+    program: ExportedProgram, expected: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cnn.export.ONNX_PACKAGES", ("onnx", "never_to_be_found"))
+    with pytest.raises(InputError, match=r"never_to_be_found.*convoy-cnn\[onnx\]"):
+        export_onnx(program, CLASSES, tmp_path / "model.onnx", IMAGES, expected)
+
+
+def test_damaged_or_foreign_weights_are_refused(expected: torch.Tensor, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    network, described, _ = original()
+    out = tmp_path / "model.safetensors"
+    export_weights(network, described, out, IMAGES, expected)
+    content = bytearray(out.read_bytes())
+    content[-1] ^= 1
+    out.write_bytes(content)
+    with pytest.raises(InputError, match="is damaged"):
+        load_classifier(out)
+    save_file({"weight": torch.zeros(1)}, out)
+    with pytest.raises(InputError, match="no description"):
+        load_classifier(out)
+    out.write_text("text")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_classifier(out)
