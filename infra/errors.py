@@ -7,6 +7,12 @@ class UsageError(ValueError):
     exit_status = 2
 
 
+class GateRefused(RuntimeError):
+    """Data or a model are not good enough; that was found out in good order, and everything is where it was."""
+
+    exit_status = 3
+
+
 class ServiceError(RuntimeError):
     """A server, mirror or store failed, refused or could not be reached, after the stated retries."""
 

@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote
 
-import mlflow.pytorch
 from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.models import Model, infer_signature
@@ -18,6 +17,7 @@ from infra.errors import UsageError
 from infra.mlflowserver import mlflow_client, tracking_uri
 
 ARTIFACT = "model"  # the served model's name among the run's models
+DESCRIPTION_CHARACTERS = 5000  # MLflow's limit
 
 
 class ModelVersion(BaseModel):
@@ -27,6 +27,11 @@ class ModelVersion(BaseModel):
 
     name: str
     version: str
+
+    @property
+    def address(self) -> str:
+        """`name/version`, as people write it."""
+        return f"{self.name}/{self.version}"
 
     @property
     def uri(self) -> str:
@@ -73,6 +78,8 @@ def log_model(
         requirements: pinned packages that loading and calling the model take.
         metadata: JSON values that travel with the model, for example the names of the classes.
     """
+    import mlflow.pytorch  # only here: it loads torch, which reading the registry does not need
+
     assert len(images) >= 2
     with mlflow_client(f"store the model of run {run_id}") as client, TemporaryDirectory() as temporary:
         run = client.get_run(run_id)
@@ -123,6 +130,17 @@ def create_version(name: str, model_id: str, *, run_id: str, tags: Mapping[str, 
     return ModelVersion(name=name, version=str(created.version))
 
 
+def check_model_exists(name: str) -> None:
+    """Raises UsageError if nothing was ever registered under this name."""
+    with mlflow_client(f"look for model {name!r}") as client:
+        try:
+            client.get_registered_model(name)
+        except RestException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise UsageError(f"no model is called {name!r}; MLflow lists them at {tracking_uri()}/#/models") from None
+
+
 def version_of(name: str, run_id: str) -> ModelVersion | None:
     """The newest version of `name` that a run has registered; None if there is none."""
     with mlflow_client(f"look for versions of model {name!r}") as client:
@@ -147,6 +165,20 @@ def aliased(name: str, alias: str) -> ModelVersion | None:
                 return None
             raise
     return ModelVersion(name=name, version=str(found.version))
+
+
+def delete_alias(name: str, alias: str) -> None:
+    """Take an alias from a model; nothing happens if it has none of that name."""
+    with mlflow_client(f"delete alias {alias} of model {name!r}") as client:
+        client.delete_registered_model_alias(name, alias)
+
+
+def describe_version(model: ModelVersion, markdown: str) -> None:
+    """Set a version's description, as its page shows it; what is beyond MLflow's limit is cut off, and said to be."""
+    if len(markdown) > DESCRIPTION_CHARACTERS:
+        markdown = markdown[: DESCRIPTION_CHARACTERS - 2] + " …"
+    with mlflow_client(f"describe version {model.version} of model {model.name!r}") as client:
+        client.update_model_version(model.name, model.version, markdown)
 
 
 def tag_version(model: ModelVersion, tags: Mapping[str, str]) -> None:

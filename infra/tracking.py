@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException, RestException
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
@@ -30,7 +31,9 @@ __all__ = [
     "RunInfo",
     "SystemMetrics",
     "check_server",
+    "describe_run",
     "end_run",
+    "fetch_artifacts",
     "list_runs",
     "log_dataset",
     "log_figure",
@@ -180,6 +183,17 @@ def set_tags(run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags of a run; a tag that is there already gets the new value."""
     with mlflow_client(f"tag run {run_id}") as client:
         client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def describe_run(run_id: str, markdown: str) -> None:
+    """Set the description that a run's page shows above all else."""
+    set_tags(run_id, {MLFLOW_RUN_NOTE: markdown})
+
+
+def fetch_artifacts(run_id: str, path: str, folder: Path) -> Path:
+    """Download a folder of a run's artifacts into a local one; returns where it is then."""
+    with mlflow_client(f"fetch {path} of run {run_id}") as client:
+        return Path(client.download_artifacts(run_id, path, str(folder)))
 
 
 def log_metrics(run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:

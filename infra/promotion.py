@@ -1,0 +1,256 @@
+"""Which version of a model is its champion: a history in the bucket, appended to by compare-and-set.
+
+models/<name>/history/<number>.json, counted from 1, each written once and never changed. The history is the truth;
+the registry's aliases `champion` and `previous` follow it, and are repaired from it.
+"""
+
+import getpass
+import os
+import socket
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from infra.errors import ServiceError, UsageError
+from infra.objectstore import ObjectStore
+from infra.registry import ModelVersion, aliased, check_model_name, delete_alias, set_alias
+from infra.versions import find_version
+
+CHAMPION, PREVIOUS = "champion", "previous"
+
+
+class PromotionLost(ServiceError):
+    """Another promotion of the same model came first; nothing was changed."""
+
+
+class AlreadyChampion(UsageError):
+    """The version is the champion; nothing was changed."""
+
+
+class Promotion(BaseModel):
+    """One entry of a model's history: a change of its champion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    number: int
+    """Position in the history, from 1."""
+
+    action: Literal["promote", "rollback"]
+    from_version: str | None
+    """The champion before; None if there was none."""
+
+    to_version: str
+    """The champion from then on."""
+
+    who: str
+    """`user@host`."""
+
+    when: datetime
+    """In UTC, by the writer's clock; the order is that of the numbers."""
+
+    reason: str = ""
+    forced: bool = False
+    """Promoted although a gate had not passed it."""
+
+    verdict_sha256: str | None = None
+    """Digest of the quality gate's verdict; None if there was none."""
+
+    verdict_summary: str = ""
+
+    id: str
+    """Random, so that no two writers ever send the same bytes, and a retry can tell its own from another's."""
+
+    def __str__(self) -> str:
+        was = f" from version {self.from_version}" if self.from_version else ""
+        did = "rolled back" if self.action == "rollback" else "promoted"
+        return f"{did}{was} to version {self.to_version} by {self.who} at {self.when:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def history(store: ObjectStore, name: str) -> list[Promotion]:
+    """Every change of a model's champion, the oldest first; empty if nothing was ever promoted.
+
+    Raises:
+        UsageError: not a name for a model.
+        ServiceError: the store failed, or an entry is damaged.
+    """
+    return [_read(store, info.key) for info in store.list(_prefix(name))]
+
+
+def newest(store: ObjectStore, name: str) -> Promotion | None:
+    """The last change of a model's champion; None if nothing was ever promoted."""
+    keys = [info.key for info in store.list(_prefix(name))]  # in their order, hence that of the numbers
+    return _read(store, keys[-1]) if keys else None
+
+
+def champions(entries: Sequence[Promotion]) -> list[str]:
+    """The versions that a rollback can go back through, the present champion last.
+
+    A promotion adds one; a rollback takes away all above the one that it brought back, so that a second rollback goes
+    further back.
+    """
+    standing: list[str] = []
+    for entry in entries:
+        if entry.action == "promote":
+            standing.append(entry.to_version)
+            continue
+        standing.pop()
+        while standing and standing[-1] != entry.to_version:
+            standing.pop()
+    return standing
+
+
+def promote(
+    store: ObjectStore,
+    model: ModelVersion,
+    *,
+    after: Promotion | None,
+    who: str | None = None,
+    reason: str = "",
+    forced: bool = False,
+    verdict_sha256: str | None = None,
+    verdict_summary: str = "",
+) -> Promotion:
+    """Make a version the champion, if `after` is still the last change, and have the aliases follow.
+
+    Of several promotions that saw the same `after`, exactly one succeeds. Whether the version deserves it is for the
+    caller to know.
+
+    Args:
+        after: the last change that the caller knows of (`newest`), on which its decision rests.
+        who: None takes the user of this process.
+
+    Raises:
+        PromotionLost: there was another change since `after`; the message names it.
+        AlreadyChampion: the version is the champion.
+        ServiceError: a server failed. If it was MLflow, after the change, `repair_aliases` finishes it.
+    """
+    champion = after.to_version if after else None
+    if champion == model.version:
+        raise AlreadyChampion(f"version {model.version} of {model.name!r} is its champion already: {after}")
+    entry = Promotion(
+        name=model.name,
+        number=after.number + 1 if after else 1,
+        action="promote",
+        from_version=champion,
+        to_version=model.version,
+        who=who or this_user(),
+        when=datetime.now(UTC),
+        reason=reason,
+        forced=forced,
+        verdict_sha256=verdict_sha256,
+        verdict_summary=verdict_summary,
+        id=uuid.uuid4().hex,
+    )
+    return _append(store, entry)
+
+
+def rollback(store: ObjectStore, name: str, *, who: str | None = None, reason: str = "") -> Promotion:
+    """Bring back the champion before the present one, and have the aliases follow.
+
+    Champions that were deleted from the registry are skipped. A second rollback goes further back.
+
+    Raises:
+        UsageError: there is no earlier champion.
+        PromotionLost: another change came first; the message names it.
+    """
+    entries = history(store, name)
+    standing = champions(entries)
+    target = _predecessor(name, standing)
+    present = standing[-1] if standing else None
+    if target is None:
+        what = f"version {present} is the first champion of {name!r}" if present else f"{name!r} has no champion"
+        raise UsageError(f"{what}, so there is none to go back to; `convoy history {name}` shows all changes")
+    entry = Promotion(
+        name=name,
+        number=entries[-1].number + 1,
+        action="rollback",
+        from_version=present,
+        to_version=target,
+        who=who or this_user(),
+        when=datetime.now(UTC),
+        reason=reason,
+        id=uuid.uuid4().hex,
+    )
+    return _append(store, entry)
+
+
+def repair_aliases(store: ObjectStore, name: str) -> list[str]:
+    """Point `champion` and `previous` where the history says, and return what had to be changed, a line each.
+
+    A model without a history keeps the aliases it has. Safe to run beside promotions: it looks at the history again
+    after each change, so that whoever wrote an outdated alias corrects it.
+    """
+    changed: list[str] = []
+    entries = history(store, name)
+    while entries:
+        standing = champions(entries)
+        wanted = {CHAMPION: standing[-1], PREVIOUS: _predecessor(name, standing)}
+        for alias, version in wanted.items():
+            found = aliased(name, alias)
+            if (found.version if found else None) == version:
+                continue
+            if version is None:
+                delete_alias(name, alias)
+            else:
+                set_alias(ModelVersion(name=name, version=version), alias)
+            changed.append(f"{alias}: {found.version if found else 'none'} → {version or 'none'}")
+        last = newest(store, name)
+        if last == entries[-1]:
+            break
+        entries = history(store, name)
+    return changed
+
+
+def this_user() -> str:
+    """`user@host` of this process; a user without a name, as in some containers, goes by number."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
+
+
+def _append(store: ObjectStore, entry: Promotion) -> Promotion:
+    if not store.put_if_absent(_key(entry.name, entry.number), entry.model_dump_json(indent=2).encode()):
+        winner = _read(store, _key(entry.name, entry.number))
+        raise PromotionLost(
+            f"{entry.name!r} was changed by another meanwhile: {winner}; nothing was done: "
+            f"look at `convoy history {entry.name}`, and decide anew"
+        )
+    try:
+        repair_aliases(store, entry.name)
+    except ServiceError as error:
+        raise ServiceError(
+            f"{entry.name!r} was {entry}, but its aliases do not show it yet; "
+            f"`convoy history {entry.name}` repairs them: {error}"
+        ) from error
+    return entry
+
+
+def _predecessor(name: str, standing: Sequence[str]) -> str | None:
+    """The last champion before the present one that the registry still has."""
+    for version in reversed(standing[:-1]):
+        try:
+            return find_version(f"{name}/{version}").version
+        except UsageError:
+            continue
+    return None
+
+
+def _prefix(name: str) -> str:
+    return f"models/{check_model_name(name)}/history/"
+
+
+def _key(name: str, number: int) -> str:
+    return f"{_prefix(name)}{number:08}.json"
+
+
+def _read(store: ObjectStore, key: str) -> Promotion:
+    try:
+        return Promotion.model_validate_json(store.get_bytes(key))
+    except ValidationError as error:
+        raise ServiceError(f"{store.uri(key)} is damaged: {error.errors()[0]['msg']}") from error

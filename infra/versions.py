@@ -1,0 +1,81 @@
+"""Finding and fetching a version of a registered model, by what people write: `name@alias`, `name/version`, `name`."""
+
+import difflib
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import RestException
+
+from infra.errors import UsageError
+from infra.mlflowserver import mlflow_client, tracking_uri
+from infra.registry import ModelVersion
+
+DEFAULT_ALIAS = "champion"  # what a bare name stands for
+CONSUMERS_ENVIRONMENT = {
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",  # MLflow refuses a model that it would have to unpickle
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+class FoundVersion(ModelVersion):
+    """A version with what the registry knows of it."""
+
+    run_id: str
+    tags: dict[str, str]
+
+
+def find_version(reference: str) -> FoundVersion:
+    """The version that `name`, `name@alias` or `name/version` means; a bare name is that name's champion.
+
+    Raises:
+        UsageError: there is no such model, alias or version; the message names those that there are.
+        ServiceError: MLflow failed.
+    """
+    plain = reference.removeprefix("models:/")
+    name, _, number = plain.partition("/")
+    alias = ""
+    if not number:
+        name, _, alias = plain.partition("@")
+        alias = alias or DEFAULT_ALIAS
+    if not name:
+        raise UsageError(f"{reference!r} names no model; write NAME, NAME@ALIAS or NAME/VERSION")
+    with mlflow_client(f"look for model {name!r}") as client:
+        try:
+            aliases: dict[str, str] = client.get_registered_model(name).aliases
+        except RestException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            names = [model.name for model in client.search_registered_models(max_results=100)]
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names) or 'none yet'}"
+            raise UsageError(f"no model is called {name!r}; {hint}") from None
+        if alias:
+            number = str(aliases.get(alias, ""))
+        if alias and not number:
+            known = ", ".join(f"{name}@{each}" for each in sorted(aliases)) or "it has none yet"
+            raise UsageError(
+                f"model {name!r} has no alias {alias!r}; aliases: {known}; a version is named like {name}/1"
+            )
+        try:
+            found = client.get_model_version(name, number)
+        except RestException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            versions = sorted(int(version.version) for version in client.search_model_versions(f"name = '{name}'"))
+            known = f"{versions[0]} to {versions[-1]}" if versions else "none"
+            raise UsageError(f"model {name!r} has no version {number!r}; versions: {known}") from None
+    return FoundVersion(name=name, version=str(found.version), run_id=found.run_id or "", tags=found.tags)
+
+
+def version_url(version: ModelVersion) -> str:
+    """The address of a version in MLflow's web pages."""
+    return f"{tracking_uri()}/#/models/{quote(version.name)}/versions/{version.version}"
+
+
+def download_version(version: ModelVersion, folder: Path) -> Path:
+    """Fetch a version's files into an existing folder; returns what `mlflow.pyfunc.load_model` takes."""
+    os.environ.update(CONSUMERS_ENVIRONMENT)
+    with mlflow_client(f"fetch {version.uri}"):
+        return Path(download_artifacts(version.uri, dst_path=str(folder)))

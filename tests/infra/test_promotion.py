@@ -1,0 +1,211 @@
+"""Promotions on a real object store and a real MLflow: one winner, a history that stays, aliases that follow it."""
+
+import multiprocessing
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import count
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from infra import tracking
+from infra.errors import ServiceError, UsageError
+from infra.objectstore import ObjectStore
+from infra.promotion import (
+    AlreadyChampion,
+    Promotion,
+    PromotionLost,
+    champions,
+    history,
+    newest,
+    promote,
+    repair_aliases,
+    rollback,
+)
+from infra.registry import ModelVersion, aliased, create_version, set_alias
+
+RACERS = 6
+NAMES = (f"promotion {number}" for number in count())
+
+
+@pytest.fixture(scope="module")
+def model_id(stack: object) -> tuple[str, str]:
+    """A run and a model of it without files: promotions do not look inside."""
+    run_id = tracking.start_run("promotion-tests", "run", {}, {})
+    experiment = MlflowClient().get_run(run_id).info.experiment_id
+    return run_id, str(MlflowClient().create_logged_model(experiment, name="empty", source_run_id=run_id).model_id)
+
+
+@pytest.fixture
+def versions(store: ObjectStore, model_id: tuple[str, str]) -> list[ModelVersion]:
+    """Versions 1, 2, 3 of a model that nobody else uses."""
+    name = next(NAMES)
+    return [create_version(name, model_id[1], run_id=model_id[0], tags={}) for _ in range(3)]
+
+
+@pytest.fixture
+def aliases(versions: list[ModelVersion]) -> Iterator[Any]:
+    def read() -> tuple[str | None, str | None]:
+        found = [aliased(versions[0].name, alias) for alias in ("champion", "previous")]
+        champion, previous = (each.version if each else None for each in found)
+        return champion, previous
+
+    yield read
+
+
+def promote_all(store: ObjectStore, versions: list[ModelVersion]) -> None:
+    for version in versions:
+        promote(store, version, after=newest(store, version.name))
+
+
+def test_promotions_are_written_down_and_aliases_follow(
+    store: ObjectStore, versions: list[ModelVersion], aliases: Any
+) -> None:
+    first, second, _ = versions
+    assert (newest(store, first.name), history(store, first.name)) == (None, [])
+    began = promote(store, first, after=None, who="ann@host", reason="it is the first")
+    assert aliases() == ("1", None)
+    went_on = promote(store, second, after=began, forced=True, verdict_sha256="ab", verdict_summary="refused")
+    assert aliases() == ("2", "1")
+    assert history(store, first.name) == [began, went_on]
+    assert (began.number, began.from_version, began.to_version, began.who) == (1, None, "1", "ann@host")
+    assert (went_on.number, went_on.from_version, went_on.to_version, went_on.forced) == (2, "1", "2", True)
+    assert (went_on.verdict_sha256, went_on.verdict_summary) == ("ab", "refused")
+    keys = [info.key for info in store.list(f"models/{first.name}/")]
+    assert keys == [f"models/{first.name}/history/{number:08}.json" for number in (1, 2)]
+
+
+def test_promoting_the_champion_changes_nothing(store: ObjectStore, versions: list[ModelVersion]) -> None:
+    last = promote(store, versions[0], after=None)
+    with pytest.raises(AlreadyChampion, match=r"version 1 of .* is its champion already: promoted"):
+        promote(store, versions[0], after=last)
+    assert history(store, versions[0].name) == [last]
+
+
+def test_of_racing_threads_one_wins_and_the_others_name_it(
+    store: ObjectStore, versions: list[ModelVersion], aliases: Any
+) -> None:
+    start = threading.Barrier(RACERS)
+
+    def race(number: int) -> Promotion | PromotionLost:
+        start.wait()
+        try:
+            return promote(store, versions[number % 3], after=None, who=f"racer {number}")
+        except PromotionLost as lost:
+            return lost
+
+    with ThreadPoolExecutor(RACERS) as pool:
+        results = list(pool.map(race, range(RACERS)))
+    (winner,) = [result for result in results if isinstance(result, Promotion)]
+    losses = [str(result) for result in results if isinstance(result, PromotionLost)]
+    assert len(losses) == RACERS - 1
+    assert all(f"to version {winner.to_version} by {winner.who}" in loss for loss in losses)
+    assert history(store, winner.name) == [winner]
+    assert aliases() == (winner.to_version, None)
+
+
+def race_as_process(version: ModelVersion, after: Promotion | None) -> str:
+    try:
+        return promote(ObjectStore.connect("test"), version, after=after).id
+    except PromotionLost as lost:
+        return str(lost)
+
+
+def test_of_racing_processes_one_wins(store: ObjectStore, versions: list[ModelVersion], aliases: Any) -> None:
+    last = promote(store, versions[0], after=None)
+    # Each promotes the same version, with the same reason: only the entries' ids tell them apart.
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+        results = list(pool.map(race_as_process, [versions[1]] * 3, [last] * 3))
+    entries = history(store, versions[0].name)
+    assert [entry.to_version for entry in entries] == ["1", "2"]
+    assert results.count(entries[1].id) == 1
+    assert sum("was changed by another meanwhile" in result for result in results) == 2
+    assert aliases() == ("2", "1")
+
+
+def test_rollbacks_go_back_one_by_one(store: ObjectStore, versions: list[ModelVersion], aliases: Any) -> None:
+    name = versions[0].name
+    promote_all(store, versions)
+    back = rollback(store, name, who="bob@host", reason="it was slow")
+    assert (back.action, back.from_version, back.to_version, back.reason) == ("rollback", "3", "2", "it was slow")
+    assert aliases() == ("2", "1")
+    assert rollback(store, name).to_version == "1"
+    assert aliases() == ("1", None)
+    with pytest.raises(UsageError, match="version 1 is the first champion"):
+        rollback(store, name)
+    assert len(history(store, name)) == 5
+    promote(store, versions[2], after=newest(store, name))
+    assert aliases() == ("3", "1")
+
+
+def test_rollback_skips_versions_that_were_deleted(
+    store: ObjectStore, versions: list[ModelVersion], aliases: Any
+) -> None:
+    name = versions[0].name
+    promote_all(store, versions)
+    MlflowClient().delete_model_version(name, "2")
+    assert repair_aliases(store, name) == ["previous: none → 1"]
+    assert rollback(store, name).to_version == "1"
+    assert aliases() == ("1", None)
+
+
+def test_rollback_without_a_champion_says_so(store: ObjectStore, versions: list[ModelVersion]) -> None:
+    with pytest.raises(UsageError, match="has no champion"):
+        rollback(store, versions[0].name)
+
+
+def test_champions_after_promoting_one_again(store: ObjectStore, versions: list[ModelVersion], aliases: Any) -> None:
+    first, second, _ = versions
+    promote_all(store, [first, second, first])
+    assert champions(history(store, first.name)) == ["1", "2", "1"]
+    assert aliases() == ("1", "2")
+    assert rollback(store, first.name).to_version == "2"
+    assert champions(history(store, first.name)) == ["1", "2"]
+
+
+def test_aliases_are_repaired_from_the_history(store: ObjectStore, versions: list[ModelVersion], aliases: Any) -> None:
+    name = versions[0].name
+    promote_all(store, versions[:2])
+    set_alias(versions[2], "champion")
+    MlflowClient().delete_registered_model_alias(name, "previous")
+    assert sorted(repair_aliases(store, name)) == ["champion: 3 → 2", "previous: none → 1"]
+    assert aliases() == ("2", "1")
+    assert repair_aliases(store, name) == []
+
+
+def test_model_without_history_keeps_its_aliases(
+    store: ObjectStore, versions: list[ModelVersion], aliases: Any
+) -> None:
+    set_alias(versions[2], "champion")
+    assert repair_aliases(store, versions[0].name) == []
+    assert aliases() == ("3", None)
+
+
+def test_promotion_stands_when_the_aliases_cannot_follow(store: ObjectStore, model_id: tuple[str, str]) -> None:
+    missing = ModelVersion(name=next(NAMES), version="1")
+    with pytest.raises(ServiceError, match="its aliases do not show it yet"):
+        promote(store, missing, after=None)
+    assert create_version(missing.name, model_id[1], run_id=model_id[0], tags={}) == missing
+    assert repair_aliases(store, missing.name) == ["champion: none → 1"]
+
+
+def test_damaged_entry_is_named(store: ObjectStore, versions: list[ModelVersion]) -> None:
+    name = versions[0].name
+    store.put_bytes(f"models/{name}/history/00000001.json", b"{}")
+    with pytest.raises(ServiceError, match=r"history/00000001\.json is damaged"):
+        history(store, name)
+
+
+def test_models_with_a_common_beginning_have_their_own_histories(store: ObjectStore, model_id: tuple[str, str]) -> None:
+    name = next(NAMES)
+    both = [create_version(each, model_id[1], run_id=model_id[0], tags={}) for each in (name, f"{name} b")]
+    promote_all(store, both)
+    assert [len(history(store, each.name)) for each in both] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["a/b", ""])
+def test_what_cannot_name_a_model_has_no_history(store: ObjectStore, name: str) -> None:
+    with pytest.raises(UsageError, match="cannot name a model"):
+        history(store, name)
