@@ -3,8 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from flows import models, usage
+from flows.console import exit_status, loading, one_line, print_pairs, say, servers_up
 from flows.summary import Summary, check_writable, write_summary
 from infra.settings import Settings
 from tasks.config import RunConfig, load_config, recipes
@@ -40,10 +41,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Retrain convolutional image classifiers: download, preprocess, train on all GPUs or cores, evaluate, "
-    "register.\n\n"
+    help="Retrain convolutional image classifiers: download, check, preprocess, train on all GPUs or cores, evaluate, "
+    "register, and release what is good enough.\n\n"
     "Start with [bold]convoy train[/]: it brings up local servers, trains on Fashion-MNIST and says where to look.",
-    epilog="Exit status: 0 done, 1 failed or a server did not answer, 2 your mistake, 75 interrupted, 130 Ctrl-C.",
+    epilog="Exit status: 0 done, 1 failed or a server did not answer, 2 your mistake, 3 a gate refused, "
+    "75 interrupted, 130 Ctrl-C.",
 )
 
 
@@ -99,7 +101,7 @@ def train(
     refresh: Annotated[list[Step] | None, typer.Option(help="Do a step anew although its output exists.")] = None,
     summary: SummaryOption = None,
 ) -> None:
-    """Train, evaluate and register a network.
+    """Train a network, evaluate and register it, and make it the champion if its gates let it pass.
 
     A key may be given by a recipe, in a file, by --set or by its own option; the later of these wins.
 
@@ -131,8 +133,8 @@ def resume(
     """
 
     def go_on() -> Summary:
-        _stack_up()
-        with _loading():
+        servers_up()
+        with loading():
             from tasks.run import check_resumable
         config = check_resumable(run)
         if ranks is not None:
@@ -149,8 +151,8 @@ def runs(
     only_id: Annotated[bool, typer.Option("--id", help="Only their ids, for scripts.")] = False,
 ) -> None:
     """List the trainings, the newest first: how they stand, and what can be resumed."""
-    _stack_up()
-    with _loading():
+    servers_up()
+    with loading():
         from tasks.runs import list_trainings
 
     found = list_trainings(1 if last else limit)
@@ -161,6 +163,10 @@ def runs(
     for training in found:
         table.add_row(*training.cells())
     Console(width=160).print(table if found else "No training yet.")  # ids are for copying: never shortened
+
+
+for command in (models.promote, models.rollback, models.history, models.compare, usage.predict, usage.export):
+    app.command(rich_help_panel="Models")(command)
 
 
 @app.command()
@@ -183,7 +189,7 @@ def config(
 @app.command()
 def up() -> None:
     """Start the local servers (object storage, MLflow, Prefect) that are not running, and say where they are."""
-    _stack_up()
+    servers_up()
     status()
 
 
@@ -206,7 +212,7 @@ def status() -> None:
     for server in stack.status(Settings()):
         log = f"  [dim]log {os.path.relpath(server.log)}[/]" if server.log else ""
         lines[server.name] = f"[{colours[server.state]}]{server.state:8}[/]  {server.url}{log}"
-    _print_pairs(lines)
+    print_pairs(lines)
 
 
 @app.command()
@@ -214,7 +220,7 @@ def env() -> None:
     """Print versions, devices and servers, for bug reports. Holds no secrets."""
     from tasks.environment import describe
 
-    _print_pairs(describe())
+    print_pairs(describe())
     status()
 
 
@@ -234,15 +240,6 @@ def _config(
     return load_config(config_file, settings, options, recipe=recipe)
 
 
-def _stack_up() -> None:
-    """Have the servers running, and tell every client of this process, and of those it starts, where they are."""
-    from infra import stack
-
-    say = Console(stderr=True, highlight=False)
-    endpoints = stack.up(Settings(), lambda event: say.print(event, style="dim"))
-    os.environ.update(endpoints.environment())
-
-
 def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | None = None) -> None:
     """Run something, and write how it went, also when it fails."""
     if file:
@@ -258,18 +255,15 @@ def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | No
     finally:
         if file:
             write_summary(file, result)
-
-
-def _loading() -> AbstractContextManager[object]:
-    """Says that imports take a while."""
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # its tracebacks stay in its UI
-    return Console(stderr=True).status("Loading torch, Prefect and MLflow …")
+    if result.error:
+        say(f"convoy: {result.error}", error=True)
+        raise typer.Exit(result.exit_status)
 
 
 def _train(config: RunConfig, refresh: list[Step], resume: str | None = None) -> Summary:
     signal.signal(signal.SIGTERM, _terminate)  # Prefect calls it when it has closed the flow run
-    _stack_up()
-    with _loading():
+    servers_up()
+    with loading():
         from flows.train import train_flow
         from tasks.progress import show_task_logs
 
@@ -287,37 +281,21 @@ def _terminate(*_: object) -> None:
 
 
 def _print(result: Summary) -> None:
-    speed = f"{result.images_per_second:,.0f} images/s on {result.world_size} ranks"
-    lines = {
-        "accuracy": f"[bold green]{result.accuracy:.2%}[/] of the test split",
-        "model": f"{result.model_name}, version {result.model_version} (alias challenger)",
-        "weights": f"SHA-256 {result.weights_sha256}",
-        "time": f"{result.train_seconds:.0f} s of training ({speed}), {result.total_seconds:.0f} s in all",
-        "reused": ", ".join(result.reused),
-        "MLflow run": result.mlflow_run_url,
-        "Prefect run": result.prefect_flow_run_url,
-    }
-    _print_pairs({key: value for key, value in lines.items() if value})
-
-
-def _print_pairs(lines: Mapping[str, str]) -> None:
-    """Names and values side by side; never shortened, so that addresses can be clicked and copied."""
-    width = max(map(len, lines))
-    console = Console(soft_wrap=True, highlight=False)
-    for key, value in lines.items():
-        console.print(f"[bold]{key:{width}}[/]  {value}")
-
-
-def exit_status(error: BaseException) -> int:
-    """What the command exits with because of an error; see the design of exit statuses in `--help`."""
-    return int(getattr(error, "exit_status", 1))
-
-
-def one_line(error: BaseException) -> str:
-    """The error as one line."""
-    text = " ".join(str(error).split())
-    known = hasattr(error, "exit_status")
-    return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
+    lines = {"dataset": f"{result.dataset}, version {result.dataset_version}"}
+    if result.accuracy is not None:
+        speed = f"{result.images_per_second:,.0f} images/s on {result.world_size} ranks"
+        place = "champion" if result.champion else "not champion"
+        lines = {
+            "accuracy": f"[bold green]{result.accuracy:.2%}[/] of the test split",
+            "model": f"{result.model_name}, version {result.model_version}: [bold]{place}[/]",
+            "verdict": result.verdict or "",
+            "weights": f"SHA-256 {result.weights_sha256}",
+            "time": f"{result.train_seconds:.0f} s of training ({speed}), {result.total_seconds:.0f} s in all",
+            "reused": ", ".join(result.reused),
+            "MLflow run": result.mlflow_run_url or "",
+        }
+    lines["Prefect run"] = result.prefect_flow_run_url or ""
+    print_pairs({key: value for key, value in lines.items() if value})
 
 
 def main() -> None:
@@ -327,5 +305,5 @@ def main() -> None:
     except (Interrupted, Terminated, Exception) as error:
         if not hasattr(error, "exit_status"):
             raise
-        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"convoy: {one_line(error)}")
+        say(f"convoy: {one_line(error)}", error=True)
         sys.exit(exit_status(error))

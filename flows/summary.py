@@ -15,7 +15,9 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    status: Literal["done", "failed", "interrupted"]
+    status: Literal["done", "refused", "failed", "interrupted"]
+    """`refused`: a gate did not let the data or the model pass."""
+
     error: str | None = None
     exit_status: int = 0
 
@@ -29,6 +31,12 @@ class Summary(BaseModel):
     dataset_version: str | None = None
     model_name: str | None = None
     model_version: str | None = None
+    champion: bool | None = None
+    """Whether the version is now the champion; left out where no gate was reached."""
+
+    verdict: str | None = None
+    """The quality gate's, in a line."""
+
     world_size: int | None = None
     train_seconds: float | None = None
     total_seconds: float | None = None

@@ -13,10 +13,11 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from cnn.config import NETWORK_OPTIONS, Config, PreprocessConfig, TrainConfig
+from cnn.config import NETWORK_OPTIONS, Config, DataGateConfig, PreprocessConfig, TrainConfig
 from cnn.worldsize import check_world_size
 from infra.catalogue import CATALOGUE
 from infra.errors import UsageError
+from tasks.gateconfig import GateConfig, ServingConfig
 
 STEPS_AN_EPOCH = 20  # at least, where the batch size is ours to choose
 RECIPES = Path(__file__).parent / "recipes"
@@ -56,6 +57,21 @@ class RunConfig(TrainConfig):
 
     restarts: int = Field(3, ge=0)
     """How often in a row a training whose ranks died is taken up again without having come further."""
+
+    data_gate: DataGateConfig = DataGateConfig()
+
+    serving: ServingConfig = ServingConfig()
+
+    gate: GateConfig = GateConfig()
+
+    promote: bool | None = None
+    """Make a version that passes its gates the champion. Unset: yes, but for a trial run (`data.limit`)."""
+
+    approval: bool = False
+    """Before that, pause the flow run until a person approves it in Prefect."""
+
+    approval_patience: float = Field(86_400.0, gt=0)
+    """Seconds to wait for that person."""
 
     @model_validator(mode="before")
     @classmethod
@@ -102,6 +118,11 @@ class RunConfig(TrainConfig):
         while size > 2 * self.lanes and count // size < STEPS_AN_EPOCH:
             size //= 2
         return self.model_copy(update={"batch_size": size})
+
+    @property
+    def promotes(self) -> bool:
+        """Whether a version that passes its gates becomes champion."""
+        return self.data.limit is None if self.promote is None else self.promote
 
     def training(self) -> TrainConfig:
         """The part that `cnn` trains by."""

@@ -1,22 +1,46 @@
-"""A stranger's use of a registered model, whose address is all it knows; tasks/verify.py runs it.
+"""A stranger's use of a registered model, whose address is all it knows; tasks/consumers.py runs it.
 
-    python -P consume.py MODEL_URI IMAGES PREDICTIONS SIZE...
+    python -P consume.py MODEL_URI IMAGES OUT SIZE...
 
-IMAGES and PREDICTIONS are safetensors files. For each SIZE, that many of the first `images` go in as one
-batch, and its predictions are stored under that number. It knows nothing of Convoy, like any model server.
+IMAGES is a folder of PNG files, taken in the order of their names. For each SIZE, that many of the first go in as one
+batch; OUT/predictions.safetensors has each batch's predictions under that number. Then it tries inputs that the model
+should refuse; OUT/refusals.json has the first line of each error, or null where there was none. It knows nothing of
+Convoy, like any model server.
 """
 
+import json
 import sys
+from pathlib import Path
 
 import mlflow.pyfunc
-from safetensors.numpy import load_file, save_file
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save_file
 
 
 def main() -> None:
-    uri, images_file, predictions_file, *sizes = sys.argv[1:]
-    images = load_file(images_file)["images"]
+    uri, folder, out, *sizes = sys.argv[1:]
+    pixels = [np.asarray(Image.open(file)) for file in sorted(Path(folder).glob("*.png"))]
+    images = np.stack([plane[None] if plane.ndim == 2 else plane.transpose(2, 0, 1) for plane in pixels])
     model = mlflow.pyfunc.load_model(uri)
-    save_file({size: model.predict(images[: int(size)]) for size in sizes}, predictions_file)
+    wrong = {
+        "another height": images[:, :, 1:],
+        "another number of channels": np.concatenate([images, images[:, :1]], axis=1),
+        "no batch": images[0],
+        "floats": (images / 255).astype(np.float32),
+        "text": np.array(["an image"]),
+    }
+    refusals: dict[str, str | None] = {}
+    for name, value in wrong.items():
+        try:
+            model.predict(value)
+            refusals[name] = None
+        except Exception as error:
+            said = str(error).rpartition("Error: ")[2]  # MLflow repeats the whole input before it says what is wrong
+            refusals[name] = " ".join(said.split())[:300] or type(error).__name__
+    Path(out, "refusals.json").write_text(json.dumps(refusals))
+    batches = {size: np.ascontiguousarray(model.predict(images[: int(size)])) for size in sizes}
+    save_file(batches, Path(out, "predictions.safetensors"))
 
 
 if __name__ == "__main__":

@@ -1,32 +1,32 @@
-"""The evaluate task: how the trained weights do on the test split."""
+"""The evaluate task: how the trained weights do on the test split, and what their probabilities are worth."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from cnn.augment import Normalise
+from cnn.calibration import fit_temperature
 from cnn.config import TrainConfig
 from cnn.distributed import local_device
 from cnn.evaluate import predict_logits
 from cnn.manifest import Manifest
 from cnn.trainer import build, predictor
 from cnn.weights import load_weights, weights_sha256
-from infra import tracking
 from infra.cache import Cache
 from infra.errors import ServiceError
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetRef, load_manifest, open_split
+from tasks.predictions import store_predictions
 from tasks.progress import progress, run_logger
 from tasks.reference import store_reference
-from tasks.report import EvaluationReport, confusion_figure, evaluation_report, report_markdown
+from tasks.report import EvaluationReport, evaluation_report, measure_footprint, publish_evaluation
 from tasks.train import TrainResult
 
 REFERENCE_IMAGES = 64
@@ -51,12 +51,18 @@ class Evaluation(BaseModel):
         """Share of the test images that were classified correctly."""
         return self.report.accuracy
 
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by for calibrated probabilities; fitted on the validation split."""
+        return self.report.calibration.temperature
+
 
 @task(name="evaluate", cache_policy=NO_CACHE, persist_result=False)
 def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> Evaluation:
-    """Score the trained weights on the test split, each image once.
+    """Score the trained weights on the test split, each image once; a temperature is fitted on the validation split.
 
-    The report goes to the MLflow run (`report/`, metrics `test/...`) and, as a page, to Prefect.
+    The report goes to the MLflow run (`report/`, metrics `test/...`) and, as a page, to Prefect. What was predicted is
+    kept for the quality gate.
 
     Raises:
         Cancelled: the flow run was cancelled.
@@ -66,18 +72,26 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
     settings = Settings()
     store = ObjectStore.connect(settings.bucket, create=False)
     manifest = load_manifest(store, dataset.version)
-    split = open_split(Cache(settings.cache, store), manifest, "test")
+    cache = Cache(settings.cache, store)
+    validation, test = (open_split(cache, manifest, name) for name in ("val", "test"))
     device = local_device()
     trained_part = trained_network(store, config, manifest, trained).to(memory_format=torch.channels_last)
-    network = nn.Sequential(Normalise(manifest.mean, manifest.std), predictor(trained_part, config)).to(device)
-    with progress("Evaluating", len(split), unit="images") as advance:
-        logits = predict_logits(network, split, device, on_progress=advance)
-    report = evaluation_report("test", logits, split.labels, manifest.classes)
+    network = nn.Sequential(Normalise(manifest.mean, manifest.std), predictor(trained_part, config)).to(device).eval()
+    with progress("Evaluating", len(validation) + len(test), unit="images") as advance:
+        temperature = fit_temperature(
+            predict_logits(network, validation, device, on_progress=advance), validation.labels
+        )
+        logits = predict_logits(network, test, device, on_progress=advance)
+    images, _ = test.slice(0, REFERENCE_IMAGES)
+    footprint = measure_footprint(network, images, device)
+    report = evaluation_report(
+        "test", logits, test.labels, manifest.classes, temperature=temperature, footprint=footprint
+    )
 
-    images, _ = split.slice(0, REFERENCE_IMAGES)
     key = f"runs/{trained.run_id}/reference.safetensors"
     store_reference(store, key, images, logits[: len(images)].softmax(1))
-    _publish(trained.run_id, report)
+    store_predictions(store, trained.run_id, logits.argmax(1), manifest.classes, manifest, trained.weights_sha256)
+    publish_evaluation(trained.run_id, report, test)
     run_logger().info(
         "test accuracy %.2f %%, cross-entropy %.4f, %d images",
         100 * report.accuracy,
@@ -105,11 +119,3 @@ def trained_network(store: ObjectStore, config: TrainConfig, manifest: Manifest,
             f"their SHA-256 is {found}, expected {trained.weights_sha256}"
         )
     return network.eval()
-
-
-def _publish(run_id: str, report: EvaluationReport) -> None:
-    tracking.log_metrics(run_id, report.metrics())
-    tracking.log_text(run_id, "report/evaluation.json", report.model_dump_json(indent=2))
-    tracking.log_text(run_id, "report/confusion_matrix.json", report.confusion_json())
-    tracking.log_figure(run_id, "report/confusion_matrix.png", confusion_figure(report))
-    create_markdown_artifact(report_markdown(report), key="evaluation", description=f"Test split, MLflow run {run_id}")

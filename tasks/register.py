@@ -20,6 +20,7 @@ from tasks.evaluate import Evaluation, trained_network
 from tasks.progress import run_logger
 from tasks.reference import load_reference
 from tasks.train import TrainResult
+from tasks.versiontags import DATASET_VERSION, SERVING, TEMPERATURE
 
 REQUIREMENTS = ("torch", "numpy")  # what loading and calling the model take, MLflow itself apart
 
@@ -71,12 +72,13 @@ def register(
 def _tags(dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation) -> dict[str, str]:
     tags = {
         "convoy.dataset": dataset.name,
-        "convoy.dataset_version": dataset.version,
+        DATASET_VERSION: dataset.version,
         "convoy.weights_sha256": trained.weights_sha256,
         "convoy.weights_key": trained.weights_key,
         "convoy.reference_key": evaluated.reference_key,
         "convoy.test_accuracy": str(evaluated.accuracy),
-        "convoy.verification": "pending",
+        TEMPERATURE: str(evaluated.temperature),
+        SERVING: "pending",
     }
     if commit := provenance().git_commit:
         tags["convoy.git_commit"] = commit

@@ -1,28 +1,64 @@
-"""What an evaluation found: numbers by scikit-learn, as JSON, a picture and a table."""
+"""What an evaluation found: numbers by scikit-learn, SciPy and torchmetrics, as JSON, pictures and a table."""
 
 import json
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict
+from rich.filesize import decimal
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from cnn.calibration import Reliability, reliability
+from cnn.errors import InputError
+from cnn.packed import PackedSplit
+from infra import tracking
+from tasks.figures import confusion_figure, gallery_figure, reliability_figure
+from tasks.versiontags import TEMPERATURE
+
+__all__ = [
+    "Calibration",
+    "ClassScores",
+    "EvaluationReport",
+    "Example",
+    "Footprint",
+    "Scores",
+    "SliceScores",
+    "cell",
+    "confusion_figure",
+    "evaluation_report",
+    "measure_footprint",
+    "publish_evaluation",
+    "report_markdown",
+]
 
 Labels = NDArray[np.int64]
 
-COUNTED_CLASSES = 20  # up to so many, the picture has the number in each cell; more would be unreadable
 LISTED_CLASSES = 40  # up to so many, the table lists every class; else the worst ones
+LISTED_SLICES = 10  # of each column, the worst ones
+EXAMPLES = 24  # images of each kind in the gallery
+TOP_K = (3, 5)
+CONFIDENCE = 0.95  # of intervals
+BATCH_SIZES = (1, 64)
+WARM_UP, REPEATS = 2, 10  # calls that are not measured, and that are
+NO_SLICES: Mapping[str, Sequence[object]] = MappingProxyType({})
 
 
-class Scores(BaseModel):
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+
+class Scores(_Record):
     """Precision, recall and their harmonic mean; 0 where nothing was predicted, or nothing is there."""
-
-    model_config = ConfigDict(frozen=True)
 
     precision: float
     recall: float
@@ -38,16 +74,77 @@ class ClassScores(Scores):
     """Images of this class."""
 
 
-class EvaluationReport(BaseModel):
-    """How a network does on a split."""
+class SliceScores(_Record):
+    """Accuracy on the images that share a value."""
 
-    model_config = ConfigDict(frozen=True)
+    value: str
+    images: int
+    accuracy: float
+    interval: tuple[float, float]
+    """Of the accuracy: Wilson's, 95 %."""
+
+
+class Calibration(_Record):
+    """What the network's probabilities are worth, as trained and with logits divided by a temperature."""
+
+    temperature: float
+    """Fitted on other images than those of the report; 1 changes nothing."""
+
+    ece_before: float
+    """Expected calibration error in 15 bins (Guo et al., 2017)."""
+
+    ece_after: float
+    loss_after: float
+    """Mean cross-entropy in nats, with the temperature."""
+
+    before: Reliability
+    after: Reliability
+
+
+class Example(_Record):
+    """An image, and what was said of it; probabilities are as trained."""
+
+    index: int
+    """Its place in the split."""
+
+    label: int
+    predicted: int
+    probability: float
+    """Of the predicted class."""
+
+    true_probability: float
+
+
+class Footprint(_Record):
+    """What a network takes to run."""
+
+    device: str
+    """`cpu` or `cuda`."""
+
+    threads: int
+    """Of PyTorch, on the CPU."""
+
+    size_bytes: int
+    """Parameters and buffers."""
+
+    latency_ms: dict[int, float]
+    """Milliseconds an image, by batch size: the median of ten calls."""
+
+
+class EvaluationReport(_Record):
+    """How a network does on a split."""
 
     split: str
     images: int
 
     accuracy: float
     """Share of the images whose most probable class is right."""
+
+    accuracy_interval: tuple[float, float]
+    """Wilson's, 95 %."""
+
+    top_k: dict[int, float]
+    """Share of the images whose class is among the k most probable, for k below the number of classes."""
 
     loss: float
     """Mean cross-entropy in nats, without label smoothing or class weights."""
@@ -63,13 +160,40 @@ class EvaluationReport(BaseModel):
     confusion: tuple[tuple[int, ...], ...]
     """Images by [true class][predicted class]."""
 
+    calibration: Calibration
+
+    slices: dict[str, tuple[SliceScores, ...]]
+    """By `class`, and by each column of metadata that was given."""
+
+    confidently_wrong: tuple[Example, ...]
+    """Wrong ones, the highest probability of the predicted class first."""
+
+    hardest: tuple[Example, ...]
+    """Others, right or wrong, the smallest gap between the two most probable classes first."""
+
+    footprint: Footprint | None = None
+
     def metrics(self) -> dict[str, float]:
-        """The figures that MLflow compares runs by."""
-        return {
-            f"{self.split}/accuracy": self.accuracy,
-            f"{self.split}/loss": self.loss,
-            f"{self.split}/macro_f1": self.macro.f1,
+        """The figures that MLflow compares runs by; those of a group share a chart section there."""
+        found = {
+            "accuracy": self.accuracy,
+            "accuracy_low": self.accuracy_interval[0],
+            "accuracy_high": self.accuracy_interval[1],
+            "loss": self.loss,
+            "macro_f1": self.macro.f1,
+            "macro_precision": self.macro.precision,
+            "macro_recall": self.macro.recall,
+            "weighted_f1": self.weighted.f1,
+            **{f"top_{k}_accuracy": share for k, share in self.top_k.items()},
+            "temperature": self.calibration.temperature,
+            "ece": self.calibration.ece_before,
+            "ece_calibrated": self.calibration.ece_after,
+            "loss_calibrated": self.calibration.loss_after,
         }
+        if self.footprint:
+            found["size_bytes"] = self.footprint.size_bytes
+            found |= {f"latency_ms_batch_{n}": value for n, value in self.footprint.latency_ms.items()}
+        return {f"{self.split}/{name}": value for name, value in found.items()}
 
     def confusion_json(self) -> str:
         """The confusion matrix alone, with the names of its rows and columns."""
@@ -77,24 +201,47 @@ class EvaluationReport(BaseModel):
         return json.dumps({"classes": names, "counts": self.confusion})
 
 
-def evaluation_report(split: str, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> EvaluationReport:
+def evaluation_report(
+    split: str,
+    logits: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    slices: Mapping[str, Sequence[object]] = NO_SLICES,
+    footprint: Footprint | None = None,
+) -> EvaluationReport:
     """Compare predictions with labels.
 
     Args:
         split: name of the split, for example `test`.
-        logits: float32 [N, classes].
+        logits: float32 [N, classes], N ≥ 1.
         labels: int64 [N].
         classes: names, by label.
+        temperature: from `cnn.calibration.fit_temperature` on another split's logits.
+        slices: columns of metadata by name, each with a value for every image.
+        footprint: from `measure_footprint`.
+
+    Raises:
+        InputError: a column has not one value for every image.
     """
     numbers = list(range(len(classes)))
     truth, predicted = labels.numpy(), logits.argmax(1).numpy()
     found = precision_recall_fscore_support(truth, predicted, labels=numbers, zero_division=0.0)
     each = zip(classes, *(figures.tolist() for figures in found), strict=True)
     occurring = np.union1d(truth, predicted)
+    columns = {**slices, "class": np.asarray(list(classes))[truth]}
+    wrong, hardest = _examples(logits, labels)
     return EvaluationReport(
         split=split,
         images=len(labels),
         accuracy=float(accuracy_score(truth, predicted)),
+        accuracy_interval=_interval(int((truth == predicted).sum()), len(labels)),
+        top_k={
+            k: float(multiclass_accuracy(logits, labels, len(classes), average="micro", top_k=k))
+            for k in TOP_K
+            if k < len(classes)
+        },
         loss=float(F.cross_entropy(logits.double(), labels)),
         macro=_average("macro", truth, predicted, occurring),
         weighted=_average("weighted", truth, predicted, occurring),
@@ -103,6 +250,11 @@ def evaluation_report(split: str, logits: Tensor, labels: Tensor, classes: Seque
             for name, precision, recall, f1, support in each
         ),
         confusion=tuple(map(tuple, confusion_matrix(truth, predicted, labels=numbers).tolist())),
+        calibration=_calibration(logits, labels, temperature),
+        slices={name: tuple(_sliced(name, values, truth == predicted)) for name, values in columns.items()},
+        confidently_wrong=wrong,
+        hardest=hardest,
+        footprint=footprint,
     )
 
 
@@ -113,62 +265,151 @@ def _average(kind: str, truth: Labels, predicted: Labels, labels: Labels) -> Sco
     return Scores(precision=float(precision), recall=float(recall), f1=float(f1))
 
 
-def confusion_figure(report: EvaluationReport) -> Figure:
-    """Draw the confusion matrix: the colour is the share of the true class, the number counts images.
+def _interval(right: int, images: int) -> tuple[float, float]:
+    found = binomtest(right, images).proportion_ci(CONFIDENCE, method="wilson")
+    return float(found.low), float(found.high)
 
-    The colour scale is a square root, so that a confusion of one image in a hundred can still be seen.
+
+def _calibration(logits: Tensor, labels: Tensor, temperature: float) -> Calibration:
+    cooled = logits.double() / temperature
+    before, after = reliability(logits.double().softmax(1), labels), reliability(cooled.softmax(1), labels)
+    return Calibration(
+        temperature=temperature,
+        ece_before=before.ece,
+        ece_after=after.ece,
+        loss_after=float(F.cross_entropy(cooled, labels)),
+        before=before,
+        after=after,
+    )
+
+
+def _sliced(name: str, values: Sequence[object] | NDArray[np.str_], right: NDArray[np.bool_]) -> Iterable[SliceScores]:
+    if len(values) != len(right):
+        raise InputError(f"the slice column {name!r} has {len(values)} values for {len(right)} images")
+    found, places = np.unique(np.asarray([str(value) for value in values]), return_inverse=True)
+    counts, hits = np.bincount(places), np.bincount(places, weights=right)
+    for value, images, hit in zip(found.tolist(), counts.tolist(), hits.tolist(), strict=True):
+        yield SliceScores(value=value, images=images, accuracy=hit / images, interval=_interval(int(hit), images))
+
+
+def _examples(logits: Tensor, labels: Tensor) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The most confidently wrong images, and of the others those that were hardest to decide."""
+    probabilities = logits.double().softmax(1)
+    best = probabilities.topk(min(2, logits.shape[1]), dim=1)
+    predicted, gap = best.indices[:, 0], best.values[:, 0] - best.values[:, -1]
+    wrong = (predicted != labels).nonzero().squeeze(1)
+    wrong = wrong[best.values[wrong, 0].argsort(descending=True, stable=True)][:EXAMPLES]
+    gap[wrong] = torch.inf
+    hardest = gap.argsort(stable=True)[: min(EXAMPLES, len(labels) - len(wrong))]
+
+    def examples(chosen: Tensor) -> tuple[Example, ...]:
+        return tuple(
+            Example(
+                index=index,
+                label=int(labels[index]),
+                predicted=int(predicted[index]),
+                probability=float(best.values[index, 0]),
+                true_probability=float(probabilities[index, labels[index]]),
+            )
+            for index in chosen.tolist()
+        )
+
+    return examples(wrong), examples(hardest)
+
+
+def measure_footprint(network: nn.Module, images: Tensor, device: torch.device) -> Footprint:
+    """Measure how large a network is, and how long it takes for an image, alone and in a batch of 64.
+
+    Args:
+        network: on the device, in evaluation mode; takes what `images` are, normalisation included.
+        images: uint8 N×C×H×W, N ≥ 1; repeated where a batch needs more.
     """
-    counts = np.array(report.confusion)
-    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    size = len(counts)
-    counted = size <= COUNTED_CLASSES
-    side = max(5.0, 0.62 * size) if counted else min(24.0, 4.0 + 0.16 * size)
-    figure = Figure(figsize=(side + 1.6, side + 0.8), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
-    names = [scores.name if len(scores.name) <= 20 else f"{scores.name[:19]}…" for scores in report.classes]
-    letters = 9 if counted else 6
-    axes.set_xticks(range(size), names, rotation=45 if counted else 90, fontsize=letters)
-    if counted:
-        for label in axes.get_xticklabels():
-            label.set(ha="right", rotation_mode="anchor")
-        for (true, predicted), count in np.ndenumerate(counts):
-            if count:
-                colour = "white" if shares[true, predicted] > 0.3 else "#1b2a41"
-                axes.text(predicted, true, f"{count}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set_yticks(range(size), names, fontsize=letters)
-    axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1 if counted else 0.3)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    axes.set_title(f"{report.split}: {report.accuracy:.2%} of {report.images:,} images right")
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])
-    bar.ax.set_yticklabels(["0", "1 %", "5 %", "20 %", "50 %", "100 %"])
-    bar.set_label("share of the true class")
-    bar.outline.set_visible(False)
-    return figure
+    tensors = [*network.parameters(), *network.buffers()]
+    latency = {}
+    with torch.inference_mode():
+        for size in BATCH_SIZES:
+            batch = images[torch.arange(size) % len(images)].to(device)
+            seconds = [_seconds(network, batch) for _ in range(WARM_UP + REPEATS)][WARM_UP:]
+            latency[size] = 1000 * statistics.median(seconds) / size
+    return Footprint(
+        device=device.type,
+        threads=torch.get_num_threads(),
+        size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        latency_ms=latency,
+    )
+
+
+def _seconds(network: nn.Module, batch: Tensor) -> float:
+    began = time.perf_counter()
+    network(batch).cpu()  # a GPU has finished when its answer is here
+    return time.perf_counter() - began
+
+
+def publish_evaluation(run_id: str, report: EvaluationReport, split: PackedSplit) -> None:
+    """Put a report into an MLflow run (`report/`, metrics, tag `convoy.temperature`) and on a page in Prefect.
+
+    Args:
+        split: the one that the report is about.
+
+    Raises:
+        ServiceError: MLflow cannot be reached, or refuses.
+    """
+    tracking.log_metrics(run_id, report.metrics())
+    tracking.set_tags(run_id, {TEMPERATURE: str(report.calibration.temperature)})
+    tracking.log_text(run_id, "report/evaluation.json", report.model_dump_json(indent=2))
+    tracking.log_text(run_id, "report/evaluation.md", report_markdown(report))
+    tracking.log_text(run_id, "report/confusion_matrix.json", report.confusion_json())
+    tracking.log_figure(run_id, "report/confusion_matrix.png", confusion_figure(report))
+    tracking.log_figure(run_id, "report/reliability.png", reliability_figure(report))
+    tracking.log_figure(run_id, "report/gallery.png", gallery_figure(report, split))
+    create_markdown_artifact(report_markdown(report), key="evaluation", description=f"Test split, MLflow run {run_id}")
 
 
 def report_markdown(report: EvaluationReport) -> str:
-    """The report as a page for Prefect: headline, classes, the hardest first, and the commonest mistakes."""
+    """The report as a page: headline, classes, the hardest first, the commonest mistakes, the worst slices."""
     ordered = sorted(report.classes, key=lambda scores: scores.f1)
     listed = ordered[:LISTED_CLASSES]
     lines = [
         f"**{report.accuracy:.2%}** of {report.images:,} {report.split} images right, "
         f"cross-entropy {report.loss:.4f}, macro F1 {report.macro.f1:.4f}",
         "",
+        *_facts(report),
+        "",
         "| class | precision | recall | F1 | images |",
         "|:--|--:|--:|--:|--:|",
-        *(f"| {_cell(s.name)} | {s.precision:.3f} | {s.recall:.3f} | {s.f1:.3f} | {s.support:,} |" for s in listed),
+        *(f"| {cell(s.name)} | {s.precision:.3f} | {s.recall:.3f} | {s.f1:.3f} | {s.support:,} |" for s in listed),
+        *(
+            f"| *{name}* | {s.precision:.3f} | {s.recall:.3f} | {s.f1:.3f} | {report.images:,} |"
+            for name, s in (("macro mean", report.macro), ("weighted mean", report.weighted))
+        ),
     ]
     if len(listed) < len(ordered):
         lines += ["", f"The {len(listed)} hardest of {len(ordered)} classes."]
     if mistakes := _mistakes(report):
         lines += ["", "| true | taken for | images |", "|:--|:--|--:|", *mistakes]
+    for name, scores in report.slices.items():
+        if name != "class":
+            lines += ["", f"| {cell(name)} | accuracy | 95 % | images |", "|:--|--:|:-:|--:|"]
+            lines += [
+                f"| {cell(s.value)} | {s.accuracy:.2%} | {_range(s.interval)} | {s.images:,} |"
+                for s in sorted(scores, key=lambda s: s.accuracy)[:LISTED_SLICES]
+            ]
     return "\n".join(lines)
+
+
+def _facts(report: EvaluationReport) -> Iterable[str]:
+    yield f"- accuracy, 95 % interval (Wilson): {_range(report.accuracy_interval)}"
+    if report.top_k:
+        yield "- " + ", ".join(f"top-{k} {share:.2%}" for k, share in report.top_k.items())
+    found = report.calibration
+    yield (
+        f"- calibration error (ECE): {found.ece_before:.2%} as trained, {found.ece_after:.2%} at temperature "
+        f"{found.temperature:.3f} (cross-entropy {found.loss_after:.4f})"
+    )
+    if report.footprint:
+        each = ", ".join(f"{ms:.2f} ms (batch {size})" for size, ms in report.footprint.latency_ms.items())
+        place = f"{report.footprint.device}, {report.footprint.threads} threads"
+        yield f"- {decimal(report.footprint.size_bytes)} of weights; {each} an image on {place}"
 
 
 def _mistakes(report: EvaluationReport, most: int = 8) -> list[str]:
@@ -178,9 +419,14 @@ def _mistakes(report: EvaluationReport, most: int = 8) -> list[str]:
     for count, place in zip(found.values.tolist(), found.indices.tolist(), strict=True):
         true, predicted = (report.classes[number].name for number in divmod(place, len(counts)))
         if count:
-            rows.append(f"| {_cell(true)} | {_cell(predicted)} | {count:,} |")
+            rows.append(f"| {cell(true)} | {cell(predicted)} | {count:,} |")
     return rows
 
 
-def _cell(text: str) -> str:
+def _range(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.2%} … {interval[1]:.2%}"
+
+
+def cell(text: str) -> str:
+    """A text that may stand in a cell of a Markdown table."""
     return text.replace("|", "\\|")

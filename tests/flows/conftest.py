@@ -25,6 +25,8 @@ CONFIG = RunConfig.model_validate(
         "ranks": 2,
         "data": {"limit": 600},
         "augment": {"shift": 0},
+        "serving": {"http": False},
+        "promote": True,
     }
 )
 """Of `trained`: small, and with all that takes part in a training: several lanes a rank."""

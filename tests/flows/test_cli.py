@@ -38,6 +38,9 @@ REFUSED = {
 }
 
 
+COMMANDS = "train resume runs config up down status env promote rollback history compare predict export"
+
+
 @pytest.fixture
 def summary(tmp_path: Path) -> Callable[[], dict[str, object]]:
     return lambda: json.loads((tmp_path / "out.json").read_bytes())
@@ -188,14 +191,16 @@ def test_printed_configuration_is_read_back_as_the_same(convoy: Convoy, tmp_path
     assert config.resolved()["network"]["dropout"] == 0.5
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["config"], ["up"], ["down"], ["status"], ["env"]])
+@pytest.mark.parametrize("command", [[command] for command in COMMANDS.split()] + [[]])
 def test_every_command_explains_itself(convoy: Convoy, command: list[str]) -> None:
     done = convoy(*command, "--help")
     assert done.status == 0
     assert "Usage: convoy" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--set", "lr=-1"], ["train", "--dataset", "digit"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["promote", "--help"], ["train", "--set", "lr=-1"], ["train", "--dataset", "digit"]]
+)
 def test_help_and_refusals_load_no_heavy_library(arguments: list[str], tmp_path: Path) -> None:
     code = (
         "import sys\nfrom flows.cli import main\n"
@@ -238,8 +243,9 @@ def test_second_training_by_one_rank_skips_what_is_there_and_gives_the_same_weig
     assert found.mlflow_run_id != trained.mlflow_run_id
     assert found.model_name == trained.model_name
     assert int(found.model_version or 0) == int(trained.model_version or 0) + 1
-    challenger = aliased(found.model_name or "", "challenger")
-    assert challenger and challenger.version == found.model_version
+    for alias, version in (("challenger", "2"), ("champion", "2"), ("previous", "1")):
+        model = aliased(found.model_name or "", alias)
+        assert model and model.version == version
     for told in (
         f"{found.accuracy:.2%}",
         found.mlflow_run_url,

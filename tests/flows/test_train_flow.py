@@ -26,6 +26,7 @@ from cnn.manifest import canonical_json
 from cnn.weights import weights_sha256
 from flows.summary import Summary
 from infra.objectstore import ObjectStore
+from infra.promotion import history
 from infra.settings import Settings
 from tasks.checkpoints import commits_of, finished_outcome
 from tasks.config import RunConfig
@@ -111,14 +112,33 @@ def test_run_has_the_report_and_a_manifest_whose_digest_names_the_training(train
     uri = f"runs:/{run.info.run_id}"
     client = MlflowClient()
     names = {item.path for folder in ("", "report") for item in client.list_artifacts(run.info.run_id, folder)}
-    reports = {"report/evaluation.json", "report/confusion_matrix.json", "report/confusion_matrix.png"}
-    assert reports | {"manifest.json"} <= names
+    pictures = ("confusion_matrix", "reliability", "gallery", "data_samples")
+    pages = ("data", "evaluation", "serving", "verdict")
+    reports = {*(f"{name}.png" for name in pictures), *(f"{name}.{kind}" for name in pages for kind in ("md", "json"))}
+    assert {f"report/{name}" for name in reports | {"confusion_matrix.json", "index.html"}} | {"manifest.json"} <= names
     assert json.loads(load_text(f"{uri}/report/evaluation.json"))["accuracy"] == trained.accuracy
     manifest = json.loads(load_text(f"{uri}/manifest.json"))
     assert manifest["dataset_version"] == trained.dataset_version
     assert manifest["config"]["batch_size"] == CONFIG.batch_size
     digest = hashlib.sha256(canonical_json(manifest)).hexdigest()
     assert run.data.tags["convoy.manifest_digest"] == digest
+
+
+def test_page_and_description_say_what_a_reviewer_wants_to_know(trained: Summary, run: Run) -> None:
+    page = load_text(f"runs:/{run.info.run_id}/report/index.html")
+    assert [page.index(f"<h2>{heading}</h2>") for heading in ("Verdict", "Evaluation", "Serving", "Data")]
+    assert page.count("data:image/png;base64,") == 4
+    assert "<script" not in page and "http" not in page.replace("models:/", "")
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith(f"**{trained.accuracy:.2%}** of ")
+    for told in (f"{trained.model_name}/{trained.model_version}", "quality gate: passed", "serving gate: passed"):
+        assert told in note
+
+
+def test_version_that_passed_is_released_with_its_verdict(trained: Summary, bucket: ObjectStore) -> None:
+    (first, *_) = history(bucket, trained.model_name or "")
+    assert (first.to_version, first.forced, first.verdict_summary) == (trained.model_version, False, trained.verdict)
+    assert trained.champion is True
 
 
 def test_checkpoints_lie_committed_under_their_prefix(trained: Summary, run: Run, bucket: ObjectStore) -> None:
@@ -149,14 +169,14 @@ def test_run_has_the_weights_as_safetensors(trained: Summary, run: Run, tmp_path
     assert run.data.tags["convoy.weights_sha256"] == trained.weights_sha256
 
 
-def test_registered_version_is_the_challenger_and_predicts_from_raw_images(trained: Summary) -> None:
+def test_registered_version_is_the_champion_and_predicts_from_raw_images(trained: Summary) -> None:
     assert trained.model_name and trained.model_version
     version = MlflowClient().get_model_version(trained.model_name, trained.model_version)
     assert version.run_id == trained.mlflow_run_id
     assert version.tags["convoy.weights_sha256"] == trained.weights_sha256
-    assert version.tags["convoy.verification"] == "passed"
+    assert version.tags["convoy.serving"] == "passed"
     images = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8).numpy()
-    model = mlflow.pyfunc.load_model(f"models:/{trained.model_name}@challenger")
+    model = mlflow.pyfunc.load_model(f"models:/{trained.model_name}@champion")
     probabilities = model.predict(images)
     assert probabilities.shape == (3, 10)
     assert probabilities.sum(1) == pytest.approx([1, 1, 1], abs=1e-5)
@@ -165,7 +185,10 @@ def test_registered_version_is_the_challenger_and_predicts_from_raw_images(train
 def test_flow_run_is_completed_with_its_tasks_and_artifacts(trained: Summary) -> None:
     flow_run_id = UUID(trained.prefect_flow_run_id)
     only_ours = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
-    names = {"download", "preprocess", "train", "evaluate", "register", "verify"}
+    names = {
+        *("download", "preprocess", "data-gate", "train", "evaluate", "register", "model-card"),
+        *("serving-gate", "quality-gate", "release", "report-page"),
+    }
     with get_client(sync_client=True) as client:
         state = client.read_flow_run(flow_run_id).state
         assert state is not None
@@ -186,7 +209,9 @@ def test_flow_run_is_completed_with_its_tasks_and_artifacts(trained: Summary) ->
     assert states == dict.fromkeys(names, StateType.COMPLETED)
     kinds = {artifact.key: artifact.type for artifact in artifacts}
     assert kinds["training"] == "progress"
-    assert kinds["evaluation"] == "markdown"
+    for key in ("data-gate", "evaluation", "serving-gate", "quality-gate"):
+        assert kinds[key] == "markdown"
+    assert kinds["result"] == "table"
     assert next(artifact.data for artifact in artifacts if artifact.key == "training") == 100
 
 

@@ -20,16 +20,14 @@ from cnn.weights import save_weights
 from infra import tracking
 from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectStore
-from infra.registry import ModelVersion, aliased
+from infra.registry import ModelVersion
 from infra.settings import Settings
 from tasks.dataset import DatasetRef, load_manifest
 from tasks.download import download
 from tasks.evaluate import Evaluation, evaluate
 from tasks.preprocess import preprocess
-from tasks.reference import load_reference, store_reference
 from tasks.register import register
 from tasks.train import TrainResult
-from tasks.verify import VerificationFailed, verify
 
 CONFIG = TrainConfig(model="convoy9", network={"width": 8})
 
@@ -95,14 +93,6 @@ def registered(trained: Trained, evaluated: Evaluation) -> ModelVersion:
     return registering()
 
 
-def verifying(model: ModelVersion, evaluation: Evaluation) -> None:
-    @flow
-    def run() -> None:
-        verify(model, evaluation)
-
-    run()
-
-
 def test_evaluation_is_in_the_run(trained: Trained, evaluated: Evaluation) -> None:
     run = MlflowClient().get_run(trained.result.run_id)
     assert run.data.metrics["test/accuracy"] == evaluated.accuracy
@@ -157,40 +147,6 @@ def test_registered_files_hold_no_pickled_weights(registered: ModelVersion) -> N
             assert not [
                 tensor for tensor, payload in json.loads(archive.read(name))["config"].items() if payload["use_pickle"]
             ]
-
-
-def test_only_a_verified_version_becomes_challenger(
-    trained: Trained, evaluated: Evaluation, registered: ModelVersion
-) -> None:
-    assert aliased(registered.name, "challenger") is None
-    verifying(registered, evaluated)
-    assert aliased(registered.name, "challenger") == registered
-    tags = MlflowClient().get_model_version(registered.name, registered.version).tags
-    assert tags["convoy.verification"] == "passed"
-
-    reference = load_reference(trained.store, evaluated.reference_key)
-    reference["probabilities"][-1] += 1e-4  # only the largest batch shows it
-    key = "runs/other/reference.safetensors"
-    store_reference(trained.store, key, **reference)
-    MlflowClient().delete_registered_model_alias(registered.name, "challenger")
-    with pytest.raises(VerificationFailed, match="is not the evaluated network"):
-        verifying(registered, evaluated.model_copy(update={"reference_key": key}))
-    assert aliased(registered.name, "challenger") is None
-    tags = MlflowClient().get_model_version(registered.name, registered.version).tags
-    assert tags["convoy.verification"] == "failed"
-
-
-def test_version_whose_files_are_gone_fails_verification(
-    stack: object, trained: Trained, evaluated: Evaluation, registered: ModelVersion
-) -> None:
-    client = MlflowClient()
-    experiment = client.get_run(trained.result.run_id).info.experiment_id
-    empty = client.create_logged_model(experiment, name="empty", source_run_id=trained.result.run_id)
-    version = client.create_model_version(registered.name, f"models:/{empty.model_id}", model_id=empty.model_id)
-    lost = ModelVersion(name=registered.name, version=str(version.version))
-    with pytest.raises(VerificationFailed, match="gave no predictions in a fresh process") as failure:
-        verifying(lost, evaluated)
-    assert "\n" not in str(failure.value)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "models:1"])

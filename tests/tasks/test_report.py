@@ -2,11 +2,31 @@
 
 import json
 import math
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from mlflow.artifacts import download_artifacts
+from mlflow.tracking import MlflowClient
+from prefect import flow
+from prefect.artifacts import Artifact
+from prefect.context import refresh_global_settings_context
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
 
-from tasks.report import EvaluationReport, confusion_figure, evaluation_report, report_markdown
+from cnn.calibration import fit_temperature
+from cnn.errors import InputError
+from cnn.packed import PackedSplit
+from infra import tracking
+from tasks.figures import confusion_figure, gallery_figure, png, reliability_figure
+from tasks.report import (
+    EvaluationReport,
+    evaluation_report,
+    measure_footprint,
+    publish_evaluation,
+    report_markdown,
+)
 
 
 @pytest.fixture
@@ -60,3 +80,144 @@ def test_picture_shows_every_class(classes: int) -> None:
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == names
     assert [text.get_text() for text in axes.texts] == (["1"] * classes if classes == 2 else [])
+
+
+def test_accuracy_has_wilsons_interval(report: EvaluationReport) -> None:
+    """4 of 5 right: (p + z²/2n ± z·√(p(1-p)/n + z²/4n²)) / (1 + z²/n), Wilson (1927)."""
+    z, p, n = 1.959964, 0.8, 5
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    assert report.accuracy_interval == pytest.approx((low, high), abs=1e-6)
+
+
+def test_top_k_counts_the_classes_that_are_likely_enough() -> None:
+    logits = torch.arange(7.0).flip(0).expand(7, 7)  # class 0 is always the likeliest, then 1, 2, ...
+    report = evaluation_report("test", logits, torch.arange(7), [str(number) for number in range(7)])
+    assert report.top_k == pytest.approx({3: 3 / 7, 5: 5 / 7})
+    assert report.metrics()["test/top_5_accuracy"] == pytest.approx(5 / 7)
+    assert evaluation_report("test", torch.eye(3), torch.arange(3), "abc").top_k == {}
+
+
+def test_temperature_changes_probabilities_and_no_prediction() -> None:
+    logits, labels = 4 * torch.eye(2).repeat(5, 1), torch.tensor([0, 1] * 4 + [1, 0])  # 8 of 10 right
+    plain = evaluation_report("test", logits, labels, "ab")
+    temperature = fit_temperature(logits, labels)
+    cooled = evaluation_report("test", logits, labels, "ab", temperature=temperature)
+    assert (plain.calibration.temperature, cooled.accuracy) == (1.0, plain.accuracy)
+    assert plain.calibration.ece_before == plain.calibration.ece_after
+    assert cooled.calibration.ece_before == pytest.approx(1 / (1 + math.exp(-4)) - 0.8)
+    assert cooled.calibration.ece_after == pytest.approx(0, abs=1e-4)
+    assert cooled.calibration.loss_after < cooled.loss
+    assert cooled.metrics()["test/temperature"] == temperature
+
+
+def test_worst_images_are_named_with_what_they_were_taken_for(report: EvaluationReport) -> None:
+    (wrong,) = report.confidently_wrong
+    assert (wrong.index, wrong.label, wrong.predicted) == (4, 1, 0)
+    assert (wrong.probability, wrong.true_probability) == pytest.approx((0.75, 0.25))
+    assert sorted(each.index for each in report.hardest) == [0, 1, 2, 3]
+
+
+def test_hardest_images_are_those_with_the_smallest_gap_and_wrong_ones_are_sorted_by_their_confidence() -> None:
+    logits = torch.tensor([[3.0, 0.0], [0.2, 0.0], [1.0, 0.0], [2.0, 0.0], [4.0, 0.0]])
+    report = evaluation_report("test", logits, torch.tensor([0, 0, 0, 1, 1]), "ab")
+    assert [each.index for each in report.confidently_wrong] == [4, 3]
+    assert [each.index for each in report.hardest] == [1, 2, 0]
+
+
+def test_slices_are_by_class_and_by_every_column_that_is_given() -> None:
+    logits, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
+    report = evaluation_report("test", logits, labels, "abcd", slices={"camera": ["x", "y", "x", "y"]})
+    by_class, camera = report.slices["class"], report.slices["camera"]
+    assert [(s.value, s.images, s.accuracy) for s in by_class] == [("a", 2, 0.5), ("b", 1, 1.0), ("c", 1, 1.0)]
+    assert [(s.value, s.images, s.accuracy) for s in camera] == [("x", 2, 1.0), ("y", 2, 0.5)]
+    assert camera[1].interval[0] < 0.5 < camera[1].interval[1]
+    assert "| y | 50.00% |" in report_markdown(report)
+
+
+def test_column_that_lacks_values_is_refused() -> None:
+    with pytest.raises(InputError, match="'camera' has 2 values for 3 images"):
+        evaluation_report("test", torch.eye(3), torch.arange(3), "abc", slices={"camera": ["x", "y"]})
+
+
+def test_footprint_is_measured_on_batches_of_one_and_of_64() -> None:
+    seen: list[int] = []
+
+    class Network(torch.nn.Linear):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(len(images))
+            time.sleep(0.002)
+            return super().forward(images.flatten(1).float())
+
+    images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    found = measure_footprint(Network(4, 5), images, torch.device("cpu"))
+    assert set(seen) == {1, 64}
+    assert found.size_bytes == 4 * (4 * 5 + 5)
+    assert found.latency_ms[1] >= 2
+    assert 2 / 64 <= found.latency_ms[64] < found.latency_ms[1]
+    report = evaluation_report("test", torch.eye(3), torch.arange(3), "abc", footprint=found)
+    assert report.metrics()["test/size_bytes"] == 100
+    assert EvaluationReport.model_validate_json(report.model_dump_json()) == report
+    assert "(batch 64)" in report_markdown(report)
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> PackedSplit:
+    """The first 60 digits."""
+    data = load_digits()
+    images = torch.from_numpy(data.images[:60] * 15).to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(data.target[:60]).long()
+    save_file({"images": images, "labels": labels}, tmp_path / "split.safetensors")
+    return PackedSplit([tmp_path / "split.safetensors"])
+
+
+def guesses(split: PackedSplit, temperature: float = 1.0) -> EvaluationReport:
+    """What a network says that is right in about two of three cases."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(len(split), 10)
+    logits[torch.arange(0, 60, 2), split.labels[::2]] += 8
+    return evaluation_report("test", logits, split.labels, "0123456789", temperature=temperature)
+
+
+def test_gallery_shows_the_images_themselves_with_label_and_prediction(split: PackedSplit) -> None:
+    report = guesses(split)
+    figure = gallery_figure(report, split)
+    shown = [axes for part in figure.subfigs for axes in part.axes if axes.images]
+    assert len(shown) == len(report.confidently_wrong) + len(report.hardest)
+    first = report.confidently_wrong[0]
+    assert shown[0].get_title() == (
+        f"said {first.predicted} ({first.probability:.0%})\ntrue {first.label} ({first.true_probability:.0%})"
+    )
+    pixels = shown[0].images[0].get_array()
+    assert torch.equal(torch.from_numpy(pixels[..., 0].copy()), split.slice(first.index, first.index + 1)[0][0, 0])
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_reliability_diagram_has_a_bar_for_each_bin_with_images(split: PackedSplit) -> None:
+    report = guesses(split, temperature=2.5)
+    figure = reliability_figure(report)
+    for axes, found in zip(figure.axes[:2], (report.calibration.before, report.calibration.after), strict=True):
+        heights = [bar.get_height() for bar in axes.patches]
+        assert heights == pytest.approx([a for a, n in zip(found.accuracy, found.counts, strict=True) if n])
+    assert "temperature 2.500" in figure.axes[1].get_title()
+
+
+def test_published_report_is_whole(stack: object, split: PackedSplit, tmp_path: Path) -> None:
+    refresh_global_settings_context()  # Prefect was imported before the stack named its server
+    report = guesses(split, temperature=2.5)
+    run_id = tracking.start_run("report-tests", "run", {}, {})
+
+    @flow
+    def publishing() -> None:
+        publish_evaluation(run_id, report, split)
+
+    publishing()
+    run = MlflowClient().get_run(run_id)
+    assert run.data.metrics == pytest.approx(report.metrics())
+    assert run.data.tags["convoy.temperature"] == "2.5"
+    folder = Path(download_artifacts(run_id=run_id, artifact_path="report", dst_path=str(tmp_path)))
+    assert EvaluationReport.model_validate_json((folder / "evaluation.json").read_text()) == report
+    for picture in ("confusion_matrix", "reliability", "gallery"):
+        assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    page = Artifact.get("evaluation")
+    assert page is not None and page.data == (folder / "evaluation.md").read_text() == report_markdown(report)

@@ -1,0 +1,75 @@
+"""A person's yes before a version becomes champion (`approval: true`): the flow run pauses in Prefect and asks."""
+
+import contextvars
+import queue
+import threading
+
+from prefect import pause_flow_run
+from prefect.exceptions import FlowPauseTimeout
+from prefect.input import RunInput
+
+from infra.errors import GateRefused
+from infra.registry import ModelVersion
+from tasks.cancel import ASK_EVERY, Cancelled, is_cancelled
+from tasks.progress import run_logger
+from tasks.verdict import Verdict
+
+
+class Approval(RunInput):
+    """The form in Prefect."""
+
+    promote: bool = False
+    reason: str = ""
+    """Kept in the model's history."""
+
+
+class ApprovalRefused(GateRefused):
+    """A person said no, or nobody said anything in time."""
+
+
+def ask(registered: ModelVersion, verdict: Verdict, patience: float) -> str:
+    """Pause the flow run until someone approves the promotion in Prefect; returns the reason given.
+
+    Args:
+        patience: seconds to wait for the answer.
+
+    Raises:
+        ApprovalRefused: the answer was no, or there was none.
+        Cancelled: the flow run was cancelled meanwhile.
+    """
+    run_logger().info("waiting for a person: press Resume at this flow run in Prefect to promote %s", registered.uri)
+    page = f"Promote **{registered.address}** to champion?\n\n{verdict.markdown()}"
+    answer = _paused(page, patience)
+    if answer is None:
+        raise ApprovalRefused(f"nobody approved {registered.address} within {patience:,.0f} s; it is not promoted")
+    if not answer.promote:
+        raise ApprovalRefused(
+            f"{registered.address} was not approved" + (f": {answer.reason}" if answer.reason else "")
+        )
+    return answer.reason
+
+
+def _paused(page: str, patience: float) -> Approval | None:
+    """The answer; None if there was none. A pause does not notice that its flow run is cancelled, so we look."""
+    answers: queue.Queue[Approval | BaseException | None] = queue.Queue()
+
+    def wait() -> None:
+        try:
+            form = Approval.with_initial_data(description=page)
+            answers.put(pause_flow_run(wait_for_input=form, timeout=int(patience), poll_interval=int(ASK_EVERY)))
+        except FlowPauseTimeout:
+            answers.put(None)
+        except BaseException as error:
+            answers.put(error)
+
+    threading.Thread(target=contextvars.copy_context().run, args=(wait,), daemon=True).start()
+    while True:
+        try:
+            answer = answers.get(timeout=ASK_EVERY)
+        except queue.Empty:
+            if is_cancelled():
+                raise Cancelled("the flow run was cancelled while it waited for approval") from None
+            continue
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer

@@ -1,0 +1,49 @@
+"""What all commands share: servers, messages while things load, and how results and errors are printed."""
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+from rich.console import Console
+
+from infra.settings import Settings
+
+
+def servers_up() -> None:
+    """Have the servers running, and tell every client of this process, and of those it starts, where they are."""
+    from infra import stack
+
+    say = Console(stderr=True, highlight=False)
+    endpoints = stack.up(Settings(), lambda event: say.print(event, style="dim"))
+    os.environ.update(endpoints.environment())
+
+
+def loading() -> AbstractContextManager[object]:
+    """Says that imports take a while."""
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # its tracebacks stay in its UI
+    return Console(stderr=True).status("Loading torch, Prefect and MLflow …")
+
+
+def print_pairs(lines: Mapping[str, str]) -> None:
+    """Names and values side by side; never shortened, so that addresses can be clicked and copied."""
+    width = max(map(len, lines))
+    console = Console(soft_wrap=True, highlight=False)
+    for key, value in lines.items():
+        console.print(f"[bold]{key:{width}}[/]  {value}")
+
+
+def say(line: str, *, error: bool = False) -> None:
+    """Print a line as it is, whole; an error goes to standard error."""
+    Console(stderr=error, soft_wrap=True, highlight=False, markup=False).print(line)
+
+
+def exit_status(error: BaseException) -> int:
+    """What the command exits with because of an error; `convoy --help` lists them."""
+    return int(getattr(error, "exit_status", 1))
+
+
+def one_line(error: BaseException) -> str:
+    """The error as one line."""
+    text = " ".join(str(error).split())
+    known = hasattr(error, "exit_status")
+    return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -1,0 +1,191 @@
+"""The data gate: a dataset version is checked before a network learns from it, and everyone can see what was found.
+
+The report is kept in the bucket, since refused data never have an MLflow run:
+reports/data/<dataset version>/<digest of the report>/{data.json,data.md,data_samples.png}
+"""
+
+import hashlib
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, ConfigDict
+
+from cnn.config import DataGateConfig
+from cnn.datachecks import COMPARISONS, Check, DataChecks, check_dataset
+from cnn.manifest import Manifest
+from cnn.packed import PackedSplit
+from cnn.split import SPLITS
+from infra import tracking
+from infra.cache import Cache
+from infra.errors import GateRefused
+from infra.objectstore import ObjectMissing, ObjectStore
+from infra.settings import Settings
+from tasks.cancel import stop_if_cancelled
+from tasks.dataset import DatasetDamaged, DatasetRef, load_manifest, open_split
+from tasks.figures import contact_sheet, png
+from tasks.progress import progress, run_logger
+from tasks.report import cell
+
+__all__ = ["DataRefused", "DataReport", "data_gate", "data_markdown", "log_data_report"]
+
+JSON, PAGE, SHEET = "data.json", "data.md", "data_samples.png"
+
+
+class DataRefused(GateRefused):
+    """The data are not fit to be trained on; nothing was trained."""
+
+
+class DataReport(BaseModel):
+    """A published report on a dataset version."""
+
+    model_config = ConfigDict(frozen=True)
+
+    dataset: DatasetRef
+    checks: DataChecks
+
+    prefix: str
+    """Of its objects in the bucket, with a slash at the end."""
+
+
+@task(name="data-gate", cache_policy=NO_CACHE, persist_result=False)
+def data_gate(dataset: DatasetRef, config: DataGateConfig, champion: str | None = None) -> DataReport:
+    """Check a dataset version, publish what was found, and let it pass or refuse it.
+
+    Args:
+        champion: dataset version that the champion learned from, if there is one; one that is not in the bucket any
+            more is not compared with.
+
+    Raises:
+        Cancelled: the flow run was cancelled.
+        DataRefused: a check with the level `fail` did.
+        ServiceError: the object store failed.
+    """
+    stop_if_cancelled()
+    settings = Settings()
+    store = ObjectStore.connect(settings.bucket, create=False)
+    cache = Cache(settings.cache, store)
+    manifest = load_manifest(store, dataset.version)
+    splits = {name: open_split(cache, manifest, name) for name in SPLITS}
+    theirs = _champions(cache, manifest, splits["train"], champion)
+    total = sum(map(len, splits.values()))
+    if theirs and theirs[0].version != dataset.version:
+        total += len(theirs[1])
+    with progress(f"Checking {dataset.name}", total, unit="images") as advance:
+        checks = check_dataset(manifest, splits, config, theirs, advance)
+    report = _publish(store, dataset, checks, png(contact_sheet(checks, splits)))
+    for check in checks.having("warned"):
+        run_logger().warning("%s: %s", dataset.name, _said(check))
+    if failed := checks.having("failed"):
+        raise DataRefused(
+            f"dataset {dataset.name} is refused: {'; '.join(map(_said, failed))}; the report is "
+            f"{store.uri(report.prefix + PAGE)}; mend the data, or change data_gate.{failed[0].name} or its limit"
+        )
+    run_logger().info("the data of %s may be trained on: %s", dataset.name, _count(checks))
+    return report
+
+
+def log_data_report(run_id: str, report: DataReport) -> None:
+    """Put a report into an MLflow run: `report/data.json`, `data.md`, `data_samples.png`, a tag, and metrics
+    of what changed against the champion's data.
+
+    Raises:
+        ServiceError: a server failed.
+    """
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    with TemporaryDirectory() as temporary:
+        for name in (JSON, PAGE, SHEET):
+            file = Path(temporary) / name
+            store.get_file(report.prefix + name, file)
+            tracking.log_file(run_id, file, "report")
+    if report.checks.champion_version:  # these change from run to run, and are worth a chart
+        compared = {check.name: check.value for check in report.checks.checks if check.name in COMPARISONS}
+        tracking.log_metrics(run_id, {f"data/{name}": value for name, value in compared.items() if value is not None})
+    tracking.set_tags(run_id, {"convoy.data_gate": report.checks.outcome})
+
+
+def data_markdown(name: str, checks: DataChecks) -> str:
+    """What was found, as a page: the verdict, the checks, the worst first, the splits and the images complained of."""
+    order = ("failed", "warned", "passed", "skipped", "off")
+    verdict = {"passed": "passed", "warned": "passed with warnings", "failed": "refused"}[checks.outcome]
+    lines = [
+        f"**{cell(name)}: {verdict}** ({_count(checks)})",
+        "",
+        f"Dataset version `{checks.dataset_version}`, compared with "
+        + (f"the champion's, `{checks.champion_version}`" if checks.champion_version else "none: no champion's data"),
+        "",
+        "| check | result | found | limit | |",
+        "|:--|:--|--:|--:|:--|",
+        *(_row(check) for check in sorted(checks.checks, key=lambda check: order.index(check.outcome))),
+        "",
+        "| split | images | repeated | leaked | conflicting | constant | blank |",
+        "|:--|--:|--:|--:|--:|--:|--:|",
+        *(
+            f"| {split} | {facts.images:,} | {facts.duplicates:,} | {facts.leaked:,} | {facts.conflicts:,} "
+            f"| {facts.constant:,} | {facts.blank:,} |"
+            for split, facts in checks.splits.items()
+        ),
+        "",
+        f"| class | {' | '.join(checks.splits)} |",
+        f"|:--|{'--:|' * len(checks.splits)}",
+        *(
+            f"| {cell(label)} | {' | '.join(f'{count:,}' for count in counts)} |"
+            for label, *counts in zip(
+                checks.classes, *(facts.class_counts for facts in checks.splits.values()), strict=True
+            )
+        ),
+    ]
+    if checks.offenders:
+        lines += ["", "| check | image | class | |", "|:--|:--|:--|:--|"]
+        lines += [
+            f"| {each.check} | {each.split} {each.index} | {cell(checks.classes[each.label])} | {each.note} |"
+            for each in checks.offenders
+        ]
+    return "\n".join(lines)
+
+
+def _champions(
+    cache: Cache, manifest: Manifest, train: PackedSplit, version: str | None
+) -> tuple[Manifest, PackedSplit] | None:
+    """The manifest and training split of the champion's dataset version, if it is still there."""
+    if version is None:
+        return None
+    if version == manifest.version:
+        return manifest, train
+    try:
+        theirs = load_manifest(cache.store, version)
+        return theirs, open_split(cache, theirs, "train")
+    except (ObjectMissing, DatasetDamaged) as error:
+        run_logger().warning("the data are not compared with the champion's: %s", error)
+        return None
+
+
+def _publish(store: ObjectStore, dataset: DatasetRef, checks: DataChecks, sheet: bytes) -> DataReport:
+    data, page = checks.model_dump_json(indent=2).encode(), data_markdown(dataset.name, checks)
+    prefix = f"reports/data/{dataset.version}/{hashlib.sha256(data).hexdigest()}/"
+    store.put_bytes(prefix + SHEET, sheet)
+    store.put_bytes(prefix + PAGE, page.encode())
+    store.put_bytes(prefix + JSON, data)
+    page += f"\n\nSamples of each class, and the images complained of: `{store.uri(prefix + SHEET)}`"
+    create_markdown_artifact(page, key="data-gate", description=f"Data gate, dataset version {dataset.version}")
+    return DataReport(dataset=dataset, checks=checks, prefix=prefix)
+
+
+def _count(checks: DataChecks) -> str:
+    outcomes = [check.outcome for check in checks.checks]
+    return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in sorted(set(outcomes)))
+
+
+def _said(check: Check) -> str:
+    return f"{check.name} is {_number(check.value)}, limit {_number(check.limit)} ({check.note})"
+
+
+def _row(check: Check) -> str:
+    mark = f"**{check.outcome}**" if check.outcome in ("failed", "warned") else check.outcome
+    return f"| {check.name} | {mark} | {_number(check.value)} | {_number(check.limit)} | {cell(check.note)} |"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

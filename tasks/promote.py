@@ -1,0 +1,102 @@
+"""Promotion with its conditions: a version becomes champion if its gates passed it against the present champion.
+
+Nothing here loads torch or Prefect.
+"""
+
+import hashlib
+
+from infra.errors import GateRefused, UsageError
+from infra.objectstore import ObjectMissing, ObjectStore
+from infra.promotion import Promotion, newest, promote
+from infra.registry import ModelVersion
+from infra.settings import Settings
+from infra.versions import FoundVersion, find_version
+from tasks.verdict import Verdict
+from tasks.versiontags import DATASET_VERSION, SERVING, VERDICT_SHA256
+
+
+class PromotionRefused(GateRefused):
+    """A gate has not passed the version; nothing was changed."""
+
+
+def verdict_key(name: str, sha256: str) -> str:
+    """Key of a quality verdict on a version of a model."""
+    return f"models/{name}/verdicts/{sha256}.json"
+
+
+def champion_data(name: str) -> str | None:
+    """Dataset version that the champion of a model has learned from; None if there is no champion.
+
+    Raises:
+        UsageError: not a name for a model.
+        ServiceError: a server failed.
+    """
+    last = newest(ObjectStore.connect(Settings().bucket), name)
+    return find_version(f"{name}/{last.to_version}").tags.get(DATASET_VERSION) if last else None
+
+
+def promote_version(version: ModelVersion, *, force: bool = False, reason: str = "") -> Promotion:
+    """Make a version the champion, if it was verified and its quality verdict against the present champion is a yes.
+
+    Args:
+        force: promote it whatever the gates said; wants a reason.
+
+    Raises:
+        UsageError: there is no such version, or no reason was given.
+        AlreadyChampion: it is the champion.
+        PromotionRefused: a gate has not passed it, or passed it against another champion than the present one.
+        PromotionLost: another promotion came first.
+        ServiceError: a server failed.
+    """
+    if force and not reason.strip():
+        raise UsageError("--force wants a --reason, which is kept in the history")
+    store = ObjectStore.connect(Settings().bucket)
+    last = newest(store, version.name)  # all that follows is decided on it: a change from now on loses the race
+    found = find_version(version.address)
+    verdict = _verdict(store, found)
+    is_champion = last is not None and last.to_version == found.version  # which `promote` says best
+    objection = None if is_champion else _objection(found, verdict, last)
+    if objection and not force:
+        raise PromotionRefused(f"{found.address} is not promoted: {objection}")
+    return promote(
+        store,
+        found,
+        after=last,
+        reason=reason,
+        forced=objection is not None,
+        verdict_sha256=verdict.sha256 if verdict else None,
+        verdict_summary=verdict.summary if verdict else "",
+    )
+
+
+def _objection(found: FoundVersion, verdict: Verdict | None, last: Promotion | None) -> str | None:
+    """Why the version may not become champion now, and what would help; None if it may."""
+    force = "--force --reason TEXT promotes it all the same"
+    serving = found.tags.get(SERVING)
+    if serving != "passed":
+        return f"the serving gate says {serving or 'nothing'} of it; {force}"
+    judge = f"`convoy promote {found.name} {found.version} --judge` scores it against the present champion"
+    if verdict is None:
+        return f"it has no verdict of the quality gate; {judge}"
+    if not verdict.passed:
+        return f"the quality gate {verdict.summary}; {force}"
+    champion = f"{found.name}/{last.to_version}" if last else None
+    if verdict.champion != champion:
+        now = str(last) if last else "there is none now"
+        return f"it was judged against {verdict.champion or 'no champion'}, but {found.name!r} was {now}; {judge}"
+    return None
+
+
+def _verdict(store: ObjectStore, found: FoundVersion) -> Verdict | None:
+    """The verdict that the version's tag names; None if there is none on this version, or it is not intact."""
+    sha256 = found.tags.get(VERDICT_SHA256)
+    if sha256 is None:
+        return None
+    try:
+        data = store.get_bytes(verdict_key(found.name, sha256))
+    except ObjectMissing:
+        return None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        return None
+    verdict = Verdict.model_validate_json(data)
+    return verdict if verdict.challenger == found.address else None

@@ -1,0 +1,200 @@
+"""The quality gate: a version and the champion predict the same test split, and a verdict is given and published.
+
+models/<name>/verdicts/<SHA-256>.json in the bucket holds each verdict.
+"""
+
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlflow.pyfunc
+import numpy as np
+import torch
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+
+from cnn.evaluate import EVAL_BATCH
+from cnn.manifest import Manifest
+from cnn.packed import PackedSplit
+from infra import tracking
+from infra.cache import Cache
+from infra.errors import GateRefused
+from infra.mlflowserver import mlflow_client
+from infra.objectstore import ObjectStore
+from infra.promotion import newest
+from infra.registry import ModelVersion, tag_version
+from infra.settings import Settings
+from infra.versions import FoundVersion, download_version, find_version
+from tasks.cancel import stop_if_cancelled
+from tasks.dataset import load_manifest, open_split
+from tasks.gateconfig import GateConfig
+from tasks.predictions import load_predictions, store_predictions
+from tasks.progress import progress, run_logger
+from tasks.promote import verdict_key
+from tasks.verdict import Scored, Verdict, judge
+from tasks.versiontags import DATASET_VERSION, NO_CHAMPION, VERDICT, VERDICT_CHAMPION, VERDICT_SHA256, VERDICT_SUMMARY
+
+LATENCY_CALLS, WARM_UP = 30, 5  # calls with one image
+
+
+class QualityRefused(GateRefused):
+    """The quality gate did not pass the version; the verdict is published."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(f"the quality gate {verdict.summary}")
+        self.verdict = verdict
+
+
+@task(name="quality-gate", cache_policy=NO_CACHE, persist_result=False)
+def quality_gate(registered: ModelVersion, config: GateConfig) -> Verdict:
+    """Judge a version against the present champion, on the test split of the version's own dataset.
+
+    The verdict goes to the bucket, to the version's MLflow run (`report/verdict.*`), to the version's tags
+    (`convoy.verdict*`) and, as a page, to Prefect: whether it passed or not.
+
+    Raises:
+        Cancelled: the flow run was cancelled.
+        QualityRefused: it may not become champion.
+        ServiceError: a server failed.
+    """
+    stop_if_cancelled()
+    verdict = judge_version(registered, config)
+    publish(registered, verdict)
+    create_markdown_artifact(verdict.markdown(), key="quality-gate", description=verdict.summary)
+    run_logger().info("quality gate %s", verdict.summary)
+    if not verdict.passed:
+        raise QualityRefused(verdict)
+    return verdict
+
+
+def judge_version(version: ModelVersion, config: GateConfig) -> Verdict:
+    """The verdict on a version against the present champion of its name; nothing is published."""
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    last = newest(store, version.name)
+    champion = ModelVersion(name=version.name, version=last.to_version) if last else None
+    return compare(version, champion, config)
+
+
+def compare(challenger: ModelVersion, champion: ModelVersion | None, config: GateConfig) -> Verdict:
+    """The verdict on any version against any other, or none, on the test split of the first one's dataset.
+
+    Raises:
+        UsageError: there is no such version.
+        ServiceError: a server failed.
+    """
+    settings = Settings()
+    store = ObjectStore.connect(settings.bucket, create=False)
+    found = find_version(challenger.address)
+    dataset_version = found.tags[DATASET_VERSION]
+    manifest = load_manifest(store, dataset_version)
+    split = open_split(Cache(settings.cache, store), manifest, "test")
+    timed = config.max_latency_ms is not None
+    return judge(
+        score(store, found, manifest, split, timed=timed),
+        score(store, find_version(champion.address), manifest, split) if champion else None,
+        config,
+        labels=split.labels.numpy(),
+        classes=manifest.classes,
+        dataset_version=dataset_version,
+    )
+
+
+def publish(version: ModelVersion, verdict: Verdict) -> None:
+    """Store a verdict, and show it in the version's run and tags. The tags come last: they make it count."""
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    store.put_bytes(verdict_key(version.name, verdict.sha256), verdict.to_bytes())
+    run_id = find_version(version.address).run_id
+    tracking.log_text(run_id, "report/verdict.json", verdict.to_bytes().decode())
+    tracking.log_text(run_id, "report/verdict.md", verdict.markdown())
+    tags = {
+        VERDICT: "passed" if verdict.passed else "refused",
+        VERDICT_SUMMARY: verdict.summary,
+        VERDICT_CHAMPION: verdict.champion or NO_CHAMPION,
+        VERDICT_SHA256: verdict.sha256,
+    }
+    tag_version(version, tags)
+
+
+def score(
+    store: ObjectStore, version: FoundVersion, manifest: Manifest, split: PackedSplit, *, timed: bool = False
+) -> Scored:
+    """Which images of the test split a version has right; from its last predictions, if they were of this split.
+
+    Classes are compared by name, so a champion of other or reordered classes has those images right that it can.
+
+    Args:
+        manifest: of the split's dataset version.
+        timed: measure the latency too, which loads the model.
+    """
+    predictor = _LoadedOnce(version)
+    weights = version.tags.get("convoy.weights_sha256", "")
+    found = load_predictions(store, version.run_id, manifest, weights)
+    if found is None:
+        _, channels, height, width = predictor.shape
+        if (channels, height, width) != split.shape:
+            return Scored(
+                address=version.address,
+                correct=np.zeros(len(split), dtype=np.bool_),
+                obstacle=f"{version.address} takes {channels}×{height}×{width} images, those of the test split are "
+                f"{'×'.join(map(str, split.shape))}: they cannot be compared",
+            )
+        found = predictor.predict(split), predictor.classes
+        store_predictions(store, version.run_id, found[0], found[1], manifest, weights)
+    predicted, classes = found
+    number = {name: label for label, name in enumerate(manifest.classes)}
+    as_ours = torch.tensor([number.get(name, -1) for name in classes])
+    info = store.head(version.tags["convoy.weights_key"]) if "convoy.weights_key" in version.tags else None
+    return Scored(
+        address=version.address,
+        correct=(as_ours[predicted] == split.labels).numpy(),
+        size_bytes=info.size if info else None,
+        latency_ms=predictor.latency_ms(split) if timed else None,
+    )
+
+
+class _LoadedOnce:
+    """The model as it is served, loaded when it is first needed."""
+
+    def __init__(self, version: FoundVersion) -> None:
+        self._version = version
+        self._model: Any = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self._loaded.metadata.metadata["classes"])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a batch: (-1, C, H, W)."""
+        return tuple(self._loaded.metadata.signature.inputs.inputs[0].shape)
+
+    def predict(self, split: PackedSplit) -> Tensor:
+        """Most probable class of each image, int64 [N]."""
+        parts = []
+        with progress(f"Scoring {self._version.address}", len(split), unit="images") as advance:
+            for start in range(0, len(split), EVAL_BATCH):
+                images, _ = split.slice(start, start + EVAL_BATCH)
+                parts.append(torch.from_numpy(self._loaded.predict(images.numpy())).argmax(1))
+                advance(len(images))
+        return torch.cat(parts)
+
+    def latency_ms(self, split: PackedSplit) -> float:
+        """Median time for one image on the CPU, in milliseconds."""
+        image = split.slice(0, 1)[0].numpy()
+        seconds = []
+        for _ in range(WARM_UP + LATENCY_CALLS):
+            began = time.perf_counter()
+            self._loaded.predict(image)
+            seconds.append(time.perf_counter() - began)
+        return 1000 * statistics.median(seconds[WARM_UP:])
+
+    @property
+    def _loaded(self) -> Any:
+        if self._model is None:
+            with TemporaryDirectory() as temporary, mlflow_client(f"load {self._version.uri}"):
+                self._model = mlflow.pyfunc.load_model(str(download_version(self._version, Path(temporary))))
+        return self._model

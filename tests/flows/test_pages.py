@@ -1,0 +1,112 @@
+"""What a reviewer sees: MLflow's and Prefect's pages of a training, in a real browser.
+
+Each test leaves a screenshot in `SCREENSHOTS`, or in pytest's temporary folder.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from flows.summary import Summary
+
+pytestmark = pytest.mark.ui
+
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+PATIENCE = 30_000  # milliseconds until a page has what is looked for
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no browser: apt install chromium")
+    expect.set_options(timeout=PATIENCE)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=list(QUIET))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": 1500, "height": 1000})
+    page.set_default_timeout(PATIENCE)
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def screenshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Page, str], None]:
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+
+    def take(page: Page, name: str) -> None:
+        page.wait_for_timeout(1500)  # charts move while they appear
+        page.screenshot(path=folder / f"{name}.png")
+
+    return take
+
+
+def test_run_says_in_words_how_it_went(trained: Summary, page: Page, screenshot: Callable[[Page, str], None]) -> None:
+    page.goto(trained.mlflow_run_url or "")
+    expect(page.get_by_text(f"{trained.accuracy:.2%} of ").first).to_be_visible()
+    expect(page.get_by_text("quality gate: passed").first).to_be_visible()
+    expect(page.get_by_text("hardest classes").first).to_be_visible()
+    screenshot(page, "mlflow-run")
+
+
+def test_run_has_its_charts_in_groups(trained: Summary, page: Page, screenshot: Callable[[Page, str], None]) -> None:
+    page.goto(f"{trained.mlflow_run_url}/model-metrics")
+    for group in ("train", "val", "test"):
+        expect(page.get_by_text(group, exact=True).first).to_be_visible()
+    expect(page.locator("svg.main-svg").first).to_be_visible()
+    screenshot(page, "mlflow-charts")
+
+
+def test_report_opens_inside_mlflow(trained: Summary, page: Page, screenshot: Callable[[Page, str], None]) -> None:
+    page.goto(f"{trained.mlflow_run_url}/artifacts/report/index.html")
+    report = page.frame_locator("iframe").first
+    for heading in ("Verdict", "Evaluation", "Serving", "Data"):
+        expect(report.get_by_role("heading", name=heading, exact=True)).to_be_attached()
+    for picture in report.get_by_role("img").all():
+        assert picture.evaluate("image => image.naturalWidth") > 300
+    screenshot(page, "mlflow-report")
+
+
+def test_report_is_whole_by_itself(
+    trained: Summary, browser: Browser, tmp_path: Path, screenshot: Callable[[Page, str], None]
+) -> None:
+    from mlflow.artifacts import download_artifacts
+
+    file = download_artifacts(run_id=trained.mlflow_run_id, artifact_path="report/index.html", dst_path=str(tmp_path))
+    offline = browser.new_page(viewport={"width": 1200, "height": 4000}, java_script_enabled=False)
+    offline.route("http**", lambda route: pytest.fail(f"the page asks for {route.request.url}"))
+    offline.goto(Path(file).as_uri())
+    expect(offline.get_by_text("Passed", exact=False).first).to_be_visible()
+    assert offline.get_by_role("img").count() == 4
+    screenshot(offline, "report")
+    offline.close()
+
+
+def test_version_has_its_card(trained: Summary, page: Page, screenshot: Callable[[Page, str], None]) -> None:
+    page.goto(f"{trained.mlflow_tracking_uri}/#/models/{trained.model_name}/versions/{trained.model_version}")
+    expect(page.get_by_role("heading", name=f"{trained.model_name}, version {trained.model_version}")).to_be_visible()
+    expect(page.get_by_text("Intended use").first).to_be_visible()
+    expect(page.get_by_text("convoy.verdict_summary").first).to_be_attached()
+    screenshot(page, "mlflow-version")
+
+
+def test_flow_run_shows_its_steps_and_pages(
+    trained: Summary, page: Page, screenshot: Callable[[Page, str], None]
+) -> None:
+    page.goto(trained.prefect_flow_run_url or "")
+    expect(page.get_by_text("Completed").first).to_be_visible()
+    page.wait_for_timeout(4000)  # the graph is drawn on a canvas: only the picture shows it
+    screenshot(page, "prefect-run")
+    page.get_by_role("tab", name="Artifacts").or_(page.get_by_text("Artifacts", exact=True)).last.click()
+    for key in ("evaluation", "quality-gate", "serving-gate", "data-gate", "result"):
+        expect(page.get_by_text(key, exact=True).first).to_be_visible()
+    screenshot(page, "prefect-artifacts")

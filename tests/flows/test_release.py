@@ -1,0 +1,155 @@
+"""Gates as people meet them: what is refused and what is said of it, and the commands that change the champion."""
+
+import contextvars
+import json
+import threading
+from pathlib import Path
+from uuid import UUID
+
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+from prefect import flow, get_client
+from prefect.client.schemas.objects import StateType
+from prefect.context import FlowRunContext
+
+from flows.approval import ApprovalRefused, ask
+from infra.registry import ModelVersion, aliased
+from tasks.cancel import Cancelled
+from tasks.gateconfig import GateConfig
+from tasks.verdict import Scored, judge
+from tests.flows.conftest import CONFIG, Convoy
+from tests.flows.program import wait_for
+
+SMALL = CONFIG.model_copy(update={"epochs": 1, "ranks": 1})
+
+
+def test_data_that_a_gate_refuses_are_not_trained_on(convoy: Convoy, stack: object, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    limit = ("--set", "data_gate.class_images=fail", "--set", "data_gate.min_class_images=1000")
+    done = convoy(
+        "train", "--dataset", "digits", "--limit", "600", "--name", "poor-data", *limit, "--summary", str(out)
+    )
+    assert done.status == 3
+    assert "dataset digits is refused: class_images is 60, limit 1000" in done.stderr
+    found = json.loads(out.read_bytes())
+    assert (found["status"], found["exit_status"]) == ("refused", 3)
+    assert "mlflow_run_id" not in found and "accuracy" not in found
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(UUID(found["prefect_flow_run_id"])).state
+    assert state is not None
+    assert (state.type, state.name) == (StateType.COMPLETED, "Refused")
+    assert "class_images" in (state.message or "")
+
+
+def test_model_that_a_gate_refuses_stays_out_until_it_is_forced(convoy: Convoy, tmp_path: Path) -> None:
+    out, config = tmp_path / "out.json", tmp_path / "config.yaml"
+    config.write_text(json.dumps(SMALL.model_copy(update={"name": "poor-model"}).resolved()))
+    done = convoy("train", "--config", str(config), "--set", "gate.floor=0.999", "--summary", str(out))
+    assert done.status == 3
+    assert "the quality gate refused: poor-model/1" in done.stderr
+    assert "poor-model, version 1: not champion" in done.stdout
+    found = json.loads(out.read_bytes())
+    assert (found["status"], found["champion"], found["model_version"]) == ("refused", False, "1")
+    assert 0 < found["accuracy"] < 0.999 and found["verdict"].startswith("refused: poor-model/1")
+    run = MlflowClient().get_run(found["mlflow_run_id"])
+    assert run.info.status == "FINISHED"  # the training was in order
+    assert "quality gate: refused" in run.data.tags["mlflow.note.content"]
+
+    refused = convoy("promote", "poor-model", "1")
+    assert refused.status == 3
+    assert "poor-model/1 is not promoted: the quality gate refused" in refused.complaint
+    assert convoy("promote", "poor-model", "1", "--force").status == 2  # no reason
+    assert aliased("poor-model", "champion") is None
+    assert convoy("history", "poor-model").stdout.startswith("poor-model has no champion yet")
+
+    judged = convoy("promote", "poor-model", "1", "--judge", "--set", "floor=0.999")
+    assert judged.status == 3
+    assert "floor" in judged.stdout
+    forced = convoy("promote", "poor-model", "@challenger", "--force", "--reason", "a test")
+    assert forced.status == 0, forced.stderr
+    assert "poor-model was promoted to version 1" in forced.stdout
+    assert aliased("poor-model", "champion") == ModelVersion(name="poor-model", version="1")
+    history = convoy("history", "poor-model").stdout
+    assert "promote (forced)" in history and "a test" in history
+    back = convoy("rollback", "poor-model")
+    assert back.status == 2
+    assert "version 1 is the first champion of 'poor-model'" in back.complaint
+    compared = convoy("compare", "poor-model/1", "poor-model")
+    assert compared.status == 0, compared.stderr
+    assert "McNemar exact p = 1" in compared.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["promote", "nobody", "1"], "no model is called 'nobody'"),
+        (["rollback", "nobody"], "'nobody' has no champion"),
+        (["history", "nobody"], "no model is called 'nobody'"),
+        (["compare", "nobody", "nobody/1"], "no model is called 'nobody'"),
+    ],
+)
+def test_unknown_model_is_named(convoy: Convoy, stack: object, arguments: list[str], hint: str) -> None:
+    done = convoy(*arguments)
+    assert done.status == 2
+    assert hint in done.complaint
+
+
+def asking(patience: float, answer: dict[str, object] | None = None, *, cancel: bool = False) -> str:
+    """Ask in a flow run; someone answers, or cancels it, as soon as it has paused."""
+    right = np.ones(10, dtype=np.bool_)
+    verdict = judge(
+        Scored(address="asked/1", correct=right), None, GateConfig(), labels=np.arange(10) % 2, classes=("a", "b")
+    )
+
+    def person(flow_run_id: UUID) -> None:
+        with get_client(sync_client=True) as client:
+
+            def paused() -> bool:
+                state = client.read_flow_run(flow_run_id).state
+                return state is not None and state.is_paused()
+
+            wait_for(paused, "the flow run to pause")
+            if cancel:
+                client.set_flow_run_state(flow_run_id, _cancelling())
+            elif answer is not None:
+                wait_for(lambda: bool(client.read_flow_run(flow_run_id).state), "the form")
+                client.resume_flow_run(flow_run_id, run_input=answer)
+
+    @flow
+    def run() -> str:
+        context = FlowRunContext.get()
+        assert context and context.flow_run
+        somebody = threading.Thread(target=contextvars.copy_context().run, args=(person, context.flow_run.id))
+        somebody.start()
+        try:
+            return ask(ModelVersion(name="asked", version="1"), verdict, patience)
+        finally:
+            somebody.join()
+
+    return run()
+
+
+def _cancelling():  # type: ignore[no-untyped-def]
+    from prefect.states import Cancelling
+
+    return Cancelling()
+
+
+def test_person_approves(stack: object, quiet_prefect: None) -> None:
+    assert asking(60, {"promote": True, "reason": "looks right"}) == "looks right"
+
+
+def test_person_says_no(stack: object, quiet_prefect: None) -> None:
+    with pytest.raises(ApprovalRefused, match="asked/1 was not approved: too dark"):
+        asking(60, {"promote": False, "reason": "too dark"})
+
+
+def test_nobody_answers(stack: object, quiet_prefect: None) -> None:
+    with pytest.raises(ApprovalRefused, match="nobody approved asked/1 within 4 s"):
+        asking(4)
+
+
+def test_flow_run_is_cancelled_while_it_waits(stack: object, quiet_prefect: None) -> None:
+    with pytest.raises(Cancelled, match="while it waited"):
+        asking(600, cancel=True)

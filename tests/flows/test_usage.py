@@ -1,0 +1,91 @@
+"""`convoy predict` and `convoy export`, as people run them."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from prefect.artifacts import Artifact
+from typer.models import CommandInfo
+
+from infra.registry import set_alias
+from tasks.reference import load_reference
+from tests.flows.conftest import Convoy
+from tests.tasks.registered import Registered, register_digits
+
+NAME = "usage-tests"
+
+
+@pytest.fixture(scope="module")
+def registered(stack: object, quiet_prefect: None, tmp_path_factory: pytest.TempPathFactory) -> Registered:
+    made = register_digits(NAME, tmp_path_factory.mktemp("weights"))
+    set_alias(made.version, "champion")
+    return made
+
+
+@pytest.fixture
+def photos(registered: Registered, tmp_path: Path) -> Path:
+    """Five images and one that is none."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, image in enumerate(load_reference(registered.store, registered.evaluated.reference_key)["images"][:5]):
+        Image.fromarray(image[0].numpy()).save(folder / f"{number}.png")
+    (folder / "bad.png").write_text("text")
+    return folder
+
+
+@pytest.fixture
+def convoy(convoy: Convoy, monkeypatch: pytest.MonkeyPatch) -> Convoy:
+    """`convoy` with these commands, wherever the application gets them from."""
+    from flows import cli, usage
+
+    others = [each for each in cli.app.registered_commands if each.callback not in (usage.predict, usage.export)]
+    ours = [CommandInfo(name=name, callback=getattr(usage, name)) for name in ("predict", "export")]
+    monkeypatch.setattr(cli.app, "registered_commands", [*others, *ours])
+    return convoy
+
+
+def test_predict_writes_a_table_and_names_what_it_could_not_use(convoy: Convoy, photos: Path, tmp_path: Path) -> None:
+    done = convoy("predict", f"{NAME}@champion", str(photos), "--out", str(tmp_path / "out.csv"))
+    assert done.status == 0, done.stderr
+    assert "5, unreadable 1" in done.stdout
+    assert f"not used: {photos / 'bad.png'}: not a PNG, JPEG, WebP or BMP image" in done.stderr
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [Path(row["file"]).name for row in rows] == ["0.png", "1.png", "2.png", "3.png", "4.png", "bad.png"]
+    page = str(Artifact.get("predictions").data)  # type: ignore[union-attr]
+    assert "6 files, 1 of them unreadable" in page
+
+
+def test_export_writes_a_file_that_works(convoy: Convoy, registered: Registered, tmp_path: Path) -> None:
+    done = convoy("export", NAME, "--format", "pt2", "--out", str(tmp_path / "model.pt2"))
+    assert done.status == 0, done.stderr
+    assert "on 64 images" in done.stdout
+    reference = load_reference(registered.store, registered.evaluated.reference_key)
+    found = torch.export.load(tmp_path / "model.pt2").module()(reference["images"])
+    assert torch.allclose(found, reference["probabilities"], atol=1e-5)
+
+
+def test_mistakes_are_one_line(convoy: Convoy, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    out = ["--out", str(tmp_path / "out.csv")]
+    for arguments, hint in (
+        (["predict", "usage-test", str(photos), *out], f"did you mean '{NAME}'"),
+        (["predict", NAME, str(tmp_path / "empty"), *out], "no PNG, JPEG, WebP or BMP image there"),
+        (["predict", NAME, str(photos / "bad.png"), *out], "none of 1 files can be used"),
+        (["predict", NAME, str(photos), "--out", str(tmp_path / "out.txt")], "must end with"),
+        (["export", NAME, "--format", "tflite", *out], "choose one of"),
+    ):
+        done = convoy(*arguments)
+        assert (done.status, done.stdout) == (2, "")
+        assert hint in done.complaint
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_json_lines_are_json(convoy: Convoy, photos: Path, tmp_path: Path) -> None:
+    done = convoy("predict", NAME, str(photos / "0.png"), str(photos / "1.png"), "--out", str(tmp_path / "o.jsonl"))
+    assert done.status == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [line["error"] for line in lines] == [None, None]
