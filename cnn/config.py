@@ -6,9 +6,18 @@ Importing this module loads pydantic only, so that a command line can refuse a m
 import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 
 class Config(BaseModel):
@@ -147,7 +156,8 @@ class TrainConfig(Config):
     """The network: `notes` (the classic teaching network), `convoy9` (deeper, with batch norm), or one of
     torchvision's, for example `resnet18`."""
 
-    network: SerializeAsAny[Config] = Config()
+    # Its keys depend on the network, which a form for all of them cannot know.
+    network: Annotated[SerializeAsAny[Config], WithJsonSchema({"type": "object"})] = Config()
     """Options of the network, for example `network.dropout=0.2`; `convoy config --model NAME` lists them."""
 
     pretrained: str | None = None

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from flows import models, usage
+from flows import models, notify, service, usage
 from flows.console import exit_status, loading, one_line, print_pairs, say, servers_up
 from flows.summary import Summary, check_writable, write_summary
 from infra.settings import Settings
@@ -165,8 +165,16 @@ def runs(
     Console(width=160).print(table if found else "No training yet.")  # ids are for copying: never shortened
 
 
-for command in (models.promote, models.rollback, models.history, models.compare, usage.predict, usage.export):
-    app.command(rich_help_panel="Models")(command)
+MORE: dict[str, tuple[Callable[..., None], ...]] = {
+    "Models": (models.promote, models.rollback, models.history, models.compare, usage.predict, usage.export),
+    "Service": (
+        *(service.deploy, service.worker, service.retrain, service.cancel, service.notify_data),
+        notify.notify,
+    ),
+}
+for panel, commands in MORE.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
 
 
 @app.command()

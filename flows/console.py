@@ -9,12 +9,17 @@ from rich.console import Console
 from infra.settings import Settings
 
 
-def servers_up() -> None:
-    """Have the servers running, and tell every client of this process, and of those it starts, where they are."""
+def servers_up(*, prefect_only: bool = False) -> None:
+    """Have the servers running, and tell every client of this process, and of those it starts, where they are.
+
+    Args:
+        prefect_only: the others are not needed.
+    """
     from infra import stack
 
-    say = Console(stderr=True, highlight=False)
-    endpoints = stack.up(Settings(), lambda event: say.print(event, style="dim"))
+    console = Console(stderr=True, highlight=False)
+    only = ["prefect"] if prefect_only else stack.NAMES
+    endpoints = stack.up(Settings(), lambda event: console.print(event, style="dim"), only=only)
     os.environ.update(endpoints.environment())
 
 

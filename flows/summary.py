@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,11 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    status: Literal["done", "refused", "failed", "interrupted"]
-    """`refused`: a gate did not let the data or the model pass."""
+    status: Literal["done", "unchanged", "refused", "failed", "interrupted"]
+    """`unchanged`: there was nothing to retrain for; `refused`: a gate did not let the data or the model pass."""
+
+    reason: str | None = None
+    """Why `convoy retrain` did or did not train."""
 
     error: str | None = None
     exit_status: int = 0
@@ -50,18 +54,72 @@ class Summary(BaseModel):
     reused: tuple[str, ...] = ()
     """Steps whose output was there already."""
 
+    step_seconds: dict[str, float] = {}
+
+    @property
+    def headline(self) -> str:
+        """How it ended, in a line."""
+        if self.status == "done":
+            return f"{self.model_name}/{self.model_version} is " + ("champion" if self.champion else "registered")
+        return (self.reason if self.status == "unchanged" else self.error) or self.status
+
     def as_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def check_writable(path: Path) -> None:
-    """Raise UsageError now, rather than after a long training, if a summary cannot be written there."""
+def check_writable(path: Path, option: str = "--summary") -> None:
+    """Raise UsageError now, rather than after a long training, if a file cannot be written there."""
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise UsageError(f"--summary {path}: cannot write there; name a file in a folder that exists")
+        raise UsageError(f"{option} {path}: cannot write there; name a file in a folder that exists")
 
 
 def write_summary(path: Path, summary: Summary) -> None:
     """Write the summary as JSON; readers see the old file or the whole new one."""
+    _write(path, json.dumps(summary.as_dict(), indent=2) + "\n")
+
+
+def write_report(path: Path, summary: Summary, pages: Sequence[str]) -> None:
+    """Write a page about a run, in Markdown, for a job's summary or a comment.
+
+    Args:
+        pages: of the run, which follow folded up.
+    """
+    words = {"done": "promoted" if summary.champion else "registered, not promoted", "unchanged": "nothing to do"}
+    rows = {
+        "model": f"`{summary.model_name}` version {summary.model_version}" if summary.model_version else None,
+        "accuracy": f"{summary.accuracy:.2%} of the test split" if summary.accuracy is not None else None,
+        "quality gate": summary.verdict,
+        "reason": summary.reason,
+        "error": summary.error,
+        "cost": _cost(summary),
+        "reused": ", ".join(summary.reused) or None,
+        "MLflow": f"[run, charts and report]({summary.mlflow_run_url})" if summary.mlflow_run_url else None,
+        "Prefect": f"[flow run]({summary.prefect_flow_run_url})" if summary.prefect_flow_run_url else None,
+    }
+    lines = [f"### {summary.model_name or 'Retraining'}: **{words.get(summary.status, summary.status)}**", ""]
+    lines += ["| | |", "|:--|:--|"]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
+    for page in pages:
+        title = page.partition("\n")[0].replace("**", "")
+        lines += ["", f"<details><summary>{title}</summary>", "", page.strip(), "", "</details>"]
+    _write(path, "\n".join(lines) + "\n")
+
+
+def _cost(summary: Summary) -> str | None:
+    if summary.train_seconds is None or summary.world_size is None:
+        return f"{summary.total_seconds:.0f} s" if summary.total_seconds else None
+    hours = summary.train_seconds * summary.world_size / 3600
+    return (
+        f"{summary.total_seconds:.0f} s in all, {summary.train_seconds:.0f} s of training on {summary.world_size} "
+        f"ranks: {hours:.2f} rank-hours, {summary.images_per_second:,.0f} images/s"
+    )
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(summary.as_dict(), indent=2) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)

@@ -17,3 +17,7 @@ class ServiceError(RuntimeError):
     """A server, mirror or store failed, refused or could not be reached, after the stated retries."""
 
     exit_status = 1
+
+
+class Outage(ServiceError):
+    """A server or the way to it is down, overloaded or restarting: the same may well succeed in a while."""

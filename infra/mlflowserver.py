@@ -10,7 +10,7 @@ import mlflow
 from mlflow.exceptions import MlflowException, RestException
 from requests import RequestException
 
-from infra.errors import ServiceError
+from infra.errors import Outage, ServiceError
 
 ANSWER_WITHIN = 5.0  # seconds a server has to answer the first request of a run
 CLIENT_DEFAULTS = {
@@ -35,8 +35,9 @@ def mlflow_client(action: str) -> Iterator[mlflow.MlflowClient]:
     try:
         yield mlflow.MlflowClient()
     except (MlflowException, RequestException) as error:
-        what = "refused" if isinstance(error, RestException) else "failed"
-        raise ServiceError(f"MLflow at {tracking_uri()} {what} to {action}: {first_line(error)}") from error
+        refused = isinstance(error, RestException)
+        what, kind = ("refused", ServiceError) if refused else ("failed", Outage)
+        raise kind(f"MLflow at {tracking_uri()} {what} to {action}: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
@@ -62,9 +63,9 @@ def check_server() -> None:
     try:
         status = httpx.get(f"{address}/health", timeout=ANSWER_WITHIN).status_code
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ServiceError(
+        raise Outage(
             f"MLflow at {tracking_uri()} does not answer ({error}); "
             "start it with `convoy up`, or correct MLFLOW_TRACKING_URI"
         ) from error
     if status in (502, 503, 504):
-        raise ServiceError(f"MLflow at {tracking_uri()} is not available (HTTP {status}); try again when it is up")
+        raise Outage(f"MLflow at {tracking_uri()} is not available (HTTP {status}); try again when it is up")

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ from infra.errors import ServiceError
 from infra.files import OnBytes, atomic_file, file_digest
 from infra.s3client import CONCURRENCY, TRIES, ObjectMissing, error_code, open_client, translated
 
-__all__ = ["ObjectInfo", "ObjectMissing", "ObjectStore"]
+__all__ = ["ObjectInfo", "ObjectMissing", "ObjectStore", "Upload"]
 
 PART = 64 << 20  # bytes; larger files go up and come down in parts of this size, several at a time
 SHA256 = "sha256"  # name of the object's metadata entry
@@ -41,6 +42,20 @@ class ObjectInfo(BaseModel):
 
     etag: str = ""
     """The store's own mark of this version of the object."""
+
+    modified: datetime | None = None
+    """When it was written, by the store's clock; in a listing only."""
+
+
+class Upload(BaseModel):
+    """A multipart upload that was neither completed nor aborted."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    id: str
+    begun: datetime
+    """By the store's clock."""
 
 
 class ObjectStore:
@@ -194,12 +209,31 @@ class ObjectStore:
         with translated(self._where(prefix)):
             for page in pages:
                 for item in page.get("Contents", ()):
-                    yield ObjectInfo(key=item["Key"], size=item["Size"], etag=item.get("ETag", ""))
+                    yield ObjectInfo(
+                        key=item["Key"], size=item["Size"], etag=item.get("ETag", ""), modified=item["LastModified"]
+                    )
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens if there is none."""
         with translated(self._where(key)):
             self._client.delete_object(Bucket=self.bucket, Key=key)
+
+    def uploads(self) -> Iterator[Upload]:
+        """Every multipart upload under way, or left behind by a process that was killed: its parts take room."""
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket)
+        with translated(self._where()):
+            for page in pages:
+                for item in page.get("Uploads", ()):
+                    yield Upload(key=item["Key"], id=item["UploadId"], begun=item["Initiated"])
+
+    def abort_upload(self, upload: Upload) -> None:
+        """Remove the parts of an upload; nothing happens if it has ended."""
+        with translated(self._where(upload.key)):
+            try:
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=upload.key, UploadId=upload.id)
+            except ClientError as error:
+                if error_code(error) not in {"404", "NoSuchUpload"}:
+                    raise
 
     def _put_if_absent(self, key: str, data: bytes) -> bool:
         with translated(self._where(key)):

@@ -18,6 +18,7 @@ from infra.mlflowserver import mlflow_client, tracking_uri
 
 ARTIFACT = "model"  # the served model's name among the run's models
 DESCRIPTION_CHARACTERS = 5000  # MLflow's limit
+MODELS_A_CALL = 100
 
 
 class ModelVersion(BaseModel):
@@ -147,6 +148,46 @@ def version_of(name: str, run_id: str) -> ModelVersion | None:
         found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     versions = sorted((int(version.version) for version in found), reverse=True)
     return ModelVersion(name=name, version=str(versions[0])) if versions else None
+
+
+class RegisteredRun(ModelVersion):
+    """A version, the run that made it, and the aliases that point at it."""
+
+    run_id: str
+    tags: dict[str, str]
+    aliases: tuple[str, ...]
+
+
+def every_version() -> list[RegisteredRun]:
+    """All versions of all models."""
+    found: list[RegisteredRun] = []
+    with mlflow_client("list the registered models") as client:
+        aliases: dict[tuple[str, str], list[str]] = {}
+        token: str | None = None
+        while True:
+            models = client.search_registered_models(max_results=MODELS_A_CALL, page_token=token)
+            for model in models:
+                for alias, version in model.aliases.items():
+                    aliases.setdefault((model.name, str(version)), []).append(alias)
+            token = models.token
+            if not token:
+                break
+        while True:
+            versions = client.search_model_versions(max_results=MODELS_A_CALL, page_token=token)
+            for version in versions:
+                name, number = version.name, str(version.version)
+                found.append(
+                    RegisteredRun(
+                        name=name,
+                        version=number,
+                        run_id=version.run_id or "",
+                        tags=version.tags,
+                        aliases=tuple(aliases.get((name, number), ())),
+                    )
+                )
+            token = versions.token
+            if not token:
+                return found
 
 
 def set_alias(model: ModelVersion, alias: str) -> None:

@@ -18,7 +18,7 @@ from botocore.exceptions import (
     PartialCredentialsError,
 )
 
-from infra.errors import ServiceError, UsageError
+from infra.errors import Outage, ServiceError, UsageError
 
 REFUSED = {
     "403": "access denied",
@@ -80,7 +80,7 @@ def translated(where: str) -> Iterator[None]:
     except S3UploadFailedError as error:  # boto3 wraps the server's answer in it
         if isinstance(error.__context__, ClientError):
             _raise_answer(error.__context__, where)
-        raise ServiceError(f"{where}: the upload failed: {_line(error)}") from error
+        raise Outage(f"{where}: the upload failed: {_line(error)}") from error
     except ClientError as error:
         _raise_answer(error, where)
     except (NoCredentialsError, PartialCredentialsError) as error:
@@ -88,11 +88,11 @@ def translated(where: str) -> Iterator[None]:
     except ParamValidationError as error:
         raise UsageError(f"{where}: not a valid name: {_line(error)}") from error
     except EndpointConnectionError as error:
-        raise ServiceError(
+        raise Outage(
             f"{where}: no connection; start the local servers with `convoy up`, or check AWS_ENDPOINT_URL"
         ) from error
     except (ConnectionError, HTTPClientError, RetriesExceededError) as error:
-        raise ServiceError(f"{where}: the connection failed after several tries: {_line(error)}") from error
+        raise Outage(f"{where}: the connection failed after several tries: {_line(error)}") from error
     except BotoCoreError as error:
         raise ServiceError(f"{where}: {_line(error)}") from error
 
@@ -110,7 +110,9 @@ def _raise_answer(error: ClientError, where: str) -> NoReturn:
         ) from error
     message = error.response.get("Error", {}).get("Message", "")
     tries = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0) + 1
-    raise ServiceError(f"{where}: {code} {message} (tries: {tries})".replace("\n", " ")) from error
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    kind = Outage if status >= 500 or status == 429 else ServiceError
+    raise kind(f"{where}: {code} {message} (tries: {tries})".replace("\n", " ")) from error
 
 
 def _line(error: Exception) -> str:

@@ -30,9 +30,11 @@ __all__ = [
     "MetricRow",
     "RunInfo",
     "SystemMetrics",
+    "TaggedRun",
     "check_server",
     "describe_run",
     "end_run",
+    "every_run",
     "fetch_artifacts",
     "list_runs",
     "log_dataset",
@@ -42,6 +44,7 @@ __all__ = [
     "log_text",
     "reopen_run",
     "run_status",
+    "run_tags",
     "run_url",
     "set_tags",
     "start_run",
@@ -50,6 +53,7 @@ __all__ = [
 
 PARAMS_A_CALL, PARAM_CHARACTERS = 100, 6000  # MLflow's limits
 DATASET_DIGEST_CHARACTERS = 36  # likewise
+RUNS_A_CALL = 1000
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -116,6 +120,17 @@ def run_status(run_id: str) -> str:
         return str(client.get_run(run_id).info.status)
 
 
+def run_tags(run_id: str) -> dict[str, str]:
+    """Tags of a run; none if there is no such run."""
+    with mlflow_client(f"find run {run_id}") as client:
+        try:
+            return dict(client.get_run(run_id).data.tags)
+        except RestException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return {}
+
+
 class RunInfo(BaseModel):
     """A run, as lists show it."""
 
@@ -144,6 +159,35 @@ def list_runs(tag: str, value: str | None = None, *, limit: int) -> list[RunInfo
         )
         for run in runs
     ]
+
+
+class TaggedRun(BaseModel):
+    """A run's state and tags."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    status: str
+    """MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
+
+    tags: dict[str, str]
+
+
+def every_run(tag: str) -> list[TaggedRun]:
+    """All runs of all experiments that have a tag."""
+    found: list[TaggedRun] = []
+    with mlflow_client("list the runs") as client:
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        token: str | None = None
+        while experiments:
+            page = client.search_runs(experiments, f"tags.`{tag}` != ''", max_results=RUNS_A_CALL, page_token=token)
+            found += [
+                TaggedRun(run_id=run.info.run_id, status=run.info.status, tags=dict(run.data.tags)) for run in page
+            ]
+            token = page.token
+            if not token:
+                break
+    return found
 
 
 def end_run(run_id: str, status: RunStatus) -> None:

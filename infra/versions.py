@@ -69,6 +69,13 @@ def find_version(reference: str) -> FoundVersion:
     return FoundVersion(name=name, version=str(found.version), run_id=found.run_id or "", tags=found.tags)
 
 
+def list_versions(name: str) -> list[FoundVersion]:
+    """All versions of a model, the newest first; empty if there is no such model."""
+    with mlflow_client(f"list the versions of model {name!r}") as client:
+        found = client.search_model_versions(f"name = '{name}'", order_by=["version_number DESC"])
+    return [FoundVersion(name=name, version=str(v.version), run_id=v.run_id or "", tags=v.tags) for v in found]
+
+
 def version_url(version: ModelVersion) -> str:
     """The address of a version in MLflow's web pages."""
     return f"{tracking_uri()}/#/models/{quote(version.name)}/versions/{version.version}"

@@ -70,6 +70,9 @@ class RunConfig(TrainConfig):
     approval: bool = False
     """Before that, pause the flow run until a person approves it in Prefect."""
 
+    warm_start: bool = False
+    """Retrain from the champion's weights rather than from fresh ones (`convoy retrain`)."""
+
     approval_patience: float = Field(86_400.0, gt=0)
     """Seconds to wait for that person."""
 
@@ -144,10 +147,12 @@ def load_config(
     options: Mapping[str, Any] | None = None,
     *,
     recipe: str | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """Read a configuration. Options win over settings, these over the file, and the file over the recipe.
+    """Read a configuration. Options win over settings, these over the file, and the file over recipe and base.
 
     Args:
+        base: values that all else builds on.
         recipe: name of one of `recipes()`, which all else builds on.
         file: YAML mapping, or None.
         settings: `key=value` texts; a dot reaches into a section (`augment.shift=1`), the value is read as YAML.
@@ -156,13 +161,13 @@ def load_config(
     Raises:
         UsageError: one line that names the file or key that is wrong, and the nearest that is right.
     """
-    values: dict[str, Any] = {}
+    values = _merge({}, base or {})
     if recipe is not None:
         known = recipes()
         if recipe not in known:
             near = difflib.get_close_matches(recipe, known, n=1, cutoff=0)
             raise UsageError(f"unknown recipe {recipe!r}; did you mean {near[0]!r}?")
-        values = _read(known[recipe])
+        values = _merge(values, _read(known[recipe]))
     if file:
         values = _merge(values, _read(file))
     for setting in settings:
@@ -191,7 +196,9 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**base}
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            value = _merge(below if isinstance(below, Mapping) else {}, value)
+        merged[key] = value
     return merged
 
 

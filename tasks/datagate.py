@@ -28,6 +28,7 @@ from tasks.dataset import DatasetDamaged, DatasetRef, load_manifest, open_split
 from tasks.figures import contact_sheet, png
 from tasks.progress import progress, run_logger
 from tasks.report import cell
+from tasks.retries import RETRIED
 
 __all__ = ["DataRefused", "DataReport", "data_gate", "data_markdown", "log_data_report"]
 
@@ -50,7 +51,7 @@ class DataReport(BaseModel):
     """Of its objects in the bucket, with a slash at the end."""
 
 
-@task(name="data-gate", cache_policy=NO_CACHE, persist_result=False)
+@task(name="data-gate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
 def data_gate(dataset: DatasetRef, config: DataGateConfig, champion: str | None = None) -> DataReport:
     """Check a dataset version, publish what was found, and let it pass or refuse it.
 

@@ -16,9 +16,10 @@ from infra.sources.base import Source, Workplace, reusable
 from infra.sources.find import find_source
 from infra.sources.folder import FolderSource
 from tasks.progress import progress, run_logger
+from tasks.retries import RETRIED
 
 
-@task(name="download", cache_policy=NO_CACHE, persist_result=False)
+@task(name="download", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
 def download(dataset: str, *, refresh: bool = False) -> RawSource:
     """Bring a data set into the bucket; what is there already is not fetched again.
 

@@ -27,6 +27,7 @@ from tasks.predictions import store_predictions
 from tasks.progress import progress, run_logger
 from tasks.reference import store_reference
 from tasks.report import EvaluationReport, evaluation_report, measure_footprint, publish_evaluation
+from tasks.retries import RETRIED
 from tasks.train import TrainResult
 
 REFERENCE_IMAGES = 64
@@ -57,7 +58,7 @@ class Evaluation(BaseModel):
         return self.report.calibration.temperature
 
 
-@task(name="evaluate", cache_policy=NO_CACHE, persist_result=False)
+@task(name="evaluate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
 def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> Evaluation:
     """Score the trained weights on the test split, each image once; a temperature is fitted on the validation split.
 

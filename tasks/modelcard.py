@@ -24,6 +24,7 @@ from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, load_manifest, manifest_key
 from tasks.evaluate import Evaluation
 from tasks.report import EvaluationReport
+from tasks.retries import RETRIED
 from tasks.run import FLOW_RUN, flatten
 from tasks.train import TrainResult
 
@@ -44,7 +45,7 @@ class Origin(BaseModel):
     code: Provenance
 
 
-@task(name="model-card", cache_policy=NO_CACHE, persist_result=False)
+@task(name="model-card", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
 def write_model_card(
     registered: ModelVersion, config: RunConfig, dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation
 ) -> None:

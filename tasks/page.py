@@ -18,6 +18,7 @@ from infra import tracking
 from infra.versions import FoundVersion, version_url
 from tasks.progress import run_logger
 from tasks.report import EvaluationReport
+from tasks.retries import RETRIED
 from tasks.versiontags import SERVING, VERDICT_SUMMARY
 
 PARTS = (
@@ -38,7 +39,7 @@ code { background: #f1f4f8; padding: 0 .25rem }
 """
 
 
-@task(name="report-page", cache_policy=NO_CACHE, persist_result=False)
+@task(name="report-page", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
 def publish_page(version: FoundVersion) -> None:
     """Make the page and the description of the run that a version came from, and show both in Prefect.
 

@@ -28,6 +28,7 @@ from infra.raw import RawSource
 from infra.settings import Settings
 from tasks.dataset import DatasetRef, is_stored, is_whole, manifest_key, shard_key, shards_of
 from tasks.progress import progress, run_logger
+from tasks.retries import RETRIED
 
 __all__ = ["DatasetRef", "preprocess"]
 
@@ -40,7 +41,7 @@ class StepRecord(BaseModel):
     dataset_version: str
 
 
-@task(name="preprocess", cache_policy=NO_CACHE, persist_result=False)
+@task(name="preprocess", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
 def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = False) -> DatasetRef:
     """Pack a source into a dataset version, unless that was done before.
 

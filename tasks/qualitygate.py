@@ -35,6 +35,7 @@ from tasks.gateconfig import GateConfig
 from tasks.predictions import load_predictions, store_predictions
 from tasks.progress import progress, run_logger
 from tasks.promote import verdict_key
+from tasks.retries import RETRIED
 from tasks.verdict import Scored, Verdict, judge
 from tasks.versiontags import DATASET_VERSION, NO_CHAMPION, VERDICT, VERDICT_CHAMPION, VERDICT_SHA256, VERDICT_SUMMARY
 
@@ -49,7 +50,7 @@ class QualityRefused(GateRefused):
         self.verdict = verdict
 
 
-@task(name="quality-gate", cache_policy=NO_CACHE, persist_result=False)
+@task(name="quality-gate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
 def quality_gate(registered: ModelVersion, config: GateConfig) -> Verdict:
     """Judge a version against the present champion, on the test split of the version's own dataset.
 

@@ -19,13 +19,14 @@ from tasks.dataset import DatasetRef, load_manifest
 from tasks.evaluate import Evaluation, trained_network
 from tasks.progress import run_logger
 from tasks.reference import load_reference
+from tasks.retries import RETRIED
 from tasks.train import TrainResult
 from tasks.versiontags import DATASET_VERSION, SERVING, TEMPERATURE
 
 REQUIREMENTS = ("torch", "numpy")  # what loading and calling the model take, MLflow itself apart
 
 
-@task(name="register", cache_policy=NO_CACHE, persist_result=False)
+@task(name="register", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
 def register(
     name: str, config: TrainConfig, dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation
 ) -> ModelVersion:

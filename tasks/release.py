@@ -9,9 +9,10 @@ from infra.registry import ModelVersion
 from tasks.cancel import stop_if_cancelled
 from tasks.progress import run_logger
 from tasks.promote import promote_version
+from tasks.retries import RETRIED
 
 
-@task(name="release", cache_policy=NO_CACHE, persist_result=False)
+@task(name="release", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
 def release(registered: ModelVersion, reason: str = "") -> None:
     """Make the version the champion; nothing happens if an earlier try of this flow did so.
 

@@ -202,6 +202,12 @@ def run_manifest(config: RunConfig, dataset: DatasetRef, code: Provenance) -> Ru
     )
 
 
+def log_cost(run_id: str, step_seconds: Mapping[str, float], rank_hours: float) -> None:
+    """What a training took, as metrics `cost/...`: seconds of each step, and hours of all ranks together."""
+    seconds = {f"cost/{step.replace('-', '_')}_seconds": value for step, value in step_seconds.items()}
+    tracking.log_metrics(run_id, {**seconds, "cost/rank_hours": rank_hours})
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys in dotted form, as in `--set`."""
     flat: dict[str, Any] = {}

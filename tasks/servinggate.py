@@ -22,6 +22,7 @@ from tasks.evaluate import Evaluation
 from tasks.gateconfig import ServingConfig
 from tasks.progress import run_logger
 from tasks.reference import load_reference
+from tasks.retries import RETRIED
 from tasks.versiontags import SERVING
 
 CHALLENGER = "challenger"
@@ -70,7 +71,7 @@ class ServingRefused(GateRefused):
     """The registered version does not serve what was evaluated."""
 
 
-@task(name="serving-gate", cache_policy=NO_CACHE, persist_result=False)
+@task(name="serving-gate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
 def serving_gate(registered: ModelVersion, evaluated: Evaluation, config: ServingConfig) -> ServingReport:
     """Use the version as a consumer would, and only then point `challenger` at it.
 

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Asks for a retraining, waits for it, and reports: in the job's summary, and in one comment on a pull request.
+#
+# Takes DEPLOYMENT, DATASET, MODEL, FORCE (true) and PULL_REQUEST (a number) from the environment, each of which may be
+# empty, and what GitHub sets. Exits as `convoy retrain` does, but for one case: a refusal (3) fails the job if somebody
+# is waiting for the model, and not if the schedule asked, since then the champion simply stays: nothing is broken, and
+# nobody should be woken.
+set -euo pipefail
+
+readonly marker='<!-- convoy retrain -->'
+readonly longest=60000 # bytes of a comment; GitHub takes 65536 characters
+
+# Without it convoy would start a server here, which no worker knows.
+if [[ -z "${PREFECT_API_URL:-}" ]]; then
+  echo "::error::the secret PREFECT_API_URL is not set"
+  exit 2
+fi
+
+arguments=()
+if [[ -n "${DEPLOYMENT:-}" ]]; then arguments+=(--deployment "$DEPLOYMENT"); fi
+if [[ -n "${DATASET:-}" ]]; then arguments+=(--set "dataset=$DATASET"); fi
+if [[ -n "${MODEL:-}" ]]; then arguments+=(--set "model=$MODEL"); fi
+if [[ "${FORCE:-}" == true ]]; then arguments+=(--force); fi
+
+rm -f report.md
+status=0
+convoy retrain "${arguments[@]}" --wait --report report.md --json >retrain.json || status=$?
+
+if [[ ! -s report.md ]]; then
+  echo "### Retraining: **no report** (exit status $status); the job's log says why" >report.md
+fi
+cat report.md >>"$GITHUB_STEP_SUMMARY"
+
+# Writes the comment, or renews the one that an earlier run wrote.
+comment() {
+  local of="repos/$GITHUB_REPOSITORY/issues" existing
+  {
+    echo "$marker"
+    head -c "$longest" report.md | iconv -c -f utf-8 -t utf-8 # which drops half a character at the cut
+  } >comment.md
+  existing=$(gh api --paginate "$of/$PULL_REQUEST/comments" \
+    --jq ".[] | select(.user.type == \"Bot\" and (.body | startswith(\"$marker\"))) | .id" | sed -n 1p) || return
+  if [[ -n "$existing" ]]; then
+    gh api --method PATCH "$of/comments/$existing" --field body=@comment.md --silent
+  else
+    gh api --method POST "$of/$PULL_REQUEST/comments" --field body=@comment.md --silent
+  fi
+}
+if [[ -n "${PULL_REQUEST:-}" ]]; then
+  comment || echo "::warning::the comment could not be written" # which does not change how the retraining went
+fi
+
+case $status in
+  0) ;;
+  3)
+    echo "::notice title=Refused::A gate refused; the champion stays. The job's summary has the verdict."
+    if [[ "${GITHUB_EVENT_NAME:-}" == schedule ]]; then status=0; fi
+    ;;
+  75) echo "::warning title=Interrupted::The training was interrupted or cancelled; it can be resumed." ;;
+  *) echo "::error title=Failed::The retraining failed with status $status." ;;
+esac
+exit "$status"

@@ -1,0 +1,204 @@
+"""Deployments in Prefect: registering them from a file, starting a run of one from anywhere, and following it."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import yaml
+from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.events import emit_event
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.states import Cancelling
+from prefect.utilities.urls import url_for
+from pydantic import BaseModel, ConfigDict
+
+from flows.summary import Summary
+from infra import tracking
+from infra.errors import ServiceError, UsageError
+from tasks.config import load_config
+from tasks.run import FLOW_RUN
+
+POLL = 2.0  # seconds
+UNTAKEN = 30.0  # seconds after which to say that no worker has taken a run
+DATA_CHANGED = "convoy.data.changed"
+PAGES = ("quality-gate", "evaluation")  # artifacts that belong into a report, in this order
+
+
+class Started(BaseModel):
+    """A flow run that was asked for."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: UUID
+    url: str
+
+
+def deploy(file: Path) -> Iterator[str]:
+    """Register all deployments of a file in Prefect's format; yields a line for each.
+
+    Raises:
+        UsageError: the file cannot be used.
+        ServiceError: Prefect refuses.
+    """
+    entries = _entries(file)
+    for pool in sorted({entry["work_pool"]["name"] for entry in entries}):
+        ensure_pool(pool)
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise ServiceError(f"Prefect did not take the deployments of {file}: {said[-400:]}")
+    with get_client(sync_client=True) as client:
+        for entry in entries:
+            flow_name = flow_of(entry["entrypoint"]).name
+            found = client.read_deployment_by_name(f"{flow_name}/{entry['name']}")
+            wanted = {schedule.get("slug") for schedule in entry.get("schedules", [])}
+            for schedule in found.schedules:
+                if schedule.slug not in wanted:
+                    client.delete_deployment_schedule(found.id, schedule.id)
+            when = ", ".join(
+                f"{s['cron']} {s.get('timezone', 'UTC')}" for s in entry.get("schedules", []) if "cron" in s
+            )
+            yield f"{flow_name}/{found.name}" + (f"  at {when}" if when else "")
+
+
+def ensure_pool(name: str) -> None:
+    """Have a work pool, of type process unless it is there already."""
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pool(name)
+        except ObjectNotFound:
+            client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
+    try:
+        entries = yaml.safe_load(file.read_text())["deployments"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is no file of deployments: {' '.join(str(error).split())}") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UsageError(f"{file}: `deployments` must be a list, each with name, entrypoint and work_pool")
+    for entry in entries:
+        if missing := {"name", "entrypoint", "work_pool"} - entry.keys():
+            raise UsageError(f"{file}: a deployment lacks {', '.join(sorted(missing))}")
+        if any("slug" not in schedule for schedule in entry.get("schedules", [])):
+            raise UsageError(f"{file}: every schedule of {entry['name']} needs a slug, by which it is found again")
+    return entries
+
+
+def flow_of(entrypoint: str) -> Flow[..., Any]:
+    """The flow at an entrypoint such as `flows.train.train_flow`."""
+    return load_flow_from_entrypoint(entrypoint)
+
+
+def start_retraining(deployment: str, settings: list[str], *, force: bool) -> Started:
+    """Start a run of a deployment of `retrain`.
+
+    Args:
+        deployment: its name, with or without that of the flow.
+        settings: `key=value`, on top of the deployment's configuration.
+
+    Raises:
+        UsageError: there is no such deployment, or a setting cannot be used.
+        ServiceError: Prefect refuses the run.
+    """
+    with get_client(sync_client=True) as client:
+        found = _deployment(client, deployment if "/" in deployment else f"retrain/{deployment}")
+        # A mistake is found here, rather than by the worker.
+        config = load_config(None, settings, base=found.parameters.get("config", {}))
+        parameters = {"config": config.model_dump(mode="json", exclude_unset=True), "force": force}
+        try:
+            run = client.create_flow_run_from_deployment(found.id, parameters=parameters)
+        except PrefectHTTPStatusError as error:
+            raise ServiceError(f"Prefect refuses the run: {error.response.text[:300]}") from None
+    return Started(id=run.id, url=url_for("flow-run", obj_id=run.id) or str(run.id))
+
+
+def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
+    try:
+        return client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        known = ", ".join(sorted(each.name for each in client.read_deployments())) or "none; `convoy deploy` makes them"
+        raise UsageError(f"Prefect has no deployment {name}; there are: {known}") from None
+
+
+def follow(flow_run_id: UUID, tell: Callable[[str], None]) -> tuple[Summary, list[str]]:
+    """Wait until a flow run has ended; returns how, and its pages for a report.
+
+    Args:
+        tell: is given a line whenever the state changes.
+    """
+    shown: str | None = None
+    began, told = time.monotonic(), False
+    with get_client(sync_client=True) as client:
+        while True:
+            run = client.read_flow_run(flow_run_id)
+            state = run.state
+            if state and state.name != shown:
+                shown = state.name
+                tell(f"{shown}{': ' + state.message if state.message else ''}")
+            if state and state.is_final():
+                break
+            if not told and run.start_time is None and time.monotonic() - began > UNTAKEN:
+                tell("no worker has taken it yet: is a `convoy worker` running?")
+                told = True
+            time.sleep(POLL)
+        artifacts = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+        )
+    data = {artifact.key: artifact.data for artifact in artifacts}
+    return _summary(run, data.get("summary")), [str(data[key]) for key in PAGES if key in data]
+
+
+def _summary(run: FlowRun, rows: Any) -> Summary:
+    assert run.state is not None
+    if run.state.type == StateType.COMPLETED and rows:
+        table = json.loads(rows) if isinstance(rows, str) else rows
+        return Summary.model_validate({row["name"]: row["value"] for row in table})
+    interrupted = run.state.type in (StateType.CANCELLED, StateType.CANCELLING, StateType.PAUSED)
+    return Summary(
+        status="interrupted" if interrupted else "failed",
+        error=run.state.message or run.state.name,
+        exit_status=75 if interrupted else 1,
+        prefect_flow_run_id=str(run.id),
+        prefect_flow_run_url=url_for("flow-run", obj_id=run.id),
+    )
+
+
+def cancel(run: str) -> str:
+    """Ask Prefect to cancel a training; returns what was done.
+
+    Args:
+        run: id of an MLflow run or of a flow run.
+
+    Raises:
+        UsageError: there is none of that id, or it has ended.
+    """
+    flow_run_id = tracking.run_tags(run).get(FLOW_RUN, run)
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_flow_run(UUID(flow_run_id))
+        except (ObjectNotFound, ValueError):
+            raise UsageError(
+                f"{run} is neither an MLflow run of ours nor a flow run; `convoy runs` lists them"
+            ) from None
+        if found.state and found.state.is_final():
+            raise UsageError(f"flow run {found.name} has ended: {found.state.name}")
+        client.set_flow_run_state(found.id, Cancelling())
+    return f"flow run {found.name} is being cancelled: {url_for('flow-run', obj_id=found.id)}"
+
+
+def data_changed(dataset: str) -> None:
+    """Emit the event that deployments' triggers wait for."""
+    emit_event(event=DATA_CHANGED, resource={"prefect.resource.id": f"convoy.dataset.{dataset}"})

@@ -1,0 +1,172 @@
+"""A training from its source to the champion, as `train` and `retrain` do it: read it as their table of contents."""
+
+import time
+from typing import TypeVar
+
+from prefect import states
+from prefect.artifacts import create_table_artifact
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.utilities.urls import url_for
+
+from flows.approval import ask
+from flows.summary import Summary
+from infra import tracking
+from infra.errors import GateRefused
+from infra.registry import ModelVersion
+from infra.versions import find_version
+from tasks.cancel import Cancelled
+from tasks.changes import what_changed
+from tasks.config import RunConfig
+from tasks.datagate import DataRefused, data_gate, log_data_report
+from tasks.download import download
+from tasks.evaluate import Evaluation, evaluate
+from tasks.lease import model_lease
+from tasks.modelcard import write_model_card
+from tasks.page import publish_page
+from tasks.preprocess import preprocess
+from tasks.pretrained import pretrained
+from tasks.promote import champion_data
+from tasks.qualitygate import QualityRefused, quality_gate
+from tasks.register import register
+from tasks.release import release
+from tasks.run import TrackedRun, fitted, log_cost, read_record, recorded_dataset, tracked_run
+from tasks.servinggate import serving_gate
+from tasks.train import TrainResult, train
+
+NOTHING: frozenset[str] = frozenset()
+Output = TypeVar("Output")
+
+
+def train_and_release(
+    config: RunConfig,
+    refresh: frozenset[str] = NOTHING,
+    resume: str | None = None,
+    *,
+    only_if_changed: bool = False,
+    force: bool = False,
+) -> State[Summary]:
+    """Go from the source to a version that is champion, if it passes its gates; what a flow returns.
+
+    Args:
+        config: what to train on, and how.
+        refresh: steps (`download`, `preprocess`) to do anew although their output exists.
+        resume: id of the MLflow run of an earlier, unfinished training to go on with.
+        only_if_changed: end after preprocessing if the champion was made of the same.
+        force: train all the same.
+    """
+    laps = _Laps()
+    tracking.check_server()  # before hours of work, rather than after
+    reused: tuple[str, ...]
+    if resume:
+        dataset, reused = recorded_dataset(read_record(resume)), ("download", "preprocess")
+    else:
+        source = laps("download", download(config.dataset, refresh="download" in refresh))
+        dataset = laps("preprocess", preprocess(source, config.data, refresh="preprocess" in refresh))
+        reused = tuple(step for step, output in (("download", source), ("preprocess", dataset)) if output.reused)
+        config = fitted(config, dataset)
+        if config.pretrained:
+            config = pretrained(config, dataset)
+    name = config.name or dataset.name
+    summary = Summary(
+        status="done",
+        dataset=config.dataset,
+        dataset_version=dataset.version,
+        model_name=name,
+        reused=reused,
+        prefect_flow_run_id=flow_run.id,
+        prefect_flow_run_url=url_for("flow-run", obj_id=flow_run.id),
+    )
+    try:
+        with model_lease(name):
+            if only_if_changed:
+                decision = laps("decide", what_changed(name, config, dataset, force=force))
+                summary = summary.model_copy(update={"reason": decision.why})
+                if not decision.train:
+                    return _ended(summary.model_copy(update={"status": "unchanged"}), laps)
+                if config.warm_start and decision.champion_weights and not config.pretrained:
+                    config = pretrained(config.model_copy(update={"pretrained": decision.champion_weights}), dataset)
+            checked = laps("data-gate", data_gate(dataset, config.data_gate, champion_data(name)))
+            with tracked_run(config, dataset, resume) as run:
+                log_data_report(run.run_id, checked)
+                trained = laps("train", train(run, dataset, config))
+                evaluated = laps("evaluate", evaluate(config.training(), dataset, trained))
+                registered = laps("register", register(name, config.training(), dataset, trained, evaluated))
+                write_model_card(registered, config, dataset, trained, evaluated)
+                summary = _with_version(summary, run, trained, evaluated, registered)
+                summary = laps("gates", _through_gates(summary, config, registered, evaluated))
+                publish_page(find_version(registered.address))
+                log_cost(run.run_id, laps.seconds, trained.world_size * trained.train_seconds / 3600)
+    except DataRefused as refused:
+        summary = _refused(summary, refused)
+    except Cancelled as cancelled:
+        # Prefect lets a cancelled run end in this state only; the caller is raised `cancelled` from it.
+        return states.Cancelled(message=str(cancelled), data=cancelled)  # type: ignore[arg-type]
+    return _ended(summary, laps)
+
+
+def _ended(summary: Summary, laps: "_Laps") -> State[Summary]:
+    """Tell Prefect how it ended: by an artifact that holds the summary, and by the state's name."""
+    summary = summary.model_copy(update={"total_seconds": laps.total, "step_seconds": laps.seconds})
+    rows = [{"name": name, "value": value} for name, value in summary.as_dict().items()]
+    create_table_artifact(rows, key="summary", description=summary.headline)
+    names = {"refused": "Refused", "unchanged": "Skipped"}
+    return states.Completed(name=names.get(summary.status, "Completed"), message=summary.headline, data=summary)
+
+
+def _through_gates(summary: Summary, config: RunConfig, registered: ModelVersion, evaluated: Evaluation) -> Summary:
+    """What came of trying, judging and releasing a version."""
+    summary = summary.model_copy(update={"champion": False})
+    try:
+        serving_gate(registered, evaluated, config.serving)
+        verdict = quality_gate(registered, config.gate)
+        summary = summary.model_copy(update={"verdict": verdict.summary})
+        if config.promotes:
+            reason = ask(registered, verdict, config.approval_patience) if config.approval else ""
+            release(registered, reason)
+            summary = summary.model_copy(update={"champion": True})
+    except QualityRefused as refused:
+        return _refused(summary, refused).model_copy(update={"verdict": refused.verdict.summary})
+    except GateRefused as refused:
+        return _refused(summary, refused)
+    return summary
+
+
+def _refused(summary: Summary, refused: GateRefused) -> Summary:
+    return summary.model_copy(update={"status": "refused", "error": str(refused), "exit_status": refused.exit_status})
+
+
+def _with_version(
+    summary: Summary, run: TrackedRun, trained: TrainResult, evaluated: Evaluation, registered: ModelVersion
+) -> Summary:
+    return summary.model_copy(
+        update={
+            "accuracy": evaluated.accuracy,
+            "weights_sha256": trained.weights_sha256,
+            "model_version": registered.version,
+            "world_size": trained.world_size,
+            "train_seconds": round(trained.train_seconds, 3),
+            "images_per_second": round(trained.images_per_second, 1),
+            "mlflow_tracking_uri": tracking.tracking_uri(),
+            "mlflow_run_id": run.run_id,
+            "mlflow_run_url": run.url,
+            "checkpoint_prefix": run.checkpoint_prefix,
+        }
+    )
+
+
+class _Laps:
+    """Seconds that each step took."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, step: str, output: Output) -> Output:
+        now = time.monotonic()
+        self.seconds[step], self._last = round(now - self._last, 3), now
+        return output
+
+    @property
+    def total(self) -> float:
+        return round(time.monotonic() - self._began, 3)

@@ -1,0 +1,119 @@
+"""Commands of a service: `deploy`, `worker`, `retrain`, `cancel`, `notify-data`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.console import loading, print_pairs, say, servers_up
+from flows.summary import check_writable, write_report
+
+DEPLOYMENTS = Path(__file__).parents[1] / "infra" / "prefect.yaml"
+
+
+def deploy(
+    file: Annotated[Path, typer.Option("--file", "-f", help="Prefect's deployment file.")] = DEPLOYMENTS,
+) -> None:
+    """Register the deployments of a file with Prefect, with their schedules and triggers.
+
+    Doing it again changes nothing. A schedule that has left the file is deleted, by its slug. `convoy worker` then runs
+    what is due.
+    """
+    servers_up(prefect_only=True)
+    with loading():
+        from flows.deployments import deploy as register
+
+    for deployment in register(file):
+        say(deployment)
+
+
+def worker(
+    limit: Annotated[int, typer.Option(min=1, help="Flow runs at once.")] = 1,
+    pool: Annotated[str, typer.Option(help="Work pool, of type process.")] = "convoy",
+) -> None:
+    """Run what deployments ask for, on this machine, until stopped.
+
+    First it settles what an earlier worker has left behind, as `convoy doctor --fix` does.
+    """
+    servers_up()
+    with loading():
+        from flows.deployments import ensure_pool
+
+    ensure_pool(pool)
+    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"  # this process is for reading its log
+    command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *command])
+
+
+def retrain(
+    deployment: Annotated[
+        str,
+        typer.Option(
+            "--deployment", "-d", envvar="CONVOY_DEPLOYMENT", help="Which one, as `convoy deploy` lists them."
+        ),
+    ] = "retrain/fashion-mnist",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Another configuration for this run. Repeatable."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Train although nothing has changed.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Until it has ended, and exit as it did.")] = False,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="With --wait: a page about it, Markdown.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --wait: the result on standard output.")] = False,
+) -> None:
+    """Ask a worker to retrain a model, if its data, code, configuration or lock file have changed since the champion.
+
+    Works against any Prefect that PREFECT_API_URL names. With --wait, exit status 0 means promoted or nothing to do,
+    3 that a gate refused.
+
+    [dim]convoy retrain -d retrain/fashion-mnist --wait --report report.md[/]
+    """
+    if report:
+        check_writable(report, "--report")
+    servers_up(prefect_only=True)
+    with loading():
+        from flows.deployments import follow, start_retraining
+
+    started = start_retraining(deployment, settings or [], force=force)
+    say(f"flow run {started.url}", error=True)
+    if not wait:
+        if as_json:
+            typer.echo(json.dumps({"prefect_flow_run_id": str(started.id), "prefect_flow_run_url": started.url}))
+        return
+    summary, pages = follow(started.id, lambda line: say(line, error=True))
+    if report:
+        write_report(report, summary, pages)
+    if as_json:
+        typer.echo(json.dumps(summary.as_dict(), indent=2))
+    else:
+        print_pairs({"status": summary.status, "why": summary.headline})
+    if summary.exit_status:
+        say(f"convoy: {summary.error}", error=True)
+        raise typer.Exit(summary.exit_status)
+
+
+def cancel(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="MLflow run id, or Prefect flow run id.")],
+) -> None:
+    """Cancel a training: its ranks store a checkpoint and end within seconds; `convoy resume` goes on."""
+    servers_up()
+    with loading():
+        from flows.deployments import cancel as ask
+
+    say(ask(run))
+
+
+def notify_data(
+    dataset: Annotated[str, typer.Argument(help="Name of the dataset, as in the deployments' triggers.")],
+) -> None:
+    """Say that there are new data: deployments with a trigger for it start."""
+    servers_up(prefect_only=True)
+    with loading():
+        from flows.deployments import data_changed
+
+    data_changed(dataset)
+    say(f"said that {dataset} has changed")

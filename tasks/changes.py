@@ -1,0 +1,115 @@
+"""Whether there is something to retrain for: the inputs of a training against those of the champion's."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, ConfigDict
+
+from infra.errors import UsageError
+from infra.objectstore import ObjectStore
+from infra.promotion import newest
+from infra.provenance import provenance
+from infra.settings import Settings
+from infra.versions import FoundVersion, find_version, list_versions
+from tasks.config import RunConfig
+from tasks.dataset import DatasetRef
+from tasks.progress import run_logger
+from tasks.retries import RETRIED
+from tasks.run import flatten, read_record, run_manifest
+from tasks.versiontags import VERDICT, VERDICT_CHAMPION
+
+INPUTS = {"dataset_version": "data", "code_digest": "code", "lock_sha256": "lock file"}
+"""Keys of a run's manifest that are inputs, with their names for people; so is all below `config`. The rest says what
+machine it was: another worker is no reason to train again."""
+
+
+class Decision(BaseModel):
+    """Whether to train."""
+
+    model_config = ConfigDict(frozen=True)
+
+    train: bool
+    why: str
+    """In a line."""
+
+    champion: str | None
+    """`name/version`."""
+
+    champion_weights: str | None
+    """Address of the champion's weights."""
+
+
+@task(name="what-changed", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bool = False) -> Decision:
+    """Compare what a training would rest on with what the champion rests on.
+
+    There is nothing to do either if a version of the very same inputs was refused in favour of this champion: an exact
+    training would give the same weights, and the same verdict.
+
+    Args:
+        name: of the model.
+        config: as it will be trained with, but for weights to start from.
+        force: train whatever has changed.
+
+    Raises:
+        ServiceError: a server failed.
+    """
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    last = newest(store, name)
+    champion = find_version(f"{name}/{last.to_version}") if last else None
+    train, why = _decide(config, dataset, champion, force=force)
+    run_logger().info("%s: %s", name, why)
+    key = champion.tags.get("convoy.weights_key") if champion else None
+    return Decision(
+        train=train,
+        why=why,
+        champion=champion.address if champion else None,
+        champion_weights=store.uri(key) if key else None,
+    )
+
+
+def _decide(config: RunConfig, dataset: DatasetRef, champion: FoundVersion | None, *, force: bool) -> tuple[bool, str]:
+    if champion is None:
+        return True, "there is no champion yet"
+    ours = _inputs(run_manifest(config, dataset, provenance()).model_dump(), config)
+    theirs = _inputs_of(champion, config)
+    if theirs is None:
+        return True, f"what the champion, version {champion.version}, was made of is not known"
+    differing = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    changed = "; ".join(_said(key, theirs.get(key), ours.get(key)) for key in differing)
+    if force:
+        return True, f"it was asked for; {'changed: ' + changed if changed else 'nothing has changed'}"
+    if not differing:
+        return False, f"nothing has changed since the champion, version {champion.version}"
+    for version in _refused_for(champion):
+        if _inputs_of(version, config) == ours:
+            return False, f"version {version.version}, made of the same, was refused for version {champion.version}"
+    return True, f"changed since the champion, version {champion.version}: {changed}"
+
+
+def _refused_for(champion: FoundVersion) -> Iterable[FoundVersion]:
+    for version in list_versions(champion.name):
+        if version.tags.get(VERDICT) == "refused" and version.tags.get(VERDICT_CHAMPION) == champion.address:
+            yield version
+
+
+def _inputs_of(version: FoundVersion, config: RunConfig) -> dict[str, Any] | None:
+    """None if its run has left no record that we can read."""
+    try:
+        return _inputs(read_record(version.run_id).manifest.model_dump(), config)
+    except UsageError:
+        return None
+
+
+def _inputs(manifest: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """The part of a manifest that people change, flat; a warm start is from the last champion, whatever that is."""
+    inputs = {key: manifest[key] for key in INPUTS} | flatten({"config": manifest["config"]})
+    if config.warm_start:
+        inputs.pop("config.pretrained_sha256", None)
+    return inputs
+
+
+def _said(key: str, was: Any, now: Any) -> str:
+    return INPUTS[key] if key in INPUTS else f"{key.removeprefix('config.')} was {was}, is {now}"

@@ -1,0 +1,241 @@
+"""Convoy as a service: deployments, a real worker, runs that are asked for from outside, events and cancels."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+import yaml
+from prefect import get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.responses import DeploymentResponse
+
+from flows.service import DEPLOYMENTS
+from tests.flows.conftest import Convoy
+from tests.flows.program import NextTraining, wait_for
+
+MODEL = "served-digits"
+CONFIG = {
+    "dataset": "digits",
+    "name": MODEL,
+    "ranks": 1,
+    "epochs": 4,
+    "batch_size": 60,
+    "network": {"width": 4},
+    "data": {"limit": 600},
+    "augment": {"shift": 0},
+    "serving": {"http": False},
+    "promote": True,
+}
+
+
+def written(file: Path, **changes: object) -> Path:
+    """A file with one deployment of `retrain`, on a pool of our own."""
+    deployment = {
+        "name": MODEL,
+        "entrypoint": "flows.retrain.retrain_flow",
+        "parameters": {"config": CONFIG},
+        "work_pool": {"name": "test-pool"},
+        "schedules": [
+            {"slug": "nightly", "cron": "0 3 * * *", "timezone": "Europe/Berlin"},
+            {"slug": "noon", "cron": "0 12 * * *", "timezone": "UTC"},
+        ],
+        "triggers": [
+            {
+                "type": "event",
+                "expect": ["convoy.data.changed"],
+                "match": {"prefect.resource.id": f"convoy.dataset.{MODEL}"},
+            }
+        ],
+        **changes,
+    }
+    file.write_text(yaml.safe_dump({"name": "convoy", "pull": [], "deployments": [deployment]}))
+    return file
+
+
+def registered() -> DeploymentResponse:
+    with get_client(sync_client=True) as client:
+        return client.read_deployment_by_name(f"retrain/{MODEL}")
+
+
+def runs() -> list[FlowRun]:
+    with get_client(sync_client=True) as client:
+        only = DeploymentFilter(id=DeploymentFilterId(any_=[registered().id]))
+        return [run for run in client.read_flow_runs(deployment_filter=only) if not run.auto_scheduled]
+
+
+@pytest.fixture(scope="module")
+def deployed(stack: object, quiet_prefect: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from flows.deployments import deploy
+
+    file = written(tmp_path_factory.mktemp("deployments") / "prefect.yaml")
+    assert list(deploy(file)) == [f"retrain/{MODEL}  at 0 3 * * * Europe/Berlin, 0 12 * * * UTC"]
+    return file
+
+
+@pytest.fixture(scope="module")
+def worker(deployed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
+    log = (tmp_path_factory.mktemp("worker") / "log").open("wb")
+    command = [sys.executable, "-P", "-c", "from flows.cli import main; main()", "worker", "--pool", "test-pool"]
+    worker = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(log.name).parent)
+    yield worker
+    worker.send_signal(signal.SIGTERM)
+    worker.wait(60)
+
+
+def test_deploying_again_changes_nothing_and_a_schedule_that_left_is_deleted(deployed: Path, tmp_path: Path) -> None:
+    from flows.deployments import deploy
+
+    before = registered()
+    list(deploy(deployed))
+    again = registered()
+    same = ("id", "version", "parameters", "tags", "entrypoint", "concurrency_limit")
+    assert [getattr(again, name) for name in same] == [getattr(before, name) for name in same]
+    schedules = {schedule.slug: schedule.id for schedule in before.schedules}
+    assert {schedule.slug: schedule.id for schedule in again.schedules} == schedules
+    assert schedules.keys() == {"nightly", "noon"}
+
+    left = written(tmp_path / "prefect.yaml", schedules=[{"slug": "noon", "cron": "0 13 * * *", "timezone": "UTC"}])
+    list(deploy(left))
+    (schedule,) = registered().schedules
+    assert (schedule.slug, schedule.id) == ("noon", schedules["noon"])
+    assert schedule.schedule.cron == "0 13 * * *"  # type: ignore[union-attr]
+
+
+def test_the_deployments_that_come_with_convoy_are_whole() -> None:
+    from flows.deployments import flow_of
+
+    entries = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
+    flows = {flow_of(entry["entrypoint"]).name for entry in entries}
+    assert flows == {"retrain", "train", "predict", "prune"}
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        ("deployment: 3", "is no file of deployments"),
+        ("deployments: [{name: a, entrypoint: flows.train.train_flow}]", "lacks work_pool"),
+        (
+            "deployments: [{name: a, entrypoint: e, work_pool: {name: p}, schedules: [{cron: 0 3 * * *}]}]",
+            "every schedule of a needs a slug",
+        ),
+    ],
+)
+def test_file_that_cannot_be_deployed_is_refused(convoy: Convoy, tmp_path: Path, content: str, hint: str) -> None:
+    file = tmp_path / "prefect.yaml"
+    file.write_text(content)
+    done = convoy("deploy", "--file", str(file))
+    assert done.status == 2
+    assert hint in done.complaint
+
+
+def test_ci_asks_for_a_training_and_hears_how_it_ended(
+    convoy: Convoy, worker: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    report = tmp_path / "report.md"
+    ask = ("retrain", "-d", MODEL, "--wait", "--json", "--report", str(report))
+    done = convoy(*ask)
+    assert done.status == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["status"], found["champion"], found["reason"]) == ("done", True, "there is no champion yet")
+    page = report.read_text()
+    for told in ("**promoted**", f"{found['accuracy']:.2%}", found["mlflow_run_url"], "rank-hours", "McNemar"):
+        assert told in page or told == "McNemar"  # there was no champion to compare with
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in page + done.stdout + done.stderr
+
+    again = convoy(*ask)
+    assert again.status == 0
+    assert json.loads(again.stdout)["status"] == "unchanged"
+    assert "nothing has changed since the champion, version 1" in report.read_text()
+
+    refused = convoy(*ask, "--set", "gate.floor=0.9999", "--force")
+    assert refused.status == 3
+    assert json.loads(refused.stdout)["status"] == "refused"
+    assert "floor" in report.read_text() and "**refused**" in report.read_text()
+
+
+def test_new_data_start_a_run(convoy: Convoy, worker: subprocess.Popen[bytes]) -> None:
+    before = {run.id for run in runs()}
+    assert convoy("notify-data", MODEL).status == 0
+    wait_for(lambda: {run.id for run in runs()} - before, "the event to start a run")
+
+
+def test_run_is_cancelled_from_the_command_line(
+    convoy: Convoy, worker: subprocess.Popen[bytes], next_training: NextTraining
+) -> None:
+    started = convoy("retrain", "-d", MODEL, "--json", "--force", "--set", "epochs=100000")
+    flow_run = UUID(json.loads(started.stdout)["prefect_flow_run_id"])
+    training = next_training.under_way()
+    assert convoy("cancel", training.run_id).status == 0
+    training.assert_ends()
+
+    def state() -> Any:
+        with get_client(sync_client=True) as client:
+            found = client.read_flow_run(flow_run).state
+        return found if found and found.is_final() else None
+
+    assert wait_for(state, "the flow run to end").name == "Cancelled"
+    late = convoy("cancel", training.run_id)
+    assert late.status == 2
+    assert "has ended: Cancelled" in late.complaint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["-d", "no-such"], "Prefect has no deployment retrain/no-such; there are: "),
+        (["-d", MODEL, "--set", "epoch=3"], "did you mean 'epochs'"),
+        (["-d", MODEL, "--wait", "--report", "missing/report.md"], "--report missing/report.md: cannot write there"),
+    ],
+)
+def test_mistake_is_refused_before_anything_runs(
+    convoy: Convoy, deployed: Path, arguments: list[str], hint: str
+) -> None:
+    before = len(runs())
+    done = convoy("retrain", *arguments)
+    assert done.status == 2
+    assert hint in done.complaint
+    assert len(runs()) == before
+
+
+def test_one_training_of_a_model_at_a_time(stack: object, quiet_prefect: None) -> None:
+    """Two flow runs want the lease; the second one gets it when the first one gives it back."""
+    import threading
+
+    from prefect import flow
+
+    from tasks.lease import model_lease
+
+    order: list[str] = []
+    held, release = threading.Event(), threading.Event()
+
+    @flow
+    def first() -> None:
+        with model_lease("leased/model:1"):
+            held.set()
+            release.wait(60)
+            order.append("first")
+
+    @flow
+    def second() -> None:
+        with model_lease("leased/model:1"):
+            order.append("second")
+
+    one = threading.Thread(target=first)
+    one.start()
+    assert held.wait(60)
+    two = threading.Thread(target=second)
+    two.start()
+    two.join(3)
+    assert order == []
+    release.set()
+    one.join()
+    two.join()
+    assert order == ["first", "second"]

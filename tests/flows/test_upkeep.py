@@ -1,0 +1,61 @@
+"""The commands that tidy up: what they print, and what they exit with."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from flows import upkeep
+from infra import tracking
+from infra.errors import UsageError
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from tests.tasks.leftovers import Leftovers
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def made(
+    quiet_prefect: None, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Leftovers]:
+    monkeypatch.setenv("CONVOY_BUCKET", "test")
+    monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
+    leftovers = Leftovers(store, monkeypatch)
+    every_run = tracking.every_run
+    monkeypatch.setattr(
+        tracking, "every_run", lambda tag: [run for run in every_run(tag) if run.run_id in leftovers.runs]
+    )
+    yield leftovers
+    leftovers.end()
+
+
+def test_prune_says_what_goes(made: Leftovers, capsys: Output) -> None:
+    made.run(days=2)
+    upkeep.prune(dry_run=True)
+    assert "would go" in (said := capsys.readouterr().out) and "checkpoints" in said
+    assert len(made.there("runs/")) == 7
+    upkeep.prune(settings=["finished_checkpoints_days=3"])
+    assert "Nothing was old enough" in capsys.readouterr().out
+    upkeep.prune()
+    assert "removed" in capsys.readouterr().out
+    assert len(made.there("runs/")) == 5
+
+
+def test_prune_refuses_a_wrong_key_before_it_needs_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "servers_up", lambda: pytest.fail("it started servers"))
+    with pytest.raises(UsageError, match="wrong"):
+        upkeep.prune(settings=["wrong=1"])
+
+
+def test_doctor_exits_with_1_until_all_is_settled(made: Leftovers, capsys: Output) -> None:
+    work = Settings().home / "work" / "preprocess-dead"
+    work.mkdir(parents=True)
+    with pytest.raises(typer.Exit) as ended:
+        upkeep.doctor()
+    assert ended.value.exit_code == 1 and str(work) in capsys.readouterr().out and work.exists()
+    upkeep.doctor(fix=True)
+    assert f"settled: files {work}" in capsys.readouterr().out and not work.exists()
+    upkeep.doctor()
+    assert "Nothing was left behind" in capsys.readouterr().out

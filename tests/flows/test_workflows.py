@@ -1,0 +1,184 @@
+"""GitHub's workflows, and the script that they call: what can be seen of them without GitHub."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
+SCRIPT = REPOSITORY / ".github" / "retrain.sh"
+
+CONVOY = """#!/usr/bin/env bash
+printf '%s\\n' "$@" >arguments
+while (($#)); do
+  if [[ $1 == --report && -z "${NO_REPORT:-}" ]]; then printf '### a report\\n' >"$2"; fi
+  shift
+done
+echo '{"status": "whatever"}'
+exit "$STATUS"
+"""
+"""Stands in for the command: notes what it was asked, and ends with a status."""
+
+GH = """#!/usr/bin/env bash
+echo "$*" >>calls
+case "$*" in *--paginate*) if [[ -n "${COMMENT:-}" ]]; then echo "$COMMENT"; fi ;; esac
+exit "${GH_STATUS:-0}"
+"""
+"""Stands in for GitHub's command line; COMMENT is the id of the comment that is there already."""
+
+
+def program(name: str) -> str:
+    """A linter beside this Python, or on the path."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def steps() -> Iterator[dict[str, Any]]:
+    for file in WORKFLOWS:
+        for job in yaml.safe_load(file.read_text())["jobs"].values():
+            yield from job["steps"]
+
+
+def test_actionlint_finds_nothing() -> None:
+    done = subprocess.run([program("actionlint"), *map(str, WORKFLOWS)], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_script_is_sound() -> None:
+    assert os.access(SCRIPT, os.X_OK)
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+
+
+def test_shellcheck_finds_nothing() -> None:
+    done = subprocess.run([program("shellcheck"), str(SCRIPT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_actions_are_pinned_by_commit_with_the_version_beside() -> None:
+    lines = [line for file in WORKFLOWS for line in file.read_text().splitlines() if "uses:" in line]
+    assert lines
+    for line in lines:
+        assert re.search(r"uses: [\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line), line
+
+
+def test_workflows_may_nothing_but_what_a_job_asks_for() -> None:
+    for file in WORKFLOWS:
+        workflow = yaml.safe_load(file.read_text())
+        assert workflow["permissions"] == {}
+        for job in workflow["jobs"].values():
+            assert job["permissions"]["contents"] == "read"
+            assert job["timeout-minutes"]
+
+
+def test_nothing_from_outside_is_pasted_into_a_script() -> None:
+    for step in steps():
+        assert "${{" not in step.get("run", "")
+
+
+def test_checkouts_leave_no_token_behind() -> None:
+    checkouts = [step for step in steps() if step.get("uses", "").startswith("actions/checkout@")]
+    assert checkouts
+    assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working folder with the stand-ins in `bin`."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (("convoy", CONVOY), ("gh", GH)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    return tmp_path
+
+
+def run(folder: Path, status: int, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """The script, of which `convoy` ends with a status."""
+    servers = ("PREFECT_API_URL",)
+    variables = {
+        **{name: "https://server.example" for name in servers},
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "GITHUB_STEP_SUMMARY": str(folder / "summary"),
+        "GITHUB_REPOSITORY": "someone/convoy",
+        "STATUS": str(status),
+        **environment,
+    }
+    return subprocess.run([str(SCRIPT)], env=variables, cwd=folder, capture_output=True, text=True, timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("status", "event", "ends_with"),
+    [
+        *((0, event, 0) for event in ("push", "schedule")),
+        *((1, event, 1) for event in ("push", "schedule")),
+        *((2, event, 2) for event in ("push", "schedule")),
+        (3, "push", 3),
+        (3, "pull_request", 3),
+        (3, "schedule", 0),  # the champion stays; nobody waits for another
+        *((75, event, 75) for event in ("push", "schedule")),
+    ],
+)
+def test_the_job_ends_as_the_retraining_did(folder: Path, status: int, event: str, ends_with: int) -> None:
+    done = run(folder, status, GITHUB_EVENT_NAME=event)
+    assert done.returncode == ends_with, done.stderr
+    assert (folder / "summary").read_text() == "### a report\n"
+    assert json.loads((folder / "retrain.json").read_text()) == {"status": "whatever"}
+    annotation = {0: "", 3: "::notice title=Refused::", 75: "::warning title=Interrupted::"}.get(status, "::error ")
+    assert done.stdout.startswith(annotation) and bool(done.stdout) == bool(annotation)
+    assert not (folder / "calls").exists()
+
+
+def test_what_was_asked_for_reaches_the_command_as_it_is(folder: Path) -> None:
+    hostile = 'digits"; echo $(id) `id` --force\nx'
+    run(folder, 0, DEPLOYMENT="retrain/d e", DATASET=hostile, MODEL="notes", FORCE="true")
+    asked = (folder / "arguments").read_text()
+    wanted = ["retrain", "--deployment", "retrain/d e", "--set", f"dataset={hostile}", "--set", "model=notes"]
+    assert asked == "\n".join([*wanted, "--force", "--wait", "--report", "report.md", "--json", ""])
+
+    run(folder, 0, DEPLOYMENT="", DATASET="", MODEL="", FORCE="false")
+    assert (folder / "arguments").read_text().split() == ["retrain", "--wait", "--report", "report.md", "--json"]
+
+
+def test_without_a_report_the_summary_says_so(folder: Path) -> None:
+    (folder / "report.md").write_text("of another run")
+    assert run(folder, 1, NO_REPORT="1").returncode == 1
+    assert (folder / "summary").read_text().startswith("### Retraining: **no report** (exit status 1)")
+
+
+@pytest.mark.parametrize(
+    ("existing", "call"),
+    [
+        ("", "api --method POST repos/someone/convoy/issues/12/comments --field body=@comment.md --silent"),
+        ("34", "api --method PATCH repos/someone/convoy/issues/comments/34 --field body=@comment.md --silent"),
+    ],
+)
+def test_a_pull_request_has_one_comment_which_is_renewed(folder: Path, existing: str, call: str) -> None:
+    assert run(folder, 3, PULL_REQUEST="12", COMMENT=existing).returncode == 3
+    assert (folder / "calls").read_text().splitlines()[1:] == [call]
+    assert (folder / "comment.md").read_text() == "<!-- convoy retrain -->\n### a report\n"
+
+
+def test_a_comment_that_cannot_be_written_changes_nothing(folder: Path) -> None:
+    done = run(folder, 0, PULL_REQUEST="12", GH_STATUS="1")
+    assert done.returncode == 0
+    assert done.stdout.startswith("::warning::")
+    assert len((folder / "calls").read_text().splitlines()) == 1  # no second comment because the first was not seen
+
+
+@pytest.mark.parametrize("missing", ["PREFECT_API_URL"])
+def test_a_missing_secret_is_named(folder: Path, missing: str) -> None:
+    done = run(folder, 0, **{missing: ""})
+    assert done.returncode == 2
+    assert done.stdout == f"::error::the secret {missing} is not set\n"
+    assert not (folder / "arguments").exists()
