@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from flows import models, notify, service, usage
+from flows import models, notify, service, upkeep, usage
 from flows.console import exit_status, loading, one_line, print_pairs, say, servers_up
 from flows.summary import Summary, check_writable, write_summary
 from infra.settings import Settings
@@ -169,7 +169,7 @@ MORE: dict[str, tuple[Callable[..., None], ...]] = {
     "Models": (models.promote, models.rollback, models.history, models.compare, usage.predict, usage.export),
     "Service": (
         *(service.deploy, service.worker, service.retrain, service.cancel, service.notify_data),
-        notify.notify,
+        *(notify.notify, upkeep.prune, upkeep.doctor),
     ),
 }
 for panel, commands in MORE.items():

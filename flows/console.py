@@ -1,7 +1,7 @@
 """What all commands share: servers, messages while things load, and how results and errors are printed."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 
 from rich.console import Console
@@ -15,11 +15,11 @@ def servers_up(*, prefect_only: bool = False) -> None:
     Args:
         prefect_only: the others are not needed.
     """
-    from infra import stack
+    from infra.stack import NAMES, ServerName, up
 
     console = Console(stderr=True, highlight=False)
-    only = ["prefect"] if prefect_only else stack.NAMES
-    endpoints = stack.up(Settings(), lambda event: console.print(event, style="dim"), only=only)
+    only: Collection[ServerName] = ("prefect",) if prefect_only else NAMES
+    endpoints = up(Settings(), lambda event: console.print(event, style="dim"), only=only)
     os.environ.update(endpoints.environment())
 
 

@@ -41,8 +41,11 @@ def worker(
     servers_up()
     with loading():
         from flows.deployments import ensure_pool
+        from tasks.doctor import settle_all
 
     ensure_pool(pool)
+    for finding in settle_all():
+        say(f"settled: {finding}")
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"  # this process is for reading its log
     command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
     sys.stdout.flush()

@@ -27,6 +27,7 @@ from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.provenance import Provenance, provenance
 from infra.settings import Settings
+from tasks.alive import holding
 from tasks.cancel import Cancelled
 from tasks.checkpoints import checkpoint_prefix
 from tasks.config import RunConfig
@@ -146,7 +147,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
     Raises:
         ServiceError: the tracking server cannot be reached.
         InputError: the configuration does not fit the dataset; no run is opened.
-        UsageError: the run to be resumed was made from other code, data or configuration.
+        UsageError: the run to be resumed was made from other code, data or configuration, or a process goes on with it.
     """
     settings = Settings()
     store = ObjectStore.connect(settings.bucket, create=False)
@@ -154,36 +155,40 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
     code = provenance()
     manifest = run_manifest(config, dataset, code)
     resume = resume or _run_of_this_flow_run(store)
-    if resume:
-        _check_equal(resume, read_record(resume).manifest, manifest)
-        run_id = resume
-        tracking.reopen_run(run_id)
-        tracking.set_tags(run_id, _flow_tags())
-    else:
-        run_id = tracking.start_run(
-            experiment=dataset.name,
-            run_name=f"{config.model} {config.epochs} epochs",
-            params=flatten({"dataset": config.dataset, "data": config.data.model_dump(), **manifest.config}),
-            tags=_tags(config, dataset, manifest, code),
-        )
-    try:
-        prefix = f"s3://{settings.bucket}/{checkpoint_prefix(run_id)}"
-        if not resume:
-            tracking.set_tags(run_id, {"convoy.checkpoint_prefix": prefix})
-            source = f"s3://{settings.bucket}/datasets/{dataset.version}/manifest.json"
-            tracking.log_dataset(run_id, dataset.name, dataset.version, source)
-            tracking.log_text(run_id, "manifest.json", manifest.model_dump_json(indent=2))
-            record = RunRecord(config=config, dataset=dataset, manifest=manifest)
-            store.put_if_absent(_record_key(run_id), record.model_dump_json().encode())
-        yield TrackedRun(
-            run_id=run_id, url=tracking.run_url(run_id), manifest_digest=manifest.digest, checkpoint_prefix=prefix
-        )
-    except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Cancelled | Interrupted)
-        with contextlib.suppress(ServiceError):  # the server may be what failed, and the first error says more
-            tracking.end_run(run_id, "KILLED" if stopped else "FAILED")
-        raise
-    tracking.end_run(run_id, "FINISHED")
+    flow_run = _flow_tags().get(FLOW_RUN, "")
+    with contextlib.ExitStack() as alive:
+        if resume:
+            _check_equal(resume, read_record(resume).manifest, manifest)
+            run_id = resume
+            alive.enter_context(holding(run_id, flow_run))
+            tracking.reopen_run(run_id)
+            tracking.set_tags(run_id, _flow_tags())
+        else:
+            run_id = tracking.start_run(
+                experiment=dataset.name,
+                run_name=f"{config.model} {config.epochs} epochs",
+                params=flatten({"dataset": config.dataset, "data": config.data.model_dump(), **manifest.config}),
+                tags=_tags(config, dataset, manifest, code),
+            )
+            alive.enter_context(holding(run_id, flow_run))
+        try:
+            prefix = f"s3://{settings.bucket}/{checkpoint_prefix(run_id)}"
+            if not resume:
+                tracking.set_tags(run_id, {"convoy.checkpoint_prefix": prefix})
+                source = f"s3://{settings.bucket}/datasets/{dataset.version}/manifest.json"
+                tracking.log_dataset(run_id, dataset.name, dataset.version, source)
+                tracking.log_text(run_id, "manifest.json", manifest.model_dump_json(indent=2))
+                record = RunRecord(config=config, dataset=dataset, manifest=manifest)
+                store.put_if_absent(_record_key(run_id), record.model_dump_json().encode())
+            yield TrackedRun(
+                run_id=run_id, url=tracking.run_url(run_id), manifest_digest=manifest.digest, checkpoint_prefix=prefix
+            )
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Cancelled | Interrupted)
+            with contextlib.suppress(ServiceError):  # the server may be what failed, and the first error says more
+                tracking.end_run(run_id, "KILLED" if stopped else "FAILED")
+            raise
+        tracking.end_run(run_id, "FINISHED")
 
 
 def run_manifest(config: RunConfig, dataset: DatasetRef, code: Provenance) -> RunManifest:

@@ -35,7 +35,7 @@ RESUMABLE = (
 )
 RESUMABLE_STEPS = 180
 
-NOT_EXACT = re.compile(r"system/|train/(rank_seconds_|images_per_second)|test/")
+NOT_EXACT = re.compile(r"(system|cost)/|train/(rank_seconds_|images_per_second)|test/")
 """Metrics that differ from run to run; and those of the evaluation, which are looked at apart."""
 
 

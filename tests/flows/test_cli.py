@@ -38,7 +38,10 @@ REFUSED = {
 }
 
 
-COMMANDS = "train resume runs config up down status env promote rollback history compare predict export"
+COMMANDS = (
+    "train resume runs config up down status env promote rollback history compare predict export "
+    "deploy worker retrain cancel notify-data notify prune doctor"
+)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
 from flows import upkeep
 from infra import tracking
@@ -27,7 +28,8 @@ def made(
     monkeypatch.setattr(
         tracking, "every_run", lambda tag: [run for run in every_run(tag) if run.run_id in leftovers.runs]
     )
-    yield leftovers
+    with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}):  # else logs are on their way when Prefect ends
+        yield leftovers
     leftovers.end()
 
 

@@ -1,0 +1,19 @@
+"""The flow that removes what is old enough to go: for a schedule, or by hand."""
+
+from prefect import flow
+
+from tasks.prune import Pruned, prune
+from tasks.retention import RetentionConfig
+
+DEFAULTS = RetentionConfig()
+
+
+@flow(name="prune", persist_result=False)
+def prune_flow(retention: RetentionConfig = DEFAULTS, dry_run: bool = False) -> Pruned:
+    """Remove what nothing rests on and has had its time.
+
+    Args:
+        retention: how long what is kept.
+        dry_run: only say what would go.
+    """
+    return prune(retention, dry_run=dry_run)

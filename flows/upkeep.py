@@ -1,0 +1,73 @@
+"""Commands that tidy up: `prune`, `doctor`."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from flows.console import loading, say, servers_up
+from tasks.retention import RetentionConfig, load_retention
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help=f"How long what is kept. Repeatable. Keys: {', '.join(RetentionConfig.model_fields)}.",
+    ),
+]
+
+
+def prune(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    settings: SetOption = None,
+) -> None:
+    """Remove old checkpoints, data, reports and cached files that nothing rests on.
+
+    What a champion, an earlier champion, a version with an alias or a running training needs stays, whatever its age;
+    so do all verdicts and promotions.
+
+    [dim]convoy prune --dry-run[/]
+    [dim]convoy prune --set datasets_keep=2 --set unfinished_checkpoints_days=7[/]
+    """
+    retention = load_retention(settings or [])  # a wrong key should not have to wait for servers
+    servers_up()
+    with loading():
+        from flows.prune import prune_flow
+
+    result = prune_flow(retention, dry_run)
+    table = Table("would go" if dry_run else "removed", "objects", "size", box=None)
+    for each in result.freed:
+        table.add_row(each.kind, f"{each.count:,}", decimal(each.bytes))
+    Console().print(table if result.freed else "Nothing was old enough to go.")
+    for note in result.notes:
+        say(note)
+
+
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Settle what is found.")] = False,
+) -> None:
+    """Find what killed processes have left behind: runs that only seem to run, processes, half-written data.
+
+    Exit status 0 if there is nothing, or all was settled; else 1.
+
+    [dim]convoy doctor --fix[/]
+    """
+    servers_up()
+    with loading():
+        from tasks.doctor import find_orphans, settle
+
+    found = find_orphans()
+    settled = {(each.kind, each.what) for each in settle(found)} if fix else set()
+    for finding in found:
+        mark = "settled: " if (finding.kind, finding.what) in settled else ""
+        say(f"{mark}{finding}")
+    left = len(found) - len(settled)
+    if not found:
+        say("Nothing was left behind.")
+    if left:
+        say(f"{left} to settle: {'see above' if fix else '`convoy doctor --fix` does'}", error=True)
+        raise typer.Exit(1)

@@ -1,0 +1,256 @@
+"""What killed processes and machines have left behind, and settling it.
+
+Found are: MLflow runs that nobody goes on with, processes without their flow, uploads and checkpoints that were never
+completed, and half-written files on this machine.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+from uuid import UUID
+
+import psutil
+from prefect import get_client
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import SetStateStatus
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed
+from pydantic import BaseModel, ConfigDict
+
+from infra import tracking
+from infra.objectstore import ObjectInfo, ObjectStore
+from infra.settings import Settings
+from infra.tracking import TaggedRun
+from infra.trylock import is_held, try_locked
+from tasks.alive import life, lock_file, orphaned, processes_of
+from tasks.checkpoints import COMMIT
+from tasks.run import FLOW_RUN, MANIFEST_DIGEST
+from tasks.supervisor import PATIENCE
+
+GRACE = timedelta(days=1)
+"""What is younger may be under way: a checkpoint between its file and its commit, or a large upload."""
+
+ENDS_WITHIN = PATIENCE + 10  # seconds that a supervisor takes at most to end its ranks, a last checkpoint included
+
+Kind = Literal["process", "run", "upload", "checkpoint", "files"]
+
+
+class Finding(BaseModel):
+    """Something that was left behind."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Kind
+    what: str
+    """Which one: a run's id, a process id, an upload's key and id, a checkpoint's prefix, a folder."""
+
+    detail: str
+    """Why it counts as left behind."""
+
+    action: str
+    """What settles it."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.what}: {self.detail}; {self.action}"
+
+
+def find_orphans(grace: timedelta = GRACE) -> list[Finding]:
+    """All that was left behind, in the order in which it is settled.
+
+    Args:
+        grace: age from which something unfinished in the bucket counts.
+
+    Raises:
+        ServiceError: the object store or MLflow failed.
+    """
+    return [finding for find, _ in _kinds(grace).values() for finding in find()]
+
+
+def settle(findings: Iterable[Finding], grace: timedelta = GRACE) -> list[Finding]:
+    """Settle findings, and return those that were; one that is no longer so, when it is looked at again, is not."""
+    settled = []
+    kinds = _kinds(grace)
+    wanted = {(finding.kind, finding.what) for finding in findings}
+    for kind in {kind: None for kind, _ in sorted(wanted, key=lambda each: list(kinds).index(each[0]))}:
+        find, end = kinds[kind]
+        for finding in list(find()):
+            if (kind, finding.what) in wanted and end(finding.what):
+                settled.append(finding)
+    return settled
+
+
+def settle_all(grace: timedelta = GRACE) -> list[Finding]:
+    """Find and settle; what a worker does before it takes up work."""
+    return settle(find_orphans(grace), grace)
+
+
+Finder = Callable[[], Iterator[Finding]]
+Ender = Callable[[str], bool]
+
+
+def _kinds(grace: timedelta) -> dict[Kind, tuple[Finder, Ender]]:
+    """For each kind, how to find and how to end; processes come first, since they keep their runs alive."""
+    store = ObjectStore.connect(Settings().bucket)
+    young = datetime.now(UTC) - grace
+    return {
+        "process": (_processes, _end_process),
+        "run": (_runs, _close_run),
+        "upload": (lambda: _uploads(store, young), lambda what: _abort(store, what)),
+        "checkpoint": (lambda: _checkpoints(store, young), lambda what: _delete_checkpoint(store, what)),
+        "files": (_work, _remove_work),
+    }
+
+
+def _processes() -> Iterator[Finding]:
+    for process in processes_of(Settings().runs):
+        if orphaned(process):
+            yield Finding(
+                kind="process",
+                what=str(process.pid),
+                detail=f"the flow of {' '.join(process.cmdline()[1:])} is gone",
+                action="it is ended",
+            )
+
+
+def _end_process(what: str) -> bool:
+    try:
+        process = psutil.Process(int(what))
+        for ask in (process.terminate, process.kill):
+            ask()
+            _, alive = psutil.wait_procs([process], timeout=ENDS_WITHIN)
+            if not alive:
+                return True
+    except psutil.NoSuchProcess:
+        return True
+    return False
+
+
+def _runs() -> Iterator[Finding]:
+    for run in tracking.every_run(MANIFEST_DIGEST):
+        if run.status == "RUNNING" and (why := _abandoned(run)):
+            yield Finding(
+                kind="run",
+                what=run.run_id,
+                detail=f"MLflow says that it is running, but {why}",
+                action="it becomes KILLED, its flow run Crashed; `convoy resume` goes on with it",
+            )
+
+
+def _abandoned(run: TaggedRun) -> str | None:
+    """Why nobody goes on with a run; None if somebody may."""
+    tag = run.tags.get(FLOW_RUN, "")
+    flow_run = _flow_run(tag)
+    here = life(run.run_id, tag, flow_run.start_time if flow_run else None)
+    if here == "alive":
+        return None
+    if tag and flow_run is None:
+        return f"its flow run {tag} is gone"
+    if flow_run and flow_run.state and flow_run.state.is_final():
+        return f"its flow run {flow_run.name} is {flow_run.state.name}"
+    if here == "dead" and not (flow_run and flow_run.state_type == StateType.SCHEDULED):  # a worker will take it up
+        return "the process of its flow was killed"
+    return None
+
+
+def _close_run(run_id: str) -> bool:
+    lock = lock_file(run_id)
+    flow_run_id = ""
+    try:
+        with try_locked(lock) as held:  # whoever resumes it just now waits, or was faster
+            run = next((run for run in tracking.every_run(MANIFEST_DIGEST) if run.run_id == run_id), None)
+            if not held or run is None or run.status != "RUNNING":
+                return False
+            flow_run_id = run.tags.get(FLOW_RUN, "")
+            _crash(flow_run_id)
+            tracking.end_run(run_id, "KILLED")
+    except Exception:
+        lock.write_text(flow_run_id)  # the next look should find it dead again
+        raise
+    return True
+
+
+def _crash(flow_run_id: str) -> None:
+    """Have Prefect know that a flow run was killed, if it does not know how it ended."""
+    flow_run = _flow_run(flow_run_id)
+    if flow_run is None or flow_run.state is None or flow_run.state.is_final():
+        return
+    state: State[None] = Crashed(message="its process was killed; found by convoy doctor")
+    with get_client(sync_client=True) as client:
+        # Asked rather than ordered, Prefect frees what the flow run held.
+        answer = client.set_flow_run_state(flow_run.id, state)
+        if answer.status != SetStateStatus.ACCEPT:
+            client.set_flow_run_state(flow_run.id, state, force=True)
+
+
+def _flow_run(flow_run_id: str) -> FlowRun | None:
+    try:
+        with get_client(sync_client=True) as client:
+            return client.read_flow_run(UUID(flow_run_id))
+    except (ValueError, ObjectNotFound):
+        return None
+
+
+def _uploads(store: ObjectStore, young: datetime) -> Iterator[Finding]:
+    for upload in store.uploads():
+        if upload.begun < young:
+            yield Finding(
+                kind="upload",
+                what=f"{upload.key} {upload.id}",
+                detail=f"begun {upload.begun:%Y-%m-%d %H:%M} UTC and never completed",
+                action="it is aborted",
+            )
+
+
+def _abort(store: ObjectStore, what: str) -> bool:
+    for upload in store.uploads():
+        if what == f"{upload.key} {upload.id}":
+            store.abort_upload(upload)
+    return True
+
+
+def _checkpoints(store: ObjectStore, young: datetime) -> Iterator[Finding]:
+    found: dict[str, list[ObjectInfo]] = {}
+    for info in store.list("runs/"):
+        parts = info.key.split("/")
+        if len(parts) == 5 and parts[2] == "checkpoints":
+            found.setdefault(info.key.rpartition("/")[0] + "/", []).append(info)
+    for prefix, files in found.items():
+        committed = any(info.key == prefix + COMMIT for info in files)
+        if not committed and all(info.modified and info.modified < young for info in files):
+            yield Finding(
+                kind="checkpoint",
+                what=prefix,
+                detail=f"{len(files)} files without a commit, which nobody can use",
+                action="they are deleted",
+            )
+
+
+def _delete_checkpoint(store: ObjectStore, prefix: str) -> bool:
+    for info in list(store.list(prefix)):
+        store.delete(info.key)
+    return True
+
+
+def _work() -> Iterator[Finding]:
+    for folder in (Settings().home / "work").glob("*"):
+        if not is_held(_work_lock(folder)):
+            yield Finding(
+                kind="files",
+                what=str(folder),
+                detail="half-written by a step that was killed",
+                action="they are removed",
+            )
+
+
+def _remove_work(what: str) -> bool:
+    with try_locked(_work_lock(Path(what))) as held:
+        if held:
+            shutil.rmtree(what, ignore_errors=True)
+    return held
+
+
+def _work_lock(folder: Path) -> Path:
+    """Of the step that works in the folder."""
+    return Settings().cache / "locks" / folder.name

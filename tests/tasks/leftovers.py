@@ -1,0 +1,158 @@
+"""What trainings leave behind, made by hand in an empty bucket, as old as a test wants it."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from itertools import count
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from mlflow.tracking import MlflowClient
+from prefect import Flow, get_client
+from prefect.client.schemas.objects import FlowRun, State
+
+from cnn.manifest import DataReport, Manifest, Shard, SplitInfo, Spread
+from infra import tracking
+from infra.objectstore import ObjectInfo, ObjectStore
+from infra.registry import ModelVersion, create_version
+from tasks.checkpoints import COMMIT, STATE
+from tasks.dataset import manifest_key, shard_key
+from tasks.run import FLOW_RUN, MANIFEST_DIGEST
+from tasks.versiontags import DATASET_VERSION
+
+EXPERIMENT = "leftovers"
+OLD = 100.0  # days
+NUMBERS = count()
+
+
+class Leftovers:
+    """Makes them."""
+
+    def __init__(self, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.store = store
+        self.days: dict[str, float] = {}
+        self.deleted: list[str] = []
+        self.runs: list[str] = []
+        really_list, really_delete = ObjectStore.list, ObjectStore.delete
+
+        def listing(store: ObjectStore, prefix: str) -> Iterator[ObjectInfo]:
+            for info in really_list(store, prefix):
+                assert info.modified
+                age = timedelta(days=self.days.get(info.key, 0))
+                yield info.model_copy(update={"modified": info.modified - age})
+
+        def delete(store: ObjectStore, key: str) -> None:
+            self.deleted.append(key)
+            really_delete(store, key)
+
+        monkeypatch.setattr(ObjectStore, "list", listing)
+        monkeypatch.setattr(ObjectStore, "delete", delete)
+
+    def end(self) -> None:
+        """Close the runs that are open, for other tests."""
+        for run_id in self.runs:
+            if tracking.run_status(run_id) == "RUNNING":
+                tracking.end_run(run_id, "KILLED")
+
+    def put(self, key: str, data: bytes = b"x", days: float = OLD) -> str:
+        """Write an object; returns its key."""
+        self.store.put_bytes(key, data)
+        self.days[key] = days
+        return key
+
+    def there(self, prefix: str = "") -> set[str]:
+        return {info.key for info in self.store.list(prefix)}
+
+    def dataset(self, *shards: str, days: float = OLD) -> str:
+        """A dataset version of these shards, and its step record; returns the version."""
+        parts = [Shard(sha256=hashlib.sha256(each.encode()).hexdigest(), count=1, bytes=1) for each in shards]
+        for part in parts:
+            self.put(shard_key(part), days=days)
+        spread = Spread(min=1, median=1, max=1)
+        nothing: dict[str, Any] = {
+            "unreadable": 0,
+            "unreadable_examples": (),
+            "duplicates": 0,
+            "modes": {},
+            "warnings": (),
+        }
+        manifest = Manifest(
+            classes=("a", uuid4().hex),  # each version is another: MLflow remembers those of other tests
+            channels=1,
+            image_size=1,
+            splits={"train": SplitInfo(count=1, class_counts=(1, 0), shards=tuple(parts))},
+            mean=(0.0,),
+            std=(1.0,),
+            report=DataReport(images=1, packed=1, width=spread, height=spread, **nothing),
+        )
+        self.put(manifest_key(manifest.version), manifest.to_bytes(), days)
+        record = json.dumps({"dataset_version": manifest.version}).encode()
+        self.put(f"steps/preprocess/{manifest.version[::-1]}.json", record, days)
+        return manifest.version
+
+    def source(self, name: str, *files: str, days: float = OLD) -> str:
+        """Raw files and the record of their source; returns the record's key."""
+        entries = []
+        for each in files:
+            sha256 = hashlib.sha256(each.encode()).hexdigest()
+            self.put(f"raw/{sha256}", each.encode(), days)
+            entries.append({"path": each, "sha256": sha256, "size": len(each)})
+        record = {"name": name, "format": "folder", "files": entries, "served_by": {".": "x"}}
+        return self.put(f"sources/{name}-{next(NUMBERS)}.json", json.dumps(record).encode(), days)
+
+    def run(
+        self,
+        status: str = "FINISHED",
+        *,
+        dataset: str = "0" * 64,
+        name: str = "data",
+        days: float = OLD,
+        flow_run: str = "",
+        pretrained: str | None = None,
+        record: bool = True,
+        checkpoints: bool = True,
+    ) -> str:
+        """An MLflow run with all that it leaves in the bucket; returns its id."""
+        tags = {MANIFEST_DIGEST: "x", FLOW_RUN: flow_run or str(uuid4()), "convoy.dataset_version": dataset}
+        run_id = tracking.start_run(EXPERIMENT, "run", {}, tags)
+        self.runs.append(run_id)
+        if status != "RUNNING":
+            tracking.end_run(run_id, status)  # type: ignore[arg-type]
+        if record:
+            content = {
+                "dataset": {"version": dataset, "name": name},
+                "manifest": {"config": {"pretrained_sha256": pretrained}},
+            }
+            self.put(f"runs/{run_id}/run.json", json.dumps(content).encode(), days)
+        if checkpoints:
+            self.put(f"runs/{run_id}/checkpoints/step-00000007/{STATE}", days=days)
+            self.put(f"runs/{run_id}/checkpoints/step-00000007/{COMMIT}", days=days)
+        for file in ("weights/model.safetensors", f"weights/{COMMIT}"):
+            self.put(f"runs/{run_id}/{file}", days=days)
+        for file in ("reference.safetensors", "test-predictions.safetensors"):
+            self.put(f"runs/{run_id}/{file}", days=days)
+        return run_id
+
+    def outputs(self, run_id: str) -> set[str]:
+        """Keys of what a run leaves beside its checkpoints."""
+        return {key for key in self.there(f"runs/{run_id}/") if "/checkpoints/" not in key}
+
+    def version(self, run_id: str, dataset: str, name: str | None = None) -> ModelVersion:
+        """Register a version that a run has made, without an alias."""
+        client = MlflowClient()
+        experiment = client.get_run(run_id).info.experiment_id
+        model_id = client.create_logged_model(experiment, name="empty", source_run_id=run_id).model_id
+        name = name or f"leftovers {uuid4().hex}"
+        return create_version(name, model_id, run_id=run_id, tags={DATASET_VERSION: dataset})
+
+
+def flow_run_in(state: State[Any], name: str = "leftover") -> FlowRun:
+    """A flow run in Prefect that is in this state."""
+
+    def nothing() -> None:
+        pass
+
+    with get_client(sync_client=True) as client:
+        return client.create_flow_run(Flow(nothing, name=name), state=state)

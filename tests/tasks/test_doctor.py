@@ -1,0 +1,289 @@
+"""What counts as left behind, what does not, and how it is settled: with real servers and real processes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import boto3
+import psutil
+import pytest
+from mlflow.tracking import MlflowClient
+from prefect import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import refresh_global_settings_context
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Failed, Paused, Running
+
+from infra import tracking
+from infra.errors import UsageError
+from infra.files import locked
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from infra.tracking import TaggedRun
+from tasks import alive
+from tasks.alive import SILENCE, holding, lock_file
+from tasks.checkpoints import COMMIT, STATE, checkpoint_prefix
+from tasks.doctor import Finding, find_orphans, settle, settle_all
+from tests.tasks.leftovers import Leftovers, flow_run_in
+
+NOW = timedelta(seconds=-1)  # a grace that even the newest has had
+HOLD = """
+import sys
+from tasks.alive import holding
+with holding(sys.argv[1], sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+FINAL = {"completed": Completed, "failed": Failed, "cancelled": Cancelled}
+OPEN = {"running": Running, "cancelling": Cancelling, "paused": Paused}
+
+
+@pytest.fixture
+def made(stack: object, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leftovers]:
+    """Nothing but what a test makes: the runs of other tests are not to be seen."""
+    monkeypatch.setenv("CONVOY_BUCKET", "test")
+    monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
+    refresh_global_settings_context()
+    leftovers = Leftovers(store, monkeypatch)
+    every_run = tracking.every_run
+
+    def ours(tag: str) -> list[TaggedRun]:
+        return [run for run in every_run(tag) if run.run_id in leftovers.runs]
+
+    monkeypatch.setattr(tracking, "every_run", ours)
+    yield leftovers
+    leftovers.end()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts a program; what still runs at the end of the test is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*command: str) -> subprocess.Popen[str]:
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def hold(start: Callable[..., subprocess.Popen[str]], run_id: str, flow_run: object) -> subprocess.Popen[str]:
+    """A process that goes on with a run."""
+    process = start(sys.executable, "-c", HOLD, run_id, str(flow_run))
+    assert process.stdout and process.stdout.readline() == "held\n"
+    return process
+
+
+def running(made: Leftovers, flow_run: FlowRun | UUID) -> str:
+    """An MLflow run that is said to be running."""
+    return made.run("RUNNING", flow_run=str(flow_run if isinstance(flow_run, UUID) else flow_run.id))
+
+
+def state_of(flow_run: FlowRun) -> str:
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(flow_run.id).state
+    assert state
+    return str(state.name)
+
+
+def whats(findings: list[Finding]) -> list[tuple[str, str]]:
+    return [(finding.kind, finding.what) for finding in findings]
+
+
+@pytest.mark.parametrize("end", FINAL)
+def test_a_run_whose_flow_has_ended_is_closed(made: Leftovers, end: str) -> None:
+    flow_run = flow_run_in(FINAL[end]())
+    run = running(made, flow_run)
+    before = state_of(flow_run)
+    found = find_orphans()
+    assert whats(found) == [("run", run)] and before in found[0].detail
+    assert settle(found) == found
+    assert (tracking.run_status(run), state_of(flow_run)) == ("KILLED", before)
+    assert find_orphans() == []
+
+
+def test_a_run_whose_flow_is_gone_is_closed(made: Leftovers) -> None:
+    run = running(made, uuid4())
+    assert whats(settle_all()) == [("run", run)]
+    assert tracking.run_status(run) == "KILLED"
+
+
+@pytest.mark.parametrize("state", OPEN)
+def test_a_killed_flow_of_this_machine_is_crashed(
+    made: Leftovers, start: Callable[..., subprocess.Popen[str]], state: str
+) -> None:
+    flow_run = flow_run_in(OPEN[state]())
+    run = running(made, flow_run)
+    flow = hold(start, run, flow_run.id)
+    assert find_orphans() == []
+    flow.kill()
+    flow.wait()
+    found = find_orphans()
+    assert whats(found) == [("run", run)] and "killed" in found[0].detail
+    assert settle(found) == found
+    assert (tracking.run_status(run), state_of(flow_run)) == ("KILLED", "Crashed")
+    assert find_orphans() == []
+
+
+def test_a_live_process_is_believed_more_than_prefect(
+    made: Leftovers, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    flow_run = flow_run_in(Cancelled())
+    hold(start, running(made, flow_run), flow_run.id)
+    assert find_orphans() == []
+
+
+def test_flows_that_may_be_at_work_elsewhere_are_left_alone(
+    made: Leftovers, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    running(made, flow_run_in(Running()))  # of which this machine knows nothing
+    resumed = running(made, flow_run_in(Running()))
+    earlier = hold(start, resumed, uuid4())  # another flow run than the one that MLflow names now
+    earlier.kill()
+    earlier.wait()
+    assert find_orphans() == []
+
+
+def test_a_flow_that_a_worker_will_take_up_again_is_left_alone(
+    made: Leftovers, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    flow_run = flow_run_in(AwaitingRetry())
+    flow = hold(start, running(made, flow_run), flow_run.id)
+    flow.kill()
+    flow.wait()
+    assert find_orphans() == []
+
+
+@pytest.mark.parametrize(
+    ("written", "silent", "dead"), [(1, SILENCE + 9, True), (1, SILENCE - 99, False), (-1, 0, False)]
+)
+def test_without_a_lock_a_job_that_is_silent_for_long_is_dead(
+    made: Leftovers, monkeypatch: pytest.MonkeyPatch, written: float, silent: float, dead: bool
+) -> None:
+    flow_run = flow_run_in(Running())
+    assert flow_run.start_time
+    run = running(made, flow_run)
+    job = Settings().runs / run / "job.json"
+    job.parent.mkdir(parents=True)
+    job.write_text("{}")
+    then = flow_run.start_time.timestamp() + written  # before the flow run began, it was another's
+    os.utime(job, (then, then))
+    clock = then + (silent or 10 * SILENCE)
+    monkeypatch.setattr(alive.time, "time", lambda: clock)
+    assert whats(find_orphans()) == ([("run", run)] if dead else [])
+
+
+def test_what_has_been_taken_up_meanwhile_is_not_settled(made: Leftovers) -> None:
+    run = running(made, flow_run_in(Failed()))
+    found = find_orphans()
+    with holding(run):
+        assert settle(found) == []
+        assert tracking.run_status(run) == "RUNNING"
+    tracking.end_run(run, "FINISHED")
+    assert settle(found) == []
+    assert tracking.run_status(run) == "FINISHED"
+
+
+def test_runs_that_are_not_ours_are_left_alone(made: Leftovers) -> None:
+    run = tracking.start_run("leftovers", "foreign", {}, {})
+    made.runs.append(run)
+    assert find_orphans() == []
+
+
+def test_two_processes_cannot_go_on_with_one_run(
+    made: Leftovers, start: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alive, "PATIENCE", 0.3)
+    first = hold(start, "some-run", "")
+    with pytest.raises(UsageError, match="another process"), holding("some-run"):
+        pass
+    first.kill()
+    first.wait()
+    with holding("some-run"):
+        pass
+    assert not lock_file("some-run").exists()
+
+
+def test_unfinished_uploads_are_aborted_after_their_grace(made: Leftovers) -> None:
+    client = boto3.client("s3")
+    upload = client.create_multipart_upload(Bucket="test", Key="raw/large")["UploadId"]
+    client.upload_part(Bucket="test", Key="raw/large", UploadId=upload, PartNumber=1, Body=b"x")
+    assert find_orphans() == []
+    found = find_orphans(NOW)
+    assert whats(found) == [("upload", f"raw/large {upload}")]
+    assert settle(found, NOW) == found
+    assert list(made.store.uploads()) == [] and find_orphans(NOW) == []
+
+
+def test_checkpoints_without_a_commit_are_deleted_after_their_grace(made: Leftovers) -> None:
+    whole = made.run()
+    prefix = checkpoint_prefix("r") + "step-00000001/"
+    made.put(prefix + STATE, days=2)
+    young = made.put(checkpoint_prefix("r") + "step-00000002/" + STATE, days=0.9)
+    found = find_orphans()
+    assert whats(found) == [("checkpoint", prefix)]
+    assert settle(found) == found
+    assert made.there(checkpoint_prefix("r")) == {young}
+    assert checkpoint_prefix(whole) + "step-00000007/" + COMMIT in made.there("runs/")
+
+
+def test_half_written_files_are_removed_unless_somebody_writes_them(made: Leftovers) -> None:
+    work = Settings().home / "work"
+    for step in ("preprocess-dead", "preprocess-live"):
+        (work / step).mkdir(parents=True)
+        (work / step / "shard").write_bytes(b"x")
+    with locked(Settings().cache / "locks" / "preprocess-live"):
+        found = find_orphans()
+        assert whats(found) == [("files", str(work / "preprocess-dead"))]
+        assert settle(found) == found
+    assert [folder.name for folder in work.iterdir()] == ["preprocess-live"]
+
+
+@pytest.mark.parametrize("module", ["tasks.supervisor", "tasks.rank"])
+def test_processes_without_their_flow_are_ended(
+    made: Leftovers, start: Callable[..., subprocess.Popen[str]], module: str
+) -> None:
+    folder = Settings().runs / "some-run"
+    command = [sys.executable, "-c", "import time; time.sleep(300)"]
+    flow = hold(start, "some-run", "a flow run")
+    # What runs does not matter, only what it is called, and who its parent is.
+    process = start(*command, "-m", module, str(folder))
+    other = start(*command, "-m", module, str(folder.parents[2] / "runs" / "some-run"))  # of another state folder
+    if module == "tasks.supervisor":
+        assert find_orphans() == []
+        flow.kill()
+        flow.wait()
+    found = find_orphans()
+    assert whats(found) == [("process", str(process.pid))]
+    assert settle(found) == found
+    assert not psutil.pid_exists(process.pid) and other.poll() is None
+
+
+def test_a_supervisor_that_was_adopted_is_an_orphan(made: Leftovers) -> None:
+    folder = Settings().runs / "some-run"
+    sleep = [sys.executable, "-c", "import time; time.sleep(300)", "-m", "tasks.supervisor", str(folder)]
+    code = f"import subprocess as s; print(s.Popen({sleep!r}, stdout=s.DEVNULL, stderr=s.DEVNULL).pid)"
+    pid = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    process = psutil.Process(int(pid))
+    try:
+        if process.ppid() != 1:
+            pytest.skip("here another process than 1 adopts orphans")
+        assert whats(settle_all()) == [("process", pid)]
+        assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    finally:
+        if process.is_running():
+            process.kill()
+
+
+def test_a_live_supervisor_keeps_its_run_alive(made: Leftovers, start: Callable[..., subprocess.Popen[str]]) -> None:
+    run = running(made, flow_run_in(Failed()))
+    folder = str(Settings().runs / run)
+    start(sys.executable, "-c", "import time; time.sleep(300)", "-m", "tasks.supervisor", folder)
+    assert find_orphans() == []
+    assert MlflowClient().get_run(run).info.status == "RUNNING"

@@ -1,0 +1,280 @@
+"""Retention on the real servers: what goes, what never goes, and in which order."""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.context import refresh_global_settings_context
+from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+from prefect.states import Running
+
+import tasks.prune
+from infra.errors import ServiceError, UsageError
+from infra.objectstore import ObjectStore
+from infra.promotion import newest, promote
+from infra.registry import delete_alias, set_alias
+from infra.settings import Settings
+from tasks.alive import holding
+from tasks.checkpoints import checkpoint_prefix
+from tasks.dataset import manifest_key
+from tasks.prune import Pruned, is_preparing
+from tasks.retention import RetentionConfig, load_retention
+from tests.tasks.leftovers import Leftovers, flow_run_in
+
+NO_DATASET = RetentionConfig(datasets_keep=0)
+
+
+@pytest.fixture
+def made(stack: object, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leftovers]:
+    monkeypatch.setenv("CONVOY_BUCKET", "test")
+    monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
+    refresh_global_settings_context()  # Prefect was imported before the stack named its server
+    monkeypatch.setattr(tasks.prune, "is_preparing", lambda known: False)  # other tests' flows are no concern of ours
+    leftovers = Leftovers(store, monkeypatch)
+    with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}):  # else logs are on their way when Prefect ends
+        yield leftovers
+    leftovers.end()
+
+
+def prune(config: RetentionConfig = NO_DATASET, *, dry_run: bool = False) -> Pruned:
+    return tasks.prune.prune.fn(config, dry_run=dry_run)
+
+
+def checkpoints(made: Leftovers, run_id: str) -> bool:
+    return bool(made.there(checkpoint_prefix(run_id)))
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_checkpoints_go_when_nobody_needs_them_any_more(made: Leftovers) -> None:
+    finished, just_finished = made.run(days=2), made.run(days=0.5)
+    resumable, given_up = made.run("KILLED", days=13), made.run("FAILED", days=15)
+    running = made.run("RUNNING")
+    result = prune()
+    kept = [checkpoints(made, run) for run in (finished, just_finished, resumable, given_up, running)]
+    assert kept == [False, True, True, False, True]
+    assert [(each.kind, each.count, each.bytes) for each in result.freed] == [("checkpoints", 4, 4)]
+
+
+def test_outputs_of_a_training_go_unless_a_version_came_of_it(made: Leftovers) -> None:
+    unregistered, recent, registered = made.run(), made.run(days=80), made.run()
+    made.version(registered, "0" * 64)
+    prune()
+    assert not made.there(f"runs/{unregistered}/")
+    assert len(made.outputs(recent)) == len(made.outputs(registered)) == 5
+
+
+def test_a_process_at_work_protects_its_run_whatever_mlflow_says(made: Leftovers) -> None:
+    run = made.run("KILLED")
+    with holding(run):
+        prune()
+        assert checkpoints(made, run) and len(made.outputs(run)) == 5
+    prune()
+    assert not made.there(f"runs/{run}/")
+
+
+@pytest.mark.parametrize("why", ["alias", "champion", "earlier champion", "none"])
+def test_versions_in_force_keep_all_that_they_rest_on(made: Leftovers, why: str) -> None:
+    dataset = made.dataset("shard")
+    run = made.run(dataset=dataset, name="ours")
+    source = made.source("ours", "file")
+    report = made.put(f"reports/data/{dataset}/0/data.json")
+    version = made.version(run, dataset)
+    if why == "alias":
+        set_alias(version, "staging")
+    elif why != "none":
+        entry = promote(made.store, version, after=None)
+        if why == "earlier champion":
+            other = made.run(days=0)
+            promote(made.store, made.version(other, "0" * 64, version.name), after=entry)
+            delete_alias(version.name, "previous")  # the history alone has to do
+        else:
+            delete_alias(version.name, "champion")
+    prune()
+    rests_on = {manifest_key(dataset), f"shards/{sha256('shard')}.safetensors", f"raw/{sha256('file')}", source, report}
+    assert made.there().intersection(rests_on) == (set() if why == "none" else rests_on)
+    assert len(made.outputs(run)) == 5
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_a_running_training_keeps_its_data(made: Leftovers, record: bool) -> None:
+    dataset = made.dataset("shard")
+    made.put(f"pretrained/{sha256('w')}.safetensors")
+    made.source("data", "file")
+    made.run("RUNNING", dataset=dataset, record=record, pretrained=sha256("w"))
+    prune()
+    assert manifest_key(dataset) in made.there() and len(made.there("shards/")) == 1
+    if record:
+        assert len(made.there("pretrained/")) == len(made.there("raw/")) == 1
+
+
+def test_a_training_that_can_be_resumed_keeps_its_data(made: Leftovers) -> None:
+    dataset = made.dataset("shard")
+    made.put(f"pretrained/{sha256('w')}.safetensors")
+    made.run("FAILED", dataset=dataset, days=10, pretrained=sha256("w"))
+    prune()
+    assert manifest_key(dataset) in made.there() and len(made.there("pretrained/")) == 1
+    prune(RetentionConfig(datasets_keep=0, unfinished_checkpoints_days=5))
+    assert not made.there("datasets/") and not made.there("shards/") and not made.there("pretrained/")
+
+
+def test_the_newest_and_the_recent_dataset_versions_stay(made: Leftovers) -> None:
+    ages = (10.0, 20.0, 40.0, 50.0)
+    versions = {days: made.dataset(str(days), days=days) for days in ages}
+    prune(RetentionConfig(datasets_keep=3))
+    assert made.there("datasets/") == {manifest_key(versions[days]) for days in ages[:3]}
+    prune(RetentionConfig(datasets_keep=1))
+    assert made.there("datasets/") == {manifest_key(versions[days]) for days in ages[:2]}
+
+
+def test_shards_and_raw_files_go_only_if_nothing_kept_names_them(made: Leftovers) -> None:
+    made.dataset("shared", "only old")
+    made.dataset("shared", days=10)
+    made.days[f"shards/{sha256('shared')}.safetensors"] = 100
+    for place in ("raw", "shards"):
+        made.put(f"{place}/nobody's")
+        made.put(f"{place}/just stored", days=0.9)
+    made.run(days=0, dataset="1" * 64, name="other")
+    made.source("old", "shared file", "only old file")
+    made.source("new", "shared file", days=10)
+    prune(RetentionConfig(datasets_keep=1, raw_days=9.5))
+    assert made.there("shards/") == {f"shards/{sha256('shared')}.safetensors", "shards/just stored"}
+    assert made.there("raw/") == {"raw/just stored"}
+
+
+def test_raw_files_of_a_source_that_stays_stay(made: Leftovers) -> None:
+    made.source("old", "shared file", "only old file")
+    source = made.source("new", "shared file", days=10)
+    made.days[f"raw/{sha256('shared file')}"] = 100
+    prune()
+    assert made.there("raw/") == {f"raw/{sha256('shared file')}"} and made.there("sources/") == {source}
+
+
+def test_raw_data_stay_while_a_new_dataset_may_be_of_them(made: Leftovers) -> None:
+    dataset = made.dataset("shard", days=10)
+    made.source("data", "file")
+    prune()
+    assert len(made.there("raw/")) == 1
+    made.run(days=0, dataset=dataset, name="other")  # now it is known
+    prune()
+    assert not made.there("raw/") and not made.there("sources/")
+
+
+def test_step_records_go_with_their_dataset_or_when_very_old(made: Leftovers) -> None:
+    made.dataset("old")
+    kept = made.dataset("kept", days=10)
+    steps = {f"steps/preprocess/{kept[::-1]}.json"}
+    made.put("steps/preprocess/ancient.json", b'{"dataset_version": "%s"}' % kept.encode(), days=400)
+    prune()
+    assert made.there("steps/") == steps
+
+
+def test_data_reports_go_at_their_age(made: Leftovers) -> None:
+    made.put("reports/data/1/0/data.json", days=91)
+    recent = made.put("reports/data/2/0/data.json", days=89)
+    prune()
+    assert made.there("reports/") == {recent}
+
+
+def test_verdicts_and_promotions_never_go(made: Leftovers) -> None:
+    run = made.run(days=0)
+    version = made.version(run, "0" * 64)
+    promote(made.store, version, after=None)
+    verdict = made.put(f"models/{version.name}/verdicts/1.json", days=10_000)
+    made.days |= dict.fromkeys(made.there("models/"), 10_000)
+    prune(RetentionConfig(grace_days=0, runs_days=0, datasets_keep=0, datasets_days=0, raw_days=0, reports_days=0))
+    assert verdict in made.there() and newest(made.store, version.name)
+
+
+def test_commits_go_before_what_they_commit(made: Leftovers) -> None:
+    dataset = made.dataset("shard")
+    run = made.run(dataset=dataset)
+    made.source("x", "file")
+    made.put("reports/data/1/0/data_samples.png")
+    made.put("reports/data/1/0/data.json")
+    prune()
+    order = made.deleted.index
+    assert not made.there()
+    step = f"runs/{run}/checkpoints/step-00000007"
+    assert order(f"{step}/commit.json") < order(f"{step}/state.safetensors")
+    assert order(f"runs/{run}/weights/commit.json") < order(f"runs/{run}/weights/model.safetensors")
+    assert order(manifest_key(dataset)) < order(f"shards/{sha256('shard')}.safetensors")
+    assert order(f"steps/preprocess/{dataset[::-1]}.json") < order(manifest_key(dataset))
+    (source,) = [key for key in made.deleted if key.startswith("sources/")]
+    assert order(source) < order(f"raw/{sha256('file')}")
+    assert order("reports/data/1/0/data.json") < order("reports/data/1/0/data_samples.png")
+
+
+def test_a_dry_run_tells_the_same_and_a_second_run_finds_nothing(made: Leftovers) -> None:
+    from flows.prune import prune_flow
+
+    made.run(dataset=made.dataset("one"), name="a")
+    made.run("FAILED", dataset=made.dataset("two"), name="b", days=20)
+    made.source("a", "file")
+    made.source("b", "file of b")
+    before = made.there()
+    told = prune_flow(NO_DATASET, dry_run=True)
+    assert made.there() == before and not made.deleted and told.freed
+    assert prune_flow(NO_DATASET, dry_run=False).freed == told.freed
+    assert sum(each.count for each in told.freed) == len(before) - len(made.there())
+    assert prune().freed == ()
+
+
+def test_data_are_left_alone_while_a_training_prepares_its_own(
+    made: Leftovers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    before = is_preparing([])
+    flow_run = flow_run_in(Running(), "train")
+    assert is_preparing([]) and (before or not is_preparing([str(flow_run.id)]))
+
+
+def test_what_is_no_data_goes_all_the_same(made: Leftovers, monkeypatch: pytest.MonkeyPatch) -> None:
+    made.run(dataset=made.dataset("shard"))
+    made.source("data", "file")
+    monkeypatch.setattr(tasks.prune, "is_preparing", lambda known: True)
+    result = prune()
+    assert not made.there("runs/") and len(made.there()) == 5 and "preparing" in result.notes[0]
+
+
+def test_nothing_goes_if_it_is_not_known_what_a_version_rests_on(made: Leftovers) -> None:
+    run = made.run()
+    set_alias(made.version(run, "0" * 64), "staging")
+    made.put(f"runs/{run}/run.json", b"{}")
+    before = made.there()
+    with pytest.raises(ServiceError, match=r"run\.json is damaged"):
+        prune()
+    assert made.there() == before
+
+
+def test_files_of_this_machine_go_by_age(made: Leftovers) -> None:
+    cache, runs = Settings().cache / "ab", Settings().runs
+    live, ended = made.run("RUNNING", days=0), made.run(days=0)
+    for folder in (cache, runs / live, runs / ended):
+        folder.mkdir(parents=True)
+        for name in ("old", "new"):
+            (folder / name).write_bytes(b"xx")
+    (runs / ended / "new").unlink()
+    then = time.time() - 31 * 86_400
+    for path in (cache / "old", runs / live / "old", runs / ended / "old", runs / ended):
+        os.utime(path, (then, then))
+    result = prune()
+    assert [(each.kind, each.count, each.bytes) for each in result.freed] == [
+        ("cached files", 1, 2),
+        ("folders of trainings", 1, 2),
+    ]
+    assert (cache / "new").exists() and not (cache / "old").exists()
+    assert (runs / live).exists() and not (runs / ended).exists()
+
+
+def test_a_wrong_key_is_named() -> None:
+    assert load_retention(["datasets_keep=3"]).datasets_keep == 3
+    with pytest.raises(UsageError, match=r"datasets_kept.*the keys: grace_days"):
+        load_retention(["datasets_kept=3"])
+    with pytest.raises(UsageError, match="raw_days"):
+        load_retention(["raw_days=-1"])
