@@ -27,7 +27,6 @@ from infra.objectstore import ObjectStore
 from infra.promotion import history
 from infra.registry import aliased
 from infra.settings import Settings
-from tests.flows.conftest import next_training  # noqa: F401
 from tests.flows.program import Done, NextTraining, Program, wait_for
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
@@ -153,7 +152,6 @@ def test_a_day(
     photos: Callable[[int, int], Path],
     convoy: Callable[..., Done],
     start_worker: Callable[[], Program],
-    next_training: NextTraining,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     folder = photos(0, 700)
@@ -191,6 +189,7 @@ def test_a_day(
     took = run_of(done).total_run_time.total_seconds()
     tell(f"asked again, nothing to do: flow run {took:.1f} s, the command {time.monotonic() - began:.1f} s")
 
+    next_training = NextTraining(Settings())
     assert convoy("retrain", "-d", MODEL, *LONG).status == 0
     training = next_training.under_way()
     began = time.monotonic()
@@ -200,6 +199,7 @@ def test_a_day(
     tell(f"cancelled one: every rank gone after {time.monotonic() - began:.1f} s, the command's own start included")
     assert MlflowClient().get_run(training.run_id).info.status == "KILLED"
 
+    next_training = NextTraining(Settings())
     asked = convoy("retrain", "-d", MODEL, *LONG, "--json")
     training = next_training.under_way()
     lost = [worker.process, *psutil.Process(worker.process.pid).children(recursive=True)]

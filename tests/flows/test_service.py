@@ -165,6 +165,26 @@ def test_ci_asks_for_a_training_and_hears_how_it_ended(
     assert "floor" in report.read_text() and "**refused**" in report.read_text()
 
 
+def test_the_workflows_script_works_against_a_real_worker(
+    convoy: Convoy, worker: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    """What the job on GitHub runs, after the test above has made a champion."""
+    variables = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PREFECT_API_URL": os.environ["PREFECT_API_URL"],
+        "CONVOY_HOME": str(tmp_path / ".convoy"),  # where no server may be started
+        "DEPLOYMENT": MODEL,
+        "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md"),
+        "GITHUB_EVENT_NAME": "push",
+    }
+    script = Path(__file__).parents[2] / ".github" / "retrain.sh"
+    done = subprocess.run([str(script)], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do" in (tmp_path / "summary.md").read_text()
+    assert json.loads((tmp_path / "retrain.json").read_text())["status"] == "unchanged"
+    assert not (tmp_path / ".convoy" / "logs").exists()
+
+
 def test_new_data_start_a_run(convoy: Convoy, worker: subprocess.Popen[bytes]) -> None:
     before = {run.id for run in runs()}
     assert convoy("notify-data", MODEL).status == 0
