@@ -81,7 +81,8 @@ class Survived:
 @pytest.fixture(scope="module")
 def survived(undisturbed: Summary, settings: Settings) -> Survived:
     """A flow run in which a rank is killed, and whose registration fails at first, so that Prefect runs it again."""
-    from flows import train as flow
+    from flows import pipeline
+    from flows.train import train_flow
     from tasks.register import register
 
     next_training = NextTraining(settings)
@@ -101,8 +102,8 @@ def survived(undisturbed: Summary, settings: Settings) -> Survived:
     killer = threading.Thread(target=kill_a_rank, daemon=True)
     killer.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow, "register", fail_once)
-        tried = flow.train_flow.with_options(retries=1, retry_delay_seconds=0)
+        patch.setattr(pipeline, "register", fail_once)
+        tried = train_flow.with_options(retries=1, retry_delay_seconds=0)
         summary = tried(load_config(None, [*RESUMABLE, "ranks=2"], OPTIONS))
     killer.join()
     return Survived(summary, next_training.starts(), events)

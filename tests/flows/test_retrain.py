@@ -68,6 +68,7 @@ def test_what_has_changed_is_named_and_what_was_refused_is_not_tried_again(
     )
 
 
+@pytest.mark.slow
 def test_force_trains_all_the_same_from_the_champion_if_asked(first: tuple[RunConfig, Summary]) -> None:
     config, before = first
     summary = retrain_flow(config.model_copy(update={"warm_start": True, "epochs": 1, "lr": 1e-5}), force=True)

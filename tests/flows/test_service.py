@@ -90,6 +90,7 @@ def worker(deployed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     worker.wait(60)
 
 
+@pytest.mark.slow
 def test_deploying_again_changes_nothing_and_a_schedule_that_left_is_deleted(deployed: Path, tmp_path: Path) -> None:
     from flows.deployments import deploy
 
@@ -140,6 +141,7 @@ def test_file_that_cannot_be_deployed_is_refused(convoy: Convoy, tmp_path: Path,
     assert hint in done.complaint
 
 
+@pytest.mark.slow
 def test_ci_asks_for_a_training_and_hears_how_it_ended(
     convoy: Convoy, worker: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
@@ -165,6 +167,7 @@ def test_ci_asks_for_a_training_and_hears_how_it_ended(
     assert "floor" in report.read_text() and "**refused**" in report.read_text()
 
 
+@pytest.mark.slow
 def test_the_workflows_script_works_against_a_real_worker(
     convoy: Convoy, worker: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
@@ -185,12 +188,14 @@ def test_the_workflows_script_works_against_a_real_worker(
     assert not (tmp_path / ".convoy" / "logs").exists()
 
 
+@pytest.mark.slow
 def test_new_data_start_a_run(convoy: Convoy, worker: subprocess.Popen[bytes]) -> None:
     before = {run.id for run in runs()}
     assert convoy("notify-data", MODEL).status == 0
     wait_for(lambda: {run.id for run in runs()} - before, "the event to start a run")
 
 
+@pytest.mark.slow
 def test_run_is_cancelled_from_the_command_line(
     convoy: Convoy, worker: subprocess.Popen[bytes], next_training: NextTraining
 ) -> None:

@@ -164,6 +164,7 @@ def test_doing_it_again_changes_nothing_and_another_address_is_taken(chat: Recei
     assert notifications.remove_notifications() == []
 
 
+@pytest.mark.slow
 def test_a_flow_that_has_not_completed_for_long_is_told(chat: Receiver) -> None:
     flow_name, span = f"retrain-{uuid4().hex[:8]}", timedelta(seconds=12)
     ensure_notifications(chat.url, flows=["none"], stale_after=span, stale_flow=flow_name)
@@ -180,6 +181,7 @@ def test_a_flow_that_has_not_completed_for_long_is_told(chat: Receiver) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_flow_that_has_never_completed_is_told_too(chat: Receiver) -> None:
     flow_name = f"retrain-{uuid4().hex[:8]}"
     ensure_notifications(chat.url, flows=["none"], stale_after=timedelta(seconds=10), stale_flow=flow_name)
@@ -187,6 +189,7 @@ def test_a_flow_that_has_never_completed_is_told_too(chat: Receiver) -> None:
     assert chat.texts == [f"{flow_name} has not completed for 10 seconds"]
 
 
+@pytest.mark.slow
 def test_runs_that_end_at_the_same_moment_are_each_told_once(chat: Receiver) -> None:
     ensure_notifications(chat.url, stale_after=LONG)
     chat.takes = 0.2

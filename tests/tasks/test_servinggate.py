@@ -114,6 +114,7 @@ def test_version_without_files_is_refused_without_waiting_for_a_server(registere
         pass
 
 
+@pytest.mark.slow
 def test_server_does_not_outlive_a_killed_owner(registered: Registered) -> None:
     before = servers()
     program = (
@@ -134,6 +135,7 @@ def test_server_does_not_outlive_a_killed_owner(registered: Registered) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_fractions_are_what_the_server_does_not_refuse(registered: Registered) -> None:
     """A limit of MLflow's server that users have to know: it rounds towards zero."""
     images = load_reference(registered.store, registered.evaluated.reference_key)["images"][:1]

@@ -65,6 +65,7 @@ def test_without_restarts_a_killed_rank_ends_the_training_which_says_so_in_one_l
     assert MlflowClient().get_run(training.run_id).info.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_steps_that_were_logged_before_the_first_checkpoint_are_not_logged_twice(settings: Settings) -> None:
     next_training, disturbed = NextTraining(settings), list[Training]()
 
