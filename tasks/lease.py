@@ -11,7 +11,7 @@ from prefect.exceptions import ObjectAlreadyExists
 from tasks.cancel import stop_if_cancelled
 from tasks.progress import run_logger
 
-LEASE = 60.0  # seconds after which the lease of a holder that died is free; it is renewed long before
+LEASE = 60.0  # seconds after which the lease of a holder that died is free: the least that Prefect takes
 PATIENCE = 5.0  # seconds between looks whether the waiting run was cancelled
 
 

@@ -6,6 +6,7 @@ runs/<run>/run.json in the bucket holds what a resumed run needs to know.
 import contextlib
 import hashlib
 import platform
+import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -208,9 +209,14 @@ def run_manifest(config: RunConfig, dataset: DatasetRef, code: Provenance) -> Ru
 
 
 def log_cost(run_id: str, step_seconds: Mapping[str, float], rank_hours: float) -> None:
-    """What a training took, as metrics `cost/...`: seconds of each step, and hours of all ranks together."""
+    """What a training took, as metrics `cost/...`: seconds of each step, hours of all ranks, and memory.
+
+    `peak_memory_bytes` is the most that one process of those that this one has started had resident: in general a rank,
+    with the pages of the data set that it shares with others.
+    """
     seconds = {f"cost/{step.replace('-', '_')}_seconds": value for step, value in step_seconds.items()}
-    tracking.log_metrics(run_id, {**seconds, "cost/rank_hours": rank_hours})
+    memory = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    tracking.log_metrics(run_id, {**seconds, "cost/rank_hours": rank_hours, "cost/peak_memory_bytes": memory})
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -85,4 +85,5 @@ def test_cost_is_in_the_run_and_in_the_summary(first: tuple[RunConfig, Summary])
     assert list(summary.step_seconds) == steps
     metrics = MlflowClient().get_run(summary.mlflow_run_id or "").data.metrics
     assert metrics["cost/train_seconds"] == summary.step_seconds["train"]
+    assert 100e6 < metrics["cost/peak_memory_bytes"] < 10e9  # a process with torch
     assert metrics["cost/rank_hours"] == pytest.approx((summary.train_seconds or 0) / 3600, rel=0.02)
