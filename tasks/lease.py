@@ -15,6 +15,11 @@ LEASE = 60.0  # seconds after which the lease of a holder that died is free: the
 PATIENCE = 5.0  # seconds between looks whether the waiting run was cancelled
 
 
+def limit_of(name: str) -> str:
+    """Name of the limit in Prefect that is a model's lease."""
+    return "convoy-model-" + re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+
+
 @contextmanager
 def model_lease(name: str) -> Iterator[None]:
     """Hold the lease of a model; whoever comes second waits, however long, in no certain order.
@@ -22,7 +27,7 @@ def model_lease(name: str) -> Iterator[None]:
     Raises:
         Cancelled: the flow run was cancelled while it waited.
     """
-    limit = "convoy-model-" + re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+    limit = limit_of(name)
     with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):  # another run may be as fast
         client.upsert_global_concurrency_limit_by_name(limit, 1)
     told = False

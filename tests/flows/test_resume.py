@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
+from prefect import get_client
 
 from flows.summary import Summary
 from infra import tracking
@@ -19,6 +20,7 @@ from tasks.checkpoints import commits_of
 from tasks.config import RunConfig, load_config
 from tasks.dataset import DatasetRef
 from tasks.job import JobFolder
+from tasks.lease import limit_of
 from tasks.run import FLOW_RUN, MANIFEST_DIGEST, RunRecord, read_record, tracked_run
 from tests.flows.conftest import Convoy
 from tests.flows.program import (
@@ -143,12 +145,15 @@ def test_weights_and_history_are_those_of_the_undisturbed_training_after_the_flo
     flow.process.kill()
     training.assert_ends()
     assert MlflowClient().get_run(training.run_id).info.status == "RUNNING"  # nobody lived to say otherwise
+    with get_client(sync_client=True) as client:  # else the lease would run for a minute; tests/faults waits for it
+        client.delete_global_concurrency_limit_by_name(limit_of("resumed"))
     found = resume(training, ranks=1)
     assert (found.world_size, found.mlflow_run_id) == (1, training.run_id)
     assert min(training.reported()) > 1
     assert_as_undisturbed(found, undisturbed)
 
 
+@pytest.mark.slow
 def test_weights_and_history_are_those_of_the_undisturbed_training_after_a_sigterm(
     undisturbed: Summary,
     program: Callable[..., Program],

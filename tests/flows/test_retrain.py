@@ -48,6 +48,7 @@ def test_nothing_new_is_skipped_within_seconds(first: tuple[RunConfig, Summary])
     assert len(history(ObjectStore.connect(Settings().bucket), "retrained")) == 1
 
 
+@pytest.mark.slow
 def test_what_has_changed_is_named_and_what_was_refused_is_not_tried_again(
     first: tuple[RunConfig, Summary],
 ) -> None:
