@@ -40,6 +40,11 @@ def mlflow_client(action: str) -> Iterator[mlflow.MlflowClient]:
         raise kind(f"MLflow at {tracking_uri()} {what} to {action}: {first_line(error)}") from error
 
 
+def is_missing(error: RestException) -> bool:
+    """Whether MLflow says that there is no such thing; of a malformed id or number it says that with another code."""
+    return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
 def first_line(error: Exception) -> str:
     """The beginning of an error's message: MLflow's own go on for pages."""
     return str(error).strip().partition("\n")[0][:300]

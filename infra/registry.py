@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
-from infra.mlflowserver import mlflow_client, tracking_uri
+from infra.mlflowserver import is_missing, mlflow_client, tracking_uri
 
 ARTIFACT = "model"  # the served model's name among the run's models
 DESCRIPTION_CHARACTERS = 5000  # MLflow's limit
@@ -137,7 +137,7 @@ def check_model_exists(name: str) -> None:
         try:
             client.get_registered_model(name)
         except RestException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if not is_missing(error):
                 raise
             raise UsageError(f"no model is called {name!r}; MLflow lists them at {tracking_uri()}/#/models") from None
 
@@ -202,7 +202,7 @@ def aliased(name: str, alias: str) -> ModelVersion | None:
         try:
             found = client.get_model_version_by_alias(name, alias)
         except RestException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if is_missing(error):
                 return None
             raise
     return ModelVersion(name=name, version=str(found.version))

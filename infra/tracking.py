@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
 from infra.metriclog import MetricLogger, MetricRow
-from infra.mlflowserver import check_server, mlflow_client, tracking_uri
+from infra.mlflowserver import check_server, is_missing, mlflow_client, tracking_uri
 from infra.systemmetrics import SystemMetrics
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def run_tags(run_id: str) -> dict[str, str]:
         try:
             return dict(client.get_run(run_id).data.tags)
         except RestException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if not is_missing(error):
                 raise
             return {}
 

@@ -9,7 +9,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import RestException
 
 from infra.errors import UsageError
-from infra.mlflowserver import mlflow_client, tracking_uri
+from infra.mlflowserver import is_missing, mlflow_client, tracking_uri
 from infra.registry import ModelVersion
 
 DEFAULT_ALIAS = "champion"  # what a bare name stands for
@@ -45,7 +45,7 @@ def find_version(reference: str) -> FoundVersion:
         try:
             aliases: dict[str, str] = client.get_registered_model(name).aliases
         except RestException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if not is_missing(error):
                 raise
             names = [model.name for model in client.search_registered_models(max_results=100)]
             near = difflib.get_close_matches(name, names, n=1)
@@ -61,7 +61,7 @@ def find_version(reference: str) -> FoundVersion:
         try:
             found = client.get_model_version(name, number)
         except RestException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if not is_missing(error):
                 raise
             versions = sorted(int(version.version) for version in client.search_model_versions(f"name = '{name}'"))
             known = f"{versions[0]} to {versions[-1]}" if versions else "none"

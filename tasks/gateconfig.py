@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from typing import Literal
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from cnn.config import Config
-from infra.errors import UsageError
+from tasks.keyvalues import from_settings
 
 DEFAULT_MARGIN = {"superior": 0.0, "non-inferior": 0.005}
 
@@ -71,15 +70,4 @@ def load_gate(settings: Iterable[str]) -> GateConfig:
     Raises:
         UsageError: a key or value that cannot be used.
     """
-    values = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise UsageError(f"--set {setting}: write key=value, for example --set mode=non-inferior")
-        values[key.strip().removeprefix("gate.")] = yaml.safe_load(text)
-    try:
-        return GateConfig.model_validate(values)
-    except ValidationError as error:
-        detail = error.errors()[0]
-        keys = ", ".join(GateConfig.model_fields)
-        raise UsageError(f"--set {'.'.join(map(str, detail['loc']))}: {detail['msg']}; the keys: {keys}") from None
+    return from_settings(GateConfig, settings, example="mode=non-inferior", section="gate.")

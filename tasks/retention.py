@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from cnn.config import Config
-from infra.errors import UsageError
+from tasks.keyvalues import from_settings
 
 
 class RetentionConfig(Config):
@@ -53,18 +52,4 @@ def load_retention(settings: Iterable[str]) -> RetentionConfig:
     Raises:
         UsageError: a key or value that cannot be used.
     """
-    values = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise UsageError(f"--set {setting}: write key=value, for example --set datasets_keep=3")
-        try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {setting}: {text!r} is no number") from None
-    try:
-        return RetentionConfig.model_validate(values)
-    except ValidationError as error:
-        detail = error.errors()[0]
-        keys = ", ".join(RetentionConfig.model_fields)
-        raise UsageError(f"--set {'.'.join(map(str, detail['loc']))}: {detail['msg']}; the keys: {keys}") from None
+    return from_settings(RetentionConfig, settings, example="datasets_keep=3")

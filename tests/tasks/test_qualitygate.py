@@ -183,7 +183,13 @@ def test_verdict_reads_back_and_its_digest_covers_it() -> None:
 
 def test_conditions_as_texts() -> None:
     assert load_gate(["mode=non-inferior", "gate.margin=0.02"]) == GateConfig(mode="non-inferior", margin=0.02)
-    for wrong, message in (("mode", "write key=value"), ("flor=1", "the keys: floor, mode"), ("alpha=2", "alpha")):
+    refused = {
+        "mode": "write key=value",
+        "flor=1": "the keys: floor, mode",
+        "alpha=2": "alpha",
+        "margin=[1": "not valid YAML",
+    }
+    for wrong, message in refused.items():
         with pytest.raises(UsageError, match=message):
             load_gate([wrong])
     with pytest.raises(ValidationError):

@@ -1,0 +1,39 @@
+"""Reading a flat configuration from `--set key=value`; this module loads pydantic only."""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from cnn.config import Config
+from infra.errors import UsageError
+
+Flat = TypeVar("Flat", bound=Config)
+
+
+def from_settings(model: type[Flat], settings: Iterable[str], *, example: str, section: str = "") -> Flat:
+    """The defaults, changed by `key=value` texts.
+
+    Args:
+        example: a setting that could be meant, for messages.
+        section: what keys may begin with, since they do so in a whole configuration: `gate.`.
+
+    Raises:
+        UsageError: a key or value that cannot be used.
+    """
+    values = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set {setting}: write key=value, for example --set {example}")
+        try:
+            values[key.strip().removeprefix(section)] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {setting}: the value is not valid YAML") from None
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        keys = ", ".join(model.model_fields)
+        raise UsageError(f"--set {'.'.join(map(str, detail['loc']))}: {detail['msg']}; the keys: {keys}") from None
