@@ -168,7 +168,7 @@ def runs(
 MORE: dict[str, tuple[Callable[..., None], ...]] = {
     "Models": (models.promote, models.rollback, models.history, models.compare, usage.predict, usage.export),
     "Service": (
-        *(service.deploy, service.worker, service.retrain, service.cancel, service.notify_data),
+        *(service.deploy, service.worker, service.join, service.retrain, service.cancel, service.notify_data),
         *(notify.notify, upkeep.prune, upkeep.doctor),
     ),
 }

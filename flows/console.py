@@ -3,23 +3,26 @@
 import os
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from infra.settings import Settings
 
+if TYPE_CHECKING:
+    from infra.stackfolder import ServerName
 
-def servers_up(*, prefect_only: bool = False) -> None:
+
+def servers_up(*, only: "Collection[ServerName] | None" = None) -> None:
     """Have the servers running, and tell every client of this process, and of those it starts, where they are.
 
     Args:
-        prefect_only: the others are not needed.
+        only: those that are needed; None for all.
     """
-    from infra.stack import NAMES, ServerName, up
+    from infra.stack import NAMES, up
 
     console = Console(stderr=True, highlight=False)
-    only: Collection[ServerName] = ("prefect",) if prefect_only else NAMES
-    endpoints = up(Settings(), lambda event: console.print(event, style="dim"), only=only)
+    endpoints = up(Settings(), lambda event: console.print(event, style="dim"), only=NAMES if only is None else only)
     os.environ.update(endpoints.environment())
 
 

@@ -10,6 +10,8 @@ import typer
 
 from flows.console import loading, print_pairs, say, servers_up
 from flows.summary import check_writable, write_report
+from infra.errors import UsageError
+from infra.settings import Settings
 
 DEPLOYMENTS = Path(__file__).parents[1] / "infra" / "prefect.yaml"
 
@@ -22,7 +24,7 @@ def deploy(
     Doing it again changes nothing. A schedule that has left the file is deleted, by its slug. `convoy worker` then runs
     what is due.
     """
-    servers_up(prefect_only=True)
+    servers_up(only=["prefect"])
     with loading():
         from flows.deployments import deploy as register
 
@@ -52,6 +54,39 @@ def worker(
     os.execv(sys.executable, [sys.executable, *command])
 
 
+def join(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Only in this training, until it is over.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks here at most. Default: one a GPU, or core.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Where other nodes reach this one. Default: looked up.")] = None,
+) -> None:
+    """Lend this machine to trainings on several nodes (launcher=nodes), one after another, until stopped.
+
+    It needs the object storage (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, …) and the MLflow (MLFLOW_TRACKING_URI) of the
+    machine that trains, the same Convoy, and a network between the nodes that nobody else is in: what ranks say to
+    each other is neither encrypted nor signed. SIGTERM or Ctrl-C has a training go on without this node.
+
+    [dim]convoy train --set launcher=nodes --set nodes.min=2[/]   and, on another machine,   [dim]convoy join[/]
+    """
+    settings = Settings()
+    if settings.s3_url is None or settings.mlflow_uri is None:
+        from infra import stack
+
+        if any(server.state in ("stopped", "dead") for server in stack.status(settings) if server.name != "prefect"):
+            raise UsageError(
+                "set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, CONVOY_BUCKET and MLFLOW_TRACKING_URI "
+                "to the servers of the machine that trains"
+            )
+    servers_up(only=["seaweedfs", "mlflow"])
+    os.environ |= {
+        name: str(value) for name, value in {"CONVOY_SLOTS": ranks, "CONVOY_ADDRESS": address}.items() if value
+    }
+    os.environ["PYTHONSAFEPATH"] = "1"  # else `-m` looks for our modules in the user's folder first
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "tasks.nodes.agent", *([run] if run else [])])
+
+
 def retrain(
     deployment: Annotated[
         str,
@@ -77,7 +112,7 @@ def retrain(
     """
     if report:
         check_writable(report, "--report")
-    servers_up(prefect_only=True)
+    servers_up(only=["prefect"])
     with loading():
         from flows.deployments import follow, start_retraining
 
@@ -114,7 +149,7 @@ def notify_data(
     dataset: Annotated[str, typer.Argument(help="Name of the dataset, as in the deployments' triggers.")],
 ) -> None:
     """Say that there are new data: deployments with a trigger for it start."""
-    servers_up(prefect_only=True)
+    servers_up(only=["prefect"])
     with loading():
         from flows.deployments import data_changed
 

@@ -75,13 +75,16 @@ class ObjectStore:
         self._conditions_proven = False
 
     @classmethod
-    def connect(cls, bucket: str, *, create: bool = True) -> "ObjectStore":
+    def connect(cls, bucket: str, *, create: bool = True, timeout: float | None = None) -> "ObjectStore":
         """Open a bucket, and create it if it is not there and `create` is true.
+
+        Args:
+            timeout: seconds that an answer may take, retries included; None for as long as a large file needs.
 
         Raises:
             UsageError: not a valid bucket name or endpoint address.
         """
-        store = cls(open_client(), bucket)
+        store = cls(open_client(timeout), bucket)
         with translated(store._where()):
             try:
                 store._client.head_bucket(Bucket=bucket)
@@ -92,6 +95,11 @@ class ObjectStore:
                     raise ServiceError(f"{store._where()}: no such bucket") from error
                 store._create_bucket()
         return store
+
+    @property
+    def endpoint_url(self) -> str:
+        """Address of the store."""
+        return str(self._client.meta.endpoint_url)
 
     def uri(self, key: str) -> str:
         """`s3://bucket/key`."""

@@ -38,11 +38,14 @@ class ObjectMissing(ServiceError):
     """There is no object under that key."""
 
 
-def open_client() -> Any:
+def open_client(timeout: float | None = None) -> Any:
     """A boto3 client for the store that the standard variables name.
 
     It is configured for what every S3-compatible store understands: checksums only where we ask for them,
     since newer kinds are refused by some; keys in the path, since a local server has no host name a bucket.
+
+    Args:
+        timeout: seconds that an answer may take, two tries together; None for as long as a large file needs.
 
     Raises:
         UsageError: the endpoint's address cannot be used.
@@ -50,11 +53,11 @@ def open_client() -> Any:
     config = Config(
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        retries={"mode": "standard", "total_max_attempts": TRIES},
+        retries={"mode": "standard", "total_max_attempts": TRIES if timeout is None else 2},
         s3={"addressing_style": "path"},
         max_pool_connections=4 * CONCURRENCY,
-        connect_timeout=5,
-        read_timeout=60,
+        connect_timeout=5 if timeout is None else timeout / 2,
+        read_timeout=60 if timeout is None else timeout / 2,
     )
     try:
         with translated("object storage"):

@@ -54,6 +54,12 @@ class Settings(BaseSettings):
     mirror: str | None = None
     """CONVOY_MIRROR: a folder or an address that is asked for data set files before the official mirrors."""
 
+    address: str | None = None
+    """CONVOY_ADDRESS: where other nodes reach this one. Unset: the address that it reaches the storage from."""
+
+    slots: int | None = Field(None, ge=1)
+    """CONVOY_SLOTS: ranks that this machine runs, as one node of several. Unset: one a GPU, or one a core."""
+
     s3_port: Port | None = None
     """CONVOY_S3_PORT: port of the object store. Unset: the last one used, or 8333, or a free one."""
 

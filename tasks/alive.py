@@ -21,7 +21,8 @@ PATIENCE = 10.0  # seconds that whoever looks after a dead run may hold its lock
 POLL = 0.1
 SILENCE = 3600.0  # seconds without a sign of life, where there is no lock; evaluation and gates write none
 
-PROGRAMS = ("tasks.supervisor", "tasks.rank")
+OWNERS = ("tasks.supervisor", "tasks.nodes.agent")  # of ranks
+PROGRAMS = (*OWNERS, "tasks.rank")
 
 Life = Literal["alive", "dead", "unknown"]
 
@@ -76,7 +77,7 @@ def life(run_id: str, flow_run: str, started: datetime | None) -> Life:
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Supervisors and ranks at work in a job's folder, or, given the folder of all jobs, in any of them."""
+    """Supervisors, agents and ranks at work in a job's folder, or, given the folder of all jobs, in any of them."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -101,7 +102,7 @@ def orphaned(process: psutil.Process) -> bool:
         # Whoever adopts orphans here need not be process 1.
         killed = left_behind(Path(command[-1]) / "lock") is not None
         return killed or not parents or parents[0].pid == 1
-    return not any(_program(_command(parent)) == "tasks.supervisor" for parent in parents)
+    return not any(_program(_command(parent)) in OWNERS for parent in parents)
 
 
 def _command(process: psutil.Process) -> list[str]:

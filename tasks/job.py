@@ -16,7 +16,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from cnn.config import TrainConfig
-from tasks.config import CheckpointConfig
+from tasks.config import CheckpointConfig, Launcher, NodesConfig
+
+Status = Literal["finished", "interrupted", "failed", "crashed"]
 
 KILLED = re.compile(r"rank +: (\d+) .*\n *exitcode +: -\d+ \(pid: \d+\) +\((?!SIGTERM)(SIG\w+)\)")
 """How torchrun says that a rank ended by a signal; SIGTERM is what it then sends to the others."""
@@ -33,6 +35,10 @@ class Job(_Record):
     config: TrainConfig
     dataset_version: str
     world_size: int
+    """Of a training on this machine; on several nodes, the largest there may be."""
+
+    launcher: Launcher = "local"
+    nodes: NodesConfig = NodesConfig()
     manifest_digest: str
     checkpoints: CheckpointConfig
     restarts: int
@@ -50,11 +56,14 @@ class Event(_Record):
     warning: str | None = None
     """Something that people should know of, in one line."""
 
+    note: str | None = None
+    """What happens now, in one line."""
+
 
 class Outcome(_Record):
     """How a training ended. `exit_status` and `error` are those that the command line should end with."""
 
-    status: Literal["finished", "interrupted", "failed", "crashed"]
+    status: Status
     """`interrupted`: the ranks agreed to stop, and stored a checkpoint. `crashed`: by an error that nobody foresaw;
     perhaps only because another rank was gone."""
 
@@ -63,6 +72,9 @@ class Outcome(_Record):
     weights_key: str = ""
     weights_sha256: str = ""
     steps: int = 0
+    world_size: int = 0
+    """Of the last start of the ranks."""
+
     train_seconds: float = 0.0
     images_per_second: float = 0.0
     val_accuracy: float = 0.0

@@ -1,9 +1,9 @@
 """The program that every rank of a training runs; torchrun starts it (see tasks/supervisor.py).
 
-    python -m torch.distributed.run ... -m tasks.rank FOLDER MEETING
+    python -m torch.distributed.run ... -m tasks.rank FOLDER [MEETING]
 
-FOLDER holds the job (tasks/job.py); MEETING is a path where the ranks of this start find each other. The training goes
-on from its newest checkpoint, if it has one.
+FOLDER holds the job (tasks/job.py); MEETING is a path where the ranks of this start find each other, if they are all on
+this machine; else they meet at torchrun's own store. The training goes on from its newest checkpoint, if it has one.
 """
 
 import os
@@ -211,7 +211,7 @@ def main() -> int:
     folder = JobFolder(Path(sys.argv[1]))
     job = folder.read_job()
     try:
-        train(job, folder, Path(sys.argv[2]), stop)
+        train(job, folder, _meeting(sys.argv[2:]), stop)
     except Exception as error:
         if status := getattr(error, "exit_status", None):
             folder.write_outcome(Outcome(status="failed", error=str(error), exit_status=status))
@@ -221,7 +221,7 @@ def main() -> int:
     return 0
 
 
-def train(job: Job, folder: JobFolder, meeting: Path, stop: StopSignal) -> None:
+def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSignal) -> None:
     """Train to the end, or until the ranks agree to stop; rank 0 stores the weights and leaves the outcome."""
     settings = Settings()
     store = ObjectStore.connect(settings.bucket, create=False)
@@ -231,7 +231,7 @@ def train(job: Job, folder: JobFolder, meeting: Path, stop: StopSignal) -> None:
 
     weights = job.config.pretrained_sha256
     make_deterministic()
-    with process_group(dist.FileStore(str(meeting), job.world_size)) as (device, exchange):
+    with process_group(meeting) as (device, exchange):
         first = RankZero(job, folder, store) if exchange.rank == 0 else None
         state = first.resume() if first else None
         trainer = Trainer(
@@ -257,6 +257,7 @@ def train(job: Job, folder: JobFolder, meeting: Path, stop: StopSignal) -> None:
         outcome = Outcome(
             status="finished" if finished else "interrupted",
             steps=trainer.step,
+            world_size=exchange.world_size,
             train_seconds=first.train_seconds,
             images_per_second=first.images_per_second,
         )
@@ -268,6 +269,10 @@ def train(job: Job, folder: JobFolder, meeting: Path, stop: StopSignal) -> None:
         if finished:
             outcome = commit_weights(store, job, trainer.weights(), folder.weights, outcome)
         folder.write_outcome(outcome)
+
+
+def _meeting(arguments: list[str]) -> dist.Store | None:
+    return dist.FileStore(arguments[0], int(os.environ["WORLD_SIZE"])) if arguments else None
 
 
 if __name__ == "__main__":

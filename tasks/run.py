@@ -5,22 +5,16 @@ runs/<run>/run.json in the bucket holds what a resumed run needs to know.
 
 import contextlib
 import hashlib
-import platform
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.utilities.urls import url_for
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-import cnn
-from cnn.codedigest import code_digest
-from cnn.distributed import THREADS_PER_RANK, local_device
 from cnn.manifest import canonical_json
 from cnn.trainer import check_fits
 from infra import tracking
@@ -33,6 +27,7 @@ from tasks.cancel import Cancelled
 from tasks.checkpoints import checkpoint_prefix
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, is_whole, load_manifest
+from tasks.platform import Platform, this_platform
 
 MANIFEST_DIGEST, FLOW_RUN = "convoy.manifest_digest", "prefect.flow_run_id"
 
@@ -43,25 +38,11 @@ class Interrupted(RuntimeError):
     exit_status = 75
 
 
-class RunManifest(BaseModel):
+class RunManifest(Platform):
     """What the weights are a function of. Its digest names the training; equal digests promise equal weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    code_digest: str
-    """Of `cnn`, without comments and formatting."""
 
     dataset_version: str
     config: dict[str, Any]
-    lock_sha256: str | None
-    torch: str
-    device: str
-    """`cpu` or `cuda`."""
-
-    instruction_set: str
-    """Of the CPU or GPU: other instructions round differently."""
-
-    threads_per_rank: int
 
     @property
     def digest(self) -> str:
@@ -194,17 +175,10 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
 
 def run_manifest(config: RunConfig, dataset: DatasetRef, code: Provenance) -> RunManifest:
     """The manifest of a training on this machine's kind of device."""
-    device = local_device().type
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return RunManifest(
-        code_digest=code_digest(sorted(Path(cnn.__path__[0]).rglob("*.py"))),
+        **this_platform(code).model_dump(),
         dataset_version=dataset.version,
         config=config.training().model_dump(mode="json", exclude={"pretrained"}),  # its digest says what it was
-        lock_sha256=code.lock_sha256,
-        torch=torch.__version__,
-        device=device,
-        instruction_set=gpu or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        threads_per_rank=THREADS_PER_RANK,
     )
 
 

@@ -14,15 +14,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+from tasks.config import Launcher
 from tasks.job import Event, JobFolder
-from tasks.lifeline import SUPERVISOR_PID, adopt_orphans, die_with_parent, end_descendants
+from tasks.lifeline import adopt_orphans, die_with_parent, end_descendants
+from tasks.torchrun import start_torchrun
 
 PATIENCE = 25.0  # seconds that ranks have to end by themselves: time for a last checkpoint
 POLL = 0.2  # seconds
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-"""The C library is to keep freed memory: else each step gives its largest blocks back, and page faults fetch them."""
 
 
 def main() -> int:
@@ -30,18 +31,18 @@ def main() -> int:
     adopt_orphans()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        return supervise(folder)
+        return LAUNCHERS[folder.read_job().launcher](folder)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         end_descendants(PATIENCE)
 
 
-def supervise(folder: JobFolder) -> int:
+def run_here(folder: JobFolder) -> int:
     """Start the ranks, and again after a crash, from their last checkpoint, until they say how it ended."""
     restarts_left = folder.read_job().restarts
     while True:
         step = folder.last_step()
-        status = run_ranks(folder)
+        status = _start_ranks(folder)
         outcome = folder.read_outcome()
         if status is None or (outcome and outcome.status != "crashed"):
             return status or 0
@@ -56,50 +57,57 @@ def supervise(folder: JobFolder) -> int:
         folder.start_again()
 
 
-def run_ranks(folder: JobFolder) -> int | None:
-    """One start of torchrun; its exit status, or None if the task has ended, or wants us to end."""
-    with tempfile.TemporaryDirectory(prefix="convoy-") as meeting, folder.log.open("wb") as log:
-        torchrun = start_torchrun(folder, Path(meeting), log.fileno())
-        while torchrun.poll() is None:
-            readable, _, _ = select.select([sys.stdin], [], [], POLL)
-            if readable and not os.read(sys.stdin.fileno(), 1):
-                end_descendants(PATIENCE)  # now, while the ranks' meeting place is still there
-                return None
-        return torchrun.returncode
-
-
-def start_torchrun(folder: JobFolder, meeting: Path, log: int) -> subprocess.Popen[bytes]:
-    """Start torchrun with one rank a device on this machine.
+def _start_ranks(folder: JobFolder) -> int | None:
+    """One start of torchrun; its exit status, or None if the task has ended, or wants us to end.
 
     The processes meet in files and talk over the loopback interface: torchrun's usual TCP store would listen on
     every interface of the machine, without credentials.
     """
     job = folder.read_job()
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += ["--nnodes", "1", "--nproc-per-node", str(job.world_size), "--max-restarts", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--rdzv-endpoint", str(meeting / "agents")]
-    command += ["--rdzv-id", job.run_id, "--local-addr", "127.0.0.1"]
-    command += ["-m", "tasks.rank", str(folder.path), str(meeting / "ranks")]
-    environment = (
-        KEEP_MEMORY
-        | os.environ
-        | {
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "NCCL_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-            SUPERVISOR_PID: str(os.getpid()),
-        }
-    )
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=die_with_parent,
-    )
+    with tempfile.TemporaryDirectory(prefix="convoy-") as temporary, folder.log.open("wb") as log:
+        meeting = ["--nnodes", "1", "--rdzv-id", job.run_id, "--local-addr", "127.0.0.1", "--rdzv-backend", "c10d"]
+        meeting += ["--rdzv-conf", "store_type=file", "--rdzv-endpoint", f"{temporary}/agents"]
+        torchrun = start_torchrun(
+            folder.path,
+            ranks=job.world_size,
+            meeting=meeting,
+            rank_arguments=[f"{temporary}/ranks"],
+            interface="lo",
+            log=log.fileno(),
+        )
+        while torchrun.poll() is None:
+            if _task_wants_end(POLL):
+                end_descendants(PATIENCE)  # now, while the ranks' meeting place is still there
+                return None
+        return torchrun.returncode
+
+
+def run_on_nodes(folder: JobFolder) -> int:
+    """Have nodes train that join, and this machine, if it is to be one of them."""
+    from tasks.nodes.coordinator import Coordinator  # which loads boto3
+
+    job = folder.read_job()
+    if job.nodes.here:
+        with (folder.path / "agent.log").open("wb") as log:
+            subprocess.Popen(
+                [sys.executable, "-m", "tasks.nodes.agent", job.run_id],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=die_with_parent,
+            )
+    Coordinator(folder).run(lambda: _task_wants_end(0.0))
+    return 0
+
+
+def _task_wants_end(seconds: float) -> bool:
+    """Whether standard input is closed, looking for so long."""
+    readable, _, _ = select.select([sys.stdin], [], [], seconds)
+    return bool(readable) and not os.read(sys.stdin.fileno(), 1)
+
+
+LAUNCHERS: dict[Launcher, Callable[[JobFolder], int]] = {"local": run_here, "nodes": run_on_nodes}
+"""How the ranks of a job are brought to its end, until its outcome is in the folder; returns an exit status."""
 
 
 if __name__ == "__main__":

@@ -66,42 +66,56 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
         Cancelled: the flow run was cancelled; a checkpoint is stored, and no rank is left.
         Interrupted: a rank was asked to stop; likewise.
     """
-    devices, lanes = device_count(), config.lanes
-    world_size = config.ranks or default_world_size(lanes, devices)
     folder = JobFolder(Settings().runs / run.run_id)
     store = ObjectStore.connect(Settings().bucket, create=False)
     outcome = finished_outcome(store, run.run_id)
     if outcome:
         run_logger().info("training of run %s has finished before", run.run_id)
         store.get_file(outcome.weights_key, folder.weights)
-        return _publish(run, world_size, outcome, folder)
-    if (idle := devices - world_size) > 0:
-        run_logger().warning("%d of %d devices stay idle: %d ranks share %d lanes", idle, devices, world_size, lanes)
+        return _publish(run, outcome, folder)
+    world_size = _world_size(config)
     folder.write_job(
         Job(
             run_id=run.run_id,
             config=config.training(),
             dataset_version=dataset.version,
             world_size=world_size,
+            launcher=config.launcher,
+            nodes=config.nodes,
             manifest_digest=run.manifest_digest,
             checkpoints=config.checkpoints,
             restarts=config.restarts,
         )
     )
     total = float(config.epochs)
-    with progress(f"Training on {world_size} ranks", total, unit="epochs", artifact="training") as advance:
+    where = f"{world_size} ranks" if config.launcher == "local" else f"up to {world_size} ranks of several nodes"
+    with progress(f"Training on {where}", total, unit="epochs", artifact="training") as advance:
         outcome = _run(folder, _Display(advance, config.epochs))
-    return _publish(run, world_size, outcome, folder)
+    if not folder.weights.exists():  # the first rank was elsewhere
+        store.get_file(outcome.weights_key, folder.weights)
+    return _publish(run, outcome, folder)
 
 
-def _publish(run: TrackedRun, world_size: int, outcome: Outcome, folder: JobFolder) -> TrainResult:
+def _world_size(config: RunConfig) -> int:
+    """Ranks to train with: on this machine exactly so many, on several nodes at most."""
+    if config.launcher != "local":
+        return config.ranks or config.lanes
+    devices = device_count()
+    world_size = config.ranks or default_world_size(config.lanes, devices)
+    if (idle := devices - world_size) > 0:
+        run_logger().warning(
+            "%d of %d devices stay idle: %d ranks share %d lanes", idle, devices, world_size, config.lanes
+        )
+    return world_size
+
+
+def _publish(run: TrackedRun, outcome: Outcome, folder: JobFolder) -> TrainResult:
     """Have the weights in the MLflow run; done again after a crash in between."""
     tracking.log_file(run.run_id, folder.weights, "weights")
-    tags = {"convoy.weights_sha256": outcome.weights_sha256, "convoy.world_size": str(world_size)}
+    tags = {"convoy.weights_sha256": outcome.weights_sha256, "convoy.world_size": str(outcome.world_size)}
     tracking.set_tags(run.run_id, tags)
     return TrainResult(
         run_id=run.run_id,
-        world_size=world_size,
         **outcome.model_dump(exclude={"status", "error", "exit_status"}),
     )
 
@@ -137,7 +151,8 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
     if outcome and outcome.status == "finished":
         return outcome
     if outcome and outcome.status == "interrupted":
-        raise Interrupted(f"interrupted at step {outcome.steps}; `convoy resume {folder.path.name}` goes on")
+        reason = outcome.error or "interrupted"
+        raise Interrupted(f"{reason} at step {outcome.steps}; `convoy resume {folder.path.name}` goes on")
     killed = folder.killed()
     if outcome is None or (outcome.status == "crashed" and killed):
         raise TrainingFailed(f"the ranks died (see {folder.log}): {killed or folder.log_end()}", exit_status=1)
@@ -154,6 +169,8 @@ class _Display:
     def __call__(self, event: Event) -> None:
         if event.warning:
             run_logger().warning("%s", event.warning)
+        if event.note:
+            run_logger().info("%s", event.note)
         if not event.step:
             return
         self._parts["epoch"] = f"epoch {event.epoch}/{self._epochs}"
