@@ -123,13 +123,17 @@ def train(
 def resume(
     run: Annotated[str, typer.Argument(metavar="RUN", help="MLflow run id; `convoy runs` lists them.")],
     ranks: RanksOption = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a key that is no part of the result."),
+    ] = None,
     summary: SummaryOption = None,
 ) -> None:
     """Go on with a training that was interrupted, from its last checkpoint.
 
-    The number of ranks may differ: the weights are those that the undisturbed training would have had.
+    Where its ranks run, and how many, may differ: the weights are those that the undisturbed training would have had.
 
-    [dim]convoy resume $(convoy runs --last --id) --ranks 1[/]
+    [dim]convoy resume $(convoy runs --last --id) --ranks 1 --set launcher=local[/]
     """
 
     def go_on() -> Summary:
@@ -137,8 +141,7 @@ def resume(
         with loading():
             from tasks.run import check_resumable
         config = check_resumable(run)
-        if ranks is not None:
-            config = load_config(None, options=config.model_dump(exclude_unset=True) | {"ranks": ranks})
+        config = load_config(None, settings or (), {"ranks": ranks}, base=config.model_dump(exclude_unset=True))
         return _train(config, [], resume=run)
 
     _summarised(go_on, summary)
