@@ -27,6 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 from cnn.worldsize import check_world_size
 
 
+SPLIT_BYTES = 1 << 16
+"""A smaller tensor is summed whole: then the number of messages counts, not their size. No part of the result."""
+
+
 class PartialSums:
     """The lower levels of the tree: adds equally shaped lists of tensors, pushed in lane order, two by two."""
 
@@ -58,7 +62,12 @@ class PartialSums:
 
 
 class Exchange:
-    """The upper levels of the tree: sums tensors over the ranks in pairs, in log2(world size) rounds.
+    """The upper levels of the tree: sums tensors over the ranks in pairs.
+
+    A small tensor is swapped whole, in log2(world size) rounds. Of a large one each rank adds up a part: in each round
+    the two of a pair keep half of what both hold, and afterwards the parts are handed round the same way back (recursive
+    halving and doubling: Thakur, Rabenseifner and Gropp, 2005). So a rank of W sends 2·(W-1)/W times the tensor rather
+    than log2(W) times, and each element is still added over the same tree.
 
     On a CPU one thread issues every exchange, in the order in which they were handed over, so that ranks never
     disagree about which comes next and the exchange overlaps what is computed meanwhile. (Chaining the rounds as
@@ -105,19 +114,36 @@ class Exchange:
                 future.set_exception(error)  # type: ignore[arg-type]
 
     def _sum(self, tensor: Tensor) -> Tensor:
+        """Sum a vector over all ranks, in place."""
         theirs = torch.empty_like(tensor)
-        distance = 1
-        while distance < self.world_size:
-            peer = self.rank ^ distance
-            swap = [
-                dist.P2POp(dist.isend, tensor, group=self._group, group_peer=peer),
-                dist.P2POp(dist.irecv, theirs, group=self._group, group_peer=peer),
-            ]
-            for request in dist.batch_isend_irecv(swap):
-                request.wait()
-            tensor.add_(theirs)
-            distance *= 2
+        distances = [1 << level for level in range((self.world_size - 1).bit_length())]
+        if len(distances) < 2 or tensor.numel() * tensor.element_size() < SPLIT_BYTES:
+            for distance in distances:
+                self._swap(tensor, theirs, distance)
+                tensor.add_(theirs)
+            return tensor
+        mine, theirs_before = slice(0, tensor.numel()), []
+        for distance in distances:
+            middle = (mine.start + mine.stop) // 2
+            halves = slice(mine.start, middle), slice(middle, mine.stop)
+            mine, given = halves if not self.rank & distance else halves[::-1]
+            self._swap(tensor[given], theirs[mine], distance)
+            tensor[mine].add_(theirs[mine])
+            theirs_before.append(given)
+        for distance, given in zip(reversed(distances), reversed(theirs_before), strict=True):
+            self._swap(tensor[mine], tensor[given], distance)
+            mine = slice(min(mine.start, given.start), max(mine.stop, given.stop))
         return tensor
+
+    def _swap(self, ours: Tensor, theirs: Tensor, distance: int) -> None:
+        """Send `ours` to the rank at this distance, and receive what it sends into `theirs`."""
+        peer = self.rank ^ distance
+        swap = [
+            dist.P2POp(dist.isend, ours, group=self._group, group_peer=peer),
+            dist.P2POp(dist.irecv, theirs, group=self._group, group_peer=peer),
+        ]
+        for request in dist.batch_isend_irecv(swap):
+            request.wait()
 
 
 class LaneParallel:

@@ -111,7 +111,8 @@ def hosts(stack: object, settings: Settings, tmp_path: Path) -> Iterator[Callabl
 
 def where(training: Training) -> list[str]:
     """Which nodes each generation had: the lines of the coordinator."""
-    text = (training.folder / "events.jsonl").read_text()
+    events = training.folder / "events.jsonl"
+    text = events.read_text() if events.exists() else ""
     return re.findall(r'"note":"(\d+ ranks: [^"]*)"', text)
 
 
