@@ -219,12 +219,19 @@ class ObjectStore:
             self._client.delete_object(Bucket=self.bucket, Key=key)
 
     def uploads(self) -> Iterator[Upload]:
-        """Every multipart upload under way, or left behind by a process that was killed: its parts take room."""
+        """Every multipart upload under way, or left behind by a process that was killed: its parts take room.
+
+        None in a store that cannot list them: there, expiring them is for the bucket's own rules.
+        """
         pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket)
         with translated(self._where()):
-            for page in pages:
-                for item in page.get("Uploads", ()):
-                    yield Upload(key=item["Key"], id=item["UploadId"], begun=item["Initiated"])
+            try:
+                for page in pages:
+                    for item in page.get("Uploads", ()):
+                        yield Upload(key=item["Key"], id=item["UploadId"], begun=item["Initiated"])
+            except ClientError as error:
+                if error_code(error) not in {"501", "NotImplemented"}:
+                    raise
 
     def abort_upload(self, upload: Upload) -> None:
         """Remove the parts of an upload; nothing happens if it has ended."""

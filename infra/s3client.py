@@ -19,6 +19,7 @@ from botocore.exceptions import (
 )
 
 from infra.errors import Outage, ServiceError, UsageError
+from infra.settings import Settings
 
 REFUSED = {
     "403": "access denied",
@@ -38,11 +39,15 @@ class ObjectMissing(ServiceError):
     """There is no object under that key."""
 
 
-def open_client() -> Any:
+def open_client(addressing: str | None = None, tries: int = TRIES) -> Any:
     """A boto3 client for the store that the standard variables name.
 
     It is configured for what every S3-compatible store understands: checksums only where we ask for them,
-    since newer kinds are refused by some; keys in the path, since a local server has no host name a bucket.
+    since newer kinds are refused by some; the bucket in the path, since a local server has no host name a bucket.
+
+    Args:
+        addressing: another style than that of CONVOY_S3_ADDRESSING.
+        tries: of each request.
 
     Raises:
         UsageError: the endpoint's address cannot be used.
@@ -50,8 +55,8 @@ def open_client() -> Any:
     config = Config(
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        retries={"mode": "standard", "total_max_attempts": TRIES},
-        s3={"addressing_style": "path"},
+        retries={"mode": "standard", "total_max_attempts": tries},
+        s3={"addressing_style": addressing or Settings().s3_addressing},
         max_pool_connections=4 * CONCURRENCY,
         connect_timeout=5,
         read_timeout=60,
