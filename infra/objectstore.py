@@ -25,6 +25,7 @@ from infra.s3client import CONCURRENCY, TRIES, ObjectMissing, error_code, open_c
 __all__ = ["ObjectInfo", "ObjectMissing", "ObjectStore", "Upload"]
 
 PART = 64 << 20  # bytes; larger files go up and come down in parts of this size, several at a time
+UNSAFE = ", so commits are not safe; use a store with conditional writes, see `convoy doctor`"
 SHA256 = "sha256"  # name of the object's metadata entry
 
 
@@ -137,15 +138,12 @@ class ObjectStore:
         asking again.
 
         Raises:
-            ServiceError: also when the store does not honour `If-None-Match`.
+            ServiceError: also when the store refuses or ignores `If-None-Match`.
         """
         created = self._put_if_absent(key, data)
         if created and not self._conditions_proven:
             if self._put_if_absent(key, data):
-                raise ServiceError(
-                    f"{self._where(key)}: this store ignores If-None-Match, so commits are not safe; "
-                    "use a store with conditional writes"
-                )
+                raise ServiceError(f"{self._where(key)}: this store ignores If-None-Match{UNSAFE}")
             self._conditions_proven = True
         return created
 
@@ -256,6 +254,8 @@ class ObjectStore:
                     return True
                 except ClientError as error:
                     code = error_code(error)
+                    if code in {"501", "NotImplemented"}:
+                        raise ServiceError(f"{self._where(key)}: this store refuses If-None-Match{UNSAFE}") from error
                     if code in {"412", "PreconditionFailed"}:
                         resent = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                         return resent and self.get_bytes(key) == data
