@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train test lint up down bench lock
+.PHONY: setup train test lint up down bench lock team-secrets
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +37,10 @@ up: setup
 
 down: setup
 	$(BIN)/convoy down
+
+# Random passwords for infra/compose.yaml; refuses if there are some.
+team-secrets:
+	@$(PYTHON) infra/teamsecrets.py
 
 bench: setup .venv/bench-ready
 	$(BIN)/python -m tests.bench $(ARGS)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows import models, notify, service, upkeep, usage
-from flows.console import exit_status, loading, one_line, print_pairs, say, servers_up
+from flows.console import exit_status, foreseen, loading, one_line, print_pairs, say, servers_up
 from flows.summary import Summary, check_writable, write_summary
 from infra.settings import Settings
 from tasks.config import RunConfig, load_config, recipes
@@ -258,7 +258,8 @@ def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | No
     result = Summary(status="failed", dataset=dataset)
     try:
         result = run()
-    except BaseException as error:
+    except BaseException as raised:
+        error = foreseen(raised)
         status = exit_status(error)
         kind = "interrupted" if status in (INTERRUPTED, CTRL_C) else "failed"
         result = result.model_copy(update={"status": kind, "error": one_line(error), "exit_status": status})
@@ -313,7 +314,8 @@ def main() -> None:
     """Entry point. An error that we foresaw is one line; a traceback means a bug."""
     try:
         app()
-    except (Interrupted, Terminated, Exception) as error:
+    except (Interrupted, Terminated, Exception) as raised:
+        error = foreseen(raised)
         if not hasattr(error, "exit_status"):
             raise
         say(f"convoy: {one_line(error)}", error=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from infra.errors import ServiceError
 from infra.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,6 +44,20 @@ def print_pairs(lines: Mapping[str, str]) -> None:
 def say(line: str, *, error: bool = False) -> None:
     """Print a line as it is, whole; an error goes to standard error."""
     Console(stderr=error, soft_wrap=True, highlight=False, markup=False).print(line)
+
+
+def foreseen(error: BaseException) -> BaseException:
+    """The error itself; or one line of ours, if it is Prefect's that it does not let us in."""
+    from httpx import HTTPStatusError
+
+    if isinstance(error, HTTPStatusError) and error.response.status_code in (401, 403):
+        # Only Prefect's client lets these through: those of the other servers are translated where they are asked.
+        asked = error.request.url
+        return ServiceError(
+            f"Prefect at {asked.scheme}://{asked.netloc.decode()} does not let you in "
+            f"({error.response.status_code}): check PREFECT_API_AUTH_STRING, or PREFECT_API_KEY for Prefect Cloud"
+        )
+    return error
 
 
 def exit_status(error: BaseException) -> int:

@@ -201,4 +201,6 @@ def cancel(run: str) -> str:
 
 def data_changed(dataset: str) -> None:
     """Emit the event that deployments' triggers wait for."""
+    with get_client(sync_client=True) as client:
+        client.hello()  # events are sent in the background, where nobody would hear that they were refused
     emit_event(event=DATA_CHANGED, resource={"prefect.resource.id": f"convoy.dataset.{dataset}"})

@@ -5,9 +5,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from flows.console import loading, say, servers_up
+from infra.settings import Settings
 from tasks.retention import RetentionConfig, load_retention
 
 SetOption = Annotated[
@@ -52,13 +54,25 @@ def doctor(
 ) -> None:
     """Find what killed processes have left behind: runs that only seem to run, processes, half-written data.
 
-    Exit status 0 if there is nothing, or all was settled; else 1.
+    First it tries what the object store honours of S3, on small objects that it removes, and says what Convoy does
+    without.
+
+    Exit status 0 if the store has what is needed, and nothing was left behind or all was settled; else 1.
 
     [dim]convoy doctor --fix[/]
     """
     servers_up()
     with loading():
+        from infra.probe import probe
         from tasks.doctor import find_orphans, settle
+
+    capabilities = probe(Settings().bucket)
+    table = Table("object storage", "", "without it, Convoy", box=None)
+    for each in capabilities:
+        word = "honoured" if each.honoured else f"{'[red]missing[/]' if each.needed else 'no'}: {escape(each.answer)}"
+        table.add_row(each.name, word, each.without if not each.honoured else "")
+    Console(width=160).print(table)
+    lacking = [each.name for each in capabilities if each.needed and not each.honoured]
 
     found = find_orphans()
     settled = {(each.kind, each.what) for each in settle(found)} if fix else set()
@@ -70,4 +84,7 @@ def doctor(
         say("Nothing was left behind.")
     if left:
         say(f"{left} to settle: {'see above' if fix else '`convoy doctor --fix` does'}", error=True)
+    if lacking:
+        say(f"convoy: this object store cannot be used: it lacks {', '.join(lacking)}", error=True)
+    if left or lacking:
         raise typer.Exit(1)

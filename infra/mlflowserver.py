@@ -21,6 +21,7 @@ CLIENT_DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # what takes long has ours
 }
+NOT_LET_IN = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")  # what MLflow calls 401 and 403
 
 
 @contextmanager
@@ -35,6 +36,11 @@ def mlflow_client(action: str) -> Iterator[mlflow.MlflowClient]:
     try:
         yield mlflow.MlflowClient()
     except (MlflowException, RequestException) as error:
+        if getattr(error, "error_code", None) in NOT_LET_IN:
+            raise ServiceError(
+                f"MLflow at {tracking_uri()} does not let you {action}: check MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, and what that user may do"
+            ) from error
         refused = isinstance(error, RestException)
         what, kind = ("refused", ServiceError) if refused else ("failed", Outage)
         raise kind(f"MLflow at {tracking_uri()} {what} to {action}: {first_line(error)}") from error

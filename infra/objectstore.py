@@ -25,6 +25,7 @@ from infra.s3client import CONCURRENCY, TRIES, ObjectMissing, error_code, open_c
 __all__ = ["ObjectInfo", "ObjectMissing", "ObjectStore", "Upload"]
 
 PART = 64 << 20  # bytes; larger files go up and come down in parts of this size, several at a time
+UNSAFE = ", so commits are not safe; use a store with conditional writes, see `convoy doctor`"
 SHA256 = "sha256"  # name of the object's metadata entry
 
 
@@ -84,7 +85,7 @@ class ObjectStore:
         Raises:
             UsageError: not a valid bucket name or endpoint address.
         """
-        store = cls(open_client(timeout), bucket)
+        store = cls(open_client(timeout=timeout), bucket)
         with translated(store._where()):
             try:
                 store._client.head_bucket(Bucket=bucket)
@@ -145,15 +146,12 @@ class ObjectStore:
         asking again.
 
         Raises:
-            ServiceError: also when the store does not honour `If-None-Match`.
+            ServiceError: also when the store refuses or ignores `If-None-Match`.
         """
         created = self._put_if_absent(key, data)
         if created and not self._conditions_proven:
             if self._put_if_absent(key, data):
-                raise ServiceError(
-                    f"{self._where(key)}: this store ignores If-None-Match, so commits are not safe; "
-                    "use a store with conditional writes"
-                )
+                raise ServiceError(f"{self._where(key)}: this store ignores If-None-Match{UNSAFE}")
             self._conditions_proven = True
         return created
 
@@ -227,12 +225,19 @@ class ObjectStore:
             self._client.delete_object(Bucket=self.bucket, Key=key)
 
     def uploads(self) -> Iterator[Upload]:
-        """Every multipart upload under way, or left behind by a process that was killed: its parts take room."""
+        """Every multipart upload under way, or left behind by a process that was killed: its parts take room.
+
+        None in a store that cannot list them: there, expiring them is for the bucket's own rules.
+        """
         pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket)
         with translated(self._where()):
-            for page in pages:
-                for item in page.get("Uploads", ()):
-                    yield Upload(key=item["Key"], id=item["UploadId"], begun=item["Initiated"])
+            try:
+                for page in pages:
+                    for item in page.get("Uploads", ()):
+                        yield Upload(key=item["Key"], id=item["UploadId"], begun=item["Initiated"])
+            except ClientError as error:
+                if error_code(error) not in {"501", "NotImplemented"}:
+                    raise
 
     def abort_upload(self, upload: Upload) -> None:
         """Remove the parts of an upload; nothing happens if it has ended."""
@@ -257,6 +262,8 @@ class ObjectStore:
                     return True
                 except ClientError as error:
                     code = error_code(error)
+                    if code in {"501", "NotImplemented"}:
+                        raise ServiceError(f"{self._where(key)}: this store refuses If-None-Match{UNSAFE}") from error
                     if code in {"412", "PreconditionFailed"}:
                         resent = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                         return resent and self.get_bytes(key) == data

@@ -19,6 +19,7 @@ from botocore.exceptions import (
 )
 
 from infra.errors import Outage, ServiceError, UsageError
+from infra.settings import Settings
 
 REFUSED = {
     "403": "access denied",
@@ -38,14 +39,16 @@ class ObjectMissing(ServiceError):
     """There is no object under that key."""
 
 
-def open_client(timeout: float | None = None) -> Any:
+def open_client(addressing: str | None = None, tries: int = TRIES, timeout: float | None = None) -> Any:
     """A boto3 client for the store that the standard variables name.
 
     It is configured for what every S3-compatible store understands: checksums only where we ask for them,
-    since newer kinds are refused by some; keys in the path, since a local server has no host name a bucket.
+    since newer kinds are refused by some; the bucket in the path, since a local server has no host name a bucket.
 
     Args:
-        timeout: seconds that an answer may take, two tries together; None for as long as a large file needs.
+        addressing: another style than that of CONVOY_S3_ADDRESSING.
+        tries: of each request.
+        timeout: seconds that an answer may take, at most two tries together; None for as long as a large file needs.
 
     Raises:
         UsageError: the endpoint's address cannot be used.
@@ -53,8 +56,8 @@ def open_client(timeout: float | None = None) -> Any:
     config = Config(
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        retries={"mode": "standard", "total_max_attempts": TRIES if timeout is None else 2},
-        s3={"addressing_style": "path"},
+        retries={"mode": "standard", "total_max_attempts": tries if timeout is None else min(tries, 2)},
+        s3={"addressing_style": addressing or Settings().s3_addressing},
         max_pool_connections=4 * CONCURRENCY,
         connect_timeout=5 if timeout is None else timeout / 2,
         read_timeout=60 if timeout is None else timeout / 2,

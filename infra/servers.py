@@ -104,7 +104,7 @@ def mlflow(settings: Settings, ports: Ports, s3: dict[str, str]) -> Server:
             **QUIET,
             "MLFLOW_S3_ENDPOINT_URL": settings.s3_url or f"http://{HOST}:{ports.s3}",
             **store,
-            "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": "path",
+            "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": settings.s3_addressing if settings.s3_url else "path",
             "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
             "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # some nine processes that training never uses

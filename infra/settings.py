@@ -4,7 +4,7 @@ Importing this module loads pydantic only, so that `convoy --help` stays quick.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AliasChoices, Field, ValidationError
@@ -71,6 +71,10 @@ class Settings(BaseSettings):
 
     s3_url: Address | None = Field(None, validation_alias=AliasChoices("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
     """AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL: an object store to use instead of a local one."""
+
+    s3_addressing: Literal["path", "virtual", "auto"] = "path"
+    """CONVOY_S3_ADDRESSING: where the bucket's name goes: into the path of an address, which nearly every store takes,
+    or into the host name (virtual); auto leaves it to boto3."""
 
     mlflow_uri: str | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
     """MLFLOW_TRACKING_URI: an MLflow to use instead of a local one; any form that MLflow understands."""

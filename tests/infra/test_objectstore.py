@@ -199,6 +199,24 @@ def test_a_store_that_ignores_conditions_is_found_out(store: ObjectStore) -> Non
         store.put_if_absent("commit", b"mine")
 
 
+def _not_implemented(request: AWSPreparedRequest, **_: object) -> AWSResponse:
+    body = b"<Error><Code>NotImplemented</Code><Message>A header implies what is not there</Message></Error>"
+    return AWSResponse(request.url, 501, {}, HTTPResponse(io.BytesIO(body), preload_content=False))
+
+
+def test_a_store_that_refuses_conditions_is_named(store: ObjectStore) -> None:
+    with (
+        _meddling(store, "before-send.s3.PutObject", _not_implemented),
+        pytest.raises(ServiceError, match="refuses If-None-Match"),
+    ):
+        store.put_if_absent("commit", b"mine")
+
+
+def test_a_store_that_cannot_list_uploads_has_none(store: ObjectStore) -> None:
+    with _meddling(store, "before-send.s3.ListMultipartUploads", _not_implemented):
+        assert list(store.uploads()) == []
+
+
 def test_an_answer_that_is_cut_is_read_again(store: ObjectStore) -> None:
     store.put_bytes("key", b"whole")
     cuts: list[str] = []

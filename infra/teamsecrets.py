@@ -1,0 +1,70 @@
+"""Makes the passwords of the team's services, once: `make team-secrets`. Needs nothing but Python.
+
+`infra/.env` is for Compose, which reads it by itself; `infra/.client.env` has the standard variables of those who use
+the services from this machine:
+
+    set -a; . infra/.client.env; set +a; convoy train
+
+Only their owner can read them, and nothing is printed but their names.
+"""
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+SERVICES, CLIENT = ".env", ".client.env"
+
+
+def make(folder: Path = FOLDER) -> list[Path]:
+    """Write both files into a folder and return their paths.
+
+    Raises:
+        FileExistsError: there is one already, and servers may know what is in it.
+    """
+    random = {
+        name: secrets.token_hex(24)  # no character of it means anything to a shell, to YAML or in an address
+        for name in (
+            *("POSTGRES_PASSWORD", "MLFLOW_DB_PASSWORD", "PREFECT_DB_PASSWORD"),
+            *("MLFLOW_ADMIN_PASSWORD", "MLFLOW_SECRET_KEY", "S3_SECRET_ACCESS_KEY"),
+        )
+    }
+    services = random | {
+        "S3_ACCESS_KEY_ID": "CONVOY" + secrets.token_hex(7).upper(),
+        "PREFECT_AUTH_STRING": f"convoy:{secrets.token_hex(24)}",
+    }
+    client = {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:8333",
+        "AWS_ACCESS_KEY_ID": services["S3_ACCESS_KEY_ID"],
+        "AWS_SECRET_ACCESS_KEY": services["S3_SECRET_ACCESS_KEY"],
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": services["MLFLOW_ADMIN_PASSWORD"],
+        "PREFECT_API_URL": "http://127.0.0.1:4200/api",
+        "PREFECT_API_AUTH_STRING": services["PREFECT_AUTH_STRING"],
+    }
+    files = {folder / SERVICES: services, folder / CLIENT: client}
+    if there := [path for path in files if path.exists()]:
+        raise FileExistsError(f"{there[0]} is there already: delete it only together with the services' volumes")
+    for path, variables in files.items():
+        lines = "".join(f"{name}={value}\n" for name, value in sorted(variables.items()))
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(lines)
+    return list(files)
+
+
+def main() -> int:
+    """Exit status 2 if there are secrets already."""
+    try:
+        for path in make():
+            print(f"wrote {path}")
+    except FileExistsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
