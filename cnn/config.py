@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    ByteSize,
     ConfigDict,
     Field,
     SerializeAsAny,
@@ -49,6 +50,19 @@ class PreprocessConfig(Config):
 
     limit: int | None = Field(None, ge=1)
     """For a trial run: keep at most this many images of each split, spread evenly over the source."""
+
+    encoding: Literal["raw", "jpeg", "webp"] = "raw"
+    """How packed images are stored: as pixels, which are read fastest, or compressed with losses. webp: colour only."""
+
+    quality: int = Field(90, ge=1, le=100)
+    """Of jpeg and webp; higher is larger and truer."""
+
+    shard_bytes: ByteSize | None = Field(None, ge=1)
+    """Size of a full shard, such as 8MiB. Unset: 64MiB; 8MiB if the pixels of all images take more than 64GiB."""
+
+    keep_raw: bool | None = None
+    """Copy the source's files into the bucket; no: a folder is read where it lies, twice.
+    Unset: yes, but for a folder of more than 50 000 files or 16 GiB."""
 
 
 class NotesOptions(Config):

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,10 +11,19 @@ Out = TypeVar("Out")
 
 AHEAD = 2  # items a worker that may be in flight or wait for the consumer
 
+READERS = 16
+"""Threads for work that waits for a disk or a server rather than for a core."""
 
-def in_order(function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
-    """Like `map`, on one thread a core: results keep the items' order, few items are taken ahead of them."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def in_order(
+    function: Callable[[In], Out], items: Iterable[In], *, threads: int | None = None
+) -> Generator[Out, None, None]:
+    """Like `map`, on several threads: results keep the items' order, few items are taken ahead of them.
+
+    Args:
+        threads: unset: one a core.
+    """
+    workers = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     pending: deque[Future[Out]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:

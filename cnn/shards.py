@@ -1,75 +1,87 @@
 """Writing packed images as shards named by their digest.
 
-The format is safetensors: https://github.com/huggingface/safetensors
+The format is safetensors: https://github.com/huggingface/safetensors. Every shard has `labels` int64 [n], and
+
+- raw: `images` uint8 [n, C, H, W];
+- jpeg, webp: `encoded` uint8, the files of all images one after another, and `offsets` int64 [n+1]: image i is
+  `encoded[offsets[i]:offsets[i + 1]]`.
 """
 
 import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from cnn.encoding import Encoding
 from cnn.manifest import Shard
 from cnn.sources.block import Pixels
 
 SHARD_BYTES = 64 * 2**20
-"""Pixels in a full shard: so large that requests do not matter, so small that one a split fits in memory."""
+"""Images in a full shard: so large that requests do not matter, so small that one a split fits in memory."""
+
+Images = Pixels | Sequence[bytes]
+"""n images: pixels [n, C, H, W], or files of them."""
 
 
 class ShardWriter:
-    """Collects the images of one split and writes a shard whenever enough have come.
+    """Collects the images of one split and writes a shard whenever the next image does not fit any more.
 
-    Where one shard ends and the next begins depends on the number of images only, not on how they arrive, so
-    equal images in equal order give byte-equal shards. At most one shard is held in memory.
+    Where one shard ends and the next begins depends on the images only, not on how they arrive, so equal images in
+    equal order give byte-equal shards. At most one shard is held in memory.
 
     Args:
         folder: where `<sha256>.safetensors` files appear, each complete.
         shape: (C, H, W) of an image.
-        shard_bytes: pixels in a full shard; at least one image is in it.
+        encoding: of the images that are added.
+        shard_bytes: images in a full shard; at least one image is in it.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int], *, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shape: tuple[int, int, int],
+        *,
+        encoding: Encoding = "raw",
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
         self._folder = folder
-        capacity = max(1, shard_bytes // int(np.prod(shape)))
-        self._images = np.empty((capacity, *shape), dtype=np.uint8)
-        self._labels = np.empty(capacity, dtype=np.int64)
-        self._filled = 0
+        self._buffer: _Buffer = _Raw(shape, shard_bytes) if encoding == "raw" else _Encoded(shard_bytes)
+        self._labels: list[NDArray[np.int64]] = []
         self._shards: list[Shard] = []
 
-    def add(self, images: Pixels, labels: NDArray[np.int64]) -> None:
-        """Append images [n, C, H, W] and labels [n]."""
-        start = 0
+    def add(self, images: Images, labels: NDArray[np.int64]) -> list[Shard]:
+        """Append n images and labels [n]; returns the shards that were written."""
+        start, before = 0, len(self._shards)
         while start < len(images):
-            count = min(len(images) - start, len(self._images) - self._filled)
-            place, taken = slice(self._filled, self._filled + count), slice(start, start + count)
-            self._images[place], self._labels[place] = images[taken], labels[taken]
-            self._filled, start = place.stop, taken.stop
-            if self._filled == len(self._images):
+            taken = self._buffer.take(images[start:])
+            self._labels.append(np.asarray(labels[start : start + taken], dtype=np.int64))
+            start += taken
+            if start < len(images):
                 self._write()
+        return self._shards[before:]
 
     def close(self) -> tuple[Shard, ...]:
         """Write what is left; returns all shards in order."""
-        if self._filled:
+        if self._labels:
             self._write()
         return tuple(self._shards)
 
     def _write(self) -> None:
+        labels, self._labels = np.concatenate(self._labels), []
         handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
         os.close(handle)
-        tensors: dict[str, np.ndarray] = {
-            "images": self._images[: self._filled],
-            "labels": self._labels[: self._filled],
-        }
-        save_file(tensors, temporary)
+        save_file({**self._buffer.give(), "labels": labels}, temporary)
         with open(temporary, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         size = os.path.getsize(temporary)
         os.replace(temporary, shard_path(self._folder, sha256))
-        self._shards.append(Shard(sha256=sha256, count=self._filled, bytes=size))
-        self._filled = 0
+        self._shards.append(Shard(sha256=sha256, count=len(labels), bytes=size))
 
 
 def shard_path(folder: Path, sha256: str) -> Path:
@@ -77,33 +89,49 @@ def shard_path(folder: Path, sha256: str) -> Path:
     return folder / f"{sha256}.safetensors"
 
 
-class PixelSums:
-    """Mean and standard deviation of each channel, from exact integer sums, whatever the images' order."""
+class _Buffer(Protocol):
+    """The images of the shard to be written next."""
 
-    def __init__(self, channels: int) -> None:
-        self._count = 0
-        self._sums = [0] * channels
-        self._squares = [0] * channels
+    def take(self, images: Any) -> int:
+        """Copy in the first ones that fit; returns how many."""
 
-    def add(self, images: Pixels) -> None:
-        """Take in images [n, C, H, W]."""
-        self._count += images[:, 0].size
-        for channel in range(len(self._sums)):
-            values = np.bincount(images[:, channel].reshape(-1), minlength=256)
-            self._sums[channel] += int(values @ _LEVELS)
-            self._squares[channel] += int(values @ _LEVELS**2)
-
-    def mean(self) -> tuple[float, ...]:
-        """On the scale 0..1."""
-        return tuple(total / (255 * self._count) for total in self._sums)
-
-    def std(self) -> tuple[float, ...]:
-        """On the scale 0..1; at least one grey level, so that a constant channel can be divided by it."""
-        variances = (
-            (squares * self._count - total**2) / self._count**2
-            for total, squares in zip(self._sums, self._squares, strict=True)
-        )
-        return tuple(max(1.0, float(np.sqrt(variance))) / 255 for variance in variances)
+    def give(self) -> dict[str, NDArray[Any]]:
+        """The shard's tensors; the buffer is empty from now on, and they are good until the next `take`."""
 
 
-_LEVELS = np.arange(256, dtype=np.int64)
+class _Raw:
+    def __init__(self, shape: tuple[int, int, int], shard_bytes: int) -> None:
+        self._images = np.empty((max(1, shard_bytes // int(np.prod(shape))), *shape), dtype=np.uint8)
+        self._filled = 0
+
+    def take(self, images: Pixels) -> int:
+        count = min(len(images), len(self._images) - self._filled)
+        self._images[self._filled : self._filled + count] = images[:count]
+        self._filled += count
+        return count
+
+    def give(self) -> dict[str, NDArray[Any]]:
+        count, self._filled = self._filled, 0
+        return {"images": self._images[:count]}
+
+
+class _Encoded:
+    def __init__(self, shard_bytes: int) -> None:
+        self._most = shard_bytes
+        self._files: list[bytes] = []
+        self._bytes = 0
+
+    def take(self, images: Sequence[bytes]) -> int:
+        before = len(self._files)
+        for file in images:
+            if self._files and self._bytes + len(file) > self._most:
+                break
+            self._files.append(file)
+            self._bytes += len(file)
+        return len(self._files) - before
+
+    def give(self) -> dict[str, NDArray[Any]]:
+        offsets = np.cumsum([0, *map(len, self._files)], dtype=np.int64)
+        encoded = np.frombuffer(b"".join(self._files), dtype=np.uint8)
+        self._files, self._bytes = [], 0
+        return {"encoded": encoded, "offsets": offsets}

@@ -1,7 +1,8 @@
 """The first pass over a source: each image's split, and the size and channels of all."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +10,19 @@ from numpy.typing import NDArray
 
 from cnn.config import PreprocessConfig
 from cnn.errors import InputError
-from cnn.parallel import in_order
-from cnn.sources.block import Block, Source, Survey
+from cnn.journal import SurveyPart
+from cnn.parallel import READERS, in_order
+from cnn.sources.block import Block, Source
 from cnn.sources.decode import Look, Target
 from cnn.split import SPLITS, TEST, TRAIN, UNDECIDED, VAL, assign, content_keys, thin_out
 
 OnImages = Callable[[int], object]
 """Called with the number of images just done."""
+
+OnPart = Callable[[SurveyPart], object]
+"""Called with each stretch of the source that was surveyed."""
+
+PART = 8192  # images that may have to be surveyed again after an interruption
 
 LARGEST_DEFAULT = 128
 """Pixels; an unset image size is at most this, unless all images are squares of one size."""
@@ -44,47 +51,95 @@ class Plan:
         """Images to pack."""
         return int((self.splits != UNDECIDED).sum())
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Of all images to pack, before any encoding."""
+        return self.count * int(np.prod(self.target.shape))
 
-def survey(source: Source, config: PreprocessConfig, on_progress: OnImages = lambda count: None) -> Plan:
+
+def survey(
+    source: Source,
+    config: PreprocessConfig,
+    on_progress: OnImages = lambda count: None,
+    *,
+    done: Sequence[SurveyPart] = (),
+    on_part: OnPart = lambda part: None,
+) -> Plan:
     """Read every image's digest and header; holds some 20 bytes for each image.
 
     Args:
         on_progress: its amounts add up to `len(source)`.
+        done: what an earlier, interrupted survey of the same found, from the first image on without a gap.
 
     Raises:
         InputError: no image can be read, a split would be empty, or a class is missing in the training split.
     """
-    labels, official, keys = [], [], []
-    looks = Counter[Look]()
+    parts = list(done)
+    start = parts[-1].stop if parts else 0
+    on_progress(start)
+    for part in _parts(source, config, start, on_progress):
+        on_part(part)
+        parts.append(part)
+    return _plan(source, config, parts)
 
-    def look_at(block: Block) -> tuple[Block, Survey]:
-        return block, block.survey()
 
-    for block, found in in_order(look_at, source.blocks()):
-        labels.append(block.labels)
-        official.append(block.splits)
-        keys.append(content_keys(config.split_seed, found.digests))
-        looks += found.looks
-        on_progress(len(found.digests))
-    if not looks:
-        raise InputError("not one image can be read; PNG, JPEG, WebP and BMP are supported")
-    all_labels, all_keys = np.concatenate(labels), np.concatenate(keys)
-    splits = assign(
-        np.concatenate(official),
-        all_keys,
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
+def _parts(source: Source, config: PreprocessConfig, start: int, on_progress: OnImages) -> Iterator[SurveyPart]:
+    """What is found from a position on, in stretches of about `PART` images."""
+
+    def look_at(block: Block) -> SurveyPart:
+        found = block.survey()
+        keys = content_keys(config.split_seed, found.digests)
+        return SurveyPart(start=0, labels=block.labels, splits=block.splits, keys=keys, looks=found.looks)
+
+    waiting: list[SurveyPart] = []
+    with (
+        closing(in_order(lambda block: block.loaded(), _blocks_from(source, start), threads=READERS)) as blocks,
+        closing(in_order(look_at, blocks)) as parts,
+    ):
+        for part in parts:
+            waiting.append(part)
+            on_progress(len(part.labels))
+            if sum(len(each.labels) for each in waiting) >= PART:
+                yield (joined := _join(waiting, start))
+                waiting, start = [], joined.stop
+    if waiting:
+        yield _join(waiting, start)
+
+
+def _blocks_from(source: Source, start: int) -> Iterator[Block]:
+    """The source's blocks from one that begins at the position."""
+    position = 0
+    for block in source.blocks():
+        if position >= start:
+            yield block
+        position += len(block.labels)
+
+
+def _join(parts: Sequence[SurveyPart], start: int) -> SurveyPart:
+    return SurveyPart(
+        start=start,
+        labels=np.concatenate([part.labels for part in parts]),
+        splits=np.concatenate([part.splits for part in parts]),
+        keys=np.concatenate([part.keys for part in parts]),
+        looks=sum((part.looks for part in parts), Counter[Look]()),
     )
-    shared = np.isin(all_keys[splits != TRAIN], all_keys[splits == TRAIN]).sum()
+
+
+def _plan(source: Source, config: PreprocessConfig, parts: Sequence[SurveyPart]) -> Plan:
+    if not any(part.looks for part in parts):
+        raise InputError("not one image can be read; PNG, JPEG, WebP and BMP are supported")
+    found = _join(parts, 0)
+    splits = assign(found.splits, found.keys, val_fraction=config.val_fraction, test_fraction=config.test_fraction)
+    shared = np.isin(found.keys[splits != TRAIN], found.keys[splits == TRAIN]).sum()
     if config.limit is not None:
-        splits = thin_out(splits, all_labels, all_keys, config.limit)
-    check_splits(count_classes(splits, all_labels, len(source.classes)), source.classes, config)
+        splits = thin_out(splits, found.labels, found.keys, config.limit)
+    check_splits(count_classes(splits, found.labels, len(source.classes)), source.classes, config)
     return Plan(
-        target=_target(looks, config),
-        labels=all_labels,
+        target=_target(found.looks, config),
+        labels=found.labels,
         splits=splits,
-        looks=looks,
-        duplicates=len(all_keys) - len(np.unique(all_keys)),
+        looks=found.looks,
+        duplicates=len(found.keys) - len(np.unique(found.keys)),
         shared=int(shared),
     )
 

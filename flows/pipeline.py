@@ -61,9 +61,10 @@ def train_and_release(
     if resume:
         dataset, reused = recorded_dataset(read_record(resume)), ("download", "preprocess")
     else:
-        source = laps("download", download(config.dataset, refresh="download" in refresh))
-        dataset = laps("preprocess", preprocess(source, config.data, refresh="preprocess" in refresh))
-        reused = tuple(step for step, output in (("download", source), ("preprocess", dataset)) if output.reused)
+        raw = download(config.dataset, refresh="download" in refresh, keep_raw=config.data.keep_raw)
+        laps("download", raw)
+        dataset = laps("preprocess", preprocess(raw, config.data, refresh="preprocess" in refresh))
+        reused = tuple(step for step, output in (("download", raw), ("preprocess", dataset)) if output.reused)
         config = fitted(config, dataset)
         if config.pretrained:
             config = pretrained(config, dataset)

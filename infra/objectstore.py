@@ -22,11 +22,15 @@ from infra.errors import ServiceError
 from infra.files import OnBytes, atomic_file, file_digest
 from infra.s3client import CONCURRENCY, TRIES, ObjectMissing, error_code, open_client, translated
 
-__all__ = ["ObjectInfo", "ObjectMissing", "ObjectStore", "Upload"]
+__all__ = ["ObjectChanged", "ObjectInfo", "ObjectMissing", "ObjectStore", "Upload"]
 
 PART = 64 << 20  # bytes; larger files go up and come down in parts of this size, several at a time
 UNSAFE = ", so commits are not safe; use a store with conditional writes, see `convoy doctor`"
 SHA256 = "sha256"  # name of the object's metadata entry
+
+
+class ObjectChanged(ServiceError):
+    """An object is not the version that was asked for."""
 
 
 class ObjectInfo(BaseModel):
@@ -155,17 +159,29 @@ class ObjectStore:
             self._conditions_proven = True
         return created
 
-    def get_bytes(self, key: str) -> bytes:
+    def get_bytes(self, key: str, *, etag: str | None = None) -> bytes:
         """Read a small object.
+
+        Args:
+            etag: of the version that is wanted.
 
         Raises:
             ObjectMissing: no such object.
+            ObjectChanged: it is another version.
         """
+        condition = {} if etag is None else {"IfMatch": etag}
         with translated(self._where(key)):
             for remaining in reversed(range(TRIES)):
-                body = self._client.get_object(Bucket=self.bucket, Key=key)["Body"]
                 try:
-                    return bytes(body.read())
+                    answer = self._client.get_object(Bucket=self.bucket, Key=key, **condition)
+                except ClientError as error:
+                    if etag is None or error_code(error) not in {"412", "PreconditionFailed"}:
+                        raise
+                    raise ObjectChanged(f"{self._where(key)}: it has changed") from error
+                if etag is not None and answer.get("ETag", etag) != etag:  # a store that ignores the condition
+                    raise ObjectChanged(f"{self._where(key)}: it has changed")
+                try:
+                    return bytes(answer["Body"].read())
                 except BotoCoreError:  # cut while reading: botocore retries requests, not their bodies
                     if not remaining:
                         raise

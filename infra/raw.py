@@ -34,8 +34,34 @@ class RawFile(BaseModel):
         return f"raw/{self.sha256}"
 
 
+class ListingRef(BaseModel):
+    """The listing in the bucket of a folder that is read where it lies."""
+
+    model_config = ConfigDict(frozen=True)
+
+    digest: Sha256
+    """Of the folder's address and of each file's path, size and version."""
+
+    sha256: Sha256
+    """Of the object."""
+
+    address: str
+    """Of the folder; see `infra.origin`."""
+
+    count: int
+    """Files."""
+
+    bytes: int
+    """Of all files."""
+
+    @property
+    def key(self) -> str:
+        """Its object's key in the bucket."""
+        return f"listings/{self.digest}.parquet"
+
+
 class RawSource(BaseModel):
-    """The files of one source, all of them in the bucket."""
+    """The files of one source: all of them in the bucket, or a listing of them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,6 +73,9 @@ class RawSource(BaseModel):
     """Names of the labels 0, 1, ...; empty where the files name them, or the labels are their own names."""
 
     files: tuple[RawFile, ...]
+    """Empty where there is a listing."""
+
+    listing: ListingRef | None = None
     served_by: dict[str, str]
     """Where each file came from: path → address; a local or remote folder is named once, under `.`."""
 
@@ -62,7 +91,9 @@ class RawSource(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of format and files: equal for equal content, wherever it came from."""
+        """SHA-256 of format and files: equal for equal content, wherever it came from; or of the listing."""
+        if self.listing:
+            return self.listing.digest
         content = {
             "format": self.format,
             "files": [[file.path, file.sha256, file.size] for file in self.files],
@@ -114,4 +145,4 @@ def read_record(store: ObjectStore, source_key: str) -> RawSource | None:
 
 def write_record(store: ObjectStore, source_key: str, source: RawSource) -> None:
     """Commit a download: from now on it is found again."""
-    store.put_bytes(record_key(source_key), source.model_dump_json(exclude={"reused"}).encode())
+    store.put_bytes(record_key(source_key), source.model_dump_json(exclude={"reused", "listing"}).encode())

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,19 +16,23 @@ from cnn.config import PreprocessConfig
 from cnn.errors import InputError
 from cnn.manifest import Manifest, canonical_json
 from cnn.preprocess import code_files, pack
-from cnn.shards import shard_path
 from cnn.sources import open_source
 from cnn.sources.decode import decoder_versions
+from cnn.sources.files import Files
 from cnn.survey import survey
 from infra.cache import Cache
 from infra.files import locked
+from infra.listing import Listing
 from infra.meter import in_parallel
 from infra.objectstore import ObjectMissing, ObjectStore
-from infra.raw import RawSource
+from infra.origin import ListedFiles, open_origin
+from infra.raw import ListingRef, RawSource
 from infra.settings import Settings
-from tasks.dataset import DatasetRef, is_stored, is_whole, manifest_key, shard_key, shards_of
+from tasks.dataset import DatasetRef, is_whole, manifest_key
+from tasks.journal import Journal
 from tasks.progress import progress, run_logger
 from tasks.retries import RETRIED
+from tasks.shardstore import ShardStore, fits_cache
 
 __all__ = ["DatasetRef", "preprocess"]
 
@@ -45,13 +49,15 @@ class StepRecord(BaseModel):
 def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = False) -> DatasetRef:
     """Pack a source into a dataset version, unless that was done before.
 
-    Prefect's own cache is not used: it knows neither our code nor what the bucket still holds.
+    What an interrupted run has done, on whatever machine, is not done again; see `tasks.journal`. Prefect's own cache
+    is not used: it knows neither our code nor what the bucket still holds.
 
     Args:
         refresh: compute and store everything anew, even if it is there.
 
     Raises:
         InputError: the images cannot be used.
+        UsageError: a file of a folder that is read in place has changed.
         ServiceError: the object store failed.
     """
     settings = Settings()
@@ -61,16 +67,19 @@ def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = Fals
     with locked(settings.cache / "locks" / f"preprocess-{key}"):  # whoever waits here finds the result
         if not refresh and (version := _find(store, key)):
             return DatasetRef(version=version, name=raw.name, reused=True)
-        files = _fetch(raw, cache)
+        journal = Journal(store, key)
+        if refresh:
+            journal.clear()
+        files = _in_place(raw.listing, cache) if raw.listing else _fetch(raw, cache)
         with _workspace(settings.home / "work" / f"preprocess-{key}") as out:
             try:
-                manifest = _pack(raw, files, config, out)
+                manifest = _pack(raw, files, config, out, cache, journal, refresh=refresh)
             except InputError as error:
                 raise InputError(f"{raw.name}: {error}") from error
-            _store_shards(raw.name, manifest, out, cache, refresh=refresh)
         version = manifest.version
         _commit(store, manifest_key(version), manifest.to_bytes())
         _commit(store, _record_key(key), StepRecord(dataset_version=version).model_dump_json().encode())
+        journal.clear()
     _tell(raw.name, manifest)
     return DatasetRef(version=version, name=raw.name)
 
@@ -80,7 +89,7 @@ def step_key(raw: RawSource, config: PreprocessConfig) -> str:
     content = {
         "raw": raw.digest,
         "classes": raw.classes,
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"keep_raw"}),  # where a file is read makes no difference
         "code": code_digest(code_files()),
         "decoders": decoder_versions(),
     }
@@ -98,6 +107,11 @@ def _find(store: ObjectStore, step: str) -> str | None:
     except (ObjectMissing, ValidationError):
         return None
     return version if is_whole(store, version) else None
+
+
+def _in_place(listing: ListingRef, cache: Cache) -> ListedFiles:
+    path = cache.fetch(listing.key, listing.sha256)
+    return ListedFiles(Listing.load(path), open_origin(listing.address))
 
 
 def _fetch(raw: RawSource, cache: Cache) -> dict[str, Path]:
@@ -125,25 +139,31 @@ def _workspace(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _pack(raw: RawSource, files: dict[str, Path], config: PreprocessConfig, out: Path) -> Manifest:
+def _pack(
+    raw: RawSource,
+    files: Mapping[str, Path] | Files,
+    config: PreprocessConfig,
+    out: Path,
+    cache: Cache,
+    journal: Journal,
+    *,
+    refresh: bool,
+) -> Manifest:
+    """Both passes; the shards are in the bucket afterwards."""
     source = open_source(raw.format, files, raw.classes or None)
+    surveyed, packed = journal.survey_parts(), journal.shards()
+    if surveyed:
+        count = sum(each.shard.count for each in packed)
+        run_logger().info(
+            "%s: going on with an interrupted run: %d images surveyed, %d packed", raw.name, surveyed[-1].stop, count
+        )
     with progress(f"Reading {raw.name}", len(source), unit="images") as advance:
-        plan = survey(source, config, advance)
-    with progress(f"Packing {raw.name}", plan.count, unit="images", artifact="preprocess") as advance:
-        return pack(source, plan, config, out, advance)
-
-
-def _store_shards(name: str, manifest: Manifest, out: Path, cache: Cache, *, refresh: bool) -> None:
-    """Move the shards into the cache, and upload those that the bucket lacks."""
-    shards = shards_of(manifest)
-    for shard in shards:
-        path = shard_path(out, shard.sha256)
-        cache.add_file(path)
-        path.unlink()
-    missing = [shard for shard in shards if refresh or not is_stored(cache.store, shard)]
-    with progress(f"Storing {name}", sum(shard.bytes for shard in missing), unit="bytes") as advance:
-        for shard in missing:
-            cache.store.put_file(shard_key(shard), cache.path(shard.sha256), sha256=shard.sha256, on_progress=advance)
+        plan = survey(source, config, advance, done=surveyed, on_part=journal.note_part)
+    with (
+        progress(f"Packing {raw.name}", plan.count, unit="images", artifact="preprocess") as advance,
+        ShardStore(cache, journal, keep=fits_cache(plan, cache), refresh=refresh) as shards,
+    ):
+        return pack(source, plan, config, out, advance, done=packed, on_shard=shards.add)
 
 
 def _commit(store: ObjectStore, key: str, data: bytes) -> None:

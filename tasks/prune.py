@@ -34,6 +34,7 @@ from infra.raw import RawSource
 from infra.settings import Settings
 from tasks.checkpoints import COMMIT
 from tasks.dataset import DatasetDamaged, load_manifest, manifest_key, pretrained_key, shard_key, shards_of
+from tasks.journal import JOURNALS, noted_shards
 from tasks.preprocess import StepRecord
 from tasks.progress import run_logger
 from tasks.references import RecordDamaged, References, RunNeeds, needs, references
@@ -155,7 +156,7 @@ class _Planner:
         checkpoints, outputs = self._checkpoints(), self._outputs()
         gone = {info.key for info in [*checkpoints.commits, *checkpoints.contents, *outputs.commits, *outputs.contents]}
         kept = self._needs_of_kept(gone)
-        stale, manifests, shards = self._datasets(kept)
+        journals, stale, manifests, shards = self._datasets(kept)
         reports = self._reports()
         gone |= {info.key for info in manifests}
         sources, raw = self._raw(kept, gone)
@@ -164,11 +165,13 @@ class _Planner:
         return [
             checkpoints,
             outputs,
+            _Batch("interrupted preprocessing", journals, is_data=True),
             _Batch("records of preprocessing", stale, is_data=True),
             _Batch("dataset versions", manifests, is_data=True),
             _Batch("shards", shards, is_data=True),
             _Batch("data reports", *_commits_first(reports, "data.json")),
             _Batch("records of sources", sources, is_data=True),
+            _Batch("listings of folders", self._old("listings", self._config.raw_days), is_data=True),
             _Batch("raw files", raw, is_data=True),
             _Batch("weights to start from", starts, is_data=True),
         ]
@@ -215,9 +218,12 @@ class _Planner:
                 kept.add(run_id)
         return [needs(self._store, run_id) for run_id in sorted(kept)]
 
-    def _datasets(self, kept_needs: Sequence[RunNeeds]) -> tuple[list[ObjectInfo], list[ObjectInfo], list[ObjectInfo]]:
-        """Step records, manifests and shards that may go."""
+    def _datasets(
+        self, kept_needs: Sequence[RunNeeds]
+    ) -> tuple[list[ObjectInfo], list[ObjectInfo], list[ObjectInfo], list[ObjectInfo]]:
+        """Journals, step records, manifests and shards that may go."""
         config = self._config
+        journals, kept_journals = self._journals()
         manifests = sorted(self._objects.get("datasets", ()), key=self._age)
         in_use = self._needed.datasets | {need.dataset_version for need in kept_needs}
         going = [
@@ -227,6 +233,7 @@ class _Planner:
         ]
         gone = {info.key for info in going}
         named = self._shards_of_kept([info for info in manifests if info.key not in gone])
+        named |= {shard_key(packed.shard) for packed in noted_shards(self._store, kept_journals)}
         shards = [info for info in self._old("shards", 0) if info.key not in named]
         left = {info.key for info in manifests} - gone
         steps = [
@@ -234,7 +241,19 @@ class _Planner:
             for info in self._old("steps", 0)
             if self._is_old(info, config.steps_days) or self._manifest_of_step(info) not in left
         ]
-        return steps, going, shards
+        return journals, steps, going, shards
+
+    def _journals(self) -> tuple[list[ObjectInfo], list[str]]:
+        """All of an interrupted step, once its newest entry is old; and the keys of what stays."""
+        steps: dict[str, list[ObjectInfo]] = {}
+        for info in self._objects.get(JOURNALS.rstrip("/"), ()):
+            steps.setdefault(info.key.split("/")[1], []).append(info)
+        going: list[ObjectInfo] = []
+        for objects in steps.values():
+            if all(self._is_old(info, self._config.journals_days) for info in objects):
+                going += objects
+        gone = {info.key for info in going}
+        return going, [info.key for objects in steps.values() for info in objects if info.key not in gone]
 
     def _shards_of_kept(self, manifests: Iterable[ObjectInfo]) -> set[str]:
         named: set[str] = set()

@@ -36,6 +36,9 @@ class RetentionConfig(Config):
     steps_days: float = Field(365.0, ge=0)
     """Records of which dataset version a preprocessing gave; without one, it is done anew."""
 
+    journals_days: float = Field(7.0, ge=0)
+    """What an interrupted preprocessing has packed: so long it goes on where it was, since it last came further."""
+
     raw_days: float = Field(30.0, ge=0)
     """Raw data, and weights to start from, that no kept training was made of."""
 

@@ -8,22 +8,28 @@ from cnn.sources.archive import ArchiveSource
 from cnn.sources.block import Source
 from cnn.sources.cifar import CifarSource
 from cnn.sources.digits import DigitsSource
+from cnn.sources.files import Files, LocalFiles
 from cnn.sources.folder import FolderSource
 from cnn.sources.idx import IdxSource
 
 Format = Literal["idx", "cifar", "digits", "folder", "archive"]
 
 
-def open_source(format: Format, files: Mapping[str, Path], classes: Sequence[str] | None = None) -> Source:
+def open_source(format: Format, files: Mapping[str, Path] | Files, classes: Sequence[str] | None = None) -> Source:
     """Open and check a source.
 
     Args:
-        files: path inside the source (relative, posix: `train/cat/1.png`) → local file of any name.
+        files: path inside the source (relative, posix: `train/cat/1.png`) → local file of any name; or, of a
+            `folder`, files that lie elsewhere.
         classes: names of the labels 0, 1, ... of an `idx` source, which has none of its own.
 
     Raises:
         InputError: the source is damaged or is no labelled collection of images.
     """
+    if format == "folder":
+        return FolderSource(LocalFiles(files) if isinstance(files, Mapping) else files)
+    if not isinstance(files, Mapping):
+        raise TypeError(f"files of format {format} must be local")
     match format:
         case "idx":
             return IdxSource(files, classes)
@@ -31,7 +37,5 @@ def open_source(format: Format, files: Mapping[str, Path], classes: Sequence[str
             return CifarSource(files)
         case "digits":
             return DigitsSource(files)
-        case "folder":
-            return FolderSource(files)
         case "archive":
             return ArchiveSource(files)

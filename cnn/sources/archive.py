@@ -48,9 +48,10 @@ class ArchiveSource:
         with self._path.open("rb") as stream:
             self._is_zip = stream.read(2) == b"PK"
         members = check_members(self._name, self._path, self._list_zip() if self._is_zip else self._list_tar())
-        layout = arrange((m.name for m in members if m.is_file), (m.name for m in members if m.is_folder))
+        names = sorted(member.name for member in members if member.is_file)
+        layout = arrange(names, [member.name for member in members if member.is_folder])
         places = zip(layout.labels.tolist(), layout.splits.tolist(), strict=True)
-        self._places = dict(zip(layout.names, places, strict=True))
+        self._places = {names[index]: place for index, place in zip(layout.chosen.tolist(), places, strict=True)}
         self.classes = layout.classes
         self.remarks = layout.remarks
 
@@ -75,8 +76,8 @@ class ArchiveSource:
     def _block(self, names: list[str], contents: list[bytes]) -> FileBlock:
         places = np.array([self._places[name] for name in names])
         return FileBlock(
-            names=tuple(names),
-            files=tuple(contents),
+            names=names,
+            files=contents,
             labels=places[:, 0].astype(np.int64),
             splits=places[:, 1].astype(np.int8),
         )

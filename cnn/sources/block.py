@@ -6,10 +6,9 @@ size are known, the wanted images are decoded. Both passes give the same blocks 
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +52,9 @@ class Block(Protocol):
     def splits(self) -> NDArray[np.int8]:
         """n positions in `cnn.split.SPLITS`, or `UNDECIDED`."""
 
+    def loaded(self, wanted: NDArray[np.bool_] | None = None) -> "Block":
+        """The same with the wanted images in memory, unset: all; whoever waits for a disk or a server does it here."""
+
     def survey(self) -> Survey:
         """Digests, sizes and modes, without decoding pixels."""
 
@@ -86,6 +88,9 @@ class PixelBlock:
     labels: NDArray[np.int64]
     splits: NDArray[np.int8]
 
+    def loaded(self, wanted: NDArray[np.bool_] | None = None) -> Self:
+        return self
+
     def survey(self) -> Survey:
         count, channels, height, width = self.images.shape
         rows = np.ascontiguousarray(self.images).reshape(count, -1)
@@ -111,12 +116,21 @@ class PixelBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class FileBlock:
-    """Images as encoded files, on disk or in memory; each is read when it is needed."""
+    """Images as encoded files, in memory or to be read."""
 
-    names: tuple[str, ...]
-    files: tuple[Path | bytes, ...]
+    names: Sequence[str]
+    files: Sequence[bytes | Callable[[], bytes]]
+    """Contents, or functions that read them; what these raise is no fault of the image, and ends the pass."""
+
     labels: NDArray[np.int64]
     splits: NDArray[np.int8]
+
+    def loaded(self, wanted: NDArray[np.bool_] | None = None) -> "FileBlock":
+        chosen = range(len(self.files)) if wanted is None else np.flatnonzero(wanted).tolist()
+        files = list(self.files)
+        for position in chosen:
+            files[position] = _read(files[position])
+        return replace(self, files=files)
 
     def survey(self) -> Survey:
         digests, looks = [], Counter[Look]()
@@ -131,7 +145,7 @@ class FileBlock:
 
     def decode(self, wanted: NDArray[np.bool_], target: Target) -> Decoded:
         images, positions, unreadable = [], [], []
-        for position in np.flatnonzero(wanted):
+        for position in np.flatnonzero(wanted).tolist():
             data = _read(self.files[position])
             try:
                 images.append(decode_image(data, target))
@@ -139,9 +153,11 @@ class FileBlock:
                 unreadable.append(Unreadable(name=self.names[position], reason=reason_of(error)))
             else:
                 positions.append(position)
-        stack = np.stack(images) if images else np.empty((0, *target.shape), dtype=np.uint8)
+        stack = np.empty((len(images), *target.shape), dtype=np.uint8)  # np.stack would keep the channels last
+        for index, image in enumerate(images):
+            stack[index] = image
         return Decoded(stack, np.array(positions, dtype=np.int64), tuple(unreadable))
 
 
-def _read(file: Path | bytes) -> bytes:
-    return file if isinstance(file, bytes) else file.read_bytes()
+def _read(file: bytes | Callable[[], bytes]) -> bytes:
+    return file if isinstance(file, bytes) else file()

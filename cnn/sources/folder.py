@@ -1,40 +1,48 @@
 """A folder with a sub-folder of images for each class, perhaps inside train, val and test folders."""
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 
 from cnn.sources.block import FileBlock
+from cnn.sources.files import Files
 from cnn.sources.layout import arrange
 
-BLOCK = 32  # images; files are read one by one
+BLOCK_IMAGES = 32
+BLOCK_BYTES = 4 * 2**20  # of files; a block ends before it has more, or at that many images
 
 
 class FolderSource:
-    """Image files by their paths in the folder; the local files may have any names.
-
-    A path that ends in `/` stands for a folder, and its local file is not looked at.
+    """Image files by their paths in the folder.
 
     Raises:
         InputError: see `cnn.sources.layout.arrange`.
     """
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        folders = [path for path in files if path.endswith("/")]
-        self._layout = arrange((path for path in files if not path.endswith("/")), folders)
-        self._files = tuple(files[name] for name in self._layout.names)
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._layout = arrange(files.paths, files.folders)
         self.classes = self._layout.classes
         self.remarks = self._layout.remarks
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._layout.chosen)
 
     def blocks(self) -> Iterator[FileBlock]:
         """All images in the order of their paths."""
-        for start in range(0, len(self), BLOCK):
-            chosen = slice(start, start + BLOCK)
-            yield FileBlock(
-                names=self._layout.names[chosen],
-                files=self._files[chosen],
-                labels=self._layout.labels[chosen],
-                splits=self._layout.splits[chosen],
-            )
+        start, total = 0, 0
+        for stop in range(len(self)):
+            size = self._files.size(int(self._layout.chosen[stop]))
+            if stop > start and (stop - start == BLOCK_IMAGES or total + size > BLOCK_BYTES):
+                yield self._block(start, stop)
+                start, total = stop, 0
+            total += size
+        yield self._block(start, len(self))
+
+    def _block(self, start: int, stop: int) -> FileBlock:
+        positions = self._layout.chosen[start:stop].tolist()
+        return FileBlock(
+            names=[self._files.paths[position] for position in positions],
+            files=[partial(self._files.read, position) for position in positions],
+            labels=self._layout.labels[start:stop],
+            splits=self._layout.splits[start:stop],
+        )

@@ -1,8 +1,10 @@
 """How paths say what an image shows: `class/.../image` or `split/class/.../image`."""
 
+from array import array
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from os.path import splitext
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,76 +30,90 @@ _KINDS = "PNG, JPEG, WebP or BMP"
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The images among some files, in the order of their paths."""
+    """The images among some files, in the order of their paths; 17 bytes for each."""
 
     classes: tuple[str, ...]
-    names: tuple[str, ...]
+    chosen: NDArray[np.int64]
+    """Where each image stands among the paths."""
+
     labels: NDArray[np.int64]
     splits: NDArray[np.int8]
     remarks: tuple[str, ...]
 
 
-def arrange(paths: Iterable[str], folders: Iterable[str] = ()) -> Layout:
+def arrange(paths: Sequence[str], folders: Iterable[str] = ()) -> Layout:
     """Find out each image's class and split from its path.
 
     Hidden files and what is not named like an image are left out. A single folder around everything is looked
     through. Classes are the sorted names of the class folders, over all splits.
 
     Args:
-        paths: relative posix paths of files.
+        paths: relative posix paths of files, sorted; of images, only their folders are kept.
         folders: the same of folders, where known: a class folder may be empty.
 
     Raises:
         InputError: no images, images outside class folders, an empty class folder, one class only.
     """
-    files = [PurePosixPath(path) for path in sorted(paths) if not _is_hidden(path)]
-    images = [file for file in files if file.suffix.lower() in SUFFIXES]
-    others = [file for file in files if file.suffix.lower() not in SUFFIXES]
+    images = array("q")  # positions of images, and of their folders in the order in which these are met
+    image_folders = array("q")
+    numbers: dict[str, int] = {}
+    others, example = Counter[str](), ""  # not named like images: how many in which folder
+    for position, path in enumerate(paths):
+        if _is_hidden(path):
+            continue
+        if splitext(path)[1].lower() not in SUFFIXES:
+            others[path.rpartition("/")[0]] += 1
+            example = example or path
+            continue
+        images.append(position)
+        image_folders.append(numbers.setdefault(path.rpartition("/")[0], len(numbers)))
     if not images:
-        raise InputError(f"no {_KINDS} image found among {len(files)} files; put images into one folder a class")
-    depth = _wrapping(images)
-    top = {image.parts[depth] for image in images if len(image.parts) > depth + 1}
+        raise InputError(f"no {_KINDS} image found among {others.total()} files; put images into one folder a class")
+    chosen, folder_of = np.array(images, dtype=np.int64), np.array(image_folders, dtype=np.int64)
+    parts = [folder.split("/") if folder else [] for folder in numbers]
+    depth = _wrapping(parts)
+    top = {folder[depth] for folder in parts if len(folder) > depth}
     in_splits = bool(top) and all(name.lower() in SPLIT_FOLDERS for name in top)
     if in_splits and TRAIN not in {SPLIT_FOLDERS[name.lower()] for name in top}:
         raise InputError(f"there are folders {', '.join(sorted(top))} but none called train")
     level = depth + in_splits  # which part of a path is the class
-    stray = next((image for image in images if len(image.parts) < level + 2), None)
-    if stray:
+    too_high = np.array([len(folder) <= level for folder in parts])
+    if too_high.any():
+        stray = paths[int(chosen[too_high[folder_of].argmax()])]
         wanted = "train/CLASS/IMAGE" if in_splits else "CLASS/IMAGE"
         raise InputError(f"{stray} lies outside any class folder; paths must look like {wanted}")
-    names = [image.parts[level] for image in images]
-    classes = sorted(set(names))
-    _check_classes(classes, _class_folders(others, folders, images[0].parts[:depth], level))
+    classes = sorted({folder[level] for folder in parts})
+    _check_classes(classes, _class_folders(others, folders, parts[0][:depth], level))
     labels = {name: label for label, name in enumerate(classes)}
-    splits = [SPLIT_FOLDERS[image.parts[depth].lower()] if in_splits else UNDECIDED for image in images]
+    label_of = np.array([labels[folder[level]] for folder in parts], dtype=np.int64)
+    split_of = np.array(
+        [SPLIT_FOLDERS[folder[depth].lower()] if in_splits else UNDECIDED for folder in parts], dtype=np.int8
+    )
     return Layout(
         classes=tuple(classes),
-        names=tuple(map(str, images)),
-        labels=np.array([labels[name] for name in names], dtype=np.int64),
-        splits=np.array(splits, dtype=np.int8),
-        remarks=_remarks(others),
+        chosen=chosen,
+        labels=label_of[folder_of],
+        splits=split_of[folder_of],
+        remarks=_remarks(others.total(), example),
     )
 
 
 def _is_hidden(path: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts)
+    return path.startswith(".") or "/." in path or ("__MACOSX" in path and "__MACOSX" in path.split("/"))
 
 
-def _wrapping(images: Sequence[PurePosixPath]) -> int:
+def _wrapping(folders: Sequence[Sequence[str]]) -> int:
     """How many outer folders hold everything and yet leave a class folder inside."""
     depth = 0
-    while all(len(image.parts) > depth + 2 for image in images) and len({i.parts[depth] for i in images}) == 1:
+    while all(len(folder) > depth + 1 for folder in folders) and len({folder[depth] for folder in folders}) == 1:
         depth += 1
     return depth
 
 
-def _class_folders(
-    others: Iterable[PurePosixPath], folders: Iterable[str], root: tuple[str, ...], level: int
-) -> set[str]:
+def _class_folders(others: Iterable[str], folders: Iterable[str], root: list[str], level: int) -> set[str]:
     """Class folders that are known from something else than an image in them."""
-    seen = [other.parent for other in others]
-    seen += [PurePosixPath(folder) for folder in folders if not _is_hidden(folder)]
-    return {folder.parts[level] for folder in seen if folder.parts[: len(root)] == root and len(folder.parts) > level}
+    seen = [folder.rstrip("/").split("/") for folder in (*others, *folders) if not _is_hidden(folder)]
+    return {folder[level] for folder in seen if folder[: len(root)] == root and len(folder) > level}
 
 
 def _check_classes(classes: Sequence[str], folders: Collection[str]) -> None:
@@ -107,7 +123,7 @@ def _check_classes(classes: Sequence[str], folders: Collection[str]) -> None:
         raise InputError(f"there is only one class, {classes[0]}; a classifier needs at least two class folders")
 
 
-def _remarks(others: Sequence[PurePosixPath]) -> tuple[str, ...]:
+def _remarks(others: int, example: str) -> tuple[str, ...]:
     if not others:
         return ()
-    return (f"{len(others)} files not named like {_KINDS} images were left out, for example {others[0]}",)
+    return (f"{others} files not named like {_KINDS} images were left out, for example {example}",)

@@ -6,6 +6,7 @@ from pathlib import Path
 from infra.catalogue import ARCHIVES, CATALOGUE, CHOICES, CatalogueEntry, no_such_dataset
 from infra.errors import UsageError
 from infra.mirrors import Mirrors
+from infra.origin import OnFiles
 from infra.sources.archive import ArchiveSource
 from infra.sources.catalogue import CatalogueSource
 from infra.sources.folder import FolderSource, bucket_folder, local_folder
@@ -18,11 +19,15 @@ def find_source(
     *,
     own_mirror: str | None = None,
     catalogue: Sequence[CatalogueEntry] = CATALOGUE,
+    on_files: OnFiles = lambda count: None,
 ) -> CatalogueSource | ArchiveSource | FolderSource:
     """What `dataset` names: a catalogue entry, a folder, an archive, or an `s3://` or `https://` address of
     one.
 
     A catalogue name comes before a folder of that name; write `./mnist` for the folder.
+
+    Args:
+        on_files: told of the files of a folder as they are found.
 
     Raises:
         UsageError: it names nothing; the message says what would do.
@@ -34,12 +39,12 @@ def find_source(
     if found and scheme in {"http", "https"}:
         return _web(dataset, mirrors)
     if found and scheme == "s3":
-        return _bucket(dataset, mirrors)
+        return _bucket(dataset, mirrors, on_files)
     if found and scheme != "file":
         raise UsageError(f"{dataset}: {scheme}:// is not supported; {CHOICES}")
     path = Path(dataset.removeprefix("file://").removeprefix("file:")).expanduser()
     if path.is_dir():
-        return local_folder(path)
+        return local_folder(path, on_files)
     if path.is_file():
         _require_archive(path.name, str(path))
         return ArchiveSource(f"file:{path.absolute()}", path.name, path.stat().st_size)
@@ -52,10 +57,10 @@ def _web(address: str, mirrors: Mirrors) -> ArchiveSource:
     return ArchiveSource(address, file_name(address), size, version)
 
 
-def _bucket(address: str, mirrors: Mirrors) -> ArchiveSource | FolderSource:
+def _bucket(address: str, mirrors: Mirrors, on_files: OnFiles) -> ArchiveSource | FolderSource:
     store, key = mirrors.object(address)
     if not key.lower().endswith(ARCHIVES):
-        return bucket_folder(store, key)
+        return bucket_folder(store, key, on_files)
     info = store.head(key)
     if info is None:
         raise UsageError(f"{address}: there is no such object")

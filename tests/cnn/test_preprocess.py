@@ -6,8 +6,10 @@ import io
 import itertools
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,15 @@ from sklearn.datasets import load_digits
 
 from cnn.config import PreprocessConfig
 from cnn.errors import InputError
+from cnn.journal import PackedShard, SurveyPart
 from cnn.manifest import Manifest
-from cnn.parallel import in_order
-from cnn.preprocess import code_files, pack, preprocess
-from cnn.shards import PixelSums, ShardWriter, shard_path
+from cnn.parallel import READERS, in_order
+from cnn.pixelsums import PixelSums, moments
+from cnn.preprocess import code_files, pack, preprocess, shard_bytes
+from cnn.shards import ShardWriter, shard_path
 from cnn.sources import open_source
+from cnn.sources.decode import Target
+from cnn.sources.files import LocalFiles
 from cnn.survey import survey
 
 DIGITS = load_digits()
@@ -108,10 +114,9 @@ def test_mean_and_std_are_those_of_the_whole_training_split(digits: dict[str, Pa
 def test_channel_sums_are_exact_however_images_arrive() -> None:
     images = np.random.default_rng(0).integers(0, 256, (1000, 3, 8, 8), dtype=np.uint8)
     images[:, 2] = 7
-    together, apart = PixelSums(3), PixelSums(3)
-    together.add(images)
-    for part in np.array_split(images[::-1], 7):
-        apart.add(part)
+    together = PixelSums.of(moments(images), 64)
+    first, *others = (PixelSums.of(moments(part), 64) for part in np.array_split(images[::-1], 7))
+    apart = sum(others, first)
     assert (together.mean(), together.std()) == (apart.mean(), apart.std())
     assert together.mean() == pytest.approx((images / 255).mean((0, 2, 3)), rel=1e-12)
     assert together.std()[:2] == pytest.approx((images / 255).std((0, 2, 3))[:2], rel=1e-12)
@@ -136,7 +141,7 @@ def test_two_runs_give_byte_equal_shards_and_one_version(digits: dict[str, Path]
 def test_shards_are_of_the_stated_size_and_in_source_order(digits: dict[str, Path], out: Path) -> None:
     source = open_source("digits", digits)
     plan = survey(source, CONFIG)
-    manifest = pack(source, plan, CONFIG, out, shard_bytes=100 * 64)
+    manifest = pack(source, plan, PreprocessConfig(shard_bytes=100 * 64), out)
     assert [shard.count for shard in manifest.splits["train"].shards[:-1]] == [100] * (
         manifest.splits["train"].count // 100
     )
@@ -324,6 +329,80 @@ def test_test_images_that_are_in_training_too_are_a_warning(folder: Folder, out:
     folder.add_digits(range(190, 260), "test/")
     (warning,) = preprocess("folder", folder.files, CONFIG, out).report.warnings
     assert warning.split()[0].isdigit() and "are in the training split too" in warning
+
+
+# --- shards and interruptions ---------------------------------------------------------------------
+
+
+def test_shards_of_a_large_set_are_small_unless_said_otherwise(digits: dict[str, Path]) -> None:
+    plan = survey(open_source("digits", digits), CONFIG)
+    large = replace(plan, target=Target(4096, 3), splits=np.zeros(2000, dtype=np.int8))
+    assert shard_bytes(plan, CONFIG) == 64 * 2**20
+    assert shard_bytes(large, CONFIG) == 8 * 2**20
+    assert shard_bytes(large, PreprocessConfig.model_validate({"shard_bytes": "16MiB"})) == 16 * 2**20
+    with pytest.raises(ValueError, match="shard_bytes"):
+        PreprocessConfig.model_validate({"shard_bytes": "16 parsecs"})
+
+
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_going_on_after_any_shard_gives_the_same_manifest(folder: Folder, tmp_path: Path, encoding: str) -> None:
+    folder.add_digits(range(400))
+    for number in range(0, 400, 23):
+        folder.add(f"{number % 10}/{number}-bad.png", b"no image at all")
+    config = PreprocessConfig(max_unreadable=0.1, shard_bytes=2500, encoding=encoding)  # type: ignore[arg-type]
+    source = open_source("folder", folder.files)
+    plan = survey(source, config)
+
+    def packed(name: str, done: list[PackedShard]) -> tuple[Manifest, list[PackedShard], int]:
+        (tmp_path / name).mkdir()
+        told: list[int] = []
+        new: list[PackedShard] = []
+        manifest = pack(
+            source, plan, config, tmp_path / name, told.append, done=done, on_shard=lambda each, _: new.append(each)
+        )
+        assert sum(told) == plan.count
+        return manifest, [PackedShard.model_validate_json(each.model_dump_json()) for each in new], told[0]
+
+    whole, shards, _ = packed("whole", [])
+    assert whole.report.unreadable == 18 and len(shards) > 10
+    for count in range(1, len(shards) + 1):
+        manifest, others, skipped = packed(str(count), shards[:count])
+        assert manifest.to_bytes() == whole.to_bytes()
+        assert others == shards[count:]
+        assert skipped >= sum(each.shard.count for each in shards[:count])
+
+
+def test_going_on_after_any_part_of_the_survey_gives_the_same_plan(
+    digits: dict[str, Path], folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cnn.survey.PART", 100)
+    folder.add_digits(range(500))
+    folder.add("3/bad.png", b"no image at all")
+    for source in (open_source("folder", folder.files), open_source("digits", digits)):
+        parts: list[SurveyPart] = []
+        whole = survey(source, CONFIG, on_part=parts.append)
+        assert parts[-1].stop == len(source)
+        for count in range(len(parts) + 1):
+            told: list[int] = []
+            done = [SurveyPart.from_bytes(part.to_bytes()) for part in parts[:count]]
+            plan = survey(source, CONFIG, told.append, done=done)
+            assert (plan.labels == whole.labels).all() and (plan.splits == whole.splits).all()
+            assert (plan.target, plan.looks, plan.duplicates) == (whole.target, whole.looks, whole.duplicates)
+            assert sum(told) == len(source) and told[0] == (parts[count - 1].stop if count else 0)
+
+
+def test_many_files_are_read_at_a_time(folder: Folder) -> None:
+    """As many as `READERS` wait for a slow server side by side, whatever the number of cores."""
+    folder.add_digits(range(1500))
+    everybody = threading.Barrier(READERS)
+
+    class Slow(LocalFiles):
+        def read(self, position: int) -> bytes:
+            if position % 32 == 0 and position < 32 * READERS:  # the first file of a block
+                everybody.wait(20)
+            return super().read(position)
+
+    assert survey(open_source("folder", Slow(folder.files)), CONFIG).count == 1500
 
 
 # --- the rest -------------------------------------------------------------------------------------

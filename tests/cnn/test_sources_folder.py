@@ -12,7 +12,7 @@ from cnn.errors import InputError
 from cnn.sources import open_source
 from cnn.sources.block import Decoded, FileBlock
 from cnn.sources.decode import MAX_PIXELS, Target, decode_image, look_at
-from cnn.sources.layout import arrange
+from cnn.sources.layout import Layout, arrange
 from cnn.split import TEST, TRAIN, UNDECIDED, VAL
 
 GREY = np.round(load_digits().images[7] * 255 / 16).astype(np.uint8).repeat(4, 0).repeat(4, 1)  # 32 x 32
@@ -29,21 +29,27 @@ def decoded(data: bytes, channels: int = 3, size: int = 32) -> np.ndarray:
     return decode_image(data, Target(size, channels)).transpose(1, 2, 0)
 
 
+def arranged(paths: list[str], folders: list[str] | None = None) -> tuple[Layout, list[str]]:
+    """The layout, and the images' paths in its order."""
+    layout = arrange(sorted(paths), folders or [])
+    return layout, [sorted(paths)[position] for position in layout.chosen]
+
+
 # --- paths ----------------------------------------------------------------------------------------
 
 
 def test_class_folders_become_sorted_classes() -> None:
-    layout = arrange(["dog/1.png", "cat/a/deep/2.JPG", "cat/1.webp", "bird/x.bmp"])
+    layout, names = arranged(["dog/1.png", "cat/a/deep/2.JPG", "cat/1.webp", "bird/x.bmp"])
     assert layout.classes == ("bird", "cat", "dog")
-    assert layout.names == ("bird/x.bmp", "cat/1.webp", "cat/a/deep/2.JPG", "dog/1.png")
+    assert names == ["bird/x.bmp", "cat/1.webp", "cat/a/deep/2.JPG", "dog/1.png"]
     assert layout.labels.tolist() == [0, 1, 1, 2]
     assert layout.splits.tolist() == [UNDECIDED] * 4
 
 
 def test_split_folders_are_kept_under_their_usual_names() -> None:
-    layout = arrange(["train/a/1.png", "train/b/1.png", "Validation/a/1.png", "test/b/1.png"])
+    layout, names = arranged(["train/a/1.png", "train/b/1.png", "Validation/a/1.png", "test/b/1.png"])
     assert layout.classes == ("a", "b")
-    assert dict(zip(layout.names, layout.splits.tolist(), strict=True)) == {
+    assert dict(zip(names, layout.splits.tolist(), strict=True)) == {
         "train/a/1.png": TRAIN,
         "train/b/1.png": TRAIN,
         "Validation/a/1.png": VAL,
@@ -52,15 +58,15 @@ def test_split_folders_are_kept_under_their_usual_names() -> None:
 
 
 def test_wrapping_folders_are_looked_through() -> None:
-    layout = arrange(["pets/images/cat/1.png", "pets/images/dog/1.png", "pets/README.md"])
+    layout, _ = arranged(["pets/images/cat/1.png", "pets/images/dog/1.png", "pets/README.md"])
     assert layout.classes == ("cat", "dog")
-    layout = arrange(["pets/train/cat/1.png", "pets/train/dog/1.png", "pets/test/dog/2.png"])
+    layout, _ = arranged(["pets/train/cat/1.png", "pets/train/dog/1.png", "pets/test/dog/2.png"])
     assert (layout.classes, layout.splits.tolist()) == (("cat", "dog"), [TEST, TRAIN, TRAIN])
 
 
 def test_hidden_files_are_skipped_and_other_files_remarked_on() -> None:
-    layout = arrange(["a/1.png", "b/1.png", "a/._1.png", "__MACOSX/a/1.png", ".git/x.png", "b/notes.txt"])
-    assert layout.names == ("a/1.png", "b/1.png")
+    layout, names = arranged(["a/1.png", "b/1.png", "a/._1.png", "__MACOSX/a/1.png", ".git/x.png", "b/notes.txt"])
+    assert names == ["a/1.png", "b/1.png"]
     (remark,) = layout.remarks
     assert "1 files" in remark and "b/notes.txt" in remark
 
@@ -87,7 +93,7 @@ def test_collections_that_cannot_be_learnt_from_are_refused(
     paths: list[str], folders: list[str], complaint: str
 ) -> None:
     with pytest.raises(InputError, match=complaint):
-        arrange(paths, folders)
+        arranged(paths, folders)
 
 
 def test_an_empty_class_folder_can_be_named_to_the_source(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ def _own_bucket(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
 
 
-def _download(dataset: str, *, refresh: bool = False) -> RawSource:
-    return download.fn(dataset, refresh=refresh)
+def _download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = None) -> RawSource:
+    return download.fn(dataset, refresh=refresh, keep_raw=keep_raw)
 
 
 def _images(root: Path, *paths: str) -> Path:
@@ -47,6 +47,26 @@ def test_of_a_folder_only_the_images_are_stored(store: ObjectStore, tmp_path: Pa
     assert tuple(file.path for file in raw.files) == paths
     assert len(list(store.list("raw/"))) == 4
     assert _download(str(folder)).reused
+
+
+def test_a_large_folder_is_read_in_place_unless_said_otherwise(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _images(tmp_path / "pets", "cat/1.png", "dog/1.png", "dog/2.png")
+    (folder / "dog" / "notes.txt").write_text("not an image")
+    assert _download(str(folder)).listing is None
+    monkeypatch.setattr("infra.sources.folder.KEEP_FILES", 2)
+    raw = _download(str(folder))
+    assert raw.listing and raw.listing.count == 3 and not raw.reused
+    assert _download(str(folder)).reused
+    assert len(_download(str(folder), keep_raw=True).files) == 3
+    monkeypatch.setattr("infra.sources.folder.KEEP_FILES", 50_000)
+    assert _download(str(folder), keep_raw=False).listing == raw.listing
+
+
+def test_what_has_to_be_fetched_cannot_be_left_where_it_is() -> None:
+    with pytest.raises(UsageError, match=r"digits: data\.keep_raw=false is for folders"):
+        _download("digits", keep_raw=False)
 
 
 @pytest.mark.parametrize(

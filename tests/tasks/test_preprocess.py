@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from cnn.config import PreprocessConfig
 from cnn.errors import InputError
 from infra.cache import Cache
-from infra.errors import ServiceError
+from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.raw import RawFile, RawSource
 from tasks.dataset import (
@@ -27,6 +28,7 @@ from tasks.dataset import (
     shard_key,
     shards_of,
 )
+from tasks.download import download
 from tasks.preprocess import preprocess, step_key
 
 CSV = gzip.decompress(files("sklearn.datasets.data").joinpath("digits.csv.gz").read_bytes())
@@ -198,6 +200,47 @@ def test_what_a_killed_run_left_does_not_disturb(store: ObjectStore, raw: RawSou
     (leavings / "half.safetensors.tmp").write_bytes(b"half")
     run(raw)
     assert not leavings.exists()
+
+
+@pytest.mark.parametrize("where", ["local", "bucket"])
+def test_a_folder_read_in_place_gives_the_version_that_its_copy_gives(
+    store: ObjectStore, home: Path, tmp_path: Path, where: str
+) -> None:
+    digits = load_digits()
+    root = tmp_path / "images"
+    for number in range(120):
+        place = root / f"{digits.target[number]}" / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.round(digits.images[number] * 255 / 16).astype(np.uint8)).save(place)
+        if where == "bucket":
+            store.put_file(f"images/{place.relative_to(root)}", place)
+    address = str(root) if where == "local" else f"s3://{store.bucket}/images"
+    in_place = download.fn(address, keep_raw=False)
+    assert in_place.listing and len(in_place.model_dump_json()) < 1000
+    dataset = run(in_place)
+    assert not keys(store, "raw/")
+    assert run(in_place).reused
+    assert run(download.fn(address, keep_raw=True)).version == dataset.version
+    assert step_key(in_place, CONFIG) == step_key(in_place, PreprocessConfig(keep_raw=False))
+    changed = root / "0" / "0.png" if where == "local" else "images/0/0.png"
+    if isinstance(changed, Path):
+        changed.write_bytes(b"x")
+    else:
+        store.put_bytes(changed, b"x")
+    with pytest.raises(UsageError, match=r"images/0/0\.png has changed since the folder was listed"):
+        run(in_place, refresh=True)
+
+
+def test_a_version_larger_than_the_disk_does_not_go_into_the_cache(
+    store: ObjectStore, raw: RawSource, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.shardstore.CACHE_SHARE", 0.0)
+    config = PreprocessConfig(shard_bytes=6400)  # type: ignore[arg-type]
+    manifest = load_manifest(store, run(raw, config).version)
+    cache = Cache(home / "cache", store)
+    assert len(shards_of(manifest)) > 15
+    assert not any(cache.holds(shard.sha256) for shard in shards_of(manifest))
+    assert sum(len(open_split(cache, manifest, split)) for split in manifest.splits) == 1797
 
 
 def test_bad_data_is_refused_with_the_source_named_and_nothing_stored(store: ObjectStore, home: Path) -> None:

@@ -12,6 +12,9 @@ from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Running
 
 import tasks.prune
+from cnn.journal import PackedShard
+from cnn.manifest import Shard
+from cnn.pixelsums import PixelSums
 from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectStore
 from infra.promotion import newest, promote
@@ -19,7 +22,7 @@ from infra.registry import delete_alias, set_alias
 from infra.settings import Settings
 from tasks.alive import holding
 from tasks.checkpoints import checkpoint_prefix
-from tasks.dataset import manifest_key
+from tasks.dataset import manifest_key, shard_key
 from tasks.prune import Pruned, is_preparing
 from tasks.retention import RetentionConfig, load_retention
 from tests.tasks.leftovers import Leftovers, flow_run_in
@@ -145,6 +148,26 @@ def test_shards_and_raw_files_go_only_if_nothing_kept_names_them(made: Leftovers
     prune(RetentionConfig(datasets_keep=1, raw_days=9.5))
     assert made.there("shards/") == {f"shards/{sha256('shared')}.safetensors", "shards/just stored"}
     assert made.there("raw/") == {"raw/just stored"}
+
+
+def test_an_interrupted_preprocessing_keeps_its_shards_until_it_is_old(made: Leftovers) -> None:
+    for step, days in (("old", 8.0), ("fresh", 6.0)):
+        shard = Shard(sha256=sha256(step), count=1, bytes=1)
+        sums = PixelSums(sums=(0,), squares=(0,))
+        packed = PackedShard(split="train", number=0, shard=shard, stop=1, sums=sums, unreadable=(), examples=())
+        made.put(shard_key(shard))
+        made.put(f"journals/{step}/survey/{0:012}.npz")
+        made.put(f"journals/{step}/shards/train/{0:08}.json", packed.model_dump_json().encode(), days)
+    prune()
+    assert made.there("shards/") == {f"shards/{sha256('fresh')}.safetensors"}
+    assert len(made.there("journals/fresh/")) == 2 and not made.there("journals/old/")
+
+
+def test_listings_go_like_raw_files(made: Leftovers) -> None:
+    made.put("listings/old.parquet")
+    fresh = made.put("listings/fresh.parquet", days=20)
+    prune()
+    assert made.there("listings/") == {fresh}
 
 
 def test_raw_files_of_a_source_that_stays_stay(made: Leftovers) -> None:

@@ -1,0 +1,57 @@
+"""Mean and standard deviation of each channel, from exact integer sums: the images' order makes no difference."""
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+Moments = NDArray[np.int64]
+"""[n, C, 2]: for each image and channel the sum of its values, and of their squares."""
+
+
+def moments(images: NDArray[np.uint8]) -> Moments:
+    """Of images [n, C, H, W]."""
+    count, channels, height, width = images.shape
+    rows = images.reshape(count, channels, height if height * width > 2**16 else 1, -1)
+    squares = np.multiply(
+        rows, rows, dtype=np.uint16
+    )  # 255 · 255 fits, and a row's sum does in 32 bits: four times as fast
+    sums = [values.sum(axis=3, dtype=np.uint32).sum(axis=2, dtype=np.int64) for values in (rows, squares)]
+    return np.stack(sums, axis=2)
+
+
+class PixelSums(BaseModel):
+    """Sums over some images; those of two sets of images add up to those of both."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pixels: int = 0
+    """Pixels of one channel, over all images."""
+
+    sums: tuple[int, ...]
+    squares: tuple[int, ...]
+    """Of each channel's values 0..255."""
+
+    @classmethod
+    def of(cls, found: Moments, pixels: int) -> "PixelSums":
+        """Of images that have so many pixels each."""
+        sums, squares = found.sum(axis=0).T.tolist()
+        return cls(pixels=len(found) * pixels, sums=sums, squares=squares)
+
+    def __add__(self, other: "PixelSums") -> "PixelSums":
+        return PixelSums(
+            pixels=self.pixels + other.pixels,
+            sums=tuple(a + b for a, b in zip(self.sums, other.sums, strict=True)),
+            squares=tuple(a + b for a, b in zip(self.squares, other.squares, strict=True)),
+        )
+
+    def mean(self) -> tuple[float, ...]:
+        """On the scale 0..1."""
+        return tuple(total / (255 * self.pixels) for total in self.sums)
+
+    def std(self) -> tuple[float, ...]:
+        """On the scale 0..1; at least one grey level, so that a constant channel can be divided by it."""
+        variances = (
+            (squares * self.pixels - total**2) / self.pixels**2
+            for total, squares in zip(self.sums, self.squares, strict=True)
+        )
+        return tuple(max(1.0, float(np.sqrt(variance))) / 255 for variance in variances)

@@ -1,0 +1,43 @@
+"""The files of a folder, wherever they lie: all that a folder of images is read through."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+
+class Files(Protocol):
+    """N files by position, in the order of their paths. May be used by several threads."""
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """Relative posix paths (`train/cat/1.png`), sorted by code points."""
+
+    @property
+    def folders(self) -> Sequence[str]:
+        """Paths of folders, where they are known to be there without files."""
+
+    def size(self, position: int) -> int:
+        """Bytes."""
+
+    def read(self, position: int) -> bytes:
+        """The content; raises what the place it lies in raises."""
+
+
+class LocalFiles:
+    """Files on this machine.
+
+    Args:
+        files: path → local file of any name. A path that ends in `/` stands for a folder, and its file is not
+            looked at.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.paths = sorted(path for path in files if not path.endswith("/"))
+        self.folders = [path for path in files if path.endswith("/")]
+        self._places = [files[path] for path in self.paths]
+
+    def size(self, position: int) -> int:
+        return self._places[position].stat().st_size
+
+    def read(self, position: int) -> bytes:
+        return self._places[position].read_bytes()

@@ -1,0 +1,188 @@
+"""Preparing data, killed in mid-survey and mid-packing, or without its store for a while: the outcome is the same."""
+
+import io
+import multiprocessing
+import os
+import random
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import cnn.survey
+from cnn.config import PreprocessConfig
+from infra.errors import Outage
+from infra.objectstore import ObjectStore
+from infra.origin import LocalOrigin
+from infra.ports import CHOICE
+from infra.raw import RawSource
+from infra.settings import Settings
+from infra.stack import down, up
+from tasks.dataset import load_manifest, shard_key, shards_of
+from tasks.download import download
+from tasks.journal import Journal
+from tasks.preprocess import preprocess
+
+CONFIG = PreprocessConfig(shard_bytes=64 * 50, max_unreadable=0.1)  # 50 images
+IMAGES = 900
+PART = 100
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits in class folders, some of them damaged."""
+    root = tmp_path_factory.mktemp("source") / "digits"
+    digits = load_digits()
+    for number in range(IMAGES):
+        place = root / str(digits.target[number]) / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = io.BytesIO()
+        Image.fromarray(np.round(digits.images[number] * 255 / 16).astype(np.uint8)).save(file, "PNG")
+        place.write_bytes(file.getvalue()[: -20 if number % 60 == 0 else None])
+    return root
+
+
+@pytest.fixture
+def machine(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes this process one on a machine of that name."""
+    monkeypatch.setattr(cnn.survey, "PART", PART)
+    monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
+
+    def be(name: str) -> None:
+        monkeypatch.setenv("CONVOY_HOME", str(tmp_path / name))
+
+    be("first")
+    return be
+
+
+def run(folder: Path, keep_raw: bool = False) -> str:
+    """The version that comes out."""
+    return preprocess.fn(download.fn(str(folder), keep_raw=keep_raw), CONFIG).version
+
+
+def stuck(raw: RawSource, environment: dict[str, str], method: str, notes: int, said: Connection) -> None:
+    """Preprocess in a process of its own, until so many notes are in the journal; then wait to be killed."""
+    os.environ.update(environment)
+    cnn.survey.PART = PART
+    note = getattr(Journal, method)
+
+    def noting(self: Journal, what: Any) -> None:
+        nonlocal notes
+        note(self, what)
+        notes -= 1
+        if notes <= 0:
+            said.send("noted")
+            threading.Event().wait()
+
+    setattr(Journal, method, noting)
+    preprocess.fn(raw, CONFIG)
+    said.send("done")
+
+
+def kill_after(raw: RawSource, method: str, notes: int) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe()
+    arguments = (raw, dict(os.environ), method, notes, theirs)
+    process = context.Process(target=stuck, args=arguments)
+    process.start()
+    try:
+        assert ours.poll(60) and ours.recv() == "noted"
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("keep_raw", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in place", "kept"])
+def test_killed_again_and_again_it_gives_the_same_version(
+    store: ObjectStore, folder: Path, machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, keep_raw: bool
+) -> None:
+    expected = run(folder, keep_raw)
+    manifest = store.get_bytes(f"datasets/{expected}/manifest.json")
+    for info in list(store.list("")):
+        store.delete(info.key)
+    machine("second")
+    raw = download.fn(str(folder), keep_raw=keep_raw)
+    kill_after(raw, "note_part", 2)
+    kill_after(raw, "note_part", 3)
+    surveyed = list(store.list("journals/"))
+    assert len(surveyed) == 5
+    kill_after(raw, "note_shard", 1)
+    kill_after(raw, "note_shard", 4)
+    shards = {info.key: info.modified for info in store.list("shards/")}
+    assert len(shards) >= 5 and not list(store.list("datasets/"))
+    machine("third")
+    reads: list[str] = []
+    read = LocalOrigin.read
+    monkeypatch.setattr(LocalOrigin, "read", lambda self, entry: reads.append(entry.path) or read(self, entry))
+    assert preprocess.fn(raw, CONFIG).version == expected
+    assert keep_raw or 0 < len(reads) < IMAGES - 100  # neither surveyed nor packed anew
+    assert store.get_bytes(f"datasets/{expected}/manifest.json") == manifest
+    after = {info.key: info.modified for info in store.list("shards/")}
+    assert after.items() >= shards.items()
+    assert set(after) == {shard_key(shard) for shard in shards_of(load_manifest(store, expected))}
+    assert not list(store.list("journals/"))
+
+
+def test_a_journal_with_gaps_or_damage_is_used_as_far_as_it_goes(
+    store: ObjectStore, folder: Path, machine: Callable[[str], None]
+) -> None:
+    expected = run(folder)
+    for info in list(store.list("")):
+        store.delete(info.key)
+    raw = download.fn(str(folder), keep_raw=False)
+    kill_after(raw, "note_shard", 6)
+    parts = [info.key for info in store.list("journals/") if "/survey/" in info.key]
+    store.delete(parts[3])
+    store.put_bytes(parts[5], b"PK but no zip")
+    noted = [info.key for info in store.list("journals/") if "/shards/train/" in info.key]
+    store.put_bytes(noted[2], b"{")
+    store.delete(next(store.list("shards/")).key)
+    assert preprocess.fn(raw, CONFIG).version == expected
+    assert {info.key for info in store.list("shards/")} >= {
+        shard_key(shard) for shard in shards_of(load_manifest(store, expected))
+    }
+
+
+def test_without_its_store_for_a_while_it_goes_on_later(
+    folder: Path, machine: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(folder)
+    port = random.choice(CHOICE)
+    note, notes = Journal.note_shard, 0
+
+    def noting(self: Journal, packed: Any) -> None:
+        nonlocal notes
+        note(self, packed)
+        notes += 1
+        if notes == 3:
+            down(own())
+
+    def own() -> Settings:
+        return Settings(home=tmp_path / "own", s3_port=port)
+
+    def start() -> None:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        for name, value in up(own(), only=["seaweedfs"]).environment().items():
+            monkeypatch.setenv(name, value)
+
+    try:
+        start()
+        raw = download.fn(str(folder), keep_raw=False)
+        with monkeypatch.context() as context:
+            context.setattr(Journal, "note_shard", noting)
+            with pytest.raises(Outage, match=r"no connection|connection failed"):
+                preprocess.fn(raw, CONFIG)
+        start()
+        journal = [info.key for info in ObjectStore.connect("test").list("journals/")]
+        assert sum("/shards/" in key for key in journal) >= 3
+        assert preprocess.fn(raw, CONFIG).version == expected
+    finally:
+        down(own())
