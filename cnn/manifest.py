@@ -100,11 +100,15 @@ class Manifest(_Record):
     std: tuple[float, ...]
     """Of each channel of the training split, on the scale 0..1."""
 
+    encoding: Literal["raw", "jpeg", "webp"] = "raw"
+    """How images lie in the shards; see `cnn.shards`."""
+
     report: DataReport
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, UTF-8."""
-        return canonical_json(self.model_dump(mode="json"))
+        # Raw versions keep the digest that they had before there were others.
+        return canonical_json(self.model_dump(mode="json", exclude={"encoding"} if self.encoding == "raw" else None))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
