@@ -169,6 +169,7 @@ class StreamedSplit:
     def _open(self, path: Path, shard: Shard) -> OpenShard:
         return open_shard(path, count=shard.count, shape=self.shape, encoding=self._encoding)
 
+    @torch.inference_mode(False)  # else the decoders' threads may not write to what is made here
     def _read(self, index: Tensor, shard_of: Callable[[int], OpenShard]) -> Batch:
         """Images and labels at `index`, from shards by their numbers."""
         by_shard = torch.empty((len(index), *self.shape), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The order of the training images: the same for every number of ranks, complete, and as well mixed as it is said to be."""
+"""The order of the training images: the same for every number of ranks, complete, and as well mixed as is said."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Reading a split whose shards come when they are needed: the same images, brought in time, and honest about trouble."""
+"""Reading a split whose shards come when they are needed: the same images, in time, and honest about trouble."""
 
 import threading
 import time
@@ -153,6 +153,8 @@ def test_encoded_images_are_decoded_alike_however_they_are_read(
     original = digits.split("train").slice(0, len(split))[0]
     assert float((whole.float() - original.float()).abs().mean()) < 12  # JPEG is not exact
     index = torch.randperm(len(split))[:1280].view(-1, 64)
+    with torch.inference_mode():
+        assert torch.equal(next(iter(split.blocks(len(split))))[0], whole)
     for row, (images, found) in zip(index, split.batches([index]), strict=True):
         assert torch.equal(images, whole[row]) and torch.equal(found, labels[row])
 
