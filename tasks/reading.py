@@ -9,7 +9,7 @@ from cnn.reading import SplitReader
 from cnn.streamed import AHEAD_BYTES
 from infra.cache import Cache
 from infra.errors import UsageError
-from tasks.dataset import fits, local_ranks, open_split, stream_split
+from tasks.dataset import fits, local_ranks, open_split, shards_of, stream_split
 
 SHARE = 0.75
 """Of what the cache may hold, for the training split: validation is read in between."""
@@ -34,10 +34,12 @@ def open_training_split(cache: Cache, manifest: Manifest, config: TrainConfig, w
     if ahead < largest:
         possible = _largest_window(info, int(SHARE * cache.limit) - ranks * largest, config.lanes, lanes)
         advice = f"shuffle_window to at most {possible}, or " if possible >= config.batch_size else ""
+        whole = sum(shard.bytes for shard in shards_of(manifest))
+        enough = min(int((needed + ranks * largest) / SHARE) + 1, whole)
         raise UsageError(
             f"the cache may hold {decimal(cache.limit)} here (CONVOY_CACHE_BYTES, or what the disk has to spare), but "
             f"training on {'all images' if window is None else f'a window of {window} images'} at a time takes "
-            f"{decimal(int((needed + ranks * largest) / SHARE) + 1)}; set {advice}CONVOY_CACHE_BYTES to that"
+            f"{decimal(enough)}; set {advice}CONVOY_CACHE_BYTES to that"
         )
     return stream_split(cache, manifest, "train", ahead=min(ahead, AHEAD_BYTES))
 
