@@ -189,6 +189,10 @@ class TrainConfig(Config):
     lanes: int = Field(4, ge=1, le=1024)
     """Equal parts of a batch, a power of two; ranks share them out, and the result depends on lanes, not on ranks."""
 
+    shuffle_window: int | None = Field(None, ge=1)
+    """Images that are mixed at a time, over all lanes. Unset, or at least the training split's: all of them; but unset
+    with more than 64 GiB of shards, 4 GiB worth. With a window each machine reads its own part of the split only."""
+
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds the initial weights, the order of the images, augmentation and dropout."""
 

@@ -17,7 +17,7 @@ from cnn.manifest import Manifest, Spread
 from cnn.split import SPLITS, Split
 
 if TYPE_CHECKING:
-    from cnn.packed import PackedSplit
+    from cnn.reading import SplitReader
 
 Outcome = Literal["passed", "warned", "failed", "off", "skipped"]
 
@@ -119,9 +119,9 @@ def population_stability_index(expected: ArrayLike, found: ArrayLike) -> float:
 
 def check_dataset(
     manifest: Manifest,
-    splits: Mapping[Split, "PackedSplit"],
+    splits: Mapping[Split, "SplitReader"],
     config: DataGateConfig,
-    champion: "tuple[Manifest, PackedSplit] | None" = None,
+    champion: "tuple[Manifest, SplitReader] | None" = None,
     on_progress: Callable[[int], object] = lambda count: None,
 ) -> DataChecks:
     """Look at every image of a dataset version once, block by block.
@@ -179,18 +179,19 @@ class _Scan:
     """Pixels of each value, C×256."""
 
 
-def _scan(split: "PackedSplit", on_progress: Callable[[int], object]) -> _Scan:
+def _scan(split: "SplitReader", on_progress: Callable[[int], object]) -> _Scan:
     channels, height, width = split.shape
     digests, contrast = bytearray(), np.empty(len(split), dtype=np.uint8)
     pixels = np.zeros((channels, 256), dtype=np.int64)
-    step = max(1, BLOCK_BYTES // (channels * height * width))
-    for start in range(0, len(split), step):
-        images = np.ascontiguousarray(split.slice(start, start + step)[0].numpy())
+    start = 0
+    for block, _ in split.blocks(max(1, BLOCK_BYTES // (channels * height * width))):
+        images = np.ascontiguousarray(block.numpy())
         for image in images:
             digests += hashlib.blake2b(image.data, digest_size=8).digest()
         planes = images.reshape(len(images), channels, -1)
         contrast[start : start + len(images)] = np.ptp(planes, axis=2).max(1)
         pixels += np.stack([np.bincount(planes[:, channel].ravel(), minlength=256) for channel in range(channels)])
+        start += len(images)
         on_progress(len(images))
     return _Scan(
         labels=split.labels.numpy(),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnn.lanes import Exchange
-from cnn.packed import PackedSplit
+from cnn.reading import SplitReader
 
 EVAL_BATCH = 250  # images; part of the result's last bits, hence no option
 
@@ -23,7 +23,7 @@ class Score:
 
 
 def predict_logits(
-    network: nn.Module, split: PackedSplit, device: torch.device, *, on_progress: Callable[[int], None] = lambda _: None
+    network: nn.Module, split: SplitReader, device: torch.device, *, on_progress: Callable[[int], None] = lambda _: None
 ) -> Tensor:
     """Logits of every image of a split, in its order: float32 N×classes, on the CPU.
 
@@ -33,14 +33,13 @@ def predict_logits(
     """
     parts = []
     with _evaluating(network):
-        for batch in range(_batches(split)):
-            images, _ = _batch(split, batch)
+        for images, _ in split.blocks(EVAL_BATCH):
             parts.append(network(images.to(device)).float().cpu())
             on_progress(len(images))
     return torch.cat(parts)
 
 
-def evaluate(network: nn.Module, split: PackedSplit, device: torch.device, exchange: Exchange) -> Score:
+def evaluate(network: nn.Module, split: SplitReader, device: torch.device, exchange: Exchange) -> Score:
     """Score a split, each rank taking every world-size-th batch.
 
     The sums of each batch travel, not those of each rank, and are added in one order, so that the number of ranks
@@ -49,25 +48,17 @@ def evaluate(network: nn.Module, split: PackedSplit, device: torch.device, excha
     Args:
         network: takes uint8 images, normalisation included; equal on every rank.
     """
-    sums = torch.zeros(_batches(split), 2, dtype=torch.float64, device=device)
+    rank, ranks = exchange.rank, exchange.world_size
+    sums = torch.zeros(-(-len(split) // EVAL_BATCH), 2, dtype=torch.float64, device=device)
     with _evaluating(network):
-        for batch in range(exchange.rank, len(sums), exchange.world_size):
-            images, labels = _batch(split, batch)
+        for batch, (images, labels) in enumerate(split.blocks(EVAL_BATCH, first=rank, every=ranks)):
             labels = labels.to(device)
             logits = network(images.to(device)).float()
-            sums[batch, 0] = F.cross_entropy(logits, labels, reduction="sum")
-            sums[batch, 1] = (logits.argmax(1) == labels).sum()
+            row = sums[rank + batch * ranks]
+            row[0] = F.cross_entropy(logits, labels, reduction="sum")
+            row[1] = (logits.argmax(1) == labels).sum()
     loss, correct = exchange.submit(sums).wait().sum(0).tolist()
     return Score(loss=loss / len(split), accuracy=correct / len(split))
-
-
-def _batches(split: PackedSplit) -> int:
-    return -(-len(split) // EVAL_BATCH)
-
-
-def _batch(split: PackedSplit, batch: int) -> tuple[Tensor, Tensor]:
-    start = batch * EVAL_BATCH
-    return split.slice(start, min(start + EVAL_BATCH, len(split)))
 
 
 @contextmanager

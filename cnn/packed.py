@@ -1,17 +1,18 @@
 """Reading packed images: shards are memory-mapped, and a batch is one vectorised gather."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cnn.errors import InputError
+from cnn.openshard import RawShard
+from cnn.reading import Batch
 
 
 class PackedSplit:
-    """One split of a dataset version, N images of one shape.
+    """One split of a dataset version, N images of one shape (see `cnn.reading.SplitReader`), every shard of it here.
 
     The images stay on disk and are paged in as they are touched; processes on one machine share the pages.
     Only the labels are copied to memory. Do not write to the tensors that come from `slice`.
@@ -26,9 +27,9 @@ class PackedSplit:
     def __init__(self, paths: Sequence[Path]) -> None:
         if not paths:
             raise InputError("a packed split has at least one shard")
-        shards = [_open(Path(path)) for path in paths]
-        self._images = [images for images, _ in shards]
-        self.labels = torch.cat([labels for _, labels in shards])
+        shards = [RawShard(Path(path)) for path in paths]
+        self._images = [shard.images for shard in shards]
+        self.labels = torch.cat([shard.labels for shard in shards])
         """int64 [N]"""
         _, channels, height, width = self._images[0].shape
         self.shape = (channels, height, width)
@@ -41,7 +42,7 @@ class PackedSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(self, index: Tensor) -> Batch:
         """The images and labels at `index`, in its order.
 
         Args:
@@ -70,7 +71,7 @@ class PackedSplit:
             first = stop
         return by_shard.index_select(0, order.argsort()), labels  # index_copy_ is many times slower on uint8
 
-    def slice(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def slice(self, start: int, stop: int) -> Batch:
         """The images and labels from `start` up to, not including, `stop`, which is cut to N.
 
         Returns:
@@ -87,18 +88,10 @@ class PackedSplit:
             return torch.empty((0, *self.shape), dtype=torch.uint8), self.labels[:0]
         return parts[0] if len(parts) == 1 else torch.cat(parts), self.labels[start:stop]
 
+    def batches(self, orders: Iterable[Tensor]) -> Iterator[Batch]:
+        """`gather(row)` for the rows of each of some int64 [rows, n], one after another."""
+        return (self.gather(row) for order in orders for row in order)
 
-def _open(path: Path) -> tuple[Tensor, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:  # maps the file; the tensors keep the mapping
-            images, labels = file.get_tensor("images"), file.get_tensor("labels")
-    except (SafetensorError, FileNotFoundError) as error:
-        raise InputError(f"{path} is not a whole shard ({error}); remove it and it is fetched again") from error
-    if (
-        images.dtype != torch.uint8
-        or images.ndim != 4
-        or labels.dtype != torch.int64
-        or labels.shape != images.shape[:1]
-    ):
-        raise InputError(f"{path} is not a shard: expected images uint8 [N, C, H, W] and labels int64 [N]")
-    return images, labels
+    def blocks(self, size: int, *, first: int = 0, every: int = 1) -> Iterator[Batch]:
+        """The split cut into blocks of `size` images: number `first`, and every `every`-th from there on."""
+        return (self.slice(start, start + size) for start in range(first * size, len(self), every * size))

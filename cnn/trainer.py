@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ from cnn.lanes import Exchange, LaneParallel
 from cnn.manifest import Manifest
 from cnn.networks import build_network
 from cnn.optim import build_optimizer, set_learning_rate
-from cnn.packed import PackedSplit
+from cnn.order import Order
+from cnn.reading import Batch, SplitReader
 from cnn.reports import EpochReport, Reporter, StepReport
 from cnn.schedule import average_decay, learning_rate
-from cnn.streams import epoch_order, generator, seed_default_generator, stream_seed
+from cnn.streams import generator, seed_default_generator, stream_seed
 from cnn.weights import load_pretrained
 
 STEPS_LATE = 2  # figures are acted on this many steps after they were computed, so that nothing waits for a GPU
@@ -101,7 +102,7 @@ class Trainer:
     Args:
         config: how to train.
         manifest: of the dataset version: classes, image shape, mean and std.
-        train, val: its packed splits.
+        train, val: readers of its splits.
         device: of this rank.
         exchange: between the ranks.
         pretrained: safetensors file of weights to start from, in place of fresh ones.
@@ -117,8 +118,8 @@ class Trainer:
         config: TrainConfig,
         *,
         manifest: Manifest,
-        train: PackedSplit,
-        val: PackedSplit,
+        train: SplitReader,
+        val: SplitReader,
         device: torch.device,
         exchange: Exchange,
         pretrained: Path | None = None,
@@ -127,7 +128,8 @@ class Trainer:
         check_fits(config, manifest)
         self.config, self.train, self.val, self.device, self.exchange = config, train, val, device, exchange
         self.step = 0
-        self.steps_per_epoch = len(train) // config.batch_size
+        self.order = Order(config, manifest.splits["train"])
+        self.steps_per_epoch = self.order.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.report_every = max(1, self.steps_per_epoch // REPORTS_AN_EPOCH)
         self.classes = len(manifest.classes)
@@ -142,10 +144,8 @@ class Trainer:
         self._clock = ComputeClock(device)
         self.lanes = LaneParallel(self.network, lanes=config.lanes, exchange=exchange, on_computed=self._clock.stop)
         self._parameters = [p for p in self.network.parameters() if p.requires_grad]
-        self._class_weights = _class_weights(config, train.labels, self.classes, device)
-        self._order = torch.empty(0, dtype=torch.int64)
-        self._order_epoch = -1
-
+        self._class_weights = _class_weights(config, manifest.splits["train"].class_counts, device)
+        self._batches: Iterator[Batch] | None = None  # of the lanes here, from this step on
         self._stop_requested = stop_requested
         self.history: list[Score] = []
         """What the validation split said after each epoch."""
@@ -160,11 +160,12 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step on one global batch."""
         self._clock.start()
-        samples = self._samples(self.step)
+        if self._batches is None:
+            self._batches = self.train.batches(_orders(self.order, self.lanes.lanes_here, self.step, self.total_steps))
         rate = learning_rate(self.config, self.step, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
         for lane in self.lanes.lanes_here:
-            self.lanes.run(lane, partial(self._lane, step=self.step, lane=lane, index=samples[lane]))
+            self.lanes.run(lane, partial(self._lane, step=self.step, lane=lane, batches=self._batches))
         figures = self.lanes.finish()
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = get_total_norm(gradients)
@@ -282,6 +283,7 @@ class Trainer:
             for name, tensor in ours.items():
                 tensor.copy_(got[name])
         self.step = int(got["progress/step"])
+        self._batches = None
         self.history = [Score(loss=loss, accuracy=accuracy) for loss, accuracy in got["progress/history"].tolist()]
         self._recent = got["progress/recent"].tolist()
         self._best = {name.removeprefix("best/"): got[name].cpu() for name in best}
@@ -305,7 +307,8 @@ class Trainer:
         bad = torch.zeros(self.config.lanes, dtype=torch.float64, device=self.device)
         for lane in self.lanes.lanes_here:
             self.optimizer.zero_grad(set_to_none=True)
-            loss, _ = self._lane(self.network, step=step - 1, lane=lane, index=samples[lane])
+            again = self.train.gather(samples[lane])
+            loss, _ = self._lane(self.network, step=step - 1, lane=lane, batches=iter([again]))
             loss.backward()  # type: ignore[no-untyped-call]
             norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
             bad[lane] = ~(norm + loss).isfinite()
@@ -324,18 +327,15 @@ class Trainer:
 
     def _samples(self, step: int) -> Tensor:
         """The images of a step, counted from 0: int64 lanes × images a lane, positions in the training split."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        if epoch != self._order_epoch:
-            self._order, self._order_epoch = epoch_order(self.config.seed, epoch, len(self.train)), epoch
-        size = self.config.batch_size
-        return self._order[batch * size : (batch + 1) * size].view(self.config.lanes, -1)
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        return self.order.epoch(epoch, range(self.config.lanes))[step_of_epoch]
 
-    def _lane(self, network: nn.Module, *, step: int, lane: int, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _lane(self, network: nn.Module, *, step: int, lane: int, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """One lane's mean loss, and its part of the step's figures.
 
         The figures, float64: the loss of each lane; correct images; votes to stop; compute seconds of each rank.
         """
-        images, labels = self.train.gather(index)
+        images, labels = next(batches)
         if self.device.type == "cuda":
             images, labels = images.pin_memory(), labels.pin_memory()
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -415,12 +415,23 @@ def fit(trainer: Trainer, reporter: Reporter) -> bool:
     return True
 
 
-def _class_weights(config: TrainConfig, labels: Tensor, classes: int, device: torch.device) -> Tensor | None:
+def _orders(order: Order, lanes: range, step: int, total_steps: int) -> Iterator[Tensor]:
+    """For each epoch from a step on the images of its steps, lane after lane: int64 [steps · lanes, images].
+
+    No method of the trainer, which a thread that reads ahead would keep alive.
+    """
+    while step < total_steps:
+        epoch, done = divmod(step, order.steps_per_epoch)
+        yield order.epoch(epoch, lanes)[done:].flatten(0, 1)
+        step = (epoch + 1) * order.steps_per_epoch
+
+
+def _class_weights(config: TrainConfig, class_counts: Sequence[int], device: torch.device) -> Tensor | None:
     """`balanced`: images / (classes · images of the class), scikit-learn's definition; its mean over images is 1."""
     if config.class_weights == "none":
         return None
-    counts = torch.bincount(labels, minlength=classes).clamp_min(1)
-    return (len(labels) / (classes * counts)).float().to(device)
+    counts = torch.tensor(class_counts)
+    return (int(counts.sum()) / (len(counts) * counts.clamp_min(1))).float().to(device)
 
 
 @torch.no_grad()

@@ -1,12 +1,15 @@
 """A content-addressed cache of the bucket's files on this machine."""
 
 import hashlib
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from infra.errors import ServiceError
 from infra.files import CHUNK, OnBytes, file_digest, locked, publish, temporary_file
 from infra.objectstore import ObjectStore
+from infra.room import Room
 
 READ_ONLY = 0o444  # a file named by its content must not be written to
 
@@ -16,11 +19,19 @@ class Cache:
 
     Several processes and threads may share one folder: a file appears whole or not at all, and one of them
     fetches it while the others wait.
+
+    Args:
+        root: the folder.
+        store: where files come from.
+        limit: bytes that the folder may hold: what was not used for longest leaves when a file is fetched. A path that
+            `fetch` returned is then good for opening it at once. None: nothing leaves.
     """
 
-    def __init__(self, root: Path, store: ObjectStore) -> None:
+    def __init__(self, root: Path, store: ObjectStore, *, limit: int | None = None) -> None:
         self.root = root
         self.store = store
+        self.limit = limit
+        self._room = None if limit is None else Room(root, limit)
 
     def path(self, sha256: str) -> Path:
         """Where the file with this digest is, or would be."""
@@ -83,10 +94,13 @@ class Cache:
         if size is None and (info := self.store.head(key)):
             size = info.size
         path = self.path(sha256)
-        if self.holds(sha256, size):
+        if self._use(path, sha256, size):
             return path
-        with locked(self.root / "locks" / sha256):
-            if not self.holds(sha256, size):  # nobody fetched it while we waited
+        lock = self.root / "locks" / sha256
+        with locked(lock):
+            if not self._use(path, sha256, size):  # nobody fetched it while we waited
+                if self._room and size is not None:
+                    self._room.make(size, lock)
                 self.store.get_file(key, path, sha256=sha256, on_progress=on_progress)
                 path.chmod(READ_ONLY)
         return path
@@ -94,6 +108,14 @@ class Cache:
     def drop(self, sha256: str) -> None:
         """Forget a file."""
         self.path(sha256).unlink(missing_ok=True)
+
+    def _use(self, path: Path, sha256: str, size: int | None) -> bool:
+        """Whether the file is here; if so, it counts as used now."""
+        if not self.holds(sha256, size):
+            return False
+        with suppress(OSError):  # it may have just left, or be another user's
+            os.utime(path)
+        return path.exists()
 
     def _adopt(self, temporary: Path, sha256: str) -> None:
         temporary.chmod(READ_ONLY)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, AliasChoices, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, ByteSize, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra.errors import UsageError
@@ -59,6 +59,10 @@ class Settings(BaseSettings):
 
     slots: int | None = Field(None, ge=1)
     """CONVOY_SLOTS: ranks that this machine runs, as one node of several. Unset: one a GPU, or one a core."""
+
+    cache_bytes: ByteSize | None = Field(None, ge=1)
+    """CONVOY_CACHE_BYTES: what the cache may hold, for example 200GB; what was not used for longest leaves when more
+    is needed. Unset: nine tenths of what the disk has free, beside what is there."""
 
     s3_port: Port | None = None
     """CONVOY_S3_PORT: port of the object store. Unset: the last one used, or 8333, or a free one."""

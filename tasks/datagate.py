@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from cnn.config import DataGateConfig
 from cnn.datachecks import COMPARISONS, Check, DataChecks, check_dataset
 from cnn.manifest import Manifest
-from cnn.packed import PackedSplit
+from cnn.reading import SplitReader
 from cnn.split import SPLITS
 from infra import tracking
 from infra.cache import Cache
@@ -24,7 +24,7 @@ from infra.errors import GateRefused
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.settings import Settings
 from tasks.cancel import stop_if_cancelled
-from tasks.dataset import DatasetDamaged, DatasetRef, load_manifest, open_split
+from tasks.dataset import DatasetDamaged, DatasetRef, load_manifest, open_cache, open_split
 from tasks.figures import contact_sheet, png
 from tasks.progress import progress, run_logger
 from tasks.report import cell
@@ -65,9 +65,8 @@ def data_gate(dataset: DatasetRef, config: DataGateConfig, champion: str | None 
         ServiceError: the object store failed.
     """
     stop_if_cancelled()
-    settings = Settings()
-    store = ObjectStore.connect(settings.bucket, create=False)
-    cache = Cache(settings.cache, store)
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    cache = open_cache(store)
     manifest = load_manifest(store, dataset.version)
     splits = {name: open_split(cache, manifest, name) for name in SPLITS}
     theirs = _champions(cache, manifest, splits["train"], champion)
@@ -148,8 +147,8 @@ def data_markdown(name: str, checks: DataChecks) -> str:
 
 
 def _champions(
-    cache: Cache, manifest: Manifest, train: PackedSplit, version: str | None
-) -> tuple[Manifest, PackedSplit] | None:
+    cache: Cache, manifest: Manifest, train: SplitReader, version: str | None
+) -> tuple[Manifest, SplitReader] | None:
     """The manifest and training split of the champion's dataset version, if it is still there."""
     if version is None:
         return None

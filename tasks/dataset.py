@@ -1,8 +1,10 @@
 """Dataset versions in the bucket: where they are, whether they are whole, and opening them for reading."""
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,13 +13,20 @@ from pydantic import BaseModel, ConfigDict
 from cnn.errors import InputError
 from cnn.manifest import Manifest, Shard
 from cnn.packed import PackedSplit
+from cnn.reading import SplitReader
 from cnn.split import Split
+from cnn.streamed import AHEAD_BYTES, StreamedSplit
 from infra.cache import Cache
 from infra.errors import ServiceError
 from infra.meter import in_parallel
 from infra.objectstore import ObjectMissing, ObjectStore
+from infra.room import disk_limit
+from infra.settings import Settings
 
 T = TypeVar("T")
+
+SHARDS = "shards/"
+ASKED_ONE_BY_ONE = 1000  # shards; of more, a listing of the bucket's is quicker
 
 
 class DatasetDamaged(ServiceError):
@@ -44,7 +53,7 @@ def manifest_key(version: str) -> str:
 
 def shard_key(shard: Shard) -> str:
     """Key of a shard."""
-    return f"shards/{shard.sha256}.safetensors"
+    return f"{SHARDS}{shard.sha256}.safetensors"
 
 
 def pretrained_key(sha256: str) -> str:
@@ -84,7 +93,11 @@ def is_whole(store: ObjectStore, version: str) -> bool:
         manifest = load_manifest(store, version)
     except (ObjectMissing, DatasetDamaged):
         return False
-    return all(_each(lambda shard: is_stored(store, shard), shards_of(manifest)))
+    shards = shards_of(manifest)
+    if len(shards) <= ASKED_ONE_BY_ONE:
+        return all(_each(lambda shard: is_stored(store, shard), shards))
+    sizes = {info.key: info.size for info in store.list(SHARDS)}
+    return all(sizes.get(shard_key(shard)) == shard.bytes for shard in shards)
 
 
 def shards_of(manifest: Manifest) -> list[Shard]:
@@ -93,17 +106,51 @@ def shards_of(manifest: Manifest) -> list[Shard]:
     return list({shard.sha256: shard for shard in shards}.values())
 
 
-def open_split(cache: Cache, manifest: Manifest, split: Split) -> PackedSplit:
-    """Map a split's shards from this machine's cache, after fetching those that are missing there.
+def open_cache(store: ObjectStore) -> Cache:
+    """This machine's cache, held within CONVOY_CACHE_BYTES or what its disk has to spare."""
+    settings = Settings()
+    return Cache(settings.cache, store, limit=settings.cache_bytes or disk_limit(settings.cache))
+
+
+def fits(cache: Cache, manifest: Manifest) -> bool:
+    """Whether the cache may hold all shards of a dataset version."""
+    return cache.limit is None or sum(shard.bytes for shard in shards_of(manifest)) <= cache.limit
+
+
+def open_split(cache: Cache, manifest: Manifest, split: Split) -> SplitReader:
+    """Open a split for reading: mapped, its missing shards fetched before, if all of the version may be here.
+
+    Otherwise, or if the images are encoded, its shards come when they are needed. The images are the same.
 
     Raises:
-        ObjectMissing: a shard is neither here nor in the bucket.
+        ObjectMissing: a shard is neither here nor in the bucket; when it is needed, if they come then.
     """
+    if manifest.encoding == "raw" and fits(cache, manifest):
+        return PackedSplit(_each(partial(_fetch, cache), manifest.splits[split].shards))
+    return stream_split(cache, manifest, split)
 
-    def fetch(shard: Shard) -> Path:
-        return cache.fetch(shard_key(shard), shard.sha256, size=shard.bytes)
 
-    return PackedSplit(_each(fetch, manifest.splits[split].shards))
+def stream_split(cache: Cache, manifest: Manifest, split: Split, *, ahead: int | None = None) -> StreamedSplit:
+    """A reader that fetches the split's shards when they are needed.
+
+    Args:
+        ahead: bytes that may be here before; unset: a quarter of what the cache may hold, shared by this machine's
+            ranks, and no more than `cnn.streamed.AHEAD_BYTES`.
+    """
+    if ahead is None:
+        ahead = AHEAD_BYTES if cache.limit is None else min(AHEAD_BYTES, cache.limit // 4 // local_ranks())
+    shape = manifest.channels, manifest.image_size, manifest.image_size
+    shards = manifest.splits[split].shards
+    return StreamedSplit(shards, shape, partial(_fetch, cache), encoding=manifest.encoding, ahead=ahead)
+
+
+def local_ranks() -> int:
+    """Ranks of this training on this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _fetch(cache: Cache, shard: Shard) -> Path:
+    return cache.fetch(shard_key(shard), shard.sha256, size=shard.bytes)
 
 
 def _each(work: Callable[[Shard], T], shards: Iterable[Shard]) -> list[T]:

@@ -17,12 +17,11 @@ from cnn.evaluate import predict_logits
 from cnn.manifest import Manifest
 from cnn.trainer import build, predictor
 from cnn.weights import load_weights, weights_sha256
-from infra.cache import Cache
 from infra.errors import ServiceError
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from tasks.cancel import stop_if_cancelled
-from tasks.dataset import DatasetRef, load_manifest, open_split
+from tasks.dataset import DatasetRef, load_manifest, open_cache, open_split
 from tasks.predictions import store_predictions
 from tasks.progress import progress, run_logger
 from tasks.reference import store_reference
@@ -70,10 +69,9 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
         ServiceError: a server failed, or the bucket has other weights than the training left.
     """
     stop_if_cancelled()
-    settings = Settings()
-    store = ObjectStore.connect(settings.bucket, create=False)
+    store = ObjectStore.connect(Settings().bucket, create=False)
     manifest = load_manifest(store, dataset.version)
-    cache = Cache(settings.cache, store)
+    cache = open_cache(store)
     validation, test = (open_split(cache, manifest, name) for name in ("val", "test"))
     device = local_device()
     trained_part = trained_network(store, config, manifest, trained).to(memory_format=torch.channels_last)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cnn.calibration import Reliability
-from cnn.packed import PackedSplit
+from cnn.reading import SplitReader
 from cnn.split import Split
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _reliability(upper: Axes, lower: Axes, found: Reliability) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def gallery_figure(report: "EvaluationReport", split: PackedSplit) -> Figure:
+def gallery_figure(report: "EvaluationReport", split: SplitReader) -> Figure:
     """Show the most confidently wrong and the hardest images of a report, each with what it is and was taken for.
 
     Args:
@@ -134,7 +134,7 @@ def gallery_figure(report: "EvaluationReport", split: PackedSplit) -> Figure:
     return _gallery(sections)
 
 
-def contact_sheet(checks: "DataChecks", splits: Mapping[Split, PackedSplit]) -> Figure:
+def contact_sheet(checks: "DataChecks", splits: Mapping[Split, SplitReader]) -> Figure:
     """Show training images of each class, and below them the images that a check complains of.
 
     Args:
@@ -215,7 +215,7 @@ def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3))
 
 
-def _images(split: PackedSplit, indices: Sequence[int]) -> Tensor:
+def _images(split: SplitReader, indices: Sequence[int]) -> Tensor:
     return split.gather(torch.tensor(indices, dtype=torch.int64))[0]
 
 

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from cnn.evaluate import EVAL_BATCH
 from cnn.manifest import Manifest
-from cnn.packed import PackedSplit
+from cnn.reading import SplitReader
 from infra import tracking
-from infra.cache import Cache
 from infra.errors import GateRefused
 from infra.mlflowserver import mlflow_client
 from infra.objectstore import ObjectStore
@@ -30,7 +29,7 @@ from infra.registry import ModelVersion, tag_version
 from infra.settings import Settings
 from infra.versions import FoundVersion, download_version, find_version
 from tasks.cancel import stop_if_cancelled
-from tasks.dataset import load_manifest, open_split
+from tasks.dataset import load_manifest, open_cache, open_split
 from tasks.gateconfig import GateConfig
 from tasks.predictions import load_predictions, store_predictions
 from tasks.progress import progress, run_logger
@@ -87,12 +86,11 @@ def compare(challenger: ModelVersion, champion: ModelVersion | None, config: Gat
         UsageError: there is no such version.
         ServiceError: a server failed.
     """
-    settings = Settings()
-    store = ObjectStore.connect(settings.bucket, create=False)
+    store = ObjectStore.connect(Settings().bucket, create=False)
     found = find_version(challenger.address)
     dataset_version = found.tags[DATASET_VERSION]
     manifest = load_manifest(store, dataset_version)
-    split = open_split(Cache(settings.cache, store), manifest, "test")
+    split = open_split(open_cache(store), manifest, "test")
     timed = config.max_latency_ms is not None
     return judge(
         score(store, found, manifest, split, timed=timed),
@@ -121,7 +119,7 @@ def publish(version: ModelVersion, verdict: Verdict) -> None:
 
 
 def score(
-    store: ObjectStore, version: FoundVersion, manifest: Manifest, split: PackedSplit, *, timed: bool = False
+    store: ObjectStore, version: FoundVersion, manifest: Manifest, split: SplitReader, *, timed: bool = False
 ) -> Scored:
     """Which images of the test split a version has right; from its last predictions, if they were of this split.
 
@@ -173,17 +171,16 @@ class _LoadedOnce:
         """Of a batch: (-1, C, H, W)."""
         return tuple(self._loaded.metadata.signature.inputs.inputs[0].shape)
 
-    def predict(self, split: PackedSplit) -> Tensor:
+    def predict(self, split: SplitReader) -> Tensor:
         """Most probable class of each image, int64 [N]."""
         parts = []
         with progress(f"Scoring {self._version.address}", len(split), unit="images") as advance:
-            for start in range(0, len(split), EVAL_BATCH):
-                images, _ = split.slice(start, start + EVAL_BATCH)
+            for images, _ in split.blocks(EVAL_BATCH):
                 parts.append(torch.from_numpy(self._loaded.predict(images.numpy())).argmax(1))
                 advance(len(images))
         return torch.cat(parts)
 
-    def latency_ms(self, split: PackedSplit) -> float:
+    def latency_ms(self, split: SplitReader) -> float:
         """Median time for one image on the CPU, in milliseconds."""
         image = split.slice(0, 1)[0].numpy()
         seconds = []

@@ -21,13 +21,13 @@ from torch import Tensor
 from cnn.distributed import make_deterministic, process_group
 from cnn.reports import EpochReport, StepReport, StragglerWatch
 from cnn.trainer import Trainer, fit
-from infra.cache import Cache
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from tasks.checkpoints import CheckpointWriter, Snapshot, commit_weights, newest_checkpoint
-from tasks.dataset import load_manifest, open_split, pretrained_key
+from tasks.dataset import load_manifest, open_cache, open_split, pretrained_key
 from tasks.job import Event, Job, JobFolder, Outcome
 from tasks.lifeline import die_with_parent
+from tasks.reading import open_training_split
 
 SPEED_OVER = 0.5  # seconds that a figure of speed covers at least
 FLUSH_PATIENCE = 10.0  # seconds that the tracking server has to take the last metrics; checkpoints carry the others
@@ -223,11 +223,11 @@ def main() -> int:
 
 def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSignal) -> None:
     """Train to the end, or until the ranks agree to stop; rank 0 stores the weights and leaves the outcome."""
-    settings = Settings()
-    store = ObjectStore.connect(settings.bucket, create=False)
-    cache = Cache(settings.cache, store)
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    cache = open_cache(store)
     manifest = load_manifest(store, job.dataset_version)
-    train_split, val_split = (open_split(cache, manifest, split) for split in ("train", "val"))
+    train_split = open_training_split(cache, manifest, job.config, job.world_size)
+    val_split = open_split(cache, manifest, "val")
 
     weights = job.config.pretrained_sha256
     make_deterministic()

@@ -20,7 +20,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from cnn.calibration import Reliability, reliability
 from cnn.errors import InputError
-from cnn.packed import PackedSplit
+from cnn.reading import SplitReader
 from infra import tracking
 from tasks.figures import confusion_figure, gallery_figure, reliability_figure
 from tasks.versiontags import TEMPERATURE
@@ -345,7 +345,7 @@ def _seconds(network: nn.Module, batch: Tensor) -> float:
     return time.perf_counter() - began
 
 
-def publish_evaluation(run_id: str, report: EvaluationReport, split: PackedSplit) -> None:
+def publish_evaluation(run_id: str, report: EvaluationReport, split: SplitReader) -> None:
     """Put a report into an MLflow run (`report/`, metrics, tag `convoy.temperature`) and on a page in Prefect.
 
     Args:

@@ -15,7 +15,8 @@ from prefect.exceptions import TerminationSignal
 from prefect.utilities.urls import url_for
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cnn.manifest import canonical_json
+from cnn.manifest import Manifest, canonical_json
+from cnn.order import mixing, shuffle_window
 from cnn.trainer import check_fits
 from infra import tracking
 from infra.errors import ServiceError, UsageError
@@ -28,6 +29,7 @@ from tasks.checkpoints import checkpoint_prefix
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, is_whole, load_manifest
 from tasks.platform import Platform, this_platform
+from tasks.progress import run_logger
 
 MANIFEST_DIGEST, FLOW_RUN = "convoy.manifest_digest", "prefect.flow_run_id"
 
@@ -133,7 +135,8 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
     """
     settings = Settings()
     store = ObjectStore.connect(settings.bucket, create=False)
-    check_fits(config.training(), load_manifest(store, dataset.version))
+    data = load_manifest(store, dataset.version)
+    check_fits(config.training(), data)
     code = provenance()
     manifest = run_manifest(config, dataset, code)
     resume = resume or _run_of_this_flow_run(store)
@@ -156,7 +159,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
         try:
             prefix = f"s3://{settings.bucket}/{checkpoint_prefix(run_id)}"
             if not resume:
-                tracking.set_tags(run_id, {"convoy.checkpoint_prefix": prefix})
+                tracking.set_tags(run_id, {"convoy.checkpoint_prefix": prefix, **_mixing_tags(config, data)})
                 source = f"s3://{settings.bucket}/datasets/{dataset.version}/manifest.json"
                 tracking.log_dataset(run_id, dataset.name, dataset.version, source)
                 tracking.log_text(run_id, "manifest.json", manifest.model_dump_json(indent=2))
@@ -171,6 +174,22 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
                 tracking.end_run(run_id, "KILLED" if stopped else "FAILED")
             raise
         tracking.end_run(run_id, "FINISHED")
+
+
+def _mixing_tags(config: RunConfig, data: Manifest) -> dict[str, str]:
+    """How well batches are mixed, if not all images are mixed at a time."""
+    train = data.splits["train"]
+    window = shuffle_window(config.training(), train)
+    if window is None:
+        return {}
+    uneven = mixing(train, window, batch_size=config.batch_size, lanes=config.lanes)
+    run_logger().info(
+        "%d of %d images are mixed at a time: a class's share of a batch varies at worst %.2f times as at random",
+        window,
+        train.count,
+        uneven,
+    )
+    return {"convoy.shuffle_window": str(window), "convoy.mixing": f"{uneven:.4g}"}
 
 
 def run_manifest(config: RunConfig, dataset: DatasetRef, code: Provenance) -> RunManifest:

@@ -1,16 +1,27 @@
 """The digits of scikit-learn (1 797 real images of 8×8 pixels), packed once a session."""
 
 import gzip
+import hashlib
+import io
+import os
+import shutil
+import threading
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
 
 from cnn.config import PreprocessConfig
-from cnn.manifest import Manifest
+from cnn.manifest import Manifest, Shard, SplitInfo
 from cnn.packed import PackedSplit
 from cnn.preprocess import preprocess
+from cnn.shards import ShardWriter, shard_path
+from cnn.streamed import StreamedSplit
 
 
 @dataclass(frozen=True)
@@ -20,6 +31,91 @@ class Packed:
 
     def split(self, name: str) -> PackedSplit:
         return PackedSplit([self.folder / f"{shard.sha256}.safetensors" for shard in self.manifest.splits[name].shards])
+
+
+class FewFiles:
+    """Makes shards local files by copying them, and has at most so many of them at a time: the oldest one leaves."""
+
+    def __init__(self, packed: Packed, place: Path, most: int) -> None:
+        self._packed, self._place, self._most = packed, place, most
+        self._lock = threading.Lock()
+        self.fetched: list[str] = []
+        place.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, shard: Shard) -> Path:
+        path = self._place / shard.sha256
+        with self._lock:
+            if not path.exists():
+                here = sorted(self._place.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+                for file in here[: len(here) + 1 - self._most]:
+                    file.unlink()
+                shutil.copyfile(shard_path(self._packed.folder, shard.sha256), path)
+                self.fetched.append(shard.sha256)
+            os.utime(path)
+        return path
+
+
+def streamed(packed: Packed, name: str, place: Path, *, most: int = 6, ahead: int = 10_000) -> StreamedSplit:
+    """A split whose shards come one by one, and of which few are here at a time."""
+    size = packed.manifest.image_size
+    return StreamedSplit(
+        packed.manifest.splits[name].shards,
+        (packed.manifest.channels, size, size),
+        FewFiles(packed, place, most),
+        encoding=packed.manifest.encoding,
+        ahead=ahead,
+    )
+
+
+@pytest.fixture(scope="session")
+def many_shards(digits: Packed, tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """The digits in shards of 37 images."""
+    folder = tmp_path_factory.mktemp("many-shards")
+
+    def packed_again(name: str, info: SplitInfo) -> SplitInfo:
+        writer = ShardWriter(folder, (1, 8, 8), shard_bytes=37 * 64)
+        split = digits.split(name)
+        writer.add(*(tensor.numpy() for tensor in split.slice(0, len(split))))
+        return info.model_copy(update={"shards": writer.close()})
+
+    splits = {name: packed_again(name, info) for name, info in digits.manifest.splits.items()}
+    manifest = digits.manifest.model_copy(update={"splits": splits})
+    (folder / "manifest.json").write_bytes(manifest.to_bytes())
+    return Packed(folder, manifest)
+
+
+def write_encoded(folder: Path, images: Tensor, labels: Tensor, kind: str) -> Shard:
+    """A shard of images [n, C, H, W] as JPEG or WebP files."""
+    files = []
+    for image in images:
+        file = io.BytesIO()
+        Image.fromarray(image.movedim(0, -1).squeeze(-1).numpy()).save(file, kind)
+        files.append(file.getvalue())
+    tensors = {
+        "encoded": torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8),
+        "offsets": torch.tensor([0, *map(len, files)]).cumsum(0),
+        "labels": labels,
+    }
+    save_file(tensors, folder / "new")
+    sha256 = hashlib.sha256((folder / "new").read_bytes()).hexdigest()
+    path = (folder / "new").rename(shard_path(folder, sha256))
+    return Shard(sha256=sha256, count=len(labels), bytes=path.stat().st_size)
+
+
+@pytest.fixture(scope="session")
+def encoded(digits: Packed, tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """The digits as JPEG files, in shards of 50 images."""
+    folder = tmp_path_factory.mktemp("encoded")
+
+    def packed_again(name: str, info: SplitInfo) -> SplitInfo:
+        split = digits.split(name)
+        parts = (split.slice(start, start + 50) for start in range(0, len(split), 50))
+        return info.model_copy(update={"shards": tuple(write_encoded(folder, *part, "jpeg") for part in parts)})
+
+    splits = {name: packed_again(name, info) for name, info in digits.manifest.splits.items()}
+    manifest = digits.manifest.model_copy(update={"splits": splits, "encoding": "jpeg"})
+    (folder / "manifest.json").write_bytes(manifest.to_bytes())
+    return Packed(folder, manifest)
 
 
 @pytest.fixture(scope="session")

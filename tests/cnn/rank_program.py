@@ -2,7 +2,8 @@
 
 A plan is a world size (`2`), or several, each with the step about which to stop and go on with the next: `2@9,4@30,1`.
 Prints one JSON line: for each plan the list of what its last ranks found (digests of the weights, and every report of
-all parts). Ranks are forked from this process, so that torch is loaded once.
+all parts). Ranks are forked from this process, so that torch is loaded once. With TEST_READER=streamed, shards come
+one by one, and few are here at a time.
 """
 
 import json
@@ -20,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from cnn.config import TrainConfig
 from cnn.distributed import make_deterministic, process_group
 from cnn.manifest import Manifest
-from cnn.packed import PackedSplit
 from cnn.reports import EpochReport, StepReport
 from cnn.trainer import Trainer, fit
 from cnn.weights import weights_sha256
+from tests.cnn.conftest import Packed, streamed
 
 
 class History:
@@ -53,10 +54,11 @@ def run_rank(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
-    train, val = (
-        PackedSplit([folder / f"{shard.sha256}.safetensors" for shard in manifest.splits[split].shards])
-        for split in ("train", "val")
-    )
+    packed = Packed(folder, manifest)
+    if os.environ.get("TEST_READER") == "streamed":
+        train, val = (streamed(packed, split, meeting / f"shards-{rank}-{split}") for split in ("train", "val"))
+    else:
+        train, val = packed.split("train"), packed.split("val")
     make_deterministic()
     state = meeting / "state.safetensors"
     with process_group(dist.FileStore(str(meeting / f"ranks-{stop}"), world_size)) as (device, exchange):

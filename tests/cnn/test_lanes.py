@@ -42,12 +42,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(digits: Packed, config: TrainConfig, *plans: int | str) -> list[list[dict[str, Any]]]:
+def train(digits: Packed, config: TrainConfig, *plans: int | str, reader: str = "packed") -> list[list[dict[str, Any]]]:
     """Train by some plans (see the program); returns what each rank says, for each plan."""
     command = [sys.executable, "-m", "tests.cnn.rank_program", str(digits.folder), config.model_dump_json()]
     done = subprocess.run(
         [*command, *map(str, plans)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TEST_READER": reader},
         stdout=subprocess.PIPE,
         check=True,
         timeout=240,
@@ -90,6 +90,19 @@ def test_stopped_and_resumed_in_mid_epoch_by_other_numbers_of_ranks_nothing_diff
     (undisturbed,), (resumed,), four = train(digits, config, 1, f"2@5,4@{per_epoch - 2},2@{per_epoch + 3},1", "1@9,4")
     assert resumed == undisturbed
     assert four[0] == undisturbed
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_where_the_shards_are_changes_nothing_nor_does_an_interruption_with_a_window(
+    window: int | None, many_shards: Packed
+) -> None:
+    config = TrainConfig(epochs=2, batch_size=64, lanes=4, shuffle_window=window, **RECIPES["convoy9"])
+    ((mapped,),) = train(many_shards, config, 1)
+    (alone,), two, four, (resumed,) = train(many_shards, config, 1, 2, 4, "2@5,4@30,1", reader="streamed")
+    assert alone == resumed == mapped
+    for rank in (*two, *four):
+        assert rank["weights"] == mapped["weights"]
+        assert (rank["steps"], rank["epochs"]) == (mapped["steps"], mapped["epochs"])
 
 
 def test_another_seed_or_number_of_lanes_gives_other_weights(digits: Packed) -> None:

@@ -2,7 +2,11 @@
 
 import hashlib
 import io
+import mmap
 import multiprocessing
+import os
+import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from infra.cache import Cache
 from infra.errors import ServiceError
 from infra.files import locked
 from infra.objectstore import ObjectMissing, ObjectStore
+from infra.room import disk_limit
 
 DATA = b"some content" * 1000
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -105,6 +110,129 @@ def test_threads_that_want_one_file_fetch_it_once(cache: Cache, store: ObjectSto
     assert set(paths) == {cache.path(DIGEST)}
     assert sum(moved) == len(DATA)
     assert _files(cache) == [cache.path(DIGEST)]
+
+
+def _put_several(store: ObjectStore, count: int) -> list[str]:
+    """Objects of 1000 bytes, named by their digest."""
+    contents = [bytes([number]) * 1000 for number in range(count)]
+    digests = [hashlib.sha256(content).hexdigest() for content in contents]
+    for digest, content in zip(digests, contents, strict=True):
+        store.put_bytes(digest, content)
+    return digests
+
+
+def _use_at(cache: Cache, digest: str, when: float) -> None:
+    os.utime(cache.path(digest), (when, when))
+
+
+def test_what_was_not_used_for_longest_leaves_when_a_file_comes_in(store: ObjectStore, tmp_path: Path) -> None:
+    digests = _put_several(store, 6)
+    cache = Cache(tmp_path / "cache", store, limit=3500)
+    for when, digest in enumerate(digests[:3], start=1):
+        _use_at(cache, cache.fetch(digest, digest).name, when)
+    cache.fetch(digests[0], digests[0])  # is used again
+    cache.fetch(digests[3], digests[3])
+    assert {path.name for path in _files(cache)} == {digests[0], digests[2], digests[3]}
+    cache.fetch(digests[1], digests[1], size=1000)  # what has left can come again
+    assert {path.name for path in _files(cache)} == {digests[0], digests[1], digests[3]}
+
+
+def test_a_cache_without_a_limit_keeps_everything(cache: Cache, store: ObjectStore) -> None:
+    for digest in _put_several(store, 6):
+        cache.fetch(digest, digest)
+    assert len(_files(cache)) == 6
+
+
+def test_a_file_that_leaves_stays_readable_for_those_who_have_it_open(store: ObjectStore, tmp_path: Path) -> None:
+    first, second = _put_several(store, 2)
+    cache = Cache(tmp_path / "cache", store, limit=1500)
+    with cache.fetch(first, first).open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        cache.fetch(second, second)
+        assert not cache.holds(first)
+        assert mapped[:] == bytes(1000)
+
+
+def test_a_file_larger_than_the_limit_comes_all_the_same(
+    store: ObjectStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (digest,) = _put_several(store, 1)
+    cache = Cache(tmp_path / "cache", store, limit=100)
+    assert cache.fetch(digest, digest).stat().st_size == 1000
+    assert "holds 900 bytes more than the 100 it may" in caplog.text
+
+
+def test_nothing_leaves_that_a_preparation_may_have_fetched(store: ObjectStore, tmp_path: Path) -> None:
+    digests = _put_several(store, 4)
+    cache = Cache(tmp_path / "cache", store, limit=2500)
+    _use_at(cache, cache.fetch(digests[0], digests[0]).name, 1)
+    with locked(cache.root / "locks" / "preprocess-1"):
+        cache.fetch(digests[1], digests[1])
+        cache.fetch(digests[2], digests[2])
+        cache.fetch(digests[3], digests[3])
+        assert {path.name for path in _files(cache)} - {"preprocess-1"} == set(digests[1:])
+    cache.fetch(digests[0], digests[0])
+    assert len(_files(cache)) == 2
+
+
+def test_what_a_killed_process_left_unfinished_is_removed_when_it_is_old(store: ObjectStore, tmp_path: Path) -> None:
+    first, second = _put_several(store, 2)
+    cache = Cache(tmp_path / "cache", store, limit=10_000)
+    folder = cache.fetch(first, first).parent
+    old, young = folder / ".old.part", folder / ".young.part"
+    for file in (old, young):
+        file.touch()
+    os.utime(old, (1, 1))
+    cache.fetch(second, second)
+    assert not old.exists() and young.exists()
+
+
+def _fetch_many(root: Path, digests: list[str], seed: int) -> None:
+    cache = Cache(root, ObjectStore.connect("test"), limit=4000)
+    chosen = random.Random(seed)
+    for _ in range(30):
+        digest = chosen.choice(digests)
+        for _ in range(5):  # another process may have removed it since
+            try:
+                content = cache.fetch(digest, digest, size=1000).read_bytes()
+                break
+            except FileNotFoundError:
+                continue
+        assert hashlib.sha256(content).hexdigest() == digest
+
+
+def test_processes_that_share_a_limit_keep_to_it_together(store: ObjectStore, tmp_path: Path) -> None:
+    digests, root = _put_several(store, 12), tmp_path / "cache"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_fetch_many, args=(root, digests, seed)) for seed in range(3)]
+    for process in processes:
+        process.start()
+    most = 0
+    while any(process.is_alive() for process in processes):
+        with locked(root / "locks" / "room"):  # nothing leaves while files are counted one by one
+            most = max(most, _bytes_of_files(root))
+        time.sleep(0.001)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert 3000 <= most <= 4000
+    assert not [path for path in root.rglob("*") if path.is_file() and path.parent.name == "locks"]
+
+
+def _bytes_of_files(root: Path) -> int:
+    sizes: dict[int, int] = {}  # by inode, since a file that comes in is renamed meanwhile
+    for path in root.glob("[0-9a-f][0-9a-f]/*"):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        sizes[status.st_ino] = status.st_size
+    return sum(sizes.values())
+
+
+def test_unless_told_a_cache_may_have_nine_tenths_of_what_is_free(cache: Cache, store: ObjectStore) -> None:
+    free = os.statvfs(cache.root.parent)
+    limit = disk_limit(cache.root)
+    assert limit == pytest.approx(0.9 * free.f_bavail * free.f_frsize, rel=0.05)
 
 
 def _count_up(lock: Path, counter: Path, times: int) -> None:

@@ -39,6 +39,7 @@ def test_each_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVOY_HOME", "~/elsewhere")
     monkeypatch.setenv("CONVOY_BUCKET", "team-models")
     monkeypatch.setenv("CONVOY_MIRROR", "https://mirror.example/data")
+    monkeypatch.setenv("CONVOY_CACHE_BYTES", "1.5GB")
     monkeypatch.setenv("CONVOY_S3_PORT", "9000")
     monkeypatch.setenv("CONVOY_MLFLOW_PORT", "9001")
     monkeypatch.setenv("CONVOY_PREFECT_PORT", "9002")
@@ -49,6 +50,7 @@ def test_each_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.home == Path.home() / "elsewhere"
     assert settings.bucket == "team-models"
     assert settings.mirror == "https://mirror.example/data"
+    assert settings.cache_bytes == 1_500_000_000
     assert (settings.s3_port, settings.mlflow_port, settings.prefect_port) == (9000, 9001, 9002)
     assert settings.s3_url == "https://s3.example"
     assert settings.mlflow_uri == "sqlite:///tracking.db"
@@ -72,6 +74,8 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
+        ("CONVOY_CACHE_BYTES", "plenty"),
+        ("CONVOY_CACHE_BYTES", "0"),
         ("CONVOY_S3_PORT", "eighty"),
         ("CONVOY_MLFLOW_PORT", "99999"),
         ("CONVOY_PREFECT_PORT", "80"),

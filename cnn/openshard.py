@@ -1,0 +1,98 @@
+"""A shard that is open for reading: images as they are, or as compressed files that are decoded when they are read."""
+
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+from cnn.errors import InputError
+
+Encoding = Literal["raw", "jpeg", "webp"]
+
+
+class OpenShard(Protocol):
+    """n images of one shape; the file is mapped, and stays readable if it is removed."""
+
+    path: Path
+    labels: Tensor
+    """int64 [n], mapped."""
+
+    def read(self, index: Tensor, out: Tensor) -> None:
+        """Put the images at `index` (int64 [k], each in 0..n-1) into `out` (uint8 [k, C, H, W], contiguous)."""
+
+
+class RawShard:
+    """`images` uint8 [n, C, H, W] and `labels` int64 [n]."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.images, self.labels = _tensors(path, "images", "labels")
+        if (
+            self.images.dtype != torch.uint8
+            or self.images.ndim != 4
+            or self.labels.dtype != torch.int64
+            or self.labels.shape != self.images.shape[:1]
+        ):
+            raise InputError(f"{path} is not a shard: expected images uint8 [N, C, H, W] and labels int64 [N]")
+
+    def read(self, index: Tensor, out: Tensor) -> None:
+        torch.index_select(self.images, 0, index, out=out)
+
+
+class EncodedShard:
+    """`encoded` uint8, the files of all images end to end, `offsets` int64 [n+1] and `labels` int64 [n]."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._encoded, self._offsets, self.labels = _tensors(path, "encoded", "offsets", "labels")
+        if (
+            self._encoded.dtype != torch.uint8
+            or self._encoded.ndim != 1
+            or self._offsets.dtype != torch.int64
+            or self.labels.dtype != torch.int64
+            or self._offsets.shape != (len(self.labels) + 1,)
+            or int(self._offsets[0]) != 0
+            or int(self._offsets[-1]) != len(self._encoded)
+            or bool((self._offsets.diff() <= 0).any())
+        ):
+            raise InputError(f"{path} is not a shard of encoded images: its offsets do not fit its bytes and labels")
+
+    def read(self, index: Tensor, out: Tensor) -> None:
+        mode = ImageReadMode.GRAY if out.shape[1] == 1 else ImageReadMode.RGB
+        for number, place in zip(index.tolist(), out, strict=True):
+            start, stop = self._offsets[number : number + 2].tolist()
+            try:
+                image = decode_image(self._encoded[start:stop], mode)
+            except RuntimeError as error:
+                why = str(error).splitlines()[0]
+                raise InputError(f"{self.path}: its image {number} cannot be decoded ({why})") from error
+            if image.shape != place.shape:
+                raise InputError(
+                    f"{self.path}: its image {number} is {tuple(image.shape)}, the manifest says {tuple(place.shape)}"
+                )
+            place.copy_(image)
+
+
+def open_shard(path: Path, *, count: int, shape: tuple[int, int, int], encoding: Encoding) -> OpenShard:
+    """Map a shard.
+
+    Raises:
+        InputError: it is not whole, or not what the manifest says.
+    """
+    shard = RawShard(path) if encoding == "raw" else EncodedShard(path)
+    if isinstance(shard, RawShard) and shard.images.shape[1:] != shape:
+        raise InputError(f"{path}: its images are {tuple(shard.images.shape[1:])}, the manifest says {shape}")
+    if len(shard.labels) != count:
+        raise InputError(f"{path}: it has {len(shard.labels)} images, the manifest says {count}")
+    return shard
+
+
+def _tensors(path: Path, *names: str) -> list[Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:  # maps the file; the tensors keep the mapping
+            return [file.get_tensor(name) for name in names]
+    except (SafetensorError, FileNotFoundError) as error:
+        raise InputError(f"{path} is not a whole shard ({error}); remove it and it is fetched again") from error
