@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     slots: int | None = Field(None, ge=1)
     """CONVOY_SLOTS: ranks that this machine runs, as one node of several. Unset: one a GPU, or one a core."""
 
+    pod: str | None = Field(None, pattern=r"^[^/]+/[^/]+/[^/]+$")
+    """CONVOY_POD: namespace/name/uid of the Kubernetes pod that the flow runs in; its training's Job ends with it."""
+
     s3_port: Port | None = None
     """CONVOY_S3_PORT: port of the object store. Unset: the last one used, or 8333, or a free one."""
 

@@ -98,4 +98,6 @@ def check_installed(launcher: Launcher) -> None:
         UsageError: it is not.
     """
     if launcher in EXTRAS and find_spec(launcher) is None:
-        raise UsageError(f"launcher={launcher} needs the package of that name: `make {launcher}`, see README.md")
+        raise UsageError(
+            f"launcher={launcher} needs a package that is not installed: pip install 'convoy-cnn[{launcher}]'"
+        )
