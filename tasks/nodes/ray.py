@@ -7,9 +7,9 @@ own wire; nothing of Convoy's is stored that way.
 
 import logging
 import os
-import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infra.errors import Outage, UsageError
@@ -26,6 +26,7 @@ from tasks.launchconfig import RayConfig
 from tasks.lifeline import die_with_parent
 from tasks.nodes.watch import watching
 
+CONNECTS_WITHIN = 30.0  # seconds
 LEAVE = 5.0  # seconds that agents have to find that the training is over
 
 ACCESS = (
@@ -132,7 +133,7 @@ def agents(folder: JobFolder) -> Iterator[None]:
             if said:
                 yield said
             runs[actor.run.remote(job.run_id, access)] = actor
-        if not group.wait(0):
+        if placement_group_table(group)["state"] != "CREATED":
             yield f"Ray has no room for {len(actors)} ranks with {bundle} each; waiting for more nodes"
 
     try:
@@ -147,18 +148,30 @@ def agents(folder: JobFolder) -> Iterator[None]:
 
 
 def _connect(config: RayConfig) -> None:
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(config.address or "auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise Outage(
-            f"no Ray cluster at {config.address or os.environ.get('RAY_ADDRESS', 'this machine')}; "
-            f"`ray start` makes this machine a node of one ({_line(error)})"
-        ) from error
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"the Ray cluster cannot be used: {_line(error)}") from error
-    finally:
-        signal.signal(signal.SIGTERM, handler)  # Ray sets its own
+    """Become a driver of the cluster.
+
+    In a thread of its own, since Ray waits without end for a cluster that does not answer, deaf to signals; and since
+    from there it leaves the signals' handlers as they are.
+    """
+    failures: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            ray.init(config.address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:
+            failures.append(error)
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would tell people that it left a handler alone
+    thread = threading.Thread(target=connect, name="connect", daemon=True)
+    thread.start()
+    thread.join(CONNECTS_WITHIN)
+    where = config.address or os.environ.get("RAY_ADDRESS", "this machine")
+    if thread.is_alive():
+        raise Outage(f"the Ray cluster at {where} has not answered for {CONNECTS_WITHIN:g} s")
+    for error in failures:
+        if isinstance(error, ConnectionError):
+            raise Outage(f"no Ray cluster at {where}; is this machine a node of it (`ray start`)? {_line(error)}")
+        raise UsageError(f"the Ray cluster at {where} cannot be used: {_line(error)}")
 
 
 def _line(error: Exception) -> str:

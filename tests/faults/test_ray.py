@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import secrets
 import shutil
 import signal
 import tempfile
@@ -54,11 +55,11 @@ class Raylets:
         from ray.cluster_utils import Cluster
 
         head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(self.folder)}
-        return Cluster(initialize_head=True, head_node_args={**head, "node_ip_address": "127.0.0.1"})
+        return Cluster(initialize_head=True, head_node_args=head)
 
     def add(self) -> Any:
         """Add a raylet with room for one rank."""
-        return self._clean(lambda: self.cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1"))
+        return self._clean(lambda: self.cluster.add_node(num_cpus=1))
 
     def lose(self, raylet: Any) -> None:
         """Kill it, with no time for a last word."""
@@ -81,7 +82,7 @@ class Raylets:
         for name in ours:
             if name.startswith(USERS_OWN):
                 del os.environ[name]
-        os.environ |= {"CONVOY_HOME": str(self._home), "RAY_USAGE_STATS_ENABLED": "0"}
+        os.environ["CONVOY_HOME"] = str(self._home)
         try:
             return start()
         finally:
@@ -90,8 +91,12 @@ class Raylets:
 
 
 @pytest.fixture
-def raylets(stack: object, tmp_path: Path) -> Iterator[Raylets]:
+def raylets(stack: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
     folder = tempfile.mkdtemp(prefix="ray-")  # short, since sockets are there
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray insists on an address that others can reach, where everybody could run programs else.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     raylets = Raylets(Path(folder), tmp_path / "nodes")
     yield raylets
     raylets.cluster.shutdown()
@@ -223,4 +228,4 @@ def test_no_cluster_is_one_line(stack: object, program: Callable[..., Program]) 
     options = sets(*RECIPE, "launcher=ray", "ray.address=127.0.0.1:9")
     done = program("train", "--dataset", "digits", "--name", "no-cluster", *options).wait()
     assert done.status == 1
-    assert "no Ray cluster at 127.0.0.1:9" in done.complaint
+    assert "Ray cluster at 127.0.0.1:9" in done.complaint
