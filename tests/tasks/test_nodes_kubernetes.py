@@ -9,7 +9,7 @@ from cnn.config import TrainConfig
 from infra.errors import UsageError
 from tasks.config import CheckpointConfig, load_config
 from tasks.job import Job, JobFolder
-from tasks.launchconfig import KubernetesConfig
+from tasks.launchconfig import KubernetesConfig, check_installed
 from tasks.nodes.kubernetes import TEMPLATE, agents, training_job
 from tests.infra.kubernetesapi import assert_valid, kubernetes_api
 
@@ -78,6 +78,14 @@ def test_own_template_keeps_what_it_says(tmp_path: Path) -> None:
 def test_image_must_be_named() -> None:
     with pytest.raises(UsageError, match=r"kubernetes\.image"):
         load_config(None, ["launcher=kubernetes"])
+
+
+def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_installed("kubernetes")
+    monkeypatch.setattr("tasks.launchconfig.find_spec", lambda name: None)
+    check_installed("local")
+    with pytest.raises(UsageError, match=r"pip install 'convoy-cnn\[kubernetes\]'"):
+        check_installed("kubernetes")
 
 
 def test_job_is_there_while_the_context_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
