@@ -32,6 +32,7 @@ pytestmark = [
 
 RECIPE = (*RESUMABLE, "epochs=80", "lanes=4")
 EPOCH = 12  # steps
+TOKEN = secrets.token_hex(32)  # the same in all tests, since Ray reads it once a process
 PATIENCE = 6  # seconds of silence after which a node is lost
 
 
@@ -96,7 +97,7 @@ def raylets(stack: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     # Ray insists on an address that others can reach, where everybody could run programs else.
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     raylets = Raylets(Path(folder), tmp_path / "nodes")
     yield raylets
     raylets.cluster.shutdown()
