@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train test lint up down bench lock team-secrets
+.PHONY: setup train test lint up down bench lock ray team-secrets
 .DEFAULT_GOAL := help
 
 help:
@@ -10,6 +10,7 @@ help:
 	@echo "make test    run the tests           make lint   style, types and layers"
 	@echo "make up      start local servers     make down   stop them"
 	@echo "make bench   measure, with ratios    make lock   renew requirements.lock"
+	@echo "make ray     install Ray too, for launcher=ray"
 
 setup: .venv/ready
 
@@ -50,6 +51,12 @@ bench: setup .venv/bench-ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r tests/bench/requirements.txt && touch $@ \
 		|| echo "packages are missing; what needs them is left out"
 
+# Ray is for those who have a cluster of it; what it needs beside itself is as the lock file says.
+ray: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation --constraint requirements.lock \
+		--editable ".[ray]"
+
 lock:
-	$(BIN)/uv pip compile --quiet --all-extras --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
+	$(BIN)/uv pip compile --quiet --extra onnx --extra team --extra kubernetes --extra dev --generate-hashes \
+		--no-emit-index-url --no-header --python-version 3.11 \
 		pyproject.toml --output-file requirements.lock

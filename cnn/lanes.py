@@ -26,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cnn.worldsize import check_world_size
 
-
 SPLIT_BYTES = 1 << 16
 """A smaller tensor is summed whole: then the number of messages counts, not their size. No part of the result."""
 
@@ -65,9 +64,9 @@ class Exchange:
     """The upper levels of the tree: sums tensors over the ranks in pairs.
 
     A small tensor is swapped whole, in log2(world size) rounds. Of a large one each rank adds up a part: in each round
-    the two of a pair keep half of what both hold, and afterwards the parts are handed round the same way back (recursive
-    halving and doubling: Thakur, Rabenseifner and Gropp, 2005). So a rank of W sends 2·(W-1)/W times the tensor rather
-    than log2(W) times, and each element is still added over the same tree.
+    the two of a pair keep half of what both hold each, and afterwards the parts are handed round on the same way back
+    (recursive halving and doubling: Thakur, Rabenseifner and Gropp, 2005). So a rank of W sends 2·(W-1)/W times the
+    tensor rather than log2(W) times, and each element is still added over the same tree.
 
     On a CPU one thread issues every exchange, in the order in which they were handed over, so that ranks never
     disagree about which comes next and the exchange overlaps what is computed meanwhile. (Chaining the rounds as

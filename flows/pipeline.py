@@ -21,6 +21,7 @@ from tasks.config import RunConfig
 from tasks.datagate import DataRefused, data_gate, log_data_report
 from tasks.download import download
 from tasks.evaluate import Evaluation, evaluate
+from tasks.launchconfig import check_installed
 from tasks.lease import model_lease
 from tasks.modelcard import write_model_card
 from tasks.page import publish_page
@@ -56,7 +57,8 @@ def train_and_release(
         force: train all the same.
     """
     laps = _Laps()
-    tracking.check_server()  # before hours of work, rather than after
+    check_installed(config.launcher)  # before hours of work, rather than after
+    tracking.check_server()
     reused: tuple[str, ...]
     if resume:
         dataset, reused = recorded_dataset(read_record(resume)), ("download", "preprocess")

@@ -56,9 +56,7 @@ def worker(
 
 def join(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Only in this training, until it is over.")] = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Ranks here at most. Default: one a GPU, or core.")
-    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Ranks here at most. Default: one a GPU, or core.")] = None,
     address: Annotated[str | None, typer.Option(help="Where other nodes reach this one. Default: looked up.")] = None,
 ) -> None:
     """Lend this machine to trainings on several nodes (launcher=nodes), one after another, until stopped.

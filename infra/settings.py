@@ -64,6 +64,9 @@ class Settings(BaseSettings):
     """CONVOY_CACHE_BYTES: what the cache may hold, for example 200GB; what was not used for longest leaves when more
     is needed. Unset: nine tenths of what the disk has free, beside what is there."""
 
+    pod: str | None = Field(None, pattern=r"^[^/]+/[^/]+/[^/]+$")
+    """CONVOY_POD: namespace/name/uid of the Kubernetes pod that the flow runs in; its training's Job ends with it."""
+
     s3_port: Port | None = None
     """CONVOY_S3_PORT: port of the object store. Unset: the last one used, or 8333, or a free one."""
 

@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -18,8 +18,7 @@ from cnn.worldsize import check_world_size
 from infra.catalogue import CATALOGUE
 from infra.errors import UsageError
 from tasks.gateconfig import GateConfig, ServingConfig
-
-Launcher = Literal["local", "nodes"]
+from tasks.launchconfig import KubernetesConfig, Launcher, NodesConfig, RayConfig
 
 STEPS_AN_EPOCH = 20  # at least, where the batch size is ours to choose
 RECIPES = Path(__file__).parent / "recipes"
@@ -36,31 +35,6 @@ class CheckpointConfig(Config):
 
     patience: float = Field(1800.0, gt=0)
     """Seconds to go on training while no checkpoint can be stored."""
-
-
-class NodesConfig(Config):
-    """Training on several nodes, whoever starts their agents; no part of the result (`nodes.*`)."""
-
-    min: int = Field(1, ge=1)
-    """Nodes to wait for; with fewer left, training pauses."""
-
-    max: int | None = Field(None, ge=1)
-    """Nodes that train at a time, at most. Further ones stand by. Unset: as many as add ranks."""
-
-    here: bool = True
-    """This machine is one of them."""
-
-    patience: float = Field(30.0, ge=5)
-    """Seconds of silence after which a node is lost, and the others go on without it."""
-
-    wait: float = Field(600.0, ge=0)
-    """Seconds to wait for `min` nodes before the training ends as interrupted."""
-
-    @model_validator(mode="after")
-    def _min_below_max(self) -> "NodesConfig":
-        if self.max is not None and self.max < self.min:
-            raise ValueError(f"max ({self.max}) is less than min ({self.min})")
-        return self
 
 
 class RunConfig(TrainConfig):
@@ -80,9 +54,13 @@ class RunConfig(TrainConfig):
 
     launcher: Launcher = "local"
     """Where the ranks run; no part of the result. `local`: on this machine. `nodes`: on it and on each that has
-    called `convoy join`."""
+    called `convoy join`. `ray`: in actors of a Ray cluster. `kubernetes`: in the pods of a Job."""
 
     nodes: NodesConfig = NodesConfig()
+
+    ray: RayConfig = RayConfig()
+
+    kubernetes: KubernetesConfig = KubernetesConfig()
 
     data: PreprocessConfig = PreprocessConfig()
 
@@ -139,6 +117,12 @@ class RunConfig(TrainConfig):
         if name is not None and (not name.strip() or re.search(r"[/:]", name)):
             raise ValueError("a model's name may not be empty or hold '/' or ':'")
         return name
+
+    @model_validator(mode="after")
+    def _pods_have_an_image(self) -> "RunConfig":
+        if self.launcher == "kubernetes" and self.kubernetes.image is None:
+            raise ValueError("launcher kubernetes needs kubernetes.image, an image that holds Convoy")
+        return self
 
     @model_validator(mode="after")
     def _ranks_share_lanes(self) -> "RunConfig":

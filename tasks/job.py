@@ -16,7 +16,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from cnn.config import TrainConfig
-from tasks.config import CheckpointConfig, Launcher, NodesConfig
+from tasks.config import CheckpointConfig
+from tasks.launchconfig import KubernetesConfig, Launcher, NodesConfig, RayConfig
 
 Status = Literal["finished", "interrupted", "failed", "crashed"]
 
@@ -39,6 +40,8 @@ class Job(_Record):
 
     launcher: Launcher = "local"
     nodes: NodesConfig = NodesConfig()
+    ray: RayConfig = RayConfig()
+    kubernetes: KubernetesConfig = KubernetesConfig()
     manifest_digest: str
     checkpoints: CheckpointConfig
     restarts: int

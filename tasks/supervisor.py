@@ -17,8 +17,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tasks.config import Launcher
-from tasks.job import Event, JobFolder
+from infra.errors import ServiceError, UsageError
+from tasks.job import Event, JobFolder, Outcome
+from tasks.launchconfig import Launcher
 from tasks.lifeline import adopt_orphans, die_with_parent, end_descendants
 from tasks.torchrun import start_torchrun
 
@@ -32,6 +33,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return LAUNCHERS[folder.read_job().launcher](folder)
+    except (UsageError, ServiceError) as error:
+        folder.write_outcome(Outcome(status="failed", error=str(error), exit_status=error.exit_status))
+        return error.exit_status
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         end_descendants(PATIENCE)
@@ -100,13 +104,38 @@ def run_on_nodes(folder: JobFolder) -> int:
     return 0
 
 
+def run_in_ray(folder: JobFolder) -> int:
+    """Have actors of a Ray cluster train."""
+    from tasks.nodes.coordinator import Coordinator
+    from tasks.nodes.ray import agents
+
+    with agents(folder):
+        Coordinator(folder).run(lambda: _task_wants_end(0.0))
+    return 0
+
+
+def run_in_kubernetes(folder: JobFolder) -> int:
+    """Have the pods of a Job train."""
+    from tasks.nodes.coordinator import Coordinator
+    from tasks.nodes.kubernetes import agents
+
+    with agents(folder):
+        Coordinator(folder).run(lambda: _task_wants_end(0.0))
+    return 0
+
+
 def _task_wants_end(seconds: float) -> bool:
     """Whether standard input is closed, looking for so long."""
     readable, _, _ = select.select([sys.stdin], [], [], seconds)
     return bool(readable) and not os.read(sys.stdin.fileno(), 1)
 
 
-LAUNCHERS: dict[Launcher, Callable[[JobFolder], int]] = {"local": run_here, "nodes": run_on_nodes}
+LAUNCHERS: dict[Launcher, Callable[[JobFolder], int]] = {
+    "local": run_here,
+    "nodes": run_on_nodes,
+    "ray": run_in_ray,
+    "kubernetes": run_in_kubernetes,
+}
 """How the ranks of a job are brought to its end, until its outcome is in the folder; returns an exit status."""
 
 

@@ -81,7 +81,10 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
             dataset_version=dataset.version,
             world_size=world_size,
             launcher=config.launcher,
-            nodes=config.nodes,
+            # Schedulers choose the nodes, and this machine is none of them unless they say so.
+            nodes=config.nodes.model_copy(update={"here": config.nodes.here and config.launcher == "nodes"}),
+            ray=config.ray,
+            kubernetes=config.kubernetes,
             manifest_digest=run.manifest_digest,
             checkpoints=config.checkpoints,
             restarts=config.restarts,

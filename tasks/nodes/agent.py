@@ -188,8 +188,12 @@ class Membership:
 
 def serve(
     node: Node, settings: Settings, store: ObjectStore, leave: Callable[[], bool], say: Say, run: str = ""
-) -> None:
-    """Take part in one training after another, until this node is to `leave`; given a `run`, only in that."""
+) -> bool:
+    """Take part in one training after another, until this node is to `leave`; given a `run`, only in that.
+
+    Returns:
+        False if the coordinator of the `run` has fallen silent: whoever started this may try again.
+    """
     say(f"node {node.name}: {node.slots} ranks at {node.address}; waiting for a training")
     silent: dict[str, Order | None] = {}  # what was last heard of coordinators that were killed, perhaps
     while not leave():
@@ -208,10 +212,11 @@ def serve(
                     end_descendants(PATIENCE)
                 say(f"run {run_id}: left")
                 if run:
-                    return
+                    return run not in silent
         except ServiceError as error:
             say(str(error))
         time.sleep(LOOK_EVERY)
+    return True
 
 
 def main() -> int:
@@ -227,7 +232,8 @@ def main() -> int:
     try:
         store = ObjectStore.connect(settings.bucket, create=False, timeout=ANSWERS_WITHIN)
         node = Node.this_machine(settings, store)
-        serve(node, settings, store, lambda: bool(told), lambda line: print(line, flush=True), *sys.argv[1:2])
+        if not serve(node, settings, store, lambda: bool(told), lambda line: print(line, flush=True), *sys.argv[1:2]):
+            return 75
     except (ServiceError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

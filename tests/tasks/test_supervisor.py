@@ -203,3 +203,16 @@ def test_supervisor_does_not_start_ranks_again_that_say_what_was_wrong(
     assert training.processes() == []
     assert JobFolder(training.folder).read_outcome() == wrong
     assert not (training.folder / "train.log.1").exists()
+
+
+def test_launcher_that_cannot_start_says_so_in_the_outcome(
+    started: list[subprocess.Popen[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = order(tmp_path, restarts=0)
+    folder = JobFolder(training.folder)
+    folder.write_job(folder.read_job().model_copy(update={"launcher": "kubernetes"}))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    assert supervise(started, training).wait(60) == 2
+    outcome = folder.read_outcome()
+    assert outcome and (outcome.status, outcome.exit_status) == ("failed", 2)
+    assert "no Kubernetes cluster" in outcome.error
