@@ -29,6 +29,10 @@ from cnn.worldsize import check_world_size
 SPLIT_BYTES = 1 << 16
 """A smaller tensor is summed whole: then the number of messages counts, not their size. No part of the result."""
 
+IN_FLIGHT_BYTES = 1 << 19
+"""What two ranks swap at a time, over a network: more at once overflows queues on the way, and TCP then backs off; less
+pays the latency too often. With more ranks there are more rounds to pay it in. No part of the result."""
+
 
 class PartialSums:
     """The lower levels of the tree: adds equally shaped lists of tensors, pushed in lane order, two by two."""
@@ -114,13 +118,19 @@ class Exchange:
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Sum a vector over all ranks, in place."""
+        at_a_time = IN_FLIGHT_BYTES * (1 if self.world_size == 2 else 4) // tensor.element_size()
+        for piece in [tensor] if tensor.is_cuda else tensor.split(at_a_time):
+            self._sum_piece(piece)
+        return tensor
+
+    def _sum_piece(self, tensor: Tensor) -> None:
         theirs = torch.empty_like(tensor)
         distances = [1 << level for level in range((self.world_size - 1).bit_length())]
         if len(distances) < 2 or tensor.numel() * tensor.element_size() < SPLIT_BYTES:
             for distance in distances:
                 self._swap(tensor, theirs, distance)
                 tensor.add_(theirs)
-            return tensor
+            return
         mine, theirs_before = slice(0, tensor.numel()), []
         for distance in distances:
             middle = (mine.start + mine.stop) // 2
@@ -132,7 +142,6 @@ class Exchange:
         for distance, given in zip(reversed(distances), reversed(theirs_before), strict=True):
             self._swap(tensor[mine], tensor[given], distance)
             mine = slice(min(mine.start, given.start), max(mine.stop, given.stop))
-        return tensor
 
     def _swap(self, ours: Tensor, theirs: Tensor, distance: int) -> None:
         """Send `ours` to the rank at this distance, and receive what it sends into `theirs`."""

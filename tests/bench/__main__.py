@@ -15,7 +15,7 @@ from rich.table import Table
 
 from tasks.environment import describe
 from tasks.lifeline import adopt_orphans, end_descendants
-from tests.bench import checkpoints, frameworks, loaders, memory, training
+from tests.bench import checkpoints, frameworks, loaders, memory, scaling, training
 from tests.bench.comparison import Comparison, NotInstalled, keep_memory
 
 COMPARISONS: dict[str, Callable[[int], Iterator[Comparison]]] = {
@@ -29,6 +29,7 @@ COMPARISONS: dict[str, Callable[[int], Iterator[Comparison]]] = {
     "loader224": loaders.large_images,
     "memory": memory.memory,
     "checkpoints": checkpoints.checkpoints,
+    "exchange": scaling.exchange,
 }
 WIDTH = 140  # of the table, wherever it is printed
 

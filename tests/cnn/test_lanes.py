@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,6 +130,18 @@ def test_partial_sums_add_along_the_balanced_tree(leaves: int) -> None:
     last = values[-1].clone()
     sums.fold_into(0, last)
     assert torch.equal(last, tree(values))
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_add_vectors_of_any_size_along_the_balanced_tree(world_size: int, tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.cnn.sum_program", str(tmp_path / "meeting")],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "GLOO_SOCKET_IFNAME": "lo"},
+        )
+        for rank in range(world_size)
+    ]
+    assert [rank.wait(100) for rank in ranks] == [0] * world_size
 
 
 def test_ranks_that_cannot_share_the_lanes_are_refused_with_the_nearest_that_can() -> None:
