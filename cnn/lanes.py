@@ -119,7 +119,7 @@ class Exchange:
     def _sum(self, tensor: Tensor) -> Tensor:
         """Sum a vector over all ranks, in place."""
         at_a_time = IN_FLIGHT_BYTES * (1 if self.world_size == 2 else 4) // tensor.element_size()
-        for piece in [tensor] if tensor.is_cuda else tensor.split(at_a_time):
+        for piece in [tensor] if tensor.is_cuda else torch.split(tensor, at_a_time):
             self._sum_piece(piece)
         return tensor
 

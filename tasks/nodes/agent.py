@@ -32,6 +32,7 @@ from tasks.torchrun import start_torchrun
 PATIENCE = 25.0  # seconds that ranks have for a last checkpoint
 HURRY = 2.0  # seconds that ranks have which wait for others that are gone
 LOOK_EVERY = 2.0  # seconds between looks for a training
+CUT_OFF = re.compile(r"gloo/transport|[Cc]onnection (closed|reset)|ncclRemoteError")  # in what a rank died of
 EVENTS = 32  # of the last ones, told at each beat
 
 Say = Callable[[str], None]
@@ -169,7 +170,7 @@ class Membership:
             update={
                 "exit_status": status,
                 "outcome": self._folder.read_outcome(),
-                "trouble": self._folder.killed() or self._folder.log_end(),
+                "trouble": _trouble(self._folder),
             }
         )
 
@@ -184,6 +185,16 @@ class Membership:
             }
         )
         self._board.write_report(self._node.name, self._report)
+
+
+def _trouble(folder: JobFolder) -> str:
+    """What people should know of ranks that died, in a few words."""
+    outcome = folder.read_outcome()
+    if killed := folder.killed():
+        return killed
+    if outcome is None:
+        return folder.log_end()
+    return "the connection to another node was lost" if CUT_OFF.search(outcome.error) else outcome.error
 
 
 def serve(
