@@ -313,7 +313,7 @@ def _print(result: Summary) -> None:
 def main() -> None:
     """Entry point. An error that we foresaw is one line; a traceback means a bug."""
     try:
-        app()
+        app(prog_name="convoy")
     except (Interrupted, Terminated, Exception) as raised:
         error = foreseen(raised)
         if not hasattr(error, "exit_status"):

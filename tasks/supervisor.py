@@ -75,7 +75,7 @@ def _start_ranks(folder: JobFolder) -> int | None:
             folder.path,
             ranks=job.world_size,
             meeting=meeting,
-            rank_arguments=[f"{temporary}/ranks"],
+            ranks_meet=Path(temporary, "ranks"),
             interface="lo",
             log=log.fileno(),
         )

@@ -13,7 +13,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)
 
 
 def start_torchrun(
-    folder: Path, *, ranks: int, meeting: Sequence[str], rank_arguments: Sequence[str] = (), interface: str, log: int
+    folder: Path, *, ranks: int, meeting: Sequence[str], ranks_meet: Path | None = None, interface: str, log: int
 ) -> subprocess.Popen[bytes]:
     """Start torchrun as a child that dies with this process; it does not restart ranks, its owner does.
 
@@ -21,12 +21,12 @@ def start_torchrun(
         folder: of the job (`tasks/job.py`).
         ranks: of this machine.
         meeting: torchrun's options that say how its agents find each other.
-        rank_arguments: what the rank program is given beside the folder.
+        ranks_meet: file in which the ranks find each other; None for the TCP store that torchrun's agents meet at.
         interface: name of the network interface that the ranks talk over.
         log: file descriptor for what torchrun and the ranks print.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", "0"]
-    command += [*meeting, "-m", "tasks.rank", str(folder), *rank_arguments]
+    command += [*meeting, "-m", "tasks.rank", str(folder), *([str(ranks_meet)] if ranks_meet else [])]
     environment = (
         KEEP_MEMORY
         | os.environ
@@ -35,6 +35,7 @@ def start_torchrun(
             "GLOO_SOCKET_IFNAME": interface,
             "NCCL_SOCKET_IFNAME": interface,
             "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(ranks_meet is not None)),
             SUPERVISOR_PID: str(os.getpid()),
         }
     )

@@ -93,7 +93,7 @@ def test_stopped_and_resumed_in_mid_epoch_by_other_numbers_of_ranks_nothing_diff
     assert four[0] == undisturbed
 
 
-@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("window", [300, pytest.param(None, marks=pytest.mark.slow)])
 def test_where_the_shards_are_changes_nothing_nor_does_an_interruption_with_a_window(
     window: int | None, many_shards: Packed
 ) -> None:

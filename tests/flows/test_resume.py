@@ -133,6 +133,7 @@ def test_an_evaluation_that_is_done_again_is_recorded_once(survived: Survived) -
     assert len(points) == 1
 
 
+@pytest.mark.slow
 def test_weights_and_history_are_those_of_the_undisturbed_training_after_the_flow_was_killed(
     undisturbed: Summary,
     program: Callable[..., Program],

@@ -145,6 +145,7 @@ def test_a_resumed_logger_sends_what_the_server_lacks_and_only_that(run_id: str)
     assert history(run_id, "fresh") == [(3, 3.0)]
 
 
+@pytest.mark.slow
 def test_a_resumed_logger_keeps_the_backlog_first_and_asks_again_while_the_server_is_down(
     monkeypatch: pytest.MonkeyPatch, free_address: str, tmp_path: Path
 ) -> None:

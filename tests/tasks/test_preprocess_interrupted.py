@@ -150,6 +150,7 @@ def test_a_journal_with_gaps_or_damage_is_used_as_far_as_it_goes(
     }
 
 
+@pytest.mark.slow
 def test_without_its_store_for_a_while_it_goes_on_later(
     folder: Path, machine: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

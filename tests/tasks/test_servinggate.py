@@ -82,6 +82,7 @@ def test_refusals_say_what_is_wrong(report: ServingReport) -> None:
     assert "256 out of bounds for uint8" in said["HTTP refuses a value beyond 255"]
 
 
+@pytest.mark.slow
 def test_version_that_differs_in_the_last_image_is_refused(registered: Registered) -> None:
     reference = load_reference(registered.store, registered.evaluated.reference_key)
     reference["probabilities"][-1] += 1e-4  # only the largest batch shows it

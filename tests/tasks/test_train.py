@@ -95,6 +95,7 @@ def checkpoints(settings: Settings, run_id: str) -> list[Commit]:
     return list(commits_of(ObjectStore.connect(settings.bucket), run_id))
 
 
+@pytest.mark.slow
 def test_weights_reach_the_mlflow_run_although_the_flow_failed_between_the_training_and_that(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
