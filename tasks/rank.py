@@ -29,6 +29,7 @@ from tasks.job import Event, Job, JobFolder, Outcome
 from tasks.lifeline import die_with_parent
 from tasks.reading import open_training_split
 
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun has set it
 SPEED_OVER = 0.5  # seconds that a figure of speed covers at least
 FLUSH_PATIENCE = 10.0  # seconds that the tracking server has to take the last metrics; checkpoints carry the others
 STOP_PATIENCE = 20.0  # seconds that a rank has to end after SIGTERM, waiting for one that is gone included
@@ -226,7 +227,7 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
     store = ObjectStore.connect(Settings().bucket, create=False)
     cache = open_cache(store)
     manifest = load_manifest(store, job.dataset_version)
-    train_split = open_training_split(cache, manifest, job.config, job.world_size)
+    train_split = open_training_split(cache, manifest, job.config, WORLD_SIZE)
     val_split = open_split(cache, manifest, "val")
 
     weights = job.config.pretrained_sha256
@@ -272,7 +273,7 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
 
 
 def _meeting(arguments: list[str]) -> dist.Store | None:
-    return dist.FileStore(arguments[0], int(os.environ["WORLD_SIZE"])) if arguments else None
+    return dist.FileStore(arguments[0], WORLD_SIZE) if arguments else None
 
 
 if __name__ == "__main__":
