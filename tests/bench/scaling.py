@@ -25,21 +25,26 @@ PATIENCE = 300.0
 
 
 def exchange(rounds: int) -> Iterator[Comparison]:
-    """Summing a network's gradients over 2, 4 and 8 hosts, against all_reduce, whose bits depend on their number."""
+    """Summing a network's gradients over 2, 4 and 8 hosts, against all_reduce, whose bits depend on their number.
+
+    The figures are bits of gradients that are summed per second.
+    """
     if reason := why_not():
         raise NotInstalled(reason)
     for megabits, names in MEGABITS.items():
         sizes = [parameters(name) for name in names]
         for world_size in WORLD_SIZES:
             for name, size, figures in zip(names, sizes, _measure(world_size, megabits, sizes, rounds), strict=True):
-                ours, theirs = (tuple(1 / seconds for seconds in figures[side]) for side in ("ours", "theirs"))
+                ours, theirs = (
+                    tuple(size * 32 / seconds / 1e6 for seconds in figures[side]) for side in ("ours", "theirs")
+                )
                 yield Comparison(
                     name=f"{name}, {size * 4 / 2**20:.1f} MiB, {world_size} hosts, {megabits} Mbit/s",
                     ours_label="exchange",
                     theirs_label="all_reduce",
-                    unit="milli/s",
-                    ours=tuple(1000 * rate for rate in ours),
-                    theirs=tuple(1000 * rate for rate in theirs),
+                    unit="Mbit/s",
+                    ours=ours,
+                    theirs=theirs,
                 )
 
 
