@@ -200,8 +200,9 @@ def config(
 @app.command()
 def up() -> None:
     """Start the local servers (object storage, MLflow, Prefect) that are not running, and say where they are."""
+    settings = Settings()  # afterwards the environment names them, as if they were external
     servers_up()
-    status()
+    _show_servers(settings)
 
 
 @app.command()
@@ -216,11 +217,15 @@ def down() -> None:
 @app.command()
 def status() -> None:
     """Show the servers: where they are, and whether they answer."""
+    _show_servers(Settings())
+
+
+def _show_servers(settings: Settings) -> None:
     from infra import stack
 
     colours = {"running": "green", "external": "cyan", "dead": "red", "stopped": "dim"}
     lines: dict[str, str] = {}
-    for server in stack.status(Settings()):
+    for server in stack.status(settings):
         log = f"  [dim]log {os.path.relpath(server.log)}[/]" if server.log else ""
         lines[server.name] = f"[{colours[server.state]}]{server.state:8}[/]  {server.url}{log}"
     print_pairs(lines)
