@@ -55,15 +55,16 @@ def worker(
 
 
 def join(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Only in this training, until it is over.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="Only in this training, until it is over.")] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Ranks here at most. Default: one a GPU, or core.")] = None,
     address: Annotated[str | None, typer.Option(help="Where other nodes reach this one. Default: looked up.")] = None,
 ) -> None:
     """Lend this machine to trainings on several nodes (launcher=nodes), one after another, until stopped.
 
-    It needs the object storage (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, …) and the MLflow (MLFLOW_TRACKING_URI) of the
-    machine that trains, the same Convoy, and a network between the nodes that nobody else is in: what ranks say to
-    each other is neither encrypted nor signed. SIGTERM or Ctrl-C has a training go on without this node.
+    It needs the storage (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, …) and the MLflow
+    (MLFLOW_TRACKING_URI) of the machine that trains, the same Convoy, and a network between
+    the nodes that nobody else is in: what ranks say to each other is neither encrypted nor
+    signed. SIGTERM or Ctrl-C has a training go on without this node.
 
     [dim]convoy train --set launcher=nodes --set nodes.min=2[/]   and, on another machine,   [dim]convoy join[/]
     """
