@@ -71,12 +71,20 @@ def _compare(data: Data, others: Sequence[str], rounds: int) -> Iterator[Compari
 
 
 def _read(name: str, data: Data) -> Figures:
-    with tempfile.TemporaryDirectory(dir=data.folder) as place:
-        command = _command("read", name, data, f"{place}/cache")
-        answer = subprocess.run(
-            command, env=_environment(name), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True
-        )
-        return json.loads(answer.stdout.splitlines()[-1])
+    """Figures of a process that has read the data from an empty cache; one that fails is started again."""
+    for try_again in (True, True, False):
+        with tempfile.TemporaryDirectory(dir=data.folder) as place:
+            command = _command("read", name, data, f"{place}/cache")
+            ended = subprocess.run(
+                command, env=_environment(name), stdin=subprocess.DEVNULL, capture_output=True, text=True
+            )
+        if not ended.returncode:
+            return json.loads(ended.stdout.splitlines()[-1])
+        message = f"{data.name}, {name} failed: {ended.stderr.strip().splitlines()[-1]}"
+        if not try_again:
+            raise RuntimeError(message)
+        print(message, file=sys.stderr)
+    raise AssertionError("unreachable")
 
 
 def _command(what: str, name: str, data: Data, *rest: str) -> list[str]:
