@@ -18,7 +18,7 @@ from tasks.environment import describe
 from tasks.lifeline import adopt_orphans, end_descendants
 from tests.bench import checkpoints, frameworks, loaders, memory, training
 from tests.bench.comparison import Comparison, NotInstalled, keep_memory
-from tests.bench.streaming import IMAGES, streaming
+from tests.bench.streaming import IMAGES, LEAST, streaming
 
 Measure = Callable[[int], Iterator[Comparison]]
 
@@ -54,6 +54,8 @@ def main() -> int:
         parser.error(f"no comparison is named {unknown[0]!r}; there are {', '.join(COMPARISONS)}")
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if min(options.images) < LEAST:
+        parser.error(f"--images must be at least {LEAST}")
 
     adopt_orphans()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks are ended and folders removed

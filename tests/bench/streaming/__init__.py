@@ -14,7 +14,8 @@ from infra.stack import down, up
 from tests.bench.comparison import Comparison, NotInstalled
 from tests.bench.streaming.data import Data, prepare
 
-IMAGES = (2_000,)
+IMAGES = (4_000,)
+LEAST = 2_048  # images; Convoy leaves out what does not fill a batch of 1024
 PHOTOGRAPHS = 20_000  # up to so many images are of 224×224, more are of 28×28
 OTHERS = {"webdataset": "WebDataset", "litdata": "LitData", "mosaicml": "MosaicML Streaming"}
 UNITS = {"cold": "img/s", "warm": "img/s", "memory": "MB"}
