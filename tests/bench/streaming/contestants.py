@@ -82,7 +82,11 @@ class WebDataset:
 
 
 class LitData:
-    """Its chunks, `StreamingDataset` on an s3:// address with `shuffle`, and `StreamingDataLoader`."""
+    """Its chunks, `StreamingDataset` on an s3:// address with `shuffle`, and `StreamingDataLoader`.
+
+    Its figures do not do it justice yet: it does not know our bytes as images, so it reads them in windows of 256 again
+    and again. With `batch_decode=1`, which would suit them, it failed on an empty chunk.
+    """
 
     def write(self, data: Data, folder: Path) -> None:
         from litdata.streaming import Cache as Chunks
