@@ -198,17 +198,18 @@ class StreamedSplit:
     def _images(self, parts: Sequence[tuple[OpenShard, Tensor]], order: Tensor, back: Tensor) -> Tensor:
         """Images of some shards, uint8 [n, C, H, W]: number i of all parts as row `order[i]`; `back` is its inverse."""
         images = torch.empty((len(order), *self.shape), dtype=torch.uint8)
-        shares = images.split([len(local) for _, local in parts])
+        counts = [len(local) for _, local in parts]
+        shares = torch.split(images, counts)
         if images[0].nbytes < LARGE and all(isinstance(shard, RawShard) for shard, _ in parts):
             for (shard, local), share in zip(parts, shares, strict=True):
                 assert isinstance(shard, RawShard)
                 shard.select(local, share)
             return images.index_select(0, back)
-        rows = order.split([len(local) for _, local in parts])
+        rows = torch.split(order, counts)
         waiting = [
             self._readers.submit(shard.read, some, images, some_rows)
             for (shard, local), part in zip(parts, rows, strict=True)
-            for some, some_rows in zip(local.split(READ_TOGETHER), part.split(READ_TOGETHER), strict=True)
+            for some, some_rows in zip(torch.split(local, READ_TOGETHER), torch.split(part, READ_TOGETHER), strict=True)
         ]
         for each in waiting:
             each.result()
