@@ -43,13 +43,19 @@ down: setup
 team-secrets:
 	@$(PYTHON) infra/teamsecrets.py
 
-bench: setup .venv/bench-ready
+bench: setup .venv/bench-ready .venv/mosaicml-ready
 	$(BIN)/python -m tests.bench $(ARGS)
 
 # What the benchmarks compare with, beside the locked set.
 .venv/bench-ready: tests/bench/requirements.txt .venv/ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r tests/bench/requirements.txt && touch $@ \
 		|| echo "packages are missing; what needs them is left out"
+
+# MosaicML Streaming asks for older libraries than Convoy's: in a folder of its own, for processes of its own.
+.venv/mosaicml-ready: tests/bench/mosaicml.txt .venv/ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv/mosaicml \
+		--excludes tests/bench/mosaicml-excludes.txt -r tests/bench/mosaicml.txt && touch $@ \
+		|| echo "MosaicML Streaming is missing; it is left out"
 
 # Ray is for those who have a cluster of it; what it needs beside itself is as the lock file says.
 ray: setup

@@ -20,8 +20,9 @@ class OpenShard(Protocol):
     labels: Tensor
     """int64 [n], mapped."""
 
-    def read(self, index: Tensor, out: Tensor) -> None:
-        """Put the images at `index` (int64 [k], each in 0..n-1) into `out` (uint8 [k, C, H, W], contiguous)."""
+    def read(self, index: Tensor, out: Tensor, rows: Tensor) -> None:
+        """Put the images at `index` (int64 [k], each in 0..n-1) into the `rows` (int64 [k]) of `out` (uint8
+        [m, C, H, W], contiguous), one by one."""
 
 
 class RawShard:
@@ -38,7 +39,12 @@ class RawShard:
         ):
             raise InputError(f"{path} is not a shard: expected images uint8 [N, C, H, W] and labels int64 [N]")
 
-    def read(self, index: Tensor, out: Tensor) -> None:
+    def read(self, index: Tensor, out: Tensor, rows: Tensor) -> None:
+        for number, row in zip(index.tolist(), rows.tolist(), strict=True):
+            out[row].copy_(self.images[number])
+
+    def select(self, index: Tensor, out: Tensor) -> None:
+        """Put the images at `index` (int64 [k]) into `out` (uint8 [k, C, H, W], contiguous), all at once."""
         torch.index_select(self.images, 0, index, out=out)
 
 
@@ -60,9 +66,10 @@ class EncodedShard:
         ):
             raise InputError(f"{path} is not a shard of encoded images: its offsets do not fit its bytes and labels")
 
-    def read(self, index: Tensor, out: Tensor) -> None:
+    def read(self, index: Tensor, out: Tensor, rows: Tensor) -> None:
         mode = ImageReadMode.GRAY if out.shape[1] == 1 else ImageReadMode.RGB
-        for number, place in zip(index.tolist(), out, strict=True):
+        for number, row in zip(index.tolist(), rows.tolist(), strict=True):
+            place = out[row]
             start, stop = self._offsets[number : number + 2].tolist()
             try:
                 image = decode_image(self._encoded[start:stop], mode)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cnn.errors import InputError
 from cnn.manifest import Shard
-from cnn.openshard import Encoding, OpenShard, open_shard
+from cnn.openshard import Encoding, OpenShard, RawShard, open_shard
 from cnn.prefetch import Prefetch
 from cnn.readahead import read_ahead
 from cnn.reading import Batch
@@ -22,7 +22,8 @@ AHEAD_BYTES = 2 * 2**30
 BATCHES_BYTES = 256 * 2**20  # batches that are gathered and decoded ahead of the one in use
 BATCHES = 2, 16  # at least and at most so many of them
 KEPT = 8  # shards that stay open after a gather or slice out of turn
-DECODED_TOGETHER = 8  # images that a thread decodes at a time
+READ_TOGETHER = 8  # images that a thread decodes or copies at a time
+LARGE = 16 * 2**10  # bytes of an image from which on copying one by one is quicker than all at once, and again in order
 LOOKED_AT = 1 << 20  # positions turned into shard numbers at a time
 TRIES = 3  # a cache shared with others may drop a file between fetching and opening it
 
@@ -169,13 +170,12 @@ class StreamedSplit:
     def _open(self, path: Path, shard: Shard) -> OpenShard:
         return open_shard(path, count=shard.count, shape=self.shape, encoding=self._encoding)
 
-    @torch.inference_mode(False)  # else the decoders' threads may not write to what is made here
+    @torch.inference_mode(False)  # else the readers' threads may not write to what is made here
     def _read(self, index: Tensor, shard_of: Callable[[int], OpenShard]) -> Batch:
         """Images and labels at `index`, from shards by their numbers."""
-        by_shard = torch.empty((len(index), *self.shape), dtype=torch.uint8)
         labels = torch.empty(len(index), dtype=torch.int64)
         if not len(index):
-            return by_shard, labels
+            return torch.empty((0, *self.shape), dtype=torch.uint8), labels
         ordered, order = index.sort()
         if int(ordered[0]) < 0 or int(ordered[-1]) >= len(self):
             raise IndexError(
@@ -184,33 +184,39 @@ class StreamedSplit:
         numbers, counts = torch.unique_consecutive(
             torch.searchsorted(self._ends, ordered, right=True), return_counts=True
         )
-        parts: list[tuple[OpenShard, Tensor, Tensor]] = []
+        parts: list[tuple[OpenShard, Tensor]] = []
         start = 0
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
             stop = start + count
             shard, local = shard_of(number), ordered[start:stop] - (self._ends[number] - self._sizes[number])
             torch.index_select(shard.labels, 0, local, out=labels[start:stop])
-            parts.append((shard, local, by_shard[start:stop]))
+            parts.append((shard, local))
             start = stop
-        self._fill(parts)
         back = order.argsort()
-        return by_shard.index_select(0, back), labels.index_select(0, back)
+        return self._images(parts, order, back), labels.index_select(0, back)
 
-    def _fill(self, parts: Iterable[tuple[OpenShard, Tensor, Tensor]]) -> None:
-        if self._encoding == "raw":
-            for shard, local, out in parts:
-                shard.read(local, out)
-            return
+    def _images(self, parts: Sequence[tuple[OpenShard, Tensor]], order: Tensor, back: Tensor) -> Tensor:
+        """Images of some shards, uint8 [n, C, H, W]: number i of all parts as row `order[i]`; `back` is its inverse."""
+        images = torch.empty((len(order), *self.shape), dtype=torch.uint8)
+        counts = [len(local) for _, local in parts]
+        shares = torch.split(images, counts)
+        if images[0].nbytes < LARGE and all(isinstance(shard, RawShard) for shard, _ in parts):
+            for (shard, local), share in zip(parts, shares, strict=True):
+                assert isinstance(shard, RawShard)
+                shard.select(local, share)
+            return images.index_select(0, back)
+        rows = torch.split(order, counts)
         waiting = [
-            self._decoders.submit(shard.read, *some)
-            for shard, local, out in parts
-            for some in zip(torch.split(local, DECODED_TOGETHER), torch.split(out, DECODED_TOGETHER), strict=True)
+            self._readers.submit(shard.read, some, images, some_rows)
+            for (shard, local), part in zip(parts, rows, strict=True)
+            for some, some_rows in zip(torch.split(local, READ_TOGETHER), torch.split(part, READ_TOGETHER), strict=True)
         ]
         for each in waiting:
             each.result()
+        return images
 
     @cached_property
-    def _decoders(self) -> ThreadPoolExecutor:
+    def _readers(self) -> ThreadPoolExecutor:
         """Threads that share the cores with the other ranks of this machine."""
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // ranks), thread_name_prefix="decode")
+        return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // ranks), thread_name_prefix="read")

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -17,8 +18,11 @@ from tasks.environment import describe
 from tasks.lifeline import adopt_orphans, end_descendants
 from tests.bench import checkpoints, frameworks, loaders, memory, scaling, training
 from tests.bench.comparison import Comparison, NotInstalled, keep_memory
+from tests.bench.streaming import IMAGES, LEAST, streaming
 
-COMPARISONS: dict[str, Callable[[int], Iterator[Comparison]]] = {
+Measure = Callable[[int], Iterator[Comparison]]
+
+COMPARISONS: dict[str, Measure] = {
     "bare": training.bare_loop,
     "lanes": training.plain_ddp,
     "ranks": training.two_threads,
@@ -30,6 +34,7 @@ COMPARISONS: dict[str, Callable[[int], Iterator[Comparison]]] = {
     "memory": memory.memory,
     "checkpoints": checkpoints.checkpoints,
     "exchange": scaling.exchange,
+    "streaming": streaming,
 }
 WIDTH = 140  # of the table, wherever it is printed
 
@@ -38,6 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="comparisons to run; all, if none is named")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each pair; the medians are shown")
+    parser.add_argument("--images", type=_numbers, default=IMAGES, help="for streaming: how many; 10000,1000000")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's figures")
     parser.add_argument("--list", action="store_true", help="say what there is to compare")
     options = parser.parse_args()
@@ -49,28 +55,33 @@ def main() -> int:
         parser.error(f"no comparison is named {unknown[0]!r}; there are {', '.join(COMPARISONS)}")
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if min(options.images) < LEAST:
+        parser.error(f"--images must be at least {LEAST}")
 
     adopt_orphans()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks are ended and folders removed
     try:
-        return run(options.names or list(COMPARISONS), options.rounds, options.json)
+        chosen = {name: COMPARISONS[name] for name in options.names or COMPARISONS}
+        if streaming in chosen.values():
+            chosen["streaming"] = partial(streaming, images=options.images)
+        return run(chosen, options.rounds, options.json)
     finally:
         end_descendants(5.0)
 
 
-def run(names: list[str], rounds: int, file: Path | None) -> int:
-    """Run comparisons by name, print the table and write the report; returns the exit status."""
+def run(comparisons: dict[str, Measure], rounds: int, file: Path | None) -> int:
+    """Run comparisons, print the table and write the report; returns the exit status."""
     keep_memory()
     say = Console(width=WIDTH, highlight=False)
     machine = describe() | {"processor": _processor()}
     results: list[Comparison] = []
     left_out: dict[str, str] = {}
     failed = False
-    for name in names:
+    for name, comparison in comparisons.items():
         began = time.perf_counter()
         load = os.getloadavg()[0]
         try:
-            for result in COMPARISONS[name](rounds):
+            for result in comparison(rounds):
                 results.append(result)
                 ratio = statistics.median(result.ratios)
                 print(f"{result.name}: {ratio:.3f} times {result.theirs_label}", file=sys.stderr)
@@ -102,6 +113,10 @@ def _table(results: list[Comparison]) -> Table:
             f"{min(result.ratios):.3f} … {max(result.ratios):.3f}",
         )
     return table
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def _processor() -> str:
