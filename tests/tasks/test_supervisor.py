@@ -14,7 +14,8 @@ from tasks.config import CheckpointConfig
 from tasks.job import Job, JobFolder, Outcome
 from tests.flows.program import Training, wait_for
 
-SAY_PID_AND_SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+# In one piece, since several say so at once.
+SAY_PID_AND_SLEEP = "import os, time; os.write(1, bytes(f'{os.getpid()}', 'ascii') + bytes([10])); time.sleep(600)"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SAY_PID_AND_SLEEP
 OWNER = f"""
 import subprocess, sys, time
