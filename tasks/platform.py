@@ -1,7 +1,9 @@
 """What decides the bits of a result beside data and configuration: code, libraries, and the kind of processor."""
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -49,7 +51,7 @@ def this_platform(code: Provenance | None = None) -> Platform:
     )
 
 
-def differences(theirs: Platform, ours: Platform) -> list[str]:
-    """What differs, for people: `torch was 2.14.1, is 2.15.0`."""
-    was, now = theirs.model_dump(), ours.model_dump()
-    return [f"{key} was {was[key]}, is {now[key]}" for key in was if was[key] != now[key]]
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Which values differ, by key, for people: `torch was 2.14.1, is 2.15.0`."""
+    keys = sorted(was.keys() | now.keys())
+    return [f"{key} was {was.get(key)}, is {now.get(key)}" for key in keys if was.get(key) != now.get(key)]

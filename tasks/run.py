@@ -28,7 +28,7 @@ from tasks.cancel import Cancelled
 from tasks.checkpoints import checkpoint_prefix
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, is_whole, load_manifest
-from tasks.platform import Platform, this_platform
+from tasks.platform import Platform, differences, this_platform
 from tasks.progress import run_logger
 
 MANIFEST_DIGEST, FLOW_RUN = "convoy.manifest_digest", "prefect.flow_run_id"
@@ -229,11 +229,8 @@ def _record_key(run_id: str) -> str:
 
 def _check_equal(run_id: str, theirs: RunManifest, ours: RunManifest) -> None:
     """Refuse to go on with weights that would be neither the old manifest's nor the new one's."""
-    was, now = flatten(theirs.model_dump()), flatten(ours.model_dump())
-    differing = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
-    if differing:
-        shown = "; ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in differing)
-        raise UsageError(f"run {run_id} cannot go on here, because its weights would differ: {shown}")
+    if differing := differences(flatten(theirs.model_dump()), flatten(ours.model_dump())):
+        raise UsageError(f"run {run_id} cannot go on here, because its weights would differ: {'; '.join(differing)}")
 
 
 def _run_of_this_flow_run(store: ObjectStore) -> str | None:

@@ -27,9 +27,9 @@ from tasks.job import Event, Job, JobFolder
 from tasks.lifeline import adopt_orphans, end_descendants
 from tasks.nodes.board import ANSWERS_WITHIN, BEAT, Board, Order, Pulse, Report, invited
 from tasks.platform import Platform, this_platform
+from tasks.supervisor import PATIENCE
 from tasks.torchrun import start_torchrun
 
-PATIENCE = 25.0  # seconds that ranks have for a last checkpoint
 HURRY = 2.0  # seconds that ranks have which wait for others that are gone
 LOOK_EVERY = 2.0  # seconds between looks for a training
 CUT_OFF = re.compile(r"gloo/transport|[Cc]onnection (closed|reset)|ncclRemoteError")  # in what a rank died of

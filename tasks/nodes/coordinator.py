@@ -179,7 +179,8 @@ class Coordinator:
         for node, report in self._reports.items():
             if report.leaving or self._silence(node) > FRESH:
                 continue
-            differing = differences(self._platform or next(iter(found.values()), report).platform, report.platform)
+            wanted = self._platform or next(iter(found.values()), report).platform
+            differing = differences(wanted.model_dump(), report.platform.model_dump())
             if not differing:
                 found[node] = report
             elif node not in self._refused:
