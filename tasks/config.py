@@ -4,7 +4,6 @@ Importing this module loads pydantic only, so that a mistake is refused before t
 """
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +16,7 @@ from cnn.config import NETWORK_OPTIONS, Config, DataGateConfig, PreprocessConfig
 from cnn.worldsize import check_world_size
 from infra.catalogue import CATALOGUE
 from infra.errors import UsageError
+from infra.names import model_name_fault
 from tasks.gateconfig import GateConfig, ServingConfig
 from tasks.launchconfig import KubernetesConfig, Launcher, NodesConfig, RayConfig
 
@@ -114,8 +114,8 @@ class RunConfig(TrainConfig):
     @field_validator("name")
     @classmethod
     def _registry_takes_it(cls, name: str | None) -> str | None:
-        if name is not None and (not name.strip() or re.search(r"[/:]", name)):
-            raise ValueError("a model's name may not be empty or hold '/' or ':'")
+        if name is not None and (fault := model_name_fault(name)):
+            raise ValueError(f"{name!r} cannot name a model: {fault}")
         return name
 
     @model_validator(mode="after")
