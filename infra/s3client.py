@@ -64,7 +64,8 @@ def open_client(addressing: str | None = None, tries: int = TRIES, timeout: floa
     )
     try:
         with translated("object storage"):
-            return boto3.session.Session().client("s3", config=config)
+            # Given, since boto3 does not read the variable where AWS_IGNORE_CONFIGURED_ENDPOINT_URLS is set.
+            return boto3.session.Session().client("s3", endpoint_url=Settings().s3_url, config=config)
     except ValueError as error:
         raise UsageError(f"AWS_ENDPOINT_URL: {_line(error)}") from error
 
