@@ -4,6 +4,7 @@ Importing this module loads pydantic only, so that a mistake is refused before t
 """
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +22,7 @@ from tasks.gateconfig import GateConfig, ServingConfig
 from tasks.launchconfig import KubernetesConfig, Launcher, NodesConfig, RayConfig
 
 STEPS_AN_EPOCH = 20  # at least, where the batch size is ours to choose
+LONGEST = 100_000  # characters of a configuration as JSON: it is a parameter of flow runs, and tags of MLflow's runs
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -203,9 +205,14 @@ def load_config(
             raise UsageError(f"--set {setting}: the value is not valid YAML") from None
     values |= {key: value for key, value in (options or {}).items() if value is not None}
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise UsageError(explain(error, RunConfig, values)) from None
+    lengths = {key: len(json.dumps(value)) for key, value in config.model_dump(mode="json", exclude_unset=True).items()}
+    if sum(lengths.values()) > LONGEST:
+        key = max(lengths, key=lambda key: lengths[key])
+        raise UsageError(f"{key}: {lengths[key]:,} characters; all of a configuration may have {LONGEST:,}")
+    return config
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
