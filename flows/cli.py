@@ -19,13 +19,13 @@ from flows.console import (
     foreseen,
     loading,
     one_line,
-    outlive_readers,
     print_pairs,
     say,
     servers_up,
     terminal,
 )
 from flows.summary import Summary, check_writable, write_summary
+from infra.output import outlive_readers
 from infra.settings import Settings
 from tasks.config import RunConfig, load_config, recipes
 

@@ -1,10 +1,9 @@
 """What all commands share: servers, messages while things load, and how results and errors are printed."""
 
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
@@ -58,63 +57,6 @@ def print_pairs(lines: Mapping[str, str | Text]) -> None:
 def say(line: str, *, error: bool = False) -> None:
     """Prints a line as it is, whole; an error goes to standard error."""
     terminal(error=error, soft_wrap=True).print(line)
-
-
-@contextmanager
-def outlive_readers(*names: Literal["stdout", "stderr"]) -> Iterator[None]:
-    """Lets the block go on when nothing reads its output any more, or the output's disk is full.
-
-    What cannot be written is dropped, there and in processes started afterwards. A training's log is in Prefect too.
-    """
-    with ExitStack() as stack:
-        for name in names:
-            stream = getattr(sys, name)
-            if stream is None or isinstance(stream, _Lenient):
-                continue
-            lenient = _Lenient(stream)
-            setattr(sys, name, lenient)
-            stack.callback(setattr, sys, name, stream)
-            stack.callback(lenient.flush)  # or the interpreter would, at its end, and complain
-        yield
-
-
-class _Lenient:
-    """A text stream that forgives its writers everything."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
-
-    def write(self, text: str) -> int:
-        try:
-            return int(self._stream.write(text))
-        except UnicodeEncodeError:
-            return self.write(text.encode("ascii", "backslashreplace").decode())
-        except (OSError, ValueError):  # ValueError: it was closed
-            self._give_up()
-            return len(text)
-
-    def writelines(self, lines: Any) -> None:
-        self.write("".join(lines))
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError):
-            self._give_up()
-
-    def _give_up(self) -> None:
-        """Points the descriptor at nothing, so that what is buffered, and what children write, harms nobody."""
-        try:
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, self._stream.fileno())
-            os.close(nothing)
-        except (OSError, ValueError):
-            pass
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def foreseen(error: BaseException) -> BaseException:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.console import loading, outlive_readers, print_pairs, say, servers_up
+from flows.console import loading, print_pairs, say, servers_up
+from infra.output import outlive_readers
 
 if TYPE_CHECKING:
     from tasks.predict import Predictions

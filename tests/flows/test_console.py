@@ -18,7 +18,8 @@ ODD = "[red]cat 5, [blue]:dog: 3 [/x] [link=http://x]y[/]"
 TALKATIVE = """
 import logging, sys
 from pathlib import Path
-from flows.console import outlive_readers, say, servers_up, terminal
+from flows.console import say
+from infra.output import outlive_readers
 from tasks.progress import progress, show_task_logs
 show_task_logs()
 with outlive_readers("stderr"):
