@@ -13,8 +13,8 @@ def model_name_fault(name: str) -> str:
         return "it is empty"
     if found := re.search(r"[/:\x00-\x1f\x7f]", name):
         return f"MLflow refuses `/`, `:` and control characters ({found[0]!r})"
-    if "'" in name and '"' in name:
-        return "it may hold ' or \", but not both"  # filters have no way to write it
+    if fault := _filter_fault(name):
+        return fault
     if name in (".", ".."):
         return "it is the name of a folder"
     if len(name) > LONGEST:
@@ -29,7 +29,7 @@ def filter_of(**equal: str) -> str:
         equal: values by name; a tag's name is `tags.NAME`, which takes `**{...}`.
 
     Raises:
-        UsageError: a value cannot be written in a filter, which has no way to escape quotes.
+        UsageError: a value cannot be written in a filter.
     """
     return " and ".join(f"{_column(name)} = {_quoted(value)}" for name, value in equal.items())
 
@@ -39,7 +39,14 @@ def _column(name: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    if "'" in value and '"' in value:
-        raise UsageError(f"{value!r} cannot be searched for in MLflow: it may hold ' or \", but not both")
+    if fault := _filter_fault(value):
+        raise UsageError(f"{value!r} cannot be searched for in MLflow: {fault}")
     quote = '"' if "'" in value else "'"
     return f"{quote}{value}{quote}"
+
+
+def _filter_fault(value: str) -> str:
+    """Why a filter cannot hold a text: there are two kinds of quotes, and no way to escape one."""
+    if "'" in value and '"' in value:
+        return "it may hold ' or \", but not both"
+    return "it may not end with a backslash" if value.endswith("\\") else ""
