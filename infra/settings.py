@@ -23,6 +23,10 @@ def _http_address(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("it must start with http:// or https:// and name a host")
+    try:
+        _ = parts.port
+    except ValueError:
+        raise ValueError("its port must be a number up to 65535") from None
     return url.rstrip("/")
 
 

@@ -198,7 +198,7 @@ def _check_external(variable: str, address: str) -> None:
     way = proxy_of(url)
     try:
         answer = httpx.get(url, proxy=way[1] if way else None, timeout=10, verify=False, trust_env=False)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         advice = "correct it, or unset it to use a local server"
         raise ServiceError(f"{variable} names {url}, which does not answer ({error}): {advice}") from None
     if answer.is_server_error:

@@ -12,8 +12,9 @@ import httpx
 import pytest
 
 from infra.endpoints import Endpoints
-from infra.errors import UsageError
+from infra.errors import ServiceError, UsageError
 from infra.meter import Meter
+from infra.s3client import open_client
 from infra.settings import Settings
 from infra.stack import up
 from infra.webfetch import Web
@@ -167,6 +168,28 @@ def test_a_variable_that_no_client_of_an_external_server_could_use_is_named(
     monkeypatch.setenv(name, MISLEADING[name])
     with pytest.raises(UsageError, match=rf"^{name} "):
         up(Settings(home=tmp_path, mlflow_uri="https://mlflow.example"), only=["mlflow"])
+
+
+@pytest.mark.parametrize("name", ["AWS_PROFILE", "AWS_DEFAULTS_MODE", "AWS_STS_REGIONAL_ENDPOINTS"])
+def test_a_setting_that_boto3_cannot_use_for_an_external_store_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store.example")
+    monkeypatch.setenv(name, "nonsense")
+    with pytest.raises(UsageError, match=rf"nonsense.*{name}"):
+        open_client()
+
+
+def test_an_external_store_is_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store.example")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
+    assert open_client().meta.endpoint_url == "http://store.example"
+
+
+def test_an_external_address_that_is_none_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ServiceError, match="MLFLOW_TRACKING_URI names"):
+        up(Settings(home=tmp_path, mlflow_uri="http://mlflow.example:x"), only=["mlflow"])
 
 
 def test_the_password_of_a_proxy_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
