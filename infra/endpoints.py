@@ -99,7 +99,6 @@ class Endpoints(BaseModel):
             "AWS_ACCESS_KEY_ID": self.s3_access_key_id.get_secret_value(),
             "AWS_SECRET_ACCESS_KEY": self.s3_secret_access_key.get_secret_value(),
             "AWS_SESSION_TOKEN": "",
-            "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "false",
             "AWS_DEFAULT_REGION": REGION,
             # A profile that is chosen must exist in the files that are read, so all of them are replaced.
             "AWS_PROFILE": "default",

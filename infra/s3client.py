@@ -54,18 +54,19 @@ def open_client(addressing: str | None = None, tries: int = TRIES, timeout: floa
     Raises:
         UsageError: the endpoint's address, or another of the user's settings, cannot be used.
     """
+    settings = Settings()
     config = Config(
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         retries={"mode": "standard", "total_max_attempts": tries if timeout is None else min(tries, 2)},
-        s3={"addressing_style": addressing or Settings().s3_addressing},
+        s3={"addressing_style": addressing or settings.s3_addressing},
         max_pool_connections=4 * CONCURRENCY,
         connect_timeout=5 if timeout is None else timeout / 2,
         read_timeout=60 if timeout is None else timeout / 2,
     )
     try:
         # Given, since boto3 does not read the variable where AWS_IGNORE_CONFIGURED_ENDPOINT_URLS is set.
-        return boto3.session.Session().client("s3", endpoint_url=Settings().s3_url, config=config)
+        return boto3.session.Session().client("s3", endpoint_url=settings.s3_url, config=config)
     except (BotoCoreError, ValueError) as error:  # boto3 names the setting, and not where it is
         names = [name for name in sorted(os.environ) if name.startswith("AWS_") and "KEY" not in name]
         raise UsageError(f"object storage: {_line(error)}; see {', '.join(names) or 'your AWS profile'}") from error
