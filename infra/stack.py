@@ -7,6 +7,7 @@ variables only: `up(Settings()).apply()`. The local MLflow and Prefect ask for n
 password; see `infra.servers`.
 """
 
+import os
 import re
 import subprocess
 import time
@@ -69,7 +70,8 @@ def up(
     folder = StackFolder(settings)
     external = [(variable, address) for name, variable, address in folder.external() if name in only]
     if external:
-        check_web_environment()
+        aws = "seaweedfs" in {name for name, _, _ in folder.external()}
+        check_web_environment({k: v for k, v in os.environ.items() if aws or not k.startswith("AWS_")})
     for variable, address in external:
         _check_external(variable, address)
     try:

@@ -78,8 +78,9 @@ class StackFolder:
             ours.append(self.settings.home)
         for folder in ours:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with suppress(PermissionError):  # of another user's folder, which is that user's affair
-                folder.chmod(0o700)
+            if not folder.is_symlink():  # a link leads to a place that is not only ours
+                with suppress(OSError):  # it is another user's, or on a disk without modes
+                    folder.chmod(0o700)
 
     def external(self) -> list[tuple[ServerName, str, str]]:
         """Servers to use instead of local ones: name, the variable that says so, address."""
