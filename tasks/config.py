@@ -262,10 +262,14 @@ def _nearest(path: list[str], model: type[BaseModel], values: Mapping[str, Any])
     """The key that was probably meant, searched where it was written, then everywhere."""
     keys = list(known_keys(model, str(values.get("model", model.model_fields["model"].default))))
     key = ".".join(path)
+    if path[0] == "network" and (
+        others := [name for name, each in NETWORK_OPTIONS.items() if path[-1] in each.model_fields]
+    ):
+        return f"{others[0]} has it: --model {others[0]}"
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not close:
         by_last = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
-        close = [by_last[last] for last in difflib.get_close_matches(path[-1], by_last, n=1, cutoff=0.5)]
+        close = [by_last[last] for last in difflib.get_close_matches(path[-1], by_last, n=1, cutoff=0.8)]
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(keys)}"
 
 
