@@ -28,12 +28,12 @@ PROXY_SCHEMES = ("http", "https")
 
 
 def is_web(name: str) -> bool:
-    """Whether a variable says how to reach the web."""
+    """Returns whether a variable says how to reach the web."""
     return name.lower().endswith("_proxy") or name in (*FILES, *FOLDERS, KEY_LOG)
 
 
 def without_web(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without these variables, which `CONVOY_WEB` keeps; it stays as it is if they left it before."""
+    """Returns the environment without these variables, which `CONVOY_WEB` keeps; they may have left it before."""
     taken = {name: value for name, value in environment.items() if is_web(name)}
     rest = {name: value for name, value in environment.items() if name not in taken}
     if set(taken) - set(NO_PROXY):
@@ -42,14 +42,14 @@ def without_web(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def web_environment() -> dict[str, str]:
-    """The user's variables for the web: those of the environment, or those that were taken out of it."""
+    """Returns the user's variables for the web: those of the environment, or those that were taken out of it."""
     if kept := os.environ.get(KEPT):
         return {str(name): str(value) for name, value in json.loads(kept).items()}
     return {name: value for name, value in os.environ.items() if is_web(name)}
 
 
 def usable_web_environment() -> dict[str, str]:
-    """The same without those that cannot be used, for a server that starts in any case and may ask the web later."""
+    """Returns the same without those that cannot be used, for a server that may ask the web later."""
     return {name: value for name, value in web_environment().items() if not _fault(name, value)}
 
 
@@ -68,7 +68,7 @@ def check_web_environment(environment: Mapping[str, str] | None = None) -> None:
 
 
 def loopback_without_proxy(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables that keep requests to this machine away from a proxy that the user may have set.
+    """Returns variables that keep requests to this machine away from a proxy that the user may have set.
 
     Entries that httpx cannot read end every client of it, so `[::1]` loses its brackets, and networks of IPv6, which
     no client of ours understands, are left out.
@@ -82,7 +82,7 @@ def loopback_without_proxy(environment: Mapping[str, str] | None = None) -> dict
 
 
 def proxy_of(url: str) -> tuple[str, str] | None:
-    """The proxy that the user wants for an address, with the name of its variable; None for none.
+    """Returns the proxy that the user wants for an address, with the name of its variable; None for none.
 
     Raises:
         UsageError: it cannot be used.
