@@ -10,12 +10,22 @@ from typing import Annotated
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows import models, notify, service, upkeep, usage
-from flows.console import exit_status, foreseen, loading, one_line, print_pairs, say, servers_up
+from flows.console import (
+    exit_status,
+    foreseen,
+    loading,
+    one_line,
+    print_pairs,
+    say,
+    servers_up,
+    terminal,
+)
 from flows.summary import Summary, check_writable, write_summary
+from infra.output import outlive_readers
 from infra.settings import Settings
 from tasks.config import RunConfig, load_config, recipes
 
@@ -165,7 +175,7 @@ def runs(
     table = Table("run", "started", "status", "checkpoint", "dataset", "model", "validation", box=None)
     for training in found:
         table.add_row(*training.cells())
-    Console(width=160).print(table if found else "No training yet.")  # ids are for copying: never shortened
+    terminal(width=160).print(table if found else "No training yet.")  # ids are for copying: never shortened
 
 
 MORE: dict[str, tuple[Callable[..., None], ...]] = {
@@ -224,10 +234,11 @@ def _show_servers(settings: Settings) -> None:
     from infra import stack
 
     colours = {"running": "green", "external": "cyan", "dead": "red", "stopped": "dim"}
-    lines: dict[str, str] = {}
+    lines: dict[str, Text] = {}
     for server in stack.status(settings):
-        log = f"  [dim]log {os.path.relpath(server.log)}[/]" if server.log else ""
-        lines[server.name] = f"[{colours[server.state]}]{server.state:8}[/]  {server.url}{log}"
+        log = f"  log {os.path.relpath(server.log)}" if server.log else ""
+        state = (f"{server.state:8}", colours[server.state])
+        lines[server.name] = Text.assemble(state, "  ", server.url, (log, "dim"))
     print_pairs(lines)
 
 
@@ -262,7 +273,8 @@ def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | No
         check_writable(file)
     result = Summary(status="failed", dataset=dataset)
     try:
-        result = run()
+        with outlive_readers("stdout"):
+            result = run()
     except BaseException as raised:
         error = foreseen(raised)
         status = exit_status(error)
@@ -298,13 +310,13 @@ def _terminate(*_: object) -> None:
 
 
 def _print(result: Summary) -> None:
-    lines = {"dataset": f"{result.dataset}, version {result.dataset_version}"}
+    lines: dict[str, str | Text] = {"dataset": f"{result.dataset}, version {result.dataset_version}"}
     if result.accuracy is not None:
         speed = f"{result.images_per_second:,.0f} images/s on {result.world_size} ranks"
         place = "champion" if result.champion else "not champion"
         lines = {
-            "accuracy": f"[bold green]{result.accuracy:.2%}[/] of the test split",
-            "model": f"{result.model_name}, version {result.model_version}: [bold]{place}[/]",
+            "accuracy": Text.assemble((f"{result.accuracy:.2%}", "bold green"), " of the test split"),
+            "model": Text.assemble(f"{result.model_name}, version {result.model_version}: ", (place, "bold")),
             "verdict": result.verdict or "",
             "weights": f"SHA-256 {result.weights_sha256}",
             "time": f"{result.train_seconds:.0f} s of training ({speed}), {result.total_seconds:.0f} s in all",
@@ -317,11 +329,12 @@ def _print(result: Summary) -> None:
 
 def main() -> None:
     """Entry point. An error that we foresaw is one line; a traceback means a bug."""
-    try:
-        app(prog_name="convoy")
-    except (Interrupted, Terminated, Exception) as raised:
-        error = foreseen(raised)
-        if not hasattr(error, "exit_status"):
-            raise
-        say(f"convoy: {one_line(error)}", error=True)
-        sys.exit(exit_status(error))
+    with outlive_readers("stderr"):
+        try:
+            app(prog_name="convoy")
+        except (Interrupted, Terminated, Exception) as raised:
+            error = foreseen(raised)
+            if not hasattr(error, "exit_status"):
+                raise
+            say(f"convoy: {one_line(error)}", error=True)
+            sys.exit(exit_status(error))

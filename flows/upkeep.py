@@ -3,12 +3,11 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from flows.console import loading, say, servers_up
+from flows.console import loading, say, servers_up, terminal
 from infra.settings import Settings
 from tasks.retention import RetentionConfig, load_retention
 
@@ -44,7 +43,7 @@ def prune(
     table = Table("would go" if dry_run else "removed", "objects", "size", box=None)
     for each in result.freed:
         table.add_row(each.kind, f"{each.count:,}", decimal(each.bytes))
-    Console().print(table if result.freed else "Nothing was old enough to go.")
+    terminal().print(table if result.freed else "Nothing was old enough to go.")
     for note in result.notes:
         say(note)
 
@@ -69,9 +68,10 @@ def doctor(
     capabilities = probe(Settings().bucket)
     table = Table("object storage", "", "without it, Convoy", box=None)
     for each in capabilities:
-        word = "honoured" if each.honoured else f"{'[red]missing[/]' if each.needed else 'no'}: {escape(each.answer)}"
+        lack = ("missing", "red") if each.needed else "no"
+        word = Text("honoured") if each.honoured else Text.assemble(lack, f": {each.answer}")
         table.add_row(each.name, word, each.without if not each.honoured else "")
-    Console(width=160).print(table)
+    terminal(width=160).print(table)
     lacking = [each.name for each in capabilities if each.needed and not each.honoured]
 
     found = find_orphans()

@@ -23,6 +23,7 @@ from infra.processes import Server
 from infra.settings import Settings
 
 HOST = "127.0.0.1"
+NOT_INHERITED = ("AWS_", "MLFLOW_", "PREFECT_", "UVICORN_", "GUNICORN_")  # settings of other servers
 TLS_ROLES = {
     "GRPC": ("MASTER", "VOLUME", "FILER", "S3", "ADMIN", "WORKER", "CLIENT"),
     "HTTPS": ("MASTER", "VOLUME", "FILER", "ADMIN", "CLIENT"),
@@ -110,7 +111,8 @@ def mlflow(settings: Settings, ports: Ports, s3: dict[str, str]) -> Server:
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # some nine processes that training never uses
             "GIT_PYTHON_REFRESH": "quiet",
         },
-        not_inherited=("AWS_", "MLFLOW_", "PREFECT_"),
+        not_inherited=NOT_INHERITED,
+        asks_the_web=not s3,  # an external object store
         folder=settings.home / "mlflow",
         log=settings.logs / "mlflow.log",
         ports=(ports.mlflow,),
@@ -135,7 +137,8 @@ def prefect(settings: Settings, ports: Ports) -> Server:
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{ports.prefect}",
             "PREFECT_CLI_PROMPT": "false",
         },
-        not_inherited=("AWS_", "MLFLOW_", "PREFECT_"),
+        not_inherited=NOT_INHERITED,
+        asks_the_web=True,  # notifications
         folder=settings.home / "prefect",
         log=settings.logs / "prefect.log",
         ports=(ports.prefect,),

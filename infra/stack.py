@@ -3,10 +3,11 @@
 `up` is safe to call at any time and from several processes at once: what already runs is checked and left
 alone. Each of the three can be an external server instead, named by its standard variable:
 `AWS_ENDPOINT_URL`, `MLFLOW_TRACKING_URI`, `PREFECT_API_URL`. Everything else in Convoy reads the standard
-variables only: `os.environ.update(up(Settings()).environment())`. The local MLflow and Prefect ask for no
+variables only: `up(Settings()).apply()`. The local MLflow and Prefect ask for no
 password; see `infra.servers`.
 """
 
+import os
 import re
 import subprocess
 import time
@@ -25,6 +26,7 @@ from infra.localstore import make_ready
 from infra.ports import is_free
 from infra.settings import Settings
 from infra.stackfolder import HEALTH, NAMES, ServerName, StackFolder
+from infra.websettings import check_web_environment, proxy_of
 
 __all__ = ["NAMES", "Endpoints", "ServerName", "ServerStatus", "down", "status", "up"]
 
@@ -66,9 +68,12 @@ def up(
         ServiceError: a server died at its start or does not answer; the message has the end of its log.
     """
     folder = StackFolder(settings)
-    for name, variable, address in folder.external():
-        if name in only:
-            _check_external(variable, address)
+    external = [(variable, address) for name, variable, address in folder.external() if name in only]
+    if external:
+        aws = "seaweedfs" in {name for name, _, _ in folder.external()}
+        check_web_environment({k: v for k, v in os.environ.items() if aws or not k.startswith("AWS_")})
+    for variable, address in external:
+        _check_external(variable, address)
     try:
         with folder.locked(on_event):
             for _ in range(ATTEMPTS):
@@ -99,7 +104,7 @@ def status(settings: Settings) -> list[ServerStatus]:
     folder = StackFolder(settings)
     external = {name: _without_login(address) for name, _, address in folder.external()}
     found = []
-    with httpx.Client(trust_env=False, timeout=ANSWER_PATIENCE) as client:
+    with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_PATIENCE) as client:
         for name in NAMES:
             if name in external:
                 found.append(ServerStatus(name=name, url=external[name], state="external"))
@@ -118,7 +123,7 @@ def _up(folder: StackFolder, on_event: OnEvent, only: Collection[ServerName]) ->
     folder.prepare(on_event)
     external = {name for name, _, _ in folder.external()}
     wanted = [name for name in NAMES if name in only and name not in external]
-    with httpx.Client(trust_env=False, timeout=ANSWER_PATIENCE) as client:
+    with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_PATIENCE) as client:
         starting: dict[ServerName, subprocess.Popen[bytes]] = {}
         for name in wanted:
             if not _runs(name, folder, client, on_event):
@@ -192,9 +197,10 @@ def _check_external(variable: str, address: str) -> None:
     if not address.startswith(("http://", "https://")):  # MLflow also takes databases and folders
         return
     url = _without_login(address)
+    way = proxy_of(url)
     try:
-        answer = httpx.get(url, timeout=10, verify=False)
-    except httpx.HTTPError as error:
+        answer = httpx.get(url, proxy=way[1] if way else None, timeout=10, verify=False, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         advice = "correct it, or unset it to use a local server"
         raise ServiceError(f"{variable} names {url}, which does not answer ({error}): {advice}") from None
     if answer.is_server_error:

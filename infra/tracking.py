@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from infra.errors import UsageError
 from infra.metriclog import MetricLogger, MetricRow
 from infra.mlflowserver import check_server, is_missing, mlflow_client, tracking_uri
+from infra.names import filter_of
 from infra.systemmetrics import SystemMetrics
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class RunInfo(BaseModel):
 
 def list_runs(tag: str, value: str | None = None, *, limit: int) -> list[RunInfo]:
     """Runs of all experiments that have a tag (of this value, if one is given), the newest first."""
-    condition = f"tags.`{tag}` != ''" if value is None else f"tags.`{tag}` = '{value}'"
+    condition = f"tags.`{tag}` != ''" if value is None else filter_of(**{f"tags.{tag}": value})
     with mlflow_client("list the runs") as client:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         runs = client.search_runs(experiments, condition, max_results=limit, order_by=["attributes.start_time DESC"])

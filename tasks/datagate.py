@@ -26,8 +26,8 @@ from infra.settings import Settings
 from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetDamaged, DatasetRef, load_manifest, open_cache, open_split
 from tasks.figures import contact_sheet, png
+from tasks.markdown import plain
 from tasks.progress import progress, run_logger
-from tasks.report import cell
 from tasks.retries import RETRIED
 
 __all__ = ["DataRefused", "DataReport", "data_gate", "data_markdown", "log_data_report"]
@@ -111,7 +111,7 @@ def data_markdown(name: str, checks: DataChecks) -> str:
     order = ("failed", "warned", "passed", "skipped", "off")
     verdict = {"passed": "passed", "warned": "passed with warnings", "failed": "refused"}[checks.outcome]
     lines = [
-        f"**{cell(name)}: {verdict}** ({_count(checks)})",
+        f"**{plain(name)}: {verdict}** ({_count(checks)})",
         "",
         f"Dataset version `{checks.dataset_version}`, compared with "
         + (f"the champion's, `{checks.champion_version}`" if checks.champion_version else "none: no champion's data"),
@@ -131,7 +131,7 @@ def data_markdown(name: str, checks: DataChecks) -> str:
         f"| class | {' | '.join(checks.splits)} |",
         f"|:--|{'--:|' * len(checks.splits)}",
         *(
-            f"| {cell(label)} | {' | '.join(f'{count:,}' for count in counts)} |"
+            f"| {plain(label)} | {' | '.join(f'{count:,}' for count in counts)} |"
             for label, *counts in zip(
                 checks.classes, *(facts.class_counts for facts in checks.splits.values()), strict=True
             )
@@ -140,7 +140,7 @@ def data_markdown(name: str, checks: DataChecks) -> str:
     if checks.offenders:
         lines += ["", "| check | image | class | |", "|:--|:--|:--|:--|"]
         lines += [
-            f"| {each.check} | {each.split} {each.index} | {cell(checks.classes[each.label])} | {each.note} |"
+            f"| {each.check} | {each.split} {each.index} | {plain(checks.classes[each.label])} | {plain(each.note)} |"
             for each in checks.offenders
         ]
     return "\n".join(lines)
@@ -184,7 +184,7 @@ def _said(check: Check) -> str:
 
 def _row(check: Check) -> str:
     mark = f"**{check.outcome}**" if check.outcome in ("failed", "warned") else check.outcome
-    return f"| {check.name} | {mark} | {_number(check.value)} | {_number(check.limit)} | {cell(check.note)} |"
+    return f"| {check.name} | {mark} | {_number(check.value)} | {_number(check.limit)} | {plain(check.note)} |"
 
 
 def _number(value: float | None) -> str:

@@ -9,11 +9,13 @@ outcome.json         how it ended, by the first rank that had something to say
 
 import os
 import re
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cnn.config import TrainConfig
 from tasks.config import CheckpointConfig
@@ -103,8 +105,12 @@ class JobFolder:
         return Job.model_validate_json((self.path / "job.json").read_bytes())
 
     def write_event(self, event: Event) -> None:
-        with (self.path / "events.jsonl").open("a") as file:
-            file.write(event.model_dump_json() + "\n")
+        """Tells the train task something; it is left out where the disk is full, which should end no training."""
+        try:
+            with (self.path / "events.jsonl").open("a") as file:
+                file.write(event.model_dump_json() + "\n")
+        except OSError as error:
+            print(f"an event was not written: {error}", file=sys.stderr)
 
     def new_events(self) -> Iterator[Event]:
         """Events that were not read before by this object; a line that is still being written waits."""
@@ -116,7 +122,9 @@ class JobFolder:
             return
         whole = written[: written.rfind(b"\n") + 1]
         self._events_read += len(whole)
-        yield from map(Event.model_validate_json, whole.splitlines())
+        for line in whole.splitlines():
+            with suppress(ValidationError):  # of a disk that was full for a while a part of a line may be left
+                yield Event.model_validate_json(line)
 
     def last_step(self) -> int:
         """How far any start of the ranks has come, as far as it is reported; 0 before the first report."""

@@ -80,13 +80,13 @@ class _Amount(ProgressColumn):
 class _Bar:
     def __init__(self, description: str, total: float | None, unit: Unit) -> None:
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # it names data sets
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             _Amount(unit),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=Console(stderr=True, emoji=False),
         )
         self._note = ""
         self._task = self._bars.add_task(description.ljust(28), total=total, note="")

@@ -22,6 +22,7 @@ from cnn.distributed import make_deterministic, process_group
 from cnn.reports import EpochReport, StepReport, StragglerWatch
 from cnn.trainer import Trainer, fit
 from infra.objectstore import ObjectStore
+from infra.output import outlive_readers
 from infra.settings import Settings
 from tasks.checkpoints import CheckpointWriter, Snapshot, commit_weights, newest_checkpoint
 from tasks.dataset import load_manifest, open_cache, open_split, pretrained_key
@@ -277,4 +278,5 @@ def _meeting(arguments: list[str]) -> dist.Store | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with outlive_readers("stdout", "stderr"):  # a disk without room for the log
+        sys.exit(main())
