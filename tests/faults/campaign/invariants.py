@@ -82,7 +82,14 @@ def _running(trial: Trial) -> str | None:
 
 def _left(trial: Trial) -> str | None:
     """No stray object in the bucket, no stray file here."""
+
+    def objects(run: str) -> set[str]:
+        keys = [info.key.split("/", 2)[2] for info in trial.home.store().list(f"runs/{run}/")]
+        return {key for key in keys if not key.startswith("checkpoints/")}  # whose number is a matter of time
+
     found = [str(finding) for finding in find_orphans(timedelta(0))]
+    if run := trial.finished():
+        found += [f"object {key}" for key in objects(run) ^ objects(trial.reference)]
     found += [f"temporary {path.name}" for path in trial.home.tmp.iterdir() if not path.name.startswith("weed.")]
     return f"{len(found)}: {found[0][:100]}" if found else None
 

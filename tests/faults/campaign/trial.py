@@ -190,8 +190,11 @@ class Trial:
         deployments = [deployment | {"parameters": {"config": config}}]
         file.write_text(yaml.safe_dump({"name": "convoy", "pull": [], "deployments": deployments}))
         self.home.run("deploy", "--file", str(file))
-        self.worker = self.home.start("worker", "--pool", POOL)
+        self._start_worker()
         self._call("retrain", "-d", f"retrain/{self.name}", "--force", "--wait", *CONFIG)
+
+    def _start_worker(self) -> None:
+        self.worker = self.home.start("worker", "--pool", POOL)
 
     def train(self, ranks: int) -> None:
         options = ("--dataset", "digits", "--name", self.name, "--ranks", str(ranks))
@@ -210,6 +213,9 @@ class Trial:
 
     def recover(self) -> None:
         """Does what a user would do: looks how it ended, starts the servers, resumes or trains again, and tidies up."""
+        if self.plan.family == "worker" and not self.late:
+            self.worker.wait(60)
+            self._start_worker()  # which settles what the first one has left
         for command in self.commands:
             command.wait()
         for _ in range(TRIES):
