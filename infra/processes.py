@@ -42,6 +42,7 @@ class Server(BaseModel):
         folder: its data and working folder.
         log: file that takes its output.
         ports: all ports that it opens.
+        version: of its library: a running server is replaced after an upgrade.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,11 +54,12 @@ class Server(BaseModel):
     folder: Path
     log: Path
     ports: tuple[int, ...]
+    version: str = ""
 
     @property
     def digest(self) -> str:
         """Changes when a running server would have to be restarted to be as defined here."""
-        return sha256(json.dumps([self.command, self.environment], sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps([self.command, self.environment, self.version], sort_keys=True).encode()).hexdigest()
 
 
 class Record(BaseModel):

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 from infra.credentials import Credentials
@@ -116,6 +117,7 @@ def mlflow(settings: Settings, ports: Ports, s3: dict[str, str]) -> Server:
         folder=settings.home / "mlflow",
         log=settings.logs / "mlflow.log",
         ports=(ports.mlflow,),
+        version=version("mlflow"),
     )
 
 
@@ -142,6 +144,7 @@ def prefect(settings: Settings, ports: Ports) -> Server:
         folder=settings.home / "prefect",
         log=settings.logs / "prefect.log",
         ports=(ports.prefect,),
+        version=version("prefect"),
     )
 
 

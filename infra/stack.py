@@ -19,7 +19,7 @@ from typing import Literal
 import httpx
 from pydantic import BaseModel, ConfigDict
 
-from infra import processes
+from infra import migrations, processes
 from infra.endpoints import Endpoints
 from infra.errors import ServiceError
 from infra.localstore import make_ready
@@ -66,6 +66,7 @@ def up(
 
     Raises:
         ServiceError: a server died at its start or does not answer; the message has the end of its log.
+        UsageError: a database was written by a newer MLflow or Prefect than the installed one.
     """
     folder = StackFolder(settings)
     external = [(variable, address) for name, variable, address in folder.external() if name in only]
@@ -120,15 +121,17 @@ def status(settings: Settings) -> list[ServerStatus]:
 
 
 def _up(folder: StackFolder, on_event: OnEvent, only: Collection[ServerName]) -> Endpoints:
-    folder.prepare(on_event)
     external = {name for name, _, _ in folder.external()}
     wanted = [name for name in NAMES if name in only and name not in external]
+    migrations.outdated(folder.settings.home, wanted)  # refuses a newer database before anything is touched
+    folder.prepare(on_event)
     with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_PATIENCE) as client:
         starting: dict[ServerName, subprocess.Popen[bytes]] = {}
-        for name in wanted:
-            if not _runs(name, folder, client, on_event):
-                on_event(f"starting {name} at {folder.url(name)}")
-                starting[name] = processes.start(folder.server(name), folder.mark(name), folder.record_file(name))
+        missing = [name for name in wanted if not _runs(name, folder, client, on_event)]
+        migrations.migrate(folder.settings.home, missing, on_event)
+        for name in missing:
+            on_event(f"starting {name} at {folder.url(name)}")
+            starting[name] = processes.start(folder.server(name), folder.mark(name), folder.record_file(name))
         for name in wanted:
             if name in starting:
                 _wait(name, starting[name], folder, client)
@@ -151,7 +154,7 @@ def _runs(name: ServerName, folder: StackFolder, client: httpx.Client, on_event:
         if _answers(name, folder, client):
             return True
         time.sleep(POLL)
-    on_event(f"stopping {name}, which {'does not answer' if as_defined else 'has other settings'}")
+    on_event(f"stopping {name}, which {'does not answer' if as_defined else 'has other settings or another version'}")
     processes.stop(partial(folder.members, name))
     return False
 

@@ -365,12 +365,12 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     path = tmp_path / "small"
     path.mkdir()
     if os.geteuid():
-        pytest.skip("only root can mount a small disk")
+        pytest.skip("only root can mount a small disk: run the tests as root")
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True, text=True
     )
     if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"small disks cannot be mounted (a container takes CAP_SYS_ADMIN for it): {mounted.stderr.strip()}")
     yield SmallDisk(path)
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 

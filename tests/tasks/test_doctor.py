@@ -273,7 +273,7 @@ def test_a_supervisor_that_was_adopted_is_an_orphan(made: Leftovers) -> None:
     process = psutil.Process(int(pid))
     try:
         if process.ppid() != 1:
-            pytest.skip("here another process than 1 adopts orphans")
+            pytest.skip("another process than 1 adopts orphans: run the tests in a login shell")
         assert whats(settle_all()) == [("process", pid)]
         assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     finally:
