@@ -48,8 +48,10 @@ class Room:
         """
         with locked(self._root / "locks" / "room"):
             os.truncate(coming, size)
+            # In this order: a file that arrives in between is counted twice, and not, as the other way round, missed.
+            coming_bytes = self._coming()
             files = _files(self._root)
-            excess = self._coming() + sum(file.size for file in files) - self.limit
+            excess = coming_bytes + sum(file.size for file in files) - self.limit
             spared = self._spared_since()
             for file in sorted(files):
                 if excess <= 0 or file.used >= spared:

@@ -14,9 +14,9 @@ import pytest
 
 from infra.cache import Cache
 from infra.errors import ServiceError
-from infra.files import locked
+from infra.files import atomic_file, locked
 from infra.objectstore import ObjectMissing, ObjectStore
-from infra.room import disk_limit
+from infra.room import Room, disk_limit
 
 DATA = b"some content" * 1000
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -216,6 +216,40 @@ def test_processes_that_share_a_limit_keep_to_it_together(store: ObjectStore, tm
         assert process.exitcode == 0
     assert 3000 <= most <= 4000
     assert not [path for path in root.rglob("*") if path.is_file() and path.parent.name == "locks"]
+
+
+def _come_and_go(root: Path, seed: int, seconds: float, most: "multiprocessing.Queue[int]") -> None:
+    room, chosen, end, seen = Room(root, 12_000), random.Random(seed), time.monotonic() + seconds, 0
+    names = [hashlib.sha256(bytes([number])).hexdigest() for number in range(24)]
+
+    def fetch_some(_: int) -> None:
+        nonlocal seen
+        while time.monotonic() < end:
+            name = chosen.choice(names)
+            path, lock = root / name[:2] / name, root / "locks" / name
+            with locked(lock):
+                if not path.exists():
+                    room.make(1000, lock)
+                    with atomic_file(path) as temporary:
+                        temporary.write_bytes(bytes(1000))
+            with locked(root / "locks" / "room"):  # nothing leaves while files are counted one by one
+                seen = max(seen, _bytes_of_files(root))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fetch_some, range(2)))
+    most.put(seen)
+
+
+def test_a_file_that_arrives_while_room_is_made_for_another_is_counted(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    most: multiprocessing.Queue[int] = context.Queue()
+    processes = [context.Process(target=_come_and_go, args=(tmp_path, seed, 3.0, most)) for seed in range(3)]
+    for process in processes:
+        process.start()
+    assert 10_000 <= max(most.get(timeout=60) for _ in processes) <= 12_000
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
 
 
 def _bytes_of_files(root: Path) -> int:
