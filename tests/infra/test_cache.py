@@ -287,3 +287,32 @@ def test_a_lock_lets_one_process_in_at_a_time(tmp_path: Path) -> None:
         assert process.exitcode == 0
     assert counter.read_text() == "600"
     assert not lock.exists()
+
+
+@pytest.mark.parametrize("known_size", [True, False])
+def test_a_file_with_a_flipped_byte_is_fetched_again_with_a_warning(
+    store: ObjectStore, tmp_path: Path, caplog: pytest.LogCaptureFixture, known_size: bool
+) -> None:
+    store.put_bytes("key", DATA)
+    size = len(DATA) if known_size else None
+    path = Cache(tmp_path / "cache", store).fetch("key", DIGEST, size=size)
+    flip(path)
+    assert Cache(tmp_path / "cache", store).fetch("key", DIGEST, size=size).read_bytes() == DATA
+    assert f"{path} is damaged" in caplog.text
+    flip(path)
+    (tmp_path / "file").write_bytes(DATA)
+    assert Cache(tmp_path / "cache", store).add_file(tmp_path / "file") == DIGEST
+    assert path.read_bytes() == DATA and path.stat().st_mode & 0o222 == 0
+
+
+def flip(path: Path) -> None:
+    """Change a byte as a failing disk would: size and times stay."""
+    before = path.stat()
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(before.st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(before.st_size // 2)
+        file.write(bytes([byte ^ 1]))
+    path.chmod(before.st_mode)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
