@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from cnn.errors import InputError
+from cnn.errors import InputError, NotAvailable
 from cnn.manifest import Shard
 
 Encoding = Literal["raw", "jpeg", "webp"]
@@ -111,7 +111,7 @@ def fetch_and_open(
 
     Raises:
         InputError: the file is not whole, or not what the manifest says.
-        OSError: it was gone before it could be opened, each time.
+        NotAvailable: it was gone before it could be opened, each time.
     """
     for _ in range(TRIES):
         path = fetch(shard)
@@ -120,7 +120,7 @@ def fetch_and_open(
         except InputError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-    raise OSError(
+    raise NotAvailable(
         f"{path} left the cache {TRIES} times before it could be opened: other processes need more than the cache may "
         "hold; raise CONVOY_CACHE_BYTES"
     )
