@@ -91,8 +91,11 @@ class Told(logging.Handler):
         self._folder = folder
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr)
-        self._folder.write_event(Event(warning=record.getMessage()))
+        try:
+            print(record.getMessage(), file=sys.stderr)
+            self._folder.write_event(Event(warning=record.getMessage()))
+        except OSError:  # a full disk is no reason to end what warned
+            self.handleError(record)
 
 
 class Silent:
