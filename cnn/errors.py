@@ -1,4 +1,4 @@
-"""What `cnn` raises when its input, not its code, is wrong."""
+"""What `cnn` raises when its input or its surroundings, not its code, are wrong."""
 
 
 class InputError(ValueError):
@@ -9,3 +9,13 @@ class InputError(ValueError):
     """
 
     exit_status = 2
+
+
+class NotAvailable(RuntimeError):
+    """Something was there and is gone before it could be used, through no mistake in the input; the message says why.
+
+    Attributes:
+        exit_status: what a command line should exit with: 1.
+    """
+
+    exit_status = 1

@@ -1,6 +1,7 @@
 """A training from its source to the champion, as `train` and `retrain` do it: read it as their table of contents."""
 
 import time
+from functools import partial
 from typing import TypeVar
 
 from prefect import states
@@ -31,6 +32,7 @@ from tasks.promote import champion_data
 from tasks.qualitygate import QualityRefused, quality_gate
 from tasks.register import register
 from tasks.release import release
+from tasks.retries import outlast
 from tasks.run import TrackedRun, fitted, log_cost, read_record, recorded_dataset, tracked_run
 from tasks.servinggate import serving_gate
 from tasks.train import TrainResult, train
@@ -91,14 +93,14 @@ def train_and_release(
                     config = pretrained(config.model_copy(update={"pretrained": decision.champion_weights}), dataset)
             checked = laps("data-gate", data_gate(dataset, config.data_gate, champion_data(name)))
             with tracked_run(config, dataset, resume) as run:
-                log_data_report(run.run_id, checked)
+                outlast(partial(log_data_report, run.run_id, checked))
                 trained = laps("train", train(run, dataset, config))
                 evaluated = laps("evaluate", evaluate(config.training(), dataset, trained))
                 registered = laps("register", register(name, config.training(), dataset, trained, evaluated))
                 write_model_card(registered, config, dataset, trained, evaluated)
                 summary = _with_version(summary, run, trained, evaluated, registered)
                 summary = laps("gates", _through_gates(summary, config, registered, evaluated))
-                publish_page(find_version(registered.address))
+                publish_page(outlast(partial(find_version, registered.address)))
                 log_cost(run.run_id, laps.seconds, trained.world_size * trained.train_seconds / 3600)
     except DataRefused as refused:
         summary = _refused(summary, refused)

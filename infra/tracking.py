@@ -18,7 +18,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
-from infra.metriclog import MetricLogger, MetricRow
+from infra.metriclog import MetricLogger, MetricRow, deliver
 from infra.mlflowserver import check_server, is_missing, mlflow_client, tracking_uri
 from infra.names import filter_of
 from infra.systemmetrics import SystemMetrics
@@ -33,6 +33,7 @@ __all__ = [
     "SystemMetrics",
     "TaggedRun",
     "check_server",
+    "deliver",
     "describe_run",
     "end_run",
     "every_run",
@@ -242,15 +243,17 @@ def fetch_artifacts(run_id: str, path: str, folder: Path) -> Path:
 
 
 def log_metrics(run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
-    """Log a few final figures at once, those apart that are there already, from before a resume.
+    """Logs a few final figures at once, those apart whose names are there already, from before a resume.
 
-    Figures of a running training go through a `MetricLogger`.
+    What was measured anew, such as seconds, may differ; the first figure stays. Figures of a running training go
+    through a `MetricLogger`.
     """
     now = time.time_ns() // 1_000_000
     with mlflow_client(f"log metrics of run {run_id}") as client:
         there = client.get_run(run_id).data.metrics
-        new = {name: value for name, value in metrics.items() if there.get(name) != value}
-        client.log_batch(run_id, [Metric(name, value, now, step) for name, value in new.items()])
+        new = [Metric(name, value, now, step) for name, value in metrics.items() if name not in there]
+        if new:
+            client.log_batch(run_id, new)
 
 
 def log_file(run_id: str, path: Path, artifact_dir: str = "") -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -84,6 +84,8 @@ class Outcome(_Record):
     images_per_second: float = 0.0
     val_accuracy: float = 0.0
     val_loss: float = 0.0
+    metrics: tuple[dict[str, Any], ...] = ()
+    """Rows (`MetricRow`) of a finished training that the tracking server had not acknowledged; the flow sends them."""
 
 
 class JobFolder:

@@ -6,6 +6,7 @@ FOLDER holds the job (tasks/job.py); MEETING is a path where the ranks of this s
 this machine; else they meet at torchrun's own store. The training goes on from its newest checkpoint, if it has one.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -32,7 +33,7 @@ from tasks.reading import open_training_split
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun has set it
 SPEED_OVER = 0.5  # seconds that a figure of speed covers at least
-FLUSH_PATIENCE = 10.0  # seconds that the tracking server has to take the last metrics; checkpoints carry the others
+FLUSH_PATIENCE = 10.0  # seconds that the tracking server has to take the last metrics; commits carry the others
 STOP_PATIENCE = 20.0  # seconds that a rank has to end after SIGTERM, waiting for one that is gone included
 LAST_CHECKPOINT = 15.0  # seconds that the storage has to take the checkpoint of a stop
 
@@ -83,6 +84,21 @@ class Speed:
         return self._images / self._seconds if self._seconds else 0.0
 
 
+class Told(logging.Handler):
+    """Passes warnings of `infra`, as of a damaged file, on to the log and to the people at the train task."""
+
+    def __init__(self, folder: JobFolder) -> None:
+        super().__init__(logging.WARNING)
+        self._folder = folder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(record.getMessage(), file=sys.stderr)
+            self._folder.write_event(Event(warning=record.getMessage()))
+        except OSError:  # a full disk is no reason to end what warned
+            self.handleError(record)
+
+
 class Silent:
     """Reporter of the ranks that are not the first."""
 
@@ -130,13 +146,19 @@ class RankZero:
         self._began = time.perf_counter()
         self._speed.begin(trainer.step)
 
-    def close(self, *, whole: bool) -> None:
-        """Send and store what is waiting; `whole` if the training came to its last step, or to a stop."""
+    def close(self, *, whole: bool) -> tuple[dict[str, Any], ...]:
+        """Sends and stores what is waiting; `whole` if the training came to its last step, or to a stop.
+
+        Returns:
+            Rows of metrics that the tracking server did not take.
+        """
         self._system.stop()
         if whole:
             self._writer.close(LAST_CHECKPOINT)
-        if lost := self._metrics.close(FLUSH_PATIENCE):
-            print(f"{len(lost)} metrics did not reach the tracking server", file=sys.stderr)
+        rows = self._metrics.close(FLUSH_PATIENCE)
+        if rows:
+            print(f"{len(rows)} rows of metrics did not reach the tracking server yet", file=sys.stderr)
+        return tuple(row.model_dump(mode="json") for row in rows)
 
     @property
     def train_seconds(self) -> float:
@@ -212,6 +234,7 @@ def main() -> int:
     stop = StopSignal()
     folder = JobFolder(Path(sys.argv[1]))
     job = folder.read_job()
+    logging.getLogger("infra").addHandler(Told(folder))
     try:
         train(job, folder, _meeting(sys.argv[2:]), stop)
     except Exception as error:
@@ -267,8 +290,9 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
             outcome = outcome.model_copy(
                 update={"val_accuracy": trainer.selected.accuracy, "val_loss": trainer.selected.loss}
             )
-        first.close(whole=not finished)  # before the commit, after which nobody would come back for the metrics
+        rows = first.close(whole=not finished)
         if finished:
+            outcome = outcome.model_copy(update={"metrics": rows})  # a stop's are in its checkpoint
             outcome = commit_weights(store, job, trainer.weights(), folder.weights, outcome)
         folder.write_outcome(outcome)
 

@@ -8,6 +8,7 @@ import hashlib
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from prefect.context import FlowRunContext
@@ -30,6 +31,7 @@ from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, is_whole, load_manifest
 from tasks.platform import Platform, differences, this_platform
 from tasks.progress import run_logger
+from tasks.retries import outlast
 
 MANIFEST_DIGEST, FLOW_RUN = "convoy.manifest_digest", "prefect.flow_run_id"
 
@@ -173,7 +175,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
             with contextlib.suppress(ServiceError):  # the server may be what failed, and the first error says more
                 tracking.end_run(run_id, "KILLED" if stopped else "FAILED")
             raise
-        tracking.end_run(run_id, "FINISHED")
+        outlast(partial(tracking.end_run, run_id, "FINISHED"))
 
 
 def _mixing_tags(config: RunConfig, data: Manifest) -> dict[str, str]:
@@ -209,7 +211,8 @@ def log_cost(run_id: str, step_seconds: Mapping[str, float], rank_hours: float) 
     """
     seconds = {f"cost/{step.replace('-', '_')}_seconds": value for step, value in step_seconds.items()}
     memory = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    tracking.log_metrics(run_id, {**seconds, "cost/rank_hours": rank_hours, "cost/peak_memory_bytes": memory})
+    figures = {**seconds, "cost/rank_hours": rank_hours, "cost/peak_memory_bytes": memory}
+    outlast(partial(tracking.log_metrics, run_id, figures))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -21,6 +22,7 @@ from tasks.config import RunConfig
 from tasks.dataset import DatasetRef
 from tasks.job import Event, Job, JobFolder, Outcome
 from tasks.progress import Advance, progress, run_logger
+from tasks.retries import outlast
 from tasks.run import Interrupted, TrackedRun
 from tasks.supervisor import PATIENCE
 
@@ -113,13 +115,17 @@ def _world_size(config: RunConfig) -> int:
 
 
 def _publish(run: TrackedRun, outcome: Outcome, folder: JobFolder) -> TrainResult:
-    """Have the weights in the MLflow run; done again after a crash in between."""
-    tracking.log_file(run.run_id, folder.weights, "weights")
+    """Puts the weights and the last metrics into the MLflow run, also after an outage or a crash in between."""
+    rows = [tracking.MetricRow.model_validate(row) for row in outcome.metrics]
+    if rows:
+        run_logger().info("sending %d rows of metrics that MLflow has not acknowledged", len(rows))
+        outlast(partial(tracking.deliver, run.run_id, rows))
+    outlast(partial(tracking.log_file, run.run_id, folder.weights, "weights"))
     tags = {"convoy.weights_sha256": outcome.weights_sha256, "convoy.world_size": str(outcome.world_size)}
-    tracking.set_tags(run.run_id, tags)
+    outlast(partial(tracking.set_tags, run.run_id, tags))
     return TrainResult(
         run_id=run.run_id,
-        **outcome.model_dump(exclude={"status", "error", "exit_status"}),
+        **outcome.model_dump(exclude={"status", "error", "exit_status", "metrics"}),
     )
 
 
