@@ -6,6 +6,7 @@ import uuid
 from contextlib import suppress
 from typing import Any
 
+from infra import stopping
 from infra.credentials import Credentials
 from infra.endpoints import REGION
 from infra.errors import ServiceError
@@ -39,7 +40,7 @@ def make_ready(url: str, credentials: Credentials, bucket: str, *, just_started:
         except (BotoCoreError, ClientError) as error:
             if time.monotonic() > deadline:
                 raise ServiceError(f"bucket {bucket} at {url} cannot be used: {error}") from None
-        time.sleep(POLL)
+        stopping.sleep(POLL)
 
 
 def _open_client(url: str, credentials: Credentials) -> Any:

@@ -1,0 +1,182 @@
+"""SIGTERM and Ctrl-C as a request that the program looks for, at its steps' boundaries and while it waits.
+
+Python runs a signal's handler between any two instructions of the main thread, so an exception that a handler raises
+may arrive where Python ignores it (a weakref callback, `__del__`), or where a library takes it for its own. Hence no
+handler raises here: the kernel's signal puts a byte into a socket pair, which stays there, and whatever waits or begins
+a step looks for it. The command's work runs in a thread of its own, so that the main thread is always free to receive,
+and so that Prefect, which installs a handler of its own in the main thread only, does not.
+
+A signal that is ignored from the start stays so: a shell without job control starts its background jobs with SIGINT
+ignored, since the Ctrl-C is meant for what runs in the foreground.
+"""
+
+import atexit
+import contextvars
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import TypeVar
+
+Output = TypeVar("Output")
+
+EXIT_STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}
+DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+PATIENT = 2  # signals that wait for the step to end; the next one ends the program as `kill -9` would
+
+
+class Stopped(BaseException):
+    """A signal asked this process to end. Not an Exception, so that nobody takes it for a failure to be tried again."""
+
+    def __init__(self, sent: signal.Signals) -> None:
+        self.exit_status = EXIT_STATUS[sent]
+        super().__init__("interrupted" if sent == signal.SIGINT else f"ended by {sent.name}")
+
+
+_seen, _told = socket.socketpair()  # like the handlers, one for the process
+_seen.setblocking(False)
+_told.setblocking(False)
+_replaced: dict[signal.Signals, object] = {}
+_at_end: list[Callable[[Stopped], None]] = []
+_status: int | None = None
+
+
+def listen() -> None:
+    """Have SIGTERM and SIGINT noted, where they would do what they do by default. Call it from the main thread."""
+    for each in EXIT_STATUS:
+        if signal.getsignal(each) in DEFAULTS:
+            _replaced[each] = signal.signal(each, _receive)
+    if _replaced:
+        overhear()
+        atexit.register(_exit)  # as the first of all, so that it is called last
+
+
+def overhear() -> None:
+    """Note which signals arrive, whatever their handlers do about them. Does nothing outside the main thread."""
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(_told.fileno(), warn_on_full_buffer=False)
+
+
+def unlisten() -> None:
+    """Have the signals do again what they do by default; for what does not look for them.
+
+    Raises:
+        Stopped: one has arrived.
+    """
+    for each in list(_replaced):
+        signal.signal(each, _replaced.pop(each))  # type: ignore[arg-type]
+    check()
+
+
+def asked() -> Stopped | None:
+    """The first signal that has arrived; None if none has."""
+    return next((Stopped(sent) for sent in _arrived()), None)
+
+
+def check() -> None:
+    """Raise Stopped if a signal has arrived."""
+    if stopped := asked():
+        raise stopped
+
+
+def wait(seconds: float) -> None:
+    """Return after so many seconds, or at once when a signal has arrived; `check` is left to the caller."""
+    select.select([_seen], [], [], seconds)
+
+
+def sleep(seconds: float) -> None:
+    """Wait so many seconds.
+
+    Raises:
+        Stopped: a signal has arrived, before or meanwhile.
+    """
+    wait(seconds)
+    check()
+
+
+def attended(work: Callable[[], Output]) -> Output:
+    """Return what `work` returns, or raise what it raises, while the main thread only receives signals.
+
+    Where they are not listened to, `work` runs in this thread.
+    """
+    if not _replaced:
+        return work()
+    outputs: list[Output] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outputs.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    # A daemon, lest the interpreter waits for it where the main thread is made to end.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="work", daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return outputs[0]
+
+
+def at_end(correct: Callable[[Stopped], None]) -> None:
+    """Have something that was said about the end corrected, should a signal arrive after it was said."""
+    _at_end.append(correct)
+
+
+def end(status: int) -> None:
+    """End the program with an exit status; a signal that has arrived, or does so from now on, has the last word.
+
+    Where signals are not listened to, raises SystemExit only.
+    """
+    global _status
+    if _replaced:
+        _status = status  # from now on the handler ends the program at once
+        if status not in EXIT_STATUS.values() and (stopped := asked()):
+            _end_at_once(stopped)
+    sys.exit(status)
+
+
+def _receive(number: int, frame: FrameType | None) -> None:
+    sent = signal.Signals(number)
+    if _status is not None and _status not in EXIT_STATUS.values():
+        _end_at_once(Stopped(sent))
+    count = len(_arrived())
+    if count > PATIENT:
+        os._exit(EXIT_STATUS[sent])  # all that this process has started ends with it
+    if count == PATIENT:
+        os.write(2, b"\nstopping at the end of this step; once more stops at once\n")
+
+
+def _arrived() -> list[signal.Signals]:
+    try:
+        numbers = _seen.recv(64, socket.MSG_PEEK)
+    except BlockingIOError:
+        return []
+    return [signal.Signals(number) for number in numbers if number in EXIT_STATUS]
+
+
+def _end_at_once(stopped: Stopped) -> None:
+    global _status
+    _status = stopped.exit_status
+    try:
+        for correct in _at_end:
+            correct(stopped)
+        os.write(2, f"convoy: {stopped}\n".encode())
+    finally:
+        os._exit(stopped.exit_status)
+
+
+def _exit() -> None:
+    """Leave out the rest of the interpreter's end, in which Python has given the signals their default actions back."""
+    if _status is not None:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                pass
+        os._exit(_status)
