@@ -102,7 +102,11 @@ def attended(work: Callable[[], Output]) -> Output:
     """Return what `work` returns, or raise what it raises, while the main thread only receives signals.
 
     Where they are not listened to, `work` runs in this thread.
+
+    Raises:
+        Stopped: a signal has arrived before `work` began.
     """
+    check()
     if not _replaced:
         return work()
     outputs: list[Output] = []
