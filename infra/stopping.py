@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TypeVar
@@ -26,7 +27,8 @@ Output = TypeVar("Output")
 
 EXIT_STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}
 DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
-PATIENT = 2  # signals that wait for the step to end; the next one ends the program as `kill -9` would
+PATIENT = 2  # presses of Ctrl-C that wait for the step to end; the next one ends the program as `kill -9` would
+APART = 0.3  # seconds; what comes faster is one press (timeout(1) signals both the program and its group)
 
 
 class Stopped(BaseException):
@@ -41,6 +43,7 @@ _seen, _told = socket.socketpair()  # like the handlers, one for the process
 _seen.setblocking(False)
 _told.setblocking(False)
 _replaced: dict[signal.Signals, object] = {}
+_presses: list[float] = []  # times of Ctrl-C
 _at_end: list[Callable[[Stopped], None]] = []
 _status: int | None = None
 
@@ -149,10 +152,12 @@ def _receive(number: int, frame: FrameType | None) -> None:
     sent = signal.Signals(number)
     if _status is not None and _status not in EXIT_STATUS.values():
         _end_at_once(Stopped(sent))
-    count = len(_arrived())
-    if count > PATIENT:
+    if sent != signal.SIGINT or (_presses and time.monotonic() - _presses[-1] < APART):
+        return
+    _presses.append(time.monotonic())
+    if len(_presses) > PATIENT:
         os._exit(EXIT_STATUS[sent])  # all that this process has started ends with it
-    if count == PATIENT:
+    if len(_presses) == PATIENT:
         os.write(2, b"\nstopping at the end of this step; once more stops at once\n")
 
 

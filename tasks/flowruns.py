@@ -46,10 +46,12 @@ def killed_flow_runs() -> Iterator[FlowRun]:
             yield found
 
 
-def settle_killed_flow_runs() -> None:
-    """Have Prefect know of the flow runs whose process on this machine was killed."""
-    for killed in killed_flow_runs():
-        mark_crashed(str(killed.id))
+def settle_killed_flow_runs() -> list[FlowRun]:
+    """Have Prefect know of the flow runs whose process on this machine was killed; returns them as they were."""
+    killed = list(killed_flow_runs())
+    for each in killed:
+        mark_crashed(str(each.id))
+    return killed
 
 
 def label_flow_run(labels: dict[str, str]) -> None:

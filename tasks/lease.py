@@ -59,7 +59,9 @@ def model_lease(name: str) -> Iterator[None]:
         Stopped: a signal asked this process to end.
     """
     limit = limit_of(name)
-    settle_killed_flow_runs()  # before one of them is taken for a holder
+    # Before one of them is taken for a holder; and what it held need not be waited for.
+    if any(killed.labels.get(LABEL) == limit for killed in settle_killed_flow_runs()):
+        free_forgotten(limit, after=timedelta(0))
     told = False
     with ExitStack() as held:
         while not _take(limit, held):
@@ -80,14 +82,18 @@ def forgotten_leases() -> list[str]:
         return [limit.name for limit in limits if limit.name.startswith(LIMITS) and _is_forgotten(client, limit)]
 
 
-def free_forgotten(name: str) -> bool:
-    """Free the slot of a limit if its lease was forgotten; says whether it did."""
+def free_forgotten(name: str, after: timedelta | None = None) -> bool:
+    """Free the slot of a limit if nobody holds it; says whether it did.
+
+    Args:
+        after: how long it must have been taken; None takes `FORGOTTEN`.
+    """
     with get_client(sync_client=True) as client:
         try:
             limit = client.read_global_concurrency_limit_by_name(name)
         except ObjectNotFound:
             return False
-        return _is_forgotten(client, limit) and _free(client, limit)
+        return _is_forgotten(client, limit, after) and _free(client, limit)
 
 
 def _take(limit: str, held: ExitStack) -> bool:
@@ -135,10 +141,13 @@ def _holder() -> ConcurrencyLeaseHolder | None:
     return ConcurrencyLeaseHolder(type="flow_run", id=context.flow_run.id) if context and context.flow_run else None
 
 
-def _is_forgotten(client: SyncPrefectClient, limit: GlobalConcurrencyLimitResponse) -> bool:
+def _is_forgotten(
+    client: SyncPrefectClient, limit: GlobalConcurrencyLimitResponse, after: timedelta | None = None
+) -> bool:
     """Whether a slot is taken for longer than a lease lasts (renewing one does not touch it), and has no holder."""
     taken = limit.active_slots >= limit.limit
-    long_ago = limit.updated is not None and datetime.now(UTC) - limit.updated > FORGOTTEN
+    after = FORGOTTEN if after is None else after
+    long_ago = not after or (limit.updated is not None and datetime.now(UTC) - limit.updated > after)
     return taken and long_ago and not _has_holder(client, limit.name)
 
 

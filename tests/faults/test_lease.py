@@ -1,6 +1,7 @@
 """A power cut during a training: server and holder of the model's lease are killed, and the next one gets the lease."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,10 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from infra.ports import CHOICE, is_free
+from infra.ports import CHOICE, Ports, is_free
 from infra.servers import prefect
 from infra.settings import Settings
-from infra.stackfolder import StackFolder
 from tests.flows.program import wait_for
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
@@ -38,11 +38,8 @@ class Prefect:
     """A server of Prefect, with its data in a folder."""
 
     def __init__(self, folder: Path, storage: str) -> None:
-        port = next(port for port in CHOICE if is_free(port))
-        settings = Settings(home=folder, prefect_port=port)
-        stack = StackFolder(settings)
-        with stack.locked():
-            server = prefect(settings, stack.ports.model_copy(update={"prefect": port}))
+        port = next(port for port in random.sample(CHOICE, 200) if is_free(port))
+        server = prefect(Settings(home=folder), Ports(prefect=port))
         self.api = server.environment["PREFECT_API_URL"]
         self._command = server.command
         self._environment = os.environ | server.environment | {LEASE_STORAGE: storage}
@@ -68,31 +65,36 @@ class Prefect:
             self._process.wait()
 
 
-@pytest.fixture(params=["filesystem", "memory"])
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Prefect]:
-    server = Prefect(tmp_path, f"prefect.server.concurrency.lease_storage.{request.param}")
+@pytest.fixture
+def server(storage: str, tmp_path: Path) -> Iterator[Prefect]:
+    server = Prefect(tmp_path, f"prefect.server.concurrency.lease_storage.{storage}")
     server.start()
     yield server
     server.kill()
 
 
-def test_after_a_power_cut_the_next_training_gets_the_lease_within_two_minutes(server: Prefect, tmp_path: Path) -> None:
-    environment = os.environ | {"PREFECT_API_URL": server.api, "CONVOY_HOME": str(tmp_path)}
+@pytest.mark.parametrize(
+    ("storage", "next_machine"), [("filesystem", "same"), ("memory", "same"), ("filesystem", "another")]
+)
+def test_after_a_power_cut_the_next_training_gets_the_lease_within_two_minutes(
+    server: Prefect, next_machine: str, tmp_path: Path
+) -> None:
     processes: list[subprocess.Popen[str]] = []
 
-    def take() -> "subprocess.Popen[str]":
+    def take(machine: str) -> "subprocess.Popen[str]":
+        environment = os.environ | {"PREFECT_API_URL": server.api, "CONVOY_HOME": str(tmp_path / machine)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         processes.append(subprocess.Popen([sys.executable, "-c", TAKE], env=environment, text=True, **pipes))
         return processes[-1]
 
     try:
-        first = take()
+        first = take("same")
         assert first.stdout and first.stdout.readline() == "held\n"
         first.kill()
         server.kill()
         server.start()
         begun = time.monotonic()
-        second = take()
+        second = take(next_machine)
         assert second.stdout and second.stdout.readline() == "held\n"
         assert time.monotonic() - begun < 120
     finally:

@@ -16,7 +16,7 @@ from infra.promotion import history
 from infra.settings import Settings
 from tests.flows.program import LET_PASS, PATIENCE, Done, NextTraining, Program, flow_run_of, sets, wait_for
 
-WHOLE = ("data.limit=400", "network.width=4", "batch_size=64", "augment.shift=0", "epochs=2", *LET_PASS)
+WHOLE = ("data.limit=400", "network.width=4", "batch_size=64", "augment.shift=0", "epochs=2", "promote=true", *LET_PASS)
 """A flow that comes to its end, and promotes."""
 
 STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -116,13 +117,16 @@ def test_a_signal_that_comes_too_late_still_decides_the_status(
 def test_what_does_not_look_for_signals_is_ended_by_the_third(start: Start) -> None:
     process = start(STUCK)
     process.send_signal(signal.SIGINT)
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)  # which is no impatience
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.3)
+        process.wait(0.5)
     process.send_signal(signal.SIGINT)
     assert process.stderr
     assert [process.stderr.readline() for _ in range(2)][
         1
     ] == "stopping at the end of this step; once more stops at once\n"
+    time.sleep(0.5)  # a third press, not an echo of the second
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
 

@@ -84,6 +84,22 @@ def test_a_slot_whose_holder_is_under_way_is_not_forgotten(model: str, at_once: 
     assert limit_of(model) in forgotten_leases()
 
 
+def test_what_a_killed_flow_run_of_this_machine_held_is_free_at_once(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_without_lease(model)
+    killed = holder(model)
+    monkeypatch.setattr(lease, "settle_killed_flow_runs", lambda: (end(killed), [killed])[1])
+    monkeypatch.setattr(lease.stopping, "wait", lambda _: pytest.fail("it waits"))
+
+    @flow
+    def train() -> None:
+        with model_lease(model):
+            pass
+
+    train()
+
+
 def test_a_slot_that_was_taken_just_now_is_not_forgotten(model: str) -> None:
     take_without_lease(model)
     assert limit_of(model) not in forgotten_leases()
