@@ -14,7 +14,7 @@ from cnn.worldsize import default_world_size
 from infra import stopping, tracking
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from tasks.cancel import Cancelled, CancelWatch
+from tasks.cancel import Cancelled, CancelWatch, stop_if_cancelled
 from tasks.checkpoints import finished_outcome
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef
@@ -66,6 +66,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
         Stopped: this process was asked to stop by a signal; likewise.
         Interrupted: a rank was; likewise.
     """
+    stop_if_cancelled()
     folder = JobFolder(Settings().runs / run.run_id)
     store = ObjectStore.connect(Settings().bucket, create=False)
     outcome = finished_outcome(store, run.run_id)
