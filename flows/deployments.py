@@ -15,7 +15,7 @@ from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import DeploymentResponse, SetStateStatus
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
@@ -225,7 +225,8 @@ def cancel(run: str) -> str:
             ) from None
         if found.state and found.state.is_final():
             raise UsageError(f"flow run {found.name} has ended: {found.state.name}")
-        answer = client.set_flow_run_state(found.id, Cancelling())
+        wanted: State[None] = Cancelling()
+        answer = client.set_flow_run_state(found.id, wanted)
     if answer.status != SetStateStatus.ACCEPT:
         why = (
             getattr(answer.details, "reason", None)

@@ -59,9 +59,14 @@ def listen() -> None:
 
 
 def overhear() -> None:
-    """Note which signals arrive, whatever their handlers do about them. Does nothing outside the main thread."""
+    """Note which signals arrive, whatever their handlers do about them.
+
+    Does nothing outside the main thread, or where an event loop has its own use for the note.
+    """
     if threading.current_thread() is threading.main_thread():
-        signal.set_wakeup_fd(_told.fileno(), warn_on_full_buffer=False)
+        others = signal.set_wakeup_fd(_told.fileno(), warn_on_full_buffer=False)
+        if others not in (-1, _told.fileno()):
+            signal.set_wakeup_fd(others)
 
 
 def unlisten() -> None:
@@ -186,6 +191,6 @@ def _exit() -> None:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except OSError:
+            except (OSError, ValueError):  # nobody reads it, or it is closed
                 pass
         os._exit(_status)
