@@ -68,6 +68,7 @@ def test_a_signal_during_imports_ends_the_command_before_anything_starts(
     assert_stopped(done, sent, when, "imports", tmp_path)
 
 
+@pytest.mark.slow
 def test_ctrl_c_after_the_training_promotes_nothing(
     program: Callable[..., Program], next_training: NextTraining, tmp_path: Path
 ) -> None:
