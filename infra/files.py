@@ -65,7 +65,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 
 def wait_for_lock(file: int) -> None:
-    """Take the lock of an open file (flock(2)), however long another process holds it.
+    """Takes the lock of an open file (flock(2)), however long another process holds it.
 
     Raises:
         Stopped: a signal asks this process to end.

@@ -32,7 +32,7 @@ APART = 0.3  # seconds; what comes faster is one press (timeout(1) signals both 
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end. Not an Exception, so that nobody takes it for a failure to be tried again."""
+    """A signal asked this process to end. Not an Exception, so that no code takes it for a failure to be tried again."""
 
     def __init__(self, sent: signal.Signals) -> None:
         self.exit_status = EXIT_STATUS[sent]
@@ -49,7 +49,7 @@ _status: int | None = None
 
 
 def listen() -> None:
-    """Have SIGTERM and SIGINT noted, where they would do what they do by default. Call it from the main thread."""
+    """Notes SIGTERM and SIGINT, where they would do what they do by default. To be called from the main thread."""
     for each in EXIT_STATUS:
         if signal.getsignal(each) in DEFAULTS:
             _replaced[each] = signal.signal(each, _receive)
@@ -59,7 +59,7 @@ def listen() -> None:
 
 
 def overhear() -> None:
-    """Note which signals arrive, whatever their handlers do about them.
+    """Notes which signals arrive, whatever their handlers do about them.
 
     Does nothing outside the main thread, or where an event loop has its own use for the note.
     """
@@ -70,7 +70,7 @@ def overhear() -> None:
 
 
 def unlisten() -> None:
-    """Have the signals do again what they do by default; for what does not look for them.
+    """Gives the signals their default actions back, for commands that do not look for them.
 
     Raises:
         Stopped: one has arrived.
@@ -81,23 +81,23 @@ def unlisten() -> None:
 
 
 def asked() -> Stopped | None:
-    """The first signal that has arrived; None if none has."""
+    """Returns the first signal that has arrived; None if none has."""
     return next((Stopped(sent) for sent in _arrived()), None)
 
 
 def check() -> None:
-    """Raise Stopped if a signal has arrived."""
+    """Raises Stopped if a signal has arrived."""
     if stopped := asked():
         raise stopped
 
 
 def wait(seconds: float) -> None:
-    """Return after so many seconds, or at once when a signal has arrived; `check` is left to the caller."""
+    """Returns after so many seconds, or at once when a signal has arrived; `check` is left to the caller."""
     select.select([_seen], [], [], seconds)
 
 
 def sleep(seconds: float) -> None:
-    """Wait so many seconds.
+    """Waits so many seconds.
 
     Raises:
         Stopped: a signal has arrived, before or meanwhile.
@@ -107,7 +107,7 @@ def sleep(seconds: float) -> None:
 
 
 def attended(work: Callable[[], Output]) -> Output:
-    """Return what `work` returns, or raise what it raises, while the main thread only receives signals.
+    """Returns what `work` returns, or raises what it raises, while the main thread only receives signals.
 
     Where they are not listened to, `work` runs in this thread.
 
@@ -136,12 +136,12 @@ def attended(work: Callable[[], Output]) -> Output:
 
 
 def at_end(correct: Callable[[Stopped], None]) -> None:
-    """Have something that was said about the end corrected, should a signal arrive after it was said."""
+    """Registers a function that corrects what was said about the end, should a signal arrive after that."""
     _at_end.append(correct)
 
 
 def end(status: int) -> None:
-    """End the program with an exit status; a signal that has arrived, or does so from now on, has the last word.
+    """Ends the program with an exit status; a signal that has arrived, or does so from now on, has the last word.
 
     Where signals are not listened to, raises SystemExit only.
     """

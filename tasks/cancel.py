@@ -55,7 +55,7 @@ def is_cancelled() -> bool:
 
 
 def stop_if_told() -> None:
-    """Raise if a signal has asked this process to end.
+    """Raises if a signal has asked this process to end.
 
     Raises:
         Stopped: the flow is one of the command line.
@@ -71,7 +71,7 @@ def stop_if_told() -> None:
 
 
 def stop_if_cancelled() -> None:
-    """Raise if the flow is to end; tasks too short to watch ask once, before they begin.
+    """Raises if the flow is to end; tasks too short to watch ask once, before they begin.
 
     Raises:
         Cancelled: the flow run was cancelled.

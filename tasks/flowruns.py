@@ -26,13 +26,13 @@ TRAINING_FLOWS = ("train", "retrain")
 
 @contextmanager
 def flow_is_alive() -> Iterator[None]:
-    """Show, while the block runs, that the process of this flow run lives."""
+    """Shows, while the block runs, that the process of this flow run lives."""
     with locked(_folder() / str(flow_run.id)):
         yield
 
 
 def killed_flow_runs() -> Iterator[FlowRun]:
-    """Yield the flow runs whose process on this machine was killed, and which Prefect takes for unfinished.
+    """Yields the flow runs whose process on this machine was killed, and which Prefect takes for unfinished.
 
     One that is scheduled is left out: a worker will take it up again.
     """
@@ -47,7 +47,7 @@ def killed_flow_runs() -> Iterator[FlowRun]:
 
 
 def settle_killed_flow_runs() -> list[FlowRun]:
-    """Have Prefect know of the flow runs whose process on this machine was killed; returns them as they were."""
+    """Tells Prefect of the flow runs whose process on this machine was killed; returns them as they were."""
     killed = list(killed_flow_runs())
     for each in killed:
         mark_crashed(str(each.id))
@@ -55,7 +55,7 @@ def settle_killed_flow_runs() -> list[FlowRun]:
 
 
 def label_flow_run(labels: dict[str, str]) -> None:
-    """Add labels to this flow run, or change them; does nothing outside of one."""
+    """Adds labels to this flow run, or changes them; does nothing outside of one."""
     if context := FlowRunContext.get():
         assert context.flow_run
         with get_client(sync_client=True) as client:
@@ -63,7 +63,7 @@ def label_flow_run(labels: dict[str, str]) -> None:
 
 
 def read_flow_run(flow_run_id: str) -> FlowRun | None:
-    """Return the flow run of an id; None if Prefect has none."""
+    """Returns the flow run of an id; None if Prefect has none."""
     try:
         with get_client(sync_client=True) as client:
             return client.read_flow_run(UUID(flow_run_id))
@@ -72,7 +72,7 @@ def read_flow_run(flow_run_id: str) -> FlowRun | None:
 
 
 def mark_crashed(flow_run_id: str) -> None:
-    """Have Prefect know that a flow run was killed, if it does not know how it ended."""
+    """Tells Prefect that a flow run was killed, if Prefect does not know how it ended."""
     found = read_flow_run(flow_run_id)
     if found is None or found.state is None or found.state.is_final():
         return

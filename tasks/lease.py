@@ -52,7 +52,7 @@ def limit_of(name: str) -> str:
 
 @contextmanager
 def model_lease(name: str) -> Iterator[None]:
-    """Hold the lease of a model; of several that wait, which gets it is left to chance.
+    """Holds the lease of a model; of several that wait, which gets it is left to chance.
 
     Raises:
         Cancelled: the flow run was cancelled while it waited.
@@ -74,7 +74,7 @@ def model_lease(name: str) -> Iterator[None]:
 
 
 def forgotten_leases() -> list[str]:
-    """Returns the names of limits whose slot is taken although nobody holds a lease of it."""
+    """Returns the names of limits whose slot is taken although no flow run holds a lease of it."""
     with get_client(sync_client=True) as client:
         limits: list[GlobalConcurrencyLimitResponse] = []
         while page := client.read_global_concurrency_limits(limit=PAGE, offset=len(limits)):
@@ -83,7 +83,7 @@ def forgotten_leases() -> list[str]:
 
 
 def free_forgotten(name: str, after: timedelta | None = None) -> bool:
-    """Free the slot of a limit if nobody holds it; says whether it did.
+    """Frees the slot of a limit if no flow run holds it; says whether it did.
 
     Args:
         after: how long it must have been taken; None takes `FORGOTTEN`.

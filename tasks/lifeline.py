@@ -28,7 +28,7 @@ def die_with_parent() -> None:
 
 
 def hear_sigterm_as_end_of_input() -> list[signal.Signals]:
-    """Have SIGTERM end standard input, which a helper process watches because its owner's end closes it.
+    """Makes SIGTERM end standard input, which a helper process watches because its owner's end closes it.
 
     A handler that raised instead might do so inside a weakref callback, where Python ignores it.
 
