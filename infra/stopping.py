@@ -32,7 +32,7 @@ APART = 0.3  # seconds; what comes faster is one press (timeout(1) signals both 
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end. Not an Exception, so that no code takes it for a failure to be tried again."""
+    """A signal asked this process to end. No Exception, so that no code takes it for a failure to be tried again."""
 
     def __init__(self, sent: signal.Signals) -> None:
         self.exit_status = EXIT_STATUS[sent]
