@@ -1,8 +1,12 @@
 """The command line. Torch, Prefect and MLflow are loaded only by the commands that need them, once they need them."""
+# ruff: noqa: E402
+
+from infra import stopping
+
+stopping.listen()  # before all else, since a signal may come while the rest is imported
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -30,19 +34,8 @@ from infra.settings import Settings
 from tasks.config import RunConfig, load_config, recipes
 
 INTERRUPTED, CTRL_C = 75, 130
-
-
-class Terminated(BaseException):
-    """SIGTERM: the machine, or the scheduler, wants us to end."""
-
-    exit_status = INTERRUPTED
-
-
-class Interrupted(BaseException):
-    """Ctrl-C, in a form that typer does not swallow."""
-
-    exit_status = CTRL_C
-
+STOPPABLE = ("train", "resume")
+"""Commands that look for signals themselves; the others leave them their default actions."""
 
 app = typer.Typer(
     name="convoy",
@@ -57,6 +50,12 @@ app = typer.Typer(
     epilog="Exit status: 0 done, 1 failed or a server did not answer, 2 your mistake, 3 a gate refused, "
     "75 interrupted, 130 Ctrl-C.",
 )
+
+
+@app.callback()
+def _begin(context: typer.Context) -> None:
+    if context.invoked_subcommand not in STOPPABLE:
+        stopping.unlisten()
 
 
 class Step(StrEnum):
@@ -274,7 +273,9 @@ def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | No
     result = Summary(status="failed", dataset=dataset)
     try:
         with outlive_readers("stdout"):
-            result = run()
+            result = stopping.attended(run)
+        if stopped := stopping.asked():  # too late to change anything but what we say
+            result = _told_to_stop(result, stopped)
     except BaseException as raised:
         error = foreseen(raised)
         status = exit_status(error)
@@ -284,29 +285,32 @@ def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | No
     finally:
         if file:
             write_summary(file, result)
+            stopping.at_end(lambda stopped: write_summary(file, _told_to_stop(result, stopped)))
     if result.error:
         say(f"convoy: {result.error}", error=True)
         raise typer.Exit(result.exit_status)
 
 
+def _told_to_stop(result: Summary, stopped: stopping.Stopped) -> Summary:
+    """The result of a flow that had ended when a signal came; `champion` still says whether its version became it."""
+    why = f"{stopped}, after the flow had ended: {result.headline}"
+    return result.model_copy(update={"status": "interrupted", "error": why, "exit_status": stopped.exit_status})
+
+
 def _train(config: RunConfig, refresh: list[Step], resume: str | None = None) -> Summary:
-    signal.signal(signal.SIGTERM, _terminate)  # Prefect calls it when it has closed the flow run
     servers_up()
     with loading():
         from flows.train import train_flow
         from tasks.progress import show_task_logs
 
     show_task_logs()
+    stopping.check()
     try:
         result = train_flow(config, frozenset(step.value for step in refresh), resume)
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted") from None
+    except KeyboardInterrupt:  # where a program that calls us has kept Python's handler
+        raise stopping.Stopped(signal.SIGINT) from None
     _print(result)
     return result
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated("ended by SIGTERM")
 
 
 def _print(result: Summary) -> None:
@@ -329,12 +333,16 @@ def _print(result: Summary) -> None:
 
 def main() -> None:
     """Entry point. An error that we foresaw is one line; a traceback means a bug."""
+    status = 0
     with outlive_readers("stderr"):
         try:
             app(prog_name="convoy")
-        except (Interrupted, Terminated, Exception) as raised:
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except (stopping.Stopped, Exception) as raised:
             error = foreseen(raised)
             if not hasattr(error, "exit_status"):
                 raise
             say(f"convoy: {one_line(error)}", error=True)
-            sys.exit(exit_status(error))
+            status = exit_status(error)
+    stopping.end(status)

@@ -12,7 +12,7 @@ from prefect.utilities.urls import url_for
 
 from flows.approval import ask
 from flows.summary import Summary
-from infra import tracking
+from infra import stopping, tracking
 from infra.errors import GateRefused
 from infra.registry import ModelVersion
 from infra.versions import find_version
@@ -22,6 +22,7 @@ from tasks.config import RunConfig
 from tasks.datagate import DataRefused, data_gate, log_data_report
 from tasks.download import download
 from tasks.evaluate import Evaluation, evaluate
+from tasks.flowruns import flow_is_alive
 from tasks.launchconfig import check_installed
 from tasks.lease import model_lease
 from tasks.modelcard import write_model_card
@@ -58,6 +59,14 @@ def train_and_release(
         only_if_changed: end after preprocessing if the champion was made of the same.
         force: train all the same.
     """
+    with flow_is_alive():
+        return _train_and_release(config, refresh, resume, only_if_changed=only_if_changed, force=force)
+
+
+def _train_and_release(
+    config: RunConfig, refresh: frozenset[str], resume: str | None, *, only_if_changed: bool, force: bool
+) -> Summary | State[Summary]:
+    stopping.overhear()  # in a worker's process; see tasks.cancel.stop_if_told
     laps = _Laps()
     check_installed(config.launcher)  # before hours of work, rather than after
     tracking.check_server()

@@ -7,6 +7,7 @@ from functools import partial
 
 import httpx
 
+from infra import stopping
 from infra.credentials import Credentials
 from infra.endpoints import REGION
 from infra.errors import ServiceError
@@ -40,7 +41,7 @@ def make_ready(url: str, credentials: Credentials, bucket: str, *, just_started:
             except httpx.HTTPError as error:
                 if time.monotonic() > deadline:
                     raise ServiceError(f"bucket {bucket} at {url} cannot be used: {error}") from None
-            time.sleep(POLL)
+            stopping.sleep(POLL)
 
 
 def _ask(

@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from infra import stopping
 from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectStore
 from infra.registry import ModelVersion, aliased, check_model_name, delete_alias, set_alias
@@ -215,6 +216,7 @@ def this_user() -> str:
 
 
 def _append(store: ObjectStore, entry: Promotion) -> Promotion:
+    stopping.check()  # the last moment at which it can be left undone
     if not store.put_if_absent(_key(entry.name, entry.number), entry.model_dump_json(indent=2).encode()):
         winner = _read(store, _key(entry.name, entry.number))
         raise PromotionLost(

@@ -138,6 +138,8 @@ def prefect(settings: Settings, ports: Ports) -> Server:
             # By default any web page that the user has open may call the API from the browser.
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{ports.prefect}",
             "PREFECT_CLI_PROMPT": "false",
+            # Else a restart forgets who holds a model's lease, but not that it is held; these are under PREFECT_HOME.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         },
         not_inherited=NOT_INHERITED,
         asks_the_web=True,  # notifications

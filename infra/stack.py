@@ -19,7 +19,7 @@ from typing import Literal
 import httpx
 from pydantic import BaseModel, ConfigDict
 
-from infra import migrations, processes
+from infra import migrations, processes, stopping
 from infra.endpoints import Endpoints
 from infra.errors import ServiceError
 from infra.localstore import make_ready
@@ -153,7 +153,7 @@ def _runs(name: ServerName, folder: StackFolder, client: httpx.Client, on_event:
     while as_defined and time.monotonic() < deadline and record.process(folder.mark(name)):
         if _answers(name, folder, client):
             return True
-        time.sleep(POLL)
+        stopping.sleep(POLL)
     on_event(f"stopping {name}, which {'does not answer' if as_defined else 'has other settings or another version'}")
     processes.stop(partial(folder.members, name))
     return False
@@ -170,7 +170,7 @@ def _wait(name: ServerName, process: subprocess.Popen[bytes], folder: StackFolde
     while not _answers(name, folder, client):
         ended = process.poll()
         if ended is None and time.monotonic() < deadline:
-            time.sleep(POLL)
+            stopping.sleep(POLL)
             continue
         processes.stop(partial(folder.members, name))
         if ended is None:

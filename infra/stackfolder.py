@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from infra import ports, processes, servers
 from infra.credentials import Credentials, ensure_certificate, load_or_create
 from infra.endpoints import Endpoints
+from infra.files import wait_for_lock
 from infra.processes import Record, Server
 from infra.settings import DEFAULT_HOME, Settings
 
@@ -39,7 +40,7 @@ class StackFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 on_event("another command is starting or stopping the servers: waiting for it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                wait_for_lock(lock.fileno())
             self.ports = self._read_ports()
             yield
 

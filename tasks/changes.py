@@ -13,6 +13,7 @@ from infra.promotion import newest
 from infra.provenance import provenance
 from infra.settings import Settings
 from infra.versions import FoundVersion, find_version, list_versions
+from tasks.cancel import stop_if_cancelled
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef
 from tasks.progress import run_logger
@@ -56,6 +57,7 @@ def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bo
     Raises:
         ServiceError: a server failed.
     """
+    stop_if_cancelled()
     store = ObjectStore.connect(Settings().bucket, create=False)
     last = newest(store, name)
     champion = find_version(f"{name}/{last.to_version}") if last else None

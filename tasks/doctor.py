@@ -1,7 +1,7 @@
 """What killed processes and machines have left behind, and settling it.
 
-Found are: MLflow runs that nobody goes on with, processes without their flow, uploads and checkpoints that were never
-completed, and half-written files on this machine.
+Found are: MLflow runs that nobody goes on with, processes without their flow, flow runs without their process, leases
+without their flow run, uploads and checkpoints that were never completed, and half-written files on this machine.
 """
 
 import shutil
@@ -9,14 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
-from uuid import UUID
 
 import psutil
-from prefect import get_client
-from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.client.schemas.responses import SetStateStatus
-from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed
+from prefect.client.schemas.objects import StateType
 from pydantic import BaseModel, ConfigDict
 
 from infra import tracking
@@ -26,6 +21,8 @@ from infra.tracking import TaggedRun
 from infra.trylock import is_held, try_locked
 from tasks.alive import life, lock_file, orphaned, processes_of
 from tasks.checkpoints import COMMIT
+from tasks.flowruns import killed_flow_runs, mark_crashed, read_flow_run
+from tasks.lease import forgotten_leases, free_forgotten
 from tasks.run import FLOW_RUN, MANIFEST_DIGEST
 from tasks.supervisor import PATIENCE
 
@@ -34,7 +31,7 @@ GRACE = timedelta(days=1)
 
 ENDS_WITHIN = PATIENCE + 10  # seconds that a supervisor takes at most to end its ranks, a last checkpoint included
 
-Kind = Literal["process", "run", "upload", "checkpoint", "files"]
+Kind = Literal["process", "run", "flow", "lease", "upload", "checkpoint", "files"]
 
 
 class Finding(BaseModel):
@@ -97,6 +94,8 @@ def _kinds(grace: timedelta) -> dict[Kind, tuple[Finder, Ender]]:
     return {
         "process": (_processes, _end_process),
         "run": (_runs, _close_run),
+        "flow": (_flow_runs, _end_flow_run),
+        "lease": (_leases, free_forgotten),
         "upload": (lambda: _uploads(store, young), lambda what: _abort(store, what)),
         "checkpoint": (lambda: _checkpoints(store, young), lambda what: _delete_checkpoint(store, what)),
         "files": (_work, _remove_work),
@@ -141,7 +140,7 @@ def _runs() -> Iterator[Finding]:
 def _abandoned(run: TaggedRun) -> str | None:
     """Why nobody goes on with a run; None if somebody may."""
     tag = run.tags.get(FLOW_RUN, "")
-    flow_run = _flow_run(tag)
+    flow_run = read_flow_run(tag)
     here = life(run.run_id, tag, flow_run.start_time if flow_run else None)
     if here == "alive":
         return None
@@ -163,7 +162,7 @@ def _close_run(run_id: str) -> bool:
             if not held or run is None or run.status != "RUNNING":
                 return False
             flow_run_id = run.tags.get(FLOW_RUN, "")
-            _crash(flow_run_id)
+            mark_crashed(flow_run_id)
             tracking.end_run(run_id, "KILLED")
     except Exception:
         lock.write_text(flow_run_id)  # the next look should find it dead again
@@ -171,25 +170,29 @@ def _close_run(run_id: str) -> bool:
     return True
 
 
-def _crash(flow_run_id: str) -> None:
-    """Have Prefect know that a flow run was killed, if it does not know how it ended."""
-    flow_run = _flow_run(flow_run_id)
-    if flow_run is None or flow_run.state is None or flow_run.state.is_final():
-        return
-    state: State[None] = Crashed(message="its process was killed; found by convoy doctor")
-    with get_client(sync_client=True) as client:
-        # Asked rather than ordered, Prefect frees what the flow run held.
-        answer = client.set_flow_run_state(flow_run.id, state)
-        if answer.status != SetStateStatus.ACCEPT:
-            client.set_flow_run_state(flow_run.id, state, force=True)
+def _flow_runs() -> Iterator[Finding]:
+    for killed in killed_flow_runs():
+        yield Finding(
+            kind="flow",
+            what=str(killed.id),
+            detail=f"Prefect says that flow run {killed.name} is {killed.state_name}, but its process was killed",
+            action="it becomes Crashed",
+        )
 
 
-def _flow_run(flow_run_id: str) -> FlowRun | None:
-    try:
-        with get_client(sync_client=True) as client:
-            return client.read_flow_run(UUID(flow_run_id))
-    except (ValueError, ObjectNotFound):
-        return None
+def _end_flow_run(what: str) -> bool:
+    mark_crashed(what)
+    return True
+
+
+def _leases() -> Iterator[Finding]:
+    for limit in forgotten_leases():
+        yield Finding(
+            kind="lease",
+            what=limit,
+            detail="it is taken in Prefect, but no flow run holds it",
+            action="it is freed",
+        )
 
 
 def _uploads(store: ObjectStore, young: datetime) -> Iterator[Finding]:

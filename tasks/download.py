@@ -19,6 +19,7 @@ from infra.settings import Settings
 from infra.sources.base import Source, Workplace, reusable
 from infra.sources.find import find_source
 from infra.sources.folder import FolderSource
+from tasks.cancel import stop_if_cancelled
 from tasks.progress import Advance, progress, run_logger
 from tasks.retries import RETRIED
 
@@ -36,6 +37,7 @@ def download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = Non
         UsageError: there is no such data set, or it is no collection of labelled images.
         ServiceError: a mirror, a server or the bucket failed, refused or could not be reached.
     """
+    stop_if_cancelled()
     settings = Settings()
     store = ObjectStore.connect(settings.bucket)
     try:

@@ -28,6 +28,7 @@ from infra.objectstore import ObjectMissing, ObjectStore
 from infra.origin import ListedFiles, open_origin
 from infra.raw import ListingRef, RawSource
 from infra.settings import Settings
+from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetRef, is_whole, manifest_key
 from tasks.journal import Journal
 from tasks.progress import progress, run_logger
@@ -60,6 +61,7 @@ def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = Fals
         UsageError: a file of a folder that is read in place has changed.
         ServiceError: the object store failed.
     """
+    stop_if_cancelled()
     settings = Settings()
     store = ObjectStore.connect(settings.bucket)
     cache = Cache(settings.cache, store)

@@ -18,6 +18,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from infra import stopping
+
 LOG_EVERY = 15.0  # seconds between log lines where there is no terminal
 ARTIFACT_EVERY = 3.0  # seconds between updates of the artifact: each one is a request to Prefect
 
@@ -32,7 +34,7 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(description: str, total: float | None, *, unit: Unit, artifact: str | None = None) -> Iterator[Advance]:
-    """Yield a function that is told what has been done.
+    """Yield a function that is told what has been done; it raises Stopped if a signal asks this process to end.
 
     Args:
         description: what is being done, for people: "Downloading fashion-mnist".
@@ -47,6 +49,7 @@ def progress(description: str, total: float | None, *, unit: Unit, artifact: str
 
     def advance(amount: float, note: str | None = None) -> None:
         nonlocal done
+        stopping.check()
         with lock:
             done += amount
             shown.update(done, note)

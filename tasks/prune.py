@@ -34,13 +34,13 @@ from infra.raw import RawSource
 from infra.settings import Settings
 from tasks.checkpoints import COMMIT
 from tasks.dataset import DatasetDamaged, load_manifest, manifest_key, pretrained_key, shard_key, shards_of
+from tasks.flowruns import TRAINING_FLOWS
 from tasks.journal import JOURNALS, noted_shards
 from tasks.preprocess import StepRecord
 from tasks.progress import run_logger
 from tasks.references import RecordDamaged, References, RunNeeds, needs, references
 from tasks.retention import RetentionConfig
 
-TRAINING_FLOWS = ["train", "retrain"]
 PREPARATION = timedelta(days=7)  # longer than any; a flow run that is said to run, but was killed, is passed over then
 
 
@@ -127,7 +127,7 @@ def is_preparing(known: Iterable[str]) -> bool:
     """
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=TRAINING_FLOWS)),
+            flow_filter=FlowFilter(name=FlowFilterName(any_=list(TRAINING_FLOWS))),
             flow_run_filter=FlowRunFilter(
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])),
                 expected_start_time=FlowRunFilterExpectedStartTime(after_=datetime.now(UTC) - PREPARATION),

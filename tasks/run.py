@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import httpx
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.utilities.urls import url_for
@@ -24,11 +25,13 @@ from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.provenance import Provenance, provenance
 from infra.settings import Settings
+from infra.stopping import Stopped
 from tasks.alive import holding
 from tasks.cancel import Cancelled
 from tasks.checkpoints import checkpoint_prefix
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, is_whole, load_manifest
+from tasks.flowruns import MLFLOW_RUN, label_flow_run
 from tasks.platform import Platform, differences, this_platform
 from tasks.progress import run_logger
 from tasks.retries import outlast
@@ -159,6 +162,8 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
             )
             alive.enter_context(holding(run_id, flow_run))
         try:
+            with contextlib.suppress(httpx.HTTPError):  # for `convoy retrain --wait` only
+                label_flow_run({MLFLOW_RUN: run_id})
             prefix = f"s3://{settings.bucket}/{checkpoint_prefix(run_id)}"
             if not resume:
                 tracking.set_tags(run_id, {"convoy.checkpoint_prefix": prefix, **_mixing_tags(config, data)})
@@ -171,7 +176,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
                 run_id=run_id, url=tracking.run_url(run_id), manifest_digest=manifest.digest, checkpoint_prefix=prefix
             )
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Cancelled | Interrupted)
+            stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
             with contextlib.suppress(ServiceError):  # the server may be what failed, and the first error says more
                 tracking.end_run(run_id, "KILLED" if stopped else "FAILED")
             raise

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -13,10 +12,10 @@ from pydantic import BaseModel, ConfigDict
 
 from cnn.distributed import device_count
 from cnn.worldsize import default_world_size
-from infra import tracking
+from infra import stopping, tracking
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from tasks.cancel import Cancelled, CancelWatch
+from tasks.cancel import Cancelled, CancelWatch, stop_if_cancelled
 from tasks.checkpoints import finished_outcome
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef
@@ -66,8 +65,10 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     Raises:
         TrainingFailed: with what the ranks say was wrong.
         Cancelled: the flow run was cancelled; a checkpoint is stored, and no rank is left.
-        Interrupted: a rank was asked to stop; likewise.
+        Stopped: this process was asked to stop by a signal; likewise.
+        Interrupted: a rank was; likewise.
     """
+    stop_if_cancelled()
     folder = JobFolder(Settings().runs / run.run_id)
     store = ObjectStore.connect(Settings().bucket, create=False)
     outcome = finished_outcome(store, run.run_id)
@@ -146,7 +147,7 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
                 show(event)
             if cancelled():
                 raise Cancelled("the flow run was cancelled; every rank is stopped")
-            time.sleep(WATCH_EVERY)
+            stopping.wait(WATCH_EVERY)
         for event in folder.new_events():
             show(event)
     finally:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
-from prefect import get_client
 
 from flows.summary import Summary
 from infra import tracking
@@ -20,7 +19,6 @@ from tasks.checkpoints import commits_of
 from tasks.config import RunConfig, load_config
 from tasks.dataset import DatasetRef
 from tasks.job import JobFolder
-from tasks.lease import limit_of
 from tasks.run import FLOW_RUN, MANIFEST_DIGEST, RunRecord, read_record, tracked_run
 from tests.flows.conftest import Convoy
 from tests.flows.program import (
@@ -146,8 +144,6 @@ def test_weights_and_history_are_those_of_the_undisturbed_training_after_the_flo
     flow.process.kill()
     training.assert_ends()
     assert MlflowClient().get_run(training.run_id).info.status == "RUNNING"  # nobody lived to say otherwise
-    with get_client(sync_client=True) as client:  # else the lease would run for a minute; tests/faults waits for it
-        client.delete_global_concurrency_limit_by_name(limit_of("resumed"))
     found = resume(training, ranks=1)
     assert (found.world_size, found.mlflow_run_id) == (1, training.run_id)
     assert min(training.reported()) > 1

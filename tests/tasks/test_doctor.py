@@ -108,6 +108,34 @@ def test_a_run_whose_flow_has_ended_is_closed(made: Leftovers, end: str) -> None
     assert find_orphans() == []
 
 
+LIVE = """
+import sys
+from contextlib import ExitStack
+from types import SimpleNamespace
+from tasks import flowruns
+with ExitStack() as alive:
+    for flowruns.flow_run in map(lambda each: SimpleNamespace(id=each), sys.argv[1:]):
+        alive.enter_context(flowruns.flow_is_alive())
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_every_killed_flow_run_of_this_machine_is_crashed_not_only_those_with_an_mlflow_run(
+    made: Leftovers, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    earlier, later, waiting = flow_run_in(Running()), flow_run_in(Running()), flow_run_in(AwaitingRetry())
+    ids = [str(run.id) for run in (earlier, later, waiting)]
+    process = start(sys.executable, "-c", LIVE, *ids)
+    assert process.stdout and process.stdout.readline() == "held\n"
+    assert find_orphans() == []
+    process.kill()
+    process.wait()
+    assert sorted(whats(settle_all())) == sorted(("flow", each) for each in ids[:2])
+    assert [state_of(run) for run in (earlier, later, waiting)] == ["Crashed", "Crashed", "AwaitingRetry"]
+    assert find_orphans() == []
+
+
 def test_a_run_whose_flow_is_gone_is_closed(made: Leftovers) -> None:
     run = running(made, uuid4())
     assert whats(settle_all()) == [("run", run)]
