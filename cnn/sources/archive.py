@@ -53,7 +53,7 @@ class ArchiveSource:
         places = zip(layout.labels.tolist(), layout.splits.tolist(), strict=True)
         self._places = {names[index]: place for index, place in zip(layout.chosen.tolist(), places, strict=True)}
         self.classes = layout.classes
-        self.remarks = layout.remarks
+        self.left_out = layout.left_out
 
     def __len__(self) -> int:
         return len(self._places)
