@@ -1,5 +1,13 @@
 """What `cnn` raises when its input or its surroundings, not its code, are wrong."""
 
+from unicodedata import category
+
+
+def one_line(text: str) -> str:
+    """Returns the text with line breaks and control characters escaped: names of files may hold them."""
+    hidden = {"Cc", "Cs", "Zl", "Zp"}
+    return "".join(c.encode("unicode_escape").decode() if category(c) in hidden else c for c in text)
+
 
 class InputError(ValueError):
     """The data or the configuration cannot be used; the message says what is wrong, where, and what to do.
@@ -9,6 +17,9 @@ class InputError(ValueError):
     """
 
     exit_status = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class NotAvailable(RuntimeError):

@@ -85,10 +85,10 @@ def _listing(dataset: str) -> Iterator[OnFiles]:
 def _images_of(folder: FolderSource, dataset: str) -> FolderSource:
     """Only the images, if they lie in class folders: nothing is uploaded that cannot be used."""
     try:
-        layout = arrange(folder.files.paths, folder.folders)
+        layout = arrange(folder.files.paths, folder.folders, folder.unreachable)
     except InputError as error:
         raise UsageError(f"{dataset}: {error}") from error
-    return folder.only(layout.chosen)
+    return folder.only(layout.chosen, layout.left_out.remarks, layout.left_out.classes)
 
 
 def _summary(raw: RawSource) -> str:

@@ -19,6 +19,7 @@ from cnn.preprocess import code_files, pack
 from cnn.sources import open_source
 from cnn.sources.decode import decoder_versions
 from cnn.sources.files import Files
+from cnn.sources.layout import LeftOut
 from cnn.survey import survey
 from infra.cache import Cache
 from infra.files import locked
@@ -152,7 +153,9 @@ def _pack(
     refresh: bool,
 ) -> Manifest:
     """Both passes; the shards are in the bucket afterwards."""
-    source = open_source(raw.format, files, raw.classes or None)
+    source = open_source(
+        raw.format, files, raw.classes or None, LeftOut(raw.remarks, raw.left_out) if raw.remarks else None
+    )
     surveyed, packed = journal.survey_parts(), journal.shards()
     if surveyed:
         count = sum(each.shard.count for each in packed)
