@@ -53,7 +53,7 @@ __all__ = [
 
 PARAMS_A_CALL, PARAM_CHARACTERS = 100, 6000  # MLflow's limits
 DATASET_DIGEST_CHARACTERS = 36  # likewise
-RUNS_A_CALL = 1000
+RUNS_A_CALL = EXPERIMENTS_A_CALL = 1000
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -148,7 +148,7 @@ def list_runs(tag: str, value: str | None = None, *, limit: int) -> list[RunInfo
     """Runs of all experiments that have a tag (of this value, if one is given), the newest first."""
     condition = f"tags.`{tag}` != ''" if value is None else f"tags.`{tag}` = '{value}'"
     with mlflow_client("list the runs") as client:
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        experiments = _experiments(client)
         runs = client.search_runs(experiments, condition, max_results=limit, order_by=["attributes.start_time DESC"])
     return [
         RunInfo(
@@ -159,6 +159,18 @@ def list_runs(tag: str, value: str | None = None, *, limit: int) -> list[RunInfo
         )
         for run in runs
     ]
+
+
+def _experiments(client: mlflow.MlflowClient) -> list[str]:
+    """Ids of all experiments: MLflow lists them page by page."""
+    found: list[str] = []
+    token: str | None = None
+    while True:
+        page = client.search_experiments(max_results=EXPERIMENTS_A_CALL, page_token=token)
+        found += [experiment.experiment_id for experiment in page]
+        token = page.token
+        if not token:
+            return found
 
 
 class TaggedRun(BaseModel):
@@ -177,7 +189,7 @@ def every_run(tag: str) -> list[TaggedRun]:
     """All runs of all experiments that have a tag."""
     found: list[TaggedRun] = []
     with mlflow_client("list the runs") as client:
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        experiments = _experiments(client)
         token: str | None = None
         while experiments:
             page = client.search_runs(experiments, f"tags.`{tag}` != ''", max_results=RUNS_A_CALL, page_token=token)
@@ -241,14 +253,15 @@ def fetch_artifacts(run_id: str, path: str, folder: Path) -> Path:
 
 
 def log_metrics(run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
-    """Log a few final figures at once, those apart that are there already, from before a resume.
+    """Log a few final figures at once, those apart that are there already: a resumed run has logged them before, and
+    what is measured anew (a latency, a cost) is another value of the same thing.
 
     Figures of a running training go through a `MetricLogger`.
     """
     now = time.time_ns() // 1_000_000
     with mlflow_client(f"log metrics of run {run_id}") as client:
         there = client.get_run(run_id).data.metrics
-        new = {name: value for name, value in metrics.items() if there.get(name) != value}
+        new = {name: value for name, value in metrics.items() if name not in there}
         client.log_batch(run_id, [Metric(name, value, now, step) for name, value in new.items()])
 
 
