@@ -29,12 +29,12 @@ from tasks.modelcard import write_model_card
 from tasks.page import publish_page
 from tasks.preprocess import preprocess
 from tasks.pretrained import pretrained
-from tasks.promote import champion_data
+from tasks.promote import champion_data, promotions_of
 from tasks.qualitygate import QualityRefused, quality_gate
 from tasks.register import register
 from tasks.release import release
 from tasks.retries import outlast
-from tasks.run import TrackedRun, fitted, log_cost, read_record, recorded_dataset, tracked_run
+from tasks.run import TrackedRun, check_resumable, fitted, log_cost, read_record, recorded_dataset, tracked_run
 from tasks.servinggate import serving_gate
 from tasks.train import TrainResult, train
 
@@ -93,9 +93,13 @@ def _train_and_release(
     )
     try:
         with model_lease(name):
+            if resume:
+                check_resumable(resume)  # again: another process may have finished it while this one waited
             if only_if_changed:
                 decision = laps("decide", what_changed(name, config, dataset, force=force))
                 summary = summary.model_copy(update={"reason": decision.why})
+                if decision.judge:
+                    return _ended(_judged_again(summary, config, decision.judge), laps)
                 if not decision.train:
                     return _ended(summary.model_copy(update={"status": "unchanged"}), laps)
                 if config.warm_start and decision.champion_weights and not config.pretrained:
@@ -130,11 +134,30 @@ def _ended(summary: Summary, laps: "_Laps") -> Summary | State[Summary]:
     return states.Completed(name=names.get(summary.status, "Completed"), message=summary.headline, data=summary)
 
 
-def _through_gates(summary: Summary, config: RunConfig, registered: ModelVersion, evaluated: Evaluation) -> Summary:
-    """What came of trying, judging and releasing a version."""
+def _judged_again(summary: Summary, config: RunConfig, version: ModelVersion) -> Summary:
+    """Judges and releases a version of an earlier training, to which a new one would be equal."""
+    summary = _through_gates(summary.model_copy(update={"model_version": version.version}), config, version, None)
+    publish_page(find_version(version.address))
+    return summary
+
+
+def _through_gates(
+    summary: Summary, config: RunConfig, registered: ModelVersion, evaluated: Evaluation | None
+) -> Summary:
+    """Runs serving gate, quality gate, approval and release; returns the summary with the outcome.
+
+    A version that an earlier try has promoted is not judged again: that would be against itself.
+
+    Args:
+        evaluated: None if the serving gate has passed the version before.
+    """
+    if evaluated and (entries := promotions_of(registered)):
+        is_champion = entries[-1].to_version == registered.version
+        return summary.model_copy(update={"champion": is_champion, "verdict": entries[0].verdict_summary})
     summary = summary.model_copy(update={"champion": False})
     try:
-        serving_gate(registered, evaluated, config.serving)
+        if evaluated:
+            serving_gate(registered, evaluated, config.serving)
         verdict = quality_gate(registered, config.gate)
         summary = summary.model_copy(update={"verdict": verdict.summary})
         if config.promotes:

@@ -25,11 +25,18 @@ SetOption = Annotated[
 def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     settings: SetOption = None,
+    forget_unknown: Annotated[
+        bool,
+        typer.Option(
+            "--forget-unknown", help="Go on if MLflow does not know runs or promoted versions: they were deleted there."
+        ),
+    ] = False,
 ) -> None:
     """Remove old checkpoints, data, reports and cached files that nothing rests on.
 
     What a champion, an earlier champion, a version with an alias or a running training needs stays, whatever its age;
-    so do all verdicts and promotions.
+    so do all verdicts and promotions. Nothing goes if MLflow does not know what the bucket holds data of: it may be
+    another server than these were made with.
 
     [dim]convoy prune --dry-run[/]
     [dim]convoy prune --set datasets_keep=2 --set unfinished_checkpoints_days=7[/]
@@ -39,7 +46,7 @@ def prune(
     with loading():
         from flows.prune import prune_flow
 
-    result = prune_flow(retention, dry_run)
+    result = prune_flow(retention, dry_run, forget_unknown)
     table = Table("would go" if dry_run else "removed", "objects", "size", box=None)
     for each in result.freed:
         table.add_row(each.kind, f"{each.count:,}", decimal(each.bytes))

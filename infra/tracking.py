@@ -55,7 +55,7 @@ __all__ = [
 
 PARAMS_A_CALL, PARAM_CHARACTERS = 100, 6000  # MLflow's limits
 DATASET_DIGEST_CHARACTERS = 36  # likewise
-RUNS_A_CALL = 1000
+RUNS_A_CALL = EXPERIMENTS_A_CALL = 1000
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -150,7 +150,7 @@ def list_runs(tag: str, value: str | None = None, *, limit: int) -> list[RunInfo
     """Runs of all experiments that have a tag (of this value, if one is given), the newest first."""
     condition = f"tags.`{tag}` != ''" if value is None else filter_of(**{f"tags.{tag}": value})
     with mlflow_client("list the runs") as client:
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        experiments = _experiments(client)
         runs = client.search_runs(experiments, condition, max_results=limit, order_by=["attributes.start_time DESC"])
     return [
         RunInfo(
@@ -161,6 +161,18 @@ def list_runs(tag: str, value: str | None = None, *, limit: int) -> list[RunInfo
         )
         for run in runs
     ]
+
+
+def _experiments(client: mlflow.MlflowClient) -> list[str]:
+    """Ids of all experiments: MLflow lists them page by page."""
+    found: list[str] = []
+    token: str | None = None
+    while True:
+        page = client.search_experiments(max_results=EXPERIMENTS_A_CALL, page_token=token)
+        found += [experiment.experiment_id for experiment in page]
+        token = page.token
+        if not token:
+            return found
 
 
 class TaggedRun(BaseModel):
@@ -179,7 +191,7 @@ def every_run(tag: str) -> list[TaggedRun]:
     """All runs of all experiments that have a tag."""
     found: list[TaggedRun] = []
     with mlflow_client("list the runs") as client:
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        experiments = _experiments(client)
         token: str | None = None
         while experiments:
             page = client.search_runs(experiments, f"tags.`{tag}` != ''", max_results=RUNS_A_CALL, page_token=token)

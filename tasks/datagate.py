@@ -33,6 +33,7 @@ from tasks.retries import RETRIED
 __all__ = ["DataRefused", "DataReport", "data_gate", "data_markdown", "log_data_report"]
 
 JSON, PAGE, SHEET = "data.json", "data.md", "data_samples.png"
+DATA_GATE = "convoy.data_gate"  # tag of a run, set when all of its report is there
 
 
 class DataRefused(GateRefused):
@@ -89,11 +90,14 @@ def data_gate(dataset: DatasetRef, config: DataGateConfig, champion: str | None 
 
 def log_data_report(run_id: str, report: DataReport) -> None:
     """Put a report into an MLflow run: `report/data.json`, `data.md`, `data_samples.png`, a tag, and metrics
-    of what changed against the champion's data.
+    of what changed against the champion's data. A resumed run keeps what was found when it began: it may itself be
+    the champion by now.
 
     Raises:
         ServiceError: a server failed.
     """
+    if DATA_GATE in tracking.run_tags(run_id):
+        return
     store = ObjectStore.connect(Settings().bucket, create=False)
     with TemporaryDirectory() as temporary:
         for name in (JSON, PAGE, SHEET):
@@ -103,7 +107,7 @@ def log_data_report(run_id: str, report: DataReport) -> None:
     if report.checks.champion_version:  # these change from run to run, and are worth a chart
         compared = {check.name: check.value for check in report.checks.checks if check.name in COMPARISONS}
         tracking.log_metrics(run_id, {f"data/{name}": value for name, value in compared.items() if value is not None})
-    tracking.set_tags(run_id, {"convoy.data_gate": report.checks.outcome})
+    tracking.set_tags(run_id, {DATA_GATE: report.checks.outcome})
 
 
 def data_markdown(name: str, checks: DataChecks) -> str:

@@ -1,11 +1,12 @@
 """What killed processes and machines have left behind, and settling it.
 
 Found are: MLflow runs that nobody goes on with, processes without their flow, flow runs without their process, leases
-without their flow run, uploads and checkpoints that were never completed, and half-written files on this machine.
+without their flow run, uploads and checkpoints that were never completed, half-written files on this machine, and
+aliases that do not follow their model's history.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from infra import tracking
 from infra.objectstore import ObjectInfo, ObjectStore
+from infra.promotion import misplaced_aliases, names_with_history, repair_aliases
 from infra.settings import Settings
 from infra.tracking import TaggedRun
 from infra.trylock import is_held, try_locked
@@ -31,7 +33,7 @@ GRACE = timedelta(days=1)
 
 ENDS_WITHIN = PATIENCE + 10  # seconds that a supervisor takes at most to end its ranks, a last checkpoint included
 
-Kind = Literal["process", "run", "flow", "lease", "upload", "checkpoint", "files"]
+Kind = Literal["process", "run", "flow", "lease", "upload", "checkpoint", "files", "alias"]
 
 
 class Finding(BaseModel):
@@ -41,7 +43,7 @@ class Finding(BaseModel):
 
     kind: Kind
     what: str
-    """Which one: a run's id, a process id, an upload's key and id, a checkpoint's prefix, a folder."""
+    """Which one: a run's id, a process id, an upload's key and id, a checkpoint's prefix, a folder, a model's name."""
 
     detail: str
     """Why it counts as left behind."""
@@ -97,8 +99,9 @@ def _kinds(grace: timedelta) -> dict[Kind, tuple[Finder, Ender]]:
         "flow": (_flow_runs, _end_flow_run),
         "lease": (_leases, free_forgotten),
         "upload": (lambda: _uploads(store, young), lambda what: _abort(store, what)),
-        "checkpoint": (lambda: _checkpoints(store, young), lambda what: _delete_checkpoint(store, what)),
+        "checkpoint": (lambda: _checkpoints(store, young), lambda what: _delete_checkpoint(store, what, young)),
         "files": (_work, _remove_work),
+        "alias": (lambda: _aliases(store), lambda name: bool(repair_aliases(store, name))),
     }
 
 
@@ -220,8 +223,7 @@ def _checkpoints(store: ObjectStore, young: datetime) -> Iterator[Finding]:
         if len(parts) == 5 and parts[2] == "checkpoints":
             found.setdefault(info.key.rpartition("/")[0] + "/", []).append(info)
     for prefix, files in found.items():
-        committed = any(info.key == prefix + COMMIT for info in files)
-        if not committed and all(info.modified and info.modified < young for info in files):
+        if _is_abandoned(files, young):
             yield Finding(
                 kind="checkpoint",
                 what=prefix,
@@ -230,10 +232,31 @@ def _checkpoints(store: ObjectStore, young: datetime) -> Iterator[Finding]:
             )
 
 
-def _delete_checkpoint(store: ObjectStore, prefix: str) -> bool:
-    for info in list(store.list(prefix)):
+def _is_abandoned(files: Sequence[ObjectInfo], young: datetime) -> bool:
+    """Whether these files of a checkpoint have neither a commit nor anybody who may still write one."""
+    committed = any(info.key.endswith(f"/{COMMIT}") for info in files)
+    return not committed and all(info.modified and info.modified < young for info in files)
+
+
+def _delete_checkpoint(store: ObjectStore, prefix: str, young: datetime) -> bool:
+    files = list(store.list(prefix))
+    # Looked at again: a training that was resumed meanwhile makes its steps anew, under the same keys.
+    if is_held(lock_file(prefix.split("/")[1])) or not _is_abandoned(files, young):
+        return False
+    for info in files:
         store.delete(info.key)
     return True
+
+
+def _aliases(store: ObjectStore) -> Iterator[Finding]:
+    for name in names_with_history(store):
+        if wrong := misplaced_aliases(store, name):
+            yield Finding(
+                kind="alias",
+                what=name,
+                detail=f"its aliases are not where its history says ({'; '.join(wrong)})",
+                action="they are moved there",
+            )
 
 
 def _work() -> Iterator[Finding]:

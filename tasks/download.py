@@ -21,6 +21,7 @@ from infra.sources.find import find_source
 from infra.sources.folder import FolderSource
 from tasks.cancel import stop_if_cancelled
 from tasks.progress import Advance, progress, run_logger
+from tasks.prunemark import wait_for_prune
 from tasks.retries import RETRIED
 
 
@@ -40,6 +41,7 @@ def download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = Non
     stop_if_cancelled()
     settings = Settings()
     store = ObjectStore.connect(settings.bucket)
+    wait_for_prune(store)
     try:
         raw = _download(dataset, settings, store, refresh, keep_raw)
     except OSError as error:  # a full disk, say; what the user's own files do wrong is a UsageError already
