@@ -36,12 +36,15 @@ def promote(
     [dim]convoy promote fashion-mnist 4 --force --reason "the only one that knows the new sizes"[/]
     """
     servers_up()
+    from infra.objectstore import ObjectStore
+    from infra.promotion import standing_champion
+    from infra.settings import Settings
     from infra.versions import find_version
     from tasks.promote import promote_version
 
     separator = "" if version.startswith("@") else "/"
     found = find_version(f"{name}{separator}{version}")
-    if judge:
+    if judge and found != standing_champion(ObjectStore.connect(Settings().bucket), name).version:  # not against itself
         with loading():
             from tasks.gateconfig import load_gate
             from tasks.page import make_page

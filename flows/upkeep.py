@@ -58,7 +58,7 @@ def prune(
 def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="Settle what is found.")] = False,
 ) -> None:
-    """Find what killed processes have left behind: runs that only seem to run, processes, half-written data.
+    """Find what killed processes have left behind: runs that only seem to run, processes, half-written data, aliases.
 
     First it tries what the object store honours of S3, on small objects that it removes, and says what Convoy does
     without.

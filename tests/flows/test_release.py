@@ -70,6 +70,11 @@ def test_model_that_a_gate_refuses_stays_out_until_it_is_forced(convoy: Convoy, 
     assert forced.status == 0, forced.stderr
     assert "poor-model was promoted to version 1" in forced.stdout
     assert aliased("poor-model", "champion") == ModelVersion(name="poor-model", version="1")
+    verdict = MlflowClient().get_model_version("poor-model", "1").tags["convoy.verdict_sha256"]
+    itself = convoy("promote", "poor-model", "1", "--judge")
+    assert itself.status == 2
+    assert "version 1 of 'poor-model' is its champion already" in itself.complaint
+    assert MlflowClient().get_model_version("poor-model", "1").tags["convoy.verdict_sha256"] == verdict
     history = convoy("history", "poor-model").stdout
     assert "promote (forced)" in history and "a test" in history
     back = convoy("rollback", "poor-model")

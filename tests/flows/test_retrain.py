@@ -115,9 +115,10 @@ def copied(first: tuple[RunConfig, Summary], lr: float) -> FoundVersion:
     ObjectStore.connect(Settings().bucket).put_bytes(f"runs/{copy}/run.json", written)
     tracking.log_text(copy, "report/evaluation.json", load_text(f"runs:/{run_id}/report/evaluation.json"))
     tracking.end_run(copy, "FINISHED")
+    (output,) = MlflowClient().get_run(run_id).outputs.model_outputs
     original = MlflowClient().get_model_version(name, before.model_version or "")
     tags = {key: value for key, value in original.tags.items() if not key.startswith(VERDICT)}
-    return find_version(create_version(name, str(original.model_id), run_id=copy, tags=tags).address)
+    return find_version(create_version(name, output.model_id, run_id=copy, tags=tags).address)
 
 
 def test_what_other_conditions_refused_is_judged_again_rather_than_trained_again(

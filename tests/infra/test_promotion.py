@@ -195,7 +195,8 @@ def test_promotion_stands_when_the_aliases_cannot_follow(
 ) -> None:
     with monkeypatch.context() as away, socket.socket() as nobody_listens:
         nobody_listens.bind(("127.0.0.1", 0))
-        away.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{nobody_listens.getsockname()[1]}")
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+            away.setenv(name, f"http://127.0.0.1:{nobody_listens.getsockname()[1]}")
         away.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         with pytest.raises(Outage, match="its aliases do not show it yet"):  # which a task tries again
             promote(store, versions[0], after=None)
