@@ -8,10 +8,13 @@ import shutil
 import unicodedata
 import zipfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from infra.cache import Cache
 from infra.errors import ServiceError, UsageError
@@ -275,6 +278,14 @@ def test_different_data_sets_have_different_names(place: Workplace, folder: Path
     for name in ("My Pets", "cats_and.dogs-2", "Bücher & Bäume: neu/alt", "a…b", "!!!"):  # these had none before
         assert not re.search("-[0-9a-f]{8}$", slug(name))
     assert find_source(f"{folder}/cat/..", place.mirrors).name == "my-pets"
+
+
+@settings(max_examples=200, deadline=timedelta(seconds=2), derandomize=True, database=None)
+@given(st.text(max_size=60))
+def test_any_name_becomes_one_that_a_registry_takes(name: str) -> None:
+    assert re.fullmatch(r"[a-z0-9_.-]+", slug(name)) and len(slug(name)) <= 20 * len(name) + 20
+    assert slug(slug(name)) == slug(name)
+    assert slug(unicodedata.normalize("NFD", name)) == slug(unicodedata.normalize("NFC", name))
 
 
 def test_a_folder_that_changes_while_it_is_stored_is_stored_consistently(place: Workplace, folder: Path) -> None:
