@@ -1,10 +1,13 @@
 """Users' own data: folders, archives and addresses, into a real bucket."""
 
+import gzip
 import hashlib
 import io
 import os
 import re
 import shutil
+import tarfile
+import tracemalloc
 import unicodedata
 import zipfile
 from collections.abc import Iterator
@@ -157,6 +160,17 @@ def test_a_local_archive_is_stored_as_it_is(
     _check(raw, place, {archive.name: archive.read_bytes()})
     assert (raw.name, raw.format, raw.reused) == ("some-pets-v1.2", "archive", False)
     assert _fetch(place, str(archive)).reused
+
+
+def test_a_tar_is_recognised_without_reading_its_headers(place: Workplace, tmp_path: Path) -> None:
+    info = tarfile.TarInfo("long")
+    info.type, info.size = tarfile.XHDTYPE, 64 * 2**20
+    with gzip.open(tmp_path / "x.tar.gz", "wb", compresslevel=1) as file:
+        file.write(info.tobuf(tarfile.USTAR_FORMAT) + bytes(info.size + 1024))
+    tracemalloc.start()
+    _fetch(place, str(tmp_path / "x.tar.gz"))
+    assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
+    tracemalloc.stop()
 
 
 def test_a_file_that_only_looks_like_an_archive_is_refused(place: Workplace, tmp_path: Path) -> None:
