@@ -58,7 +58,7 @@ def _download(dataset: str, settings: Settings, store: ObjectStore, refresh: boo
         with _listing(dataset) as on_files:
             source = find_source(dataset, mirrors, own_mirror=settings.mirror, on_files=on_files)
         if isinstance(source, FolderSource):
-            source = _images_of(source, dataset)
+            source = images_of(source, dataset)
             if keep_raw is False or (keep_raw is None and source.is_large):
                 return source.refer(place, refresh=refresh)
         elif keep_raw is False:
@@ -84,8 +84,12 @@ def _listing(dataset: str) -> Iterator[OnFiles]:
         yield on_files
 
 
-def _images_of(folder: FolderSource, dataset: str) -> FolderSource:
-    """Only the images, if they lie in class folders: nothing is uploaded that cannot be used."""
+def images_of(folder: FolderSource, dataset: str) -> FolderSource:
+    """Returns the folder with its images only, and what is said of the rest: nothing is uploaded that cannot be used.
+
+    Raises:
+        UsageError: the images do not lie in class folders.
+    """
     try:
         layout = arrange(folder.files.paths, folder.folders, folder.unreachable)
     except InputError as error:

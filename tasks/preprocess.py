@@ -30,7 +30,7 @@ from infra.origin import ListedFiles, open_origin
 from infra.raw import ListingRef, RawSource
 from infra.settings import Settings
 from tasks.cancel import stop_if_cancelled
-from tasks.dataset import DatasetRef, is_whole, manifest_key
+from tasks.dataset import DatasetRef, is_whole, load_manifest, manifest_key
 from tasks.journal import Journal
 from tasks.progress import progress, run_logger
 from tasks.retries import RETRIED
@@ -69,6 +69,7 @@ def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = Fals
     key = step_key(raw, config)
     with locked(settings.cache / "locks" / f"preprocess-{key}"):  # whoever waits here finds the result
         if not refresh and (version := _find(store, key)):
+            _warn(raw.name, load_manifest(store, version))
             return DatasetRef(version=version, name=raw.name, reused=True)
         journal = Journal(store, key)
         if refresh:
@@ -189,5 +190,9 @@ def _tell(name: str, manifest: Manifest) -> None:
         size,
         counts,
     )
+    _warn(name, manifest)
+
+
+def _warn(name: str, manifest: Manifest) -> None:
     for warning in manifest.report.warnings:
         run_logger().warning("%s: %s", name, warning)

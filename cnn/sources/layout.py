@@ -6,7 +6,6 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from os.path import splitext
 from typing import NamedTuple
 
@@ -267,8 +266,8 @@ def _refuse_likely_splits(inside: Mapping[str, list[Folder]], depth: int) -> Non
         return
     remedy = "call them train, val, test, with the same class folders in each; if they are classes, rename them"
     below = {name: {folder[depth + 1] for folder in held if len(folder) > depth + 1} for name, held in inside.items()}
-    for one, other in combinations(sorted(inside), 2):
-        if below[one] and below[one] == below[other] and {_role(one), _role(other)} != {None}:
+    for one in sorted(name for name in inside if below[name] and _role(name) is not None):
+        if other := next((name for name in sorted(inside) if name != one and below[name] == below[one]), None):
             names = ", ".join(sorted(below[one])[:_NAMED])
             raise InputError(
                 f"{one} and {other} hold folders of the same names ({names}): if they are splits, {remedy}"

@@ -1,9 +1,14 @@
 """An archive of class sub-folders, local or at an address; it is kept as it is."""
 
+import bz2
+import gzip
+import lzma
 import tarfile
 import threading
 import zipfile
+import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from infra.catalogue import ARCHIVES
 from infra.errors import ServiceError, UsageError
@@ -41,7 +46,7 @@ class ArchiveSource:
         meter = Meter(self.size or 0, on_bytes, threading.Event())
         try:
             with place.mirrors.fetched(self.address, meter) as path:
-                if not (zipfile.is_zipfile(path) if self.file.lower().endswith(".zip") else tarfile.is_tarfile(path)):
+                if not (zipfile.is_zipfile(path) if self.file.lower().endswith(".zip") else _is_tar(path)):
                     raise UsageError(f"{where}: this is no whole archive of the kind its name says")
                 digest = place.cache.add_file(path)
         except ServiceError as error:
@@ -56,3 +61,17 @@ class ArchiveSource:
         if self.key:
             write_record(place.store, self.key, source)
         return source
+
+
+def _is_tar(path: Path) -> bool:
+    """Looks at the first block only: tarfile's own test reads headers of any size into memory."""
+    for opened in (open, gzip.open, bz2.open, lzma.open):
+        try:
+            with opened(path, "rb") as file:
+                tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            return True  # an empty one
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError):
+            continue
+        return True
+    return False

@@ -75,5 +75,5 @@ def slug(name: str) -> str:
     plain = spelt.encode("ascii", "ignore").decode().lower()
     plain = re.sub(r"[^a-z0-9_.]+", "-", plain).strip("-.") or "dataset"
     if any(not c.isascii() and unicodedata.category(c)[0] in "LNS" for c in spelt):
-        plain += "-" + hashlib.sha256(spelt.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        plain += "-" + hashlib.sha256(spelt.encode(errors="backslashreplace")).hexdigest()[:8]
     return plain

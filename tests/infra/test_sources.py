@@ -1,17 +1,23 @@
 """Users' own data: folders, archives and addresses, into a real bucket."""
 
+import gzip
 import hashlib
 import io
 import os
 import re
 import shutil
+import tarfile
+import tracemalloc
 import unicodedata
 import zipfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from infra.cache import Cache
 from infra.errors import ServiceError, UsageError
@@ -156,6 +162,17 @@ def test_a_local_archive_is_stored_as_it_is(
     assert _fetch(place, str(archive)).reused
 
 
+def test_a_tar_is_recognised_without_reading_its_headers(place: Workplace, tmp_path: Path) -> None:
+    info = tarfile.TarInfo("long")
+    info.type, info.size = tarfile.XHDTYPE, 64 * 2**20
+    with gzip.open(tmp_path / "x.tar.gz", "wb", compresslevel=1) as file:
+        file.write(info.tobuf(tarfile.USTAR_FORMAT) + bytes(info.size + 1024))
+    tracemalloc.start()
+    _fetch(place, str(tmp_path / "x.tar.gz"))
+    assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
+    tracemalloc.stop()
+
+
 def test_a_file_that_only_looks_like_an_archive_is_refused(place: Workplace, tmp_path: Path) -> None:
     for name in ("x.zip", "x.tar.gz"):
         (tmp_path / name).write_bytes(b"not an archive")
@@ -275,6 +292,14 @@ def test_different_data_sets_have_different_names(place: Workplace, folder: Path
     for name in ("My Pets", "cats_and.dogs-2", "Bücher & Bäume: neu/alt", "a…b", "!!!"):  # these had none before
         assert not re.search("-[0-9a-f]{8}$", slug(name))
     assert find_source(f"{folder}/cat/..", place.mirrors).name == "my-pets"
+
+
+@settings(max_examples=200, deadline=timedelta(seconds=2), derandomize=True, database=None)
+@given(st.text(max_size=60))
+def test_any_name_becomes_one_that_a_registry_takes(name: str) -> None:
+    assert re.fullmatch(r"[a-z0-9_.-]+", slug(name)) and len(slug(name)) <= 20 * len(name) + 20
+    assert slug(slug(name)) == slug(name)
+    assert slug(unicodedata.normalize("NFD", name)) == slug(unicodedata.normalize("NFC", name))
 
 
 def test_a_folder_that_changes_while_it_is_stored_is_stored_consistently(place: Workplace, folder: Path) -> None:

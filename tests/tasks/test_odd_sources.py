@@ -1,13 +1,10 @@
 """What people have on their disks, each as a folder, in a bucket, as a zip and as a tar: one content, one outcome."""
 
 import io
-import os
 import random
-import shutil
 import tarfile
 import unicodedata
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +13,22 @@ from PIL import Image
 from cnn.config import PreprocessConfig
 from cnn.errors import InputError
 from cnn.manifest import Manifest
+from cnn.preprocess import pack
+from cnn.sources import open_source
+from cnn.sources.layout import LeftOut
+from cnn.split import Split
+from cnn.survey import survey
 from infra.errors import UsageError
+from infra.mirrors import Mirrors
 from infra.objectstore import ObjectStore
-from tasks.dataset import DatasetRef, load_manifest
-from tasks.download import download
+from infra.origin import ListedFiles
+from infra.sources.find import find_source
+from infra.sources.folder import FolderSource, local_folder
+from tasks.dataset import load_manifest
+from tasks.download import download, images_of
 from tasks.preprocess import preprocess
+
+CONFIG = PreprocessConfig(val_fraction=0.3, test_fraction=0.3)  # or a few images leave a split without a class
 
 LEFT_OUT = "files not named like PNG, JPEG, WebP or BMP images were left out"
 CAFE = unicodedata.normalize("NFC", "café")
@@ -45,7 +53,7 @@ def others(*paths: str) -> dict[str, bytes]:
 CLEAN = images("cat", "dog", each=20)
 
 # content -> classes, remarks; of images in splits also how many each split has
-TABLE: dict[str, tuple[dict[str, bytes], tuple[str, ...], list[str], list[int] | None]] = {
+TABLE: dict[str, tuple[dict[str, bytes], tuple[str, ...], list[str], dict[Split, int] | None]] = {
     "clean": (CLEAN, ("cat", "dog"), [], None),
     "files in the root": (
         CLEAN | others("README.txt", "labels.csv", "desktop.ini", "Makefile", "cat_$folder$"),
@@ -65,12 +73,16 @@ TABLE: dict[str, tuple[dict[str, bytes], tuple[str, ...], list[str], list[int] |
         [],
         None,
     ),
-    "seg_train, seg_test, seg_pred": (
-        images("seg_train/seg_train/sea", "seg_train/seg_train/wood", each=20)
-        | images("seg_test/seg_test/sea", "seg_test/seg_test/wood", "seg_pred/seg_pred"),
+    "seg_train, seg_test, seg_pred, a file beside them": (
+        images("seg_train/seg_train/sea", "seg_train/seg_train/wood", each=8)
+        | images("seg_test/seg_test/sea", "seg_test/seg_test/wood", "seg_pred/seg_pred", each=2)
+        | others("README", "seg_train/seg_train/sea/1.heic"),
         ("sea", "wood"),
-        ["6 images in folders without labels were left out, for example seg_pred/seg_pred/0.png"],
-        [34, 6, 12],
+        [
+            f"2 {LEFT_OUT} (sea 1), for example README",
+            "2 images in folders without labels were left out, for example seg_pred/seg_pred/0.png",
+        ],
+        {"test": 4},
     ),
     "training_set, test_set, a file beside them": (
         images("training_set/cats", "training_set/dogs", each=20)
@@ -84,7 +96,7 @@ TABLE: dict[str, tuple[dict[str, bytes], tuple[str, ...], list[str], list[int] |
         images("train/a", "train/b", "dev/a", "dev/b", "test/a", "test/b", "predict/x"),
         ("a", "b"),
         ["6 images in folders without labels were left out, for example predict/x/0.png"],
-        [12, 12, 12],
+        {"train": 12, "val": 12, "test": 12},
     ),
     "train and unlabelled, wrapped": (
         images("set/train/a", "set/train/b", "set/unlabelled", each=20),
@@ -97,7 +109,7 @@ TABLE: dict[str, tuple[dict[str, bytes], tuple[str, ...], list[str], list[int] |
         | images(f"val/{CAFE}", "val/thé", f"test/{CAFE}", "test/thé"),
         (CAFE, "thé"),
         [],
-        [40, 12, 12],
+        {"train": 40, "val": 12, "test": 12},
     ),
     "a class called train": (images("train", "bus", "car", each=20), ("bus", "car", "train"), [], None),
     "names of images in other letters": (
@@ -128,10 +140,12 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_bucket(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def bucket(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    """The bucket that the tasks use."""
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
+    return store
 
 
 def laid_out(contents: dict[str, bytes], root: Path) -> Path:
@@ -141,60 +155,77 @@ def laid_out(contents: dict[str, bytes], root: Path) -> Path:
     return root
 
 
-def forms(contents: dict[str, bytes], folder: Path, store: ObjectStore) -> Iterator[str]:
-    """The content under the names by which a user would give it; archives hold it in no order."""
-    yield str(laid_out(contents, folder / "d"))
+def forms(contents: dict[str, bytes], folder: Path) -> list[Path]:
+    """The content as a folder, a zip and a tar; archives hold it in no order."""
     shuffled = list(contents.items())
     random.Random(1).shuffle(shuffled)
     with zipfile.ZipFile(folder / "d.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for path, content in shuffled:
             archive.writestr(path, content)
-    yield str(folder / "d.zip")
     with tarfile.open(folder / "d.tar.gz", "w:gz") as archive:
         for path, content in shuffled:
             info = tarfile.TarInfo(path)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    yield str(folder / "d.tar.gz")
-    for path, content in contents.items():
-        store.put_bytes(f"in/d/{path}", content)
-    yield f"s3://{store.bucket}/in/d"
+    return [laid_out(contents, folder / "d"), folder / "d.zip", folder / "d.tar.gz"]
 
 
-def prepared(dataset: str, *, keep_raw: bool | None = None) -> DatasetRef:
-    return preprocess.fn(download.fn(dataset, keep_raw=keep_raw), PreprocessConfig())
+def packed(dataset: Path, out: Path) -> Manifest:
+    """What the two tasks make of it, without their servers."""
+    if dataset.is_dir():
+        folder = images_of(local_folder(dataset), str(dataset))
+        left_out = LeftOut(folder.remarks, folder.left_out)
+        source = open_source("folder", ListedFiles(folder.files, folder.origin), left_out=left_out)
+    else:
+        source = open_source("archive", {dataset.name: dataset})
+    out.mkdir(exist_ok=True)
+    return pack(source, survey(source, CONFIG), CONFIG, out)
 
 
-def packed(dataset: str, store: ObjectStore, *, keep_raw: bool | None = None) -> Manifest:
-    return load_manifest(store, prepared(dataset, keep_raw=keep_raw).version)
+def stored(dataset: str, store: ObjectStore, *, keep_raw: bool | None = None) -> Manifest:
+    """What the two tasks make of it."""
+    ref = preprocess.fn(download.fn(dataset, keep_raw=keep_raw), CONFIG)
+    return load_manifest(store, ref.version)
+
+
+def check(manifest: Manifest, row: str) -> None:
+    _, classes, remarks, counts = TABLE[row]
+    assert manifest.classes == classes
+    assert list(manifest.report.warnings) == remarks
+    assert {split: manifest.splits[split].count for split in counts or ()} == (counts or {})
 
 
 @pytest.mark.parametrize("row", TABLE)
-def test_one_content_gives_one_dataset_version(row: str, tmp_path: Path, store: ObjectStore) -> None:
-    contents, classes, remarks, counts = TABLE[row]
-    found = {dataset: packed(dataset, store) for dataset in forms(contents, tmp_path, store)}
-    found["in place"] = packed(str(tmp_path / "d"), store, keep_raw=False)
-    first = found[str(tmp_path / "d")]
-    assert first.classes == classes
-    assert list(first.report.warnings) == remarks
-    assert counts is None or [split.count for split in first.splits.values()] == counts
-    assert {dataset: manifest.version for dataset, manifest in found.items()} == dict.fromkeys(found, first.version)
+def test_one_content_gives_one_dataset_version(row: str, tmp_path: Path) -> None:
+    found = [packed(dataset, tmp_path / "out") for dataset in forms(TABLE[row][0], tmp_path)]
+    check(found[0], row)
+    assert {manifest.version for manifest in found} == {found[0].version}
 
 
 @pytest.mark.parametrize("row", REFUSED)
-def test_one_content_is_refused_in_the_same_words(row: str, tmp_path: Path, store: ObjectStore) -> None:
+def test_one_content_is_refused_in_the_same_words(row: str, tmp_path: Path) -> None:
     contents, words = REFUSED[row]
-    for dataset in forms(contents, tmp_path, store):
-        with pytest.raises((UsageError, InputError), match=words) as raised:
-            prepared(dataset)
-        assert "\n" not in str(raised.value)
+    for dataset in forms(contents, tmp_path):
+        with pytest.raises((UsageError, InputError), match=words):
+            packed(dataset, tmp_path / "out")
 
 
-def test_what_was_left_out_of_each_class_is_in_the_report(tmp_path: Path, store: ObjectStore) -> None:
+@pytest.mark.parametrize("row", ["seg_train, seg_test, seg_pred, a file beside them"])
+def test_it_does_so_through_the_tasks_and_from_a_bucket(row: str, tmp_path: Path, bucket: ObjectStore) -> None:
+    for path, content in TABLE[row][0].items():
+        bucket.put_bytes(f"in/d/{path}", content)
+    whole, address = forms(TABLE[row][0], tmp_path), f"s3://{bucket.bucket}/in/d"
+    found = [stored(str(dataset), bucket) for dataset in (*whole, address)]
+    found += [stored(dataset, bucket, keep_raw=False) for dataset in (str(whole[0]), address)]
+    check(found[0], row)
+    assert {manifest.version for manifest in found} == {packed(whole[0], tmp_path / "out").version}
+
+
+def test_what_was_left_out_of_each_class_is_in_the_report(tmp_path: Path) -> None:
     root = laid_out(TABLE["other suffixes"][0], tmp_path / "d")
     for number in range(60):
         (root / "dog" / f"link{number:02}.png").symlink_to("/nowhere")
-    report = packed(str(root), store).report
+    report = packed(root, tmp_path / "out").report
     assert report.warnings == (
         f"33 {LEFT_OUT} (cat 30, dog 3), for example cat/p0.heic",
         "60 entries that are no readable files (broken links, say) were left out (dog 60), for example dog/link00.png",
@@ -203,42 +234,46 @@ def test_what_was_left_out_of_each_class_is_in_the_report(tmp_path: Path, store:
         "cat": (20, 30),
         "dog": (20, 63),
     }
-    again = download.fn(str(root))
-    assert again.reused and again.remarks == report.warnings
-    shutil.rmtree(root / "dog")
+
+
+def test_a_folder_of_links_that_lead_nowhere_is_named_as_that(tmp_path: Path) -> None:
     for path in CLEAN:
-        (root / path).parent.mkdir(exist_ok=True)
-        (root / path).unlink(missing_ok=True)
-        (root / path).symlink_to("/nowhere")
-    for path in root.glob("*/*.heic"):
-        path.unlink()
+        (tmp_path / "d" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / path).symlink_to("/nowhere")
     with pytest.raises(UsageError, match=r"among 0 files and 40 broken links, for example cat/0\.png; fetch"):
-        download.fn(str(root))
+        packed(tmp_path / "d", tmp_path / "out")
 
 
-def test_a_clean_source_keeps_the_version_that_it_always_had(tmp_path: Path, store: ObjectStore) -> None:
-    content = packed(str(laid_out(CLEAN, tmp_path / "d")), store).to_bytes()
-    assert b"left_out" not in content and b'"warnings":[]' in content
+def test_a_clean_source_keeps_the_version_that_it_always_had(tmp_path: Path) -> None:
+    manifest = packed(laid_out(CLEAN, tmp_path / "d"), tmp_path / "out")
+    assert b"left_out" not in manifest.to_bytes() and manifest.report.warnings == ()
 
 
-def test_names_of_a_bucket_that_no_folder_could_have(store: ObjectStore) -> None:
-    for path, content in CLEAN.items():
-        store.put_bytes(f"in/d/{path}", content)
-    store.put_bytes("in/d/", b"")
-    store.put_bytes("in/d/cat/", b"")
-    store.put_bytes("in/d//cat/7.png", b"unreachable in a folder")
-    raw = download.fn(f"s3://{store.bucket}/in/d")
-    (remark,) = raw.remarks
-    assert remark.startswith("1 entries that are no readable files") and "(cat 1)" in remark
-    assert len(raw.files) == 40
-    store.put_bytes("in/d/bird/", b"")
+def test_a_new_file_that_is_no_image_is_noticed(tmp_path: Path, bucket: ObjectStore) -> None:
+    for path, content in images("cat", "dog", each=2).items():
+        bucket.put_bytes(f"in/d/{path}", content)
+    bucket.put_bytes("in/d/", b"")
+    bucket.put_bytes("in/d/cat/", b"")  # a key that stands for a folder
+    address = f"s3://{bucket.bucket}/in/d"
+    before = download.fn(address)
+    assert before.remarks == () and download.fn(address).reused
+    bucket.put_bytes("in/d/cat/p.heic", b"")
+    after = download.fn(address)
+    assert after.files == before.files and after.digest != before.digest
+    assert after.remarks == (f"1 {LEFT_OUT} (cat 1), for example cat/p.heic",) == download.fn(address).remarks
+    in_place = [download.fn(address, keep_raw=False) for _ in range(2)]
+    assert in_place[0].remarks == in_place[1].remarks == after.remarks and in_place[1].reused
+    bucket.put_bytes("in/d/bird/", b"")
     with pytest.raises(UsageError, match="class folder bird holds no"):
-        download.fn(f"s3://{store.bucket}/in/d")
+        download.fn(address)
 
 
-def test_an_address_of_a_file_is_decoded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("address", ["file://{}/my%20photos", "file://localhost{}/my%20photos", "file:{}/my photos"])
+def test_an_address_of_a_file_is_decoded(address: str, tmp_path: Path) -> None:
     laid_out(CLEAN, tmp_path / "my photos")
-    assert len(download.fn(f"file://{tmp_path}/my%20photos").files) == 40
-    assert len(download.fn(f"file://localhost{tmp_path}/my%20photos").files) == 40
-    os.rename(tmp_path / "my photos", tmp_path / "my%20photos")
-    assert len(download.fn(f"file://{tmp_path}/my%20photos").files) == 40
+    with Mirrors(tmp_path / "partial") as mirrors:
+        source = find_source(address.format(tmp_path), mirrors)
+        assert isinstance(source, FolderSource) and len(source.files) == 40
+        (tmp_path / "my photos").rename(tmp_path / "my%20photos")
+        if "%20" in address:
+            assert isinstance(find_source(address.format(tmp_path), mirrors), FolderSource)
