@@ -51,7 +51,7 @@ def holder(name: str) -> FlowRun:
     found = flow_run_in(Running(), name="train")
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(found.id, {LABEL: limit_of(name)})
-    return found
+        return client.read_flow_run(found.id)
 
 
 def end(run: FlowRun) -> None:
