@@ -14,8 +14,8 @@ def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 
 RETRIED: dict[str, Any] = {
-    "retries": 3,
-    "retry_delay_seconds": [3, 15, 60],
+    "retries": 4,
+    "retry_delay_seconds": [3, 15, 60, 60],  # more than two minutes
     "retry_jitter_factor": 0.3,
     "retry_condition_fn": may_pass,
 }
