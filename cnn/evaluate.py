@@ -1,17 +1,23 @@
 """Exact evaluation: every image once, no padding, and the same numbers for every world size."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cnn.distributed import THREADS_PER_RANK
 from cnn.lanes import Exchange
-from cnn.reading import SplitReader
+from cnn.reading import Batch, SplitReader
 
 EVAL_BATCH = 250  # images; part of the result's last bits, hence no option
+BLOCKS_AT_ONCE = 8  # batches that a processor works on at a time, at most; each takes memory for its activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +31,10 @@ class Score:
 def predict_logits(
     network: nn.Module, split: SplitReader, device: torch.device, *, on_progress: Callable[[int], None] = lambda _: None
 ) -> Tensor:
-    """Logits of every image of a split, in its order: float32 N×classes, on the CPU.
+    """Returns the logits of every image of a split, in its order: float32 N×classes, on the CPU.
+
+    A processor works on several batches side by side, each on as many threads as a rank has: the bits are the same
+    whatever number of cores a machine has.
 
     Args:
         network: takes uint8 images, normalisation included.
@@ -33,10 +42,35 @@ def predict_logits(
     """
     parts = []
     with _evaluating(network):
-        for images, _ in split.blocks(EVAL_BATCH):
-            parts.append(network(images.to(device)).float().cpu())
-            on_progress(len(images))
+        for logits in _of_blocks(partial(_logits, network, device), split.blocks(EVAL_BATCH), device):
+            parts.append(logits)
+            on_progress(len(logits))
     return torch.cat(parts)
+
+
+@torch.inference_mode()  # a thread's own state
+def _logits(network: nn.Module, device: torch.device, images: Tensor) -> Tensor:
+    logits: Tensor = network(images.to(device))
+    return logits.float().cpu()
+
+
+def _of_blocks(forward: Callable[[Tensor], Tensor], blocks: Iterable[Batch], device: torch.device) -> Iterator[Tensor]:
+    """What `forward` makes of each block's images, in their order."""
+    if device.type != "cpu":
+        yield from (forward(images) for images, _ in blocks)
+        return
+    threads, workers = torch.get_num_threads(), min(BLOCKS_AT_ONCE, len(os.sched_getaffinity(0)))
+    waiting: deque[Future[Tensor]] = deque()
+    try:
+        with ThreadPoolExecutor(workers, "evaluate", torch.set_num_threads, (THREADS_PER_RANK,)) as pool:
+            for images, _ in blocks:
+                waiting.append(pool.submit(forward, images))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(threads)  # what the workers have set holds for threads to come, too
 
 
 def evaluate(network: nn.Module, split: SplitReader, device: torch.device, exchange: Exchange) -> Score:

@@ -57,6 +57,14 @@ class Spread(_Record):
     max: int
 
 
+class Losses(_Record):
+    """What a class folder holds."""
+
+    images: int
+    left_out: int
+    """Files that are no images, by their names, or cannot be reached."""
+
+
 class DataReport(_Record):
     """What preprocessing found in the source."""
 
@@ -79,6 +87,8 @@ class DataReport(_Record):
     """Images of each Pillow mode (`L`, `RGB`, `P`, ...), before conversion."""
 
     warnings: tuple[str, ...]
+    left_out: dict[str, Losses] = {}
+    """Of each class of which files were left out."""
 
 
 class Manifest(_Record):
@@ -107,8 +117,13 @@ class Manifest(_Record):
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, UTF-8."""
-        # Raw versions keep the digest that they had before there were others.
-        return canonical_json(self.model_dump(mode="json", exclude={"encoding"} if self.encoding == "raw" else None))
+        # Versions without these keep the digest that they had before there were any.
+        content = self.model_dump(mode="json")
+        if self.encoding == "raw":
+            del content["encoding"]
+        if not self.report.left_out:
+            del content["report"]["left_out"]
+        return canonical_json(content)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":

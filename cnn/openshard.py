@@ -1,5 +1,6 @@
 """A shard that is open for reading: images as they are, or as compressed files that are decoded when they are read."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -8,9 +9,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from cnn.errors import InputError
+from cnn.errors import InputError, NotAvailable
+from cnn.manifest import Shard
 
 Encoding = Literal["raw", "jpeg", "webp"]
+
+TRIES = 20  # a cache shared with others may drop a file between fetching and opening it
 
 
 class OpenShard(Protocol):
@@ -95,6 +99,31 @@ def open_shard(path: Path, *, count: int, shape: tuple[int, int, int], encoding:
     if len(shard.labels) != count:
         raise InputError(f"{path}: it has {len(shard.labels)} images, the manifest says {count}")
     return shard
+
+
+def fetch_and_open(
+    shard: Shard, fetch: Callable[[Shard], Path], *, shape: tuple[int, int, int], encoding: Encoding
+) -> OpenShard:
+    """Maps a shard at once after it was fetched, since a mapped file stays readable whatever leaves the cache.
+
+    Args:
+        fetch: makes a shard a local file and returns its path; it may remove files that it has given out earlier.
+
+    Raises:
+        InputError: the file is not whole, or not what the manifest says.
+        NotAvailable: it was gone before it could be opened, each time.
+    """
+    for _ in range(TRIES):
+        path = fetch(shard)
+        try:
+            return open_shard(path, count=shard.count, shape=shape, encoding=encoding)
+        except InputError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+    raise NotAvailable(
+        f"{path} left the cache {TRIES} times before it could be opened: other processes need more than the cache may "
+        "hold; raise CONVOY_CACHE_BYTES"
+    )
 
 
 def _tensors(path: Path, *names: str) -> list[Tensor]:

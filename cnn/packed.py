@@ -18,25 +18,27 @@ class PackedSplit:
     Only the labels are copied to memory. Do not write to the tensors that come from `slice`.
 
     Args:
-        paths: the split's shards in reading order, at least one.
+        shards: the split's shards in reading order, at least one; files, or mapped already.
 
     Raises:
         InputError: a file is no shard, or the shards do not fit together.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        if not paths:
+    def __init__(self, shards: Sequence[Path | RawShard]) -> None:
+        if not shards:
             raise InputError("a packed split has at least one shard")
-        shards = [RawShard(Path(path)) for path in paths]
-        self._images = [shard.images for shard in shards]
-        self.labels = torch.cat([shard.labels for shard in shards])
+        mapped = [shard if isinstance(shard, RawShard) else RawShard(shard) for shard in shards]
+        self._images = [shard.images for shard in mapped]
+        self.labels = torch.cat([shard.labels for shard in mapped])
         """int64 [N]"""
         _, channels, height, width = self._images[0].shape
         self.shape = (channels, height, width)
         """(C, H, W) of an image."""
-        for path, images in zip(paths, self._images, strict=True):
-            if images.shape[1:] != self._images[0].shape[1:]:
-                raise InputError(f"{path}: its images are {tuple(images.shape[1:])}, those before it {self.shape}")
+        for shard in mapped:
+            if shard.images.shape[1:] != self._images[0].shape[1:]:
+                raise InputError(
+                    f"{shard.path}: its images are {tuple(shard.images.shape[1:])}, those before it {self.shape}"
+                )
         self._ends = torch.tensor([len(images) for images in self._images]).cumsum(0)
 
     def __len__(self) -> int:

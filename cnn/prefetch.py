@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
@@ -81,16 +82,18 @@ class Prefetch:
     def _let_go(self, number: int) -> None:
         future = self._here.pop(number)
         if future.done() and not future.cancelled() and not future.exception():
-            _touch(future.result(), LET_GO)
+            path = future.result().path
+            del future  # first the mapping goes: a file that leaves while it is mapped still takes room
+            _touch(path, LET_GO)
 
     def _touch_all(self) -> None:
         for future in self._here.values():
             if future.done() and not future.exception():
-                _touch(future.result(), 0.0)
+                _touch(future.result().path, 0.0)
         self._touched = time.monotonic()
 
 
-def _touch(shard: OpenShard, age: float) -> None:
+def _touch(path: Path, age: float) -> None:
     when = time.time() - age
     with suppress(OSError):  # it may be gone, or somebody else's
-        os.utime(shard.path, (when, when))
+        os.utime(path, (when, when))

@@ -17,7 +17,7 @@ from cnn.config import PreprocessConfig
 from cnn.encoding import check_encoding, decode, encode
 from cnn.errors import InputError
 from cnn.journal import PackedShard
-from cnn.manifest import DataReport, Manifest, SplitInfo, Spread, Unreadable
+from cnn.manifest import DataReport, Losses, Manifest, SplitInfo, Spread, Unreadable
 from cnn.parallel import READERS, in_order
 from cnn.pixelsums import Moments, moments
 from cnn.shards import SHARD_BYTES, Images, ShardWriter
@@ -237,12 +237,19 @@ def _report(source: Source, plan: Plan, counts: NDArray[np.int64], failures: Seq
         width=_spread(widths),
         height=_spread(heights),
         modes=dict(modes),
+        left_out=_losses(source, plan),
         warnings=tuple(_warnings(source, plan, counts, len(failures))),
     )
 
 
+def _losses(source: Source, plan: Plan) -> dict[str, Losses]:
+    images = np.bincount(plan.labels, minlength=len(source.classes)).tolist()
+    counts = dict(zip(source.classes, images, strict=True))
+    return {name: Losses(images=counts[name], left_out=lost) for name, lost in source.left_out.classes.items()}
+
+
 def _warnings(source: Source, plan: Plan, counts: NDArray[np.int64], bad_count: int) -> Iterator[str]:
-    yield from source.remarks
+    yield from source.left_out.remarks
     for split in (VAL, TEST):
         missing = [name for name, count in zip(source.classes, counts[split], strict=True) if not count]
         if missing:

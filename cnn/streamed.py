@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cnn.errors import InputError
 from cnn.manifest import Shard
-from cnn.openshard import Encoding, OpenShard, RawShard, open_shard
+from cnn.openshard import Encoding, OpenShard, RawShard, fetch_and_open
 from cnn.prefetch import Prefetch
 from cnn.readahead import read_ahead
 from cnn.reading import Batch
@@ -25,7 +25,6 @@ KEPT = 8  # shards that stay open after a gather or slice out of turn
 READ_TOGETHER = 8  # images that a thread decodes or copies at a time
 LARGE = 16 * 2**10  # bytes of an image from which on copying one by one is quicker than all at once, and again in order
 LOOKED_AT = 1 << 20  # positions turned into shard numbers at a time
-TRIES = 3  # a cache shared with others may drop a file between fetching and opening it
 
 
 class StreamedSplit:
@@ -157,18 +156,7 @@ class StreamedSplit:
         return first, last
 
     def _bring(self, number: int) -> OpenShard:
-        shard = self._shards[number]
-        for _ in range(TRIES - 1):
-            path = self._fetch(shard)
-            try:
-                return self._open(path, shard)
-            except InputError:
-                if path.exists():
-                    raise
-        return self._open(self._fetch(shard), shard)
-
-    def _open(self, path: Path, shard: Shard) -> OpenShard:
-        return open_shard(path, count=shard.count, shape=self.shape, encoding=self._encoding)
+        return fetch_and_open(self._shards[number], self._fetch, shape=self.shape, encoding=self._encoding)
 
     @torch.inference_mode(False)  # else the readers' threads may not write to what is made here
     def _read(self, index: Tensor, shard_of: Callable[[int], OpenShard]) -> Batch:

@@ -127,7 +127,7 @@ def _join(parts: Sequence[SurveyPart], start: int) -> SurveyPart:
 
 def _plan(source: Source, config: PreprocessConfig, parts: Sequence[SurveyPart]) -> Plan:
     if not any(part.looks for part in parts):
-        raise InputError("not one image can be read; PNG, JPEG, WebP and BMP are supported")
+        raise InputError(_nothing_readable(source))
     found = _join(parts, 0)
     splits = assign(found.splits, found.keys, val_fraction=config.val_fraction, test_fraction=config.test_fraction)
     shared = np.isin(found.keys[splits != TRAIN], found.keys[splits == TRAIN]).sum()
@@ -142,6 +142,13 @@ def _plan(source: Source, config: PreprocessConfig, parts: Sequence[SurveyPart])
         duplicates=len(found.keys) - len(np.unique(found.keys)),
         shared=int(shared),
     )
+
+
+def _nothing_readable(source: Source) -> str:
+    block = next(iter(source.blocks())).loaded()
+    first = np.arange(len(block.labels)) == 0
+    named = "; ".join(f"{each.name}: {each.reason}" for each in block.decode(first, Target(1, 3)).unreadable)
+    return f"not one of {len(source)} images can be read ({named}); PNG, JPEG, WebP and BMP are supported"
 
 
 def count_classes(splits: NDArray[np.int8], labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:

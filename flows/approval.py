@@ -10,7 +10,7 @@ from prefect.input import RunInput
 
 from infra.errors import GateRefused
 from infra.registry import ModelVersion
-from tasks.cancel import ASK_EVERY, Cancelled, is_cancelled
+from tasks.cancel import ASK_EVERY, Cancelled, is_cancelled, stop_if_told
 from tasks.progress import run_logger
 from tasks.verdict import Verdict
 
@@ -67,6 +67,7 @@ def _paused(page: str, patience: float) -> Approval | None:
         try:
             answer = answers.get(timeout=ASK_EVERY)
         except queue.Empty:
+            stop_if_told()
             if is_cancelled():
                 raise Cancelled("the flow run was cancelled while it waited for approval") from None
             continue

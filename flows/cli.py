@@ -1,8 +1,12 @@
 """The command line. Torch, Prefect and MLflow are loaded only by the commands that need them, once they need them."""
+# ruff: noqa: E402
+
+from infra import stopping
+
+stopping.listen()  # before all else, since a signal may come while the rest is imported
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -10,29 +14,28 @@ from typing import Annotated
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows import models, notify, service, upkeep, usage
-from flows.console import exit_status, foreseen, loading, one_line, print_pairs, say, servers_up
+from flows.console import (
+    exit_status,
+    foreseen,
+    loading,
+    one_line,
+    print_pairs,
+    say,
+    servers_up,
+    terminal,
+)
 from flows.summary import Summary, check_writable, write_summary
+from infra.output import outlive_readers
 from infra.settings import Settings
 from tasks.config import RunConfig, load_config, recipes
 
 INTERRUPTED, CTRL_C = 75, 130
-
-
-class Terminated(BaseException):
-    """SIGTERM: the machine, or the scheduler, wants us to end."""
-
-    exit_status = INTERRUPTED
-
-
-class Interrupted(BaseException):
-    """Ctrl-C, in a form that typer does not swallow."""
-
-    exit_status = CTRL_C
-
+STOPPABLE = ("train", "resume")
+"""Commands that look for signals themselves; the others leave them their default actions."""
 
 app = typer.Typer(
     name="convoy",
@@ -47,6 +50,12 @@ app = typer.Typer(
     epilog="Exit status: 0 done, 1 failed or a server did not answer, 2 your mistake, 3 a gate refused, "
     "75 interrupted, 130 Ctrl-C.",
 )
+
+
+@app.callback()
+def _begin(context: typer.Context) -> None:
+    if context.invoked_subcommand not in STOPPABLE:
+        stopping.unlisten()
 
 
 class Step(StrEnum):
@@ -165,7 +174,7 @@ def runs(
     table = Table("run", "started", "status", "checkpoint", "dataset", "model", "validation", box=None)
     for training in found:
         table.add_row(*training.cells())
-    Console(width=160).print(table if found else "No training yet.")  # ids are for copying: never shortened
+    terminal(width=160).print(table if found else "No training yet.")  # ids are for copying: never shortened
 
 
 MORE: dict[str, tuple[Callable[..., None], ...]] = {
@@ -224,10 +233,11 @@ def _show_servers(settings: Settings) -> None:
     from infra import stack
 
     colours = {"running": "green", "external": "cyan", "dead": "red", "stopped": "dim"}
-    lines: dict[str, str] = {}
+    lines: dict[str, Text] = {}
     for server in stack.status(settings):
-        log = f"  [dim]log {os.path.relpath(server.log)}[/]" if server.log else ""
-        lines[server.name] = f"[{colours[server.state]}]{server.state:8}[/]  {server.url}{log}"
+        log = f"  log {os.path.relpath(server.log)}" if server.log else ""
+        state = (f"{server.state:8}", colours[server.state])
+        lines[server.name] = Text.assemble(state, "  ", server.url, (log, "dim"))
     print_pairs(lines)
 
 
@@ -262,7 +272,10 @@ def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | No
         check_writable(file)
     result = Summary(status="failed", dataset=dataset)
     try:
-        result = run()
+        with outlive_readers("stdout"):
+            result = stopping.attended(run)
+        if stopped := stopping.asked():  # too late to change anything but what we say
+            result = _told_to_stop(result, stopped)
     except BaseException as raised:
         error = foreseen(raised)
         status = exit_status(error)
@@ -272,39 +285,42 @@ def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | No
     finally:
         if file:
             write_summary(file, result)
+            stopping.at_end(lambda stopped: write_summary(file, _told_to_stop(result, stopped)))
     if result.error:
         say(f"convoy: {result.error}", error=True)
         raise typer.Exit(result.exit_status)
 
 
+def _told_to_stop(result: Summary, stopped: stopping.Stopped) -> Summary:
+    """The result of a flow that had ended when a signal came; `champion` still says whether its version became it."""
+    why = f"{stopped}, after the flow had ended: {result.headline}"
+    return result.model_copy(update={"status": "interrupted", "error": why, "exit_status": stopped.exit_status})
+
+
 def _train(config: RunConfig, refresh: list[Step], resume: str | None = None) -> Summary:
-    signal.signal(signal.SIGTERM, _terminate)  # Prefect calls it when it has closed the flow run
     servers_up()
     with loading():
         from flows.train import train_flow
         from tasks.progress import show_task_logs
 
     show_task_logs()
+    stopping.check()
     try:
         result = train_flow(config, frozenset(step.value for step in refresh), resume)
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted") from None
+    except KeyboardInterrupt:  # where a program that calls us has kept Python's handler
+        raise stopping.Stopped(signal.SIGINT) from None
     _print(result)
     return result
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated("ended by SIGTERM")
-
-
 def _print(result: Summary) -> None:
-    lines = {"dataset": f"{result.dataset}, version {result.dataset_version}"}
+    lines: dict[str, str | Text] = {"dataset": f"{result.dataset}, version {result.dataset_version}"}
     if result.accuracy is not None:
         speed = f"{result.images_per_second:,.0f} images/s on {result.world_size} ranks"
         place = "champion" if result.champion else "not champion"
         lines = {
-            "accuracy": f"[bold green]{result.accuracy:.2%}[/] of the test split",
-            "model": f"{result.model_name}, version {result.model_version}: [bold]{place}[/]",
+            "accuracy": Text.assemble((f"{result.accuracy:.2%}", "bold green"), " of the test split"),
+            "model": Text.assemble(f"{result.model_name}, version {result.model_version}: ", (place, "bold")),
             "verdict": result.verdict or "",
             "weights": f"SHA-256 {result.weights_sha256}",
             "time": f"{result.train_seconds:.0f} s of training ({speed}), {result.total_seconds:.0f} s in all",
@@ -317,11 +333,16 @@ def _print(result: Summary) -> None:
 
 def main() -> None:
     """Entry point. An error that we foresaw is one line; a traceback means a bug."""
-    try:
-        app(prog_name="convoy")
-    except (Interrupted, Terminated, Exception) as raised:
-        error = foreseen(raised)
-        if not hasattr(error, "exit_status"):
-            raise
-        say(f"convoy: {one_line(error)}", error=True)
-        sys.exit(exit_status(error))
+    status = 0
+    with outlive_readers("stderr"):
+        try:
+            app(prog_name="convoy")
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except (stopping.Stopped, Exception) as raised:
+            error = foreseen(raised)
+            if not hasattr(error, "exit_status"):
+                raise
+            say(f"convoy: {one_line(error)}", error=True)
+            status = exit_status(error)
+    stopping.end(status)

@@ -1,17 +1,22 @@
 """What all commands share: servers, messages while things load, and how results and errors are printed."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
-from infra.errors import ServiceError
+from infra.errors import Outage, ServiceError
 from infra.settings import Settings
 
 if TYPE_CHECKING:
+    from httpx import HTTPStatusError
+
     from infra.stackfolder import ServerName
+
+SAID = 300  # characters of a server's answer
 
 
 def servers_up(*, only: "Collection[ServerName] | None" = None) -> None:
@@ -22,42 +27,85 @@ def servers_up(*, only: "Collection[ServerName] | None" = None) -> None:
     """
     from infra.stack import NAMES, up
 
-    console = Console(stderr=True, highlight=False)
+    console = terminal(error=True)
     endpoints = up(Settings(), lambda event: console.print(event, style="dim"), only=NAMES if only is None else only)
-    os.environ.update(endpoints.environment())
+    endpoints.apply()
 
 
 def loading() -> AbstractContextManager[object]:
     """Says that imports take a while."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # its tracebacks stay in its UI
-    return Console(stderr=True).status("Loading torch, Prefect and MLflow …")
+    return terminal(error=True).status("Loading torch, Prefect and MLflow …")
 
 
-def print_pairs(lines: Mapping[str, str]) -> None:
-    """Names and values side by side; never shortened, so that addresses can be clicked and copied."""
+def terminal(*, error: bool = False, width: int | None = None, soft_wrap: bool = False) -> Console:
+    """Returns where all output goes: it prints texts as they are, since the user's own may look like markup.
+
+    Colours are for `rich.text.Text`.
+    """
+    return Console(stderr=error, width=width, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
+
+
+def print_pairs(lines: Mapping[str, str | Text]) -> None:
+    """Prints names and values side by side; never shortened, so that addresses can be clicked and copied."""
     width = max(map(len, lines))
-    console = Console(soft_wrap=True, highlight=False)
+    console = terminal(soft_wrap=True)
     for key, value in lines.items():
-        console.print(f"[bold]{key:{width}}[/]  {value}")
+        console.print(Text.assemble((f"{key:{width}}", "bold"), "  ", value))
 
 
 def say(line: str, *, error: bool = False) -> None:
-    """Print a line as it is, whole; an error goes to standard error."""
-    Console(stderr=error, soft_wrap=True, highlight=False, markup=False).print(line)
+    """Prints a line as it is, whole; an error goes to standard error."""
+    terminal(error=error, soft_wrap=True).print(line)
 
 
 def foreseen(error: BaseException) -> BaseException:
-    """The error itself; or one line of ours, if it is Prefect's that it does not let us in."""
-    from httpx import HTTPStatusError
+    """Returns the error itself; or one line of ours, if Prefect's API refuses or is gone, or a disk is full.
 
-    if isinstance(error, HTTPStatusError) and error.response.status_code in (401, 403):
-        # Only Prefect's client lets these through: those of the other servers are translated where they are asked.
-        asked = error.request.url
-        return ServiceError(
-            f"Prefect at {asked.scheme}://{asked.netloc.decode()} does not let you in "
-            f"({error.response.status_code}): check PREFECT_API_AUTH_STRING, or PREFECT_API_KEY for Prefect Cloud"
-        )
+    Only Prefect's client lets such errors through: those of the other servers are translated where they are asked.
+    """
+    from httpx import HTTPStatusError, TransportError
+
+    if hasattr(error, "exit_status"):
+        return error
+    for each in _causes(error):
+        if isinstance(each, HTTPStatusError):
+            return ServiceError(_refusal(each))
+        if isinstance(each, TransportError):
+            address = os.environ.get("PREFECT_API_URL", "").rpartition("@")[2] or "its address"
+            return Outage(
+                f"Prefect at {address} does not answer ({one_line(each)}); "
+                "start it with `convoy up`, or correct PREFECT_API_URL"
+            )
+        if "No space left on device" in str(each):  # of Python's own, or of a library in another language
+            where = f" for {each.filename}" if isinstance(each, OSError) and each.filename else ""
+            return ServiceError(f"no space left on the disk{where}; make some, `convoy prune` may help, and try again")
     return error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yields an error, those in it if it is a group, and what caused them."""
+    yield error
+    for inner in (*getattr(error, "exceptions", ()), error.__cause__):
+        if inner is not None:
+            yield from _causes(inner)
+
+
+def _refusal(error: "HTTPStatusError") -> str:
+    asked, status = error.request.url, error.response.status_code
+    server = f"Prefect at {asked.scheme}://{asked.netloc.decode()}"
+    if status in (401, 403):
+        return (
+            f"{server} does not let you in ({status}): check PREFECT_API_AUTH_STRING, "
+            "or PREFECT_API_KEY for Prefect Cloud"
+        )
+    try:
+        said = error.response.json()
+        said = said.get("exception_message") or said.get("detail") or said
+    except (ValueError, AttributeError):
+        said = error.response.text
+    said = " ".join(str(said).split())
+    return f"{server} answered {asked.path} with status {status}: {said[:SAID]}{'…' if len(said) > SAID else ''}"
 
 
 def exit_status(error: BaseException) -> int:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import yaml
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import DeploymentResponse, SetStateStatus
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flows import Flow, load_flow_from_entrypoint
@@ -27,9 +28,12 @@ from flows.summary import Summary
 from infra import tracking
 from infra.errors import ServiceError, UsageError
 from tasks.config import load_config
+from tasks.flowruns import MLFLOW_RUN
 from tasks.run import FLOW_RUN
 
 POLL = 2.0  # seconds
+OUTAGE = 1800.0  # seconds that Prefect may be away from one who waits for a flow run
+AWAY = "Prefect does not answer"
 UNTAKEN = 30.0  # seconds after which to say that no worker has taken a run
 DATA_CHANGED = "convoy.data.changed"
 PAGES = ("quality-gate", "evaluation")  # artifacts that belong into a report, in this order
@@ -138,12 +142,31 @@ def follow(flow_run_id: UUID, tell: Callable[[str], None]) -> tuple[Summary, lis
 
     Args:
         tell: is given a line whenever the state changes.
+
+    Raises:
+        ServiceError: Prefect did not answer for a long time.
     """
     shown: str | None = None
+    away: float | None = None
     began, told = time.monotonic(), False
     with get_client(sync_client=True) as client:
         while True:
-            run = client.read_flow_run(flow_run_id)
+            try:
+                run = client.read_flow_run(flow_run_id)
+            except httpx.HTTPError as error:
+                if not _may_pass(error):
+                    raise
+                away = away or time.monotonic()
+                if time.monotonic() - away > OUTAGE:
+                    raise ServiceError(
+                        f"Prefect does not answer ({error}); the flow run may go on without it"
+                    ) from None
+                if shown != AWAY:
+                    shown = AWAY
+                    tell(f"{AWAY}, which does not end the flow run: waiting for it")
+                time.sleep(POLL)
+                continue
+            away = None
             state = run.state
             if state and state.name != shown:
                 shown = state.name
@@ -161,6 +184,11 @@ def follow(flow_run_id: UUID, tell: Callable[[str], None]) -> tuple[Summary, lis
     return _summary(run, data.get("summary")), [str(data[key]) for key in PAGES if key in data]
 
 
+def _may_pass(error: httpx.HTTPError) -> bool:
+    """Whether Prefect, or the way to it, is down or overloaded."""
+    return not isinstance(error, httpx.HTTPStatusError) or error.response.status_code in (408, 429, *range(500, 600))
+
+
 def _summary(run: FlowRun, rows: Any) -> Summary:
     assert run.state is not None
     if run.state.type == StateType.COMPLETED and rows:
@@ -171,6 +199,7 @@ def _summary(run: FlowRun, rows: Any) -> Summary:
         status="interrupted" if interrupted else "failed",
         error=run.state.message or run.state.name,
         exit_status=75 if interrupted else 1,
+        mlflow_run_id=run.labels.get(MLFLOW_RUN),
         prefect_flow_run_id=str(run.id),
         prefect_flow_run_url=url_for("flow-run", obj_id=run.id),
     )
@@ -184,6 +213,7 @@ def cancel(run: str) -> str:
 
     Raises:
         UsageError: there is none of that id, or it has ended.
+        ServiceError: Prefect refuses.
     """
     flow_run_id = tracking.run_tags(run).get(FLOW_RUN, run)
     with get_client(sync_client=True) as client:
@@ -195,7 +225,14 @@ def cancel(run: str) -> str:
             ) from None
         if found.state and found.state.is_final():
             raise UsageError(f"flow run {found.name} has ended: {found.state.name}")
-        client.set_flow_run_state(found.id, Cancelling())
+        wanted: State[None] = Cancelling()
+        answer = client.set_flow_run_state(found.id, wanted)
+    if answer.status != SetStateStatus.ACCEPT:
+        why = (
+            getattr(answer.details, "reason", None)
+            or f"it is {answer.state.name if answer.state else found.state_name}"
+        )
+        raise ServiceError(f"Prefect does not cancel flow run {found.name}: {why}")
     return f"flow run {found.name} is being cancelled: {url_for('flow-run', obj_id=found.id)}"
 
 

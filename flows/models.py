@@ -3,11 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from flows.console import loading, say, servers_up
+from flows.console import loading, say, servers_up, terminal
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a registered model.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="Number, or @alias.")]
@@ -51,7 +50,7 @@ def promote(
         verdict = judge_version(found, load_gate(settings or []))
         publish(found, verdict)
         make_page(find_version(found.address))
-        Console().print(Markdown(verdict.markdown()))
+        terminal().print(Markdown(verdict.markdown()))
     say(f"{name} was {promote_version(found, force=force, reason=reason)}")
 
 
@@ -95,7 +94,7 @@ def history(name: NameArgument) -> None:
             entry.reason,
             entry.verdict_summary,
         )
-    Console(width=None if Console().is_terminal else 240).print(table)
+    terminal(width=None if terminal().is_terminal else 240).print(table)
     for change in repair_aliases(store, name):
         say(f"alias repaired: {change}")
 
@@ -118,4 +117,4 @@ def compare(
         from tasks.qualitygate import compare as judge
 
     verdict = judge(find_version(a), find_version(b), load_gate(settings or []))
-    Console().print(Markdown(verdict.markdown()))
+    terminal().print(Markdown(verdict.markdown()))

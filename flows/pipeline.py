@@ -1,6 +1,7 @@
 """A training from its source to the champion, as `train` and `retrain` do it: read it as their table of contents."""
 
 import time
+from functools import partial
 from typing import TypeVar
 
 from prefect import states
@@ -11,7 +12,7 @@ from prefect.utilities.urls import url_for
 
 from flows.approval import ask
 from flows.summary import Summary
-from infra import tracking
+from infra import stopping, tracking
 from infra.errors import GateRefused
 from infra.registry import ModelVersion
 from infra.versions import find_version
@@ -21,17 +22,19 @@ from tasks.config import RunConfig
 from tasks.datagate import DataRefused, data_gate, log_data_report
 from tasks.download import download
 from tasks.evaluate import Evaluation, evaluate
+from tasks.flowruns import flow_is_alive
 from tasks.launchconfig import check_installed
 from tasks.lease import model_lease
 from tasks.modelcard import write_model_card
 from tasks.page import publish_page
 from tasks.preprocess import preprocess
 from tasks.pretrained import pretrained
-from tasks.promote import champion_data
+from tasks.promote import champion_data, promotions_of
 from tasks.qualitygate import QualityRefused, quality_gate
 from tasks.register import register
 from tasks.release import release
-from tasks.run import TrackedRun, fitted, log_cost, read_record, recorded_dataset, tracked_run
+from tasks.retries import outlast
+from tasks.run import TrackedRun, check_resumable, fitted, log_cost, read_record, recorded_dataset, tracked_run
 from tasks.servinggate import serving_gate
 from tasks.train import TrainResult, train
 
@@ -56,6 +59,14 @@ def train_and_release(
         only_if_changed: end after preprocessing if the champion was made of the same.
         force: train all the same.
     """
+    with flow_is_alive():
+        return _train_and_release(config, refresh, resume, only_if_changed=only_if_changed, force=force)
+
+
+def _train_and_release(
+    config: RunConfig, refresh: frozenset[str], resume: str | None, *, only_if_changed: bool, force: bool
+) -> Summary | State[Summary]:
+    stopping.overhear()  # in a worker's process; see tasks.cancel.stop_if_told
     laps = _Laps()
     check_installed(config.launcher)  # before hours of work, rather than after
     tracking.check_server()
@@ -82,23 +93,27 @@ def train_and_release(
     )
     try:
         with model_lease(name):
+            if resume:
+                check_resumable(resume)  # again: another process may have finished it while this one waited
             if only_if_changed:
                 decision = laps("decide", what_changed(name, config, dataset, force=force))
                 summary = summary.model_copy(update={"reason": decision.why})
+                if decision.judge:
+                    return _ended(_judged_again(summary, config, decision.judge), laps)
                 if not decision.train:
                     return _ended(summary.model_copy(update={"status": "unchanged"}), laps)
                 if config.warm_start and decision.champion_weights and not config.pretrained:
                     config = pretrained(config.model_copy(update={"pretrained": decision.champion_weights}), dataset)
             checked = laps("data-gate", data_gate(dataset, config.data_gate, champion_data(name)))
             with tracked_run(config, dataset, resume) as run:
-                log_data_report(run.run_id, checked)
+                outlast(partial(log_data_report, run.run_id, checked))
                 trained = laps("train", train(run, dataset, config))
                 evaluated = laps("evaluate", evaluate(config.training(), dataset, trained))
                 registered = laps("register", register(name, config.training(), dataset, trained, evaluated))
                 write_model_card(registered, config, dataset, trained, evaluated)
                 summary = _with_version(summary, run, trained, evaluated, registered)
                 summary = laps("gates", _through_gates(summary, config, registered, evaluated))
-                publish_page(find_version(registered.address))
+                publish_page(outlast(partial(find_version, registered.address)))
                 log_cost(run.run_id, laps.seconds, trained.world_size * trained.train_seconds / 3600)
     except DataRefused as refused:
         summary = _refused(summary, refused)
@@ -119,11 +134,30 @@ def _ended(summary: Summary, laps: "_Laps") -> Summary | State[Summary]:
     return states.Completed(name=names.get(summary.status, "Completed"), message=summary.headline, data=summary)
 
 
-def _through_gates(summary: Summary, config: RunConfig, registered: ModelVersion, evaluated: Evaluation) -> Summary:
-    """What came of trying, judging and releasing a version."""
+def _judged_again(summary: Summary, config: RunConfig, version: ModelVersion) -> Summary:
+    """Judges and releases a version of an earlier training, to which a new one would be equal."""
+    summary = _through_gates(summary.model_copy(update={"model_version": version.version}), config, version, None)
+    publish_page(find_version(version.address))
+    return summary
+
+
+def _through_gates(
+    summary: Summary, config: RunConfig, registered: ModelVersion, evaluated: Evaluation | None
+) -> Summary:
+    """Runs serving gate, quality gate, approval and release; returns the summary with the outcome.
+
+    A version that an earlier try has promoted is not judged again: that would be against itself.
+
+    Args:
+        evaluated: None if the serving gate has passed the version before.
+    """
+    if evaluated and (entries := promotions_of(registered)):
+        is_champion = entries[-1].to_version == registered.version
+        return summary.model_copy(update={"champion": is_champion, "verdict": entries[0].verdict_summary})
     summary = summary.model_copy(update={"champion": False})
     try:
-        serving_gate(registered, evaluated, config.serving)
+        if evaluated:
+            serving_gate(registered, evaluated, config.serving)
         verdict = quality_gate(registered, config.gate)
         summary = summary.model_copy(update={"verdict": verdict.summary})
         if config.promotes:

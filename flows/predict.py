@@ -1,11 +1,44 @@
 """The prediction flow: the classes of any number of images, by a registered model, as a table."""
 
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
 from prefect import flow
 
 from tasks.predict import Predictions, predict
 
+PARAMETER_BYTES = 100_000  # Prefect refuses parameters of more than 524 288 bytes, and keeps and shows what it takes
+
 
 @flow(name="predict", flow_run_name="{model}", persist_result=False)
-def predict_flow(model: str, inputs: list[str], out: str) -> Predictions:
-    """Predict the class of every image among the inputs; for the arguments see `tasks.predict.predict`."""
-    return predict(model, inputs, out)
+def predict_flow(model: str, inputs: list[str], out: str, inputs_file: str | None = None) -> Predictions:
+    """Predict the class of every image among the inputs; for the arguments see `tasks.predict.predict`.
+
+    Args:
+        inputs_file: a file that names more inputs, each followed by a NUL byte, as `find -print0` writes them.
+    """
+    return predict(model, [*inputs, *(_named_in(Path(inputs_file)) if inputs_file else ())], out)
+
+
+@contextmanager
+def as_parameters(inputs: list[str]) -> Iterator[tuple[list[str], str | None]]:
+    """Yields `inputs` and `inputs_file` for the flow: the file if they are too long for Prefect, or are no Unicode."""
+    try:
+        fits = len(json.dumps(inputs, ensure_ascii=False).encode()) <= PARAMETER_BYTES
+    except UnicodeEncodeError:  # a file's name is bytes
+        fits = False
+    if fits:
+        yield inputs, None
+        return
+    with NamedTemporaryFile(prefix="convoy-inputs-") as file:
+        file.write(b"".join(os.fsencode(each) + b"\0" for each in inputs))
+        file.flush()
+        yield [], file.name
+
+
+def _named_in(file: Path) -> list[str]:
+    return [os.fsdecode(each) for each in file.read_bytes().split(b"\0") if each]

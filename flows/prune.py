@@ -9,11 +9,12 @@ DEFAULTS = RetentionConfig()
 
 
 @flow(name="prune", persist_result=False)
-def prune_flow(retention: RetentionConfig = DEFAULTS, dry_run: bool = False) -> Pruned:
+def prune_flow(retention: RetentionConfig = DEFAULTS, dry_run: bool = False, forget_unknown: bool = False) -> Pruned:
     """Remove what nothing rests on and has had its time.
 
     Args:
         retention: how long what is kept.
         dry_run: only say what would go.
+        forget_unknown: go on if MLflow does not know runs or promoted versions of which the bucket holds data.
     """
-    return prune(retention, dry_run=dry_run)
+    return prune(retention, dry_run=dry_run, forget_unknown=forget_unknown)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +52,8 @@ def worker(
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"  # this process is for reading its log
     command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
     sys.stdout.flush()
+    # Prefect's worker ends itself by a SIGINT, also at SIGTERM, and a script's background job has it ignored.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.execv(sys.executable, [sys.executable, *command])
 
 
@@ -129,6 +132,8 @@ def retrain(
     else:
         print_pairs({"status": summary.status, "why": summary.headline})
     if summary.exit_status:
+        if summary.mlflow_run_id and summary.status != "refused":
+            say(f"MLflow run {summary.mlflow_run_id}: `convoy resume` goes on with it", error=True)
         say(f"convoy: {summary.error}", error=True)
         raise typer.Exit(summary.exit_status)
 

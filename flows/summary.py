@@ -3,12 +3,14 @@
 import json
 import os
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
+from tasks.markdown import plain, shown
 
 
 class Summary(BaseModel):
@@ -85,22 +87,23 @@ def write_report(path: Path, summary: Summary, pages: Sequence[str]) -> None:
         pages: of the run, which follow folded up.
     """
     words = {"done": "promoted" if summary.champion else "registered, not promoted", "unchanged": "nothing to do"}
+    name = plain(summary.model_name or "")
     rows = {
-        "model": f"`{summary.model_name}` version {summary.model_version}" if summary.model_version else None,
+        "model": f"{name} version {summary.model_version}" if summary.model_version else None,
         "accuracy": f"{summary.accuracy:.2%} of the test split" if summary.accuracy is not None else None,
-        "quality gate": summary.verdict,
-        "reason": summary.reason,
-        "error": summary.error,
+        "quality gate": plain(summary.verdict or ""),
+        "reason": plain(summary.reason or ""),
+        "error": plain(summary.error or ""),
         "cost": _cost(summary),
         "reused": ", ".join(summary.reused) or None,
         "MLflow": f"[run, charts and report]({summary.mlflow_run_url})" if summary.mlflow_run_url else None,
         "Prefect": f"[flow run]({summary.prefect_flow_run_url})" if summary.prefect_flow_run_url else None,
     }
-    lines = [f"### {summary.model_name or 'Retraining'}: **{words.get(summary.status, summary.status)}**", ""]
+    lines = [f"### {name or 'Retraining'}: **{words.get(summary.status, summary.status)}**", ""]
     lines += ["| | |", "|:--|:--|"]
-    lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
+    lines += [f"| {name} | {value} |" for name, value in rows.items() if value]
     for page in pages:
-        title = page.partition("\n")[0].replace("**", "")
+        title = escape(shown(page.partition("\n")[0]))
         lines += ["", f"<details><summary>{title}</summary>", "", page.strip(), "", "</details>"]
     _write(path, "\n".join(lines) + "\n")
 
@@ -113,10 +116,6 @@ def _cost(summary: Summary) -> str | None:
         f"{summary.total_seconds:.0f} s in all, {summary.train_seconds:.0f} s of training on {summary.world_size} "
         f"ranks: {hours:.2f} rank-hours, {summary.images_per_second:,.0f} images/s"
     )
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,12 +3,11 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from flows.console import loading, say, servers_up
+from flows.console import loading, say, servers_up, terminal
 from infra.settings import Settings
 from tasks.retention import RetentionConfig, load_retention
 
@@ -26,11 +25,18 @@ SetOption = Annotated[
 def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     settings: SetOption = None,
+    forget_unknown: Annotated[
+        bool,
+        typer.Option(
+            "--forget-unknown", help="Go on if MLflow does not know runs or promoted versions: they were deleted there."
+        ),
+    ] = False,
 ) -> None:
     """Remove old checkpoints, data, reports and cached files that nothing rests on.
 
     What a champion, an earlier champion, a version with an alias or a running training needs stays, whatever its age;
-    so do all verdicts and promotions.
+    so do all verdicts and promotions. Nothing goes if MLflow does not know what the bucket holds data of: it may be
+    another server than these were made with.
 
     [dim]convoy prune --dry-run[/]
     [dim]convoy prune --set datasets_keep=2 --set unfinished_checkpoints_days=7[/]
@@ -40,11 +46,11 @@ def prune(
     with loading():
         from flows.prune import prune_flow
 
-    result = prune_flow(retention, dry_run)
+    result = prune_flow(retention, dry_run, forget_unknown)
     table = Table("would go" if dry_run else "removed", "objects", "size", box=None)
     for each in result.freed:
         table.add_row(each.kind, f"{each.count:,}", decimal(each.bytes))
-    Console().print(table if result.freed else "Nothing was old enough to go.")
+    terminal().print(table if result.freed else "Nothing was old enough to go.")
     for note in result.notes:
         say(note)
 
@@ -69,9 +75,10 @@ def doctor(
     capabilities = probe(Settings().bucket)
     table = Table("object storage", "", "without it, Convoy", box=None)
     for each in capabilities:
-        word = "honoured" if each.honoured else f"{'[red]missing[/]' if each.needed else 'no'}: {escape(each.answer)}"
+        lack = ("missing", "red") if each.needed else "no"
+        word = Text("honoured") if each.honoured else Text.assemble(lack, f": {each.answer}")
         table.add_row(each.name, word, each.without if not each.honoured else "")
-    Console(width=160).print(table)
+    terminal(width=160).print(table)
     lacking = [each.name for each in capabilities if each.needed and not each.honoured]
 
     found = find_orphans()

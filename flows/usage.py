@@ -1,11 +1,15 @@
 """Commands for those who use a registered model: `predict` and `export`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.console import loading, print_pairs, say, servers_up
+from infra.output import outlive_readers
+
+if TYPE_CHECKING:
+    from tasks.predict import Predictions
 
 SHOWN = 10  # unreadable files
 
@@ -27,11 +31,17 @@ def predict(
     """
     servers_up()
     with loading():
-        from flows.predict import predict_flow
+        from flows.predict import as_parameters, predict_flow
         from tasks.progress import show_task_logs
 
     show_task_logs()
-    done = predict_flow(model, inputs, out)
+    with outlive_readers("stdout"):
+        with as_parameters(inputs) as (named, inputs_file):
+            done = predict_flow(model, named, out, inputs_file)
+        _print_predictions(done)
+
+
+def _print_predictions(done: "Predictions") -> None:
     if done.unreadable:
         for each in done.unreadable_examples[:SHOWN]:
             say(f"not used: {each.file}: {each.reason}", error=True)

@@ -1,5 +1,6 @@
 """Files out of Debian packages: of an installed one, else of one that apt downloads; as any user."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from infra.errors import ServiceError
 from infra.files import CHUNK
+from infra.websettings import web_environment
 
 APT_SECONDS = 600
 APT_OPTIONS = (
@@ -93,7 +95,13 @@ def _apt(folder: Path, *arguments: str, options: tuple[str, ...] = ()) -> str:
         command += ["-o", option]
     try:
         done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=APT_SECONDS, stdin=subprocess.DEVNULL
+            command,
+            cwd=folder,
+            env=os.environ | web_environment(),
+            capture_output=True,
+            text=True,
+            timeout=APT_SECONDS,
+            stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired:
         return f"apt-get {arguments[0]} took over {APT_SECONDS} s"

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, SecretStr
 
+from infra.websettings import loopback_without_proxy, without_web
+
 QUIET = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -37,10 +39,35 @@ class Endpoints(BaseModel):
     prefect_ui_url: str
     prefect_is_local: bool
 
-    def environment(self) -> dict[str, str]:
-        """The standard variables that every client reads, and those that keep clients quiet and off pickle.
+    def apply(self) -> None:
+        """Makes the clients of this process, and of all that it starts, use these servers.
 
-        For a local server they also override what the user has set up for another one: profiles, tokens.
+        To be called before a client library is imported. Of a local server's clients nothing stays that the user has
+        set up for another server (credentials, certificates, regions, time limits), and where all servers are local, no
+        proxy and no certificate either; what is fetched from the web still has them, see `infra.websettings`.
+        """
+        kept = {name: value for name, value in os.environ.items() if not self._leads_astray(name)}
+        if self.s3_is_local and self.mlflow_is_local and self.prefect_is_local:
+            kept = without_web(kept)
+        kept |= self.environment()
+        for name in os.environ.keys() - kept.keys():
+            del os.environ[name]
+        os.environ.update(kept)
+
+    @property
+    def s3_is_local(self) -> bool:
+        """Whether the object store is one of the local stack."""
+        return self.s3_access_key_id is not None
+
+    def _leads_astray(self, name: str) -> bool:
+        """Whether a variable is about another server than the local one that its clients are to use."""
+        prefixes = {"AWS_": self.s3_is_local, "MLFLOW_": self.mlflow_is_local, "PREFECT_": self.prefect_is_local}
+        return any(is_local and name.startswith(prefix) for prefix, is_local in prefixes.items())
+
+    def environment(self) -> dict[str, str]:
+        """Returns the standard variables that every client reads, and those that keep clients quiet and off pickle.
+
+        They do for a shell that sets nothing else; `apply` sees to all others.
         """
         variables = {
             **QUIET,
@@ -56,7 +83,11 @@ class Endpoints(BaseModel):
         if self.mlflow_is_local:
             variables["MLFLOW_REGISTRY_URI"] = self.mlflow_tracking_uri
         if self.prefect_is_local:
-            variables |= {"PREFECT_HOME": str(self.home / "prefect"), "PREFECT_PROFILE": "local"}
+            variables |= {
+                "PREFECT_HOME": str(self.home / "prefect"),
+                "PREFECT_PROFILE": "local",
+                "PREFECT_UI_URL": self.prefect_ui_url,
+            }
         return variables
 
     def s3_environment(self) -> dict[str, str]:
@@ -74,11 +105,3 @@ class Endpoints(BaseModel):
             "AWS_CONFIG_FILE": str(self.home / "stack" / "aws-config"),
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         }
-
-
-def loopback_without_proxy() -> dict[str, str]:
-    """Variables that keep requests to this machine away from a proxy that the user may have set."""
-    set_so_far = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    hosts = [host for host in set_so_far.split(",") if host]
-    hosts += [host for host in ("127.0.0.1", "localhost") if host not in hosts]
-    return {"NO_PROXY": ",".join(hosts), "no_proxy": ",".join(hosts)}

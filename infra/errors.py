@@ -1,10 +1,21 @@
 """What `infra` raises; the command line prints the message as one line and exits with `exit_status`."""
 
+from unicodedata import category
+
+
+def one_line(text: str) -> str:
+    """Returns the text with line breaks and control characters escaped: names of files may hold them."""
+    hidden = {"Cc", "Cs", "Zl", "Zp"}
+    return "".join(c.encode("unicode_escape").decode() if category(c) in hidden else c for c in text)
+
 
 class UsageError(ValueError):
     """The user asked for something that does not exist or is not allowed; the message says what to do instead."""
 
     exit_status = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class GateRefused(RuntimeError):

@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from infra import stopping
+
 CHUNK = 1 << 20
+LOCK_POLL = 0.05  # seconds between looks whether a lock is free
 
 OnBytes = Callable[[int], object]
 """Called with a number of bytes just moved, from any thread; negative where a part has to be moved again."""
@@ -61,6 +64,19 @@ def atomic_file(target: Path) -> Iterator[Path]:
         publish(temporary, target)
 
 
+def wait_for_lock(file: int) -> None:
+    """Takes the lock of an open file (flock(2)), however long another process holds it.
+
+    Raises:
+        Stopped: a signal asks this process to end.
+    """
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stopping.sleep(LOCK_POLL)
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock named by `path`; others, in this or another process, wait.
@@ -72,7 +88,7 @@ def locked(path: Path) -> Iterator[None]:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            wait_for_lock(descriptor)
             try:
                 current = path.stat().st_ino == os.fstat(descriptor).st_ino
             except FileNotFoundError:

@@ -1,16 +1,20 @@
 """The local object store's last steps to being ready: its bucket exists, and what is written can be read."""
 
-import os
 import time
 import uuid
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
+import httpx
+
+from infra import stopping
 from infra.credentials import Credentials
 from infra.endpoints import REGION
 from infra.errors import ServiceError
 
 POLL = 0.1  # seconds between tries
+ANSWER_WITHIN = 10.0  # seconds
+BUCKET_IS_THERE = "BucketAlreadyOwnedByYou"
 
 
 def make_ready(url: str, credentials: Credentials, bucket: str, *, just_started: bool, patience: float) -> None:
@@ -25,43 +29,48 @@ def make_ready(url: str, credentials: Credentials, bucket: str, *, just_started:
     Raises:
         ServiceError: the store refused, or went on failing.
     """
-    from botocore.exceptions import BotoCoreError, ClientError  # slow to import
-
-    client = _open_client(url, credentials)
     deadline = time.monotonic() + patience
-    while True:
-        try:
-            with suppress(client.exceptions.BucketAlreadyOwnedByYou):
-                client.create_bucket(Bucket=bucket)
-            if just_started:
-                _round_trip(client, bucket)
-            return
-        except (BotoCoreError, ClientError) as error:
-            if time.monotonic() > deadline:
-                raise ServiceError(f"bucket {bucket} at {url} cannot be used: {error}") from None
-        time.sleep(POLL)
+    with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_WITHIN) as client:
+        ask = partial(_ask, client, credentials)
+        while True:
+            try:
+                ask("PUT", f"{url}/{bucket}", accepted=BUCKET_IS_THERE)
+                if just_started:
+                    _round_trip(ask, f"{url}/{bucket}/readiness/{uuid.uuid4().hex}")
+                return
+            except httpx.HTTPError as error:
+                if time.monotonic() > deadline:
+                    raise ServiceError(f"bucket {bucket} at {url} cannot be used: {error}") from None
+            stopping.sleep(POLL)
 
 
-def _open_client(url: str, credentials: Credentials) -> Any:
-    """An S3 client that reads nothing that the user has set up for another store."""
-    from botocore.config import Config
-    from botocore.session import Session
+def _ask(
+    client: httpx.Client, credentials: Credentials, method: str, url: str, *, body: bytes = b"", accepted: str = ""
+) -> httpx.Response:
+    """Sends one signed request, without boto3, so that nothing has a say that the user has set up for another store.
 
-    not_the_users_own = {"profile": (None, None, None, None), "config_file": (None, None, os.devnull, None)}
-    return Session(session_vars=not_the_users_own).create_client(
-        "s3",
-        endpoint_url=url,
-        region_name=REGION,
-        aws_access_key_id=credentials.access_key_id.get_secret_value(),
-        aws_secret_access_key=credentials.secret_access_key.get_secret_value(),
-        config=Config(retries={"mode": "standard", "total_max_attempts": 1}, proxies={}),
-    )
+    Args:
+        accepted: the code of an error that is none.
+
+    Raises:
+        httpx.HTTPError: no answer, or one that is no success.
+    """
+    from botocore.auth import S3SigV4Auth  # slow to import
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials as Keys
+
+    request = AWSRequest(method=method, url=url, data=body)
+    keys = Keys(credentials.access_key_id.get_secret_value(), credentials.secret_access_key.get_secret_value())
+    S3SigV4Auth(keys, "s3", REGION).add_auth(request)
+    answer = client.request(method, url, content=body, headers=dict(request.headers.items()))
+    if not (accepted and accepted in answer.text):
+        answer.raise_for_status()
+    return answer
 
 
-def _round_trip(client: Any, bucket: str) -> None:
-    key = f"readiness/{uuid.uuid4().hex}"
-    client.put_object(Bucket=bucket, Key=key, Body=b"ready")
+def _round_trip(ask: Callable[..., httpx.Response], url: str) -> None:
+    ask("PUT", url, body=b"ready")
     try:
-        client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        ask("GET", url)
     finally:
-        client.delete_object(Bucket=bucket, Key=key)
+        ask("DELETE", url)

@@ -12,6 +12,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict
 
+from infra.errors import Outage
 from infra.mlflowserver import first_line, tracking_uri
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 METRICS_A_CALL = 1000  # MLflow's limit
 CAPACITY = 100_000  # values waiting for the server, some 20 MB
 GATHER = 1.0  # seconds between sends: a training takes many steps a second, a request takes milliseconds
+DELIVER_WITHIN = 30.0  # seconds that the server has to take what a training left behind
 LONGEST_PAUSE = 30.0  # seconds between tries during an outage
 WORTH_ANOTHER_TRY = (401, 403, 408, 429)  # a token or limit may change; other 4xx answers stay as they are
 
@@ -47,9 +49,10 @@ class MetricLogger:
     """A bounded buffer of metrics and the thread that empties it into one MLflow run.
 
     `log` neither blocks nor raises, whatever the server does. During an outage rows wait in memory and tries
-    are repeated for as long as the process lives. When more than `capacity` values wait, every second of the
-    older half of the rows is dropped, except those logged with `keep`: an outage of any length costs detail,
-    first of its beginning, but no epoch's figures. Both ends of an outage are logged.
+    are repeated for as long as the process lives. After one, of each metric only steps beyond those that the server has
+    are sent: another process may have gone on with the run meanwhile. When more than `capacity` values wait, every
+    second of the older half of the rows is dropped, except those logged with `keep`: an outage of any length costs
+    detail, first of its beginning, but no epoch's figures. Both ends of an outage are logged.
 
     Args:
         run_id: the MLflow run.
@@ -71,7 +74,8 @@ class MetricLogger:
         is_current: Callable[[], bool] = lambda: True,
     ) -> None:
         self.run_id = run_id
-        self._resumed, self._is_current = resumed, is_current
+        self._ask_what_is_there, self._is_current = resumed, is_current
+        self._superseded = False
         self._there: dict[str, int] = {}  # last step of each metric when we began, as far as it is asked for
         self._capacity = capacity
         self._rows: deque[MetricRow] = deque(backlog)
@@ -145,7 +149,9 @@ class MetricLogger:
     def _send(self, batch: tuple[MetricRow, ...]) -> bool:
         """Send rows; false if the same is worth another try later."""
         try:
-            if self._failures and not self._is_current():
+            if self._failures and not self._superseded:
+                self._superseded = not self._is_current()
+            if self._superseded:
                 return True
             metrics = [
                 Metric(name, value, row.timestamp, row.step)
@@ -170,7 +176,7 @@ class MetricLogger:
 
     def _last_step(self, name: str) -> int:
         """The last step of a metric that an earlier process has delivered."""
-        if not self._resumed:
+        if not self._ask_what_is_there:
             return -1
         if name not in self._there:
             history = mlflow.MlflowClient().get_metric_history(self.run_id, name)
@@ -179,6 +185,8 @@ class MetricLogger:
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
+        self._ask_what_is_there = True
+        self._there.clear()
         if self._failures == 1:
             logger.warning(
                 "MLflow at %s does not take metrics; training goes on, and up to %d values wait (%s)",
@@ -213,3 +221,13 @@ class MetricLogger:
         self._rows = deque(row for number, row in enumerate(self._rows) if number not in drop)
         self._waiting -= gone
         self._thinned += gone
+
+
+def deliver(run_id: str, rows: Iterable[MetricRow]) -> None:
+    """Sends rows that a process which has ended could not deliver; done again, it sends nothing twice.
+
+    Raises:
+        Outage: the server did not take all of them.
+    """
+    if rest := MetricLogger(run_id, backlog=rows, resumed=True).close(DELIVER_WITHIN):
+        raise Outage(f"MLflow at {tracking_uri()} does not take {len(rest)} rows of metrics of run {run_id}")

@@ -11,6 +11,7 @@ from mlflow.exceptions import MlflowException, RestException
 from requests import RequestException
 
 from infra.errors import Outage, ServiceError
+from infra.websettings import check_web_environment
 
 ANSWER_WITHIN = 5.0  # seconds a server has to answer the first request of a run
 CLIENT_DEFAULTS = {
@@ -66,8 +67,10 @@ def check_server() -> None:
     """Ask the tracking server for a sign of life, without MLflow's long retries.
 
     Raises:
+        UsageError: a variable about proxies or certificates cannot be used.
         ServiceError: no answer within a few seconds, or only from a proxy before it.
     """
+    check_web_environment()
     address = mlflow.get_tracking_uri().rstrip("/")
     if not address.startswith(("http://", "https://")):
         return

@@ -135,16 +135,27 @@ def open_origin(address: str) -> Origin:
     return BucketOrigin(ObjectStore.connect(bucket, create=False), prefix)
 
 
-def list_local(root: Path, on_files: OnFiles) -> tuple[LocalOrigin, Listing, tuple[str, ...]]:
-    """A folder on this machine with all it holds, hidden files and folders left out; links are followed.
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A folder as it was listed."""
 
-    Returns:
-        Where it is, its files, and the paths of all sub-folders.
+    origin: Origin
+    files: Listing
+    folders: tuple[str, ...]
+    """Paths of all sub-folders, where they exist without files."""
+
+    unreachable: tuple[str, ...]
+    """Paths of what is no file: links that lead nowhere, devices, keys with an empty part."""
+
+
+def list_local(root: Path, on_files: OnFiles) -> Found:
+    """Lists a folder on this machine with all it holds, hidden files and folders left out; links are followed.
 
     Raises:
         UsageError: something in it cannot be read.
     """
     folders: list[str] = []
+    unreachable: list[str] = []
     odd: dict[str, Path] = {}
 
     def entries() -> Iterator[Entry]:
@@ -154,32 +165,49 @@ def list_local(root: Path, on_files: OnFiles) -> tuple[LocalOrigin, Listing, tup
                 folders.append(_text(inside[:-1]))
             for name in names:
                 place = os.path.join(folder, name)
+                path = _text(inside + name)
                 status = _regular(place)
-                if status:
-                    path = _text(inside + name)
+                if status is None:
+                    unreachable.append(path)
+                else:
                     if path != inside + name:
                         odd[path] = Path(place)
                     yield Entry(path, status.st_size, str(status.st_mtime_ns))
 
     listing = Listing.collect(_counted(entries(), on_files))
-    return LocalOrigin(root, odd), listing, tuple(folders)
+    return Found(origin=LocalOrigin(root, odd), files=listing, folders=tuple(folders), unreachable=tuple(unreachable))
 
 
-def list_bucket(store: ObjectStore, prefix: str, on_files: OnFiles) -> tuple[BucketOrigin, Listing]:
-    """What a bucket holds under a prefix, hidden files and folders left out.
+def list_bucket(store: ObjectStore, prefix: str, on_files: OnFiles) -> Found:
+    """Lists what a bucket holds under a prefix, hidden files and folders left out.
+
+    A key that ends in `/` stands for a folder, as S3's console makes one.
 
     Raises:
         ServiceError: the store failed.
     """
     prefix = prefix.rstrip("/") + "/" if prefix.strip("/") else ""
 
+    folders: list[str] = []
+    unreachable: list[str] = []
+
     def entries() -> Iterator[Entry]:
         for info in store.list(prefix):
             path = info.key.removeprefix(prefix)
-            if not any(_is_hidden(part) for part in path.split("/")):
+            parts = [part for part in path.split("/") if part]
+            if not parts or any(map(_is_hidden, parts)):
+                continue
+            if path == "/".join(parts):
                 yield Entry(path, info.size, info.etag)
+            elif path == "/".join(parts) + "/" and not info.size:
+                folders.append(path)
+            else:
+                unreachable.append("/".join(parts))
 
-    return BucketOrigin(store, prefix), Listing.collect(_counted(entries(), on_files))
+    files = Listing.collect(_counted(entries(), on_files))
+    return Found(
+        origin=BucketOrigin(store, prefix), files=files, folders=tuple(folders), unreachable=tuple(unreachable)
+    )
 
 
 def _changed(where: str) -> UsageError:
@@ -212,8 +240,8 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _is_hidden(name: str) -> bool:
-    """Also what other systems leave behind, and the empty names that doubled slashes in a key make."""
-    return not name or name.startswith(".") or name in {"__MACOSX", "Thumbs.db"}
+    """Also what other systems leave behind."""
+    return name.startswith(".") or name in {"__MACOSX", "Thumbs.db"}
 
 
 def _regular(place: str) -> os.stat_result | None:

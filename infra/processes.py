@@ -21,7 +21,7 @@ from typing import Self
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from infra.endpoints import loopback_without_proxy
+from infra.websettings import is_web, loopback_without_proxy, usable_web_environment
 
 MARK = "CONVOY_LOCAL_SERVER"
 CLOCK_STEP = 1.5  # seconds: a creation time is told relative to the clock, which may be set meanwhile
@@ -38,9 +38,11 @@ class Server(BaseModel):
         command: program and arguments, free of secrets: every user of the machine can read them.
         environment: variables set for it, besides those that it inherits; may hold secrets.
         not_inherited: beginnings of names of variables that it must not inherit.
+        asks_the_web: whether it inherits the user's proxies and certificates, as far as they can be used.
         folder: its data and working folder.
         log: file that takes its output.
         ports: all ports that it opens.
+        version: of its library: a running server is replaced after an upgrade.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -48,14 +50,16 @@ class Server(BaseModel):
     command: tuple[str, ...]
     environment: dict[str, str]
     not_inherited: tuple[str, ...]
+    asks_the_web: bool = False
     folder: Path
     log: Path
     ports: tuple[int, ...]
+    version: str = ""
 
     @property
     def digest(self) -> str:
         """Changes when a running server would have to be restarted to be as defined here."""
-        return sha256(json.dumps([self.command, self.environment], sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps([self.command, self.environment, self.version], sort_keys=True).encode()).hexdigest()
 
 
 class Record(BaseModel):
@@ -91,11 +95,13 @@ def start(server: Server, mark: str, record: Path) -> subprocess.Popen[bytes]:
     server.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if server.log.exists():
         server.log.replace(server.log.with_suffix(".log.1"))
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(server.not_inherited)}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(server.not_inherited) and not is_web(k)}
+    if server.asks_the_web:
+        inherited |= usable_web_environment()
     with server.log.open("wb") as log:
         process = subprocess.Popen(
             server.command,
-            env=inherited | loopback_without_proxy() | server.environment | {MARK: mark},
+            env=inherited | loopback_without_proxy(inherited) | server.environment | {MARK: mark},
             cwd=server.folder,
             stdin=subprocess.DEVNULL,
             stdout=log,

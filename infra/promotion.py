@@ -1,23 +1,26 @@
 """Which version of a model is its champion: a history in the bucket, appended to by compare-and-set.
 
 models/<name>/history/<number>.json, counted from 1, each written once and never changed. The history is the truth;
-the registry's aliases `champion` and `previous` follow it, and are repaired from it.
+the registry's aliases `champion` and `previous` follow it, and are repaired from it. A champion that was deleted from
+the registry is passed over: the last one before it that is still there takes its place.
 """
 
 import getpass
 import os
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from infra.errors import ServiceError, UsageError
+from infra import stopping
+from infra.errors import Outage, ServiceError, UsageError
 from infra.objectstore import ObjectStore
 from infra.registry import ModelVersion, aliased, check_model_name, delete_alias, set_alias
-from infra.versions import find_version
+from infra.versions import FoundVersion, find_version
 
 CHAMPION, PREVIOUS = "champion", "previous"
 
@@ -30,10 +33,31 @@ class AlreadyChampion(UsageError):
     """The version is the champion; nothing was changed."""
 
 
-class Promotion(BaseModel):
-    """One entry of a model's history: a change of its champion."""
+class Lineage(BaseModel):
+    """What a version was made by and of, so that the history protects this by itself, whatever MLflow still knows.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    All None in entries from before Convoy wrote them down.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str | None = None
+    """Its MLflow run, hence `runs/<run_id>/` in the bucket."""
+
+    weights_key: str | None = None
+    weights_sha256: str | None = None
+    dataset_version: str | None = None
+    dataset_name: str | None = None
+    pretrained_sha256: str | None = None
+    """Digest of the weights that its training began with; None if it began with random ones."""
+
+
+class Promotion(Lineage):
+    """One entry of a model's history: a change of its champion.
+
+    Keys that a later Convoy may add are passed over. (Versions up to 171bc71 refuse them, and with them the history:
+    they stop with "is damaged" rather than promote or delete by half of what is known.)
+    """
 
     name: str
     number: int
@@ -103,11 +127,56 @@ def champions(entries: Sequence[Promotion]) -> list[str]:
     return standing
 
 
+class Standing(BaseModel):
+    """Which champion a model has, by its history and the registry together."""
+
+    model_config = ConfigDict(frozen=True)
+
+    last: Promotion | None
+    """The last change, whatever it named: what a further one has to come `after`."""
+
+    version: FoundVersion | None
+    """The last champion that the registry still has; None if it has none of them, or nothing was ever promoted."""
+
+    @property
+    def note(self) -> str:
+        """Says that the registry lacks the champion, and what takes its place; empty if it does not."""
+        if self.last is None or (self.version and self.version.version == self.last.to_version):
+            return ""
+        place = f"version {self.version.version}, the champion before, takes its place" if self.version else ""
+        return (
+            f"version {self.last.to_version} of {self.last.name!r}, its champion by the history, is not in MLflow's "
+            f"registry any more; {place or 'no earlier champion is there either, so this counts as having none'}"
+        )
+
+
+def standing_champion(store: ObjectStore, name: str) -> Standing:
+    """Returns the champion that versions are compared with; one that the registry lacks counts as not there.
+
+    Raises:
+        UsageError: not a name for a model.
+        ServiceError: a server failed, or an entry is damaged.
+    """
+    entries = history(store, name)
+    present = _present(name, champions(entries))
+    return Standing(last=entries[-1] if entries else None, version=next(present, None))
+
+
+def lineage_of(entries: Sequence[Promotion], version: str) -> Lineage:
+    """Returns what the entries say that a version was made of: the newest that says anything."""
+    known = (entry for entry in reversed(entries) if entry.to_version == version and entry.run_id)
+    return Lineage.model_validate(next((entry.model_dump(include=_LINEAGE) for entry in known), {}))
+
+
+_LINEAGE = set(Lineage.model_fields)
+
+
 def promote(
     store: ObjectStore,
     model: ModelVersion,
     *,
     after: Promotion | None,
+    lineage: Lineage | None = None,
     who: str | None = None,
     reason: str = "",
     forced: bool = False,
@@ -121,15 +190,19 @@ def promote(
 
     Args:
         after: the last change that the caller knows of (`newest`), on which its decision rests.
+        lineage: what the version was made of, for `convoy prune`.
         who: None takes the user of this process.
 
     Raises:
         PromotionLost: there was another change since `after`; the message names it.
-        AlreadyChampion: the version is the champion.
-        ServiceError: a server failed. If it was MLflow, after the change, `repair_aliases` finishes it.
+        AlreadyChampion: the version is the champion; the aliases, which a process that was killed in between may not
+            have moved, are right now.
+        ServiceError: a server failed (Outage: it was away). If it was MLflow, after the change, `repair_aliases` or a
+            second call finishes it.
     """
     champion = after.to_version if after else None
     if champion == model.version:
+        repair_aliases(store, model.name)
         raise AlreadyChampion(f"version {model.version} of {model.name!r} is its champion already: {after}")
     entry = Promotion(
         name=model.name,
@@ -144,6 +217,7 @@ def promote(
         verdict_sha256=verdict_sha256,
         verdict_summary=verdict_summary,
         id=uuid.uuid4().hex,
+        **(lineage or Lineage()).model_dump(),
     )
     return _append(store, entry)
 
@@ -157,10 +231,11 @@ def rollback(store: ObjectStore, name: str, *, who: str | None = None, reason: s
         UsageError: there is no earlier champion.
         PromotionLost: another change came first; the message names it.
     """
+    repair_aliases(store, name)
     entries = history(store, name)
     standing = champions(entries)
-    target = _predecessor(name, standing)
     present = standing[-1] if standing else None
+    target = next(_present(name, standing[:-1]), None)
     if target is None:
         what = f"version {present} is the first champion of {name!r}" if present else f"{name!r} has no champion"
         raise UsageError(f"{what}, so there is none to go back to; `convoy history {name}` shows all changes")
@@ -169,11 +244,12 @@ def rollback(store: ObjectStore, name: str, *, who: str | None = None, reason: s
         number=entries[-1].number + 1,
         action="rollback",
         from_version=present,
-        to_version=target,
+        to_version=target.version,
         who=who or this_user(),
         when=datetime.now(UTC),
         reason=reason,
         id=uuid.uuid4().hex,
+        **lineage_of(entries, target.version).model_dump(),
     )
     return _append(store, entry)
 
@@ -182,27 +258,45 @@ def repair_aliases(store: ObjectStore, name: str) -> list[str]:
     """Point `champion` and `previous` where the history says, and return what had to be changed, a line each.
 
     A model without a history keeps the aliases it has. Safe to run beside promotions: it looks at the history again
-    after each change, so that whoever wrote an outdated alias corrects it.
+    after each change, so that a process that wrote an outdated alias corrects it.
     """
     changed: list[str] = []
     entries = history(store, name)
     while entries:
-        standing = champions(entries)
-        wanted = {CHAMPION: standing[-1], PREVIOUS: _predecessor(name, standing)}
-        for alias, version in wanted.items():
-            found = aliased(name, alias)
-            if (found.version if found else None) == version:
-                continue
-            if version is None:
+        for alias, found, wanted in _misplaced(name, entries):
+            if wanted is None:
                 delete_alias(name, alias)
             else:
-                set_alias(ModelVersion(name=name, version=version), alias)
-            changed.append(f"{alias}: {found.version if found else 'none'} → {version or 'none'}")
+                set_alias(ModelVersion(name=name, version=wanted), alias)
+            changed.append(f"{alias}: {found or 'none'} → {wanted or 'none'}")
         last = newest(store, name)
         if last == entries[-1]:
             break
         entries = history(store, name)
     return changed
+
+
+def misplaced_aliases(store: ObjectStore, name: str) -> list[str]:
+    """Returns what `repair_aliases` would change, a line each."""
+    entries = history(store, name)
+    wrong = _misplaced(name, entries) if entries else ()
+    return [f"{alias}: {found or 'none'} → {wanted or 'none'}" for alias, found, wanted in wrong]
+
+
+def names_with_history(store: ObjectStore) -> list[str]:
+    """Returns the models of which a version was ever promoted."""
+    keys = (info.key.split("/") for info in store.list("models/"))
+    return sorted({parts[1] for parts in keys if parts[2:3] == ["history"]})
+
+
+def _misplaced(name: str, entries: Sequence[Promotion]) -> Iterator[tuple[str, str | None, str | None]]:
+    """Alias, the version that it names, and the one that it should name."""
+    present = _present(name, champions(entries))
+    for alias in (CHAMPION, PREVIOUS):
+        wanted, found = next(present, None), aliased(name, alias)
+        pair = found.version if found else None, wanted.version if wanted else None
+        if pair[0] != pair[1]:
+            yield alias, *pair
 
 
 def this_user() -> str:
@@ -215,6 +309,7 @@ def this_user() -> str:
 
 
 def _append(store: ObjectStore, entry: Promotion) -> Promotion:
+    stopping.check()  # the last moment at which it can be left undone
     if not store.put_if_absent(_key(entry.name, entry.number), entry.model_dump_json(indent=2).encode()):
         winner = _read(store, _key(entry.name, entry.number))
         raise PromotionLost(
@@ -224,21 +319,19 @@ def _append(store: ObjectStore, entry: Promotion) -> Promotion:
     try:
         repair_aliases(store, entry.name)
     except ServiceError as error:
-        raise ServiceError(
+        kind = Outage if isinstance(error, Outage) else ServiceError
+        raise kind(
             f"{entry.name!r} was {entry}, but its aliases do not show it yet; "
             f"`convoy history {entry.name}` repairs them: {error}"
         ) from error
     return entry
 
 
-def _predecessor(name: str, standing: Sequence[str]) -> str | None:
-    """The last champion before the present one that the registry still has."""
-    for version in reversed(standing[:-1]):
-        try:
-            return find_version(f"{name}/{version}").version
-        except UsageError:
-            continue
-    return None
+def _present(name: str, standing: Sequence[str]) -> Iterator[FoundVersion]:
+    """Those of the champions that the registry still has, the present one first."""
+    for version in reversed(standing):
+        with suppress(UsageError):
+            yield find_version(f"{name}/{version}")
 
 
 def _prefix(name: str) -> str:

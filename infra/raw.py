@@ -79,6 +79,12 @@ class RawSource(BaseModel):
     served_by: dict[str, str]
     """Where each file came from: path → address; a local or remote folder is named once, under `.`."""
 
+    remarks: tuple[str, ...] = ()
+    """What was left out of a folder, in words; an archive is kept with all that it holds."""
+
+    left_out: dict[str, int] = {}
+    """Files left out of each class folder that lost any."""
+
     reused: bool = False
     """True if nothing had to be fetched or stored."""
 
@@ -91,13 +97,16 @@ class RawSource(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of format and files: equal for equal content, wherever it came from; or of the listing."""
+        """SHA-256 of format, files and what was left out: equal for equal content, wherever it came from; or of the
+        listing."""
+        content: dict[str, object] = {"format": self.format}
+        if self.remarks:
+            content |= {"remarks": self.remarks, "left_out": self.left_out}
         if self.listing:
-            return self.listing.digest
-        content = {
-            "format": self.format,
-            "files": [[file.path, file.sha256, file.size] for file in self.files],
-        }
+            if not self.remarks:
+                return self.listing.digest
+            content["listing"] = self.listing.digest
+        content["files"] = [[file.path, file.sha256, file.size] for file in self.files]
         return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 

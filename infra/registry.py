@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
 from infra.mlflowserver import is_missing, mlflow_client, tracking_uri
+from infra.names import filter_of, model_name_fault
 
 ARTIFACT = "model"  # the served model's name among the run's models
 DESCRIPTION_CHARACTERS = 5000  # MLflow's limit
@@ -49,10 +50,10 @@ def check_model_name(name: str) -> str:
     """Return the name if MLflow takes it.
 
     Raises:
-        UsageError: it is empty, or has one of the characters that separate parts of a model's address.
+        UsageError: it could not be registered, or not be found again.
     """
-    if not name.strip() or any(character in name for character in "/:"):
-        raise UsageError(f"{name!r} cannot name a model: MLflow refuses `/` and `:`; choose one with --name")
+    if fault := model_name_fault(name):
+        raise UsageError(f"{name!r} cannot name a model: {fault}; choose one with --name")
     return name
 
 
@@ -145,7 +146,7 @@ def check_model_exists(name: str) -> None:
 def version_of(name: str, run_id: str) -> ModelVersion | None:
     """The newest version of `name` that a run has registered; None if there is none."""
     with mlflow_client(f"look for versions of model {name!r}") as client:
-        found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        found = client.search_model_versions(filter_of(name=name, run_id=run_id))
     versions = sorted((int(version.version) for version in found), reverse=True)
     return ModelVersion(name=name, version=str(versions[0])) if versions else None
 

@@ -48,8 +48,12 @@ class Room:
         """
         with locked(self._root / "locks" / "room"):
             os.truncate(coming, size)
+            # In this order: a file that arrives in between is in both, and not, as the other way round, in neither.
+            sizes = self._coming()
             files = _files(self._root)
-            excess = self._coming() + sum(file.size for file in files) - self.limit
+            for file in files:
+                sizes[file.path.name] = max(file.size, sizes.get(file.path.name, 0))
+            excess = sum(sizes.values()) - self.limit
             spared = self._spared_since()
             for file in sorted(files):
                 if excess <= 0 or file.used >= spared:
@@ -59,9 +63,10 @@ class Room:
         if excess > 0:
             logger.warning("%s holds %d bytes more than the %d it may: they are in use", self._root, excess, self.limit)
 
-    def _coming(self) -> int:
+    def _coming(self) -> dict[str, int]:
+        """Bytes of each file that is on its way, by its name."""
         locks = [lock for lock in (self._root / "locks").iterdir() if re.fullmatch("[0-9a-f]{64}", lock.name)]
-        return sum(_size(lock) for lock in locks if is_held(lock))
+        return {lock.name: _size(lock) for lock in locks if is_held(lock)}
 
     def _spared_since(self) -> float:
         began = [_began(lock) for lock in (self._root / "locks").glob("preprocess-*") if is_held(lock)]

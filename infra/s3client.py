@@ -1,5 +1,6 @@
 """The S3 client: its configuration, and its exceptions turned into one line that says what to do."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -51,22 +52,24 @@ def open_client(addressing: str | None = None, tries: int = TRIES, timeout: floa
         timeout: seconds that an answer may take, at most two tries together; None for as long as a large file needs.
 
     Raises:
-        UsageError: the endpoint's address cannot be used.
+        UsageError: the endpoint's address, or another of the user's settings, cannot be used.
     """
+    settings = Settings()
     config = Config(
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         retries={"mode": "standard", "total_max_attempts": tries if timeout is None else min(tries, 2)},
-        s3={"addressing_style": addressing or Settings().s3_addressing},
+        s3={"addressing_style": addressing or settings.s3_addressing},
         max_pool_connections=4 * CONCURRENCY,
         connect_timeout=5 if timeout is None else timeout / 2,
         read_timeout=60 if timeout is None else timeout / 2,
     )
     try:
-        with translated("object storage"):
-            return boto3.session.Session().client("s3", config=config)
-    except ValueError as error:
-        raise UsageError(f"AWS_ENDPOINT_URL: {_line(error)}") from error
+        # Given, since boto3 does not read the variable where AWS_IGNORE_CONFIGURED_ENDPOINT_URLS is set.
+        return boto3.session.Session().client("s3", endpoint_url=settings.s3_url, config=config)
+    except (BotoCoreError, ValueError) as error:  # boto3 names the setting, and not where it is
+        names = [name for name in sorted(os.environ) if name.startswith("AWS_") and "KEY" not in name]
+        raise UsageError(f"object storage: {_line(error)}; see {', '.join(names) or 'your AWS profile'}") from error
 
 
 def error_code(error: ClientError) -> str:

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 from infra.credentials import Credentials
@@ -23,6 +24,7 @@ from infra.processes import Server
 from infra.settings import Settings
 
 HOST = "127.0.0.1"
+NOT_INHERITED = ("AWS_", "MLFLOW_", "PREFECT_", "UVICORN_", "GUNICORN_")  # settings of other servers
 TLS_ROLES = {
     "GRPC": ("MASTER", "VOLUME", "FILER", "S3", "ADMIN", "WORKER", "CLIENT"),
     "HTTPS": ("MASTER", "VOLUME", "FILER", "ADMIN", "CLIENT"),
@@ -110,10 +112,12 @@ def mlflow(settings: Settings, ports: Ports, s3: dict[str, str]) -> Server:
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # some nine processes that training never uses
             "GIT_PYTHON_REFRESH": "quiet",
         },
-        not_inherited=("AWS_", "MLFLOW_", "PREFECT_"),
+        not_inherited=NOT_INHERITED,
+        asks_the_web=not s3,  # an external object store
         folder=settings.home / "mlflow",
         log=settings.logs / "mlflow.log",
         ports=(ports.mlflow,),
+        version=version("mlflow"),
     )
 
 
@@ -134,11 +138,15 @@ def prefect(settings: Settings, ports: Ports) -> Server:
             # By default any web page that the user has open may call the API from the browser.
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{ports.prefect}",
             "PREFECT_CLI_PROMPT": "false",
+            # Else a restart forgets who holds a model's lease, but not that it is held; these are under PREFECT_HOME.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         },
-        not_inherited=("AWS_", "MLFLOW_", "PREFECT_"),
+        not_inherited=NOT_INHERITED,
+        asks_the_web=True,  # notifications
         folder=settings.home / "prefect",
         log=settings.logs / "prefect.log",
         ports=(ports.prefect,),
+        version=version("prefect"),
     )
 
 

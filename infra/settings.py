@@ -12,6 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra.errors import UsageError
 
+DEFAULT_HOME = ".convoy"
+
 
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
@@ -21,6 +23,10 @@ def _http_address(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("it must start with http:// or https:// and name a host")
+    try:
+        _ = parts.port
+    except ValueError:
+        raise ValueError("its port must be a number up to 65535") from None
     return url.rstrip("/")
 
 
@@ -45,7 +51,7 @@ class Settings(BaseSettings):
         use_attribute_docstrings=True,
     )
 
-    home: Annotated[Path, AfterValidator(_absolute)] = Path(".convoy")
+    home: Annotated[Path, AfterValidator(_absolute)] = Path(DEFAULT_HOME)
     """CONVOY_HOME: the state folder (data, logs, credentials, cache), relative to the working folder."""
 
     bucket: str = Field("convoy", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")

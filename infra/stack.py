@@ -3,10 +3,11 @@
 `up` is safe to call at any time and from several processes at once: what already runs is checked and left
 alone. Each of the three can be an external server instead, named by its standard variable:
 `AWS_ENDPOINT_URL`, `MLFLOW_TRACKING_URI`, `PREFECT_API_URL`. Everything else in Convoy reads the standard
-variables only: `os.environ.update(up(Settings()).environment())`. The local MLflow and Prefect ask for no
+variables only: `up(Settings()).apply()`. The local MLflow and Prefect ask for no
 password; see `infra.servers`.
 """
 
+import os
 import re
 import subprocess
 import time
@@ -18,13 +19,14 @@ from typing import Literal
 import httpx
 from pydantic import BaseModel, ConfigDict
 
-from infra import processes
+from infra import migrations, processes, stopping
 from infra.endpoints import Endpoints
 from infra.errors import ServiceError
 from infra.localstore import make_ready
 from infra.ports import is_free
 from infra.settings import Settings
 from infra.stackfolder import HEALTH, NAMES, ServerName, StackFolder
+from infra.websettings import check_web_environment, proxy_of
 
 __all__ = ["NAMES", "Endpoints", "ServerName", "ServerStatus", "down", "status", "up"]
 
@@ -64,11 +66,15 @@ def up(
 
     Raises:
         ServiceError: a server died at its start or does not answer; the message has the end of its log.
+        UsageError: a database was written by a newer MLflow or Prefect than the installed one.
     """
     folder = StackFolder(settings)
-    for name, variable, address in folder.external():
-        if name in only:
-            _check_external(variable, address)
+    external = [(variable, address) for name, variable, address in folder.external() if name in only]
+    if external:
+        aws = "seaweedfs" in {name for name, _, _ in folder.external()}
+        check_web_environment({k: v for k, v in os.environ.items() if aws or not k.startswith("AWS_")})
+    for variable, address in external:
+        _check_external(variable, address)
     try:
         with folder.locked(on_event):
             for _ in range(ATTEMPTS):
@@ -99,7 +105,7 @@ def status(settings: Settings) -> list[ServerStatus]:
     folder = StackFolder(settings)
     external = {name: _without_login(address) for name, _, address in folder.external()}
     found = []
-    with httpx.Client(trust_env=False, timeout=ANSWER_PATIENCE) as client:
+    with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_PATIENCE) as client:
         for name in NAMES:
             if name in external:
                 found.append(ServerStatus(name=name, url=external[name], state="external"))
@@ -115,15 +121,17 @@ def status(settings: Settings) -> list[ServerStatus]:
 
 
 def _up(folder: StackFolder, on_event: OnEvent, only: Collection[ServerName]) -> Endpoints:
-    folder.prepare(on_event)
     external = {name for name, _, _ in folder.external()}
     wanted = [name for name in NAMES if name in only and name not in external]
-    with httpx.Client(trust_env=False, timeout=ANSWER_PATIENCE) as client:
+    migrations.outdated(folder.settings.home, wanted)  # refuses a newer database before anything is touched
+    folder.prepare(on_event)
+    with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_PATIENCE) as client:
         starting: dict[ServerName, subprocess.Popen[bytes]] = {}
-        for name in wanted:
-            if not _runs(name, folder, client, on_event):
-                on_event(f"starting {name} at {folder.url(name)}")
-                starting[name] = processes.start(folder.server(name), folder.mark(name), folder.record_file(name))
+        missing = [name for name in wanted if not _runs(name, folder, client, on_event)]
+        migrations.migrate(folder.settings.home, missing, on_event)
+        for name in missing:
+            on_event(f"starting {name} at {folder.url(name)}")
+            starting[name] = processes.start(folder.server(name), folder.mark(name), folder.record_file(name))
         for name in wanted:
             if name in starting:
                 _wait(name, starting[name], folder, client)
@@ -145,8 +153,8 @@ def _runs(name: ServerName, folder: StackFolder, client: httpx.Client, on_event:
     while as_defined and time.monotonic() < deadline and record.process(folder.mark(name)):
         if _answers(name, folder, client):
             return True
-        time.sleep(POLL)
-    on_event(f"stopping {name}, which {'does not answer' if as_defined else 'has other settings'}")
+        stopping.sleep(POLL)
+    on_event(f"stopping {name}, which {'does not answer' if as_defined else 'has other settings or another version'}")
     processes.stop(partial(folder.members, name))
     return False
 
@@ -162,7 +170,7 @@ def _wait(name: ServerName, process: subprocess.Popen[bytes], folder: StackFolde
     while not _answers(name, folder, client):
         ended = process.poll()
         if ended is None and time.monotonic() < deadline:
-            time.sleep(POLL)
+            stopping.sleep(POLL)
             continue
         processes.stop(partial(folder.members, name))
         if ended is None:
@@ -192,9 +200,10 @@ def _check_external(variable: str, address: str) -> None:
     if not address.startswith(("http://", "https://")):  # MLflow also takes databases and folders
         return
     url = _without_login(address)
+    way = proxy_of(url)
     try:
-        answer = httpx.get(url, timeout=10, verify=False)
-    except httpx.HTTPError as error:
+        answer = httpx.get(url, proxy=way[1] if way else None, timeout=10, verify=False, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         advice = "correct it, or unset it to use a local server"
         raise ServiceError(f"{variable} names {url}, which does not answer ({error}): {advice}") from None
     if answer.is_server_error:

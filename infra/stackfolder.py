@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from infra import ports, processes, servers
 from infra.credentials import Credentials, ensure_certificate, load_or_create
 from infra.endpoints import Endpoints
+from infra.files import wait_for_lock
 from infra.processes import Record, Server
-from infra.settings import Settings
+from infra.settings import DEFAULT_HOME, Settings
 
 ServerName = Literal["seaweedfs", "mlflow", "prefect"]
 NAMES: tuple[ServerName, ...] = get_args(ServerName)
@@ -39,12 +40,13 @@ class StackFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 on_event("another command is starting or stopping the servers: waiting for it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                wait_for_lock(lock.fileno())
             self.ports = self._read_ports()
             yield
 
     def prepare(self, on_event: Callable[[str], None]) -> None:
         """Make credentials unless there are some, and choose ports; those of running servers stay."""
+        self._make_private()
         ensure_certificate(self._certificate, self._key)
         (self.root / "aws-config").write_text("[default]\n")
         kept: list[str] = []
@@ -65,6 +67,21 @@ class StackFolder:
                 why = "it already runs on another" if purpose in kept else "another program has it"
                 on_event(f"port {port} is not used for {purpose}: {why}")
         (self.root / "ports.json").write_text(self.ports.model_dump_json())
+
+    def _make_private(self) -> None:
+        """Keeps other users of the machine from the data: those of the cache are as confidential as their source.
+
+        A state folder that the user has named may hold other things too, or be shared on purpose, so that of the
+        default name alone is closed itself.
+        """
+        ours = [self.settings.cache, self.settings.runs, self.settings.logs]
+        if self.settings.home.name == DEFAULT_HOME:
+            ours.append(self.settings.home)
+        for folder in ours:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not folder.is_symlink():  # a link leads to a place that is not only ours
+                with suppress(OSError):  # it is another user's, or on a disk without modes
+                    folder.chmod(0o700)
 
     def external(self) -> list[tuple[ServerName, str, str]]:
         """Servers to use instead of local ones: name, the variable that says so, address."""

@@ -49,17 +49,17 @@ class SystemMetrics:
             logging.getLogger(SystemMetricsMonitor.__module__).setLevel(logging.WARNING)
             monitor: Any = SystemMetricsMonitor(self._metrics.run_id)  # type: ignore[no-untyped-call]
             monitor.collect_metrics()  # processor use is counted from the first look
-            began = self._began()
+            began, before = self._began(), -1
             while began is not None:
                 last = self._stop.wait(self._interval)  # a training shorter than the interval is measured too
                 for probe in monitor.monitors:
                     probe.clear_metrics()
                 monitor.collect_metrics()
                 figures = monitor.aggregate_metrics().items()
-                self._metrics.log(
-                    int((time.time() - began) / self._interval),
-                    {f"system/{name}": float(value) for name, value in figures},
-                )
+                step = int((time.time() - began) / self._interval)
+                if step > before:  # when asked to stop, it may still be the interval of the last figures
+                    self._metrics.log(step, {f"system/{name}": float(value) for name, value in figures})
+                before = step
                 if last:
                     return
         except Exception as error:

@@ -18,8 +18,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
-from infra.metriclog import MetricLogger, MetricRow
+from infra.metriclog import MetricLogger, MetricRow, deliver
 from infra.mlflowserver import check_server, is_missing, mlflow_client, tracking_uri
+from infra.names import filter_of
 from infra.systemmetrics import SystemMetrics
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "SystemMetrics",
     "TaggedRun",
     "check_server",
+    "deliver",
     "describe_run",
     "end_run",
     "every_run",
@@ -53,7 +55,7 @@ __all__ = [
 
 PARAMS_A_CALL, PARAM_CHARACTERS = 100, 6000  # MLflow's limits
 DATASET_DIGEST_CHARACTERS = 36  # likewise
-RUNS_A_CALL = 1000
+RUNS_A_CALL = EXPERIMENTS_A_CALL = 1000
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -146,9 +148,9 @@ class RunInfo(BaseModel):
 
 def list_runs(tag: str, value: str | None = None, *, limit: int) -> list[RunInfo]:
     """Runs of all experiments that have a tag (of this value, if one is given), the newest first."""
-    condition = f"tags.`{tag}` != ''" if value is None else f"tags.`{tag}` = '{value}'"
+    condition = f"tags.`{tag}` != ''" if value is None else filter_of(**{f"tags.{tag}": value})
     with mlflow_client("list the runs") as client:
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        experiments = _experiments(client)
         runs = client.search_runs(experiments, condition, max_results=limit, order_by=["attributes.start_time DESC"])
     return [
         RunInfo(
@@ -159,6 +161,18 @@ def list_runs(tag: str, value: str | None = None, *, limit: int) -> list[RunInfo
         )
         for run in runs
     ]
+
+
+def _experiments(client: mlflow.MlflowClient) -> list[str]:
+    """Ids of all experiments: MLflow lists them page by page."""
+    found: list[str] = []
+    token: str | None = None
+    while True:
+        page = client.search_experiments(max_results=EXPERIMENTS_A_CALL, page_token=token)
+        found += [experiment.experiment_id for experiment in page]
+        token = page.token
+        if not token:
+            return found
 
 
 class TaggedRun(BaseModel):
@@ -177,7 +191,7 @@ def every_run(tag: str) -> list[TaggedRun]:
     """All runs of all experiments that have a tag."""
     found: list[TaggedRun] = []
     with mlflow_client("list the runs") as client:
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        experiments = _experiments(client)
         token: str | None = None
         while experiments:
             page = client.search_runs(experiments, f"tags.`{tag}` != ''", max_results=RUNS_A_CALL, page_token=token)
@@ -241,15 +255,17 @@ def fetch_artifacts(run_id: str, path: str, folder: Path) -> Path:
 
 
 def log_metrics(run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
-    """Log a few final figures at once, those apart that are there already, from before a resume.
+    """Logs a few final figures at once, those apart whose names are there already, from before a resume.
 
-    Figures of a running training go through a `MetricLogger`.
+    What was measured anew, such as seconds, may differ; the first figure stays. Figures of a running training go
+    through a `MetricLogger`.
     """
     now = time.time_ns() // 1_000_000
     with mlflow_client(f"log metrics of run {run_id}") as client:
         there = client.get_run(run_id).data.metrics
-        new = {name: value for name, value in metrics.items() if there.get(name) != value}
-        client.log_batch(run_id, [Metric(name, value, now, step) for name, value in new.items()])
+        new = [Metric(name, value, now, step) for name, value in metrics.items() if name not in there]
+        if new:
+            client.log_batch(run_id, new)
 
 
 def log_file(run_id: str, path: Path, artifact_dir: str = "") -> None:

@@ -10,6 +10,7 @@ from mlflow.exceptions import RestException
 
 from infra.errors import UsageError
 from infra.mlflowserver import is_missing, mlflow_client, tracking_uri
+from infra.names import filter_of
 from infra.registry import ModelVersion
 
 DEFAULT_ALIAS = "champion"  # what a bare name stands for
@@ -63,7 +64,7 @@ def find_version(reference: str) -> FoundVersion:
         except RestException as error:
             if not is_missing(error):
                 raise
-            versions = sorted(int(version.version) for version in client.search_model_versions(f"name = '{name}'"))
+            versions = sorted(int(version.version) for version in client.search_model_versions(filter_of(name=name)))
             known = f"{versions[0]} to {versions[-1]}" if versions else "none"
             raise UsageError(f"model {name!r} has no version {number!r}; versions: {known}") from None
     return FoundVersion(name=name, version=str(found.version), run_id=found.run_id or "", tags=found.tags)
@@ -72,7 +73,7 @@ def find_version(reference: str) -> FoundVersion:
 def list_versions(name: str) -> list[FoundVersion]:
     """All versions of a model, the newest first; empty if there is no such model."""
     with mlflow_client(f"list the versions of model {name!r}") as client:
-        found = client.search_model_versions(f"name = '{name}'", order_by=["version_number DESC"])
+        found = client.search_model_versions(filter_of(name=name), order_by=["version_number DESC"])
     return [FoundVersion(name=name, version=str(v.version), run_id=v.run_id or "", tags=v.tags) for v in found]
 
 

@@ -4,7 +4,6 @@ import hashlib
 import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import httpx
 from infra.errors import ServiceError
 from infra.files import locked
 from infra.meter import Meter
+from infra.websettings import WebTransport, proxy_of
 
 CONNECT_SECONDS = 3.0
 READ_SECONDS = 15.0
@@ -52,7 +52,9 @@ class Web:
         self._hosts: dict[str, Future[str]] = {}
         self._lock = threading.Lock()
         self._client = httpx.Client(
-            timeout=httpx.Timeout(READ_SECONDS, connect=connect_seconds, pool=None), follow_redirects=True
+            transport=WebTransport(),
+            timeout=httpx.Timeout(READ_SECONDS, connect=connect_seconds, pool=None),
+            follow_redirects=True,
         )
 
     def close(self) -> None:
@@ -167,15 +169,14 @@ class Web:
 
     def _require_host(self, url: str) -> None:
         future = self._host(url)
-        scheme, host = httpx.URL(url).scheme, httpx.URL(url).host
-        if scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
-            return  # the way leads through a proxy, which says quickly what it cannot reach
+        if proxy_of(url):
+            return  # which says quickly what it cannot reach
         try:
             problem = future.result(TRIES * self._connect_seconds + 0.5)
         except TimeoutError:  # while looking up its name
             problem = _no_answer(self._connect_seconds)
         if problem:
-            raise ServiceError(f"no connection to {host}: {problem}")
+            raise ServiceError(f"no connection to {httpx.URL(url).host}: {problem}")
 
 
 class _TryAgain(Exception):

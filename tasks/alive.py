@@ -13,6 +13,7 @@ from typing import Literal
 
 import psutil
 
+from infra import stopping
 from infra.errors import UsageError
 from infra.settings import Settings
 from infra.trylock import is_held, left_behind, try_locked
@@ -45,7 +46,7 @@ def holding(run_id: str, flow_run: str = "") -> Iterator[None]:
                 return
         if time.monotonic() > deadline:
             raise UsageError(f"another process goes on with run {run_id}; wait for it, or `convoy cancel {run_id}`")
-        time.sleep(POLL)
+        stopping.sleep(POLL)
 
 
 def lock_file(run_id: str) -> Path:

@@ -1,5 +1,6 @@
-"""Whether the flow run was cancelled: Prefect only marks it so, and leaves it to the flow to end."""
+"""Whether the flow is to end: cancelled in Prefect, which only marks it so, or asked by a signal."""
 
+import signal
 import time
 from uuid import UUID
 
@@ -7,8 +8,10 @@ import httpx
 from prefect import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
-from prefect.exceptions import PrefectException
+from prefect.exceptions import PrefectException, TerminationSignal
+from prefect.utilities.engine import is_prefect_sigterm_handler_installed
 
+from infra import stopping
 from tasks.progress import run_logger
 
 ASK_EVERY = 2.0  # seconds between questions
@@ -21,12 +24,16 @@ class Cancelled(RuntimeError):
 
 
 class CancelWatch:
-    """Asks Prefect now and then whether this flow run is to be cancelled; an unreachable Prefect says no."""
+    """Looks for a signal, and asks Prefect now and then whether this flow run is to be cancelled.
+
+    An unreachable Prefect says no.
+    """
 
     def __init__(self) -> None:
         self._asked = time.monotonic()
 
     def __call__(self) -> bool:
+        stop_if_told()
         if time.monotonic() - self._asked < ASK_EVERY:
             return False
         self._asked = time.monotonic()
@@ -47,8 +54,30 @@ def is_cancelled() -> bool:
     return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
 
 
+def stop_if_told() -> None:
+    """Raises if a signal has asked this process to end.
+
+    Raises:
+        Stopped: the flow is one of the command line.
+        TerminationSignal: Prefect's own of the same meaning, in a process of a worker, whose handler's exception got
+            lost on its way.
+    """
+    try:
+        stopping.check()
+    except stopping.Stopped:
+        if is_prefect_sigterm_handler_installed():
+            raise TerminationSignal(signal.SIGTERM) from None
+        raise
+
+
 def stop_if_cancelled() -> None:
-    """Raise Cancelled if this flow run is to be cancelled; tasks too short to watch ask once, before they begin."""
+    """Raises if the flow is to end; tasks too short to watch ask once, before they begin.
+
+    Raises:
+        Cancelled: the flow run was cancelled.
+        Stopped, TerminationSignal: as `stop_if_told`.
+    """
+    stop_if_told()
     if is_cancelled():
         raise Cancelled("the flow run was cancelled")
 

@@ -9,13 +9,16 @@ from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
 from infra.objectstore import ObjectStore
-from infra.promotion import newest
+from infra.promotion import Standing
 from infra.provenance import provenance
+from infra.registry import ModelVersion
 from infra.settings import Settings
-from infra.versions import FoundVersion, find_version, list_versions
+from infra.versions import FoundVersion, list_versions
+from tasks.cancel import stop_if_cancelled
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef
 from tasks.progress import run_logger
+from tasks.promote import repaired_champion, verdict_on
 from tasks.retries import RETRIED
 from tasks.run import flatten, read_record, run_manifest
 from tasks.versiontags import VERDICT, VERDICT_CHAMPION
@@ -40,13 +43,17 @@ class Decision(BaseModel):
     champion_weights: str | None
     """Address of the champion's weights."""
 
+    judge: ModelVersion | None = None
+    """A version that a training would only give again: it was refused, but by other conditions than the present ones,
+    so it is to be judged by these."""
+
 
 @task(name="what-changed", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
 def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bool = False) -> Decision:
     """Compare what a training would rest on with what the champion rests on.
 
     There is nothing to do either if a version of the very same inputs was refused in favour of this champion: an exact
-    training would give the same weights, and the same verdict.
+    training would give the same weights, and under the same conditions of the gate the same verdict.
 
     Args:
         name: of the model.
@@ -56,10 +63,11 @@ def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bo
     Raises:
         ServiceError: a server failed.
     """
+    stop_if_cancelled()
     store = ObjectStore.connect(Settings().bucket, create=False)
-    last = newest(store, name)
-    champion = find_version(f"{name}/{last.to_version}") if last else None
-    train, why = _decide(config, dataset, champion, force=force)
+    standing = repaired_champion(store, name)
+    champion = standing.version
+    train, why, judge = _decide(store, config, dataset, standing, force=force)
     run_logger().info("%s: %s", name, why)
     key = champion.tags.get("convoy.weights_key") if champion else None
     return Decision(
@@ -67,26 +75,35 @@ def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bo
         why=why,
         champion=champion.address if champion else None,
         champion_weights=store.uri(key) if key else None,
+        judge=judge,
     )
 
 
-def _decide(config: RunConfig, dataset: DatasetRef, champion: FoundVersion | None, *, force: bool) -> tuple[bool, str]:
+def _decide(
+    store: ObjectStore, config: RunConfig, dataset: DatasetRef, standing: Standing, *, force: bool
+) -> tuple[bool, str, ModelVersion | None]:
+    """Whether to train, why, and which version to judge instead."""
+    champion = standing.version
     if champion is None:
-        return True, "there is no champion yet"
+        return True, standing.note or "there is no champion yet", None
     ours = _inputs(run_manifest(config, dataset, provenance()).model_dump(), config)
     theirs = _inputs_of(champion, config)
     if theirs is None:
-        return True, f"what the champion, version {champion.version}, was made of is not known"
+        return True, f"what the champion, version {champion.version}, was made of is not known", None
     differing = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     changed = "; ".join(_said(key, theirs.get(key), ours.get(key)) for key in differing)
     if force:
-        return True, f"it was asked for; {'changed: ' + changed if changed else 'nothing has changed'}"
+        return True, f"it was asked for; {'changed: ' + changed if changed else 'nothing has changed'}", None
     if not differing:
-        return False, f"nothing has changed since the champion, version {champion.version}"
+        return False, f"nothing has changed since the champion, version {champion.version}", None
     for version in _refused_for(champion):
         if _inputs_of(version, config) == ours:
-            return False, f"version {version.version}, made of the same, was refused for version {champion.version}"
-    return True, f"changed since the champion, version {champion.version}: {changed}"
+            why = f"version {version.version}, made of the same, was refused for version {champion.version}"
+            verdict = verdict_on(store, version)
+            if verdict and verdict.config == config.gate:
+                return False, why, None
+            return False, f"{why} by other conditions than the present ones, so it is judged again", version
+    return True, f"changed since the champion, version {champion.version}: {changed}", None
 
 
 def _refused_for(champion: FoundVersion) -> Iterable[FoundVersion]:

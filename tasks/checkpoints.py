@@ -2,7 +2,7 @@
 
 runs/<run>/checkpoints/step-00005064/state.safetensors
 runs/<run>/checkpoints/step-00005064/commit.json          written last, by a conditional put
-runs/<run>/weights/model.safetensors                      the weights that the training is for
+runs/<run>/weights/<SHA-256 of the weights>.safetensors   those that the training is for; model.safetensors in old runs
 runs/<run>/weights/commit.json                            how it finished; likewise
 """
 
@@ -345,20 +345,33 @@ def newest_checkpoint(
 def commit_weights(store: ObjectStore, job: Job, state: Mapping[str, Tensor], file: Path, outcome: Outcome) -> Outcome:
     """Write the weights that a training is for, upload and commit them; returns the outcome with their place.
 
+    Their key is their digest, so that no other process of the run ever writes to what a commit names. A training that
+    has finished before with the same weights is returned as it was committed.
+
     Args:
         file: where to leave them on this machine.
         outcome: of the training, weights apart.
+
+    Raises:
+        ServiceError: the storage failed, or the training has finished before, with other weights.
     """
     digest = save_weights(state, file)
-    key = f"runs/{job.run_id}/weights/{file.name}"
+    if earlier := finished_outcome(store, job.run_id):
+        return _same(earlier, digest, job.run_id)
+    key = f"runs/{job.run_id}/weights/{digest}.safetensors"
     store.put_file(key, file)
     finished = outcome.model_copy(update={"weights_key": key, "weights_sha256": digest})
-    if not store.put_if_absent(_final_key(job.run_id), finished.model_dump_json().encode()):
-        earlier = finished_outcome(store, job.run_id)
-        assert earlier is not None
-        if earlier.weights_sha256 != finished.weights_sha256:
-            raise ServiceError(f"run {job.run_id} has finished before, with other weights: {earlier.weights_sha256}")
-    return finished
+    if store.put_if_absent(_final_key(job.run_id), finished.model_dump_json().encode()):
+        return finished
+    winner = finished_outcome(store, job.run_id)
+    assert winner is not None
+    return _same(winner, digest, job.run_id)
+
+
+def _same(earlier: Outcome, digest: str, run_id: str) -> Outcome:
+    if earlier.weights_sha256 != digest:
+        raise ServiceError(f"run {run_id} has finished before, with other weights: {earlier.weights_sha256}")
+    return earlier
 
 
 def finished_outcome(store: ObjectStore, run_id: str) -> Outcome | None:

@@ -4,7 +4,7 @@ Importing this module loads pydantic only, so that a mistake is refused before t
 """
 
 import difflib
-import re
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -17,10 +17,12 @@ from cnn.config import NETWORK_OPTIONS, Config, DataGateConfig, PreprocessConfig
 from cnn.worldsize import check_world_size
 from infra.catalogue import CATALOGUE
 from infra.errors import UsageError
+from infra.names import model_name_fault
 from tasks.gateconfig import GateConfig, ServingConfig
 from tasks.launchconfig import KubernetesConfig, Launcher, NodesConfig, RayConfig
 
 STEPS_AN_EPOCH = 20  # at least, where the batch size is ours to choose
+LONGEST = 100_000  # characters of a configuration as JSON: it is a parameter of flow runs, and tags of MLflow's runs
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -114,8 +116,8 @@ class RunConfig(TrainConfig):
     @field_validator("name")
     @classmethod
     def _registry_takes_it(cls, name: str | None) -> str | None:
-        if name is not None and (not name.strip() or re.search(r"[/:]", name)):
-            raise ValueError("a model's name may not be empty or hold '/' or ':'")
+        if name is not None and (fault := model_name_fault(name)):
+            raise ValueError(f"{name!r} cannot name a model: {fault}")
         return name
 
     @model_validator(mode="after")
@@ -203,9 +205,14 @@ def load_config(
             raise UsageError(f"--set {setting}: the value is not valid YAML") from None
     values |= {key: value for key, value in (options or {}).items() if value is not None}
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise UsageError(explain(error, RunConfig, values)) from None
+    lengths = {key: len(json.dumps(value)) for key, value in config.model_dump(mode="json", exclude_unset=True).items()}
+    if sum(lengths.values()) > LONGEST:
+        key = max(lengths, key=lambda key: lengths[key])
+        raise UsageError(f"{key}: {lengths[key]:,} characters; all of a configuration may have {LONGEST:,}")
+    return config
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,10 +262,14 @@ def _nearest(path: list[str], model: type[BaseModel], values: Mapping[str, Any])
     """The key that was probably meant, searched where it was written, then everywhere."""
     keys = list(known_keys(model, str(values.get("model", model.model_fields["model"].default))))
     key = ".".join(path)
+    if path[0] == "network" and (
+        others := [name for name, each in NETWORK_OPTIONS.items() if path[-1] in each.model_fields]
+    ):
+        return f"{others[0]} has it: --model {others[0]}"
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not close:
         by_last = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
-        close = [by_last[last] for last in difflib.get_close_matches(path[-1], by_last, n=1, cutoff=0.5)]
+        close = [by_last[last] for last in difflib.get_close_matches(path[-1], by_last, n=1, cutoff=0.8)]
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(keys)}"
 
 

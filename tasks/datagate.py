@@ -26,13 +26,14 @@ from infra.settings import Settings
 from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetDamaged, DatasetRef, load_manifest, open_cache, open_split
 from tasks.figures import contact_sheet, png
+from tasks.markdown import plain
 from tasks.progress import progress, run_logger
-from tasks.report import cell
 from tasks.retries import RETRIED
 
 __all__ = ["DataRefused", "DataReport", "data_gate", "data_markdown", "log_data_report"]
 
 JSON, PAGE, SHEET = "data.json", "data.md", "data_samples.png"
+DATA_GATE = "convoy.data_gate"  # tag of a run, set when all of its report is there
 
 
 class DataRefused(GateRefused):
@@ -89,11 +90,14 @@ def data_gate(dataset: DatasetRef, config: DataGateConfig, champion: str | None 
 
 def log_data_report(run_id: str, report: DataReport) -> None:
     """Put a report into an MLflow run: `report/data.json`, `data.md`, `data_samples.png`, a tag, and metrics
-    of what changed against the champion's data.
+    of what changed against the champion's data. A resumed run keeps what was found when it began: it may itself be
+    the champion by now.
 
     Raises:
         ServiceError: a server failed.
     """
+    if DATA_GATE in tracking.run_tags(run_id):
+        return
     store = ObjectStore.connect(Settings().bucket, create=False)
     with TemporaryDirectory() as temporary:
         for name in (JSON, PAGE, SHEET):
@@ -103,7 +107,7 @@ def log_data_report(run_id: str, report: DataReport) -> None:
     if report.checks.champion_version:  # these change from run to run, and are worth a chart
         compared = {check.name: check.value for check in report.checks.checks if check.name in COMPARISONS}
         tracking.log_metrics(run_id, {f"data/{name}": value for name, value in compared.items() if value is not None})
-    tracking.set_tags(run_id, {"convoy.data_gate": report.checks.outcome})
+    tracking.set_tags(run_id, {DATA_GATE: report.checks.outcome})
 
 
 def data_markdown(name: str, checks: DataChecks) -> str:
@@ -111,7 +115,7 @@ def data_markdown(name: str, checks: DataChecks) -> str:
     order = ("failed", "warned", "passed", "skipped", "off")
     verdict = {"passed": "passed", "warned": "passed with warnings", "failed": "refused"}[checks.outcome]
     lines = [
-        f"**{cell(name)}: {verdict}** ({_count(checks)})",
+        f"**{plain(name)}: {verdict}** ({_count(checks)})",
         "",
         f"Dataset version `{checks.dataset_version}`, compared with "
         + (f"the champion's, `{checks.champion_version}`" if checks.champion_version else "none: no champion's data"),
@@ -131,7 +135,7 @@ def data_markdown(name: str, checks: DataChecks) -> str:
         f"| class | {' | '.join(checks.splits)} |",
         f"|:--|{'--:|' * len(checks.splits)}",
         *(
-            f"| {cell(label)} | {' | '.join(f'{count:,}' for count in counts)} |"
+            f"| {plain(label)} | {' | '.join(f'{count:,}' for count in counts)} |"
             for label, *counts in zip(
                 checks.classes, *(facts.class_counts for facts in checks.splits.values()), strict=True
             )
@@ -140,7 +144,7 @@ def data_markdown(name: str, checks: DataChecks) -> str:
     if checks.offenders:
         lines += ["", "| check | image | class | |", "|:--|:--|:--|:--|"]
         lines += [
-            f"| {each.check} | {each.split} {each.index} | {cell(checks.classes[each.label])} | {each.note} |"
+            f"| {each.check} | {each.split} {each.index} | {plain(checks.classes[each.label])} | {plain(each.note)} |"
             for each in checks.offenders
         ]
     return "\n".join(lines)
@@ -184,7 +188,7 @@ def _said(check: Check) -> str:
 
 def _row(check: Check) -> str:
     mark = f"**{check.outcome}**" if check.outcome in ("failed", "warned") else check.outcome
-    return f"| {check.name} | {mark} | {_number(check.value)} | {_number(check.limit)} | {cell(check.note)} |"
+    return f"| {check.name} | {mark} | {_number(check.value)} | {_number(check.limit)} | {plain(check.note)} |"
 
 
 def _number(value: float | None) -> str:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cnn.errors import InputError
 from cnn.manifest import Manifest, Shard
+from cnn.openshard import RawShard, fetch_and_open
 from cnn.packed import PackedSplit
 from cnn.reading import SplitReader
 from cnn.split import Split
@@ -118,7 +119,7 @@ def fits(cache: Cache, manifest: Manifest) -> bool:
 
 
 def open_split(cache: Cache, manifest: Manifest, split: Split) -> SplitReader:
-    """Open a split for reading: mapped, its missing shards fetched before, if all of the version may be here.
+    """Open a split for reading: mapped, each shard as it is fetched, if all of the version may be here.
 
     Otherwise, or if the images are encoded, its shards come when they are needed. The images are the same.
 
@@ -126,7 +127,7 @@ def open_split(cache: Cache, manifest: Manifest, split: Split) -> SplitReader:
         ObjectMissing: a shard is neither here nor in the bucket; when it is needed, if they come then.
     """
     if manifest.encoding == "raw" and fits(cache, manifest):
-        return PackedSplit(_each(partial(_fetch, cache), manifest.splits[split].shards))
+        return PackedSplit(_each(partial(_map, cache, _shape(manifest)), manifest.splits[split].shards))
     return stream_split(cache, manifest, split)
 
 
@@ -139,9 +140,8 @@ def stream_split(cache: Cache, manifest: Manifest, split: Split, *, ahead: int |
     """
     if ahead is None:
         ahead = AHEAD_BYTES if cache.limit is None else min(AHEAD_BYTES, cache.limit // 4 // local_ranks())
-    shape = manifest.channels, manifest.image_size, manifest.image_size
     shards = manifest.splits[split].shards
-    return StreamedSplit(shards, shape, partial(_fetch, cache), encoding=manifest.encoding, ahead=ahead)
+    return StreamedSplit(shards, _shape(manifest), partial(_fetch, cache), encoding=manifest.encoding, ahead=ahead)
 
 
 def local_ranks() -> int:
@@ -149,8 +149,18 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def _shape(manifest: Manifest) -> tuple[int, int, int]:
+    return manifest.channels, manifest.image_size, manifest.image_size
+
+
 def _fetch(cache: Cache, shard: Shard) -> Path:
     return cache.fetch(shard_key(shard), shard.sha256, size=shard.bytes)
+
+
+def _map(cache: Cache, shape: tuple[int, int, int], shard: Shard) -> RawShard:
+    mapped = fetch_and_open(shard, partial(_fetch, cache), shape=shape, encoding="raw")
+    assert isinstance(mapped, RawShard)
+    return mapped
 
 
 def _each(work: Callable[[Shard], T], shards: Iterable[Shard]) -> list[T]:

@@ -1,31 +1,30 @@
 """What killed processes and machines have left behind, and settling it.
 
-Found are: MLflow runs that nobody goes on with, processes without their flow, uploads and checkpoints that were never
-completed, and half-written files on this machine.
+Found are: MLflow runs that nobody goes on with, processes without their flow, flow runs without their process, leases
+without their flow run, uploads and checkpoints that were never completed, half-written files on this machine, and
+aliases that do not follow their model's history.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
-from uuid import UUID
 
 import psutil
-from prefect import get_client
-from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.client.schemas.responses import SetStateStatus
-from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed
+from prefect.client.schemas.objects import StateType
 from pydantic import BaseModel, ConfigDict
 
 from infra import tracking
 from infra.objectstore import ObjectInfo, ObjectStore
+from infra.promotion import misplaced_aliases, names_with_history, repair_aliases
 from infra.settings import Settings
 from infra.tracking import TaggedRun
 from infra.trylock import is_held, try_locked
 from tasks.alive import life, lock_file, orphaned, processes_of
 from tasks.checkpoints import COMMIT
+from tasks.flowruns import killed_flow_runs, mark_crashed, read_flow_run
+from tasks.lease import forgotten_leases, free_forgotten
 from tasks.patience import OWNER
 from tasks.run import FLOW_RUN, MANIFEST_DIGEST
 
@@ -34,7 +33,7 @@ GRACE = timedelta(days=1)
 
 ENDS_WITHIN = OWNER + 10  # seconds that a supervisor takes at most to end its ranks, a last checkpoint included
 
-Kind = Literal["process", "run", "upload", "checkpoint", "files"]
+Kind = Literal["process", "run", "flow", "lease", "upload", "checkpoint", "files", "alias"]
 
 
 class Finding(BaseModel):
@@ -44,7 +43,7 @@ class Finding(BaseModel):
 
     kind: Kind
     what: str
-    """Which one: a run's id, a process id, an upload's key and id, a checkpoint's prefix, a folder."""
+    """Which one: a run's id, a process id, an upload's key and id, a checkpoint's prefix, a folder, a model's name."""
 
     detail: str
     """Why it counts as left behind."""
@@ -97,9 +96,12 @@ def _kinds(grace: timedelta) -> dict[Kind, tuple[Finder, Ender]]:
     return {
         "process": (_processes, _end_process),
         "run": (_runs, _close_run),
+        "flow": (_flow_runs, _end_flow_run),
+        "lease": (_leases, free_forgotten),
         "upload": (lambda: _uploads(store, young), lambda what: _abort(store, what)),
-        "checkpoint": (lambda: _checkpoints(store, young), lambda what: _delete_checkpoint(store, what)),
+        "checkpoint": (lambda: _checkpoints(store, young), lambda what: _delete_checkpoint(store, what, young)),
         "files": (_work, _remove_work),
+        "alias": (lambda: _aliases(store), lambda name: bool(repair_aliases(store, name))),
     }
 
 
@@ -141,7 +143,7 @@ def _runs() -> Iterator[Finding]:
 def _abandoned(run: TaggedRun) -> str | None:
     """Why nobody goes on with a run; None if somebody may."""
     tag = run.tags.get(FLOW_RUN, "")
-    flow_run = _flow_run(tag)
+    flow_run = read_flow_run(tag)
     here = life(run.run_id, tag, flow_run.start_time if flow_run else None)
     if here == "alive":
         return None
@@ -163,7 +165,7 @@ def _close_run(run_id: str) -> bool:
             if not held or run is None or run.status != "RUNNING":
                 return False
             flow_run_id = run.tags.get(FLOW_RUN, "")
-            _crash(flow_run_id)
+            mark_crashed(flow_run_id)
             tracking.end_run(run_id, "KILLED")
     except Exception:
         lock.write_text(flow_run_id)  # the next look should find it dead again
@@ -171,25 +173,29 @@ def _close_run(run_id: str) -> bool:
     return True
 
 
-def _crash(flow_run_id: str) -> None:
-    """Have Prefect know that a flow run was killed, if it does not know how it ended."""
-    flow_run = _flow_run(flow_run_id)
-    if flow_run is None or flow_run.state is None or flow_run.state.is_final():
-        return
-    state: State[None] = Crashed(message="its process was killed; found by convoy doctor")
-    with get_client(sync_client=True) as client:
-        # Asked rather than ordered, Prefect frees what the flow run held.
-        answer = client.set_flow_run_state(flow_run.id, state)
-        if answer.status != SetStateStatus.ACCEPT:
-            client.set_flow_run_state(flow_run.id, state, force=True)
+def _flow_runs() -> Iterator[Finding]:
+    for killed in killed_flow_runs():
+        yield Finding(
+            kind="flow",
+            what=str(killed.id),
+            detail=f"Prefect says that flow run {killed.name} is {killed.state_name}, but its process was killed",
+            action="it becomes Crashed",
+        )
 
 
-def _flow_run(flow_run_id: str) -> FlowRun | None:
-    try:
-        with get_client(sync_client=True) as client:
-            return client.read_flow_run(UUID(flow_run_id))
-    except (ValueError, ObjectNotFound):
-        return None
+def _end_flow_run(what: str) -> bool:
+    mark_crashed(what)
+    return True
+
+
+def _leases() -> Iterator[Finding]:
+    for limit in forgotten_leases():
+        yield Finding(
+            kind="lease",
+            what=limit,
+            detail="it is taken in Prefect, but no flow run holds it",
+            action="it is freed",
+        )
 
 
 def _uploads(store: ObjectStore, young: datetime) -> Iterator[Finding]:
@@ -217,8 +223,7 @@ def _checkpoints(store: ObjectStore, young: datetime) -> Iterator[Finding]:
         if len(parts) == 5 and parts[2] == "checkpoints":
             found.setdefault(info.key.rpartition("/")[0] + "/", []).append(info)
     for prefix, files in found.items():
-        committed = any(info.key == prefix + COMMIT for info in files)
-        if not committed and all(info.modified and info.modified < young for info in files):
+        if _is_abandoned(files, young):
             yield Finding(
                 kind="checkpoint",
                 what=prefix,
@@ -227,10 +232,31 @@ def _checkpoints(store: ObjectStore, young: datetime) -> Iterator[Finding]:
             )
 
 
-def _delete_checkpoint(store: ObjectStore, prefix: str) -> bool:
-    for info in list(store.list(prefix)):
+def _is_abandoned(files: Sequence[ObjectInfo], young: datetime) -> bool:
+    """Whether these files of a checkpoint have neither a commit nor anybody who may still write one."""
+    committed = any(info.key.endswith(f"/{COMMIT}") for info in files)
+    return not committed and all(info.modified and info.modified < young for info in files)
+
+
+def _delete_checkpoint(store: ObjectStore, prefix: str, young: datetime) -> bool:
+    files = list(store.list(prefix))
+    # Looked at again: a training that was resumed meanwhile makes its steps anew, under the same keys.
+    if is_held(lock_file(prefix.split("/")[1])) or not _is_abandoned(files, young):
+        return False
+    for info in files:
         store.delete(info.key)
     return True
+
+
+def _aliases(store: ObjectStore) -> Iterator[Finding]:
+    for name in names_with_history(store):
+        if wrong := misplaced_aliases(store, name):
+            yield Finding(
+                kind="alias",
+                what=name,
+                detail=f"its aliases are not where its history says ({'; '.join(wrong)})",
+                action="they are moved there",
+            )
 
 
 def _work() -> Iterator[Finding]:

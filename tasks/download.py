@@ -19,7 +19,9 @@ from infra.settings import Settings
 from infra.sources.base import Source, Workplace, reusable
 from infra.sources.find import find_source
 from infra.sources.folder import FolderSource
+from tasks.cancel import stop_if_cancelled
 from tasks.progress import Advance, progress, run_logger
+from tasks.prunemark import wait_for_prune
 from tasks.retries import RETRIED
 
 
@@ -36,8 +38,10 @@ def download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = Non
         UsageError: there is no such data set, or it is no collection of labelled images.
         ServiceError: a mirror, a server or the bucket failed, refused or could not be reached.
     """
+    stop_if_cancelled()
     settings = Settings()
     store = ObjectStore.connect(settings.bucket)
+    wait_for_prune(store)
     try:
         raw = _download(dataset, settings, store, refresh, keep_raw)
     except OSError as error:  # a full disk, say; what the user's own files do wrong is a UsageError already
@@ -83,10 +87,10 @@ def _listing(dataset: str) -> Iterator[OnFiles]:
 def _images_of(folder: FolderSource, dataset: str) -> FolderSource:
     """Only the images, if they lie in class folders: nothing is uploaded that cannot be used."""
     try:
-        layout = arrange(folder.files.paths, folder.folders)
+        layout = arrange(folder.files.paths, folder.folders, folder.unreachable)
     except InputError as error:
         raise UsageError(f"{dataset}: {error}") from error
-    return folder.only(layout.chosen)
+    return folder.only(layout.chosen, layout.left_out.remarks, layout.left_out.classes)
 
 
 def _summary(raw: RawSource) -> str:

@@ -11,9 +11,9 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -88,6 +88,8 @@ class Outcome(_Record):
     images_per_second: float = 0.0
     val_accuracy: float = 0.0
     val_loss: float = 0.0
+    metrics: tuple[dict[str, Any], ...] = ()
+    """Rows (`MetricRow`) of a finished training that the tracking server had not acknowledged; the flow sends them."""
 
 
 @contextmanager
@@ -171,10 +173,8 @@ class JobFolder:
         whole = written[: written.rfind(b"\n") + 1]
         self._events_read += len(whole)
         for line in whole.splitlines():
-            try:
+            with suppress(ValidationError):  # of a disk that was full for a while a part of a line may be left
                 yield Event.model_validate_json(line)
-            except ValidationError:
-                continue
 
     def last_step(self) -> int:
         """How far any start of the ranks has come, as far as it is reported; 0 before the first report."""

@@ -37,6 +37,26 @@ def dying_with_this_process() -> Callable[[], None]:
     return partial(die_with_parent, os.getpid())
 
 
+def hear_sigterm_as_end_of_input() -> list[signal.Signals]:
+    """Makes SIGTERM end standard input, which a helper process watches because its owner's end closes it.
+
+    A handler that raised instead might do so inside a weakref callback, where Python ignores it.
+
+    Returns:
+        Empty; holds SIGTERM once that has arrived.
+    """
+    received: list[signal.Signals] = []
+
+    def end_input(*_: object) -> None:
+        received.append(signal.SIGTERM)
+        empty = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(empty, 0)
+        os.close(empty)
+
+    signal.signal(signal.SIGTERM, end_input)
+    return received
+
+
 def adopt_orphans() -> None:
     """Make descendants whose parent ends children of this process, wherever they put themselves, so none is lost."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)

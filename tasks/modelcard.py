@@ -3,6 +3,7 @@
 The sections are those of Mitchell et al., Model Cards for Model Reporting (2019), as far as they can be generated.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -23,6 +24,7 @@ from infra.versions import find_version
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, load_manifest, manifest_key
 from tasks.evaluate import Evaluation
+from tasks.markdown import plain
 from tasks.report import EvaluationReport
 from tasks.retries import RETRIED
 from tasks.run import FLOW_RUN, flatten
@@ -88,7 +90,7 @@ def model_card(
     interval = binomtest(right, report.images).proportion_ci(0.95, method="wilson")
     return "\n".join(
         [
-            f"# {model.name}, version {model.version}",
+            f"# {plain(model.name)}, version {model.version}",
             "",
             f"**{report.accuracy:.2%}** of {report.images:,} test images right "
             f"(95 % interval {interval.low:.2%} to {interval.high:.2%}), cross-entropy {report.loss:.4f}, "
@@ -97,13 +99,13 @@ def model_card(
             "## Intended use",
             "",
             f"Tells which of {len(manifest.classes)} classes a {kind} image of {size}×{size} pixels shows, for images "
-            f"that come about like those of `{_plain(dataset.name)}`: {_names(manifest.classes)}.",
+            f"that come about like those of {plain(dataset.name)}: {_names(manifest.classes)}.",
             "",
             "## How to load",
             "",
             "```python",
             "import mlflow",
-            f'model = mlflow.pyfunc.load_model("{model.uri}")',
+            f"model = mlflow.pyfunc.load_model({json.dumps(model.uri, ensure_ascii=False)})",
             f"probabilities = model.predict(images)  # numpy uint8 [N, {channels}, {size}, {size}], not normalised",
             'classes = model.metadata.metadata["classes"]',
             "```",
@@ -125,7 +127,7 @@ def model_card(
             "",
             "What differs from the defaults; the run has every key.",
             "",
-            *_bullets(f"`{key}` {_plain(str(value))}" for key, value in _configuration(config).items()),
+            *_bullets(f"`{key}` {plain(str(value))}" for key, value in _configuration(config).items()),
             "",
         ]
     )
@@ -140,14 +142,14 @@ def _limits(config: RunConfig, manifest: Manifest, report: EvaluationReport) -> 
     if hardest and hardest[0].recall < 1:
         limits.append(
             "Hardest classes, by share of their images found: "
-            + ", ".join(f"{_plain(scores.name)} {scores.recall:.1%}" for scores in hardest)
+            + ", ".join(f"{plain(scores.name)} {scores.recall:.1%}" for scores in hardest)
             + "."
         )
     counts = np.array(report.confusion)
     np.fill_diagonal(counts, 0)
     true, predicted = np.unravel_index(counts.argmax(), counts.shape)
     if most := int(counts[true, predicted]):
-        names = [_plain(scores.name) for scores in report.classes]
+        names = [plain(scores.name) for scores in report.classes]
         limits.append(f"Commonest mistake: {names[true]} taken for {names[predicted]}, {most:,} times.")
     if few := [scores.name for scores in report.classes if scores.support < FEW]:
         limits.append(f"{len(few)} classes have fewer than {FEW} test images, so their scores are uncertain.")
@@ -174,10 +176,10 @@ def _origin(dataset: DatasetRef, trained: TrainResult, origin: Origin) -> list[s
 def _data(config: RunConfig, manifest: Manifest) -> list[str]:
     found = manifest.report
     return [
-        f"source `{_plain(config.dataset)}`",
+        f"source {plain(config.dataset)}",
         ", ".join(f"{info.count:,} {split} images" for split, info in manifest.splits.items()),
         f"{found.unreadable:,} of {found.images:,} source images unreadable, {found.duplicates:,} duplicates",
-        *map(_plain, found.warnings),
+        *map(plain, found.warnings),
     ]
 
 
@@ -189,14 +191,9 @@ def _configuration(config: RunConfig) -> Mapping[str, object]:
 
 
 def _names(classes: tuple[str, ...]) -> str:
-    shown = ", ".join(f"`{_plain(name)}`" for name in classes[:LISTED_CLASSES])
+    shown = ", ".join(plain(name) for name in classes[:LISTED_CLASSES])
     return shown + (f" and {len(classes) - LISTED_CLASSES} more" if len(classes) > LISTED_CLASSES else "")
 
 
 def _bullets(lines: Iterable[str]) -> list[str]:
     return [f"- {line}" for line in lines]
-
-
-def _plain(text: str) -> str:
-    """Without what Markdown would take for code or markup, and on one line."""
-    return " ".join(text.split()).translate(str.maketrans("`<>", "'‹›"))

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tasks.lifeline import adopt_orphans, dying_with_this_process, end_descendants
+from tasks.lifeline import adopt_orphans, dying_with_this_process, end_descendants, hear_sigterm_as_end_of_input
 
 PATIENCE = 3.0  # seconds that the server has to end by itself
 POLL = 0.2  # seconds
@@ -22,7 +22,7 @@ POLL = 0.2  # seconds
 def main() -> int:
     uri, port = sys.argv[1:]
     adopt_orphans()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    hear_sigterm_as_end_of_input()
     # MLflow starts `uvicorn` by that name.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     command = ["models", "serve", "--model-uri", uri, "--env-manager", "local", "--host", "127.0.0.1", "--port", port]

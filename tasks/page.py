@@ -16,6 +16,7 @@ from rich.filesize import decimal
 
 from infra import tracking
 from infra.versions import FoundVersion, version_url
+from tasks.markdown import plain
 from tasks.progress import run_logger
 from tasks.report import EvaluationReport
 from tasks.retries import RETRIED
@@ -104,11 +105,11 @@ def description(version: FoundVersion, report: EvaluationReport) -> str:
     hardest = sorted((each for each in report.classes if each.support), key=lambda each: each.f1)[:HARDEST]
     lines = [
         f"**{report.accuracy:.2%}** of {report.images:,} test images right (95 % interval {low:.2%} to {high:.2%}), "
-        f"as [{version.address}]({version_url(version)})",
+        f"as [{plain(version.address)}]({version_url(version)})",
         "",
-        f"- quality gate: {version.tags.get(VERDICT_SUMMARY, 'not reached')}",
-        f"- serving gate: {version.tags.get(SERVING, 'not reached')}",
-        "- hardest classes, by F1: " + ", ".join(f"{each.name} {each.f1:.3f}" for each in hardest),
+        f"- quality gate: {plain(version.tags.get(VERDICT_SUMMARY, 'not reached'))}",
+        f"- serving gate: {plain(version.tags.get(SERVING, 'not reached'))}",
+        "- hardest classes, by F1: " + ", ".join(f"{plain(each.name)} {each.f1:.3f}" for each in hardest),
         f"- calibration error {report.calibration.ece_before:.2%}, {report.calibration.ece_after:.2%} with temperature",
         "- all tables and pictures: `report/index.html` under Artifacts",
     ]

@@ -25,6 +25,7 @@ from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from infra.versions import FoundVersion, download_version, find_version
 from tasks.dataset import load_manifest
+from tasks.markdown import plain
 from tasks.pictures import Picture, pictures
 from tasks.progress import progress, run_logger
 from tasks.table import Batch, Unread, check_out, result_file, table_writer
@@ -57,11 +58,19 @@ class Predictions(BaseModel):
 
     def markdown(self) -> str:
         """For people."""
-        lines = [f"{self.images:,} files, {self.unreadable:,} of them unreadable, by `{self.model}` → `{self.out}`", ""]
-        lines += ["| class | images |", "|---|---:|", *(f"| {name} | {n:,} |" for name, n in self.classes.items())]
+        lines = [
+            f"{self.images:,} files, {self.unreadable:,} of them unreadable, "
+            f"by {plain(self.model)} → {plain(self.out)}",
+            "",
+        ]
+        lines += [
+            "| class | images |",
+            "|---|---:|",
+            *(f"| {plain(name)} | {n:,} |" for name, n in self.classes.items()),
+        ]
         if self.unreadable:
             lines += ["", "| unreadable | reason |", "|---|---|"]
-            lines += [f"| {each.file} | {each.reason} |" for each in self.unreadable_examples]
+            lines += [f"| {plain(each.file)} | {plain(each.reason)} |" for each in self.unreadable_examples]
         return "\n".join([*lines, ""])
 
 

@@ -19,6 +19,7 @@ from cnn.preprocess import code_files, pack
 from cnn.sources import open_source
 from cnn.sources.decode import decoder_versions
 from cnn.sources.files import Files
+from cnn.sources.layout import LeftOut
 from cnn.survey import survey
 from infra.cache import Cache
 from infra.files import locked
@@ -28,6 +29,7 @@ from infra.objectstore import ObjectMissing, ObjectStore
 from infra.origin import ListedFiles, open_origin
 from infra.raw import ListingRef, RawSource
 from infra.settings import Settings
+from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetRef, is_whole, manifest_key
 from tasks.journal import Journal
 from tasks.progress import progress, run_logger
@@ -60,6 +62,7 @@ def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = Fals
         UsageError: a file of a folder that is read in place has changed.
         ServiceError: the object store failed.
     """
+    stop_if_cancelled()
     settings = Settings()
     store = ObjectStore.connect(settings.bucket)
     cache = Cache(settings.cache, store)
@@ -150,7 +153,9 @@ def _pack(
     refresh: bool,
 ) -> Manifest:
     """Both passes; the shards are in the bucket afterwards."""
-    source = open_source(raw.format, files, raw.classes or None)
+    source = open_source(
+        raw.format, files, raw.classes or None, LeftOut(raw.remarks, raw.left_out) if raw.remarks else None
+    )
     surveyed, packed = journal.survey_parts(), journal.shards()
     if surveyed:
         count = sum(each.shard.count for each in packed)

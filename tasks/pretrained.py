@@ -12,6 +12,7 @@ from infra.cache import Cache
 from infra.errors import UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.settings import Settings
+from tasks.cancel import stop_if_cancelled
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, load_manifest, pretrained_key
 from tasks.progress import run_logger
@@ -26,6 +27,7 @@ def pretrained(config: RunConfig, dataset: DatasetRef) -> RunConfig:
         InputError: it holds the weights of another network.
         ServiceError: the storage failed.
     """
+    stop_if_cancelled()
     assert config.pretrained
     store = ObjectStore.connect(Settings().bucket, create=False)
     with TemporaryDirectory() as temporary:

@@ -18,6 +18,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from infra import stopping
+
 LOG_EVERY = 15.0  # seconds between log lines where there is no terminal
 ARTIFACT_EVERY = 3.0  # seconds between updates of the artifact: each one is a request to Prefect
 
@@ -32,7 +34,7 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(description: str, total: float | None, *, unit: Unit, artifact: str | None = None) -> Iterator[Advance]:
-    """Yield a function that is told what has been done.
+    """Yield a function that is told what has been done; it raises Stopped if a signal asks this process to end.
 
     Args:
         description: what is being done, for people: "Downloading fashion-mnist".
@@ -47,6 +49,7 @@ def progress(description: str, total: float | None, *, unit: Unit, artifact: str
 
     def advance(amount: float, note: str | None = None) -> None:
         nonlocal done
+        stopping.check()
         with lock:
             done += amount
             shown.update(done, note)
@@ -80,13 +83,13 @@ class _Amount(ProgressColumn):
 class _Bar:
     def __init__(self, description: str, total: float | None, unit: Unit) -> None:
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # it names data sets
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             _Amount(unit),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=Console(stderr=True, emoji=False),
         )
         self._note = ""
         self._task = self._bars.add_task(description.ljust(28), total=total, note="")

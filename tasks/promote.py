@@ -4,13 +4,17 @@ Nothing here loads torch or Prefect.
 """
 
 import hashlib
+from itertools import dropwhile
+
+from pydantic import ValidationError
 
 from infra.errors import GateRefused, UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
-from infra.promotion import Promotion, newest, promote
+from infra.promotion import Promotion, Standing, history, promote, repair_aliases, standing_champion
 from infra.registry import ModelVersion
 from infra.settings import Settings
 from infra.versions import FoundVersion, find_version
+from tasks.lineage import version_lineage
 from tasks.verdict import Verdict
 from tasks.versiontags import DATASET_VERSION, SERVING, VERDICT_SHA256
 
@@ -31,8 +35,39 @@ def champion_data(name: str) -> str | None:
         UsageError: not a name for a model.
         ServiceError: a server failed.
     """
-    last = newest(ObjectStore.connect(Settings().bucket), name)
-    return find_version(f"{name}/{last.to_version}").tags.get(DATASET_VERSION) if last else None
+    champion = repaired_champion(ObjectStore.connect(Settings().bucket), name).version
+    return champion.tags.get(DATASET_VERSION) if champion else None
+
+
+def repaired_champion(store: ObjectStore, name: str) -> Standing:
+    """Returns a model's champion after its aliases were repaired, as every flow begins; what was found is a warning.
+
+    Raises:
+        UsageError: not a name for a model.
+        ServiceError: a server failed.
+    """
+    from tasks.progress import run_logger  # only here: it loads Prefect, which the commands do without
+
+    for change in repair_aliases(store, name):
+        run_logger().warning("alias of %s repaired from its history: %s", name, change)
+    standing = standing_champion(store, name)
+    if standing.note:
+        run_logger().warning("%s", standing.note)
+    return standing
+
+
+def promotions_of(version: ModelVersion) -> list[Promotion]:
+    """Returns the history from the promotion of this version on; empty if there was none. The aliases follow it then.
+
+    Raises:
+        ServiceError: a server failed.
+    """
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    entries = history(store, version.name)
+    entries = list(dropwhile(lambda each: (each.action, each.to_version) != ("promote", version.version), entries))
+    if entries:
+        repair_aliases(store, version.name)
+    return entries
 
 
 def promote_version(version: ModelVersion, *, force: bool = False, reason: str = "") -> Promotion:
@@ -51,17 +86,21 @@ def promote_version(version: ModelVersion, *, force: bool = False, reason: str =
     if force and not reason.strip():
         raise UsageError("--force wants a --reason, which is kept in the history")
     store = ObjectStore.connect(Settings().bucket)
-    last = newest(store, version.name)  # all that follows is decided on it: a change from now on loses the race
+    standing = standing_champion(
+        store, version.name
+    )  # all that follows is decided on it: a later change loses the race
+    last = standing.last
     found = find_version(version.address)
-    verdict = _verdict(store, found)
+    verdict = verdict_on(store, found)
     is_champion = last is not None and last.to_version == found.version  # which `promote` says best
-    objection = None if is_champion else _objection(found, verdict, last)
+    objection = None if is_champion else _objection(found, verdict, standing)
     if objection and not force:
         raise PromotionRefused(f"{found.address} is not promoted: {objection}")
     return promote(
         store,
         found,
         after=last,
+        lineage=version_lineage(store, found),
         reason=reason,
         forced=objection is not None,
         verdict_sha256=verdict.sha256 if verdict else None,
@@ -69,7 +108,7 @@ def promote_version(version: ModelVersion, *, force: bool = False, reason: str =
     )
 
 
-def _objection(found: FoundVersion, verdict: Verdict | None, last: Promotion | None) -> str | None:
+def _objection(found: FoundVersion, verdict: Verdict | None, standing: Standing) -> str | None:
     """Why the version may not become champion now, and what would help; None if it may."""
     force = "--force --reason TEXT promotes it all the same"
     serving = found.tags.get(SERVING)
@@ -80,15 +119,19 @@ def _objection(found: FoundVersion, verdict: Verdict | None, last: Promotion | N
         return f"it has no verdict of the quality gate; {judge}"
     if not verdict.passed:
         return f"the quality gate {verdict.summary}; {force}"
-    champion = f"{found.name}/{last.to_version}" if last else None
+    champion = standing.version.address if standing.version else None
     if verdict.champion != champion:
-        now = str(last) if last else "there is none now"
-        return f"it was judged against {verdict.champion or 'no champion'}, but {found.name!r} was {now}; {judge}"
+        now = standing.note or (f"{found.name!r} was {standing.last}" if standing.last else "there is none now")
+        return f"it was judged against {verdict.champion or 'no champion'}, but {now}; {judge}"
     return None
 
 
-def _verdict(store: ObjectStore, found: FoundVersion) -> Verdict | None:
-    """The verdict that the version's tag names; None if there is none on this version, or it is not intact."""
+def verdict_on(store: ObjectStore, found: FoundVersion) -> Verdict | None:
+    """Returns the verdict that a version's tag names; None if there is none on this version, or it is not intact.
+
+    Raises:
+        ServiceError: the object store failed.
+    """
     sha256 = found.tags.get(VERDICT_SHA256)
     if sha256 is None:
         return None
@@ -98,5 +141,8 @@ def _verdict(store: ObjectStore, found: FoundVersion) -> Verdict | None:
         return None
     if hashlib.sha256(data).hexdigest() != sha256:
         return None
-    verdict = Verdict.model_validate_json(data)
+    try:
+        verdict = Verdict.model_validate_json(data)
+    except ValidationError:  # written by another Convoy, whose conditions this one does not know
+        return None
     return verdict if verdict.challenger == found.address else None

@@ -1,14 +1,15 @@
 """Retention: what may go of what trainings leave behind, and letting it go, the commits first.
 
 A dataset's shards and raw files are shared between versions, so they go only when no kept manifest or record names
-them. A training that prepares its data may rely on what is there already, before anybody can see that it does: while
-one is about, data stay.
+them. A training that prepares its data may rely on what is there already, before MLflow shows that it does: while such
+a training runs, no data are removed, and one that begins meanwhile waits (`tasks.prunemark`).
 """
 
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,23 +25,26 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.filesize import decimal
 
 from infra.meter import in_parallel
 from infra.objectstore import ObjectInfo, ObjectMissing, ObjectStore
+from infra.promotion import Lineage
 from infra.raw import RawSource
 from infra.settings import Settings
 from tasks.checkpoints import COMMIT
 from tasks.dataset import DatasetDamaged, load_manifest, manifest_key, pretrained_key, shard_key, shards_of
+from tasks.flowruns import TRAINING_FLOWS
 from tasks.journal import JOURNALS, noted_shards
+from tasks.lineage import RecordDamaged, run_lineage
 from tasks.preprocess import StepRecord
 from tasks.progress import run_logger
-from tasks.references import RecordDamaged, References, RunNeeds, needs, references
+from tasks.prunemark import marked
+from tasks.references import References, references
 from tasks.retention import RetentionConfig
 
-TRAINING_FLOWS = ["train", "retrain"]
 PREPARATION = timedelta(days=7)  # longer than any; a flow run that is said to run, but was killed, is passed over then
 
 
@@ -88,8 +92,11 @@ class _Batch:
 
 
 @task(name="prune", cache_policy=NO_CACHE, persist_result=False)
-def prune(config: RetentionConfig, *, dry_run: bool = False) -> Pruned:
+def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: bool = False) -> Pruned:
     """Remove what nothing rests on and is older than its age, from the bucket and from this machine.
+
+    Args:
+        forget_unknown: go on if MLflow does not know runs or promoted versions of which the bucket holds data.
 
     Raises:
         ServiceError: a server failed, or something that says what is needed is damaged; what went until then is gone,
@@ -97,20 +104,23 @@ def prune(config: RetentionConfig, *, dry_run: bool = False) -> Pruned:
     """
     settings = Settings()
     store = ObjectStore.connect(settings.bucket, create=False)
-    objects = list(store.list(""))  # before anybody is asked what is needed: what comes later is not looked at
-    needed = references(store)
-    plan = _Planner(store, objects, needed, config).batches()
-    busy = is_preparing(needed.flow_runs)
-    notes = ("Data were left alone: a training is preparing its own; try again later.",) if busy else ()
-    freed = []
-    for batch in plan:
-        if batch.is_data and (busy or (not dry_run and is_preparing(needed.flow_runs))):
-            continue
-        if not dry_run:
-            _delete(store, batch.commits)
-            _delete(store, batch.contents)
-        gone = [*batch.commits, *batch.contents]
-        freed.append(Freed(kind=batch.kind, count=len(gone), bytes=sum(info.size for info in gone)))
+    with nullcontext(lambda: None) if dry_run else marked(store) as check:
+        under_way = trainings_under_way()  # those that begin from now on wait
+        objects = list(store.list(""))  # before anybody is asked what is needed: what comes later is not looked at
+        stored = {info.key.split("/")[1] for info in objects if info.key.startswith("runs/")}
+        needed = references(store, stored, forget_unknown=forget_unknown)
+        busy = not under_way <= needed.flow_runs  # one without an MLflow run may be preparing its data
+        notes = ("Data were left alone: a training is preparing its own; try again later.",) if busy else ()
+        freed = []
+        for batch in _Planner(store, objects, needed, config).batches():
+            if batch.is_data and busy:
+                continue
+            if not dry_run:
+                check()
+                _delete(store, batch.commits)
+                _delete(store, batch.contents)
+            gone = [*batch.commits, *batch.contents]
+            freed.append(Freed(kind=batch.kind, count=len(gone), bytes=sum(info.size for info in gone)))
     freed += _prune_machine(settings, needed, config, dry_run=dry_run)
     result = Pruned(dry_run=dry_run, freed=tuple(each for each in freed if each.count), notes=notes)
     create_markdown_artifact(result.markdown(), key="prune", description="What was removed")
@@ -119,21 +129,20 @@ def prune(config: RetentionConfig, *, dry_run: bool = False) -> Pruned:
     return result
 
 
-def is_preparing(known: Iterable[str]) -> bool:
-    """Whether a training runs in Prefect that has no MLflow run yet, and so may be preparing data.
-
-    Args:
-        known: flow runs that have one.
-    """
+def trainings_under_way() -> set[str]:
+    """Returns the flow runs of trainings that Prefect says are running or about to run."""
+    found: list[FlowRun] = []
     with get_client(sync_client=True) as client:
-        found = client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=TRAINING_FLOWS)),
+        while page := client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=list(TRAINING_FLOWS))),
             flow_run_filter=FlowRunFilter(
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])),
                 expected_start_time=FlowRunFilterExpectedStartTime(after_=datetime.now(UTC) - PREPARATION),
             ),
-        )
-    return any(str(run.id) not in set(known) for run in found)
+            offset=len(found),
+        ):
+            found += page
+    return {str(run.id) for run in found}
 
 
 class _Planner:
@@ -204,22 +213,23 @@ class _Planner:
         days = max(config.runs_days, config.unfinished_checkpoints_days, config.finished_checkpoints_days)
         gone: list[ObjectInfo] = []
         for run_id, objects in self._runs.items():
-            kept = run_id in self._needed.running | self._needed.registered
+            kept = run_id in self._needed.running | self._needed.in_force | self._needed.registered
             if not kept and all(self._is_old(info, days) for info in objects):
                 gone += [info for info in objects if not _is_checkpoint(info)]
         return _Batch("unregistered trainings", *_commits_first(gone, COMMIT))
 
-    def _needs_of_kept(self, gone: set[str]) -> list[RunNeeds]:
+    def _needs_of_kept(self, gone: set[str]) -> list[Lineage]:
         """Of the runs at work and in force, and of those that can be resumed."""
-        kept = set(self._needed.running | self._needed.in_force)
-        for run_id, objects in self._runs.items():
-            resumable = self._needed.statuses.get(run_id) != "FINISHED"
-            if resumable and any(_is_checkpoint(info) and info.key not in gone for info in objects):
-                kept.add(run_id)
-        return [needs(self._store, run_id) for run_id in sorted(kept)]
+        resumable = [
+            run_id
+            for run_id, objects in self._runs.items()
+            if self._needed.statuses.get(run_id) != "FINISHED"
+            and any(_is_checkpoint(info) and info.key not in gone for info in objects)
+        ]
+        return [*self._needed.lineages, *(run_lineage(self._store, run_id) for run_id in resumable)]
 
     def _datasets(
-        self, kept_needs: Sequence[RunNeeds]
+        self, kept_needs: Sequence[Lineage]
     ) -> tuple[list[ObjectInfo], list[ObjectInfo], list[ObjectInfo], list[ObjectInfo]]:
         """Journals, step records, manifests and shards that may go."""
         config = self._config
@@ -280,7 +290,7 @@ class _Planner:
         old = self._old("reports", self._config.reports_days)
         return [info for info in old if not self._needed.datasets.intersection(info.key.split("/"))]
 
-    def _raw(self, kept_needs: Sequence[RunNeeds], gone: set[str]) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
+    def _raw(self, kept_needs: Sequence[Lineage], gone: set[str]) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
         """Records of sources, and raw files, that may go.
 
         A dataset is found by the name that its source gave it, which runs tell; one that no run has used yet may be
@@ -315,7 +325,7 @@ class _Planner:
             if not any(info.key.endswith(f"{run_id}/run.json") and info.key not in gone for info in objects):
                 continue
             try:
-                need = needs(self._store, run_id)
+                need = run_lineage(self._store, run_id)
             except RecordDamaged as error:
                 run_logger().warning("%s", error)
                 continue

@@ -24,7 +24,7 @@ from infra import tracking
 from infra.errors import GateRefused
 from infra.mlflowserver import mlflow_client
 from infra.objectstore import ObjectStore
-from infra.promotion import newest
+from infra.promotion import standing_champion
 from infra.registry import ModelVersion, tag_version
 from infra.settings import Settings
 from infra.versions import FoundVersion, download_version, find_version
@@ -72,11 +72,16 @@ def quality_gate(registered: ModelVersion, config: GateConfig) -> Verdict:
 
 
 def judge_version(version: ModelVersion, config: GateConfig) -> Verdict:
-    """The verdict on a version against the present champion of its name; nothing is published."""
-    store = ObjectStore.connect(Settings().bucket, create=False)
-    last = newest(store, version.name)
-    champion = ModelVersion(name=version.name, version=last.to_version) if last else None
-    return compare(version, champion, config)
+    """The verdict on a version against the present champion of its name; nothing is published.
+
+    A champion that the registry lacks cannot be compared with: a note says what took its place.
+    """
+    standing = standing_champion(ObjectStore.connect(Settings().bucket, create=False), version.name)
+    verdict = compare(version, standing.version, config)
+    if not standing.note:
+        return verdict
+    run_logger().warning("%s", standing.note)
+    return verdict.model_copy(update={"notes": (*verdict.notes, standing.note)})
 
 
 def compare(challenger: ModelVersion, champion: ModelVersion | None, config: GateConfig) -> Verdict:

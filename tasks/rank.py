@@ -6,6 +6,7 @@ FOLDER holds the job (tasks/job.py); MEETING is a path where the ranks of this s
 this machine; else they meet at torchrun's own store. The training goes on from its newest checkpoint, if it has one.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from cnn.distributed import make_deterministic, process_group
 from cnn.reports import EpochReport, StepReport, StragglerWatch
 from cnn.trainer import Trainer, fit
 from infra.objectstore import ObjectStore
+from infra.output import outlive_readers
 from infra.settings import Settings
 from tasks.checkpoints import CheckpointWriter, Snapshot, commit_weights, newest_checkpoint
 from tasks.dataset import load_manifest, open_cache, open_split, pretrained_key
@@ -96,6 +98,21 @@ class Speed:
         return self._images / self._seconds if self._seconds else 0.0
 
 
+class Told(logging.Handler):
+    """Passes warnings of `infra`, as of a damaged file, on to the log and to the people at the train task."""
+
+    def __init__(self, folder: JobFolder) -> None:
+        super().__init__(logging.WARNING)
+        self._folder = folder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(record.getMessage(), file=sys.stderr)
+            self._folder.write_event(Event(warning=record.getMessage()))
+        except OSError:  # a full disk is no reason to end what warned
+            self.handleError(record)
+
+
 class Silent:
     """Reporter of the ranks that are not the first."""
 
@@ -166,11 +183,13 @@ class RankZero:
             self.warn(f"the checkpoint of step {step} could not be stored within {patience:.0f} s; {kept}")
         return self._writer.committed
 
-    def close(self) -> None:
-        """Sends the metrics that are waiting."""
+    def close(self) -> tuple[dict[str, Any], ...]:
+        """Sends the metrics that are waiting; returns rows that the tracking server did not take."""
         self._system.stop()
-        if lost := self._metrics.close(FLUSH):
-            say(f"{len(lost)} metrics did not reach the tracking server")
+        rows = self._metrics.close(FLUSH)
+        if rows:
+            say(f"{len(rows)} rows of metrics did not reach the tracking server yet")
+        return tuple(row.model_dump(mode="json") for row in rows)
 
     @property
     def train_seconds(self) -> float:
@@ -253,6 +272,7 @@ def main() -> int:
     stop = StopSignal()
     folder = JobFolder(Path(sys.argv[1]))
     job = folder.read_job()
+    logging.getLogger("infra").addHandler(Told(folder))
     try:
         train(job, folder, _meeting(sys.argv[2:]), stop)
     except Exception as error:
@@ -311,9 +331,12 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
             outcome = outcome.model_copy(
                 update={"val_accuracy": trainer.selected.accuracy, "val_loss": trainer.selected.loss}
             )
-        first.close()  # before the commit, after which nobody would come back for the metrics
+        rows = first.close()
         if finished:
-            state, unplaced = trainer.weights(), outcome
+            state, unplaced = (
+                trainer.weights(),
+                outcome.model_copy(update={"metrics": rows}),
+            )  # a stop's: its checkpoint's
             outcome = through_outage(lambda: commit_weights(store, job, state, folder.weights, unplaced), first.warn)
         folder.write_outcome(outcome)
 
@@ -323,4 +346,5 @@ def _meeting(arguments: list[str]) -> dist.Store | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with outlive_readers("stdout", "stderr"):  # a disk without room for the log
+        sys.exit(main())

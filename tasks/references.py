@@ -1,24 +1,23 @@
-"""What must not be removed from the bucket, because something that counts rests on it."""
+"""Finds what in the bucket is in use: by a running training, an alias, or a champion that a rollback can restore."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from itertools import islice
 
 from pydantic import BaseModel, ConfigDict
 
 from infra import tracking
 from infra.errors import ServiceError
-from infra.objectstore import ObjectMissing, ObjectStore
-from infra.promotion import champions, history
-from infra.registry import RegisteredRun, every_version
+from infra.objectstore import ObjectStore
+from infra.promotion import Lineage, champions, history, lineage_of, names_with_history
+from infra.registry import every_version
 from infra.settings import Settings
 from infra.trylock import is_held
 from tasks.alive import lock_file, orphaned, processes_of
+from tasks.lineage import run_lineage, version_lineage
 from tasks.run import FLOW_RUN, MANIFEST_DIGEST
 from tasks.versiontags import DATASET_VERSION
 
-
-class RecordDamaged(ServiceError):
-    """A run's record cannot be read, so what the run needs is not known."""
+NAMED = 5  # of what MLflow does not know, in a message
 
 
 class References(BaseModel):
@@ -38,6 +37,9 @@ class References(BaseModel):
     registered: frozenset[str]
     """Runs of any version."""
 
+    lineages: tuple[Lineage, ...]
+    """Of the runs at work and in force; several of one run say the same, or one says more."""
+
     datasets: frozenset[str]
     """Dataset versions of the runs at work and in force."""
 
@@ -45,69 +47,65 @@ class References(BaseModel):
     """Of the runs at work."""
 
 
-class RunNeeds(BaseModel):
-    """What a run's record says that it was made of; read leniently, since earlier code may have written it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    dataset_version: str | None = None
-    dataset_name: str | None = None
-    pretrained_sha256: str | None = None
-
-
-def references(store: ObjectStore) -> References:
+def references(store: ObjectStore, stored: Collection[str], *, forget_unknown: bool = False) -> References:
     """Ask the promotion histories, the registry, MLflow and this machine.
 
+    Args:
+        stored: runs that have something in the bucket.
+        forget_unknown: go on if MLflow does not know some of them, or versions that the histories name. What the
+            histories say of these stays in force all the same.
+
     Raises:
-        ServiceError: one of them failed, or a history is damaged: then nothing is known, and nothing may go.
+        ServiceError: a server failed, a history is damaged, or MLflow does not know what it should: then it may not be
+            the one that the bucket belongs to, and nothing may go.
     """
-    versions = every_version()
+    versions = {(version.name, version.version): version for version in every_version()}
     runs = {run.run_id: run for run in tracking.every_run(MANIFEST_DIGEST)}
-    in_force = _in_force(store, versions)
+    standing = _standing(store)
+    if not forget_unknown:
+        _check_known(sorted(standing.keys() - versions.keys()), sorted(set(stored) - runs.keys()))
+    in_force = [version for key, version in versions.items() if version.aliases or key in standing]
     running = {run.run_id for run in runs.values() if run.status == "RUNNING"} | _alive(runs)
-    datasets = {version.tags.get(DATASET_VERSION) for version in in_force}
+    lineages = [
+        *standing.values(),  # MLflow may not know them
+        *(version_lineage(store, version) for version in in_force),
+        *(run_lineage(store, run_id) for run_id in sorted(running)),
+    ]
+    datasets = {lineage.dataset_version for lineage in lineages}
     # A run that has just begun has this tag before it has a record.
-    datasets |= {runs[run_id].tags.get("convoy.dataset_version") for run_id in running if run_id in runs}
-    made = {version.run_id for version in in_force}
-    datasets |= {needs(store, run_id).dataset_version for run_id in running | made}
+    datasets |= {runs[run_id].tags.get(DATASET_VERSION) for run_id in running if run_id in runs}
     return References(
         statuses={run.run_id: run.status for run in runs.values()},
         running=frozenset(running),
-        in_force=frozenset(made),
-        registered=frozenset(version.run_id for version in versions),
+        in_force=frozenset(lineage.run_id for lineage in lineages if lineage.run_id and lineage.run_id not in running),
+        registered=frozenset(version.run_id for version in versions.values()),
+        lineages=tuple(lineages),
         datasets=frozenset(version for version in datasets if version),
         flow_runs=frozenset(runs[run_id].tags.get(FLOW_RUN, "") for run_id in running if run_id in runs),
     )
 
 
-def needs(store: ObjectStore, run_id: str) -> RunNeeds:
-    """What a run was made of; nothing if it has left no record.
-
-    Raises:
-        RecordDamaged: it cannot be read.
-        ServiceError: the storage failed.
-    """
-    key = f"runs/{run_id}/run.json"
-    try:
-        record = json.loads(store.get_bytes(key))
-        return RunNeeds(
-            dataset_version=record["dataset"]["version"],
-            dataset_name=record["dataset"]["name"],
-            pretrained_sha256=record["manifest"]["config"].get("pretrained_sha256"),
-        )
-    except ObjectMissing:
-        return RunNeeds()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecordDamaged(f"{store.uri(key)} is damaged ({error}), so what the run needs is not known") from error
+def _standing(store: ObjectStore) -> dict[tuple[str, str], Lineage]:
+    """What each champion that a rollback can restore was made of, as far as the histories say, by name and version."""
+    histories = {name: history(store, name) for name in names_with_history(store)}
+    return {
+        (name, version): lineage_of(entries, version)
+        for name, entries in histories.items()
+        for version in champions(entries)
+    }
 
 
-def _in_force(store: ObjectStore, versions: Iterable[RegisteredRun]) -> list[RegisteredRun]:
-    standing = {(name, version) for name in _with_history(store) for version in champions(history(store, name))}
-    return [version for version in versions if version.aliases or (version.name, version.version) in standing]
-
-
-def _with_history(store: ObjectStore) -> set[str]:
-    return {info.key.split("/")[1] for info in store.list("models/") if "/history/" in info.key}
+def _check_known(versions: list[tuple[str, str]], runs: list[str]) -> None:
+    """Raise ServiceError if any of them is unknown to MLflow; runs that were deleted there are known."""
+    unknown = list(islice((run_id for run_id in runs if not tracking.run_tags(run_id)), NAMED))
+    if not versions and not unknown:
+        return
+    kinds = {"promoted versions": ["/".join(each) for each in versions[:NAMED]], "runs": unknown}
+    named = " and ".join(f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names)
+    raise ServiceError(
+        f"MLflow at {tracking.tracking_uri()} does not know {named}, of which the bucket holds data: is it the one "
+        "that they were made with? Nothing was removed; if they were deleted, use `convoy prune --forget-unknown`"
+    )
 
 
 def _alive(runs: Iterable[str]) -> set[str]:

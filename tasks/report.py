@@ -23,6 +23,7 @@ from cnn.errors import InputError
 from cnn.reading import SplitReader
 from infra import tracking
 from tasks.figures import confusion_figure, gallery_figure, reliability_figure
+from tasks.markdown import plain
 from tasks.versiontags import TEMPERATURE
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
     "Footprint",
     "Scores",
     "SliceScores",
-    "cell",
     "confusion_figure",
     "evaluation_report",
     "measure_footprint",
@@ -377,7 +377,7 @@ def report_markdown(report: EvaluationReport) -> str:
         "",
         "| class | precision | recall | F1 | images |",
         "|:--|--:|--:|--:|--:|",
-        *(f"| {cell(s.name)} | {s.precision:.3f} | {s.recall:.3f} | {s.f1:.3f} | {s.support:,} |" for s in listed),
+        *(f"| {plain(s.name)} | {s.precision:.3f} | {s.recall:.3f} | {s.f1:.3f} | {s.support:,} |" for s in listed),
         *(
             f"| *{name}* | {s.precision:.3f} | {s.recall:.3f} | {s.f1:.3f} | {report.images:,} |"
             for name, s in (("macro mean", report.macro), ("weighted mean", report.weighted))
@@ -389,9 +389,9 @@ def report_markdown(report: EvaluationReport) -> str:
         lines += ["", "| true | taken for | images |", "|:--|:--|--:|", *mistakes]
     for name, scores in report.slices.items():
         if name != "class":
-            lines += ["", f"| {cell(name)} | accuracy | 95 % | images |", "|:--|--:|:-:|--:|"]
+            lines += ["", f"| {plain(name)} | accuracy | 95 % | images |", "|:--|--:|:-:|--:|"]
             lines += [
-                f"| {cell(s.value)} | {s.accuracy:.2%} | {_range(s.interval)} | {s.images:,} |"
+                f"| {plain(s.value)} | {s.accuracy:.2%} | {_range(s.interval)} | {s.images:,} |"
                 for s in sorted(scores, key=lambda s: s.accuracy)[:LISTED_SLICES]
             ]
     return "\n".join(lines)
@@ -419,14 +419,9 @@ def _mistakes(report: EvaluationReport, most: int = 8) -> list[str]:
     for count, place in zip(found.values.tolist(), found.indices.tolist(), strict=True):
         true, predicted = (report.classes[number].name for number in divmod(place, len(counts)))
         if count:
-            rows.append(f"| {cell(true)} | {cell(predicted)} | {count:,} |")
+            rows.append(f"| {plain(true)} | {plain(predicted)} | {count:,} |")
     return rows
 
 
 def _range(interval: tuple[float, float]) -> str:
     return f"{interval[0]:.2%} … {interval[1]:.2%}"
-
-
-def cell(text: str) -> str:
-    """A text that may stand in a cell of a Markdown table."""
-    return text.replace("|", "\\|")

@@ -1,11 +1,20 @@
 """Which failures of a task are worth another try."""
 
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
 from infra.errors import Outage
+from tasks.cancel import stop_if_cancelled
+from tasks.progress import run_logger
+
+T = TypeVar("T")
+
+PATIENCE = 600.0  # seconds that an outage may last
+LONGEST_PAUSE = 15.0  # seconds between tries
 
 
 def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -14,9 +23,31 @@ def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 
 RETRIED: dict[str, Any] = {
-    "retries": 4,
-    "retry_delay_seconds": [3, 15, 60, 60],  # more than two minutes
+    "retries": 8,
+    "retry_delay_seconds": [3, 15, 30, 60, 60, 60, 60, 60],  # short ones, after which a cancel is noticed
     "retry_jitter_factor": 0.3,
     "retry_condition_fn": may_pass,
 }
 """Options of a task that can be done again: servers that restart are waited for, longer each time."""
+
+
+def outlast(work: Callable[[], T], *, patience: float = PATIENCE) -> T:
+    """Returns what `work` returns, done again while a server is away: for the end of a training, which is not a task
+    that could be done again.
+
+    Raises:
+        Cancelled: the flow run was cancelled meanwhile.
+        Outage: it lasted longer than `patience` seconds.
+    """
+    deadline, pause = time.monotonic() + patience, 1.0
+    while True:
+        try:
+            return work()
+        except Outage as error:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise
+            run_logger().warning("%s; trying again, for %.0f s at most", error, left)
+        stop_if_cancelled()
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)

@@ -8,8 +8,10 @@ import hashlib
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import httpx
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.utilities.urls import url_for
@@ -23,13 +25,17 @@ from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.provenance import Provenance, provenance
 from infra.settings import Settings
+from infra.stopping import Stopped
 from tasks.alive import holding
 from tasks.cancel import Cancelled
 from tasks.checkpoints import checkpoint_prefix
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, is_whole, load_manifest
+from tasks.flowruns import MLFLOW_RUN, label_flow_run
 from tasks.platform import Platform, differences, this_platform
 from tasks.progress import run_logger
+from tasks.prunemark import wait_for_prune
+from tasks.retries import outlast
 
 MANIFEST_DIGEST, FLOW_RUN = "convoy.manifest_digest", "prefect.flow_run_id"
 
@@ -91,7 +97,8 @@ def read_record(run_id: str) -> RunRecord:
 
 
 def check_resumable(run_id: str) -> RunConfig:
-    """The configuration of an unfinished run.
+    """The configuration of an unfinished run; to be asked again under the model's lease, since a run may finish while
+    the process that is to resume it waits.
 
     Raises:
         UsageError: there is no such run of ours, or it has finished.
@@ -109,7 +116,9 @@ def recorded_dataset(record: RunRecord) -> DatasetRef:
         UsageError: it is not in the bucket any more.
     """
     version = record.dataset.version
-    if not is_whole(ObjectStore.connect(Settings().bucket, create=False), version):
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    wait_for_prune(store)
+    if not is_whole(store, version):
         raise UsageError(f"dataset version {version} is not whole in the bucket any more: the run cannot go on")
     return record.dataset.model_copy(update={"reused": True})
 
@@ -124,14 +133,17 @@ def fitted(config: RunConfig, dataset: DatasetRef) -> RunConfig:
 def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = None) -> Iterator[TrackedRun]:
     """Open the run, and close it as FINISHED, KILLED (cancelled, interrupted) or FAILED.
 
+    A run that has finished stays so: it is never opened again.
+
     Args:
         resume: id of an earlier run to go on with. If this flow run has one already, because Prefect runs it again,
-            that is resumed unasked.
+            that is resumed unasked; one that has finished is only looked at, for what the flow still has to say.
 
     Raises:
         ServiceError: the tracking server cannot be reached.
         InputError: the configuration does not fit the dataset; no run is opened.
-        UsageError: the run to be resumed was made from other code, data or configuration, or a process goes on with it.
+        UsageError: the run to be resumed was made from other code, data or configuration, has finished, or a process
+            goes on with it.
     """
     settings = Settings()
     store = ObjectStore.connect(settings.bucket, create=False)
@@ -139,15 +151,20 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
     check_fits(config.training(), data)
     code = provenance()
     manifest = run_manifest(config, dataset, code)
-    resume = resume or _run_of_this_flow_run(store)
+    asked, resume = resume, resume or _run_of_this_flow_run(store)
+    finished = False
     flow_run = _flow_tags().get(FLOW_RUN, "")
     with contextlib.ExitStack() as alive:
         if resume:
             _check_equal(resume, read_record(resume).manifest, manifest)
             run_id = resume
             alive.enter_context(holding(run_id, flow_run))
-            tracking.reopen_run(run_id)
-            tracking.set_tags(run_id, _flow_tags())
+            if asked:
+                check_resumable(run_id)  # again: until now another process may have gone on with it
+            finished = tracking.run_status(run_id) == "FINISHED"
+            if not finished:
+                tracking.reopen_run(run_id)
+                tracking.set_tags(run_id, _flow_tags())
         else:
             run_id = tracking.start_run(
                 experiment=dataset.name,
@@ -157,6 +174,8 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
             )
             alive.enter_context(holding(run_id, flow_run))
         try:
+            with contextlib.suppress(httpx.HTTPError):  # for `convoy retrain --wait` only
+                label_flow_run({MLFLOW_RUN: run_id})
             prefix = f"s3://{settings.bucket}/{checkpoint_prefix(run_id)}"
             if not resume:
                 tracking.set_tags(run_id, {"convoy.checkpoint_prefix": prefix, **_mixing_tags(config, data)})
@@ -169,11 +188,13 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
                 run_id=run_id, url=tracking.run_url(run_id), manifest_digest=manifest.digest, checkpoint_prefix=prefix
             )
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Cancelled | Interrupted)
+            stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
             with contextlib.suppress(ServiceError):  # the server may be what failed, and the first error says more
-                tracking.end_run(run_id, "KILLED" if stopped else "FAILED")
+                if not finished:
+                    tracking.end_run(run_id, "KILLED" if stopped else "FAILED")
             raise
-        tracking.end_run(run_id, "FINISHED")
+        if not finished:
+            outlast(partial(tracking.end_run, run_id, "FINISHED"))
 
 
 def _mixing_tags(config: RunConfig, data: Manifest) -> dict[str, str]:
@@ -209,7 +230,8 @@ def log_cost(run_id: str, step_seconds: Mapping[str, float], rank_hours: float) 
     """
     seconds = {f"cost/{step.replace('-', '_')}_seconds": value for step, value in step_seconds.items()}
     memory = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    tracking.log_metrics(run_id, {**seconds, "cost/rank_hours": rank_hours, "cost/peak_memory_bytes": memory})
+    figures = {**seconds, "cost/rank_hours": rank_hours, "cost/peak_memory_bytes": memory}
+    outlast(partial(tracking.log_metrics, run_id, figures))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

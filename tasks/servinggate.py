@@ -20,6 +20,7 @@ from tasks.cancel import stop_if_cancelled
 from tasks.consumers import ConsumerFailed, batch_sizes, fresh_process, http_server, post_images
 from tasks.evaluate import Evaluation
 from tasks.gateconfig import ServingConfig
+from tasks.markdown import plain
 from tasks.progress import run_logger
 from tasks.reference import load_reference
 from tasks.retries import RETRIED
@@ -60,10 +61,10 @@ class ServingReport(BaseModel):
     def markdown(self) -> str:
         """The report for people."""
         rows = [
-            f"| {check.name} | {'passed' if check.passed else '**failed**'} | {check.detail.replace('|', '/')} |"
+            f"| {check.name} | {'passed' if check.passed else '**failed**'} | {plain(check.detail)} |"
             for check in self.checks
         ]
-        head = f"Serving gate of `{self.model}`: **{'passed' if self.passed else 'refused'}**"
+        head = f"Serving gate of {plain(self.model)}: **{'passed' if self.passed else 'refused'}**"
         return "\n".join([head, "", "| check | result | found |", "|---|---|---|", *rows, ""])
 
 

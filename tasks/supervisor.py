@@ -19,7 +19,12 @@ from pathlib import Path
 from infra.errors import ServiceError, UsageError
 from tasks.job import Event, JobFolder, Outcome, Restarts
 from tasks.launchconfig import Launcher
-from tasks.lifeline import adopt_orphans, dying_with_this_process, end_descendants
+from tasks.lifeline import (
+    adopt_orphans,
+    dying_with_this_process,
+    end_descendants,
+    hear_sigterm_as_end_of_input,
+)
 from tasks.memoryfile import memory_file
 from tasks.patience import OWNER
 from tasks.torchrun import ALONE, start_torchrun
@@ -30,9 +35,10 @@ POLL = 0.2  # seconds
 def main() -> int:
     folder = JobFolder(Path(sys.argv[1]))
     adopt_orphans()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    received = hear_sigterm_as_end_of_input()
     try:
-        return LAUNCHERS[folder.read_job().launcher](folder)
+        status = LAUNCHERS[folder.read_job().launcher](folder)
+        return 128 + received[0] if received else status
     except (UsageError, ServiceError) as error:
         folder.write_outcome(Outcome(status="failed", error=str(error), exit_status=error.exit_status))
         return error.exit_status

@@ -3,8 +3,8 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -12,18 +12,18 @@ from pydantic import BaseModel, ConfigDict
 
 from cnn.distributed import device_count
 from cnn.worldsize import default_world_size
-from infra import tracking
+from infra import stopping, tracking
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from tasks import alive
-from tasks.cancel import Cancelled, CancelWatch
+from tasks.cancel import Cancelled, CancelWatch, stop_if_cancelled
 from tasks.checkpoints import finished_outcome
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef
 from tasks.job import Event, Job, JobFolder, Outcome, Restarts, spare_outcome
-from tasks.outage import through_outage
 from tasks.patience import FLOW
 from tasks.progress import Advance, progress, run_logger
+from tasks.retries import outlast
 from tasks.run import Interrupted, TrackedRun
 
 WATCH_EVERY = 0.3  # seconds between looks at the supervisor and its news
@@ -66,8 +66,10 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     Raises:
         TrainingFailed: with what the ranks say was wrong.
         Cancelled: the flow run was cancelled; a checkpoint is stored, and no rank is left.
-        Interrupted: a rank was asked to stop; likewise.
+        Stopped: this process was asked to stop by a signal; likewise.
+        Interrupted: a rank was; likewise.
     """
+    stop_if_cancelled()
     folder = JobFolder(Settings().runs / run.run_id)
     store = ObjectStore.connect(Settings().bucket, create=False)
     outcome = finished_outcome(store, run.run_id)
@@ -97,7 +99,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     with progress(f"Training on {where}", total, unit="epochs", artifact="training") as advance, spare_outcome():
         outcome = _run(folder, _Display(advance, config.epochs))
     if not folder.weights.exists():  # the first rank was elsewhere
-        through_outage(lambda: store.get_file(outcome.weights_key, folder.weights), run_logger().warning)
+        outlast(partial(store.get_file, outcome.weights_key, folder.weights))
     return _publish(run, outcome, folder)
 
 
@@ -115,13 +117,17 @@ def _world_size(config: RunConfig) -> int:
 
 
 def _publish(run: TrackedRun, outcome: Outcome, folder: JobFolder) -> TrainResult:
-    """Have the weights in the MLflow run; done again after a crash in between."""
-    tracking.log_file(run.run_id, folder.weights, "weights")
+    """Puts the weights and the last metrics into the MLflow run, also after an outage or a crash in between."""
+    rows = [tracking.MetricRow.model_validate(row) for row in outcome.metrics]
+    if rows:
+        run_logger().info("sending %d rows of metrics that MLflow has not acknowledged", len(rows))
+        outlast(partial(tracking.deliver, run.run_id, rows))
+    outlast(partial(tracking.log_file, run.run_id, folder.weights, "weights"))
     tags = {"convoy.weights_sha256": outcome.weights_sha256, "convoy.world_size": str(outcome.world_size)}
-    tracking.set_tags(run.run_id, tags)
+    outlast(partial(tracking.set_tags, run.run_id, tags))
     return TrainResult(
         run_id=run.run_id,
-        **outcome.model_dump(exclude={"status", "error", "exit_status"}),
+        **outcome.model_dump(exclude={"status", "error", "exit_status", "metrics"}),
     )
 
 
@@ -140,7 +146,7 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
         if status >= 0 or (outcome and outcome.status != "crashed") or not restarts.take():
             break
         while alive.processes_of(folder.path):  # the kernel kills the ranks after their supervisor
-            time.sleep(WATCH_EVERY)
+            stopping.wait(WATCH_EVERY)
         show(Event(warning=f"the supervisor was killed by signal {-status}; starting again from the last checkpoint"))
         folder.start_again()
     if outcome and outcome.status == "finished":
@@ -171,7 +177,7 @@ def _supervise(folder: JobFolder, show: Callable[[Event], None]) -> int:
                 show(event)
             if cancelled():
                 raise Cancelled("the flow run was cancelled; every rank is stopped")
-            time.sleep(WATCH_EVERY)
+            stopping.wait(WATCH_EVERY)
         for event in folder.new_events():
             show(event)
     finally:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy.stats import binomtest, norm
 
 from tasks.gateconfig import GateConfig
+from tasks.markdown import plain
 
 Mask = NDArray[np.bool_]
 
@@ -112,14 +113,15 @@ class Verdict(BaseModel):
         """As a page, for MLflow and Prefect."""
         low, high = self.interval
         lines = [
-            f"**{'Passed' if self.passed else 'Refused'}**: {self.challenger} against {self.champion or 'no champion'}",
+            f"**{'Passed' if self.passed else 'Refused'}**: {plain(self.challenger)} against "
+            + plain(self.champion or "no champion"),
             "",
             "| | accuracy | only this one right |",
             "|:--|--:|--:|",
-            f"| {_cell(self.challenger)} | {self.accuracy:.2%} ({low:.2%} to {high:.2%}) | {self.only_challenger:,} |",
+            f"| {plain(self.challenger)} | {self.accuracy:.2%} ({low:.2%} to {high:.2%}) | {self.only_challenger:,} |",
         ]
         if self.champion and self.champion_accuracy is not None:
-            lines.append(f"| {_cell(self.champion)} | {self.champion_accuracy:.2%} | {self.only_champion:,} |")
+            lines.append(f"| {plain(self.champion)} | {self.champion_accuracy:.2%} | {self.only_champion:,} |")
         basis = f"{self.images:,} test images"
         if self.dataset_version:
             basis += f", dataset version `{self.dataset_version[:12]}`"
@@ -130,8 +132,8 @@ class Verdict(BaseModel):
         for check in self.checks:
             value = "" if check.value is None else f"{check.value:.5g}"
             said = "passed" if check.passed else "**failed**"
-            lines.append(f"| {check.name} | {value} | {check.threshold:.5g} | {said} | {_cell(check.detail)} |")
-        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)]).rstrip() + "\n"
+            lines.append(f"| {check.name} | {value} | {check.threshold:.5g} | {said} | {plain(check.detail)} |")
+        return "\n".join([*lines, "", *(f"- {plain(note)}" for note in self.notes)]).rstrip() + "\n"
 
 
 def judge(
@@ -295,7 +297,3 @@ def _limit(name: str, value: float | None, limit: float, unit: str) -> Check:
     return Check(
         name=name, value=value, threshold=limit, passed=value <= limit, detail=f"{value:,.5g} {unit}, at most {limit:,}"
     )
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -5,6 +5,8 @@ Tests that need only the object store ask for `s3` or `store`, ready in a second
 
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,6 +47,27 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.update(before)
 
     config.add_cleanup(restore)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Have SIGTERM and Ctrl-C end the whole session with its servers, not just the test that runs."""
+
+    def stop(number: int, _: object) -> None:
+        session.shouldstop = f"ended by {signal.Signals(number).name}"  # even if the test swallows what is raised
+        raise KeyboardInterrupt
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, stop)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which tests were left out by their marker, and how to run them."""
+    if config.option.markexpr and terminalreporter.stats.get("deselected"):
+        left_out = set(re.findall(r"not (\w+)", config.option.markexpr))
+        terminalreporter.section("not run, unless asked for")
+        for name, why in (line.split(": ", 1) for line in config.getini("markers") if ": " in line):
+            if name in left_out:
+                terminalreporter.line(f"{why:60} pytest -m {name}")
 
 
 def _apply(endpoints: Endpoints) -> None:

@@ -11,23 +11,30 @@ from cnn.sources.digits import DigitsSource
 from cnn.sources.files import Files, LocalFiles
 from cnn.sources.folder import FolderSource
 from cnn.sources.idx import IdxSource
+from cnn.sources.layout import LeftOut
 
 Format = Literal["idx", "cifar", "digits", "folder", "archive"]
 
 
-def open_source(format: Format, files: Mapping[str, Path] | Files, classes: Sequence[str] | None = None) -> Source:
+def open_source(
+    format: Format,
+    files: Mapping[str, Path] | Files,
+    classes: Sequence[str] | None = None,
+    left_out: LeftOut | None = None,
+) -> Source:
     """Open and check a source.
 
     Args:
         files: path inside the source (relative, posix: `train/cat/1.png`) → local file of any name; or, of a
             `folder`, files that lie elsewhere.
         classes: names of the labels 0, 1, ... of an `idx` source, which has none of its own.
+        left_out: of a `folder`: what it holds beside the files, if only its images are given.
 
     Raises:
         InputError: the source is damaged or is no labelled collection of images.
     """
     if format == "folder":
-        return FolderSource(LocalFiles(files) if isinstance(files, Mapping) else files)
+        return FolderSource(LocalFiles(files) if isinstance(files, Mapping) else files, left_out)
     if not isinstance(files, Mapping):
         raise TypeError(f"files of format {format} must be local")
     match format:

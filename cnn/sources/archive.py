@@ -1,6 +1,10 @@
 """A zip or tar archive of class folders; members are read into memory, never extracted to a path."""
 
+import lzma
+import os
 import stat
+import struct
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,10 +28,18 @@ MAX_RATIO, FREE_SIZE = 100, 2**30
 """Together members may be this many times larger than the archive, or one gigabyte if that is more."""
 
 
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+"""Ways of compressing a zip's member that are understood."""
+
+_UTF8_FLAG = 0x800
+
+
 class Member(NamedTuple):
     """What an archive's own list says about a member."""
 
     name: str
+    """See `normal_name`."""
+
     size: int
     is_folder: bool
     is_file: bool  # a regular file
@@ -45,21 +57,23 @@ class ArchiveSource:
         if len(files) != 1:
             raise InputError(f"expected one archive, found {len(files)} files")
         ((self._name, self._path),) = files.items()
-        with self._path.open("rb") as stream:
-            self._is_zip = stream.read(2) == b"PK"
+        with self._path.open("rb") as stream:  # a zip may have a program before it that unpacks it
+            self._is_zip = stream.read(2) == b"PK" or self._name.lower().endswith(".zip")
         members = check_members(self._name, self._path, self._list_zip() if self._is_zip else self._list_tar())
-        names = sorted(member.name for member in members if member.is_file)
+        stored = [member.name for member in members if member.is_file]
+        names = sorted(stored)
         layout = arrange(names, [member.name for member in members if member.is_folder])
         places = zip(layout.labels.tolist(), layout.splits.tolist(), strict=True)
         self._places = {names[index]: place for index, place in zip(layout.chosen.tolist(), places, strict=True)}
+        self._in_order = [name for name in stored if name in self._places] == list(self._places)
         self.classes = layout.classes
-        self.remarks = layout.remarks
+        self.left_out = layout.left_out
 
     def __len__(self) -> int:
         return len(self._places)
 
     def blocks(self) -> Iterator[FileBlock]:
-        """A zip's images in the order of their paths, a tar's in the archive's own order."""
+        """All images in the order of their paths."""
         names: list[str] = []
         contents: list[bytes] = []
         waiting = 0
@@ -86,45 +100,105 @@ class ArchiveSource:
         try:
             with zipfile.ZipFile(self._path) as archive:
                 for info in archive.infolist():
+                    name = self._zip_name(info)
                     if info.flag_bits & 1:
+                        raise InputError(f"{self._name}: member {name} is encrypted; pack it without a password")
+                    if info.compress_type not in _METHODS:
                         raise InputError(
-                            f"{self._name}: member {info.filename} is encrypted; pack it without a password"
+                            f"{self._name}: member {name} is compressed by method {info.compress_type} (9: Deflate64), "
+                            "which is not supported; pack it anew with another program"
                         )
                     kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the zip was not made on Unix
-                    is_file = not info.is_dir() and kind in (0, stat.S_IFREG)
-                    yield Member(info.filename, info.file_size, info.is_dir(), is_file)
-        except (zipfile.BadZipFile, NotImplementedError) as error:
+                    is_folder = info.orig_filename.endswith(("/", "\\"))
+                    yield Member(name, info.file_size, is_folder, not is_folder and kind in (0, stat.S_IFREG))
+        except InputError:
+            raise
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OSError, struct.error) as error:
             raise InputError(f"{self._name} is not a whole zip archive ({error}); fetch it again") from error
+
+    def _zip_name(self, info: zipfile.ZipInfo) -> str:
+        encoding = "utf-8" if info.flag_bits & _UTF8_FLAG else "cp437"  # what zipfile has decoded it by
+        return normal_name(self._name, info.orig_filename.encode(encoding).partition(b"\0")[0])
 
     def _list_tar(self) -> Iterator[Member]:
         with tar_stream(self._name, self._path) as members:
             for member, _ in members:
-                yield Member(member.name, member.size, member.isdir(), member.isreg())
+                name = normal_name(self._name, _tar_name(member.name))
+                yield Member(name, member.size, member.isdir(), member.isreg())
 
     def _read_zip(self) -> Iterator[tuple[str, bytes]]:
         with zipfile.ZipFile(self._path) as archive:
-            stored = {normal_name(info.filename): info for info in archive.infolist()}
+            stored = {self._zip_name(info): info for info in archive.infolist()}
             for name in self._places:
                 try:
                     yield name, archive.read(stored[name])
-                except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+                except (
+                    zipfile.BadZipFile,
+                    zlib.error,
+                    lzma.LZMAError,
+                    EOFError,
+                    NotImplementedError,
+                    ValueError,
+                    OSError,
+                    struct.error,
+                ) as error:
                     raise InputError(f"{self._name}: member {name} is damaged ({error}); fetch it again") from error
 
     def _read_tar(self) -> Iterator[tuple[str, bytes]]:
+        if self._in_order:
+            yield from self._stream_tar()
+            return
+        # Another order would give another dataset version than the folder: the images go through a nameless file.
+        where: dict[str, tuple[int, int]] = {}
+        folder = self._path.parent
+        with tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as images:
+            for name, content in self._stream_tar():
+                where[name] = images.tell(), len(content)
+                images.write(content)
+            for name in self._places:
+                start, size = where[name]
+                images.seek(start)
+                yield name, images.read(size)
+
+    def _stream_tar(self) -> Iterator[tuple[str, bytes]]:
+        """The images in the archive's order."""
         with tar_stream(self._name, self._path) as members:
             for member, reader in members:
-                name = normal_name(member.name)
+                name = normal_name(self._name, _tar_name(member.name))
                 if member.isreg() and name in self._places:
                     yield name, reader.read()
 
 
-def normal_name(name: str) -> str:
-    """The member's path without `./`; some Windows programs write backslashes."""
-    return str(PurePosixPath(name.replace("\\", "/")))
+def _tar_name(name: str) -> bytes:
+    """The bytes that tarfile has made text of."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def normal_name(archive: str, name: bytes) -> str:
+    """Returns the member's path without `./` and with `/` for the backslashes that some Windows programs write.
+
+    A name that is valid UTF-8 is taken for that, whatever the archive says of it. Of other names the encoding is
+    unknown, so a byte that looks like a backslash may be half a character: these are escaped as the names of files
+    in a folder are.
+
+    Raises:
+        InputError: a folder's name is in an unknown encoding.
+    """
+    try:
+        return str(PurePosixPath(name.decode().replace("\\", "/")))
+    except UnicodeDecodeError:
+        text = name.decode(errors="backslashreplace")
+    folder, _, _ = name.rpartition(b"/")
+    if not folder.isascii() or (not folder and b"\\" in name):
+        raise InputError(
+            f"{archive}: the name of member {text} is not UTF-8, so its class is unknown; "
+            "pack it anew with a program that writes UTF-8 names"
+        )
+    return str(PurePosixPath(text))
 
 
 def check_members(archive: str, path: Path, members: Iterable[Member]) -> list[Member]:
-    """The members with normal names, once every one of them is known to be harmless.
+    """Returns the members, once every one of them is known to be harmless.
 
     Raises:
         InputError: an absolute path, a `..`, a link, a device, or too many bytes when uncompressed.
@@ -134,7 +208,7 @@ def check_members(archive: str, path: Path, members: Iterable[Member]) -> list[M
     names: set[str] = set()
     total = 0
     for member in members:
-        name = normal_name(member.name)
+        name = member.name
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or PureWindowsPath(name).drive:
             raise InputError(f"{archive}: member {member.name} points outside the archive; pack it without such paths")
@@ -146,5 +220,5 @@ def check_members(archive: str, path: Path, members: Iterable[Member]) -> list[M
         if member.is_file and name in names:
             raise InputError(f"{archive}: member {name} is there twice; pack each file once")
         names.add(name)
-        checked.append(member._replace(name=name))
+        checked.append(member)
     return checked

@@ -16,6 +16,7 @@ from PIL import Image
 
 from cnn.manifest import Unreadable
 from cnn.sources.decode import Look, Target, decode_image, fit, look_at, reason_of
+from cnn.sources.layout import LeftOut
 
 Pixels = NDArray[np.uint8]
 """Images [n, C, H, W], values 0..255."""
@@ -70,8 +71,8 @@ class Source(Protocol):
         """Class names; a label is a position in this tuple."""
 
     @property
-    def remarks(self) -> tuple[str, ...]:
-        """What a person should know about the source as a whole, for the report."""
+    def left_out(self) -> LeftOut:
+        """What it holds beside its images, for the report."""
 
     def __len__(self) -> int:
         """Images in all splits."""

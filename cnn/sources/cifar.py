@@ -11,6 +11,7 @@ import numpy as np
 
 from cnn.errors import InputError
 from cnn.sources.block import PixelBlock
+from cnn.sources.layout import LeftOut
 from cnn.sources.tar import tar_stream
 from cnn.split import TEST, TRAIN
 
@@ -64,7 +65,7 @@ class CifarSource:
             raise InputError(f"{self._name} lacks the training or test batches; fetch it again")
         self._count = sum(batches.values()) // self._record
         self.classes = lists[layout.names]
-        self.remarks: tuple[str, ...] = ()
+        self.left_out = LeftOut()
 
     def __len__(self) -> int:
         return self._count

@@ -11,6 +11,7 @@ import numpy as np
 
 from cnn.errors import InputError
 from cnn.sources.block import PixelBlock
+from cnn.sources.layout import LeftOut
 from cnn.split import UNDECIDED
 
 _SIDE, _MAX = 8, 16
@@ -35,7 +36,7 @@ class DigitsSource:
         self._images = scaled.astype(np.uint8).reshape(-1, 1, _SIDE, _SIDE)
         self._labels = labels.astype(np.int64)
         self.classes = tuple("0123456789")
-        self.remarks: tuple[str, ...] = ()
+        self.left_out = LeftOut()
 
     def __len__(self) -> int:
         return len(self._labels)

@@ -5,7 +5,7 @@ from functools import partial
 
 from cnn.sources.block import FileBlock
 from cnn.sources.files import Files
-from cnn.sources.layout import arrange
+from cnn.sources.layout import LeftOut, arrange
 
 BLOCK_IMAGES = 32
 BLOCK_BYTES = 4 * 2**20  # of files; a block ends before it has more, or at that many images
@@ -14,15 +14,18 @@ BLOCK_BYTES = 4 * 2**20  # of files; a block ends before it has more, or at that
 class FolderSource:
     """Image files by their paths in the folder.
 
+    Args:
+        left_out: what is known to be in the folder beside `files`.
+
     Raises:
         InputError: see `cnn.sources.layout.arrange`.
     """
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: Files, left_out: LeftOut | None = None) -> None:
         self._files = files
         self._layout = arrange(files.paths, files.folders)
         self.classes = self._layout.classes
-        self.remarks = self._layout.remarks
+        self.left_out = left_out or self._layout.left_out
 
     def __len__(self) -> int:
         return len(self._layout.chosen)

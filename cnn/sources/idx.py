@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cnn.errors import InputError
 from cnn.sources.block import PixelBlock, Pixels
+from cnn.sources.layout import LeftOut
 from cnn.split import TEST, TRAIN
 
 BLOCK = 2048  # images; 1.6 MB of 28 x 28
@@ -56,7 +57,7 @@ class IdxSource:
             raise InputError(f"label {present[-1]} has no name: there are {len(classes)} class names")
         self._parts = parts
         self.classes = tuple(classes)
-        self.remarks: tuple[str, ...] = ()
+        self.left_out = LeftOut()
 
     def __len__(self) -> int:
         return sum(len(part.labels) for part in self._parts)

@@ -1,23 +1,39 @@
 """Reading a tar archive as a stream, compressed or not; nothing is ever extracted to a path."""
 
 import lzma
+import struct
 import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 from cnn.errors import InputError
+
+MAX_HEADERS = 2**20
+"""Bytes of one member's extended headers (pax, GNU long names), and of all global ones; tarfile reads them whole."""
+
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 @contextmanager
 def tar_stream(name: str, path: Path) -> Iterator[Iterator[tuple[tarfile.TarInfo, "TarReader"]]]:
     """The members in the archive's order, each with its reader; damage raises InputError naming `name`."""
     try:
-        with tarfile.open(path, "r|*", tarinfo=_StrictHeader) as archive:
+        with _StrictTar.open(path, "r|*", encoding="utf-8", errors="surrogateescape") as archive:
             yield _members(archive)
-    except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
+    except InputError:
+        raise
+    except _Unsupported as error:
+        raise InputError(f"{name}: {error}") from error
+    except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, struct.error) as error:
         raise InputError(f"{name} is not a whole tar archive ({error}); fetch it again") from error
 
 
@@ -32,6 +48,10 @@ class TarReader:
         return self._stream.read(size) if self._stream else b""
 
 
+class _Unsupported(Exception):
+    """An archive is whole, but has what no archive of images needs."""
+
+
 class _StrictHeader(tarfile.TarInfo):
     """Only a block of zeros ends an archive; tarfile takes a cut or damaged header for the end as well."""
 
@@ -43,6 +63,37 @@ class _StrictHeader(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error or 'no end mark'}") from error
+
+    def _proc_member(self, archive: "_StrictTar") -> tarfile.TarInfo:
+        """Called for each header before anything is read of what belongs to it."""
+        archive.count_headers(self)
+        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        if member.size < 0:
+            raise tarfile.ReadError("negative size")
+        return member
+
+    def _refuse_sparse(self, *args: object) -> NoReturn:
+        """Called in place of tarfile's functions, which hold a list of holes of any length."""
+        raise _Unsupported("a member is a sparse file; pack it anew without --sparse")
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
+
+
+class _StrictTar(tarfile.TarFile):
+    tarinfo = _StrictHeader
+
+    _headers, _global_headers = 0, 0  # bytes
+
+    def count_headers(self, header: tarfile.TarInfo) -> None:
+        """Raises _Unsupported where extended headers, which are held in memory, outgrow their limit."""
+        if header.size < 0:
+            raise tarfile.ReadError("negative size")
+        if header.type == tarfile.XGLTYPE:
+            self._global_headers += tarfile.BLOCKSIZE + header.size
+        # Those of one member are read by a function that calls itself, so their number has a limit too.
+        self._headers = self._headers + max(header.size, MAX_HEADERS // 64) if header.type in _EXTENDED else 0
+        if max(self._headers, self._global_headers) > MAX_HEADERS:
+            raise _Unsupported(f"it has more than {MAX_HEADERS:,} bytes of headers; pack it anew as a plain tar")
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, TarReader]]:

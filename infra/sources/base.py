@@ -66,6 +66,14 @@ def source_key(*parts: object) -> str:
 
 
 def slug(name: str) -> str:
-    """A name for runs and models, which may not hold `/` or `:`: lower case, of `a-z 0-9 - _ .`."""
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9_.]+", "-", plain).strip("-.") or "dataset"
+    """Returns a name for runs and models, which may not hold `/` or `:`: lower case, of `a-z 0-9 - _ .`.
+
+    Accents are dropped. A name with other letters or symbols that cannot be kept gets a short digest of the whole,
+    so that no two of them share a model.
+    """
+    spelt = unicodedata.normalize("NFKD", name)
+    plain = spelt.encode("ascii", "ignore").decode().lower()
+    plain = re.sub(r"[^a-z0-9_.]+", "-", plain).strip("-.") or "dataset"
+    if any(not c.isascii() and unicodedata.category(c)[0] in "LNS" for c in spelt):
+        plain += "-" + hashlib.sha256(spelt.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return plain

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from infra.catalogue import ARCHIVES, CATALOGUE, CHOICES, CatalogueEntry, no_such_dataset
 from infra.errors import UsageError
@@ -42,13 +43,23 @@ def find_source(
         return _bucket(dataset, mirrors, on_files)
     if found and scheme != "file":
         raise UsageError(f"{dataset}: {scheme}:// is not supported; {CHOICES}")
-    path = Path(dataset.removeprefix("file://").removeprefix("file:")).expanduser()
+    path = _local_path(dataset)
     if path.is_dir():
         return local_folder(path, on_files)
     if path.is_file():
         _require_archive(path.name, str(path))
         return ArchiveSource(f"file:{path.absolute()}", path.name, path.stat().st_size)
     raise no_such_dataset(dataset, catalogue)
+
+
+def _local_path(dataset: str) -> Path:
+    """The path that a user wrote, or that a `file:` address stands for."""
+    if not dataset.startswith("file:"):
+        return Path(dataset).expanduser()
+    rest = dataset.removeprefix("file:")
+    rest = rest.removeprefix("//localhost").removeprefix("//")
+    literal = Path(rest).expanduser()
+    return literal if literal.exists() else Path(unquote(rest)).expanduser()
 
 
 def _web(address: str, mirrors: Mirrors) -> ArchiveSource:

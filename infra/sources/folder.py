@@ -1,7 +1,8 @@
 """A folder of images, local or in a bucket. Which of its files are images is not decided here."""
 
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,13 @@ class FolderSource:
     folders: tuple[str, ...] = ()
     """Paths of all sub-folders, where they exist without files."""
 
+    unreachable: tuple[str, ...] = ()
+    """Paths of what was found and is no file: links that lead nowhere, say."""
+
+    remarks: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """See RawSource."""
+
     @property
     def name(self) -> str:
         return slug(self.title)
@@ -49,11 +57,18 @@ class FolderSource:
     def key(self) -> str | None:
         if not self.origin.marks_content or not all(file.version for file in self.files):
             return None
-        return source_key("folder", self.origin.address, [list(file) for file in self.files])
+        files = [list(file) for file in self.files]
+        return source_key("folder", self.origin.address, files, *([self.remarks] if self.remarks else []))
 
-    def only(self, positions: NDArray[np.int64]) -> "FolderSource":
-        """The same folder with these of its files only, in rising order."""
-        return replace(self, files=self.files.take(positions))
+    def only(
+        self, positions: NDArray[np.int64], remarks: tuple[str, ...] = (), left_out: Mapping[str, int] | None = None
+    ) -> "FolderSource":
+        """Returns the same folder with these of its files only, in rising order.
+
+        Args:
+            remarks, left_out: what is said of the others; see RawSource.
+        """
+        return replace(self, files=self.files.take(positions), remarks=remarks, left_out=left_out or {})
 
     def fetch(self, place: Workplace, on_bytes: OnBytes, *, refresh: bool = False) -> RawSource:
         """Files are hashed, cached and uploaded side by side; equal ones are stored once."""
@@ -76,6 +91,8 @@ class FolderSource:
             name=self.name,
             format="folder",
             files=tuple(raw for raw, _ in brought),
+            remarks=self.remarks,
+            left_out=dict(self.left_out),
             served_by={".": self.origin.address},
             reused=all(present for _, present in brought),
         )
@@ -110,6 +127,8 @@ class FolderSource:
             format="folder",
             files=(),
             listing=listing,
+            remarks=self.remarks,
+            left_out=dict(self.left_out),
             served_by={".": self.origin.address},
             reused=stored is not None,
         )
@@ -117,14 +136,18 @@ class FolderSource:
 
 def local_folder(root: Path, on_files: OnFiles = lambda count: None) -> FolderSource:
     """See `infra.origin.list_local`."""
-    origin, files, folders = list_local(root, on_files)
+    found = list_local(root, on_files)
     absolute = root.absolute()
-    title = absolute.name or absolute.resolve().name
-    return FolderSource(origin=origin, title=title, files=files, folders=folders)
+    title = absolute.resolve().name if absolute.name in {"", ".."} else absolute.name
+    return FolderSource(
+        origin=found.origin, title=title, files=found.files, folders=found.folders, unreachable=found.unreachable
+    )
 
 
 def bucket_folder(store: ObjectStore, prefix: str, on_files: OnFiles = lambda count: None) -> FolderSource:
     """See `infra.origin.list_bucket`."""
-    origin, files = list_bucket(store, prefix, on_files)
-    title = origin.prefix.rstrip("/").rpartition("/")[2] or store.bucket
-    return FolderSource(origin=origin, title=title, files=files)
+    found = list_bucket(store, prefix, on_files)
+    title = prefix.rstrip("/").rpartition("/")[2] or store.bucket
+    return FolderSource(
+        origin=found.origin, title=title, files=found.files, folders=found.folders, unreachable=found.unreachable
+    )

@@ -11,7 +11,7 @@ import pytest
 
 from cnn.config import DataGateConfig
 from cnn.datachecks import BLOCK_BYTES, Check, DataChecks, check_dataset, population_stability_index
-from cnn.manifest import Manifest, SplitInfo, Spread, Unreadable
+from cnn.manifest import Losses, Manifest, SplitInfo, Spread, Unreadable
 from cnn.packed import PackedSplit
 from cnn.shards import ShardWriter, shard_path
 from cnn.split import SPLITS, Split
@@ -178,6 +178,21 @@ def test_what_preprocessing_found_is_judged(digits: Packed, data: Data, check: C
     assert found(checks, "size_ratio").value == 10
     assert found(checks, "other_modes").value == pytest.approx(0.1)
     assert [each.name for each in checks.having("warned")] == ["unreadable", "size_ratio"]
+
+
+def test_a_class_that_loses_most_of_its_files_is_warned_of(
+    digits: Packed, data: Data, check: Callable[..., DataChecks]
+) -> None:
+    def report(**left_out: int) -> dict[str, object]:
+        losses = {name[1:]: Losses(images=100, left_out=count) for name, count in left_out.items()}
+        return {"report": digits.manifest.report.model_copy(update={"left_out": losses})}
+
+    assert found(check(data, **report()), "left_out").outcome == "passed"
+    assert found(check(data, **report(_3=100)), "left_out").outcome == "passed"
+    checks = check(data, **report(_3=9, _5=300))
+    assert (found(checks, "left_out").outcome, found(checks, "left_out").value) == ("warned", 0.75)
+    assert found(checks, "left_out").note == "5 300 beside 100, 3 9 beside 100 images"
+    assert found(check(data, config=DataGateConfig(left_out="fail"), **report(_5=101)), "left_out").outcome == "failed"
 
 
 def test_classes_are_compared_with_the_champions_by_name(data: Data, check: Callable[..., DataChecks]) -> None:

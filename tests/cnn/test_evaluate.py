@@ -87,7 +87,8 @@ def test_every_image_counts_once(count: int, tmp_path: Path) -> None:
     done: list[int] = []
     network.seen.clear()
     logits = predict_logits(network, split, CPU, on_progress=done.append)
-    assert network.seen == list(range(count))
+    assert sorted(network.seen) == list(range(count))  # several batches at a time
+    assert torch.equal(logits[:, 1], torch.arange(count).float() % 2)
     assert sum(done) == len(logits) == count
 
 
@@ -95,6 +96,23 @@ def single(folder: Path) -> PackedSplit:
     path = folder / "one.safetensors"
     save_file({"images": torch.zeros(1, 1, 2, 2, dtype=torch.uint8), "labels": torch.tensor([1])}, path)
     return PackedSplit([path])
+
+
+def test_logits_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = build_network(TrainConfig.model_validate({"model": "notes"}), channels=1, image_size=28, classes=10)
+    images = torch.randint(0, 256, (2 * EVAL_BATCH, 1, 28, 28), dtype=torch.uint8)
+    save_file({"images": images, "labels": torch.zeros(len(images), dtype=torch.int64)}, tmp_path / "shard.safetensors")
+    split, before = PackedSplit([tmp_path / "shard.safetensors"]), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(predict_logits(nn.Sequential(Normalise((0.5,), (0.5,)), network), split, CPU))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -11,7 +11,7 @@ from tests.cnn.conftest import Packed
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device: run this on a GPU"),
 ]
 
 

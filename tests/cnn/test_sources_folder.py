@@ -1,11 +1,13 @@
 """Folders of image files: which are taken, what class and split they have, and how each kind is decoded."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from sklearn.datasets import load_digits
 
 from cnn.errors import InputError
@@ -13,6 +15,7 @@ from cnn.sources import open_source
 from cnn.sources.block import Decoded, FileBlock
 from cnn.sources.decode import MAX_PIXELS, Target, decode_image, look_at
 from cnn.sources.layout import Layout, arrange
+from cnn.sources.metadata import pixels_only
 from cnn.split import TEST, TRAIN, UNDECIDED, VAL
 
 GREY = np.round(load_digits().images[7] * 255 / 16).astype(np.uint8).repeat(4, 0).repeat(4, 1)  # 32 x 32
@@ -67,7 +70,7 @@ def test_wrapping_folders_are_looked_through() -> None:
 def test_hidden_files_are_skipped_and_other_files_remarked_on() -> None:
     layout, names = arranged(["a/1.png", "b/1.png", "a/._1.png", "__MACOSX/a/1.png", ".git/x.png", "b/notes.txt"])
     assert names == ["a/1.png", "b/1.png"]
-    (remark,) = layout.remarks
+    (remark,) = layout.left_out.remarks
     assert "1 files" in remark and "b/notes.txt" in remark
 
 
@@ -262,3 +265,82 @@ def test_a_decompression_bomb_is_not_decoded() -> None:
     assert len(bomb) < 100_000
     (refused,) = decode_all(bomb).unreadable
     assert "more than 64,000,000" in refused.reason
+
+
+# --- metadata -------------------------------------------------------------------------------------
+
+RUBBISH = b"garbage" * 9
+LONG = b"x" * (2 * 2**20)
+
+
+def exif(*entries: tuple[int, int, int, bytes], behind: bytes = b"") -> bytes:
+    """Little-endian EXIF: tag, type, count and four bytes of each entry."""
+    body = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4) + behind
+
+
+def chunk(kind: bytes, content: bytes, crc: int | None = None) -> bytes:
+    found = zlib.crc32(kind + content) if crc is None else crc
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", found)
+
+
+def png_with(*chunks: bytes, behind: bytes = b"") -> bytes:
+    data = encoded(Image.fromarray(COLOUR))
+    return data[:33] + b"".join(chunks) + data[33:-12] + behind + data[-12:]
+
+
+SIX = (0x112, 3, 1, struct.pack("<HH", 6, 0))
+
+TOLD = {
+    "XResolution -1/0": exif(SIX, (0x11A, 10, 1, struct.pack("<I", 38)), behind=struct.pack("<ii", -1, 0)),
+    "ImageWidth -5": exif(SIX, (0x100, 9, 1, struct.pack("<i", -5))),
+    "a sub-directory beyond the end": exif(SIX, (0x8769, 4, 1, struct.pack("<I", 2**31))),
+}
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_orientation_is_known_whatever_else_the_exif_says(told: str) -> None:
+    smooth = Image.linear_gradient("L").resize((64, 32))
+    plain = decoded(encoded(smooth, "JPEG"), 1, 16)[..., 0]
+    turned = decoded(encoded(smooth, "JPEG", exif=TOLD[told]), 1, 16)[..., 0]
+    assert (turned == np.rot90(plain, -1)).all()
+    png = encoded(smooth, "PNG", exif=TOLD[told])
+    assert np.abs(decoded(png, 1, 16)[..., 0].astype(int) - turned).max() < 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_pillow_turns_it(orientation: int) -> None:
+    image = Image.fromarray(COLOUR)
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    data = encoded(image, "PNG", exif=image.getexif())
+    with Image.open(io.BytesIO(data)) as opened:
+        assert (decoded(data) == np.asarray(ImageOps.exif_transpose(opened))).all()
+
+
+SPOILT = {
+    "eXIf of rubbish": png_with(chunk(b"eXIf", RUBBISH)),
+    "eXIf of rubbish behind the pixels": png_with(behind=chunk(b"eXIf", RUBBISH)),
+    "tEXt that is no hex": png_with(chunk(b"tEXt", b"Raw profile type exif\0\nexif\n  9\nno hex at all\n")),
+    "zTXt of 2 MB": png_with(chunk(b"zTXt", b"Comment\0\0" + zlib.compress(LONG))),
+    "zTXt of 2 MB behind the pixels": png_with(behind=chunk(b"zTXt", b"Comment\0\0" + zlib.compress(LONG))),
+    "iCCP of 2 MB": png_with(chunk(b"iCCP", b"icc\0\0" + zlib.compress(LONG))),
+    "iTXt of 2 MB": png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(LONG))),
+    "tEXt with a wrong sum": png_with(chunk(b"tEXt", b"Comment\0hello", crc=1)),
+    "pHYs that is too short": png_with(chunk(b"pHYs", b"12")),
+    "WebP with EXIF of rubbish": encoded(Image.fromarray(COLOUR), "WEBP", lossless=True, exif=RUBBISH, xmp=RUBBISH),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_metadata_never_make_pixels_unreadable(spoilt: str) -> None:
+    assert (decoded(SPOILT[spoilt]) == COLOUR).all()
+    assert (look_at(SPOILT[spoilt]).width, look_at(SPOILT[spoilt]).grey) == (32, False)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_without_metadata_the_pixels_stay(format: str) -> None:
+    data = encoded(Image.fromarray(COLOUR), format)
+    assert (decoded(pixels_only(data)) == decoded(data)).all()
+    rich = encoded(Image.fromarray(COLOUR), format, exif=exif(SIX), xmp=b"<x/>", icc_profile=RUBBISH)
+    assert not any(told in pixels_only(rich) for told in (b"<x/>", b"garbage", b"II*\0"))
+    assert (decoded(pixels_only(rich)) == decoded(data)).all()

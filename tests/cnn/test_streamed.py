@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cnn.config import TrainConfig
-from cnn.errors import InputError
+from cnn.errors import InputError, NotAvailable
 from cnn.manifest import Shard
 from cnn.order import Order
 from cnn.readahead import read_ahead
@@ -142,6 +142,14 @@ def test_a_shard_that_leaves_between_fetching_and_opening_is_fetched_again(many_
 
     split = StreamedSplit(many_shards.manifest.splits["train"].shards, (1, 8, 8), fetch)
     assert equal(split.gather(torch.tensor([1, 2])), many_shards.split("train").gather(torch.tensor([1, 2])))
+
+
+def test_a_shard_that_always_leaves_before_it_is_opened_is_no_mistake_of_the_users(
+    many_shards: Packed, tmp_path: Path
+) -> None:
+    split = StreamedSplit(many_shards.manifest.splits["train"].shards, (1, 8, 8), lambda _: tmp_path / "gone")
+    with pytest.raises(NotAvailable, match=r"raise CONVOY_CACHE_BYTES$"):
+        split.gather(torch.tensor([1]))
 
 
 def test_encoded_images_are_decoded_alike_however_they_are_read(

@@ -45,9 +45,9 @@ asyncio.run(main(*sys.argv[1:]))
 def why_not() -> str | None:
     """Why there can be no hosts on this machine; None if there can."""
     if os.geteuid() != 0:
-        return "network namespaces take root"
+        return "network namespaces take root: run the tests as root"
     if shutil.which("ip") is None or shutil.which("bridge") is None:
-        return "iproute2 is not installed"
+        return "iproute2 is not installed: install Debian's package iproute2"
     return None
 
 

@@ -102,7 +102,6 @@ def deployments(file: Path, photos: Path, *, schedules: list[dict[str, str]]) ->
         "entrypoint": "flows.retrain.retrain_flow",
         "parameters": {"config": config},
         "work_pool": {"name": "day-pool"},
-        "concurrency_limit": {"limit": 1, "collision_strategy": "ENQUEUE"},
         "schedules": schedules,
         "triggers": [
             {

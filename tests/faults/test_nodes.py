@@ -245,7 +245,7 @@ def test_a_bad_network(hosts: Callable[[int], Cluster], undisturbed: Summary, di
     try:
         cluster.hosts[1].shape(*discipline)
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"this kernel has no {discipline[0]}: {error.stderr.decode().strip()}")
+        pytest.skip(f"run it on a kernel with {discipline[0]}: {error.stderr.decode().strip()}")
     flow = cluster.train(f"bad-network-{discipline[0]}", "nodes.min=2")
     cluster.join(1)
     found = flow.end()

@@ -27,7 +27,7 @@ __all__ = ["next_training", "program", "quiet_prefect"]  # fixtures
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(400),
-    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed; `make ray` does it"),
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: run `make ray`"),
 ]
 
 RECIPE = (*RESUMABLE, "epochs=160", "lanes=4")

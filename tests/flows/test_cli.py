@@ -34,6 +34,7 @@ REFUSED = {
     "batch that lanes do not divide": (["--set", "batch_size=30"], "nearest is 32"),
     "lanes that are no power of two": (["--set", "lanes=6"], "nearest are 4 and 8"),
     "name that MLflow refuses": (["--name", "a/b"], "name: "),
+    "name that MLflow cannot search": (["--name", 'bob\'s "cats"'], "name: "),
     "limit out of range": (["--limit", "0"], "data.limit: "),
 }
 

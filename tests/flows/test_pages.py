@@ -23,7 +23,7 @@ PATIENCE = 30_000  # milliseconds until a page has what is looked for
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("no browser: apt install chromium")
+        pytest.skip("no browser: install Debian's package chromium")
     expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=list(QUIET))

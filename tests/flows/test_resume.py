@@ -9,24 +9,27 @@ from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
-from prefect import get_client
+from prefect import flow
 
 from flows.summary import Summary
 from infra import tracking
+from infra.errors import UsageError
 from infra.objectstore import ObjectStore
-from infra.registry import ModelVersion
+from infra.promotion import history
+from infra.registry import ModelVersion, delete_alias
 from infra.settings import Settings
+from infra.versions import FoundVersion, find_version
 from tasks.checkpoints import commits_of
 from tasks.config import RunConfig, load_config
 from tasks.dataset import DatasetRef
 from tasks.job import JobFolder
-from tasks.lease import limit_of
 from tasks.run import FLOW_RUN, MANIFEST_DIGEST, RunRecord, read_record, tracked_run
 from tests.flows.conftest import Convoy
 from tests.flows.program import (
     ENDS_WITHIN,
     RESUMABLE,
     RESUMABLE_STEPS,
+    SMALL,
     NextTraining,
     Program,
     Training,
@@ -133,6 +136,43 @@ def test_an_evaluation_that_is_done_again_is_recorded_once(survived: Survived) -
     assert len(points) == 1
 
 
+def test_a_flow_that_dies_after_the_promotion_has_only_the_rest_to_do(
+    stack: object, quiet_prefect: None, bucket: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import pipeline
+    from flows.train import train_flow
+    from tasks.page import publish_page
+
+    tries = []
+
+    def fail_once(version: FoundVersion) -> None:
+        tries.append(version)
+        if len(tries) == 1:
+            delete_alias(version.name, "champion")  # as if the process had died before it was set
+            raise OSError("the first try of the page fails")
+        publish_page(version)
+
+    monkeypatch.setattr(pipeline, "publish_page", fail_once)
+    config = load_config(
+        None, [*SMALL, "epochs=2", "gate.max_latency_ms=60000"], OPTIONS | {"name": "tail", "ranks": 1}
+    )
+    summary = train_flow.with_options(retries=1, retry_delay_seconds=0)(config)
+    assert len(tries) == 2
+    (entry,) = history(bucket, "tail")
+    assert (summary.champion, summary.verdict) == (True, entry.verdict_summary)
+    assert (entry.run_id, entry.dataset_version) == (summary.mlflow_run_id, summary.dataset_version)
+    assert entry.weights_sha256 == summary.weights_sha256
+    version = find_version("tail@champion")
+    assert version.tags["convoy.verdict_sha256"] == entry.verdict_sha256
+    run = MlflowClient().get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    final = [name for name in run.data.metrics if name.partition("/")[0] in ("test", "cost", "data")]
+    assert len(final) > 10
+    assert {name: len(MlflowClient().get_metric_history(version.run_id, name)) for name in final} == dict.fromkeys(
+        final, 1
+    )
+
+
 @pytest.mark.slow
 def test_weights_and_history_are_those_of_the_undisturbed_training_after_the_flow_was_killed(
     undisturbed: Summary,
@@ -146,8 +186,6 @@ def test_weights_and_history_are_those_of_the_undisturbed_training_after_the_flo
     flow.process.kill()
     training.assert_ends()
     assert MlflowClient().get_run(training.run_id).info.status == "RUNNING"  # nobody lived to say otherwise
-    with get_client(sync_client=True) as client:  # else the lease would run for a minute; tests/faults waits for it
-        client.delete_global_concurrency_limit_by_name(limit_of("resumed"))
     found = resume(training, ranks=1)
     assert (found.world_size, found.mlflow_run_id) == (1, training.run_id)
     assert min(training.reported()) > 1
@@ -203,6 +241,34 @@ def test_a_finished_run_is_not_resumed(undisturbed: Summary, convoy: Convoy) -> 
     done = convoy("resume", run_id)
     assert (done.status, done.complaint) == (2, f"run {run_id} has finished; there is nothing to resume")
     assert MlflowClient().get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_finished_while_its_resume_waited_is_not_opened_again(undisturbed: Summary) -> None:
+    from flows.train import train_flow
+
+    run_id = undisturbed.mlflow_run_id or ""
+    record = read_record(run_id)
+    before = MlflowClient().get_run(run_id).info
+    with pytest.raises(UsageError, match="has finished"):  # the command looked before, when it was still running
+        train_flow(record.config, resume=run_id)
+    with pytest.raises(UsageError, match="has finished"), tracked_run(record.config, record.dataset, run_id):
+        pytest.fail("it was opened")
+    after = MlflowClient().get_run(run_id).info
+    assert (after.status, after.end_time) == ("FINISHED", before.end_time)
+
+
+def test_a_flow_run_that_is_tried_again_leaves_its_finished_run_closed(undisturbed: Summary) -> None:
+    record = read_record(undisturbed.mlflow_run_id or "")
+
+    @flow
+    def tried_again() -> list[str]:
+        statuses = []
+        for _ in range(2):
+            with tracked_run(record.config, record.dataset) as run:
+                statuses.append(tracking.run_status(run.run_id))
+        return statuses
+
+    assert tried_again() == ["RUNNING", "FINISHED"]
 
 
 @pytest.mark.parametrize("run_id", ["0" * 32, "no-run", "../x"])

@@ -4,16 +4,27 @@ import time
 from uuid import UUID
 
 import pytest
+from mlflow.artifacts import load_text
 from mlflow.tracking import MlflowClient
 from prefect import get_client
 from prefect.client.schemas.objects import StateType
 
 from flows.retrain import retrain_flow
 from flows.summary import Summary
+from infra import tracking
 from infra.objectstore import ObjectStore
-from infra.promotion import history
+from infra.promotion import history, newest, promote
+from infra.registry import create_version
 from infra.settings import Settings
+from infra.versions import FoundVersion, find_version, list_versions
+from tasks.changes import what_changed
 from tasks.config import RunConfig
+from tasks.dataset import DatasetRef
+from tasks.gateconfig import GateConfig
+from tasks.promote import champion_data, promote_version
+from tasks.qualitygate import judge_version, publish
+from tasks.run import fitted, read_record
+from tasks.versiontags import VERDICT
 from tests.flows.conftest import CONFIG
 
 
@@ -88,3 +99,69 @@ def test_cost_is_in_the_run_and_in_the_summary(first: tuple[RunConfig, Summary])
     assert metrics["cost/train_seconds"] == summary.step_seconds["train"]
     assert 100e6 < metrics["cost/peak_memory_bytes"] < 10e9  # a process with torch
     assert metrics["cost/rank_hours"] == pytest.approx((summary.train_seconds or 0) / 3600, rel=0.02)
+
+
+# From here on without training: versions are copies of the first
+
+
+def copied(first: tuple[RunConfig, Summary], lr: float) -> FoundVersion:
+    """A further version of the model with the first one's files, as a training with another learning rate leaves it."""
+    before = first[1]
+    name, run_id = before.model_name or "", before.mlflow_run_id or ""
+    record = read_record(run_id)
+    manifest = record.manifest.model_copy(update={"config": record.manifest.config | {"lr": lr}})
+    copy = tracking.start_run("digits", "copy", {}, {})
+    written = record.model_copy(update={"manifest": manifest}).model_dump_json().encode()
+    ObjectStore.connect(Settings().bucket).put_bytes(f"runs/{copy}/run.json", written)
+    tracking.log_text(copy, "report/evaluation.json", load_text(f"runs:/{run_id}/report/evaluation.json"))
+    tracking.end_run(copy, "FINISHED")
+    original = MlflowClient().get_model_version(name, before.model_version or "")
+    tags = {key: value for key, value in original.tags.items() if not key.startswith(VERDICT)}
+    return find_version(create_version(name, str(original.model_id), run_id=copy, tags=tags).address)
+
+
+def test_what_other_conditions_refused_is_judged_again_rather_than_trained_again(
+    first: tuple[RunConfig, Summary],
+) -> None:
+    config, before = first
+    refused = copied(first, lr=0.5)
+    strict = config.model_copy(update={"lr": 0.5, "gate": GateConfig(floor=1.0)})
+    publish(refused, judge_version(refused, strict.gate))
+    champion = before.model_version
+    why = f"version {refused.version}, made of the same, was refused for version {champion}"
+    skipped = retrain_flow(strict)
+    assert (skipped.status, skipped.reason) == ("unchanged", why)
+    judged = retrain_flow(strict.model_copy(update={"gate": config.gate}))
+    assert judged.reason == f"{why} by other conditions than the present ones, so it is judged again"
+    assert (judged.status, judged.champion, judged.model_version) == ("done", True, refused.version)
+    assert judged.mlflow_run_id is None and "train" not in judged.step_seconds
+    assert find_version("retrained@champion") == find_version(refused.address)
+
+
+def test_champions_that_the_registry_has_lost_do_not_lock_anyone_out(first: tuple[RunConfig, Summary]) -> None:
+    config, before = first
+    name, store = "retrained", ObjectStore.connect(Settings().bucket)
+    dataset = DatasetRef(version=before.dataset_version or "", name="digits")
+    fit = fitted(config, dataset)
+    promote(store, copied(first, lr=0.25), after=newest(store, name))
+    last = newest(store, name)
+    assert last
+    for version in list_versions(name):
+        if version.version != before.model_version:
+            MlflowClient().delete_model_version(name, version.version)
+    assert champion_data(name) == before.dataset_version  # the first one takes their place
+    assert find_version(name).version == before.model_version
+    unchanged = what_changed.fn(name, fit, dataset)
+    assert unchanged.why == f"nothing has changed since the champion, version {before.model_version}"
+
+    newer = copied(first, lr=0.125)
+    MlflowClient().delete_model_version(name, before.model_version or "")
+    assert champion_data(name) is None
+    decision = what_changed.fn(name, fit, dataset)
+    assert decision.train and f"version {last.to_version} of 'retrained'" in decision.why
+    verdict = judge_version(newer, config.gate)
+    assert verdict.champion is None and any("registry" in note for note in verdict.notes)
+    publish(newer, verdict)
+    entry = promote_version(newer)
+    assert (entry.number, entry.from_version) == (last.number + 1, last.to_version)
+    assert find_version(name).version == newer.version

@@ -84,7 +84,13 @@ def deployed(stack: object, quiet_prefect: None, tmp_path_factory: pytest.TempPa
 def worker(deployed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
     log = (tmp_path_factory.mktemp("worker") / "log").open("wb")
     command = [sys.executable, "-P", "-c", "from flows.cli import main; main()", "worker", "--pool", "test-pool"]
-    worker = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(log.name).parent)
+    worker = subprocess.Popen(
+        command,
+        stdout=log,
+        stderr=log,
+        cwd=Path(log.name).parent,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a script's background job has it
+    )
     yield worker
     worker.send_signal(signal.SIGTERM)
     worker.wait(60)
@@ -102,6 +108,12 @@ def test_deploying_again_changes_nothing_and_a_schedule_that_left_is_deleted(dep
     schedules = {schedule.slug: schedule.id for schedule in before.schedules}
     assert {schedule.slug: schedule.id for schedule in again.schedules} == schedules
     assert schedules.keys() == {"nightly", "noon"}
+
+    limited = written(tmp_path / "limited.yaml", concurrency_limit={"limit": 1, "collision_strategy": "ENQUEUE"})
+    list(deploy(limited))
+    assert registered().global_concurrency_limit
+    list(deploy(deployed))
+    assert registered().global_concurrency_limit is None
 
     left = written(tmp_path / "prefect.yaml", schedules=[{"slug": "noon", "cron": "0 13 * * *", "timezone": "UTC"}])
     list(deploy(left))
@@ -214,6 +226,17 @@ def test_run_is_cancelled_from_the_command_line(
     late = convoy("cancel", training.run_id)
     assert late.status == 2
     assert "has ended: Cancelled" in late.complaint
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_worker_that_a_script_has_started_and_all_that_it_runs(
+    convoy: Convoy, worker: subprocess.Popen[bytes], next_training: NextTraining
+) -> None:
+    assert convoy("retrain", "-d", MODEL, "--force", "--set", "epochs=100000").status == 0
+    training = next_training.under_way()
+    worker.send_signal(signal.SIGTERM)
+    worker.wait(60)
+    training.assert_ends()
 
 
 @pytest.mark.parametrize(

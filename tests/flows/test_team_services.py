@@ -29,9 +29,9 @@ def team() -> Iterator[Team]:
     """All services but the worker, ready."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parts[-2]))
     if not programs or int(programs[-1].parts[-2]) < 15 or not shutil.which("psql"):
-        pytest.skip("PostgreSQL 15 or newer is not installed (Debian: postgresql)")
+        pytest.skip("PostgreSQL 15 or newer is not installed: install Debian's package postgresql")
     for module in ("psycopg2", "flask_wtf"):
-        pytest.importorskip(module, reason="the extra `team` is not installed")
+        pytest.importorskip(module, reason="the extra `team` is not installed: run `make setup`")
     folder = Path(tempfile.mkdtemp(prefix="convoy-team-"))  # pytest's own may not be entered by PostgreSQL's user
     folder.chmod(0o711)
     team = Team(folder)

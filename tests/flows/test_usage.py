@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,17 @@ def test_json_lines_are_json(convoy: Convoy, photos: Path, tmp_path: Path) -> No
     assert done.status == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [line["error"] for line in lines] == [None, None]
+
+
+def test_more_files_than_prefect_takes_as_a_parameter_are_predicted(
+    convoy: Convoy, photos: Path, tmp_path: Path
+) -> None:
+    long = photos / f"{'of_something_' * 18}.png"
+    (photos / "0.png").rename(long)
+    odd = os.fsdecode(bytes(photos / "1") + b"\xff.png")  # no Unicode, so no JSON
+    (photos / "1.png").rename(odd)
+    many = [str(long)] * (600_000 // len(str(long)))
+    done = convoy("predict", NAME, *many, "--out", str(tmp_path / "o.csv"))
+    assert done.status == 0, done.stderr
+    assert len((tmp_path / "o.csv").read_text().splitlines()) == len(many) + 1
+    assert convoy("predict", NAME, odd, "--out", str(tmp_path / "o.csv")).status == 0

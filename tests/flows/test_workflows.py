@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import subprocess
-import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.linters import program
+
 REPOSITORY = Path(__file__).parents[2]
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
+SCRIPTS = [*sorted((REPOSITORY / ".github").glob("*.sh")), REPOSITORY / ".ci" / "run"]
 SCRIPT = REPOSITORY / ".github" / "retrain.sh"
+NEWEST = REPOSITORY / ".github" / "newest.sh"
 
 CONVOY = """#!/usr/bin/env bash
 printf '%s\\n' "$@" >arguments
@@ -36,13 +40,15 @@ exit "${GH_STATUS:-0}"
 """Stands in for GitHub's command line; COMMENT is the id of the comment that is there already."""
 
 
-def program(name: str) -> str:
-    """A linter beside this Python, or on the path."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
+MAKE = """#!/usr/bin/env bash
+echo "$*" >>calls
+case $1 in
+  lock) printf 'kept==1.0 \\\\\\n    --hash=x\\nmoved==2.0 \\\\\\nnew==0.1 \\\\\\n' >requirements.lock ;;
+  test) printf 'much\\nFAILED tests/a.py::test_b - assert 1\\nmore\\n' ;;
+esac
+[[ $1 != "$BREAKS" ]]
+"""
+"""Stands in for make: resolves to other versions, and one of its targets fails."""
 
 
 def steps() -> Iterator[dict[str, Any]]:
@@ -56,13 +62,14 @@ def test_actionlint_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_script_is_sound() -> None:
-    assert os.access(SCRIPT, os.X_OK)
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_each_script_is_sound(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", str(script)], check=True)
 
 
 def test_shellcheck_finds_nothing() -> None:
-    done = subprocess.run([program("shellcheck"), str(SCRIPT)], capture_output=True, text=True)
+    done = subprocess.run([program("shellcheck"), *map(str, SCRIPTS)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -182,3 +189,55 @@ def test_a_missing_secret_is_named(folder: Path, missing: str) -> None:
     assert done.returncode == 2
     assert done.stdout == f"::error::the secret {missing} is not set\n"
     assert not (folder / "arguments").exists()
+
+
+def try_newest(folder: Path, which: str, breaks: str = "") -> "subprocess.CompletedProcess[str]":
+    """The script that tries new versions, where one target of `make` fails."""
+    (folder / "bin" / "make").write_text(MAKE)
+    (folder / "bin" / "make").chmod(0o755)
+    (folder / "requirements.lock").write_text("gone==3.0 \\\n    --hash=x\nkept==1.0 \\\nmoved==1.5 \\\n")
+    shutil.copy(REPOSITORY / "pyproject.toml", folder)
+    variables = {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "BREAKS": breaks}
+    variables["GITHUB_STEP_SUMMARY"] = str(folder / "summary")
+    return subprocess.run([NEWEST, which], env=variables, cwd=folder, capture_output=True, text=True, timeout=30)
+
+
+def test_newest_versions_that_pass_are_named(folder: Path) -> None:
+    done = try_newest(folder, "allowed")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "calls").read_text().splitlines() == ["lock ARGS=--upgrade", "lint", "test"]
+    summary = (folder / "summary").read_text()
+    assert summary.startswith("### Newest versions: allowed\n\n- `make lock`: passed\n- `make lint`: passed\n")
+    assert "```diff\n- gone==3.0\n- moved==1.5\n+ moved==2.0\n+ new==0.1\n```\n" in summary
+    assert (folder / "pyproject.toml").read_bytes() == (REPOSITORY / "pyproject.toml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("breaks", "asked", "said"),
+    [
+        ("lock", ["lock ARGS=--upgrade"], "- `make lock`: **failed**\n"),
+        ("lint", ["lock ARGS=--upgrade", "lint", "test"], "- `make lint`: **failed**\n"),
+        (
+            "test",
+            ["lock ARGS=--upgrade", "lint", "test"],
+            "**failed**\n\n```\nFAILED tests/a.py::test_b - assert 1\n```\n",
+        ),
+    ],
+)
+def test_what_newest_versions_break_is_said(folder: Path, breaks: str, asked: list[str], said: str) -> None:
+    assert try_newest(folder, "allowed", breaks).returncode == 1
+    assert (folder / "calls").read_text().splitlines() == asked
+    assert said in (folder / "summary").read_text()
+    assert "+ moved==2.0" in (folder / "summary").read_text()
+
+
+def test_beyond_the_pins_every_requirement_has_a_lower_bound_only(folder: Path) -> None:
+    assert try_newest(folder, "beyond").returncode == 0
+    ours, theirs = (tomllib.loads((where / "pyproject.toml").read_text())["project"] for where in (REPOSITORY, folder))
+    groups = [theirs["dependencies"], *theirs["optional-dependencies"].values()]
+    assert not [line for group in groups for line in group if "==" in line or "<" in line]
+    assert [re.split(r"[=<>]", line)[0] for line in theirs["dependencies"]] == [
+        re.split(r"[=<>]", line)[0] for line in ours["dependencies"]
+    ]
+    assert "torch>=" + next(line for line in ours["dependencies"] if line.startswith("torch=="))[7:] in groups[0]
+    assert try_newest(folder, "everything").returncode == 2

@@ -14,9 +14,9 @@ import pytest
 
 from infra.cache import Cache
 from infra.errors import ServiceError
-from infra.files import locked
+from infra.files import atomic_file, locked
 from infra.objectstore import ObjectMissing, ObjectStore
-from infra.room import disk_limit
+from infra.room import Room, disk_limit
 
 DATA = b"some content" * 1000
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -218,6 +218,40 @@ def test_processes_that_share_a_limit_keep_to_it_together(store: ObjectStore, tm
     assert not [path for path in root.rglob("*") if path.is_file() and path.parent.name == "locks"]
 
 
+def _come_and_go(root: Path, seed: int, seconds: float, most: "multiprocessing.Queue[int]") -> None:
+    room, chosen, end, seen = Room(root, 12_000), random.Random(seed), time.monotonic() + seconds, 0
+    names = [hashlib.sha256(bytes([number])).hexdigest() for number in range(24)]
+
+    def fetch_some(_: int) -> None:
+        nonlocal seen
+        while time.monotonic() < end:
+            name = chosen.choice(names)
+            path, lock = root / name[:2] / name, root / "locks" / name
+            with locked(lock):
+                if not path.exists():
+                    room.make(1000, lock)
+                    with atomic_file(path) as temporary:
+                        temporary.write_bytes(bytes(1000))
+            with locked(root / "locks" / "room"):  # nothing leaves while files are counted one by one
+                seen = max(seen, _bytes_of_files(root))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fetch_some, range(2)))
+    most.put(seen)
+
+
+def test_a_file_that_arrives_while_room_is_made_for_another_is_counted(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    most: multiprocessing.Queue[int] = context.Queue()
+    processes = [context.Process(target=_come_and_go, args=(tmp_path, seed, 3.0, most)) for seed in range(3)]
+    for process in processes:
+        process.start()
+    assert 10_000 <= max(most.get(timeout=60) for _ in processes) <= 12_000
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+
 def _bytes_of_files(root: Path) -> int:
     sizes: dict[int, int] = {}  # by inode, since a file that comes in is renamed meanwhile
     for path in root.glob("[0-9a-f][0-9a-f]/*"):
@@ -253,3 +287,32 @@ def test_a_lock_lets_one_process_in_at_a_time(tmp_path: Path) -> None:
         assert process.exitcode == 0
     assert counter.read_text() == "600"
     assert not lock.exists()
+
+
+@pytest.mark.parametrize("known_size", [True, False])
+def test_a_file_with_a_flipped_byte_is_fetched_again_with_a_warning(
+    store: ObjectStore, tmp_path: Path, caplog: pytest.LogCaptureFixture, known_size: bool
+) -> None:
+    store.put_bytes("key", DATA)
+    size = len(DATA) if known_size else None
+    path = Cache(tmp_path / "cache", store).fetch("key", DIGEST, size=size)
+    flip(path)
+    assert Cache(tmp_path / "cache", store).fetch("key", DIGEST, size=size).read_bytes() == DATA
+    assert f"{path} is damaged" in caplog.text
+    flip(path)
+    (tmp_path / "file").write_bytes(DATA)
+    assert Cache(tmp_path / "cache", store).add_file(tmp_path / "file") == DIGEST
+    assert path.read_bytes() == DATA and path.stat().st_mode & 0o222 == 0
+
+
+def flip(path: Path) -> None:
+    """Change a byte as a failing disk would: size and times stay."""
+    before = path.stat()
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(before.st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(before.st_size // 2)
+        file.write(bytes([byte ^ 1]))
+    path.chmod(before.st_mode)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -1,10 +1,8 @@
 """The team's services as files: what can be seen of them without a container engine."""
 
 import re
-import shutil
 import stat
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +12,10 @@ import yaml
 from infra.endpoints import QUIET
 from infra.teamsecrets import CLIENT, SERVICES, make
 from tests.infra.team import COMPOSE, REPOSITORY, compose, variables_of
+from tests.linters import program
 
 INFRA = COMPOSE.parent
 TOO_SHORT = 24  # characters of a password
-
-
-def program(*names: str) -> str:
-    """A program beside this Python, or on the path."""
-    for name in names:
-        beside = Path(sys.executable).with_name(name)
-        if found := str(beside) if beside.exists() else shutil.which(name):
-            return found
-    pytest.skip(f"{names[0]} is not installed")
 
 
 @pytest.fixture

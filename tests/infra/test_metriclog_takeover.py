@@ -9,6 +9,7 @@ import mlflow
 import pytest
 
 from infra.metriclog import ONE_TRY_A_REQUEST, MetricLogger
+from tests.flows.program import wait_for
 
 
 class Away(BaseHTTPRequestHandler):
@@ -42,5 +43,7 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_what_waits_is_dropped_when_another_process_has_taken_over_during_an_outage(away: list[str]) -> None:
     metrics = MetricLogger("f00d", is_current=lambda: False)
     metrics.log(1, {"train/loss": 1.0})
+    wait_for(lambda: not metrics.unacknowledged(), "the first row to be dropped")
+    metrics.log(2, {"train/loss": 0.5})
     assert metrics.close(60.0) == ()
     assert len(away) == 1

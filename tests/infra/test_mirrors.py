@@ -297,7 +297,7 @@ def test_two_runs_that_want_one_address_do_not_mix_their_bytes(
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An apt repository in a folder, with one package, which apt is told of but has not looked at."""
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        pytest.skip("needs apt and dpkg")
+        pytest.skip("apt-get or dpkg-deb is missing: run the tests on Debian or Ubuntu")
     root = tmp_path / "repository"
     content = root / "build" / "usr" / "share" / "convoy-test"
     content.mkdir(parents=True)

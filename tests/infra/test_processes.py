@@ -10,6 +10,7 @@ import pytest
 
 from infra import processes
 from infra.processes import Record, Server
+from infra.websettings import KEPT
 from tests.infra.localstack import until
 
 PARENT_AND_CHILD = (
@@ -29,13 +30,14 @@ def lives(process: psutil.Process) -> bool:
 class Started:
     """A server made of a few lines of Python."""
 
-    def __init__(self, folder: Path, program: str) -> None:
+    def __init__(self, folder: Path, program: str, *, asks_the_web: bool = False) -> None:
         self.mark = f"test@{folder}"
         self.record_file = folder / "record.json"
         self.server = Server(
             command=(sys.executable, "-c", program),
             environment={"A_SECRET": "tell nobody"},
             not_inherited=("UNWANTED_",),
+            asks_the_web=asks_the_web,
             folder=folder / "data",
             log=folder / "server.log",
             ports=(),
@@ -92,7 +94,23 @@ def test_a_server_inherits_nothing_that_it_must_not(
     variables = psutil.Process(start(PARENT_AND_CHILD).process.pid).environ()
     assert "UNWANTED_SETTING" not in variables
     assert variables["WANTED_SETTING"] == "1"
-    assert variables["no_proxy"] == "intranet.example,127.0.0.1,localhost"
+    assert variables["no_proxy"] == "127.0.0.1,localhost"
+
+
+def test_only_a_server_that_asks_the_web_inherits_the_users_proxies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(KEPT, raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv("no_proxy", "intranet.example")
+    for asks, proxy, without in (
+        (False, None, "127.0.0.1,localhost"),
+        (True, "http://proxy.example:3128", "intranet.example,127.0.0.1,localhost"),
+    ):
+        server = Started(tmp_path, PARENT_AND_CHILD, asks_the_web=asks)
+        variables = psutil.Process(server.process.pid).environ()
+        server.stop()
+        assert (variables.get("HTTPS_PROXY"), variables["no_proxy"]) == (proxy, without)
 
 
 def test_stop_ends_a_server_with_its_children(start: Callable[[str], Started]) -> None:

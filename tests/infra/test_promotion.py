@@ -1,6 +1,8 @@
 """Promotions on a real object store and a real MLflow: one winner, a history that stays, aliases that follow it."""
 
+import json
 import multiprocessing
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -11,20 +13,25 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from infra import tracking
-from infra.errors import ServiceError, UsageError
+from infra.errors import Outage, ServiceError, UsageError
 from infra.objectstore import ObjectStore
 from infra.promotion import (
     AlreadyChampion,
+    Lineage,
     Promotion,
     PromotionLost,
     champions,
     history,
+    lineage_of,
+    misplaced_aliases,
+    names_with_history,
     newest,
     promote,
     repair_aliases,
     rollback,
+    standing_champion,
 )
-from infra.registry import ModelVersion, aliased, create_version, set_alias
+from infra.registry import ModelVersion, aliased, create_version, delete_alias, set_alias
 
 RACERS = 6
 NAMES = (f"promotion {number}" for number in count())
@@ -183,12 +190,87 @@ def test_model_without_history_keeps_its_aliases(
     assert aliases() == ("3", None)
 
 
-def test_promotion_stands_when_the_aliases_cannot_follow(store: ObjectStore, model_id: tuple[str, str]) -> None:
-    missing = ModelVersion(name=next(NAMES), version="1")
-    with pytest.raises(ServiceError, match="its aliases do not show it yet"):
-        promote(store, missing, after=None)
-    assert create_version(missing.name, model_id[1], run_id=model_id[0], tags={}) == missing
-    assert repair_aliases(store, missing.name) == ["champion: none → 1"]
+def test_promotion_stands_when_the_aliases_cannot_follow(
+    store: ObjectStore, versions: list[ModelVersion], aliases: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as away, socket.socket() as nobody_listens:
+        nobody_listens.bind(("127.0.0.1", 0))
+        away.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{nobody_listens.getsockname()[1]}")
+        away.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        with pytest.raises(Outage, match="its aliases do not show it yet"):  # which a task tries again
+            promote(store, versions[0], after=None)
+    assert aliases() == (None, None)
+    with pytest.raises(AlreadyChampion):
+        promote(store, versions[0], after=newest(store, versions[0].name))
+    assert aliases() == ("1", None)
+
+
+def test_promoting_the_champion_and_rolling_back_repair_the_aliases_first(
+    store: ObjectStore, versions: list[ModelVersion], aliases: Any
+) -> None:
+    name = versions[0].name
+    promote_all(store, versions[:1])
+    set_alias(versions[2], "champion")
+    with pytest.raises(AlreadyChampion):
+        promote(store, versions[0], after=newest(store, name))
+    assert aliases() == ("1", None)
+    delete_alias(name, "champion")
+    with pytest.raises(UsageError, match="first champion"):
+        rollback(store, name)
+    assert aliases() == ("1", None)
+
+
+def test_misplaced_aliases_are_told_apart_from_those_in_place(
+    store: ObjectStore, versions: list[ModelVersion], aliases: Any
+) -> None:
+    promote_all(store, versions[:2])
+    assert names_with_history(store) == [versions[0].name]
+    assert misplaced_aliases(store, versions[0].name) == []
+    set_alias(versions[2], "champion")
+    assert misplaced_aliases(store, versions[0].name) == ["champion: 3 → 2"]
+    assert aliases() == ("3", "1")
+
+
+def test_a_champion_that_was_deleted_is_replaced_by_the_last_one_that_is_there(
+    store: ObjectStore, versions: list[ModelVersion], aliases: Any
+) -> None:
+    name = versions[0].name
+    promote_all(store, versions)
+    standing = standing_champion(store, name)
+    assert (standing.last, standing.version and standing.version.version) == (newest(store, name), "3")
+    assert standing.note == ""
+    for gone, left in (("3", "2"), ("2", "1")):
+        MlflowClient().delete_model_version(name, gone)
+        standing = standing_champion(store, name)
+        assert standing.last == newest(store, name)  # what the next promotion has to come after
+        assert standing.version and standing.version.version == left
+        assert f"version {left}, the champion before, takes its place" in standing.note
+        repair_aliases(store, name)
+        assert aliases() == (left, "1" if left == "2" else None)
+    MlflowClient().delete_model_version(name, "1")
+    standing = standing_champion(store, name)
+    assert standing.version is None and "counts as having none" in standing.note
+    assert repair_aliases(store, name) == []
+
+
+def test_an_entry_says_what_its_version_was_made_of(store: ObjectStore, versions: list[ModelVersion]) -> None:
+    name, lineage = versions[0].name, Lineage(run_id="r", weights_key="runs/r/w", dataset_version="d")
+    promote(store, versions[0], after=None, lineage=lineage)
+    promote(store, versions[1], after=newest(store, name))
+    back = rollback(store, name)
+    entries = history(store, name)
+    assert (back.run_id, back.weights_key, back.dataset_version) == ("r", "runs/r/w", "d")
+    assert lineage_of(entries, "1") == lineage
+    assert lineage_of(entries, "2") == Lineage()
+
+
+def test_entries_of_older_and_newer_convoys_are_read(store: ObjectStore, versions: list[ModelVersion]) -> None:
+    entry = promote(store, versions[0], after=None)
+    key = f"models/{entry.name}/history/00000001.json"
+    older = entry.model_dump(mode="json", exclude=set(Lineage.model_fields))
+    for written in (older, older | {"of_tomorrow": 1}):
+        store.put_bytes(key, json.dumps(written).encode())
+        assert history(store, entry.name) == [entry]
 
 
 def test_damaged_entry_is_named(store: ObjectStore, versions: list[ModelVersion]) -> None:

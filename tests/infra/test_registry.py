@@ -16,7 +16,9 @@ from infra.registry import (
     log_model,
     set_alias,
     tag_version,
+    version_of,
 )
+from infra.versions import find_version, list_versions
 
 IMAGES = np.arange(2 * 1 * 2 * 2, dtype=np.uint8).reshape(2, 1, 2, 2)
 
@@ -82,7 +84,25 @@ def test_missing_version_cannot_be_tagged(stack: object) -> None:
     assert "\n" not in str(failure.value)
 
 
-@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b"])
+@pytest.mark.parametrize("name", ["bob's cats", 'say "hi"', "a`b; -- c", "100% \\ of", "'", "naïve 花", "run_id = 'x"])
+def test_whatever_a_model_may_be_called_it_is_found_again(stored: tuple[str, str], name: str) -> None:
+    run_id, model_id = stored
+    version = create_version(check_model_name(name), model_id, run_id=run_id, tags={})
+    set_alias(version, "champion")
+    assert version_of(name, run_id) == version
+    assert version_of(name, "another run") is None
+    assert [each.address for each in list_versions(name)] == [version.address]
+    assert find_version(name).address == find_version(version.address).address == version.address
+    with pytest.raises(UsageError, match="versions: 1 to 1"):
+        find_version(f"{name}/2")
+
+
+def test_a_tag_of_any_text_is_found_again(stack: object) -> None:
+    run_id = tracking.start_run("registry-tests", "run", {}, {"convoy.model": "bob's cats"})
+    assert [run.run_id for run in tracking.list_runs("convoy.model", "bob's cats", limit=2)] == [run_id]
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "a\nb", "a\\", 'it\'s "so"', "..", "x" * 257])
 def test_names_that_mlflow_refuses_are_refused_before(name: str) -> None:
     with pytest.raises(UsageError, match="cannot name a model"):
         check_model_name(name)

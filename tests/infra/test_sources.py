@@ -3,7 +3,9 @@
 import hashlib
 import io
 import os
+import re
 import shutil
+import unicodedata
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +134,10 @@ def test_links_are_followed_and_circles_end(place: Workplace, folder: Path, tmp_
     (folder / "bird").symlink_to(tmp_path / "elsewhere")
     (folder / "cat" / "circle").symlink_to(folder)
     (folder / "dog" / "broken.png").symlink_to(tmp_path / "nothing")
+    os.mkfifo(folder / "dog" / "pipe.png")
+    source = find_source(str(folder), place.mirrors)
+    assert isinstance(source, FolderSource)
+    assert sorted(source.unreachable) == ["dog/broken.png", "dog/pipe.png"]
     _check(_fetch(place, str(folder)), place, IMAGES | {"bird/1.png": b"bird"})
 
 
@@ -257,7 +263,18 @@ def test_a_name_in_the_catalogue_comes_before_a_folder(
 def test_an_archive_is_named_after_its_file() -> None:
     assert ArchiveSource("file:/x/Photos.TAR.GZ", "Photos.TAR.GZ", 1).name == "photos"
     assert slug("Bücher & Bäume: neu/alt") == "bucher-baume-neu-alt"
-    assert slug("日本") == "dataset"
+
+
+def test_different_data_sets_have_different_names(place: Workplace, folder: Path) -> None:
+    names = ["日本", "花の写真", "猫", "猫 2024", "犬 2024", "\U0001f436", "\U0001f431", "Straße", "Strae"]
+    slugs = [slug(name) for name in names]
+    assert len(set(slugs)) == len(names)
+    assert all(re.fullmatch(r"[a-z0-9_.-]+", each) for each in slugs)
+    assert slugs[3].startswith("2024-") and slug("日本") == slugs[0]
+    assert slug(unicodedata.normalize("NFD", "パン")) == slug(unicodedata.normalize("NFC", "パン"))
+    for name in ("My Pets", "cats_and.dogs-2", "Bücher & Bäume: neu/alt", "a…b", "!!!"):  # these had none before
+        assert not re.search("-[0-9a-f]{8}$", slug(name))
+    assert find_source(f"{folder}/cat/..", place.mirrors).name == "my-pets"
 
 
 def test_a_folder_that_changes_while_it_is_stored_is_stored_consistently(place: Workplace, folder: Path) -> None:

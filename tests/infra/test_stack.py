@@ -59,6 +59,21 @@ def test_every_port_is_bound_to_the_loopback_address(stack: Endpoints, settings:
     }
 
 
+def test_other_users_of_the_machine_cannot_read_data(s3: Endpoints, settings: Settings) -> None:
+    private = [settings.home, settings.cache, settings.runs, settings.logs]
+    for folder in private:
+        folder.chmod(0o755)  # as earlier versions made them
+    up(settings, only=[])
+    assert {folder.stat().st_mode & 0o777 for folder in private} == {0o700}
+
+
+def test_a_state_folder_of_the_users_own_keeps_its_mode(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    up(Settings(home=tmp_path), only=[])
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
 def test_secrets_are_in_private_files_and_nowhere_else(stack: Endpoints, settings: Settings) -> None:
     folder = StackFolder(settings)
     secrets = [getattr(folder.credentials, name).get_secret_value() for name in type(folder.credentials).model_fields]

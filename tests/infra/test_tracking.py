@@ -12,6 +12,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow.artifacts import load_text
+from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 from pydantic import TypeAdapter
 
@@ -96,6 +97,22 @@ def test_refused_params_leave_no_open_run(stack: object) -> None:
     assert [run.info.status for run in MlflowClient().search_runs([experiment.experiment_id])] == ["FAILED"]
 
 
+def test_runs_of_all_experiments_are_found_page_by_page(stack: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "EXPERIMENTS_A_CALL", 1)
+    made = {tracking.start_run(f"page {number}", "run", {}, {"paged": "x"}) for number in range(3)}
+    assert {run.run_id for run in tracking.every_run("paged")} == made
+    assert {run.run_id for run in tracking.list_runs("paged", limit=9)} == made
+    for run_id in made:
+        tracking.end_run(run_id, "FINISHED")
+
+
+def test_a_final_figure_is_logged_once(run_id: str) -> None:
+    tracking.log_metrics(run_id, {"cost/train_seconds": 1.0})
+    tracking.log_metrics(run_id, {"cost/train_seconds": 2.0, "test/accuracy": 0.5})  # by a resumed flow
+    assert history(run_id, "cost/train_seconds") == [(0, 1.0)]
+    assert history(run_id, "test/accuracy") == [(0, 0.5)]
+
+
 def test_server_that_is_down_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, free_address: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
     with pytest.raises(ServiceError, match=f"{free_address} does not answer") as failure:
@@ -164,6 +181,37 @@ def test_a_resumed_logger_keeps_the_backlog_first_and_asks_again_while_the_serve
         assert sorted(history(run_id, "loss")) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
 
 
+def test_what_another_process_logged_during_an_outage_is_not_logged_again(
+    run_id: str, monkeypatch: pytest.MonkeyPatch, free_address: str
+) -> None:
+    address = os.environ["MLFLOW_TRACKING_URI"]
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
+    cut_off = MetricLogger(run_id)
+    for step in (1, 2, 3):
+        cut_off.log(step, {"loss": 1 / step})
+    wait_for(lambda: cut_off._failures)
+    MlflowClient(address).log_batch(run_id, [Metric("loss", 1 / step, 1, step) for step in (1, 2)])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert cut_off.close(PATIENCE) == ()
+    assert history(run_id, "loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+
+
+def test_rows_that_a_process_left_behind_are_delivered_once(run_id: str) -> None:
+    rows = [MetricRow(step=step, timestamp=step, values={"loss": 1 / step}, keep=step == 2) for step in (1, 2)]
+    for _ in range(2):
+        tracking.deliver(run_id, rows)
+    assert history(run_id, "loss") == [(1, 1.0), (2, 0.5)]
+
+
+def test_a_final_figure_that_is_measured_anew_after_a_resume_is_logged_once(run_id: str) -> None:
+    tracking.log_metrics(run_id, {"test/latency_mean_ms": 1.5, "test/nan": float("nan")})
+    tracking.log_metrics(run_id, {"test/latency_mean_ms": 1.6, "test/nan": float("nan"), "test/loss": 0.5})
+    assert [history(run_id, f"test/{name}") for name in ("latency_mean_ms", "loss")] == [[(0, 1.5)], [(0, 0.5)]]
+    assert len(history(run_id, "test/nan")) == 1
+    tracking.log_metrics(run_id, {"test/loss": 0.5})
+
+
 def test_rows_that_the_server_refuses_do_not_stop_those_behind_them(run_id: str) -> None:
     refused = MetricRow(step=1, timestamp=1, values={"not?a name": 1.0})
     metrics = MetricLogger(run_id, backlog=[refused])
@@ -230,6 +278,17 @@ def test_system_metrics_join_the_run(run_id: str) -> None:
     system.stop()
     assert metrics.close(PATIENCE) == ()
     assert all(memory > 0 for _, memory in history(run_id, "system/system_memory_usage_megabytes"))
+
+
+def test_system_metrics_have_each_step_once_though_they_stop_within_an_interval(run_id: str) -> None:
+    metrics = MetricLogger(run_id)
+    system = SystemMetrics(metrics, interval=2.0)
+    system.start()
+    wait_for(metrics.unacknowledged)
+    system.stop()
+    assert metrics.close(PATIENCE) == ()
+    steps = [step for step, _ in history(run_id, "system/cpu_utilization_percentage")]
+    assert steps and steps == sorted(set(steps))
 
 
 def test_system_metrics_survive_a_server_that_is_down(monkeypatch: pytest.MonkeyPatch, free_address: str) -> None:

@@ -4,24 +4,37 @@ import os
 import re
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
 import infra
 from cnn.config import TrainConfig
+from cnn.weights import weights_sha256
 from infra.errors import ServiceError
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from infra.stack import down, up
 from infra.stackfolder import StackFolder
 from tasks import patience
-from tasks.checkpoints import CheckpointFailed, CheckpointWriter, Snapshot, commits_of, newest_checkpoint
+from tasks.checkpoints import (
+    COMMIT,
+    CheckpointFailed,
+    CheckpointWriter,
+    Snapshot,
+    commit_weights,
+    commits_of,
+    finished_outcome,
+    newest_checkpoint,
+)
 from tasks.config import CheckpointConfig
-from tasks.job import Job
+from tasks.job import Job, Outcome
 from tests.flows.program import wait_for
 from tests.infra.localstack import S3, own, own_environment, use
 
@@ -416,12 +429,12 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     path = tmp_path / "small"
     path.mkdir()
     if os.geteuid():
-        pytest.skip("only root can mount a small disk")
+        pytest.skip("only root can mount a small disk: run the tests as root")
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True, text=True
     )
     if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"small disks cannot be mounted (a container takes CAP_SYS_ADMIN for it): {mounted.stderr.strip()}")
     yield SmallDisk(path)
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
@@ -455,3 +468,67 @@ def test_a_disk_that_stays_full_ends_the_training_with_the_reason(store: ObjectS
     assert reason.startswith("no checkpoint could be stored for 1 s (checkpoints.patience): ")
     assert "No space left" in reason
     assert steps(store) == []
+
+
+# The weights that a training is for
+
+
+def finish(store: ObjectStore, folder: Path, step: int) -> Outcome:
+    """Commit the weights of a training that ended in this state."""
+    folder.mkdir(exist_ok=True)
+    weights = {"weight": state(step)["network/weight"]}
+    job = Job(
+        run_id=RUN,
+        config=TrainConfig(),
+        dataset_version="0" * 64,
+        world_size=1,
+        manifest_digest=DIGEST,
+        checkpoints=CheckpointConfig(),
+        restarts=0,
+    )
+    return commit_weights(store, job, weights, folder / "model.safetensors", Outcome(status="finished", steps=step))
+
+
+def test_committed_weights_are_never_replaced(store: ObjectStore, tmp_path: Path) -> None:
+    first = finish(store, tmp_path / "first", 1)
+    committed = store.get_bytes(first.weights_key)
+    assert finish(store, tmp_path / "again", 1) == first
+    with pytest.raises(ServiceError, match=f"finished before, with other weights: {first.weights_sha256}"):
+        finish(store, tmp_path / "other", 2)
+    assert store.get_bytes(first.weights_key) == committed
+    assert finished_outcome(store, RUN) == first
+
+
+def test_of_two_that_finish_at_once_with_other_weights_one_wins_and_its_bytes_stay(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+    really_put = ObjectStore.put_file
+
+    def put_file(store: ObjectStore, key: str, path: Path) -> str:
+        both.wait(30)  # neither has seen a commit of the other
+        return really_put(store, key, path)
+
+    def finish_or_say(step: int) -> Outcome | str:
+        try:
+            return finish(store, tmp_path / str(step), step)
+        except ServiceError as error:
+            return str(error)
+
+    monkeypatch.setattr(ObjectStore, "put_file", put_file)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(finish_or_say, (1, 2)))
+    (winner,) = [each for each in results if isinstance(each, Outcome)]
+    (loser,) = [each for each in results if isinstance(each, str)]
+    assert winner.weights_sha256 in loser
+    weights = load(store.get_bytes(winner.weights_key))
+    assert weights_sha256(weights) == winner.weights_sha256
+
+
+def test_weights_under_the_key_of_an_older_convoy_are_found(store: ObjectStore, tmp_path: Path) -> None:
+    first = finish(store, tmp_path / "files", 1)
+    key = f"runs/{RUN}/weights/model.safetensors"
+    older = first.model_copy(update={"weights_key": key})
+    store.put_bytes(key, store.get_bytes(first.weights_key))
+    store.put_bytes(f"runs/{RUN}/weights/{COMMIT}", older.model_dump_json().encode())
+    assert finish(store, tmp_path / "files", 1) == older

@@ -108,6 +108,15 @@ def test_unknown_key_is_refused_with_the_nearest_that_there_is(setting: str, nea
     assert complaint == f"unknown key {setting.partition('=')[0]!r}; did you mean {nearest!r}?"
 
 
+def test_an_option_of_another_network_is_said_to_be_so() -> None:
+    assert refusal("network.channels=32,64") == "unknown key 'network.channels'; notes has it: --model notes"
+    assert "did you mean" not in refusal("foo=1")  # gate.floor
+
+
+def test_a_configuration_that_is_too_large_for_prefect_is_refused() -> None:
+    assert refusal(f"dataset={'x' * 200_000}").startswith("dataset: 200,002 characters")
+
+
 def test_unknown_key_that_is_near_to_none_is_answered_with_all() -> None:
     complaint = refusal("xyzzy=1")
     assert all(key in complaint for key in known_keys(RunConfig, "convoy9"))

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -21,12 +21,14 @@ from infra import tracking
 from infra.errors import UsageError
 from infra.files import locked
 from infra.objectstore import ObjectStore
+from infra.promotion import promote
+from infra.registry import aliased, set_alias
 from infra.settings import Settings
 from infra.tracking import TaggedRun
 from tasks import alive
 from tasks.alive import SILENCE, holding, lock_file
 from tasks.checkpoints import COMMIT, STATE, checkpoint_prefix
-from tasks.doctor import Finding, find_orphans, settle, settle_all
+from tasks.doctor import Finding, _delete_checkpoint, find_orphans, settle, settle_all
 from tests.tasks.leftovers import Leftovers, flow_run_in
 
 NOW = timedelta(seconds=-1)  # a grace that even the newest has had
@@ -105,6 +107,34 @@ def test_a_run_whose_flow_has_ended_is_closed(made: Leftovers, end: str) -> None
     assert whats(found) == [("run", run)] and before in found[0].detail
     assert settle(found) == found
     assert (tracking.run_status(run), state_of(flow_run)) == ("KILLED", before)
+    assert find_orphans() == []
+
+
+LIVE = """
+import sys
+from contextlib import ExitStack
+from types import SimpleNamespace
+from tasks import flowruns
+with ExitStack() as alive:
+    for flowruns.flow_run in map(lambda each: SimpleNamespace(id=each), sys.argv[1:]):
+        alive.enter_context(flowruns.flow_is_alive())
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_every_killed_flow_run_of_this_machine_is_crashed_not_only_those_with_an_mlflow_run(
+    made: Leftovers, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    earlier, later, waiting = flow_run_in(Running()), flow_run_in(Running()), flow_run_in(AwaitingRetry())
+    ids = [str(run.id) for run in (earlier, later, waiting)]
+    process = start(sys.executable, "-c", LIVE, *ids)
+    assert process.stdout and process.stdout.readline() == "held\n"
+    assert find_orphans() == []
+    process.kill()
+    process.wait()
+    assert sorted(whats(settle_all())) == sorted(("flow", each) for each in ids[:2])
+    assert [state_of(run) for run in (earlier, later, waiting)] == ["Crashed", "Crashed", "AwaitingRetry"]
     assert find_orphans() == []
 
 
@@ -233,6 +263,33 @@ def test_checkpoints_without_a_commit_are_deleted_after_their_grace(made: Leftov
     assert checkpoint_prefix(whole) + "step-00000007/" + COMMIT in made.there("runs/")
 
 
+def test_a_step_that_a_resumed_training_has_stored_meanwhile_is_kept(made: Leftovers) -> None:
+    prefixes = [f"{checkpoint_prefix(run)}step-00000001/" for run in ("committed", "stored", "held", "dead")]
+    for prefix in prefixes:
+        made.put(prefix + STATE, days=2)
+    found = find_orphans()
+    assert whats(found) == [("checkpoint", prefix) for prefix in sorted(prefixes)]
+    young = datetime.now(UTC) - timedelta(days=1)
+    made.put(prefixes[0] + COMMIT, days=0)
+    made.put(prefixes[1] + STATE, days=0)
+    with holding("held"):
+        assert [_delete_checkpoint(made.store, prefix, young) for prefix in prefixes] == [False, False, False, True]
+    assert made.there("runs/") == {prefixes[0] + COMMIT, *(prefix + STATE for prefix in prefixes[:3])}
+
+
+def test_aliases_that_do_not_follow_their_history_are_repaired(made: Leftovers) -> None:
+    run = made.run()
+    first = made.version(run, "0" * 64)
+    promote(made.store, first, after=None)
+    second = made.version(run, "0" * 64, first.name)
+    assert find_orphans() == []
+    set_alias(second, "champion")
+    found = find_orphans()
+    assert whats(found) == [("alias", first.name)] and "champion: 2 → 1" in found[0].detail
+    assert settle(found) == found
+    assert aliased(first.name, "champion") == first and find_orphans() == []
+
+
 def test_half_written_files_are_removed_unless_somebody_writes_them(made: Leftovers) -> None:
     work = Settings().home / "work"
     for step in ("preprocess-dead", "preprocess-live"):
@@ -273,7 +330,7 @@ def test_a_supervisor_that_was_adopted_is_an_orphan(made: Leftovers) -> None:
     process = psutil.Process(int(pid))
     try:
         if process.ppid() != 1:
-            pytest.skip("here another process than 1 adopts orphans")
+            pytest.skip("another process than 1 adopts orphans: run the tests in a login shell")
         assert whats(settle_all()) == [("process", pid)]
         assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     finally:

@@ -107,8 +107,10 @@ def test_card_names_weak_classes_and_the_commonest_mistake(made: Registered) -> 
         evaluation_report("test", logits, labels, classes),
         ORIGIN,
     )
-    assert "Hardest classes, by share of their images found: ‹b›bird 50.0%, cat|'dog' 75.0%, fish 100.0%." in card
-    assert "Commonest mistake: ‹b›bird taken for fish, 2 times." in card
+    assert (
+        "Hardest classes, by share of their images found: \\<b>bird 50.0%, cat\\|\\`dog\\` 75.0%, fish 100.0%." in card
+    )
+    assert "Commonest mistake: \\<b>bird taken for fish, 2 times." in card
     assert "3 classes have fewer than 100 test images" in card
     assert "git commit unknown" in card
 

@@ -84,6 +84,17 @@ def test_a_terminal_gets_a_bar(
     assert "loss 0.1" in capsys.readouterr().err
 
 
+def test_what_looks_like_markup_in_a_name_is_shown_as_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with progress("Listing [red]:cat:[/x]", 1, unit="files") as advance:
+        advance(1, note="[/y] left")
+    shown = capsys.readouterr().err
+    assert "Listing [red]:cat:[/x]" in shown
+    assert "[/y] left" in shown
+
+
 def test_a_flow_run_gets_an_artifact_that_ends_at_100_percent(stack: object) -> None:
     @flow
     def work() -> None:

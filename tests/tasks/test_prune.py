@@ -2,28 +2,34 @@
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
+from mlflow.tracking import MlflowClient
 from prefect.context import refresh_global_settings_context
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Running
 
 import tasks.prune
+import tasks.prunemark
 from cnn.journal import PackedShard
 from cnn.manifest import Shard
 from cnn.pixelsums import PixelSums
 from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectStore
-from infra.promotion import newest, promote
-from infra.registry import delete_alias, set_alias
+from infra.promotion import Lineage, newest, promote
+from infra.registry import ModelVersion, delete_alias, set_alias
 from infra.settings import Settings
 from tasks.alive import holding
 from tasks.checkpoints import checkpoint_prefix
 from tasks.dataset import manifest_key, shard_key
-from tasks.prune import Pruned, is_preparing
+from tasks.prune import Pruned, trainings_under_way
+from tasks.prunemark import MARKS, marked, wait_for_prune
 from tasks.retention import RetentionConfig, load_retention
 from tests.tasks.leftovers import Leftovers, flow_run_in
 
@@ -35,15 +41,15 @@ def made(stack: object, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("CONVOY_BUCKET", "test")
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
     refresh_global_settings_context()  # Prefect was imported before the stack named its server
-    monkeypatch.setattr(tasks.prune, "is_preparing", lambda known: False)  # other tests' flows are no concern of ours
+    monkeypatch.setattr(tasks.prune, "trainings_under_way", set)  # other tests' flows are no concern of ours
     leftovers = Leftovers(store, monkeypatch)
     with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}):  # else logs are on their way when Prefect ends
         yield leftovers
     leftovers.end()
 
 
-def prune(config: RetentionConfig = NO_DATASET, *, dry_run: bool = False) -> Pruned:
-    return tasks.prune.prune.fn(config, dry_run=dry_run)
+def prune(config: RetentionConfig = NO_DATASET, *, dry_run: bool = False, forget_unknown: bool = False) -> Pruned:
+    return tasks.prune.prune.fn(config, dry_run=dry_run, forget_unknown=forget_unknown)
 
 
 def checkpoints(made: Leftovers, run_id: str) -> bool:
@@ -252,15 +258,15 @@ def test_data_are_left_alone_while_a_training_prepares_its_own(
     made: Leftovers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    before = is_preparing([])
+    before = trainings_under_way()
     flow_run = flow_run_in(Running(), "train")
-    assert is_preparing([]) and (before or not is_preparing([str(flow_run.id)]))
+    assert trainings_under_way() == before | {str(flow_run.id)}
 
 
 def test_what_is_no_data_goes_all_the_same(made: Leftovers, monkeypatch: pytest.MonkeyPatch) -> None:
     made.run(dataset=made.dataset("shard"))
     made.source("data", "file")
-    monkeypatch.setattr(tasks.prune, "is_preparing", lambda known: True)
+    monkeypatch.setattr(tasks.prune, "trainings_under_way", lambda: {"a flow run without an MLflow run"})
     result = prune()
     assert not made.there("runs/") and len(made.there()) == 5 and "preparing" in result.notes[0]
 
@@ -273,6 +279,108 @@ def test_nothing_goes_if_it_is_not_known_what_a_version_rests_on(made: Leftovers
     with pytest.raises(ServiceError, match=r"run\.json is damaged"):
         prune()
     assert made.there() == before
+
+
+def champion_unknown_to_mlflow(made: Leftovers, *, written_down: bool) -> tuple[str, set[str]]:
+    """A champion by the history alone; returns its run and the keys of all that it rests on."""
+    dataset, run = made.dataset("shard"), uuid4().hex
+    made.source("ours", "file")
+    made.put(f"pretrained/{sha256('w')}.safetensors")
+    for file in ("weights/model.safetensors", "weights/commit.json", "reference.safetensors"):
+        made.put(f"runs/{run}/{file}")
+    lineage = Lineage(run_id=run, dataset_version=dataset, dataset_name="ours", pretrained_sha256=sha256("w"))
+    version = ModelVersion(name=f"unknown {run}", version="1")
+    promote(made.store, version, after=None, lineage=lineage if written_down else None)
+    return run, made.there()
+
+
+def test_a_champion_that_mlflow_does_not_know_is_protected_by_its_history(made: Leftovers) -> None:
+    run, rests_on = champion_unknown_to_mlflow(made, written_down=True)
+    with pytest.raises(ServiceError, match=rf"promoted versions unknown {run}/1 and runs {run}, of which the bucket"):
+        prune()
+    assert made.there() == rests_on
+    prune(forget_unknown=True)
+    assert made.there() == rests_on
+
+
+def test_the_history_protects_beside_an_empty_registry_only_what_it_names(made: Leftovers) -> None:
+    champion_unknown_to_mlflow(made, written_down=False)  # by an older Convoy
+    before = made.there()
+    with pytest.raises(ServiceError, match="--forget-unknown"):
+        prune()
+    assert made.there() == before
+    prune(forget_unknown=True)
+    assert {key.split("/")[0] for key in made.there()} == {"models"}
+
+
+def test_entries_of_an_older_convoy_are_completed_from_the_registry(made: Leftovers) -> None:
+    dataset = made.dataset("shard")
+    run = made.run(dataset=dataset)
+    version = made.version(run, dataset)
+    promote(made.store, version, after=None)
+    delete_alias(version.name, "champion")
+    prune()
+    assert manifest_key(dataset) in made.there() and len(made.outputs(run)) == 5
+
+
+def test_runs_that_mlflow_does_not_know_are_named_and_those_deleted_there_are_not(made: Leftovers) -> None:
+    deleted, unknown = made.run(), [f"{number:032}" for number in range(9)]
+    MlflowClient().delete_run(deleted)
+    made.runs.remove(deleted)
+    prune()
+    assert not made.there(f"runs/{deleted}/")
+    for run in unknown:
+        made.put(f"runs/{run}/run.json")
+    before = made.there()
+    with pytest.raises(ServiceError, match=f"does not know runs {', '.join(unknown[:5])}, of which"):
+        prune()
+    assert made.there() == before
+    prune(forget_unknown=True)
+    assert not made.there("runs/")
+
+
+def test_a_training_that_begins_while_data_are_deleted_waits_and_stores_them_again(
+    made: Leftovers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.dataset("shard")
+    shard = shard_key(Shard(sha256=sha256("shard"), count=1, bytes=1))
+    deleting, go_on = threading.Event(), threading.Event()
+    really_delete = ObjectStore.delete
+
+    def delete(store: ObjectStore, key: str) -> None:
+        if key == shard:
+            deleting.set()
+            assert go_on.wait(60)
+        really_delete(store, key)
+
+    monkeypatch.setattr(ObjectStore, "delete", delete)
+    with ThreadPoolExecutor(2) as pool:
+        pruning = pool.submit(prune)
+        assert deleting.wait(60)  # the plan is made, and the shard is still there
+        training = pool.submit(lambda: (wait_for_prune(made.store), made.store.head(shard))[1])
+        assert made.there(MARKS) and not training.done()
+        go_on.set()
+        pruning.result(60)
+        assert training.result(60) is None  # so that it stores the shard, rather than rely on it
+    assert not made.there()
+
+
+def test_a_prune_that_was_killed_holds_up_a_training_only_for_a_while(
+    made: Leftovers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks.prunemark, "SILENCE", 0.0)
+    made.put(f"{MARKS}left behind")
+    wait_for_prune(made.store)
+    assert not made.there(MARKS)
+
+
+def test_a_prune_whose_mark_was_taken_for_a_dead_ones_stops(made: Leftovers) -> None:
+    with marked(made.store) as check:
+        check()
+        (mark,) = made.there(MARKS)
+        made.store.delete(mark)
+        with pytest.raises(ServiceError, match="start it again"):
+            check()
 
 
 def test_files_of_this_machine_go_by_age(made: Leftovers) -> None:

@@ -1,0 +1,51 @@
+"""Image files without their metadata: text, EXIF, XMP and colour profiles may be damaged where pixels are not."""
+
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+_PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_JPEG_METADATA = (*range(0xE1, 0xEE), 0xEF, 0xFE)  # APP1 to APP13, APP15, COM; APP0 and APP14 say how colours are coded
+
+
+def pixels_only(data: bytes) -> bytes:
+    """Returns a PNG, JPEG or WebP file without what says nothing of its pixels; other data, and what follows damage,
+    as they are."""
+    if data.startswith(_PNG):
+        return _png(data)
+    if data.startswith(_JPEG):
+        return _jpeg(data)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return _webp(data)
+    return data
+
+
+def _png(data: bytes) -> bytes:
+    """Chunks of length, type, content and CRC (PNG, Third Edition, section 5.3)."""
+    kept, at = [_PNG], len(_PNG)
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        if data[at + 4 : at + 8] in _PNG_PIXELS:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _jpeg(data: bytes) -> bytes:
+    """Segments of marker, length and content, up to the first scan (ITU T.81, annex B)."""
+    kept, at = [_JPEG], len(_JPEG)
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] not in (0xDA, 0xFF):
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        if data[at + 1] not in _JPEG_METADATA:
+            kept.append(data[at:end])
+        at = end
+    return b"".join((*kept, data[at:]))
+
+
+def _webp(data: bytes) -> bytes:
+    """RIFF chunks of type, little-endian length and content, padded to even lengths (RFC 9649, section 2.3)."""
+    kept, at = [], 12
+    while at + 8 <= len(data):
+        end = at + 8 + (length := int.from_bytes(data[at + 4 : at + 8], "little")) + length % 2
+        if data[at : at + 4] not in (b"EXIF", b"XMP ", b"ICCP"):
+            kept.append(data[at:end])
+        at = end
+    body = b"WEBP" + b"".join(kept)
+    return b"RIFF" + len(body).to_bytes(4, "little") + body

@@ -1,0 +1,38 @@
+"""The target of the `convoy` script: a package whose name nothing else has, which finds the others.
+
+Convoy's packages have common names, and a PYTHONPATH, a `.pth` file or the working folder may hold modules of the same
+names: `tasks.py` is what Invoke calls its own file.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+PACKAGES = ("cnn", "infra", "tasks", "flows")
+
+
+def main() -> None:
+    """Runs the command line, with Convoy's own packages in this process and in all that it starts."""
+    use_own_packages()
+    from flows.cli import main as run
+
+    run()
+
+
+def use_own_packages() -> None:
+    """Has Convoy's own packages found first, if others would be; the working folder never counts for children."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+    here = Path(__file__).resolve()
+    # Beside this package where it is installed, or above it in the repository.
+    root = next(folder for folder in (here.parents[1], here.parents[3]) if (folder / "flows" / "cli.py").is_file())
+    if all(_is_found_in(root, name) for name in PACKAGES):
+        return
+    sys.path.insert(0, str(root))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+
+
+def _is_found_in(root: Path, name: str) -> bool:
+    spec = importlib.util.find_spec(name)
+    folders = spec.submodule_search_locations if spec else None
+    return [Path(folder).resolve() for folder in folders or ()] == [root / name]

@@ -1,0 +1,76 @@
+"""Standard output and error that nothing may end work for."""
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+
+@contextmanager
+def outlive_readers(*names: Literal["stdout", "stderr"]) -> Iterator[None]:
+    """Lets the block go on when nothing reads its output any more, or the output's disk is full.
+
+    What cannot be written is dropped, there and in processes started afterwards. A training's log is in Prefect too.
+    """
+    with ExitStack() as stack:
+        for name in names:
+            stream = getattr(sys, name)
+            if stream is None or isinstance(stream, _Lenient):
+                continue
+            lenient = _Lenient(stream)
+            setattr(sys, name, lenient)
+            stack.callback(setattr, sys, name, stream)
+            stack.callback(lenient.end)
+        yield
+
+
+class _Lenient:
+    """A text stream that forgives its writers everything."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._stream.write(text))
+        except UnicodeEncodeError:
+            return self.write(text.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self._give_up_unless_full(error)
+            return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._give_up_unless_full(error)
+
+    def end(self) -> None:
+        """Writes what is buffered, or drops it: else the interpreter tries at its end, and complains."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._give_up()
+
+    def _give_up_unless_full(self, error: Exception) -> None:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):  # a disk may have room again
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Points the descriptor at nothing, so that what is buffered, and what children write, harms nobody."""
+        try:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._stream.fileno())
+            os.close(nothing)
+        except (OSError, ValueError):
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -1,0 +1,56 @@
+"""What runs and versions were made of, as `runs/<run>/run.json` and a version's tags say."""
+
+import json
+
+from infra.errors import ServiceError
+from infra.objectstore import ObjectMissing, ObjectStore
+from infra.promotion import Lineage
+from infra.registry import RegisteredRun
+from infra.versions import FoundVersion
+from tasks.versiontags import DATASET_VERSION
+
+
+class RecordDamaged(ServiceError):
+    """A run's record cannot be read, so what the run needs is not known."""
+
+
+def run_lineage(store: ObjectStore, run_id: str) -> Lineage:
+    """Returns what a run was made of; nothing but its id if it has left no record.
+
+    The record is read leniently, since earlier code may have written it.
+
+    Raises:
+        RecordDamaged: it cannot be read.
+        ServiceError: the storage failed.
+    """
+    key = f"runs/{run_id}/run.json"
+    try:
+        record = json.loads(store.get_bytes(key))
+        return Lineage(
+            run_id=run_id,
+            dataset_version=record["dataset"]["version"],
+            dataset_name=record["dataset"]["name"],
+            pretrained_sha256=record["manifest"]["config"].get("pretrained_sha256"),
+        )
+    except ObjectMissing:
+        return Lineage(run_id=run_id)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecordDamaged(f"{store.uri(key)} is damaged ({error}), so what the run needs is not known") from error
+
+
+def version_lineage(store: ObjectStore, version: FoundVersion | RegisteredRun) -> Lineage:
+    """Returns what a registered version was made of, by its tags and its run's record.
+
+    Raises:
+        RecordDamaged: the record cannot be read.
+        ServiceError: the storage failed.
+    """
+    tags = version.tags
+    named = {
+        "weights_key": tags.get("convoy.weights_key"),
+        "weights_sha256": tags.get("convoy.weights_sha256"),
+        "dataset_version": tags.get(DATASET_VERSION),
+        "dataset_name": tags.get("convoy.dataset"),
+    }
+    recorded = run_lineage(store, version.run_id)
+    return recorded.model_copy(update={key: value for key, value in named.items() if value})

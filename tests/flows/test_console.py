@@ -1,0 +1,128 @@
+"""What is printed, whatever it holds and whoever reads it; and errors of others as one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from rich.table import Table
+
+from flows.console import foreseen, one_line, print_pairs, say, terminal
+from infra.errors import Outage, ServiceError, UsageError
+from tests.conftest import REPOSITORY
+
+ODD = "[red]cat 5, [blue]:dog: 3 [/x] [link=http://x]y[/]"
+TALKATIVE = """
+import logging, sys
+from pathlib import Path
+from flows.console import say
+from infra.output import outlive_readers
+from tasks.progress import progress, show_task_logs
+show_task_logs()
+with outlive_readers("stderr"):
+    with outlive_readers("stdout"):
+        for number in range(50):
+            say("x" * 10_000)
+            say("naïve 花 \\udcff", error=True)
+            record = logging.LogRecord("x", logging.INFO, sys.modules["tasks.progress"].__file__, 1, "花", (), None)
+            logging.getLogger("prefect.flow_runs").handle(record)
+            print("y" * 10_000)
+        with progress("Counting", 3, unit="files") as advance:
+            advance(3)
+    Path(sys.argv[1]).write_text("done")
+"""
+DEAD_API = """
+from prefect import flow
+from flows.console import foreseen, one_line
+@flow
+def nothing(): pass
+try:
+    nothing()
+except Exception as error:
+    print(one_line(foreseen(error)))
+"""
+
+
+def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    print_pairs({"classes": ODD, "table": "x[/y].csv"})
+    say(ODD)
+    table = Table("[b]", "b", box=None)
+    table.add_row(ODD, "x[/y].csv")
+    terminal(width=200).print(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [f"classes  {ODD}", "table    x[/y].csv", ODD]
+    assert lines[3].split() == ["[b]", "b"]
+    assert lines[4].split("  ") == [f" {ODD}", "x[/y].csv "]
+
+
+@pytest.mark.parametrize("output", ["closed pipe", "full disk", "ascii"])
+def test_work_goes_on_when_its_output_cannot_be_written(tmp_path: Path, output: str) -> None:
+    environment = os.environ | ({"PYTHONIOENCODING": "ascii"} if output == "ascii" else {})
+    command = [sys.executable, "-c", TALKATIVE, str(tmp_path / "result")]
+    if output == "closed pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open("/dev/full" if output == "full disk" else tmp_path / "output", os.O_WRONLY | os.O_CREAT)
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=writing, env=environment, cwd=REPOSITORY, timeout=60)
+    finally:
+        os.close(writing)
+    assert done.returncode == 0
+    assert (tmp_path / "result").read_text() == "done"
+
+
+def answer(status: int, **content: object) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", "http://me:secret@prefect.example:4200/api/flow_runs/")
+    try:
+        httpx.Response(status, request=request, json=content).raise_for_status()
+    except httpx.HTTPStatusError as error:
+        return error
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "error, kind, hint",
+    [
+        (answer(403), ServiceError, "check PREFECT_API_AUTH_STRING"),
+        (answer(422, exception_message="less than 524,288 bytes " + "x" * 10**6), ServiceError, "less than 524,288 by"),
+        (answer(500, detail="oh"), ServiceError, "/api/flow_runs/ with status 500: oh"),
+        (httpx.ReadTimeout(""), Outage, "does not answer (ReadTimeout)"),
+        (ExceptionGroup("many", [ValueError(), httpx.ConnectError("refused")]), Outage, "does not answer"),
+        (
+            OSError(28, "No space left on device", "/data/cache/x"),
+            ServiceError,
+            "no space left on the disk for /data/c",
+        ),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), ServiceError, "no space left on the disk"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_errors_that_are_nobodys_bug_are_one_line(error: Exception, kind: type[Exception], hint: str) -> None:
+    outer = RuntimeError("the flow failed")
+    outer.__cause__ = error
+    for each in (error, outer):
+        found = foreseen(each)
+        assert type(found) is kind
+        assert hint in one_line(found)
+        assert len(one_line(found)) < 500
+        assert "secret" not in one_line(found)
+
+
+def test_a_bug_stays_a_bug() -> None:
+    error = ValueError("no")
+    assert foreseen(error) is error
+    known = UsageError("no")
+    known.__cause__ = httpx.ConnectError("refused")
+    assert foreseen(known) is known
+
+
+def test_a_prefect_that_is_gone_just_before_the_flow_begins_is_one_line(tmp_path: Path) -> None:
+    own = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", DEAD_API]
+    done = subprocess.run(command, env=os.environ | own, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("Prefect at http://127.0.0.1:9/api does not answer"), json.dumps(done.stderr)
+    assert len(done.stdout.splitlines()) == 1

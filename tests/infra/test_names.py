@@ -1,0 +1,18 @@
+"""Names as MLflow reads them."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow.utils.search_utils import SearchModelVersionUtils, SearchUtils
+
+from infra.names import filter_of, model_name_fault
+
+TEXTS = st.text(st.sampled_from("ab '\"\\;-/*%`_=()#é花@&?!,.<>|\n")) | st.text(st.characters(codec="utf-8"))
+
+
+@given(TEXTS)
+def test_what_may_name_a_model_is_what_mlflow_reads_in_a_filter(name: str) -> None:
+    if not model_name_fault(name):
+        found = SearchModelVersionUtils.parse_search_filter(filter_of(name=name, run_id="f00d"))
+        assert {each["key"]: each["value"] for each in found} == {"name": name, "run_id": "f00d"}
+        (tag,) = SearchUtils.parse_search_filter(filter_of(**{"tags.convoy.model": name}))
+        assert (tag["type"], tag["key"], tag["value"]) == ("tag", "convoy.model", name)

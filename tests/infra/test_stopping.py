@@ -1,0 +1,148 @@
+"""A signal is noted wherever it arrives, and decides how the program ends; with real programs and real signals."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+BEGIN = """
+import signal, sys, threading, time, weakref
+from infra import stopping
+stopping.listen()
+def say(word): print(word, flush=True)
+def run(work):
+    try:
+        stopping.attended(work)
+        status = 0
+    except stopping.Stopped as stopped:
+        status = stopped.exit_status
+    stopping.end(status)
+"""
+LOOKS = """
+def work():
+    say("ready")
+    while True: stopping.sleep(60)
+run(work)
+"""
+STUCK = """
+def work():
+    say("ready")
+    time.sleep(60)
+run(work)
+"""
+IN_CALLBACKS = """
+class Thing: pass
+def count(_): sum(range(300))
+def work():
+    say("ready")
+    while True:
+        weakref.ref(thing := Thing(), count)
+        del thing
+        stopping.check()
+run(work)
+"""
+TAIL = """
+stopping.at_end(lambda stopped: say(f"corrected: {stopped}"))
+import atexit
+atexit.register(lambda: (say("ready"), time.sleep(60)))
+run(lambda: None)
+"""
+TOO_LATE = """
+stopping.at_end(lambda stopped: say(f"corrected: {stopped}"))
+def work():
+    say("ready")
+    stopping.wait(60)
+run(work)
+"""
+IMPORTING = """
+say("ready")
+stopping.wait(60)
+run(stopping.check)
+"""
+EMBEDDED = """
+signal.signal(signal.SIGTERM, lambda *_: (say("ours"), sys.exit(7)))
+stopping.listen()
+say("ready")
+stopping.attended(lambda: signal.sigtimedwait([signal.SIGUSR1], 60))
+"""
+STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a program, and waits until it says that it is ready."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(program: str, begin: str = BEGIN, **options: Any) -> "subprocess.Popen[str]":
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([sys.executable, "-c", begin + program], cwd=REPOSITORY, **pipes, **options)
+        started.append(process)
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("sent", STATUS)
+@pytest.mark.parametrize("program", [LOOKS, IN_CALLBACKS, IMPORTING], ids=["waiting", "in callbacks", "importing"])
+def test_a_signal_ends_the_work_at_its_next_look(start: Start, program: str, sent: signal.Signals) -> None:
+    process = start(program)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (STATUS[sent], "", "")
+
+
+@pytest.mark.parametrize("sent", STATUS)
+@pytest.mark.parametrize("program", [TAIL, TOO_LATE], ids=["while the interpreter ends", "when all is done"])
+def test_a_signal_that_comes_too_late_still_decides_the_status(
+    start: Start, program: str, sent: signal.Signals
+) -> None:
+    process = start(program)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=30)
+    said = "interrupted" if sent == signal.SIGINT else "ended by SIGTERM"
+    assert (process.returncode, out, err) == (STATUS[sent], f"corrected: {said}\n", f"convoy: {said}\n")
+
+
+def test_what_does_not_look_for_signals_is_ended_by_the_third(start: Start) -> None:
+    process = start(STUCK)
+    process.send_signal(signal.SIGINT)
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)  # which is no impatience
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr
+    assert [process.stderr.readline() for _ in range(2)][
+        1
+    ] == "stopping at the end of this step; once more stops at once\n"
+    time.sleep(0.5)  # a third press, not an echo of the second
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_so(start: Start) -> None:
+    """As SIGINT is by a shell's background jobs."""
+    process = start(LOOKS, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+
+
+def test_a_program_that_handles_signals_itself_goes_on_to_do_so(start: Start) -> None:
+    process = start(EMBEDDED, begin=BEGIN.replace("stopping.listen()\n", ""))
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (7, "ours\n")

@@ -1,0 +1,83 @@
+"""What a rank meets and the flow puts right: no MLflow when it finishes, a damaged file in the cache."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from infra import tracking
+from infra.errors import Outage, ServiceError
+from infra.files import file_digest
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from tasks.checkpoints import checkpoint_prefix, finished_outcome
+from tasks.config import CheckpointConfig, load_config
+from tasks.dataset import DatasetRef, open_cache, shard_key
+from tasks.job import Job, JobFolder
+from tasks.retries import outlast
+from tasks.run import TrackedRun
+from tasks.train import train
+from tests.cnn.conftest import Packed, digits, many_shards  # noqa: F401  # fixtures
+from tests.infra.test_cache import flip
+from tests.infra.test_tracking import free_address  # noqa: F401  # fixture
+from tests.tasks.test_reading import CONFIG, put
+
+
+@pytest.mark.slow
+def test_metrics_that_mlflow_did_not_take_are_sent_by_the_flow_and_a_damaged_shard_is_told_of(
+    stack: object,
+    store: ObjectStore,
+    many_shards: Packed,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free_address: str,  # noqa: F811
+) -> None:
+    monkeypatch.setenv("CONVOY_HOME", str(tmp_path))
+    monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
+    manifest = put(store, many_shards)
+    damaged = open_cache(store).fetch(shard_key(shard := manifest.splits["train"].shards[0]), shard.sha256)
+    flip(damaged)
+    run_id = tracking.start_run("last-metrics", "run", {}, {})
+    folder = JobFolder(Settings().runs / run_id)
+    job = Job(
+        run_id=run_id, config=CONFIG, dataset_version=manifest.version, world_size=1, manifest_digest="ab" * 32,
+        checkpoints=CheckpointConfig(), restarts=0,
+    )  # fmt: skip
+    folder.write_job(job)
+    rank = [sys.executable, "-m", "tasks.rank", str(folder.path)]
+    subprocess.run(rank, env=os.environ | {"MLFLOW_TRACKING_URI": free_address}, check=True, timeout=300)
+    outcome = finished_outcome(store, run_id)
+    assert outcome and outcome.steps and outcome == folder.read_outcome()
+    assert [event.warning for event in folder.new_events() if event.warning and str(damaged) in event.warning]
+    assert file_digest(damaged) == shard.sha256
+    assert {row["step"] for row in outcome.metrics} >= set(range(1, outcome.steps + 1))
+    assert MlflowClient().get_metric_history(run_id, "train/loss") == []
+
+    run = TrackedRun(
+        run_id=run_id, url="", manifest_digest=job.manifest_digest, checkpoint_prefix=checkpoint_prefix(run_id)
+    )
+    for _ in range(2):  # a resume after a crash does it again
+        train.fn(run, DatasetRef(version=manifest.version, name="digits"), load_config(None, [], {"dataset": "digits"}))
+        sent = [point.step for point in MlflowClient().get_metric_history(run_id, "train/loss")]
+        assert sent == list(range(1, outcome.steps + 1))
+
+
+def test_an_outage_is_outlasted_but_no_refusal(caplog: pytest.LogCaptureFixture) -> None:
+    answers: list[Exception | None] = [Outage("MLflow is away"), None]
+
+    def ask() -> str:
+        if answer := answers.pop(0):
+            raise answer
+        return "there"
+
+    assert outlast(ask) == "there"
+    assert "MLflow is away; trying again, for 600 s at most" in caplog.text
+    answers += [ServiceError("no")]
+    with pytest.raises(ServiceError, match="no"):
+        outlast(ask)
+    answers += [Outage("for good"), None]
+    with pytest.raises(Outage, match="for good"):
+        outlast(ask, patience=0.0)
