@@ -18,6 +18,9 @@ EXCHANGE_TIMEOUT = timedelta(minutes=10)
 def process_group(store: dist.Store | None = None) -> Iterator[tuple[torch.device, Exchange]]:
     """Join the processes that torchrun started, or be a single one; yields this rank's device and the exchange.
 
+    An error leaves the group of several ranks as it is: to destroy it may mean to wait for ranks that wait for this
+    one (NCCL's does). The process is to end itself, which closes its connections and so ends the waiting.
+
     Rank and world size come from the variables that torchrun sets (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`).
 
     Args:
@@ -34,14 +37,17 @@ def process_group(store: dist.Store | None = None) -> Iterator[tuple[torch.devic
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         timeout=EXCHANGE_TIMEOUT,
     )
-    group = dist.new_group()
+    group = dist.new_group(timeout=EXCHANGE_TIMEOUT)  # which does not inherit the first group's
     assert isinstance(group, dist.ProcessGroup)
     exchange = Exchange(group)
     try:
         yield device, exchange
         exchange.close()
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if exchange.world_size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def local_device() -> torch.device:

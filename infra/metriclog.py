@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 
 import mlflow
@@ -60,13 +60,22 @@ class MetricLogger:
         resumed: an earlier process went further than this one begins; of each metric only steps that the server
             does not have yet are sent, so that none is there twice.
         capacity: values that may wait.
+        is_current: asked after an outage, before anything is sent; False if another process has taken over the run
+            meanwhile. What waits is then dropped: the other process logs the same steps. May raise, if it cannot tell.
     """
 
     def __init__(
-        self, run_id: str, *, backlog: Iterable[MetricRow] = (), resumed: bool = False, capacity: int = CAPACITY
+        self,
+        run_id: str,
+        *,
+        backlog: Iterable[MetricRow] = (),
+        resumed: bool = False,
+        capacity: int = CAPACITY,
+        is_current: Callable[[], bool] = lambda: True,
     ) -> None:
         self.run_id = run_id
-        self._ask_what_is_there = resumed
+        self._ask_what_is_there, self._is_current = resumed, is_current
+        self._superseded = False
         self._there: dict[str, int] = {}  # last step of each metric when we began, as far as it is asked for
         self._capacity = capacity
         self._rows: deque[MetricRow] = deque(backlog)
@@ -140,6 +149,10 @@ class MetricLogger:
     def _send(self, batch: tuple[MetricRow, ...]) -> bool:
         """Send rows; false if the same is worth another try later."""
         try:
+            if self._failures and not self._superseded:
+                self._superseded = not self._is_current()
+            if self._superseded:
+                return True
             metrics = [
                 Metric(name, value, row.timestamp, row.step)
                 for row in batch

@@ -93,16 +93,13 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def orphaned(process: psutil.Process) -> bool:
-    """Whether a supervisor has lost its flow, or a rank its supervisor."""
+    """Tells whether a supervisor has lost its flow, which the flow's lock shows, or a rank its supervisor."""
     try:
         command, parents = process.cmdline(), process.parents()
     except psutil.Error:  # it has ended
         return False
-    program = _program(command)
-    if program == "tasks.supervisor":
-        # Whoever adopts orphans here need not be process 1.
-        killed = left_behind(Path(command[-1]) / "lock") is not None
-        return killed or not parents or parents[0].pid == 1
+    if _program(command) == "tasks.supervisor":
+        return left_behind(Path(command[-1]) / "lock") is not None
     return not any(_program(_command(parent)) in OWNERS for parent in parents)
 
 

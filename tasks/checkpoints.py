@@ -24,7 +24,8 @@ from infra.errors import ServiceError
 from infra.files import file_digest
 from infra.objectstore import ObjectMissing, ObjectStore
 from tasks.config import CheckpointConfig
-from tasks.job import Job, Outcome
+from tasks.job import Job, Outcome, Status
+from tasks.patience import last_checkpoint
 
 COMMIT, STATE = "commit.json", "state.safetensors"
 LONGEST_PAUSE = 30.0  # seconds between tries while the storage fails
@@ -36,6 +37,13 @@ class CheckpointFailed(RuntimeError):
     """No checkpoint could be stored for so long that going on would risk too much work."""
 
     exit_status = 1
+    status: Status = "failed"
+
+
+class Unsaved(CheckpointFailed):
+    """The storage took no checkpoint for longer than `checkpoints.patience`."""
+
+    status: Status = "unsaved"
 
 
 class Commit(BaseModel):
@@ -93,17 +101,30 @@ class CheckpointWriter:
         folder: where files are made; on this machine.
         config: how often, how many to keep, when to give up.
         on_trouble: told in one line when the storage begins to fail and when it works again.
+        resumed: step of the checkpoint that the training goes on from; 0 if there is none.
+
+    Attributes:
+        committed: step of the last checkpoint that is whole.
     """
 
     def __init__(
-        self, store: ObjectStore, job: Job, folder: Path, config: CheckpointConfig, on_trouble: Callable[[str], None]
+        self,
+        store: ObjectStore,
+        job: Job,
+        folder: Path,
+        config: CheckpointConfig,
+        on_trouble: Callable[[str], None],
+        resumed: int = 0,
     ) -> None:
         self._store, self._job, self._folder, self._config, self._on_trouble = store, job, folder, config, on_trouble
         self._waiting: Snapshot | None = None
         self._busy = False
         self._closing = False
         self._failing_since: float | None = None
-        self._failed: str | None = None
+        self._failed: CheckpointFailed | None = None
+        self.committed = self._saved = resumed
+        self._size, self._speed = 0, None  # bytes of a snapshot; bytes/s of the last upload
+        self._cannot_delete = False
         self._last = time.monotonic()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
@@ -122,28 +143,35 @@ class CheckpointWriter:
         with self._changed:
             self._raise_failure()
             self._last = time.monotonic()
-            self._waiting = snapshot
+            self._waiting, self._saved = snapshot, snapshot.step
+            self._size = sum(tensor.nbytes for tensor in snapshot.state.values())
             self._changed.notify_all()
 
-    def close(self, patience: float) -> None:
-        """Store what is waiting, for at most so many seconds, and end the thread.
+    @property
+    def patience(self) -> float:
+        """How long `close` should wait at a stop, in seconds, by the state's size and the last upload's speed."""
+        return last_checkpoint(self._size, self._speed)
+
+    def close(self, patience: float) -> bool:
+        """Stores what is waiting, for at most so many seconds, and ends the thread.
+
+        Returns:
+            Whether the newest snapshot is stored. If not, the training goes on from `committed` when it is resumed.
 
         Raises:
-            CheckpointFailed: it could not be stored.
+            CheckpointFailed: for another reason than a slow or failing storage.
         """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            stored = self._changed.wait_for(
-                lambda: self._failed or (self._waiting is None and not self._busy), patience
-            )
-            self._raise_failure()
-            if not stored:
-                raise CheckpointFailed(f"the last checkpoint could not be stored within {patience:.0f} s")
+            self._changed.wait_for(lambda: self._failed or self.committed == self._saved, patience)
+            if self._failed and not isinstance(self._failed, Unsaved):
+                raise self._failed
+            return self.committed == self._saved
 
     def _raise_failure(self) -> None:
         if self._failed:
-            raise CheckpointFailed(self._failed)
+            raise self._failed
 
     def _run(self) -> None:
         pause = 1.0
@@ -161,12 +189,18 @@ class CheckpointWriter:
             except Exception as error:  # a bug must not look like a slow upload
                 known = isinstance(error, CheckpointFailed)
                 with self._changed:
-                    self._failed = str(error) if known else f"no checkpoint: {type(error).__name__}: {error}"
+                    self._failed = (
+                        error if known else CheckpointFailed(f"no checkpoint: {type(error).__name__}: {error}")
+                    )
             else:
                 pause = 1.0
+                with self._changed:
+                    self.committed = snapshot.step
+                    self._changed.notify_all()
                 if self._failing_since is not None:
                     self._on_trouble(f"checkpoints are stored again, at step {snapshot.step}")
                 self._failing_since = None
+                self._try_to_prune(snapshot.step)
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
@@ -182,7 +216,7 @@ class CheckpointWriter:
         with self._changed:
             if now - self._failing_since >= self._config.patience:
                 patience = f"{self._config.patience:g} s (checkpoints.patience)"
-                self._failed = f"no checkpoint could be stored for {patience}: {error}"
+                self._failed = Unsaved(f"no checkpoint could be stored for {patience}: {error}")
                 return pause
             self._waiting = self._waiting or snapshot
             self._changed.wait_for(lambda: self._closing, min(pause, max(self._config.patience / 10, 0.1)))
@@ -197,7 +231,9 @@ class CheckpointWriter:
             save_file(dict(snapshot.state), file)
             files = {prefix + STATE: file_digest(file)}
             self._check_earlier(prefix, files)  # before its file is replaced
+            began = time.monotonic()
             self._store.put_file(prefix + STATE, file)
+            self._speed = file.stat().st_size / max(time.monotonic() - began, 1e-3)
         except SafetensorError as error:  # how it reports a full disk
             raise OSError(str(error)) from error
         finally:
@@ -213,7 +249,6 @@ class CheckpointWriter:
         )
         if not self._store.put_if_absent(prefix + COMMIT, commit.model_dump_json().encode()):
             self._check_earlier(prefix, files)
-        self._prune(snapshot.step)
 
     def _check_earlier(self, prefix: str, files: dict[str, str]) -> None:
         """Done again after an older checkpoint was resumed, the same step has the same state, to the bit."""
@@ -227,11 +262,27 @@ class CheckpointWriter:
         if found.files != files:
             raise CheckpointFailed(f"another process trains run {self._job.run_id}: {prefix} differs from ours")
 
-    def _prune(self, step: int) -> None:
-        """Keep the newest `keep`, and the one with the best validation accuracy.
+    def _try_to_prune(self, step: int) -> None:
+        """Prunes; old checkpoints that cannot be deleted take room, and are no reason to stop storing new ones."""
+        try:
+            self._prune(step)
+        except (ServiceError, OSError) as error:
+            if not self._cannot_delete:
+                self._on_trouble(f"old checkpoints cannot be deleted; training goes on ({error})")
+            self._cannot_delete = True
 
-        Later ones than `step` are damaged, since resuming passed them over; they are made anew when it comes to them.
+    def _prune(self, step: int) -> None:
+        """Keeps the newest `keep`, and the one with the best validation accuracy.
+
+        States of earlier steps without a commit go too: an outage came in between. Later ones than `step` are
+        damaged, since resuming passed them over; they are made anew when it comes to them.
         """
+        keys = {info.key for info in self._store.list(checkpoint_prefix(self._job.run_id))}
+        newest = f"{checkpoint_prefix(self._job.run_id)}step-{step:08d}/"
+        for key in keys:
+            folder = key.removesuffix(STATE)
+            if key.endswith(f"/{STATE}") and folder < newest and folder + COMMIT not in keys:
+                self._store.delete(key)
         commits = [commit for commit in commits_of(self._store, self._job.run_id) if commit.step <= step]
         best = max(commits, key=lambda commit: commit.val_accuracy or 0.0)  # of equals the newest, which is first
         for commit in commits[self._config.keep :]:
@@ -257,13 +308,18 @@ def delete_checkpoint(store: ObjectStore, run_id: str, commit: Commit) -> None:
 
 
 def newest_checkpoint(
-    store: ObjectStore, run_id: str, manifest_digest: str, on_damage: Callable[[str], None]
+    store: ObjectStore,
+    run_id: str,
+    manifest_digest: str,
+    on_damage: Callable[[str], None],
+    folder: Path | None = None,
 ) -> tuple[Commit, dict[str, Tensor]] | None:
     """The newest checkpoint whose files have the digests that it promises; None if there is none.
 
     Args:
         manifest_digest: of the training that wants it; the checkpoints of another are not for it.
         on_damage: told of each newer one that is damaged.
+        folder: where files are put meanwhile; None for the system's temporary folder.
 
     Raises:
         ServiceError: the storage failed, or only damaged ones are left.
@@ -274,7 +330,7 @@ def newest_checkpoint(
             raise ServiceError(f"the checkpoint of step {commit.step} of run {run_id} belongs to another training")
         ((key, digest),) = commit.files.items()
         try:
-            with TemporaryDirectory() as temporary:
+            with TemporaryDirectory(dir=folder) as temporary:
                 file = Path(temporary) / STATE
                 store.get_file(key, file, sha256=digest)
                 return commit, load_file(file)

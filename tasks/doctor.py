@@ -25,13 +25,13 @@ from tasks.alive import life, lock_file, orphaned, processes_of
 from tasks.checkpoints import COMMIT
 from tasks.flowruns import killed_flow_runs, mark_crashed, read_flow_run
 from tasks.lease import forgotten_leases, free_forgotten
+from tasks.patience import OWNER
 from tasks.run import FLOW_RUN, MANIFEST_DIGEST
-from tasks.supervisor import PATIENCE
 
 GRACE = timedelta(days=1)
 """What is younger may be under way: a checkpoint between its file and its commit, or a large upload."""
 
-ENDS_WITHIN = PATIENCE + 10  # seconds that a supervisor takes at most to end its ranks, a last checkpoint included
+ENDS_WITHIN = OWNER + 10  # seconds that a supervisor takes at most to end its ranks, a last checkpoint included
 
 Kind = Literal["process", "run", "flow", "lease", "upload", "checkpoint", "files", "alias"]
 

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +20,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cnn.config import TrainConfig
 from tasks.config import CheckpointConfig
 from tasks.launchconfig import KubernetesConfig, Launcher, NodesConfig, RayConfig
+from tasks.memoryfile import memory_file
 
-Status = Literal["finished", "interrupted", "failed", "crashed"]
+SPARE_OUTCOME = "CONVOY_SPARE_OUTCOME"  # path of the memory file of `spare_outcome`
+
+Status = Literal["finished", "interrupted", "failed", "unsaved", "crashed"]
 
 KILLED = re.compile(r"rank +: (\d+) .*\n *exitcode +: -\d+ \(pid: \d+\) +\((?!SIGTERM)(SIG\w+)\)")
 """How torchrun says that a rank ended by a signal; SIGTERM is what it then sends to the others."""
@@ -69,8 +72,9 @@ class Outcome(_Record):
     """How a training ended. `exit_status` and `error` are those that the command line should end with."""
 
     status: Status
-    """`interrupted`: the ranks agreed to stop, and stored a checkpoint. `crashed`: by an error that nobody foresaw;
-    perhaps only because another rank was gone."""
+    """`interrupted`: the ranks agreed to stop; `steps` is that of the last checkpoint. `unsaved`: no checkpoint could
+    be stored for `checkpoints.patience`. `crashed`: by an error that nobody foresaw; perhaps only because another rank
+    was gone."""
 
     error: str = ""
     exit_status: int = 0
@@ -88,6 +92,47 @@ class Outcome(_Record):
     """Rows (`MetricRow`) of a finished training that the tracking server had not acknowledged; the flow sends them."""
 
 
+@contextmanager
+def spare_outcome() -> Iterator[None]:
+    """Gives the processes that this one starts in the block a place in memory for the outcome, should no disk take it.
+
+    It is this process's memory: when that has gone, nobody waits for the outcome.
+    """
+    with memory_file() as place:
+        os.environ[SPARE_OUTCOME] = str(place)
+        try:
+            yield
+        finally:
+            del os.environ[SPARE_OUTCOME]
+
+
+def say(message: str) -> None:
+    """Prints a line for the log, if that can be written."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
+class Restarts:
+    """Counts how often ranks may be started again: as often as the job says, without a step forward in between.
+
+    Args:
+        folder: of the job.
+    """
+
+    def __init__(self, folder: "JobFolder") -> None:
+        self._folder, self._allowed = folder, folder.read_job().restarts
+        self._left, self._step = self._allowed, folder.last_step()
+
+    def take(self) -> bool:
+        """Uses up one of them; False if none is left."""
+        if (step := self._folder.last_step()) > self._step:
+            self._step, self._left = step, self._allowed
+        self._left -= 1
+        return self._left >= 0
+
+
 class JobFolder:
     """The folder of one training, `<home>/runs/<MLflow run id>`."""
 
@@ -99,23 +144,26 @@ class JobFolder:
 
     def write_job(self, job: Job) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in ("events.jsonl", "outcome.json"):
-            (self.path / name).unlink(missing_ok=True)
+        (self.path / "events.jsonl").unlink(missing_ok=True)
+        self._forget_outcome()
         (self.path / "job.json").write_text(job.model_dump_json())
 
     def read_job(self) -> Job:
         return Job.model_validate_json((self.path / "job.json").read_bytes())
 
     def write_event(self, event: Event) -> None:
-        """Tells the train task something; it is left out where the disk is full, which should end no training."""
+        """Appends a line; on a full disk it is dropped, since no training should end for lack of news."""
         try:
-            with (self.path / "events.jsonl").open("a") as file:
-                file.write(event.model_dump_json() + "\n")
-        except OSError as error:
-            print(f"an event was not written: {error}", file=sys.stderr)
+            with (self.path / "events.jsonl").open("ab", buffering=0) as file:
+                file.write(event.model_dump_json().encode() + b"\n")
+        except OSError:
+            pass
 
     def new_events(self) -> Iterator[Event]:
-        """Events that were not read before by this object; a line that is still being written waits."""
+        """Yields events that were not read before by this object; a line that is still being written waits.
+
+        Lines are left out that a full disk has cut.
+        """
         try:
             with (self.path / "events.jsonl").open("rb") as file:
                 file.seek(self._events_read)
@@ -134,26 +182,37 @@ class JobFolder:
 
     def start_again(self) -> None:
         """Make room for another start of the ranks: forget the outcome, and set the log aside."""
-        (self.path / "outcome.json").unlink(missing_ok=True)
+        self._forget_outcome()
         number = len(list(self.path.glob("train.log.*"))) + 1
-        self.log.rename(self.path / f"train.log.{number}")
+        if self.log.exists():
+            self.log.rename(self.path / f"train.log.{number}")
 
     def write_outcome(self, outcome: Outcome) -> None:
-        """Leave how it ended; the first to say so is right, since the others fail because of it."""
-        temporary = self.path / f".outcome.{os.getpid()}"
-        temporary.write_text(outcome.model_dump_json())
+        """Leaves how it ended; the first to say so is right, since the others fail because of it.
+
+        On a full disk it is left in the memory of the flow or agent (`spare_outcome`).
+        """
+        temporary, line = self.path / f".outcome.{os.getpid()}", outcome.model_dump_json()
         try:
+            temporary.write_text(line)
             os.link(temporary, self.path / "outcome.json")  # unlike a rename, fails if there is one
         except FileExistsError:
             pass
-        temporary.unlink()
+        except OSError as error:
+            say(f"the outcome could not be written ({error.strerror}): {line}")
+            if SPARE_OUTCOME in os.environ:
+                with Path(os.environ[SPARE_OUTCOME]).open("ab", buffering=0) as spare:
+                    spare.write(line.encode() + b"\n")
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def read_outcome(self) -> Outcome | None:
-        """How it ended; None if no rank lived to say so."""
+        """Returns how it ended; None if no rank lived to say so."""
         try:
             return Outcome.model_validate_json((self.path / "outcome.json").read_bytes())
         except FileNotFoundError:
-            return None
+            spare = Path(os.environ.get(SPARE_OUTCOME, os.devnull)).read_bytes().splitlines()
+            return Outcome.model_validate_json(spare[0]) if spare else None
 
     def killed(self) -> str | None:
         """Which rank was ended by which signal, if torchrun lived to see it."""
@@ -164,6 +223,11 @@ class JobFolder:
         """The last lines that ranks or torchrun printed, as one line."""
         said = [line for line in self._log().splitlines() if line.strip()]
         return " | ".join(said[-lines:]) or "they were killed"
+
+    def _forget_outcome(self) -> None:
+        (self.path / "outcome.json").unlink(missing_ok=True)
+        if SPARE_OUTCOME in os.environ:
+            os.truncate(os.environ[SPARE_OUTCOME], 0)
 
     def _log(self) -> str:
         try:

@@ -4,11 +4,12 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 
 import psutil
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-SUPERVISOR_PID = "CONVOY_SUPERVISOR_PID"
 
 
 def _prctl(option: int, value: int) -> None:
@@ -16,15 +17,24 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl failed")
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends. Call it from the main thread.
+def die_with_parent(parent: int) -> None:
+    """Has the kernel kill this process when its parent ends. Call it from the main thread.
 
-    The kernel looks at the parent from now on only; a parent that is gone already has left us to the supervisor, or
-    to process 1, and then we end at once.
+    The kernel watches the parent from now on only, so a parent that is gone already ends this process at once. That
+    is seen by its id, which must come from before the fork: in a container any process may be process 1, so the id of
+    the adopting process says nothing.
+
+    Args:
+        parent: process id of the parent, as the parent itself sees it.
     """
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() in (1, int(os.environ.get(SUPERVISOR_PID, 0))):
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying_with_this_process() -> Callable[[], None]:
+    """Returns a `preexec_fn` for children of this process: `die_with_parent`, bound to this process's id."""
+    return partial(die_with_parent, os.getpid())
 
 
 def hear_sigterm_as_end_of_input() -> list[signal.Signals]:

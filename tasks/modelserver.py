@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tasks.lifeline import adopt_orphans, die_with_parent, end_descendants, hear_sigterm_as_end_of_input
+from tasks.lifeline import adopt_orphans, dying_with_this_process, end_descendants, hear_sigterm_as_end_of_input
 
 PATIENCE = 3.0  # seconds that the server has to end by itself
 POLL = 0.2  # seconds
@@ -31,7 +31,7 @@ def main() -> int:
             [sys.executable, "-P", "-m", "mlflow", *command],
             stdin=subprocess.DEVNULL,
             env=os.environ | {"PATH": path},
-            preexec_fn=die_with_parent,
+            preexec_fn=dying_with_this_process(),
         )
         while server.poll() is None:
             if select.select([sys.stdin], [], [], POLL)[0]:

@@ -1,6 +1,6 @@
 """The program that every rank of a training runs; torchrun starts it (see tasks/supervisor.py).
 
-    python -m torch.distributed.run ... -m tasks.rank FOLDER [MEETING]
+    python -m tasks.torchrun ... -m tasks.rank FOLDER [MEETING]
 
 FOLDER holds the job (tasks/job.py); MEETING is a path where the ranks of this start find each other, if they are all on
 this machine; else they meet at torchrun's own store. The training goes on from its newest checkpoint, if it has one.
@@ -12,8 +12,8 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -27,33 +27,47 @@ from infra.output import outlive_readers
 from infra.settings import Settings
 from tasks.checkpoints import CheckpointWriter, Snapshot, commit_weights, newest_checkpoint
 from tasks.dataset import load_manifest, open_cache, open_split, pretrained_key
-from tasks.job import Event, Job, JobFolder, Outcome
+from tasks.job import Event, Job, JobFolder, Outcome, say
 from tasks.lifeline import die_with_parent
+from tasks.nodes.board import Board
+from tasks.outage import through_outage
+from tasks.patience import AT_MOST, FLUSH, REACH_STOP, SLACK
 from tasks.reading import open_training_split
+from tasks.torchrun import TORCHRUN_PID
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun has set it
 SPEED_OVER = 0.5  # seconds that a figure of speed covers at least
-FLUSH_PATIENCE = 10.0  # seconds that the tracking server has to take the last metrics; commits carry the others
-STOP_PATIENCE = 20.0  # seconds that a rank has to end after SIGTERM, waiting for one that is gone included
-LAST_CHECKPOINT = 15.0  # seconds that the storage has to take the checkpoint of a stop
 
 
 class StopSignal:
-    """Remembers a SIGTERM, for the ranks to agree on a step to stop at; ends a process that cannot get there."""
+    """Remembers a SIGTERM, for the ranks to agree on a step to stop at; ends a process that cannot get there.
+
+    A thread hears of it: Python runs no handler while the main thread waits for a rank that is gone, inside PyTorch.
+    """
 
     def __init__(self) -> None:
-        self._received = False
-        signal.signal(signal.SIGTERM, self._receive)
+        self._received, self._ends_by = False, 0.0
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        threading.Thread(target=self._watch, args=(reader,), name="stop-signal", daemon=True).start()
 
     def __call__(self) -> bool:
         return self._received
 
-    def _receive(self, _: int, __: FrameType | None) -> None:
-        if not self._received:
-            self._received = True
-            timer = threading.Timer(STOP_PATIENCE, os._exit, (1,))
-            timer.daemon = True
-            timer.start()
+    def give(self, seconds: float) -> None:
+        """Sets how long this process may live from now on, should a SIGTERM come or have come."""
+        self._ends_by = time.monotonic() + seconds
+
+    def _watch(self, reader: int) -> None:
+        while os.read(reader, 1) != bytes([signal.SIGTERM]):
+            pass
+        self._received = True
+        self._ends_by = max(self._ends_by, time.monotonic() + REACH_STOP)
+        while (left := self._ends_by - time.monotonic()) > 0:
+            time.sleep(min(left, 0.5))
+        os._exit(1)
 
 
 class Speed:
@@ -126,17 +140,26 @@ class RankZero:
 
     def resume(self) -> dict[str, Tensor] | None:
         """The state to go on from, if there is one; opens the metrics where they were left."""
-        found = newest_checkpoint(self._store, self._job.run_id, self._job.manifest_digest, self.warn)
+        found = newest_checkpoint(
+            self._store, self._job.run_id, self._job.manifest_digest, self.warn, self._folder.path
+        )
         backlog: tuple[dict[str, Any], ...] = ()
         if found:
             self._seconds_before, backlog = found[0].train_seconds, found[0].metrics
         rows = [self._metriclog.MetricRow.model_validate(row) for row in backlog]
         # An earlier start of the ranks may have logged steps without leaving a checkpoint.
-        self._metrics = self._metriclog.MetricLogger(self._job.run_id, backlog=rows, resumed=True)
+        self._metrics = self._metriclog.MetricLogger(
+            self._job.run_id, backlog=rows, resumed=True, is_current=self._is_current
+        )
         self._system = self._systemmetrics.SystemMetrics(self._metrics)
         self._system.start()
         self._writer = CheckpointWriter(
-            self._store, self._job, self._folder.path, self._job.checkpoints, on_trouble=self.warn
+            self._store,
+            self._job,
+            self._folder.path,
+            self._job.checkpoints,
+            on_trouble=self.warn,
+            resumed=found[0].step if found else 0,
         )
         return found[1] if found else None
 
@@ -146,18 +169,26 @@ class RankZero:
         self._began = time.perf_counter()
         self._speed.begin(trainer.step)
 
-    def close(self, *, whole: bool) -> tuple[dict[str, Any], ...]:
-        """Sends and stores what is waiting; `whole` if the training came to its last step, or to a stop.
+    def store_last(self, step: int, stop: StopSignal) -> int:
+        """Stores the checkpoint of a stop; returns the step that a resume goes on from, which is earlier if it fails.
 
-        Returns:
-            Rows of metrics that the tracking server did not take.
+        Args:
+            step: that the ranks have stopped at.
+            stop: gives the process the time for it.
         """
+        patience = self._writer.patience
+        stop.give(patience + FLUSH + SLACK)
+        if not self._writer.close(patience):
+            kept = f"the last one is of step {self._writer.committed}"
+            self.warn(f"the checkpoint of step {step} could not be stored within {patience:.0f} s; {kept}")
+        return self._writer.committed
+
+    def close(self) -> tuple[dict[str, Any], ...]:
+        """Sends the metrics that are waiting; returns rows that the tracking server did not take."""
         self._system.stop()
-        if whole:
-            self._writer.close(LAST_CHECKPOINT)
-        rows = self._metrics.close(FLUSH_PATIENCE)
+        rows = self._metrics.close(FLUSH)
         if rows:
-            print(f"{len(rows)} rows of metrics did not reach the tracking server yet", file=sys.stderr)
+            say(f"{len(rows)} rows of metrics did not reach the tracking server yet")
         return tuple(row.model_dump(mode="json") for row in rows)
 
     @property
@@ -172,7 +203,7 @@ class RankZero:
 
     def warn(self, message: str) -> None:
         """Tell the log, and the people at the train task."""
-        print(message, file=sys.stderr)
+        say(message)
         self._folder.write_event(Event(warning=message))
 
     def on_step(self, report: StepReport) -> None:
@@ -224,13 +255,20 @@ class RankZero:
             )
         )
 
+    def _is_current(self) -> bool:
+        """Tells whether this start of the ranks is the one that trains: behind a cut link it may have been given up."""
+        if self._job.launcher == "local":
+            return True
+        order = Board(self._store, self._job.run_id).order()
+        return order is not None and order.generation == os.environ["TORCHELASTIC_RUN_ID"]
+
     def _event(self, step: int, **values: float) -> None:
         epoch = (step - 1) // self._trainer.steps_per_epoch + 1
         self._folder.write_event(Event(step=step, total_steps=self._trainer.total_steps, epoch=epoch, **values))
 
 
 def main() -> int:
-    die_with_parent()
+    die_with_parent(int(os.environ[TORCHRUN_PID]))
     stop = StopSignal()
     folder = JobFolder(Path(sys.argv[1]))
     job = folder.read_job()
@@ -239,10 +277,12 @@ def main() -> int:
         train(job, folder, _meeting(sys.argv[2:]), stop)
     except Exception as error:
         if status := getattr(error, "exit_status", None):
-            folder.write_outcome(Outcome(status="failed", error=str(error), exit_status=status))
-            return 1
-        folder.write_outcome(Outcome(status="crashed", error=f"{type(error).__name__}: {error}", exit_status=1))
-        raise
+            kind = getattr(error, "status", "failed")
+            folder.write_outcome(Outcome(status=kind, error=str(error), exit_status=status))
+        else:
+            folder.write_outcome(Outcome(status="crashed", error=f"{type(error).__name__}: {error}", exit_status=1))
+            say(traceback.format_exc())
+        os._exit(1)  # nothing is torn down: that might wait for ranks that wait for this one
     return 0
 
 
@@ -271,17 +311,18 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
         )
         trainer.restore(state)
         if first is None:
-            fit(trainer, Silent())
+            if not fit(trainer, Silent()):
+                stop.give(AT_MOST + FLUSH + SLACK)  # the first rank stores a checkpoint, and NCCL waits for it
             return
         first.start(trainer)
         try:
             finished = fit(trainer, first)
         except BaseException:
-            first.close(whole=False)
+            first.close()
             raise
         outcome = Outcome(
             status="finished" if finished else "interrupted",
-            steps=trainer.step,
+            steps=trainer.step if finished else first.store_last(trainer.step, stop),
             world_size=exchange.world_size,
             train_seconds=first.train_seconds,
             images_per_second=first.images_per_second,
@@ -290,10 +331,13 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
             outcome = outcome.model_copy(
                 update={"val_accuracy": trainer.selected.accuracy, "val_loss": trainer.selected.loss}
             )
-        rows = first.close(whole=not finished)
+        rows = first.close()
         if finished:
-            outcome = outcome.model_copy(update={"metrics": rows})  # a stop's are in its checkpoint
-            outcome = commit_weights(store, job, trainer.weights(), folder.weights, outcome)
+            state, unplaced = (
+                trainer.weights(),
+                outcome.model_copy(update={"metrics": rows}),
+            )  # a stop's: its checkpoint's
+            outcome = through_outage(lambda: commit_weights(store, job, state, folder.weights, unplaced), first.warn)
         folder.write_outcome(outcome)
 
 

@@ -13,17 +13,22 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from infra.errors import ServiceError, UsageError
-from tasks.job import Event, JobFolder, Outcome
+from tasks.job import Event, JobFolder, Outcome, Restarts
 from tasks.launchconfig import Launcher
-from tasks.lifeline import adopt_orphans, die_with_parent, end_descendants, hear_sigterm_as_end_of_input
-from tasks.torchrun import start_torchrun
+from tasks.lifeline import (
+    adopt_orphans,
+    dying_with_this_process,
+    end_descendants,
+    hear_sigterm_as_end_of_input,
+)
+from tasks.memoryfile import memory_file
+from tasks.patience import OWNER
+from tasks.torchrun import ALONE, start_torchrun
 
-PATIENCE = 25.0  # seconds that ranks have to end by themselves: time for a last checkpoint
 POLL = 0.2  # seconds
 
 
@@ -39,24 +44,20 @@ def main() -> int:
         return error.exit_status
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        end_descendants(PATIENCE)
+        end_descendants(OWNER)
 
 
 def run_here(folder: JobFolder) -> int:
     """Start the ranks, and again after a crash, from their last checkpoint, until they say how it ended."""
-    restarts_left = folder.read_job().restarts
+    restarts = Restarts(folder)
     while True:
-        step = folder.last_step()
         status = _start_ranks(folder)
         outcome = folder.read_outcome()
         if status is None or (outcome and outcome.status != "crashed"):
             return status or 0
-        if folder.last_step() > step:
-            restarts_left = folder.read_job().restarts
-        if not restarts_left:
+        if not restarts.take():
             return status
-        restarts_left -= 1
-        end_descendants(PATIENCE)
+        end_descendants(OWNER)
         reason = folder.killed() or (outcome.error if outcome else folder.log_end())
         folder.write_event(Event(warning=f"{reason}; starting again from the last checkpoint"))
         folder.start_again()
@@ -65,24 +66,23 @@ def run_here(folder: JobFolder) -> int:
 def _start_ranks(folder: JobFolder) -> int | None:
     """One start of torchrun; its exit status, or None if the task has ended, or wants us to end.
 
-    The processes meet in files and talk over the loopback interface: torchrun's usual TCP store would listen on
-    every interface of the machine, without credentials.
+    The ranks meet in a file in memory and talk over the loopback interface: a TCP store would listen on every
+    interface of the machine, without credentials; and on a full disk, PyTorch's FileStore waits without end for the
+    rest of an entry that could be written in part only.
     """
     job = folder.read_job()
-    with tempfile.TemporaryDirectory(prefix="convoy-") as temporary, folder.log.open("wb") as log:
-        meeting = ["--nnodes", "1", "--rdzv-id", job.run_id, "--local-addr", "127.0.0.1", "--rdzv-backend", "c10d"]
-        meeting += ["--rdzv-conf", "store_type=file", "--rdzv-endpoint", f"{temporary}/agents"]
+    with memory_file() as meeting, folder.log.open("wb") as log:
         torchrun = start_torchrun(
             folder.path,
             ranks=job.world_size,
-            meeting=meeting,
-            ranks_meet=Path(temporary, "ranks"),
+            meeting=ALONE,
+            ranks_meet=meeting,
             interface="lo",
             log=log.fileno(),
         )
         while torchrun.poll() is None:
             if _task_wants_end(POLL):
-                end_descendants(PATIENCE)  # now, while the ranks' meeting place is still there
+                end_descendants(OWNER)  # now, while the ranks' meeting place is still there
                 return None
         return torchrun.returncode
 
@@ -99,7 +99,7 @@ def run_on_nodes(folder: JobFolder) -> int:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=die_with_parent,
+                preexec_fn=dying_with_this_process(),
             )
     Coordinator(folder).run(lambda: _task_wants_end(0.0))
     return 0

@@ -1,15 +1,47 @@
-"""Starting torchrun, which starts one rank a device on this machine; alike wherever the other ranks are."""
+"""torchrun, which starts one rank per device of this machine; alike wherever the other ranks are.
+
+    python -m tasks.torchrun OPTIONS...      (started by `start_torchrun`; the options are torchrun's)
+
+Its agents meet by torchrun's static rendezvous, since each start has a fixed set of nodes. The dynamic one (c10d)
+unpickles what it finds in the store that its agents share. The agent of one machine alone meets nobody: its store is
+in its own memory, so it neither listens on a port nor writes to a disk that may be full.
+"""
 
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from tasks.lifeline import SUPERVISOR_PID, die_with_parent
+from tasks.lifeline import dying_with_this_process
+from tasks.patience import TORCHRUN
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """The C library is to keep freed memory: else each step gives its largest blocks back, and page faults fetch them."""
+
+TORCHRUN_PID = "CONVOY_TORCHRUN_PID"  # tells ranks the id of their parent
+JOINS_WITHIN = 60  # seconds that the agents of all nodes have to meet
+
+ALONE = ("--nnodes", "1", "--rdzv-backend", "alone", "--local-addr", "127.0.0.1")
+"""torchrun's options for a training on this machine."""
+
+
+def among_nodes(generation: str, meeting: str, number: int, nodes: int, address: str) -> Sequence[str]:
+    """Returns torchrun's options for one of several nodes.
+
+    Args:
+        generation: id of this start of the ranks.
+        meeting: address and port of node 0, where the agents meet.
+        number: of this node, from 0.
+        nodes: how many there are.
+        address: of this node.
+    """
+    options = ["--rdzv-backend", "static", "--rdzv-endpoint", meeting, "--rdzv-conf", f"timeout={JOINS_WITHIN}"]
+    return [
+        *("--nnodes", str(nodes), "--node-rank", str(number), "--local-addr", address, "--rdzv-id", generation),
+        *options,
+    ]
 
 
 def start_torchrun(
@@ -20,12 +52,13 @@ def start_torchrun(
     Args:
         folder: of the job (`tasks/job.py`).
         ranks: of this machine.
-        meeting: torchrun's options that say how its agents find each other.
+        meeting: torchrun's options that say how its agents find each other: `ALONE` or `among_nodes(...)`.
         ranks_meet: file in which the ranks find each other; None for the TCP store that torchrun's agents meet at.
         interface: name of the network interface that the ranks talk over.
         log: file descriptor for what torchrun and the ranks print.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", "0"]
+    command = [sys.executable, "-m", "tasks.torchrun", "--nproc-per-node", str(ranks), "--max-restarts", "0"]
+    command += ["--shutdown-timeout", f"{TORCHRUN:.0f}"]
     command += [*meeting, "-m", "tasks.rank", str(folder), *([str(ranks_meet)] if ranks_meet else [])]
     environment = (
         KEEP_MEMORY
@@ -35,8 +68,6 @@ def start_torchrun(
             "GLOO_SOCKET_IFNAME": interface,
             "NCCL_SOCKET_IFNAME": interface,
             "OMP_NUM_THREADS": "1",
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(ranks_meet is not None)),
-            SUPERVISOR_PID: str(os.getpid()),
         }
     )
     return subprocess.Popen(
@@ -46,5 +77,35 @@ def start_torchrun(
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=dying_with_this_process(),
     )
+
+
+def main() -> None:
+    import torch.distributed as dist
+    from torch.distributed import run
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousInfo,
+        RendezvousParameters,
+        RendezvousStoreInfo,
+        rendezvous_handler_registry,
+    )
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+    class Alone(StaticTCPRendezvous):
+        def get_backend(self) -> str:
+            return "alone"
+
+        def next_rendezvous(self) -> RendezvousInfo:
+            return RendezvousInfo(dist.HashStore(), 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
+
+    def alone(parameters: RendezvousParameters) -> Any:
+        return Alone("127.0.0.1", 0, 0, 1, parameters.run_id, 0)
+
+    rendezvous_handler_registry.register("alone", alone)
+    os.environ[TORCHRUN_PID] = str(os.getpid())
+    run.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

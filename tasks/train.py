@@ -15,15 +15,16 @@ from cnn.worldsize import default_world_size
 from infra import stopping, tracking
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
+from tasks import alive
 from tasks.cancel import Cancelled, CancelWatch, stop_if_cancelled
 from tasks.checkpoints import finished_outcome
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef
-from tasks.job import Event, Job, JobFolder, Outcome
+from tasks.job import Event, Job, JobFolder, Outcome, Restarts, spare_outcome
+from tasks.patience import FLOW
 from tasks.progress import Advance, progress, run_logger
 from tasks.retries import outlast
 from tasks.run import Interrupted, TrackedRun
-from tasks.supervisor import PATIENCE
 
 WATCH_EVERY = 0.3  # seconds between looks at the supervisor and its news
 
@@ -95,10 +96,10 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     )
     total = float(config.epochs)
     where = f"{world_size} ranks" if config.launcher == "local" else f"up to {world_size} ranks of several nodes"
-    with progress(f"Training on {where}", total, unit="epochs", artifact="training") as advance:
+    with progress(f"Training on {where}", total, unit="epochs", artifact="training") as advance, spare_outcome():
         outcome = _run(folder, _Display(advance, config.epochs))
     if not folder.weights.exists():  # the first rank was elsewhere
-        store.get_file(outcome.weights_key, folder.weights)
+        outlast(partial(store.get_file, outcome.weights_key, folder.weights))
     return _publish(run, outcome, folder)
 
 
@@ -131,7 +132,36 @@ def _publish(run: TrackedRun, outcome: Outcome, folder: JobFolder) -> TrainResul
 
 
 def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
-    """Run the supervisor to its end. However this function is left, the supervisor ends all ranks."""
+    """Runs the supervisor to its end, and another one if it was killed; returns how the training finished.
+
+    Raises:
+        TrainingFailed: the ranks failed.
+        Interrupted: they stopped.
+        Cancelled: the flow run was cancelled.
+    """
+    restarts = Restarts(folder)
+    while True:
+        status = _supervise(folder, show)
+        outcome = folder.read_outcome()
+        if status >= 0 or (outcome and outcome.status != "crashed") or not restarts.take():
+            break
+        while alive.processes_of(folder.path):  # the kernel kills the ranks after their supervisor
+            stopping.wait(WATCH_EVERY)
+        show(Event(warning=f"the supervisor was killed by signal {-status}; starting again from the last checkpoint"))
+        folder.start_again()
+    if outcome and outcome.status == "finished":
+        return outcome
+    if outcome and outcome.status == "interrupted":
+        reason = outcome.error or "interrupted"
+        raise Interrupted(f"{reason} at step {outcome.steps}; `convoy resume {folder.path.name}` goes on")
+    killed = folder.killed()
+    if outcome is None or (outcome.status == "crashed" and killed):
+        raise TrainingFailed(f"the ranks died (see {folder.log}): {killed or folder.log_end()}", exit_status=1)
+    raise TrainingFailed(outcome.error, outcome.exit_status)
+
+
+def _supervise(folder: JobFolder, show: Callable[[Event], None]) -> int:
+    """Runs one supervisor to its end; returns its status. However this is left, the supervisor ends all ranks."""
     cancelled = CancelWatch()
     # Its own session keeps a Ctrl-C of the terminal from it: it hears of the end by its standard input.
     supervisor = subprocess.Popen(
@@ -153,20 +183,11 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
     finally:
         supervisor.stdin.close()
         try:
-            supervisor.wait(PATIENCE + 10)
+            supervisor.wait(FLOW)
         except subprocess.TimeoutExpired:
             supervisor.kill()  # torchrun and the ranks die with it
             supervisor.wait()
-    outcome = folder.read_outcome()
-    if outcome and outcome.status == "finished":
-        return outcome
-    if outcome and outcome.status == "interrupted":
-        reason = outcome.error or "interrupted"
-        raise Interrupted(f"{reason} at step {outcome.steps}; `convoy resume {folder.path.name}` goes on")
-    killed = folder.killed()
-    if outcome is None or (outcome.status == "crashed" and killed):
-        raise TrainingFailed(f"the ranks died (see {folder.log}): {killed or folder.log_end()}", exit_status=1)
-    raise TrainingFailed(outcome.error, outcome.exit_status)
+    return supervisor.returncode
 
 
 class _Display:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 
 from cnn.distributed import device_count
@@ -23,12 +24,12 @@ from infra.errors import ServiceError, UsageError
 from infra.network import address_towards, free_port, interface_of
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from tasks.job import Event, Job, JobFolder
+from tasks.job import Event, Job, JobFolder, spare_outcome
 from tasks.lifeline import adopt_orphans, end_descendants
 from tasks.nodes.board import ANSWERS_WITHIN, BEAT, Board, Order, Pulse, Report, invited
+from tasks.patience import OWNER
 from tasks.platform import Platform, this_platform
-from tasks.supervisor import PATIENCE
-from tasks.torchrun import start_torchrun
+from tasks.torchrun import among_nodes, start_torchrun
 
 HURRY = 2.0  # seconds that ranks have which wait for others that are gone
 LOOK_EVERY = 2.0  # seconds between looks for a training
@@ -149,9 +150,8 @@ class Membership:
         if self._folder.log.exists():
             self._folder.start_again()
         self._folder.write_job(self._job)
-        options = ["--nnodes", str(len(order.members)), "--local-addr", node.address, "--rdzv-id", order.generation]
-        options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", meeting]
-        options += ["--rdzv-conf", f"is_host={str(leads).lower()},join_timeout=60"]
+        number = list(order.members).index(node.name)  # the leader is the first
+        options = among_nodes(order.generation, meeting, number, len(order.members), node.address)
         with self._folder.log.open("wb") as log:
             self._torchrun = start_torchrun(
                 self._folder.path, ranks=ranks, meeting=options, interface=node.interface, log=log.fileno()
@@ -220,7 +220,7 @@ def serve(
                     if not Membership(node, board, invitation.job, folder, say).run(leave):
                         silent[run_id] = board.order()
                 finally:
-                    end_descendants(PATIENCE)
+                    end_descendants(OWNER)
                 say(f"run {run_id}: left")
                 if run:
                     return run not in silent
@@ -243,13 +243,15 @@ def main() -> int:
     try:
         store = ObjectStore.connect(settings.bucket, create=False, timeout=ANSWERS_WITHIN)
         node = Node.this_machine(settings, store)
-        if not serve(node, settings, store, lambda: bool(told), lambda line: print(line, flush=True), *sys.argv[1:2]):
-            return 75
+        say = partial(print, flush=True)
+        with spare_outcome():
+            if not serve(node, settings, store, lambda: bool(told), say, *sys.argv[1:2]):
+                return 75
     except (ServiceError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     finally:
-        end_descendants(PATIENCE)
+        end_descendants(OWNER)
     return 128 + told[0] if told == [signal.SIGINT] else 0
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from infra.errors import ServiceError
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from tasks.job import Event, JobFolder, Outcome, Status
+from tasks.job import Event, JobFolder, Outcome, Restarts, Status
 from tasks.nodes.board import ANSWERS_WITHIN, BEAT, Board, Invitation, Order, Pulse, Report
 from tasks.nodes.plan import plan
+from tasks.patience import PAUSE
 from tasks.platform import Platform, differences, this_platform
 
 SETTLE = 5.0  # seconds without a change among the nodes before a generation is formed, or grows
 FRESH = 4 * BEAT  # seconds of silence after which a node is not begun with
-PAUSE = 30.0  # seconds that ranks have to store a checkpoint and end
 
 
 class Coordinator:
@@ -40,7 +40,7 @@ class Coordinator:
         self._short_since: float | None = time.monotonic()
         self._formed = 0.0
         self._paused: float | None = None
-        self._step, self._restarts_left = 0, self._job.restarts
+        self._restarts = Restarts(folder)
 
     def run(self, wants_end: Callable[[], bool]) -> None:
         """Coordinate until the training is over; how it ended is then in the folder, if the ranks said so.
@@ -97,7 +97,9 @@ class Coordinator:
         all_ended = len(ended) == len(self._order.members)
         patience = self._job.nodes.patience
         lost = [node for node in self._order.members if node not in self._pulses or self._silence(node) > patience]
-        if said := outcomes.get("finished") or outcomes.get("failed"):
+        # During a pause, a checkpoint that could not be stored is only lost: the next generation repeats its steps.
+        final: list[Status] = ["finished", "failed", *(["unsaved"] if self._paused is None else [])]
+        if said := next((outcomes[status] for status in final if status in outcomes), None):
             self._folder.write_outcome(said)
             return True
         if self._paused is None and ("interrupted" in outcomes or any(report.leaving for report in members.values())):
@@ -122,13 +124,10 @@ class Coordinator:
 
     def _again(self, reason: str, outcomes: Mapping[Status, Outcome]) -> bool:
         """Have another generation go on from the last checkpoint, unless this has led nowhere too often."""
-        if (step := self._folder.last_step()) > self._step:
-            self._step, self._restarts_left = step, self._job.restarts
-        if not self._restarts_left:
+        if not self._restarts.take():
             last = Outcome(status="crashed", error=reason, exit_status=1)
             self._folder.write_outcome(outcomes.get("crashed", last))
             return True
-        self._restarts_left -= 1
         self._folder.write_event(Event(warning=f"{reason}; going on from the last checkpoint"))
         self._dissolve()
         self._changed = time.monotonic()  # it may be a while until a dead node's silence tells

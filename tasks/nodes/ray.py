@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from infra.errors import Outage, UsageError
 from tasks.job import JobFolder
 from tasks.launchconfig import RayConfig
-from tasks.lifeline import die_with_parent
+from tasks.lifeline import dying_with_this_process
 from tasks.nodes.watch import watching
 
 CONNECTS_WITHIN = 30.0  # seconds
@@ -82,7 +82,7 @@ class AgentHost:
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=dying_with_this_process(),
         )
         _, said = agent.communicate()
         sys.stderr.write(said)  # to the actor's log

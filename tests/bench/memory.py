@@ -6,6 +6,7 @@ It is anonymous memory (`RssAnon`, see proc_pid_status(5)): what the rank needs 
 shards are left out; all ranks share them, and the system takes them back whenever it needs them.
 """
 
+import os
 import subprocess
 import sys
 import threading
@@ -42,7 +43,7 @@ def _peak(folder: Path) -> float:
 
 
 def main() -> None:
-    die_with_parent()
+    die_with_parent(os.getppid())
     make_deterministic()
     manifest, train = open_packed(Path(sys.argv[1]))
     config = Job(program="convoy", model="notes").config

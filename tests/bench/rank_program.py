@@ -210,7 +210,7 @@ def _store(job: Job) -> dist.Store:
 
 
 def main() -> None:
-    die_with_parent()
+    die_with_parent(os.getppid())
     keep_memory()
     job = Job(**json.loads(sys.argv[2]))
     torch.set_num_threads(job.threads)

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cnn.config import TORCHVISION_NETWORKS, TrainConfig
+from cnn.distributed import EXCHANGE_TIMEOUT, process_group
 from cnn.errors import InputError
 from cnn.lanes import PartialSums
 from cnn.worldsize import check_world_size, default_world_size
@@ -54,6 +56,46 @@ def train(digits: Packed, config: TrainConfig, *plans: int | str, reader: str = 
         timeout=240,
     )
     return json.loads(done.stdout)
+
+
+FAILING_RANK = """
+import os, sys
+import torch.distributed as dist
+from cnn.distributed import process_group
+os.environ |= {"RANK": sys.argv[2], "WORLD_SIZE": "2", "LOCAL_RANK": sys.argv[2], "GLOO_SOCKET_IFNAME": "lo"}
+try:
+    with process_group(dist.FileStore(sys.argv[1], 2)):
+        raise ValueError("on purpose")
+except ValueError:
+    print(dist.is_initialized(), flush=True)
+    os._exit(1)
+"""
+
+
+def test_a_rank_that_fails_destroys_nothing_that_would_wait_for_the_others(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILING_RANK, str(tmp_path / "meeting"), str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["True\n", "True\n"]
+
+
+def test_an_error_of_a_single_process_leaves_no_group() -> None:
+    for _ in range(2):
+        with pytest.raises(ValueError, match="on purpose"), process_group():
+            raise ValueError("on purpose")
+    assert not dist.is_initialized()
+
+
+def test_ranks_that_wait_for_one_that_is_cut_off_give_up_when_the_exchange_times_out() -> None:
+    with process_group() as (_, exchange):
+        assert exchange._group
+        assert exchange._group._get_backend(torch.device("cpu")).options._timeout == EXCHANGE_TIMEOUT
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

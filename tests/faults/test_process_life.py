@@ -11,6 +11,9 @@ from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelled
 
 from flows.summary import Summary
+from infra.settings import Settings
+from infra.stackfolder import StackFolder
+from tasks.job import JobFolder
 from tests.flows.conftest import next_training, program  # noqa: F401
 from tests.flows.program import (
     ENDLESS,
@@ -62,7 +65,7 @@ def flow_run_state(training: Training) -> StateType:
     return state.type
 
 
-@pytest.mark.parametrize("module", ["tasks.supervisor", "torch.distributed.run"])
+@pytest.mark.parametrize("module", ["tasks.supervisor", "tasks.torchrun"])
 def test_killed_supervisor_or_torchrun_takes_the_ranks_along_and_without_restarts_the_flow_fails(
     disturb: Disturb, module: str
 ) -> None:
@@ -100,6 +103,31 @@ def test_interrupted_command_stops_the_ranks_and_ends_with_its_status(
     assert (summary.status, summary.exit_status) == ("interrupted", status)
     assert run_status(training) == "KILLED"
     assert flow_run_state(training) in (StateType.CRASHED, StateType.CANCELLED)
+
+
+def test_a_stop_whose_checkpoint_the_storage_does_not_take_is_still_an_interruption(
+    disturb: Disturb, settings: Settings
+) -> None:
+    storage = StackFolder(settings).members("seaweedfs")
+
+    def stop_while_the_storage_hangs(_: Program, training: Training) -> None:
+        for process in storage:
+            process.suspend()
+        try:
+            training.rank(0).terminate()
+            wait_for(lambda: not training.processes("tasks.rank"), "the ranks to end")
+        finally:
+            for process in storage:
+                process.resume()
+
+    done, training, summary = disturb(stop_while_the_storage_hangs, "checkpoints.every=3600")
+    assert done.status == 75, done.stderr
+    assert (summary.status, summary.exit_status) == ("interrupted", 75)
+    outcome = JobFolder(training.folder).read_outcome()
+    assert outcome
+    assert outcome.status == "interrupted"
+    assert "could not be stored within" in (training.folder / "events.jsonl").read_text()
+    assert run_status(training) == "KILLED"
 
 
 def test_second_ctrl_c_does_not_leave_ranks_behind(disturb: Disturb) -> None:

@@ -1,5 +1,9 @@
 """What the train task and the ranks tell each other through files."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,7 +11,7 @@ from pydantic import ValidationError
 
 from cnn.config import TrainConfig
 from tasks.config import CheckpointConfig
-from tasks.job import Event, Job, JobFolder, Outcome
+from tasks.job import Event, Job, JobFolder, Outcome, Restarts, spare_outcome
 
 JOB = Job(
     run_id="f00d",
@@ -118,6 +122,64 @@ def test_rank_that_was_killed_is_told_from_those_that_failed_since_it_was_gone(
     says = "Signal 9 (SIGKILL) received by PID 12"
     folder.log.write_text(TORCHRUN_SAYS.format(first=first, root=root, first_says=says, root_says=says))
     assert folder.killed() == killed
+
+
+@pytest.fixture
+def full_disk(folder: JobFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobFolder]:
+    """The same folder on a disk without any room left."""
+    if os.geteuid():
+        pytest.skip("only root can mount a small disk")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder.path)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    folder.write_job(JOB)
+    folder.write_event(EVENT)
+    filler = (folder.path / "filler").open("wb", buffering=0)
+    with pytest.raises(OSError, match="No space left"):
+        while True:
+            filler.write(bytes(4096))
+    filler.close()
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder.path)], check=True)
+
+
+def test_a_full_disk_costs_events_and_nothing_else(full_disk: JobFolder) -> None:
+    for _ in range(100):  # the last block of the file has room for some, and for a part of one
+        full_disk.write_event(EVENT)
+    (full_disk.path / "filler").unlink()
+    last = EVENT.model_copy(update={"step": 7})
+    for _ in range(2):  # the first may share its line with the part
+        full_disk.write_event(last)
+    events = list(full_disk.new_events())
+    assert events[0] == EVENT
+    assert events[-1] == last
+    assert full_disk.last_step() == 7
+
+
+def test_an_outcome_that_no_disk_takes_reaches_the_flow_all_the_same(full_disk: JobFolder) -> None:
+    first = Outcome(status="failed", error="No space left on device", exit_status=1)
+    say = (
+        "import sys; from pathlib import Path; from tasks.job import JobFolder, Outcome; "
+        "JobFolder(Path(sys.argv[1])).write_outcome(Outcome.model_validate_json(sys.argv[2]))"
+    )
+    with spare_outcome():
+        assert full_disk.read_outcome() is None
+        for outcome in (first, Outcome(status="crashed", error="the other rank is gone", exit_status=1)):
+            arguments = [str(full_disk.path), outcome.model_dump_json()]
+            subprocess.run([sys.executable, "-P", "-c", say, *arguments], check=True)
+        assert full_disk.read_outcome() == first
+        full_disk.start_again()
+        assert full_disk.read_outcome() is None
+    assert not list(full_disk.path.glob(".outcome*"))
+
+
+def test_restarts_are_counted_anew_after_a_step_forward(folder: JobFolder) -> None:
+    restarts = Restarts(folder)
+    assert [restarts.take() for _ in range(4)] == [True, True, True, False]
+    folder.write_event(EVENT)
+    assert [restarts.take() for _ in range(4)] == [True, True, True, False]
 
 
 def test_end_of_the_log_is_one_line_and_never_nothing(folder: JobFolder) -> None:

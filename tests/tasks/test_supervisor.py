@@ -1,8 +1,11 @@
 """No process outlives its owner: the supervisor, and what it is made of, with real processes."""
 
+import logging
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +13,14 @@ import psutil
 import pytest
 
 from cnn.config import TrainConfig
+from infra.errors import Outage
+from infra.network import free_port
+from tasks import outage
 from tasks.config import CheckpointConfig
 from tasks.job import Job, JobFolder, Outcome
+from tasks.outage import through_outage
+from tasks.torchrun import among_nodes, start_torchrun
+from tasks.train import TrainingFailed, _run
 from tests.flows.program import Training, wait_for
 
 # In one piece, since several say so at once.
@@ -19,9 +28,9 @@ SAY_PID_AND_SLEEP = "import os, time; os.write(1, bytes(f'{os.getpid()}', 'ascii
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SAY_PID_AND_SLEEP
 OWNER = f"""
 import subprocess, sys, time
-from tasks.lifeline import die_with_parent
+from tasks.lifeline import dying_with_this_process
 command = [sys.executable, "-c", {SAY_PID_AND_SLEEP!r}]
-subprocess.Popen(command, preexec_fn=die_with_parent, start_new_session=True)
+subprocess.Popen(command, preexec_fn=dying_with_this_process(), start_new_session=True)
 time.sleep(600)
 """
 ORPHAN = """
@@ -32,7 +41,7 @@ if os.fork():
     os._exit(0)  # the parent is gone before its child asks to die with it
 while os.getppid() == parent:
     time.sleep(0.01)
-die_with_parent()
+die_with_parent(parent)
 print("lives on", flush=True)
 """
 CLEANER = f"""
@@ -88,14 +97,49 @@ def test_process_dies_with_its_killed_parent(started: list[subprocess.Popen[str]
     wait_for(lambda: gone(child), "the child to die")
 
 
-def test_process_whose_parent_is_gone_already_ends_at_once(
-    started: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The orphan goes to process 1, or to this process's own reaper, which takes the supervisor's place here.
-    reaper = next(iter(reversed(psutil.Process().parents())), psutil.Process()).pid
-    monkeypatch.setenv("CONVOY_SUPERVISOR_PID", str(reaper))
+def test_process_whose_parent_is_gone_already_ends_at_once(started: list[subprocess.Popen[str]]) -> None:
     orphan = start(started, ORPHAN)
     assert said(orphan) == ""
+
+
+def as_process_one(code: str) -> str:
+    """Runs a program as process 1 of a namespace, as a container does without an init; returns what it printed."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    probe = subprocess.run([*command, "true"], capture_output=True, text=True)
+    if probe.returncode:
+        pytest.skip(f"no process namespaces here (they take root): {probe.stderr.strip()}")
+    done = subprocess.run([*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_process_one_of_a_container_can_have_children_that_die_with_it() -> None:
+    program = f"""
+import os, subprocess, sys
+from tasks.lifeline import dying_with_this_process
+assert os.getpid() == 1
+child = subprocess.Popen(
+    [sys.executable, "-c", {SAY_PID_AND_SLEEP!r}], stdout=subprocess.PIPE, preexec_fn=dying_with_this_process()
+)
+print(int(child.stdout.readline()) == child.pid)
+"""
+    assert as_process_one(program) == "True\n"
+
+
+def test_supervisor_whose_flow_is_process_one_of_a_container_is_no_orphan(tmp_path: Path) -> None:
+    program = f"""
+import os, subprocess, sys, psutil
+from pathlib import Path
+from infra.trylock import try_locked
+from tasks.alive import orphaned
+assert os.getpid() == 1
+command = [sys.executable, "-c", {SAY_PID_AND_SLEEP!r}, "-m", "tasks.supervisor", {str(tmp_path)!r}]
+with try_locked(Path({str(tmp_path)!r}, "lock")):
+    child = subprocess.Popen(command, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    print(orphaned(psutil.Process(child.pid)))
+"""
+    assert as_process_one(program) == "False\n"
 
 
 def test_all_descendants_are_ended_whatever_they_ignore_and_wherever_they_hide(
@@ -106,6 +150,44 @@ def test_all_descendants_are_ended_whatever_they_ignore_and_wherever_they_hide(
     assert not any(map(gone, pids))
     cleaner.communicate("now\n")
     assert all(map(gone, pids))
+
+
+WAITS_INSIDE_PYTORCH = """
+from datetime import timedelta
+import torch.distributed as dist
+from tasks import rank
+rank.REACH_STOP = 0.5
+stop = rank.StopSignal()
+print("waiting", flush=True)
+dist.HashStore().wait(["a rank that is gone"], timedelta(seconds=600))
+"""
+
+
+def test_rank_that_waits_inside_pytorch_ends_itself_after_sigterm(started: list[subprocess.Popen[str]]) -> None:
+    waiting = start(started, WAITS_INSIDE_PYTORCH)
+    assert said(waiting) == "waiting"
+    waiting.terminate()
+    assert waiting.wait(60) == 1
+
+
+def test_an_outage_at_the_end_of_long_work_is_waited_for_and_told_once() -> None:
+    told: list[str] = []
+    answers = iter([Outage("the storage is away"), Outage("still"), None])
+
+    def work() -> str:
+        if error := next(answers):
+            raise error
+        return "done"
+
+    assert through_outage(work, told.append) == "done"
+    assert told == ["trying again for up to 180 s: the storage is away"]
+    assert outage.PATIENCE >= 120
+    with pytest.raises(Outage, match="for ever"):
+        through_outage(always_away, told.append, patience=0.0)
+
+
+def always_away() -> None:
+    raise Outage("away for ever")
 
 
 @pytest.fixture
@@ -141,7 +223,7 @@ def test_supervisor_ends_torchrun_when_its_standard_input_closes(
     started: list[subprocess.Popen[str]], training: Training
 ) -> None:
     supervisor = supervise(started, training)
-    wait_for(lambda: training.processes("torch.distributed.run"), "torchrun to start")
+    wait_for(lambda: training.processes("tasks.torchrun"), "torchrun to start")
     assert supervisor.stdin
     supervisor.stdin.close()
     assert supervisor.wait(60) == 0  # as it was told
@@ -152,7 +234,7 @@ def test_supervisor_that_is_told_to_end_takes_torchrun_along(
     started: list[subprocess.Popen[str]], training: Training
 ) -> None:
     supervisor = supervise(started, training)
-    wait_for(lambda: training.processes("torch.distributed.run"), "torchrun to start")
+    wait_for(lambda: training.processes("tasks.torchrun"), "torchrun to start")
     supervisor.terminate()
     assert supervisor.wait(60) == 128 + signal.SIGTERM
     assert training.processes() == []
@@ -160,9 +242,125 @@ def test_supervisor_that_is_told_to_end_takes_torchrun_along(
 
 def test_killed_supervisor_takes_torchrun_along(started: list[subprocess.Popen[str]], training: Training) -> None:
     supervisor = supervise(started, training)
-    wait_for(lambda: training.processes("torch.distributed.run"), "torchrun to start")
+    wait_for(lambda: training.processes("tasks.torchrun"), "torchrun to start")
     supervisor.kill()
     training.assert_ends()
+
+
+def test_flow_starts_another_supervisor_in_place_of_a_killed_one_as_often_as_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.train.run_logger", lambda: logging.getLogger("test"))
+    training = order(tmp_path, restarts=1)
+    told: list[str | None] = []
+    flow = threading.Thread(target=lambda: ended.append(_end_of(training, told)), daemon=True)
+    ended: list[str] = []
+    flow.start()
+    seen: set[int] = set()
+
+    def another() -> psutil.Process | None:
+        return next((each for each in training.processes("tasks.supervisor") if each.pid not in seen), None)
+
+    for _ in range(2):
+        supervisor = wait_for(another, "a supervisor to start")
+        seen.add(supervisor.pid)
+        wait_for(lambda: training.processes("tasks.torchrun"), "torchrun to start")
+        supervisor.kill()
+    flow.join(60)
+    training.assert_ends()
+    assert told == ["the supervisor was killed by signal 9; starting again from the last checkpoint"]
+    assert ended == [f"the ranks died (see {training.folder}/train.log): they were killed"]
+
+
+def _end_of(training: Training, told: list[str | None]) -> str:
+    """How the train task ends."""
+    try:
+        return str(_run(JobFolder(training.folder), lambda event: told.append(event.warning)))
+    except TrainingFailed as failed:
+        return str(failed)
+
+
+WATCHES_UNPICKLING = """
+import os, sys
+
+def watch(event, _):
+    if event == "pickle.find_class":
+        with open(os.environ["SEEN_UNPICKLING"], "a") as file:
+            print(sys.argv, file=file)
+
+sys.addaudithook(watch)
+"""
+
+
+@pytest.fixture
+def unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that Python programs write to when they unpickle."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(WATCHES_UNPICKLING)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *sys.path]))
+    monkeypatch.setenv("SEEN_UNPICKLING", str(tmp_path / "unpickled"))
+    subprocess.run([sys.executable, "-c", "import pickle; pickle.loads(pickle.dumps(print))"], check=True)
+    assert (tmp_path / "unpickled").exists()
+    (tmp_path / "unpickled").unlink()
+    return tmp_path / "unpickled"
+
+
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends ranks to a storage that refuses connections."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port('127.0.0.1')}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+
+
+def test_nothing_unpickles_where_ranks_are_started(
+    started: list[subprocess.Popen[str]], training: Training, unpickled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere(monkeypatch)
+    supervisor = supervise(started, training)
+    wait_for(lambda: training.processes("tasks.rank"), "the ranks to start")
+    assert supervisor.stdin
+    supervisor.stdin.close()
+    supervisor.wait(60)
+    assert not unpickled.exists()
+
+
+def test_nodes_meet_without_unpickling(
+    training: Training, unpickled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nowhere(monkeypatch)
+    meeting = f"127.0.0.1:{free_port('127.0.0.1')}"
+    with (tmp_path / "log").open("wb") as log:
+        nodes = [
+            start_torchrun(
+                training.folder,
+                ranks=1,
+                meeting=among_nodes("generation", meeting, number, 2, "127.0.0.1"),
+                interface="lo",
+                log=log.fileno(),
+            )
+            for number in range(2)
+        ]
+    try:
+        wait_for(lambda: len(training.processes("tasks.rank")) == 2, "the ranks of both nodes to start")
+        assert {training.rank(number).environ()["GROUP_RANK"] for number in range(2)} == {"0", "1"}
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+        training.assert_ends()
+    assert not unpickled.exists()
+
+
+def test_supervisor_leaves_no_file_behind_but_those_of_its_folder(
+    started: list[subprocess.Popen[str]], training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    supervisor = supervise(started, training)
+    wait_for(lambda: training.processes("tasks.rank"), "the ranks to start")
+    supervisor.kill()
+    training.assert_ends()
+    assert [file.name for file in (tmp_path / "tmp").iterdir() if file.name.startswith("convoy-")] == []
 
 
 def test_supervisor_starts_killed_ranks_again_as_often_as_it_may(
@@ -173,7 +371,7 @@ def test_supervisor_starts_killed_ranks_again_as_often_as_it_may(
     seen: set[int] = set()
 
     def another() -> psutil.Process | None:
-        found = [process for process in training.processes("torch.distributed.run") if process.pid not in seen]
+        found = [process for process in training.processes("tasks.torchrun") if process.pid not in seen]
         return found[0] if found else None
 
     for _ in range(3):
@@ -197,7 +395,7 @@ def test_supervisor_does_not_start_ranks_again_that_say_what_was_wrong(
     training = order(tmp_path, restarts=2)
     wrong = Outcome(status="failed", error="the loss is not finite", exit_status=1)
     supervisor = supervise(started, training)
-    torchrun = wait_for(lambda: training.processes("torch.distributed.run"), "torchrun to start")[0]
+    torchrun = wait_for(lambda: training.processes("tasks.torchrun"), "torchrun to start")[0]
     JobFolder(training.folder).write_outcome(wrong)
     torchrun.kill()
     supervisor.wait(60)

@@ -4,6 +4,7 @@ python -m tests.bench.streaming.process write|read CONTESTANT DATA [CACHE]
 """
 
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -86,7 +87,7 @@ def import_library(name: str) -> None:
 
 
 def main() -> None:
-    die_with_parent()
+    die_with_parent(os.getppid())
     torch.set_num_threads(1)
     what, name, data = sys.argv[1], sys.argv[2], Data(**json.loads(sys.argv[3]))
     if what == "write":

@@ -51,7 +51,7 @@ def _signal(sent: signal.Signals, victim: str, trial: Trial) -> None:
         command = trial.commands[0] if victim == "flow" else trial.worker
         found = [psutil.Process(command.process.pid)] if command.status is None else []
     else:
-        module = {"supervisor": "tasks.supervisor", "torchrun": "torch.distributed.run"}.get(victim, "tasks.rank")
+        module = {"supervisor": "tasks.supervisor", "torchrun": "tasks.torchrun"}.get(victim, "tasks.rank")
         found = trial.training.processes(module) if trial.training else []
         found = [each for each in found if not victim.startswith("rank") or each.environ()["RANK"] == victim[-1]]
     trial.late = not found
