@@ -27,7 +27,7 @@ from tasks.modelcard import write_model_card
 from tasks.page import publish_page
 from tasks.preprocess import preprocess
 from tasks.pretrained import pretrained
-from tasks.promote import champion_data
+from tasks.promote import champion_data, oldest_champion_data
 from tasks.qualitygate import QualityRefused, quality_gate
 from tasks.register import register
 from tasks.release import release
@@ -82,6 +82,7 @@ def train_and_release(
     )
     try:
         with model_lease(name):
+            warm = False
             if only_if_changed:
                 decision = laps("decide", what_changed(name, config, dataset, force=force))
                 summary = summary.model_copy(update={"reason": decision.why})
@@ -89,7 +90,16 @@ def train_and_release(
                     return _ended(summary.model_copy(update={"status": "unchanged"}), laps)
                 if config.warm_start and decision.champion_weights and not config.pretrained:
                     config = pretrained(config.model_copy(update={"pretrained": decision.champion_weights}), dataset)
-            checked = laps("data-gate", data_gate(dataset, config.data_gate, champion_data(name)))
+                    warm = True
+            checked = data_gate(
+                dataset,
+                config.data_gate,
+                champion_data(name),
+                oldest=oldest_champion_data(name),
+                images_for_margin=config.gate.images_for_margin(),
+                warm_start=warm,
+            )
+            laps("data-gate", checked)
             with tracked_run(config, dataset, resume) as run:
                 log_data_report(run.run_id, checked)
                 trained = laps("train", train(run, dataset, config))

@@ -7,7 +7,7 @@ import hashlib
 
 from infra.errors import GateRefused, UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
-from infra.promotion import Promotion, newest, promote
+from infra.promotion import Promotion, champions, history, newest, promote
 from infra.registry import ModelVersion
 from infra.settings import Settings
 from infra.versions import FoundVersion, find_version
@@ -33,6 +33,21 @@ def champion_data(name: str) -> str | None:
     """
     last = newest(ObjectStore.connect(Settings().bucket), name)
     return find_version(f"{name}/{last.to_version}").tags.get(DATASET_VERSION) if last else None
+
+
+def oldest_champion_data(name: str) -> str | None:
+    """Returns the dataset version of the oldest champion that a rollback can reach; None if it is not known.
+
+    Raises:
+        UsageError: not a name for a model.
+        ServiceError: a server failed.
+    """
+    for version in champions(history(ObjectStore.connect(Settings().bucket), name)):
+        try:
+            return find_version(f"{name}/{version}").tags.get(DATASET_VERSION)
+        except UsageError:  # deleted from the registry
+            continue
+    return None
 
 
 def promote_version(version: ModelVersion, *, force: bool = False, reason: str = "") -> Promotion:
@@ -64,7 +79,7 @@ def promote_version(version: ModelVersion, *, force: bool = False, reason: str =
         after=last,
         reason=reason,
         forced=objection is not None,
-        verdict_sha256=verdict.sha256 if verdict else None,
+        verdict_sha256=found.tags[VERDICT_SHA256] if verdict else None,  # of its bytes, which may be older code's
         verdict_summary=verdict.summary if verdict else "",
     )
 
