@@ -288,7 +288,8 @@ def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) ->
         low, _ = _interval(challenger)
         passed = low >= floor
         told, bound, limit = _apart(accuracy, low, floor)
-        detail = f"accuracy {told}, with {INTERVAL:.0%} confidence above {bound}: {_not(passed)}at least {limit}"
+        detail = f"accuracy {told}, with {INTERVAL:.0%} confidence above {bound}; "
+        detail += f"{'at least' if passed else 'less than'} {limit}"
         if not passed and accuracy > floor:
             needed = norm.isf((1 - INTERVAL) / 2) ** 2 * floor * (1 - floor) / (accuracy - floor) ** 2
             detail += f"; the test split is too small: {images:,} images, but {math.ceil(needed):,} are needed"
@@ -299,7 +300,7 @@ def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) ->
     p = float(binomtest(wins, wins + losses, alternative="greater").pvalue) if wins + losses else 1.0
     passed = p <= config.alpha
     told, limit = _apart(accuracy, float(constant.mean()))
-    detail = f"accuracy {told}, {_not(passed)}above {limit}, the share of the largest class"
+    detail = f"accuracy {told}, {'' if passed else 'not '}above {limit}, the share of the largest class"
     if not passed and gain > 0:
         needed = _connor((wins + losses) / images, gain, config)
         detail += (
@@ -344,13 +345,14 @@ def _comparison(wins: int, losses: int, images: int, p_value: float, config: Gat
         enough, significant = gain >= margin, p_value <= config.alpha
         passed = enough and significant
         told, limit = _apart(gain, margin, sign="+")
-        detail = f"gain {told}, {_not(enough)}at least {limit}"
-        detail += f"; p = {p_value:.3g}, {_not(significant)}at most {config.alpha:g}"
+        detail = f"gain {told}, {'at least' if enough else 'less than'} {limit}"
+        detail += f"; p = {p_value:.3g}, {'at most' if significant else 'more than'} {config.alpha:g}"
     else:
-        value, threshold = lower_bound(wins, losses, images, config.alpha), -margin
+        value, threshold = lower_bound(wins, losses, images, config.alpha), 0.0 - margin
         passed = config.can_pass(images) and bool(p_worse(wins, losses, images, margin) <= config.alpha)
         low, limit = _apart(value, threshold, sign="+")
-        detail = f"gain {gain:+.2%}, with {1 - config.alpha:.0%} confidence above {low}; {_not(passed)}at least {limit}"
+        relation = "at least" if value >= threshold else "less than"
+        detail = f"gain {gain:+.2%}, with {1 - config.alpha:.0%} confidence above {low}; {relation} {limit}"
         if not config.can_pass(images):
             detail += f"; {config.why_never(images)}"
     if not passed and config.can_pass(images) and (small := _too_small(wins, losses, images, config)):
@@ -405,16 +407,12 @@ def _largest_drop(
         detail = f"the largest is {detail}; at most {most} lost"
     else:
         detail += (
-            f", {told} lost, more than {most}, {_not(not passed)}beyond chance (p = {ps[named]:.3g}, at most "
+            f", {told} lost, more than {most}, {'not ' if passed else ''}beyond chance (p = {ps[named]:.3g}, at most "
             f"{alpha:.3g} for one of {len(counted)})"
         )
         if passed:
             notes.append(f"the largest observed drop of a class or slice is above the limit: {detail}")
     return Check(name="class drop", value=drop, threshold=limit, passed=passed, detail=detail), notes
-
-
-def _not(passed: bool) -> str:
-    return "" if passed else "not "
 
 
 def _apart(*shares: float, sign: str = "") -> list[str]:
