@@ -156,7 +156,7 @@ def check_dataset(
         for name in SPLITS
     }
     pixels = _binned(scans["train"].pixels)
-    theirs = []
+    theirs: list[_Theirs | None] = []
     for other in (champion, oldest):
         same = other is not None and other[0].version == manifest.version
         scan = scans["train"] if same or not other else _scan(other[1], on_progress)
@@ -344,7 +344,7 @@ _Theirs = tuple[Manifest, NDArray[np.int64], NDArray[np.uint64]]
 def _comparisons(
     manifest: Manifest, pixels: NDArray[np.int64], champion: _Theirs | None, config: DataGateConfig
 ) -> Iterator[Check]:
-    """The checks against the data that the champion learned from, images in common apart."""
+    """The checks against the data that the champion learned from, except for images that both have."""
     if champion is None:
         for name in ("missing_classes", "new_classes"):
             yield _at_most(config, name, None, NO_CHAMPION)

@@ -317,25 +317,20 @@ def _class_recall(challenger: Scored, labels: NDArray[np.int64], classes: tuple[
     counts = np.bincount(labels, minlength=len(classes))
     right = np.bincount(labels[challenger.correct], minlength=len(classes))
     tested = np.flatnonzero(counts >= least)
-    check = {"name": "class recall", "threshold": limit}
     if not len(tested):
         detail = f"no class has the {least:,} images that can show a recall below {limit:.4g}"
-        return Check(value=None, passed=True, tested=False, detail=detail, **check)
+        return Check(name="class recall", value=None, threshold=limit, passed=True, tested=False, detail=detail)
     recall = right[tested] / counts[tested]
     low = tested[binom.cdf(right[tested], counts[tested], limit) <= config.alpha]
-    untested = f"; not tested: {len(classes) - len(tested)} with fewer than {least:,} images"
     detail = f"the lowest of {len(tested)} classes is {classes[tested[recall.argmin()]]}: {recall.min():.2%}"
     if len(low):
         worst = low[np.argsort(right[low] / counts[low], kind="stable")]
         named = ", ".join(f"{classes[label]} {right[label]:,} of {counts[label]:,}" for label in worst[:NAMED])
         more = f" and {len(worst) - NAMED} more" if len(worst) > NAMED else ""
         detail = f"{len(low)} of {len(tested)} classes have a recall below {limit:.4g}, beyond chance: {named}{more}"
-    return Check(
-        value=float(recall.min()),
-        passed=not len(low),
-        detail=detail + untested * (len(tested) < len(classes)),
-        **check,
-    )
+    if untested := len(classes) - len(tested):
+        detail += f"; not tested: {untested} with fewer than {least:,} images"
+    return Check(name="class recall", value=float(recall.min()), threshold=limit, passed=not len(low), detail=detail)
 
 
 def _comparison(wins: int, losses: int, images: int, p_value: float, config: GateConfig) -> Check:
