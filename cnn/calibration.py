@@ -1,12 +1,14 @@
-"""Calibration: does a network that says 90 % keep its word in nine of ten cases, and one number that mends it.
+"""Measures calibration (are predictions made with 90 % confidence right in 90 % of cases?), and fits a temperature.
 
 Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", ICML 2017.
 """
 
 import math
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+from torch.nn import functional as F
 
 from cnn.errors import InputError
 
@@ -14,14 +16,25 @@ BINS = 15
 """Of equal width, as in the paper."""
 
 LOWEST, HIGHEST = 0.05, 20.0
-"""Temperatures are kept between these: on a split without a mistake the likeliest one would be 0."""
+"""Temperatures are kept between these."""
+
+PRIOR = 0.2
+"""Standard deviation of log T before an image was seen: a Gaussian around 0."""
+
+FOLDS = 5
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature T for which softmax(logits / T) gives the labels the least mean cross-entropy.
+    """Returns the temperature T for which softmax(logits / T) gives the labels a small mean cross-entropy, or 1.
 
-    In 1/T the cross-entropy is convex, so Newton's method inside a bracket finds the one minimum, without a random
-    start and without a step size. Fit it on the validation split: neither the weights nor the test know of it then.
+    On few images, or on images without a mistake, the temperature of least cross-entropy is far from what other images
+    need, down to 0. So a Gaussian prior holds log T near 0, one image's worth of labels is spread over all images and
+    classes (as in Platt, "Probabilistic Outputs for Support Vector Machines", 1999), and T stays 1 unless temperatures
+    fitted to four fifths of the images give the remaining fifth a smaller cross-entropy, by more than two standard
+    errors. T also stays 1 where no image is misclassified: nothing then says how sure is too sure.
+    The strengths are those that simulated and real splits of 30 to 10 000 images did best with.
+
+    Fit it on the validation split: neither the weights nor the test know of it then.
 
     Args:
         logits: float N×classes, N ≥ 1.
@@ -37,19 +50,52 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         raise InputError("a temperature needs at least one image, and logits that are finite")
     scores = logits.double()
     scores = scores - scores.amax(1, keepdim=True)  # changes no probability, and keeps the squares small
-    wanted = scores.gather(1, labels[:, None]).mean()
+    return round(1 / _inverse(scores, labels), 6) if _helps_elsewhere(scores, labels) else 1.0
+
+
+def remark(temperature: float) -> str:
+    """Returns what a reader should know about a fitted temperature; an empty text if there is nothing."""
+    if temperature in (LOWEST, HIGHEST):
+        return f"the temperature is at its limit of {temperature:g}: the probabilities are not to be trusted"
+    if temperature == 1:
+        return "probabilities stay as trained: no temperature was shown to be better on images it was not fitted to"
+    return ""
+
+
+def _helps_elsewhere(scores: Tensor, labels: Tensor) -> bool:
+    """Whether fitted temperatures lower the cross-entropy of images that they were not fitted to, beyond chance."""
+    count = len(scores)
+    if count < 2 or bool((scores.argmax(1) == labels).all()):
+        return False
+    gains = torch.empty(count, dtype=torch.float64)
+    fold = torch.arange(count) % min(FOLDS, count)
+    for each in fold.unique():
+        held, rest = fold == each, fold != each
+        fitted = _inverse(scores[rest], labels[rest]) * scores[held]
+        losses = (F.cross_entropy(values, labels[held], reduction="none") for values in (scores[held], fitted))
+        gains[held] = next(losses) - next(losses)
+    return float(gains.mean()) > 2 * float(gains.std()) / math.sqrt(count)
+
+
+def _inverse(scores: Tensor, labels: Tensor) -> float:
+    """The likeliest 1/T: Newton's method inside a bracket, so without a random start and without a step size."""
+    count = len(scores)
+    spread = 1 / (count + 1)  # of the labels' weight, over all classes: sharpening is never free
+    wanted = (1 - spread) * scores.gather(1, labels[:, None]).mean() + spread * scores.mean()
     inverse, low, high = 1.0, 1 / HIGHEST, 1 / LOWEST
+    strength = 1 / (count * PRIOR**2)
     for _ in range(100):
         probabilities = (inverse * scores).softmax(1)
         mean = (probabilities * scores).sum(1)
-        slope = float(mean.mean() - wanted)
+        slope = float(mean.mean() - wanted) + strength * math.log(inverse) / inverse
         curvature = float(((probabilities * scores.square()).sum(1) - mean.square()).mean())
+        curvature += strength * (1 - math.log(inverse)) / inverse**2
         low, high = (inverse, high) if slope < 0 else (low, inverse)
         newton = inverse - slope / curvature if curvature > 0 else math.inf
         last, inverse = inverse, newton if low < newton < high else math.sqrt(low * high)
         if abs(inverse - last) <= 1e-10 * last:
             break
-    return round(1 / inverse, 6)
+    return inverse
 
 
 class Reliability(BaseModel):

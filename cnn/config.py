@@ -299,6 +299,15 @@ class DataGateConfig(Config):
     max_leakage: float = Field(0.01, ge=0, le=1)
     """Share of the validation images that are training images too, or of the test images that are either."""
 
+    trained_on: Level = "warn"
+    max_trained_on: float = Field(0.01, ge=0, le=1)
+    """Share of the test images that the champion was trained on and this version's networks are not: the split, the
+    fractions or the seed changed. Above it, `warm_start` is refused, unless the check is off."""
+
+    test_images: Level = "warn"
+    min_test_images: int = Field(100, ge=0)
+    """Test images: N of them show no loss below 3 / N. A `gate.margin` that is set may need more."""
+
     unreadable: Level = "warn"
     max_unreadable: float = Field(0.0, ge=0, le=1)
     """Share of the source's images that could not be decoded (`data.max_unreadable` stops preprocessing)."""
@@ -341,3 +350,11 @@ class DataGateConfig(Config):
     pixel_drift: Level = "warn"
     max_pixel_drift: float = Field(0.25, ge=0)
     """Likewise for pixel values, in 16 bins; the largest PSI of a channel."""
+
+    slow_class_drift: Level = "warn"
+    max_slow_class_drift: float = Field(0.25, ge=0)
+    """`class_drift` against the data of the oldest champion that a rollback can reach: many small drifts add up."""
+
+    slow_pixel_drift: Level = "warn"
+    max_slow_pixel_drift: float = Field(0.25, ge=0)
+    """Likewise for pixel values."""

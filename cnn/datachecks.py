@@ -24,9 +24,13 @@ Outcome = Literal["passed", "warned", "failed", "off", "skipped"]
 BLOCK_BYTES = 2 * 2**20
 """Pixels looked at together: with some bytes for each image, all that is held in memory."""
 
-COMPARISONS = ("missing_classes", "new_classes", "class_drift", "pixel_drift")
+COMPARISONS = ("missing_classes", "new_classes", "class_drift", "pixel_drift", "trained_on")
 """The checks against the champion's data."""
 
+SLOW = ("slow_class_drift", "slow_pixel_drift")
+"""The checks against the oldest champion's data."""
+
+NO_CHAMPION = "there are no champion's data to compare with"
 PIXEL_BINS = 16  # of 16 grey levels each
 EXAMPLES = 8  # offenders named for each check
 SMALLEST_SHARE = 1e-4  # what an empty bin counts as in a PSI, which would be infinite else
@@ -123,14 +127,19 @@ def check_dataset(
     config: DataGateConfig,
     champion: "tuple[Manifest, SplitReader] | None" = None,
     on_progress: Callable[[int], object] = lambda count: None,
+    *,
+    oldest: "tuple[Manifest, SplitReader] | None" = None,
+    images_for_margin: int = 0,
 ) -> DataChecks:
     """Look at every image of a dataset version once, block by block.
 
     Args:
         splits: all of them.
         champion: manifest and training split of the version that the champion learned from, to compare with.
-        on_progress: its amounts add up to the images of the splits and, unless it is the same version, of the
-            champion's training split.
+        on_progress: its amounts add up to the images of the splits and, unless they are the same version, of the
+            champion's and the oldest champion's training splits.
+        oldest: likewise for the oldest champion that a rollback can reach; None if that is the champion.
+        images_for_margin: test images that the quality gate needs to show its margin.
     """
     scans = {name: _scan(splits[name], on_progress) for name in SPLITS}
     marks = _marks(scans, config)
@@ -147,11 +156,19 @@ def check_dataset(
         for name in SPLITS
     }
     pixels = _binned(scans["train"].pixels)
-    theirs = None
-    if champion:
-        same = champion[0].version == manifest.version
-        theirs = champion[0], pixels if same else _binned(_scan(champion[1], on_progress).pixels)
-    found = (*_content_checks(manifest, facts, config), *_comparisons(manifest, pixels, theirs, config))
+    theirs: list[_Theirs | None] = []
+    for other in (champion, oldest):
+        same = other is not None and other[0].version == manifest.version
+        scan = scans["train"] if same or not other else _scan(other[1], on_progress)
+        theirs.append((other[0], _binned(scan.pixels), scan.digests) if other else None)
+    learned = _only_theirs(scans, theirs[0][2]) if theirs[0] else None
+    found = (
+        *_content_checks(manifest, facts, config),
+        *_comparisons(manifest, pixels, theirs[0], config),
+        _trained_on(learned, config),
+        *_drift(manifest, pixels, theirs[1], config, SLOW),
+        _test_images(facts["test"].images, images_for_margin, config),
+    )
     off = {check.name for check in found if check.outcome == "off"}
     return DataChecks(
         dataset_version=manifest.version,
@@ -186,8 +203,7 @@ def _scan(split: "SplitReader", on_progress: Callable[[int], object]) -> _Scan:
     start = 0
     for block, _ in split.blocks(max(1, BLOCK_BYTES // (channels * height * width))):
         images = np.ascontiguousarray(block.numpy())
-        for image in images:
-            digests += hashlib.blake2b(image.data, digest_size=8).digest()
+        digests += _digests(images)
         planes = images.reshape(len(images), channels, -1)
         contrast[start : start + len(images)] = np.ptp(planes, axis=2).max(1)
         pixels += np.stack([np.bincount(planes[:, channel].ravel(), minlength=256) for channel in range(channels)])
@@ -199,6 +215,25 @@ def _scan(split: "SplitReader", on_progress: Callable[[int], object]) -> _Scan:
         contrast=contrast,
         pixels=pixels,
     )
+
+
+def pixel_digests(split: "SplitReader") -> NDArray[np.uint64]:
+    """Returns 64 bits of the BLAKE2b of each image's pixels, [N]."""
+    channels, height, width = split.shape
+    digests = bytearray()
+    for block, _ in split.blocks(max(1, BLOCK_BYTES // (channels * height * width))):
+        digests += _digests(np.ascontiguousarray(block.numpy()))
+    return np.frombuffer(digests, dtype=np.uint64)
+
+
+def _digests(images: NDArray[np.uint8]) -> bytes:
+    return b"".join(hashlib.blake2b(image.data, digest_size=8).digest() for image in images)
+
+
+def _only_theirs(scans: Mapping[Split, _Scan], theirs: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which test images are in another version's training split and not in this one's."""
+    test = scans["test"].digests
+    return np.isin(test, theirs) & ~np.isin(test, scans["train"].digests)
 
 
 def _binned(pixels: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -309,33 +344,65 @@ def _spread(spread: Spread) -> str:
     return f"{spread.min} … {spread.max} (median {spread.median})"
 
 
+_Theirs = tuple[Manifest, NDArray[np.int64], NDArray[np.uint64]]
+"""Of a champion's data: the manifest, the training split's binned pixels and its images' digests."""
+
+
 def _comparisons(
+    manifest: Manifest, pixels: NDArray[np.int64], champion: _Theirs | None, config: DataGateConfig
+) -> Iterator[Check]:
+    """The checks against the data that the champion learned from, except for images that both have."""
+    if champion is None:
+        for name in ("missing_classes", "new_classes"):
+            yield _at_most(config, name, None, NO_CHAMPION)
+    else:
+        theirs = champion[0]
+        missing = [name for name in theirs.classes if name not in manifest.classes]
+        new = [name for name in manifest.classes if name not in theirs.classes]
+        yield _at_most(config, "missing_classes", len(missing), _listed(missing))
+        yield _at_most(config, "new_classes", len(new), _listed(new))
+    yield from _drift(manifest, pixels, champion, config, ("class_drift", "pixel_drift"))
+
+
+def _drift(
     manifest: Manifest,
     pixels: NDArray[np.int64],
-    champion: tuple[Manifest, NDArray[np.int64]] | None,
+    champion: _Theirs | None,
     config: DataGateConfig,
+    names: tuple[str, str],
 ) -> Iterator[Check]:
-    """The checks against the data that the champion learned from: its manifest and binned pixels."""
+    """The drift of classes and of pixels against a champion's data, as checks of these names."""
     if champion is None:
-        for name in COMPARISONS:
-            yield _at_most(config, name, None, "there are no champion's data to compare with")
+        for name in names:
+            yield _at_most(config, name, None, NO_CHAMPION if name in COMPARISONS else "there is no older champion")
         return
-    theirs, their_pixels = champion
-    missing = [name for name in theirs.classes if name not in manifest.classes]
-    new = [name for name in manifest.classes if name not in theirs.classes]
-    yield _at_most(config, "missing_classes", len(missing), _listed(missing))
-    yield _at_most(config, "new_classes", len(new), _listed(new))
+    theirs, their_pixels, _ = champion
     before, now = (dict(zip(m.classes, m.splits["train"].class_counts, strict=True)) for m in (theirs, manifest))
-    union = [*theirs.classes, *new]
+    union = [*theirs.classes, *(name for name in manifest.classes if name not in theirs.classes)]
     psi = population_stability_index([before.get(name, 0) for name in union], [now.get(name, 0) for name in union])
-    yield _at_most(config, "class_drift", psi, f"PSI over {len(union)} classes, training splits")
+    yield _at_most(config, names[0], psi, f"PSI over {len(union)} classes, training splits")
     if len(pixels) != len(their_pixels):
         note = f"{len(pixels)} channels, the champion's data have {len(their_pixels)}"
-        yield _at_most(config, "pixel_drift", None, note)
+        yield _at_most(config, names[1], None, note)
         return
     each = [population_stability_index(e, f) for e, f in zip(their_pixels, pixels, strict=True)]
     note = f"PSI over {PIXEL_BINS} bins of grey levels, training splits; by channel "
-    yield _at_most(config, "pixel_drift", max(each), note + ", ".join(f"{psi:.3f}" for psi in each))
+    yield _at_most(config, names[1], max(each), note + ", ".join(f"{psi:.3f}" for psi in each))
+
+
+def _trained_on(learned: NDArray[np.bool_] | None, config: DataGateConfig) -> Check:
+    if learned is None:
+        return _at_most(config, "trained_on", None, NO_CHAMPION)
+    note = f"the champion was trained on {int(learned.sum()):,} of {len(learned):,} test images"
+    return _at_most(config, "trained_on", float(learned.mean()) if len(learned) else 0.0, note)
+
+
+def _test_images(images: int, images_for_margin: int, config: DataGateConfig) -> Check:
+    limit = max(config.min_test_images, images_for_margin)
+    note = f"the smallest loss that they can rule out is {min(3 / max(images, 1), 1):.2%}"
+    if images < images_for_margin:
+        note += f"; gate.margin asks for less, so that no version can ever pass against a champion: it needs {limit:,}"
+    return _judged(config, "test_images", images, limit, note, good=images >= limit)
 
 
 def _listed(names: list[str], most: int = 8) -> str:

@@ -29,7 +29,7 @@ from tasks.modelcard import write_model_card
 from tasks.page import publish_page
 from tasks.preprocess import preprocess
 from tasks.pretrained import pretrained
-from tasks.promote import champion_data, promotions_of
+from tasks.promote import champion_data, oldest_champion_data, promotions_of
 from tasks.qualitygate import QualityRefused, quality_gate
 from tasks.register import register
 from tasks.release import release
@@ -95,6 +95,7 @@ def _train_and_release(
         with model_lease(name):
             if resume:
                 check_resumable(resume)  # again: another process may have finished it while this one waited
+            warm = False
             if only_if_changed:
                 decision = laps("decide", what_changed(name, config, dataset, force=force))
                 summary = summary.model_copy(update={"reason": decision.why})
@@ -104,7 +105,16 @@ def _train_and_release(
                     return _ended(summary.model_copy(update={"status": "unchanged"}), laps)
                 if config.warm_start and decision.champion_weights and not config.pretrained:
                     config = pretrained(config.model_copy(update={"pretrained": decision.champion_weights}), dataset)
-            checked = laps("data-gate", data_gate(dataset, config.data_gate, champion_data(name)))
+                    warm = True
+            checked = data_gate(
+                dataset,
+                config.data_gate,
+                champion_data(name),
+                oldest=oldest_champion_data(name),
+                images_for_margin=config.gate.images_for_margin(),
+                warm_start=warm,
+            )
+            laps("data-gate", checked)
             with tracked_run(config, dataset, resume) as run:
                 outlast(partial(log_data_report, run.run_id, checked))
                 trained = laps("train", train(run, dataset, config))

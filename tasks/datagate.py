@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from cnn.config import DataGateConfig
-from cnn.datachecks import COMPARISONS, Check, DataChecks, check_dataset
+from cnn.datachecks import COMPARISONS, SLOW, Check, DataChecks, check_dataset
 from cnn.manifest import Manifest
 from cnn.reading import SplitReader
 from cnn.split import SPLITS
@@ -53,16 +53,28 @@ class DataReport(BaseModel):
 
 
 @task(name="data-gate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
-def data_gate(dataset: DatasetRef, config: DataGateConfig, champion: str | None = None) -> DataReport:
+def data_gate(
+    dataset: DatasetRef,
+    config: DataGateConfig,
+    champion: str | None = None,
+    *,
+    oldest: str | None = None,
+    images_for_margin: int = 0,
+    warm_start: bool = False,
+) -> DataReport:
     """Check a dataset version, publish what was found, and let it pass or refuse it.
 
     Args:
         champion: dataset version that the champion learned from, if there is one; one that is not in the bucket any
             more is not compared with.
+        oldest: likewise for the oldest champion that a rollback can reach.
+        images_for_margin: test images that the quality gate needs to show its margin.
+        warm_start: the training starts from the champion's weights.
 
     Raises:
         Cancelled: the flow run was cancelled.
-        DataRefused: a check with the level `fail` did.
+        DataRefused: a check with the level `fail` did, or a warm start would be judged on images that the champion was
+            trained on.
         ServiceError: the object store failed.
     """
     stop_if_cancelled()
@@ -71,11 +83,13 @@ def data_gate(dataset: DatasetRef, config: DataGateConfig, champion: str | None 
     manifest = load_manifest(store, dataset.version)
     splits = {name: open_split(cache, manifest, name) for name in SPLITS}
     theirs = _champions(cache, manifest, splits["train"], champion)
+    first = _champions(cache, manifest, splits["train"], oldest) if oldest != champion else None
     total = sum(map(len, splits.values()))
-    if theirs and theirs[0].version != dataset.version:
-        total += len(theirs[1])
+    total += sum(len(train) for other, train in filter(None, (theirs, first)) if other.version != dataset.version)
     with progress(f"Checking {dataset.name}", total, unit="images") as advance:
-        checks = check_dataset(manifest, splits, config, theirs, advance)
+        checks = check_dataset(
+            manifest, splits, config, theirs, advance, oldest=first, images_for_margin=images_for_margin
+        )
     report = _publish(store, dataset, checks, png(contact_sheet(checks, splits)))
     for check in checks.having("warned"):
         run_logger().warning("%s: %s", dataset.name, _said(check))
@@ -83,6 +97,12 @@ def data_gate(dataset: DatasetRef, config: DataGateConfig, champion: str | None 
         raise DataRefused(
             f"dataset {dataset.name} is refused: {'; '.join(map(_said, failed))}; the report is "
             f"{store.uri(report.prefix + PAGE)}; mend the data, or change data_gate.{failed[0].name} or its limit"
+        )
+    learned = next(check for check in checks.checks if check.name == "trained_on")
+    if warm_start and learned.outcome == "warned":
+        raise DataRefused(
+            f"a warm start on {dataset.name} is refused, since it would be judged on what it knows: {_said(learned)}; "
+            "set warm_start=false, or data_gate.max_trained_on"
         )
     run_logger().info("the data of %s may be trained on: %s", dataset.name, _count(checks))
     return report
@@ -105,7 +125,7 @@ def log_data_report(run_id: str, report: DataReport) -> None:
             store.get_file(report.prefix + name, file)
             tracking.log_file(run_id, file, "report")
     if report.checks.champion_version:  # these change from run to run, and are worth a chart
-        compared = {check.name: check.value for check in report.checks.checks if check.name in COMPARISONS}
+        compared = {check.name: check.value for check in report.checks.checks if check.name in COMPARISONS + SLOW}
         tracking.log_metrics(run_id, {f"data/{name}": value for name, value in compared.items() if value is not None})
     tracking.set_tags(run_id, {DATA_GATE: report.checks.outcome})
 

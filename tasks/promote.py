@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from infra.errors import GateRefused, UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
-from infra.promotion import Promotion, Standing, history, promote, repair_aliases, standing_champion
+from infra.promotion import Promotion, Standing, champions, history, promote, repair_aliases, standing_champion
 from infra.registry import ModelVersion
 from infra.settings import Settings
 from infra.versions import FoundVersion, find_version
@@ -70,6 +70,21 @@ def promotions_of(version: ModelVersion) -> list[Promotion]:
     return entries
 
 
+def oldest_champion_data(name: str) -> str | None:
+    """Returns the dataset version of the oldest champion that a rollback can reach; None if it is not known.
+
+    Raises:
+        UsageError: not a name for a model.
+        ServiceError: a server failed.
+    """
+    for version in champions(history(ObjectStore.connect(Settings().bucket), name)):
+        try:
+            return find_version(f"{name}/{version}").tags.get(DATASET_VERSION)
+        except UsageError:  # deleted from the registry
+            continue
+    return None
+
+
 def promote_version(version: ModelVersion, *, force: bool = False, reason: str = "") -> Promotion:
     """Make a version the champion, if it was verified and its quality verdict against the present champion is a yes.
 
@@ -103,7 +118,7 @@ def promote_version(version: ModelVersion, *, force: bool = False, reason: str =
         lineage=version_lineage(store, found),
         reason=reason,
         forced=objection is not None,
-        verdict_sha256=verdict.sha256 if verdict else None,
+        verdict_sha256=found.tags[VERDICT_SHA256] if verdict else None,  # of its bytes, which may be older code's
         verdict_summary=verdict.summary if verdict else "",
     )
 

@@ -3,7 +3,9 @@
 models/<name>/verdicts/<SHA-256>.json in the bucket holds each verdict.
 """
 
+import hashlib
 import statistics
+import threading
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,24 +14,29 @@ from typing import Any
 import mlflow.pyfunc
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from pydantic import ValidationError
 from torch import Tensor
 
+from cnn.datachecks import pixel_digests
 from cnn.evaluate import EVAL_BATCH
 from cnn.manifest import Manifest
 from cnn.reading import SplitReader
 from infra import tracking
+from infra.cache import Cache
 from infra.errors import GateRefused
+from infra.meter import in_parallel
 from infra.mlflowserver import mlflow_client
-from infra.objectstore import ObjectStore
+from infra.objectstore import ObjectMissing, ObjectStore
 from infra.promotion import standing_champion
 from infra.registry import ModelVersion, tag_version
 from infra.settings import Settings
 from infra.versions import FoundVersion, download_version, find_version
 from tasks.cancel import stop_if_cancelled
-from tasks.dataset import load_manifest, open_cache, open_split
+from tasks.dataset import DatasetDamaged, load_manifest, open_cache, open_split
 from tasks.gateconfig import GateConfig
 from tasks.predictions import load_predictions, store_predictions
 from tasks.progress import progress, run_logger
@@ -97,14 +104,61 @@ def compare(challenger: ModelVersion, champion: ModelVersion | None, config: Gat
     manifest = load_manifest(store, dataset_version)
     split = open_split(open_cache(store), manifest, "test")
     timed = config.max_latency_ms is not None
+    against = find_version(champion.address) if champion else None
+    ours = score(store, found, manifest, split, timed=timed)
+    theirs = score(store, against, manifest, split) if against else None
+    test = test_digest(manifest)
     return judge(
-        score(store, found, manifest, split, timed=timed),
-        score(store, find_version(champion.address), manifest, split) if champion else None,
+        ours,
+        theirs,
         config,
         labels=split.labels.numpy(),
         classes=manifest.classes,
         dataset_version=dataset_version,
+        test_sha256=test,
+        learned=_only_theirs(open_cache(store), manifest, split, against) if against else None,
+        judged_before=judged_before(store, found, test, dataset_version),
     )
+
+
+def test_digest(manifest: Manifest) -> str:
+    """Returns a digest of a test split, equal for dataset versions with the same test images in the same order."""
+    shards = " ".join(shard.sha256 for shard in manifest.splits["test"].shards)
+    return hashlib.sha256(shards.encode()).hexdigest()
+
+
+def judged_before(store: ObjectStore, version: FoundVersion, test_sha256: str, dataset_version: str) -> int:
+    """Returns how many other versions of a model the same test split has judged, by the verdicts in the bucket."""
+    keys = [info.key for info in store.list(verdict_key(version.name, "").removesuffix(".json"))]
+    judged = set()
+    for data in in_parallel(store.get_bytes, keys, threading.Event()):
+        try:
+            verdict = Verdict.model_validate_json(data)
+        except ValidationError:  # damaged, or of newer code
+            continue
+        same = verdict.test_sha256 == test_sha256 if verdict.test_sha256 else verdict.dataset_version == dataset_version
+        if same:
+            judged.add(verdict.challenger)
+    return len(judged - {version.address})
+
+
+def _only_theirs(
+    cache: Cache, manifest: Manifest, split: SplitReader, champion: FoundVersion
+) -> NDArray[np.bool_] | None:
+    """Which test images the champion was trained on and a version of this dataset is not; None: none, or not known."""
+    version = champion.tags.get(DATASET_VERSION)
+    if version is None or version == manifest.version:
+        return None
+    try:
+        learned = pixel_digests(open_split(cache, load_manifest(cache.store, version), "train"))
+    except (ObjectMissing, DatasetDamaged) as error:
+        run_logger().warning("it is not known which test images %s was trained on: %s", champion.address, error)
+        return None
+    test = pixel_digests(split)
+    mask = np.isin(test, learned)
+    if mask.any():  # images of both training splits give neither an advantage
+        mask &= ~np.isin(test, pixel_digests(open_split(cache, manifest, "train")))
+    return mask
 
 
 def publish(version: ModelVersion, verdict: Verdict) -> None:

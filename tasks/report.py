@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from cnn.calibration import Reliability, reliability
+from cnn.calibration import Reliability, reliability, remark
 from cnn.errors import InputError
 from cnn.reading import SplitReader
 from infra import tracking
@@ -99,6 +99,9 @@ class Calibration(_Record):
 
     before: Reliability
     after: Reliability
+
+    remark: str = ""
+    """What a reader should know about the temperature."""
 
 
 class Example(_Record):
@@ -280,6 +283,7 @@ def _calibration(logits: Tensor, labels: Tensor, temperature: float) -> Calibrat
         loss_after=float(F.cross_entropy(cooled, labels)),
         before=before,
         after=after,
+        remark=remark(temperature),
     )
 
 
@@ -404,7 +408,7 @@ def _facts(report: EvaluationReport) -> Iterable[str]:
     found = report.calibration
     yield (
         f"- calibration error (ECE): {found.ece_before:.2%} as trained, {found.ece_after:.2%} at temperature "
-        f"{found.temperature:.3f} (cross-entropy {found.loss_after:.4f})"
+        f"{found.temperature:.3f} (cross-entropy {found.loss_after:.4f})" + f"; {found.remark}" * bool(found.remark)
     )
     if report.footprint:
         each = ", ".join(f"{ms:.2f} ms (batch {size})" for size, ms in report.footprint.latency_ms.items())

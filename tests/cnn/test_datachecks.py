@@ -47,13 +47,27 @@ def check(digits: Packed, tmp_path: Path) -> Callable[..., DataChecks]:
             splits[name] = PackedSplit([shard_path(tmp_path, shard.sha256) for shard in shards])
         return digits.manifest.model_copy(update={"splits": infos, **changes}), splits
 
-    def run(data: Data, champion: Data | None = None, config: DataGateConfig | None = None, **changes: object):  # type: ignore[no-untyped-def]
+    def run(  # type: ignore[no-untyped-def]
+        data: Data,
+        champion: Data | None = None,
+        config: DataGateConfig | None = None,
+        oldest: Data | None = None,
+        images_for_margin: int = 0,
+        **changes: object,
+    ):
         manifest, splits = packed(data, **changes)
-        theirs = None
-        if champion:
-            their_manifest, their_splits = packed(champion)
-            theirs = their_manifest, their_splits["train"]
-        return check_dataset(manifest, splits, config or DataGateConfig(), theirs)
+        theirs, first = (
+            (found[0], found[1]["train"]) if (found := other and packed(other)) else None
+            for other in (champion, oldest)
+        )
+        return check_dataset(
+            manifest,
+            splits,
+            config or DataGateConfig(),
+            theirs,
+            oldest=first,
+            images_for_margin=images_for_margin,
+        )
 
     return run
 
@@ -68,7 +82,7 @@ def offenders(checks: DataChecks, kind: str) -> Iterable[tuple[str, int, str]]:
 
 
 def test_the_digits_pass(data: Data, check: Callable[..., DataChecks]) -> None:
-    checks = check(data, champion=data)
+    checks = check(data, champion=data, oldest=data)
     assert checks.outcome == "passed"
     assert {each.outcome for each in checks.checks} == {"passed"}
     assert (found(checks, "class_drift").value, found(checks, "pixel_drift").value) == (0.0, 0.0)
@@ -224,8 +238,43 @@ def test_other_pixels_and_other_proportions_are_drift(data: Data, check: Callabl
 def test_without_a_champion_nothing_is_compared(data: Data, check: Callable[..., DataChecks]) -> None:
     checks = check(data)
     names = [each.name for each in checks.having("skipped")]
-    assert names == ["missing_classes", "new_classes", "class_drift", "pixel_drift"]
+    compared = ["missing_classes", "new_classes", "class_drift", "pixel_drift", "trained_on"]
+    assert names == [*compared, "slow_class_drift", "slow_pixel_drift"]
     assert checks.outcome == "passed"
+
+
+def test_small_drifts_add_up_against_the_oldest_champion(data: Data, check: Callable[..., DataChecks]) -> None:
+    """Half of the classes lose a third of their images, and then another third of the rest."""
+    images, labels = data["train"]
+    steps = []
+    for ninths in (9, 6, 4):
+        kept = (labels < 5) | (np.cumsum(labels >= 5) % 9 < ninths)
+        steps.append(data | {"train": (images[kept], labels[kept])})
+    strict = DataGateConfig(max_class_drift=0.1, max_slow_class_drift=0.1, slow_class_drift="fail")
+    checks = check(steps[2], champion=steps[1], oldest=steps[0], config=strict)
+    assert [each.name for each in checks.having("failed")] == ["slow_class_drift"]
+    assert found(checks, "class_drift").outcome == "passed"
+
+
+def test_test_images_that_the_champion_was_trained_on_are_counted(data: Data, check: Callable[..., DataChecks]) -> None:
+    """Another seed of the split moves images; one that both were trained on is leakage, and counted as such."""
+    theirs = {name: (images.copy(), labels.copy()) for name, (images, labels) in data.items()}
+    theirs["train"][0][:9] = data["test"][0][:9]
+    data["train"][0][0], data["train"][1][0] = data["test"][0][0], data["test"][1][0]
+    learned = found(check(data, champion=theirs), "trained_on")
+    assert (learned.outcome, learned.value) == ("warned", pytest.approx(8 / len(data["test"][1])))
+    assert "the champion was trained on 8 of" in learned.note
+    assert found(check(data, champion=data), "trained_on").value == 0
+
+
+def test_split_that_can_never_show_the_margin_is_named_before_training(
+    data: Data, check: Callable[..., DataChecks]
+) -> None:
+    images = len(data["test"][1])
+    few = found(check(data, images_for_margin=600), "test_images")
+    assert (few.outcome, few.value, few.limit) == ("warned", images, 600)
+    assert "no version can ever pass against a champion: it needs 600" in few.note
+    assert found(check(data, images_for_margin=images), "test_images").outcome == "passed"
 
 
 def test_pixels_of_another_number_of_channels_are_not_compared(data: Data, check: Callable[..., DataChecks]) -> None:

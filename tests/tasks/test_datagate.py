@@ -71,10 +71,11 @@ def spoiled(store: ObjectStore, good: DatasetRef, folder: Path) -> DatasetRef:
     return DatasetRef(version=changed.version, name="spoiled")
 
 
-def gate(dataset: DatasetRef, champion: str | None = None, **config: object) -> DataReport:
+def gate(dataset: DatasetRef, champion: str | None = None, *, warm_start: bool = False, **config: object) -> DataReport:
     @flow
     def run() -> DataReport:
-        return data_gate(dataset, DataGateConfig.model_validate(config), champion)
+        conditions = DataGateConfig.model_validate(config)
+        return data_gate(dataset, conditions, champion, oldest=champion, warm_start=warm_start)
 
     return run()
 
@@ -127,6 +128,21 @@ def test_champions_data_are_compared_with(versions: Versions) -> None:
     gone = gate(versions.good, "0" * 64)
     assert {outcomes(gone)[name] for name in compared} == {"skipped"}
     assert gone.checks.champion_version is None
+
+
+def test_warm_start_on_images_that_the_champion_learned_is_refused(versions: Versions) -> None:
+    """A version whose training split is the good one's test split, as another seed could have it."""
+    manifest = load_manifest(versions.store, versions.good.version)
+    swapped = {**manifest.splits, "train": manifest.splits["test"]}
+    champion = manifest.model_copy(update={"splits": swapped})
+    versions.store.put_bytes(manifest_key(champion.version), champion.to_bytes())
+    report = gate(versions.good, champion.version)
+    learned = next(check for check in report.checks.checks if check.name == "trained_on")
+    assert (learned.outcome, learned.value) == ("warned", pytest.approx(1, abs=0.02))
+    with pytest.raises(DataRefused, match=r"a warm start on digits is refused.*trained_on is .*set warm_start=false"):
+        gate(versions.good, champion.version, warm_start=True)
+    gate(versions.good, champion.version, warm_start=True, max_trained_on=1)
+    gate(versions.good, versions.good.version, warm_start=True)
 
 
 def test_report_goes_into_the_run_that_is_opened_later(versions: Versions, tmp_path: Path) -> None:
