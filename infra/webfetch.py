@@ -12,10 +12,10 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx
 
-from infra.errors import ServiceError
+from infra.errors import ServiceError, UsageError
 from infra.files import locked
 from infra.meter import Meter
-from infra.websettings import WebTransport, proxy_of
+from infra.websettings import WebTransport, certificates, proxy_of
 
 CONNECT_SECONDS = 3.0
 READ_SECONDS = 15.0
@@ -169,7 +169,13 @@ class Web:
 
     def _require_host(self, url: str) -> None:
         future = self._host(url)
-        if proxy_of(url):
+        try:
+            through_proxy = proxy_of(url)
+            if url.startswith("https:"):
+                certificates()
+        except UsageError as error:  # another mirror may need neither
+            raise ServiceError(str(error)) from None
+        if through_proxy:
             return  # which says quickly what it cannot reach
         try:
             problem = future.result(TRIES * self._connect_seconds + 0.5)

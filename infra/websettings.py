@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Mapping
 from ipaddress import IPv6Address
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 import httpx
@@ -103,24 +104,32 @@ def proxy_of(url: str) -> tuple[str, str] | None:
     return name, _with_scheme(value)
 
 
+def certificates() -> ssl.SSLContext | Literal[True]:
+    """Returns the certificates that the user wants to be trusted on the web; True for the usual ones.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    found = {name: value for name, value in web_environment().items() if name in ("SSL_CERT_FILE", "SSL_CERT_DIR")}
+    check_web_environment(found)
+    file, folder = found.get("SSL_CERT_FILE") or None, found.get("SSL_CERT_DIR") or None
+    return ssl.create_default_context(cafile=file, capath=folder) if file or folder else True
+
+
 class WebTransport(httpx.BaseTransport):
     """Sends each request the way that the user's settings for the web want it sent; safe to share between threads."""
 
     def __init__(self) -> None:
-        found = web_environment()
-        check_web_environment({name: found[name] for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if found.get(name)})
-        file, folder = found.get("SSL_CERT_FILE"), found.get("SSL_CERT_DIR")
-        self._tls = ssl.create_default_context(cafile=file, capath=folder) if file or folder else None
-        self._ways: dict[str | None, httpx.HTTPTransport] = {}
+        self._ways: dict[tuple[str, str | None], httpx.HTTPTransport] = {}
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        way = proxy_of(str(request.url))
-        proxy = way[1] if way else None
-        if proxy not in self._ways:
+        found = proxy_of(str(request.url))
+        way = request.url.scheme, found[1] if found else None
+        if way not in self._ways:
+            verify = certificates() if request.url.scheme == "https" else True
             # Of two threads that come here at once, one transport wins; the other closes with its last connection.
-            verify = True if self._tls is None else self._tls
-            self._ways.setdefault(proxy, httpx.HTTPTransport(proxy=proxy, verify=verify, trust_env=False))
-        return self._ways[proxy].handle_request(request)
+            self._ways.setdefault(way, httpx.HTTPTransport(proxy=way[1], verify=verify, trust_env=False))
+        return self._ways[way].handle_request(request)
 
     def close(self) -> None:
         for way in self._ways.values():

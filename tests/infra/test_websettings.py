@@ -256,13 +256,17 @@ def test_data_come_through_the_users_proxy_although_local_servers_do_not(
     assert proxy.asked == ["http://nowhere.invalid/images.zip"]  # type: ignore[attr-defined]
 
 
-def test_a_proxy_that_data_cannot_come_through_is_named(
-    local: Endpoints, shell: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    "name, value, fault",
+    [("HTTPS_PROXY", "socks5://127.0.0.1:1", "SOCKS"), ("SSL_CERT_FILE", "/nonexistent", "names /nonexistent")],
+)
+def test_a_variable_that_keeps_data_away_is_named_once_they_are_asked_for(
+    local: Endpoints, shell: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, fault: str
 ) -> None:
     shell.delenv("https_proxy", raising=False)
-    shell.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1")
+    shell.setenv(name, value)
     local.apply()
     web = Web(tmp_path)
-    with pytest.raises(UsageError, match=r"^HTTPS_PROXY names a SOCKS proxy"):
+    with pytest.raises(ServiceError, match=rf"{name} names .*{fault}|{name} {fault}"):
         web.version("https://nowhere.invalid/images.zip")
     web.close()
