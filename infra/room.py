@@ -99,10 +99,13 @@ def _files(root: Path) -> list[_File]:
 
 def _leaves(file: _File) -> bool:
     """Removes a file, unless it was taken into use since it was listed: mapped, it would take room all the same."""
+    leaving = file.path.with_name(f".{file.path.name}.leaving")
     with suppress(FileNotFoundError):  # it has left already
-        if file.path.stat().st_mtime != file.used:
+        file.path.rename(leaving)  # a process that has not touched it before does not find it any more
+        if leaving.stat().st_mtime != file.used:
+            leaving.rename(file.path)
             return False
-        file.path.unlink()
+        leaving.unlink()
     return True
 
 
