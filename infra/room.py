@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,8 +59,8 @@ class Room:
             for file in sorted(files):
                 if excess <= 0 or file.used >= spared:
                     break
-                file.path.unlink(missing_ok=True)
-                excess -= file.size
+                if _leaves(file):
+                    excess -= file.size
         if excess > 0:
             logger.warning("%s holds %d bytes more than the %d it may: they are in use", self._root, excess, self.limit)
 
@@ -94,6 +95,18 @@ def _files(root: Path) -> list[_File]:
         elif status.st_mtime < time.time() - ABANDONED:
             path.unlink(missing_ok=True)
     return files
+
+
+def _leaves(file: _File) -> bool:
+    """Removes a file, unless it was taken into use since it was listed: mapped, it would take room all the same."""
+    leaving = file.path.with_name(f".{file.path.name}.leaving")
+    with suppress(FileNotFoundError):  # it has left already
+        file.path.rename(leaving)  # a process that has not touched it before does not find it any more
+        if leaving.stat().st_mtime != file.used:
+            leaving.rename(file.path)
+            return False
+        leaving.unlink()
+    return True
 
 
 def _size(path: Path) -> int:
