@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -104,7 +104,8 @@ def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: boo
     """
     settings = Settings()
     store = ObjectStore.connect(settings.bucket, create=False)
-    with nullcontext(lambda: None) if dry_run else marked(store) as check:
+    mark: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None) if dry_run else marked(store)
+    with mark as check:
         under_way = trainings_under_way()  # those that begin from now on wait
         objects = list(store.list(""))  # before anybody is asked what is needed: what comes later is not looked at
         stored = {info.key.split("/")[1] for info in objects if info.key.startswith("runs/")}
