@@ -154,7 +154,7 @@ def test_a_flow_that_dies_after_the_promotion_has_only_the_rest_to_do(
 
     monkeypatch.setattr(pipeline, "publish_page", fail_once)
     config = load_config(
-        None, [*SMALL, "epochs=2", "gate.max_latency_ms=60000"], OPTIONS | {"name": "tail", "ranks": 1}
+        None, [*SMALL, "epochs=2", "gate.max_latency_ms=60000", "promote=true"], OPTIONS | {"name": "tail", "ranks": 1}
     )
     summary = train_flow.with_options(retries=1, retry_delay_seconds=0)(config)
     assert len(tries) == 2
