@@ -123,7 +123,8 @@ class CheckpointWriter:
         self._failing_since: float | None = None
         self._failed: CheckpointFailed | None = None
         self.committed = self._saved = resumed
-        self._size, self._speed = 0, None  # bytes of a snapshot; bytes/s of the last upload
+        self._size = 0  # bytes of a snapshot
+        self._speed: float | None = None  # bytes/s of the last upload
         self._cannot_delete = False
         self._last = time.monotonic()
         self._changed = threading.Condition()
@@ -186,12 +187,12 @@ class CheckpointWriter:
                 self._commit(snapshot)
             except (ServiceError, OSError) as error:
                 pause = self._put_back(snapshot, error, pause)
-            except Exception as error:  # a bug must not look like a slow upload
-                known = isinstance(error, CheckpointFailed)
+            except CheckpointFailed as error:
                 with self._changed:
-                    self._failed = (
-                        error if known else CheckpointFailed(f"no checkpoint: {type(error).__name__}: {error}")
-                    )
+                    self._failed = error
+            except Exception as error:  # a bug must not look like a slow upload
+                with self._changed:
+                    self._failed = CheckpointFailed(f"no checkpoint: {type(error).__name__}: {error}")
             else:
                 pause = 1.0
                 with self._changed:

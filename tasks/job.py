@@ -103,7 +103,7 @@ def spare_outcome() -> Iterator[None]:
         try:
             yield
         finally:
-            del os.environ[SPARE_OUTCOME]
+            os.environ.pop(SPARE_OUTCOME, None)
 
 
 def say(message: str) -> None:
@@ -202,7 +202,7 @@ class JobFolder:
             say(f"the outcome could not be written ({error.strerror}): {line}")
             if SPARE_OUTCOME in os.environ:
                 with Path(os.environ[SPARE_OUTCOME]).open("ab", buffering=0) as spare:
-                    spare.write(line.encode() + b"\n")
+                    spare.write(f"{self.path} {line}\n".encode())
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -211,8 +211,10 @@ class JobFolder:
         try:
             return Outcome.model_validate_json((self.path / "outcome.json").read_bytes())
         except FileNotFoundError:
-            spare = Path(os.environ.get(SPARE_OUTCOME, os.devnull)).read_bytes().splitlines()
-            return Outcome.model_validate_json(spare[0]) if spare else None
+            lines = Path(os.environ.get(SPARE_OUTCOME, os.devnull)).read_text().splitlines()
+            ours = (line.removeprefix(f"{self.path} ") for line in lines if line.startswith(f"{self.path} "))
+            first = next(ours, None)
+            return Outcome.model_validate_json(first) if first else None
 
     def killed(self) -> str | None:
         """Which rank was ended by which signal, if torchrun lived to see it."""

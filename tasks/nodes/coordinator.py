@@ -98,7 +98,9 @@ class Coordinator:
         patience = self._job.nodes.patience
         lost = [node for node in self._order.members if node not in self._pulses or self._silence(node) > patience]
         # During a pause, a checkpoint that could not be stored is only lost: the next generation repeats its steps.
-        final: list[Status] = ["finished", "failed", *(["unsaved"] if self._paused is None else [])]
+        final: list[Status] = ["finished", "failed"]
+        if self._paused is None:
+            final.append("unsaved")
         if said := next((outcomes[status] for status in final if status in outcomes), None):
             self._folder.write_outcome(said)
             return True
