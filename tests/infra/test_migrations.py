@@ -159,7 +159,8 @@ def test_an_older_stack_is_migrated_and_keeps_what_it_knew(own: Settings) -> Non
     quiet = {"PREFECT_HOME": str(prefect.parent), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     subprocess.run([sys.executable, *make_prefect], check=True, env=os.environ | quiet)
     with closing(sqlite3.connect(mlflow)) as database:
-        database.execute("insert into experiments (name, lifecycle_stage) values ('before', 'active')")
+        columns = "name, artifact_location, lifecycle_stage, creation_time, last_update_time"
+        database.execute(f"insert into experiments ({columns}) values ('before', 'mlflow', 'active', 1, 1)")
         database.commit()
     with closing(sqlite3.connect(prefect)) as database:
         database.execute("insert into flow (id, name) values ('9a3ce4bd-6d2a-4a2e-a4a0-47ee6e4f1f0a', 'before')")
