@@ -68,8 +68,9 @@ def _helps_elsewhere(scores: Tensor, labels: Tensor) -> bool:
     if count < 2 or bool((scores.argmax(1) == labels).all()):
         return False
     gains = torch.empty(count, dtype=torch.float64)
-    fold = torch.arange(count) % min(FOLDS, count)
-    for each in fold.unique():
+    folds = min(FOLDS, count)
+    fold = torch.arange(count) % folds
+    for each in range(folds):
         held, rest = fold == each, fold != each
         fitted = _inverse(scores[rest], labels[rest]) * scores[held]
         losses = (F.cross_entropy(values, labels[held], reduction="none") for values in (scores[held], fitted))
