@@ -19,6 +19,7 @@ from infra.catalogue import CATALOGUE
 from infra.errors import UsageError
 from infra.names import model_name_fault
 from tasks.gateconfig import GateConfig, ServingConfig
+from tasks.keyvalues import parse_yaml
 from tasks.launchconfig import KubernetesConfig, Launcher, NodesConfig, RayConfig
 
 STEPS_AN_EPOCH = 20  # at least, where the batch size is ours to choose
@@ -200,7 +201,7 @@ def load_config(
             if not isinstance(section, dict):
                 raise UsageError(f"--set {setting}: {name} is a value, not a section")
         try:
-            section[last] = yaml.safe_load(text)
+            section[last] = parse_yaml(text)
         except yaml.YAMLError:
             raise UsageError(f"--set {setting}: the value is not valid YAML") from None
     values |= {key: value for key, value in (options or {}).items() if value is not None}
@@ -228,7 +229,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = parse_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise UsageError(f"cannot read the configuration {file}: {reason}") from None

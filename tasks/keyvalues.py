@@ -1,7 +1,7 @@
-"""Reading a flat configuration from `--set key=value`; this module loads pydantic only."""
+"""Reads YAML, and flat configurations from `--set key=value`; this module loads pydantic only."""
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -10,6 +10,19 @@ from cnn.config import Config
 from infra.errors import UsageError
 
 Flat = TypeVar("Flat", bound=Config)
+
+
+def parse_yaml(text: str) -> Any:
+    """Returns the value that a text has as YAML.
+
+    Raises:
+        yaml.YAMLError: it is not valid. PyYAML has other errors for a date that does not exist, a tag that does not
+            fit its value, and too many brackets.
+    """
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from None
 
 
 def from_settings(model: type[Flat], settings: Iterable[str], *, example: str, section: str = "") -> Flat:
@@ -28,7 +41,7 @@ def from_settings(model: type[Flat], settings: Iterable[str], *, example: str, s
         if not equals:
             raise UsageError(f"--set {setting}: write key=value, for example --set {example}")
         try:
-            values[key.strip().removeprefix(section)] = yaml.safe_load(text)
+            values[key.strip().removeprefix(section)] = parse_yaml(text)
         except yaml.YAMLError:
             raise UsageError(f"--set {setting}: the value is not valid YAML") from None
     try:

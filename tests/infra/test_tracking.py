@@ -106,13 +106,6 @@ def test_runs_of_all_experiments_are_found_page_by_page(stack: object, monkeypat
         tracking.end_run(run_id, "FINISHED")
 
 
-def test_a_final_figure_is_logged_once(run_id: str) -> None:
-    tracking.log_metrics(run_id, {"cost/train_seconds": 1.0})
-    tracking.log_metrics(run_id, {"cost/train_seconds": 2.0, "test/accuracy": 0.5})  # by a resumed flow
-    assert history(run_id, "cost/train_seconds") == [(0, 1.0)]
-    assert history(run_id, "test/accuracy") == [(0, 0.5)]
-
-
 def test_server_that_is_down_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, free_address: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
     with pytest.raises(ServiceError, match=f"{free_address} does not answer") as failure:

@@ -155,3 +155,12 @@ def test_all_mistakes_are_named_at_once() -> None:
 def test_setting_that_is_no_setting_is_refused(setting: str) -> None:
     values = ["lr=0.1", setting] if setting.startswith("lr.") else [setting]
     assert f"--set {setting}" in refusal(*values)
+
+
+@pytest.mark.parametrize("value", ["2026-13-45", "!!int x", "!!timestamp x", "[" * 5000])
+def test_a_value_that_yaml_cannot_read_is_refused(value: str, tmp_path: Path) -> None:
+    assert "the value is not valid YAML" in refusal(f"lr={value}")
+    file = tmp_path / "config.yaml"
+    file.write_text(f"lr: {value}\n")
+    with pytest.raises(UsageError, match="is not valid YAML"):
+        load_config(file)

@@ -186,14 +186,3 @@ def test_end_of_the_log_is_one_line_and_never_nothing(folder: JobFolder) -> None
     assert folder.log_end() == "they were killed"
     folder.log.write_bytes(b"one\n\ntwo \xff\nthree\nfour\n\n")
     assert folder.log_end() == "two \ufffd | three | four"
-
-
-def test_a_full_disk_costs_events_and_no_more(folder: JobFolder) -> None:
-    events = folder.path / "events.jsonl"
-    events.symlink_to("/dev/full")
-    folder.write_event(EVENT)
-    events.unlink()
-    events.write_text('{"step": 1, "tot')  # what there was room for
-    folder.write_event(EVENT)
-    folder.write_event(EVENT)
-    assert list(folder.new_events()) == [EVENT]
