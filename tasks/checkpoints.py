@@ -39,6 +39,9 @@ class CheckpointFailed(RuntimeError):
     exit_status = 1
     status: Status = "failed"
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # one line, whatever a library's error has
+
 
 class Unsaved(CheckpointFailed):
     """The storage took no checkpoint for longer than `checkpoints.patience`."""

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from cnn.config import TrainConfig
 from tasks.config import CheckpointConfig
@@ -25,6 +25,9 @@ from tasks.memoryfile import memory_file
 SPARE_OUTCOME = "CONVOY_SPARE_OUTCOME"  # path of the memory file of `spare_outcome`
 
 Status = Literal["finished", "interrupted", "failed", "unsaved", "crashed"]
+
+Line = Annotated[str, AfterValidator(lambda text: " ".join(text.split()))]
+"""Text for people, made one line: libraries' errors, PyTorch's above all, have several."""
 
 KILLED = re.compile(r"rank +: (\d+) .*\n *exitcode +: -\d+ \(pid: \d+\) +\((?!SIGTERM)(SIG\w+)\)")
 """How torchrun says that a rank ended by a signal; SIGTERM is what it then sends to the others."""
@@ -61,11 +64,11 @@ class Event(_Record):
     loss: float | None = None
     images_per_second: float | None = None
     val_accuracy: float | None = None
-    warning: str | None = None
-    """Something that people should know of, in one line."""
+    warning: Line | None = None
+    """Something that people should know of."""
 
-    note: str | None = None
-    """What happens now, in one line."""
+    note: Line | None = None
+    """What happens now."""
 
 
 class Outcome(_Record):
@@ -76,7 +79,7 @@ class Outcome(_Record):
     be stored for `checkpoints.patience`. `crashed`: by an error that nobody foresaw; perhaps only because another rank
     was gone."""
 
-    error: str = ""
+    error: Line = ""
     exit_status: int = 0
     weights_key: str = ""
     weights_sha256: str = ""

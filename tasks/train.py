@@ -16,7 +16,7 @@ from infra import stopping, tracking
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from tasks import alive
-from tasks.cancel import Cancelled, CancelWatch, stop_if_cancelled
+from tasks.cancel import Cancelled, CancelWatch, stop_if_cancelled, stop_if_told
 from tasks.checkpoints import finished_outcome
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef
@@ -71,6 +71,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     """
     stop_if_cancelled()
     folder = JobFolder(Settings().runs / run.run_id)
+    await_earlier_start(folder)
     store = ObjectStore.connect(Settings().bucket, create=False)
     outcome = finished_outcome(store, run.run_id)
     if outcome:
@@ -101,6 +102,22 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     if not folder.weights.exists():  # the first rank was elsewhere
         outlast(partial(store.get_file, outcome.weights_key, folder.weights))
     return _publish(run, outcome, folder)
+
+
+def await_earlier_start(folder: JobFolder) -> None:
+    """Waits until no process of an earlier start is left on this machine.
+
+    When a flow is killed, its ranks still store a checkpoint. They would leave their outcome as the next start's, and
+    write to the same files.
+
+    Raises:
+        Stopped, TerminationSignal: a signal asked this process to end meanwhile.
+    """
+    if alive.processes_of(folder.path):
+        run_logger().info("waiting for the processes of an earlier start of run %s to end", folder.path.name)
+    while alive.processes_of(folder.path):
+        stop_if_told()
+        stopping.wait(WATCH_EVERY)
 
 
 def _world_size(config: RunConfig) -> int:
@@ -145,8 +162,7 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
         outcome = folder.read_outcome()
         if status >= 0 or (outcome and outcome.status != "crashed") or not restarts.take():
             break
-        while alive.processes_of(folder.path):  # the kernel kills the ranks after their supervisor
-            stopping.wait(WATCH_EVERY)
+        await_earlier_start(folder)  # the kernel kills the ranks after their supervisor
         show(Event(warning=f"the supervisor was killed by signal {-status}; starting again from the last checkpoint"))
         folder.start_again()
     if outcome and outcome.status == "finished":

@@ -99,6 +99,13 @@ def test_first_outcome_counts(folder: JobFolder) -> None:
     assert {file.name for file in folder.path.iterdir()} == {"job.json", "outcome.json"}
 
 
+def test_what_people_are_told_is_one_line_whatever_a_librarys_error_has() -> None:
+    error = "RuntimeError:\n            Some tensors share memory.\n            More information at: "
+    line = "RuntimeError: Some tensors share memory. More information at:"
+    assert Outcome(status="crashed", error=error).error == line
+    assert (Event(warning=error).warning, Event(note=error).note) == (line, line)
+
+
 def test_damaged_outcome_is_not_taken_for_a_finished_training(folder: JobFolder) -> None:
     (folder.path / "outcome.json").write_text('{"status": "fin')
     with pytest.raises(ValidationError):

@@ -20,7 +20,7 @@ from tasks.config import CheckpointConfig
 from tasks.job import Job, JobFolder, Outcome
 from tasks.outage import through_outage
 from tasks.torchrun import among_nodes, start_torchrun
-from tasks.train import TrainingFailed, _run
+from tasks.train import TrainingFailed, _run, await_earlier_start
 from tests.flows.program import Training, wait_for
 
 # In one piece, since several say so at once.
@@ -270,6 +270,23 @@ def test_flow_starts_another_supervisor_in_place_of_a_killed_one_as_often_as_it_
     training.assert_ends()
     assert told == ["the supervisor was killed by signal 9; starting again from the last checkpoint"]
     assert ended == [f"the ranks died (see {training.folder}/train.log): they were killed"]
+
+
+def test_another_start_waits_for_the_processes_of_an_earlier_one(
+    started: list[subprocess.Popen[str]], training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.train.run_logger", lambda: logging.getLogger("test"))
+    earlier = supervise(started, training)
+    wait_for(lambda: training.processes("tasks.torchrun"), "torchrun to start")
+    waiting = threading.Thread(target=await_earlier_start, args=[JobFolder(training.folder)], daemon=True)
+    waiting.start()
+    waiting.join(1.0)
+    assert waiting.is_alive()
+    assert earlier.stdin
+    earlier.stdin.close()
+    waiting.join(60)
+    assert not waiting.is_alive()
+    assert training.processes() == []
 
 
 def _end_of(training: Training, told: list[str | None]) -> str:
