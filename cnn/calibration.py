@@ -19,7 +19,7 @@ LOWEST, HIGHEST = 0.05, 20.0
 """Temperatures are kept between these."""
 
 PRIOR = 0.2
-"""Standard deviation of log T before an image was seen: a Gaussian around 0."""
+"""Standard deviation of the Gaussian prior on log T, whose mean is 0."""
 
 FOLDS = 5
 
@@ -31,8 +31,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     need, down to 0. So a Gaussian prior holds log T near 0, one image's worth of labels is spread over all images and
     classes (as in Platt, "Probabilistic Outputs for Support Vector Machines", 1999), and T stays 1 unless temperatures
     fitted to four fifths of the images give the remaining fifth a smaller cross-entropy, by more than two standard
-    errors. T also stays 1 where no image is misclassified: nothing then says how sure is too sure.
-    The strengths are those that simulated and real splits of 30 to 10 000 images did best with.
+    errors. T also stays 1 where no image is misclassified: such images cannot show overconfidence.
+    The strengths were chosen on simulated and real splits of 30 to 10 000 images.
 
     Fit it on the validation split: neither the weights nor the test know of it then.
 
@@ -54,16 +54,16 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def remark(temperature: float) -> str:
-    """Returns what a reader should know about a fitted temperature; an empty text if there is nothing."""
+    """Returns a remark for readers about a fitted temperature; empty if none is needed."""
     if temperature in (LOWEST, HIGHEST):
-        return f"the temperature is at its limit of {temperature:g}: the probabilities are not to be trusted"
+        return f"the temperature is at its limit of {temperature:g}: do not rely on the probabilities"
     if temperature == 1:
-        return "probabilities stay as trained: no temperature was shown to be better on images it was not fitted to"
+        return "probabilities stay as trained: no fitted temperature was shown to improve them on other images"
     return ""
 
 
 def _helps_elsewhere(scores: Tensor, labels: Tensor) -> bool:
-    """Whether fitted temperatures lower the cross-entropy of images that they were not fitted to, beyond chance."""
+    """Returns whether fitted temperatures lower the cross-entropy of held-out images, beyond chance."""
     count = len(scores)
     if count < 2 or bool((scores.argmax(1) == labels).all()):
         return False
@@ -79,7 +79,7 @@ def _helps_elsewhere(scores: Tensor, labels: Tensor) -> bool:
 
 
 def _inverse(scores: Tensor, labels: Tensor) -> float:
-    """The likeliest 1/T: Newton's method inside a bracket, so without a random start and without a step size."""
+    """Returns the likeliest 1/T, by Newton's method in a bracket, which takes no random start and no step size."""
     count = len(scores)
     spread = 1 / (count + 1)  # of the labels' weight, over all classes: sharpening is never free
     wanted = (1 - spread) * scores.gather(1, labels[:, None]).mean() + spread * scores.mean()

@@ -301,12 +301,12 @@ class DataGateConfig(Config):
 
     trained_on: Level = "warn"
     max_trained_on: float = Field(0.01, ge=0, le=1)
-    """Share of the test images that the champion was trained on and this version's networks are not: the split, the
-    fractions or the seed changed. Above it, `warm_start` is refused, unless the check is off."""
+    """Share of the test images that are in the champion's training split and not in this version's, since the split,
+    the fractions or the seed changed. Above it, `warm_start` is refused, unless the check is off."""
 
     test_images: Level = "warn"
     min_test_images: int = Field(100, ge=0)
-    """Test images: N of them show no loss below 3 / N. A `gate.margin` that is set may need more."""
+    """Test images: N of them can show no loss below 3 / N. A `gate.margin` of your own may need more."""
 
     unreadable: Level = "warn"
     max_unreadable: float = Field(0.0, ge=0, le=1)
@@ -314,7 +314,7 @@ class DataGateConfig(Config):
 
     left_out: Level = "warn"
     max_left_out: float = Field(0.5, ge=0, le=1)
-    """Share of a class folder's files that were left out: not named like images, or links that lead nowhere."""
+    """Share of a class folder's files that were left out: not named like images, or broken links."""
 
     constant: Level = "fail"
     max_constant: float = Field(0.01, ge=0, le=1)

@@ -131,7 +131,7 @@ def check_dataset(
     oldest: "tuple[Manifest, SplitReader] | None" = None,
     images_for_margin: int = 0,
 ) -> DataChecks:
-    """Look at every image of a dataset version once, block by block.
+    """Checks every image of a dataset version once, block by block.
 
     Args:
         splits: all of them.
@@ -231,7 +231,7 @@ def _digests(images: NDArray[np.uint8]) -> bytes:
 
 
 def _only_theirs(scans: Mapping[Split, _Scan], theirs: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which test images are in another version's training split and not in this one's."""
+    """Returns a mask of the test images that are in another version's training split and not in this one's."""
     test = scans["test"].digests
     return np.isin(test, theirs) & ~np.isin(test, scans["train"].digests)
 
@@ -351,7 +351,7 @@ _Theirs = tuple[Manifest, NDArray[np.int64], NDArray[np.uint64]]
 def _comparisons(
     manifest: Manifest, pixels: NDArray[np.int64], champion: _Theirs | None, config: DataGateConfig
 ) -> Iterator[Check]:
-    """The checks against the data that the champion learned from, except for images that both have."""
+    """Yields the checks against the champion's training data, except the one for images that both versions have."""
     if champion is None:
         for name in ("missing_classes", "new_classes"):
             yield _at_most(config, name, None, NO_CHAMPION)
@@ -371,7 +371,7 @@ def _drift(
     config: DataGateConfig,
     names: tuple[str, str],
 ) -> Iterator[Check]:
-    """The drift of classes and of pixels against a champion's data, as checks of these names."""
+    """Yields the drift of classes and of pixels against a champion's data, as checks of these names."""
     if champion is None:
         for name in names:
             yield _at_most(config, name, None, NO_CHAMPION if name in COMPARISONS else "there is no older champion")

@@ -16,10 +16,10 @@ EXCHANGE_TIMEOUT = timedelta(minutes=10)
 
 @contextmanager
 def process_group(store: dist.Store | None = None) -> Iterator[tuple[torch.device, Exchange]]:
-    """Join the processes that torchrun started, or be a single one; yields this rank's device and the exchange.
+    """Joins the processes that torchrun started, or is a single one; yields this rank's device and the exchange.
 
-    An error leaves the group of several ranks as it is: to destroy it may mean to wait for ranks that wait for this
-    one (NCCL's does). The process is to end itself, which closes its connections and so ends the waiting.
+    After an error a group of several ranks is not destroyed, since that may wait for ranks that wait for this one
+    (NCCL's does). The process must then end itself: this closes its connections, so that the other ranks stop waiting.
 
     Rank and world size come from the variables that torchrun sets (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`).
 
@@ -60,7 +60,7 @@ def local_device() -> torch.device:
 
 
 def device_count() -> int:
-    """How many ranks this machine runs at once: one a GPU, or one a CPU core that this process may use."""
+    """How many ranks this machine runs at once: one per GPU, or one per CPU core that this process may use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 

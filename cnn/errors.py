@@ -1,4 +1,4 @@
-"""What `cnn` raises when its input or its surroundings, not its code, are wrong."""
+"""Errors that `cnn` raises for faults of its input or its surroundings rather than of its code."""
 
 from unicodedata import category
 
@@ -23,7 +23,7 @@ class InputError(ValueError):
 
 
 class NotAvailable(RuntimeError):
-    """Something was there and is gone before it could be used, through no mistake in the input; the message says why.
+    """A file was gone before it could be used, through no mistake in the input; the message says why.
 
     Attributes:
         exit_status: what a command line should exit with: 1.

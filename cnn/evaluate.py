@@ -17,7 +17,7 @@ from cnn.lanes import Exchange
 from cnn.reading import Batch, SplitReader
 
 EVAL_BATCH = 250  # images; part of the result's last bits, hence no option
-BLOCKS_AT_ONCE = 8  # batches that a processor works on at a time, at most; each takes memory for its activations
+BLOCKS_AT_ONCE = 8  # batches that a CPU computes side by side, at most; each takes memory for its activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ def predict_logits(
 ) -> Tensor:
     """Returns the logits of every image of a split, in its order: float32 N×classes, on the CPU.
 
-    A processor works on several batches side by side, each on as many threads as a rank has: the bits are the same
-    whatever number of cores a machine has.
+    On a CPU several batches are computed side by side, each on as many threads as a rank has, so the bits do not depend
+    on the machine's number of cores.
 
     Args:
         network: takes uint8 images, normalisation included.
@@ -55,7 +55,7 @@ def _logits(network: nn.Module, device: torch.device, images: Tensor) -> Tensor:
 
 
 def _of_blocks(forward: Callable[[Tensor], Tensor], blocks: Iterable[Batch], device: torch.device) -> Iterator[Tensor]:
-    """What `forward` makes of each block's images, in their order."""
+    """Yields the output of `forward` for each block's images, in their order."""
     if device.type != "cpu":
         yield from (forward(images) for images, _ in blocks)
         return

@@ -58,7 +58,7 @@ class Spread(_Record):
 
 
 class Losses(_Record):
-    """What a class folder holds."""
+    """Counts of files in a class folder."""
 
     images: int
     left_out: int
@@ -88,7 +88,7 @@ class DataReport(_Record):
 
     warnings: tuple[str, ...]
     left_out: dict[str, Losses] = {}
-    """Of each class of which files were left out."""
+    """By class, of the classes that lost files."""
 
 
 class Manifest(_Record):
@@ -117,7 +117,7 @@ class Manifest(_Record):
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, UTF-8."""
-        # Versions without these keep the digest that they had before there were any.
+        # Versions without these keep the digest that they had before the keys existed.
         content = self.model_dump(mode="json")
         if self.encoding == "raw":
             del content["encoding"]

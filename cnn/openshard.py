@@ -104,14 +104,14 @@ def open_shard(path: Path, *, count: int, shape: tuple[int, int, int], encoding:
 def fetch_and_open(
     shard: Shard, fetch: Callable[[Shard], Path], *, shape: tuple[int, int, int], encoding: Encoding
 ) -> OpenShard:
-    """Maps a shard at once after it was fetched, since a mapped file stays readable whatever leaves the cache.
+    """Fetches a shard and maps it at once, since a mapped file stays readable after it has left the cache.
 
     Args:
         fetch: makes a shard a local file and returns its path; it may remove files that it has given out earlier.
 
     Raises:
         InputError: the file is not whole, or not what the manifest says.
-        NotAvailable: it was gone before it could be opened, each time.
+        NotAvailable: each time, it was gone before it could be opened.
     """
     for _ in range(TRIES):
         path = fetch(shard)

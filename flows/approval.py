@@ -37,7 +37,10 @@ def ask(registered: ModelVersion, verdict: Verdict, patience: float) -> str:
         ApprovalRefused: the answer was no, or there was none.
         Cancelled: the flow run was cancelled meanwhile.
     """
-    run_logger().info("waiting for a person: press Resume at this flow run in Prefect to promote %s", registered.uri)
+    run_logger().info(
+        "waiting for a person: to promote %s, press Resume at this flow run in Prefect and switch `promote` on",
+        registered.uri,
+    )
     page = f"Promote **{registered.address}** to champion?\n\n{verdict.markdown()}"
     answer = _paused(page, patience)
     if answer is None:

@@ -292,7 +292,7 @@ def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | No
 
 
 def _told_to_stop(result: Summary, stopped: stopping.Stopped) -> Summary:
-    """The result of a flow that had ended when a signal came; `champion` still says whether its version became it."""
+    """Returns the result of a flow that had ended when a signal came; `champion` still says what its version became."""
     why = f"{stopped}, after the flow had ended: {result.headline}"
     return result.model_copy(update={"status": "interrupted", "error": why, "exit_status": stopped.exit_status})
 

@@ -39,7 +39,7 @@ def loading() -> AbstractContextManager[object]:
 
 
 def terminal(*, error: bool = False, width: int | None = None, soft_wrap: bool = False) -> Console:
-    """Returns where all output goes: it prints texts as they are, since the user's own may look like markup.
+    """Returns the console for all output, which prints texts as they are, since names of files may look like markup.
 
     Colours are for `rich.text.Text`.
     """
@@ -60,7 +60,7 @@ def say(line: str, *, error: bool = False) -> None:
 
 
 def foreseen(error: BaseException) -> BaseException:
-    """Returns the error itself; or one line of ours, if Prefect's API refuses or is gone, or a disk is full.
+    """Returns the error; or a ServiceError of one line in its place, if Prefect refuses or is gone, or a disk is full.
 
     Only Prefect's client lets such errors through: those of the other servers are translated where they are asked.
     """
@@ -79,7 +79,7 @@ def foreseen(error: BaseException) -> BaseException:
             )
         if "No space left on device" in str(each):  # of Python's own, or of a library in another language
             where = f" for {each.filename}" if isinstance(each, OSError) and each.filename else ""
-            return ServiceError(f"no space left on the disk{where}; make some, `convoy prune` may help, and try again")
+            return ServiceError(f"no space left on the disk{where}; free some (`convoy prune` may help) and try again")
     return error
 
 

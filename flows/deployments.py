@@ -32,7 +32,7 @@ from tasks.flowruns import MLFLOW_RUN
 from tasks.run import FLOW_RUN
 
 POLL = 2.0  # seconds
-OUTAGE = 1800.0  # seconds that Prefect may be away from one who waits for a flow run
+OUTAGE = 1800.0  # seconds that Prefect may be away while a command waits for a flow run
 AWAY = "Prefect does not answer"
 UNTAKEN = 30.0  # seconds after which to say that no worker has taken a run
 DATA_CHANGED = "convoy.data.changed"
@@ -185,7 +185,7 @@ def follow(flow_run_id: UUID, tell: Callable[[str], None]) -> tuple[Summary, lis
 
 
 def _may_pass(error: httpx.HTTPError) -> bool:
-    """Whether Prefect, or the way to it, is down or overloaded."""
+    """Returns whether an error means that Prefect, or the network in between, is down or overloaded."""
     return not isinstance(error, httpx.HTTPStatusError) or error.response.status_code in (408, 429, *range(500, 600))
 
 

@@ -26,7 +26,7 @@ def predict_flow(model: str, inputs: list[str], out: str, inputs_file: str | Non
 
 @contextmanager
 def as_parameters(inputs: list[str]) -> Iterator[tuple[list[str], str | None]]:
-    """Yields `inputs` and `inputs_file` for the flow: the file if they are too long for Prefect, or are no Unicode."""
+    """Yields `inputs` and `inputs_file` for the flow: the file if they are too long for Prefect, or not Unicode."""
     try:
         fits = len(json.dumps(inputs, ensure_ascii=False).encode()) <= PARAMETER_BYTES
     except UnicodeEncodeError:  # a file's name is bytes

@@ -52,7 +52,7 @@ def worker(
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"  # this process is for reading its log
     command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
     sys.stdout.flush()
-    # Prefect's worker ends itself by a SIGINT, also at SIGTERM, and a script's background job has it ignored.
+    # At SIGTERM, Prefect's worker sends itself a SIGINT, which a script's background job ignores.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.execv(sys.executable, [sys.executable, *command])
 

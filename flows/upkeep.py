@@ -28,15 +28,16 @@ def prune(
     forget_unknown: Annotated[
         bool,
         typer.Option(
-            "--forget-unknown", help="Go on if MLflow does not know runs or promoted versions: they were deleted there."
+            "--forget-unknown",
+            help="Go on although MLflow does not know some runs or promoted versions: they were deleted.",
         ),
     ] = False,
 ) -> None:
     """Remove old checkpoints, data, reports and cached files that nothing rests on.
 
     What a champion, an earlier champion, a version with an alias or a running training needs stays, whatever its age;
-    so do all verdicts and promotions. Nothing goes if MLflow does not know what the bucket holds data of: it may be
-    another server than these were made with.
+    so do all verdicts and promotions. Nothing is removed if the bucket holds data of runs that MLflow does not
+    know: it may be another server than the one that they were made with.
 
     [dim]convoy prune --dry-run[/]
     [dim]convoy prune --set datasets_keep=2 --set unfinished_checkpoints_days=7[/]

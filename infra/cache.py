@@ -25,8 +25,8 @@ class Cache:
 
     A file that is damaged on disk is fetched again, with a warning. No record of an earlier verification is trusted,
     since size and times of a file do not tell that a byte has changed. Measured: SHA-256 takes 1 s per 1.2 GB on one
-    thread of a processor that has instructions for it, so 0.05 s for Fashion-MNIST and 8 s for 10 GB; those who fetch
-    many files do so on several threads.
+    thread of a processor that has instructions for it, so 0.05 s for Fashion-MNIST and 8 s for 10 GB; callers
+    that fetch many files use several threads.
 
     Args:
         root: the folder.
@@ -90,7 +90,7 @@ class Cache:
         return got
 
     def fetch(self, key: str, sha256: str, *, size: int | None = None, on_progress: OnBytes | None = None) -> Path:
-        """The local path of an object's content, verified; downloaded when it is not here, or damaged.
+        """Returns the local path of an object's content, verified; downloads it when it is not here, or damaged.
 
         Args:
             key: of the object in the bucket.
@@ -106,7 +106,7 @@ class Cache:
             return path
         lock = self.root / "locks" / sha256
         with locked(lock):
-            if not self._use(sha256, size):  # nobody fetched it while we waited
+            if not self._use(sha256, size):  # no other process fetched it while we waited
                 if path.exists():
                     logger.warning("%s is damaged, as on a failing disk; it is fetched again", path)
                     path.unlink(missing_ok=True)
@@ -121,7 +121,7 @@ class Cache:
         self.path(sha256).unlink(missing_ok=True)
 
     def _use(self, sha256: str, size: int | None) -> bool:
-        """Whether the file is here and undamaged; if so, it counts as used now."""
+        """Returns whether the file is here and undamaged; if so, it counts as used now."""
         path = self.path(sha256)
         if not self.holds(sha256, size):
             return False
@@ -139,7 +139,7 @@ class Cache:
         return path.exists()
 
     def _note_verified(self, sha256: str) -> None:
-        """Protect a file that was verified as it came in, and do not hash it again."""
+        """Protects a file that was verified as it came in, and notes that it need not be hashed again."""
         path = self.path(sha256)
         with suppress(FileNotFoundError):  # it has left already
             path.chmod(READ_ONLY)

@@ -42,9 +42,9 @@ class Endpoints(BaseModel):
     def apply(self) -> None:
         """Makes the clients of this process, and of all that it starts, use these servers.
 
-        To be called before a client library is imported. Of a local server's clients nothing stays that the user has
-        set up for another server (credentials, certificates, regions, time limits), and where all servers are local, no
-        proxy and no certificate either; what is fetched from the web still has them, see `infra.websettings`.
+        To be called before a client library is imported. What the user has set up for other servers (credentials,
+        certificates, regions, time limits) is removed where a local server is used in their place; where all servers
+        are local, so are proxies and certificates. Fetches from the web still use these: see `infra.websettings`.
         """
         kept = {name: value for name, value in os.environ.items() if not self._leads_astray(name)}
         if self.s3_is_local and self.mlflow_is_local and self.prefect_is_local:
@@ -60,14 +60,14 @@ class Endpoints(BaseModel):
         return self.s3_access_key_id is not None
 
     def _leads_astray(self, name: str) -> bool:
-        """Whether a variable is about another server than the local one that its clients are to use."""
+        """Returns whether a variable is about another server than the local one that its clients are to use."""
         prefixes = {"AWS_": self.s3_is_local, "MLFLOW_": self.mlflow_is_local, "PREFECT_": self.prefect_is_local}
         return any(is_local and name.startswith(prefix) for prefix, is_local in prefixes.items())
 
     def environment(self) -> dict[str, str]:
         """Returns the standard variables that every client reads, and those that keep clients quiet and off pickle.
 
-        They do for a shell that sets nothing else; `apply` sees to all others.
+        They suffice in a shell that sets no others; `apply` also removes others that would mislead.
         """
         variables = {
             **QUIET,

@@ -47,10 +47,10 @@ def make_ready(url: str, credentials: Credentials, bucket: str, *, just_started:
 def _ask(
     client: httpx.Client, credentials: Credentials, method: str, url: str, *, body: bytes = b"", accepted: str = ""
 ) -> httpx.Response:
-    """Sends one signed request, without boto3, so that nothing has a say that the user has set up for another store.
+    """Sends one signed request, without boto3, so that what the user has set up for another store has no effect.
 
     Args:
-        accepted: the code of an error that is none.
+        accepted: the code of an error that counts as success.
 
     Raises:
         httpx.HTTPError: no answer, or one that is no success.

@@ -224,7 +224,7 @@ class MetricLogger:
 
 
 def deliver(run_id: str, rows: Iterable[MetricRow]) -> None:
-    """Sends rows that a process which has ended could not deliver; done again, it sends nothing twice.
+    """Sends rows that a process could not deliver before its end; a second call sends none of them again.
 
     Raises:
         Outage: the server did not take all of them.

@@ -64,7 +64,7 @@ def tracking_uri() -> str:
 
 
 def check_server() -> None:
-    """Ask the tracking server for a sign of life, without MLflow's long retries.
+    """Asks the tracking server for a sign of life, without MLflow's long retries.
 
     Raises:
         UsageError: a variable about proxies or certificates cannot be used.

@@ -1,4 +1,4 @@
-"""Names and other texts of the user's that the tracking server and registry have to take. Imports nothing slow."""
+"""Checks names of models, and quotes texts, for MLflow's tracking server and registry. Imports nothing slow."""
 
 import re
 

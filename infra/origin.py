@@ -145,7 +145,7 @@ class Found:
     """Paths of all sub-folders, where they exist without files."""
 
     unreachable: tuple[str, ...]
-    """Paths of what is no file: links that lead nowhere, devices, keys with an empty part."""
+    """Paths of entries that are no files: broken links, devices, keys with an empty part."""
 
 
 def list_local(root: Path, on_files: OnFiles) -> Found:
@@ -240,7 +240,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _is_hidden(name: str) -> bool:
-    """Also what other systems leave behind."""
+    """Returns whether a name is hidden, or that of a file that another system leaves behind."""
     return name.startswith(".") or name in {"__MACOSX", "Thumbs.db"}
 
 

@@ -1,4 +1,4 @@
-"""Standard output and error that nothing may end work for."""
+"""Keeps a process working when its standard output or error cannot be written."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ def outlive_readers(*names: Literal["stdout", "stderr"]) -> Iterator[None]:
 
 
 class _Lenient:
-    """A text stream that forgives its writers everything."""
+    """A text stream that raises no error when it cannot be written."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -64,7 +64,7 @@ class _Lenient:
             self._give_up()
 
     def _give_up(self) -> None:
-        """Points the descriptor at nothing, so that what is buffered, and what children write, harms nobody."""
+        """Points the descriptor at /dev/null, for what is still buffered and what children write."""
         try:
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, self._stream.fileno())

@@ -34,9 +34,9 @@ class AlreadyChampion(UsageError):
 
 
 class Lineage(BaseModel):
-    """What a version was made by and of, so that the history protects this by itself, whatever MLflow still knows.
+    """The run, weights and data that a version rests on: the history protects them, whatever MLflow still knows.
 
-    All None in entries from before Convoy wrote them down.
+    All None in entries of an older Convoy.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -128,7 +128,7 @@ def champions(entries: Sequence[Promotion]) -> list[str]:
 
 
 class Standing(BaseModel):
-    """Which champion a model has, by its history and the registry together."""
+    """A model's champion, by its history and the registry together."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -183,7 +183,7 @@ def promote(
     verdict_sha256: str | None = None,
     verdict_summary: str = "",
 ) -> Promotion:
-    """Make a version the champion, if `after` is still the last change, and have the aliases follow.
+    """Makes a version the champion, if `after` is still the last change, and moves the aliases.
 
     Of several promotions that saw the same `after`, exactly one succeeds. Whether the version deserves it is for the
     caller to know.
@@ -195,8 +195,8 @@ def promote(
 
     Raises:
         PromotionLost: there was another change since `after`; the message names it.
-        AlreadyChampion: the version is the champion; the aliases, which a process that was killed in between may not
-            have moved, are right now.
+        AlreadyChampion: the version is the champion; its aliases, which a process that was killed in between may not
+            have moved, have been repaired.
         ServiceError: a server failed (Outage: it was away). If it was MLflow, after the change, `repair_aliases` or a
             second call finishes it.
     """
@@ -255,7 +255,7 @@ def rollback(store: ObjectStore, name: str, *, who: str | None = None, reason: s
 
 
 def repair_aliases(store: ObjectStore, name: str) -> list[str]:
-    """Point `champion` and `previous` where the history says, and return what had to be changed, a line each.
+    """Points `champion` and `previous` where the history says; returns what had to be changed, a line each.
 
     A model without a history keeps the aliases it has. Safe to run beside promotions: it looks at the history again
     after each change, so that a process that wrote an outdated alias corrects it.
@@ -328,7 +328,7 @@ def _append(store: ObjectStore, entry: Promotion) -> Promotion:
 
 
 def _present(name: str, standing: Sequence[str]) -> Iterator[FoundVersion]:
-    """Those of the champions that the registry still has, the present one first."""
+    """Yields those of the champions that the registry still has, the present one first."""
     for version in reversed(standing):
         with suppress(UsageError):
             yield find_version(f"{name}/{version}")

@@ -80,7 +80,7 @@ class RawSource(BaseModel):
     """Where each file came from: path → address; a local or remote folder is named once, under `.`."""
 
     remarks: tuple[str, ...] = ()
-    """What was left out of a folder, in words; an archive is kept with all that it holds."""
+    """What was left out of a folder, in words; empty for an archive, which is kept whole."""
 
     left_out: dict[str, int] = {}
     """Files left out of each class folder that lost any."""

@@ -47,7 +47,7 @@ class ModelVersion(BaseModel):
 
 
 def check_model_name(name: str) -> str:
-    """Return the name if MLflow takes it.
+    """Returns the name if MLflow takes it.
 
     Raises:
         UsageError: it could not be registered, or not be found again.

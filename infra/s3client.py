@@ -41,7 +41,7 @@ class ObjectMissing(ServiceError):
 
 
 def open_client(addressing: str | None = None, tries: int = TRIES, timeout: float | None = None) -> Any:
-    """A boto3 client for the store that the standard variables name.
+    """Returns a boto3 client for the store that the standard variables name.
 
     It is configured for what every S3-compatible store understands: checksums only where we ask for them,
     since newer kinds are refused by some; the bucket in the path, since a local server has no host name a bucket.

@@ -58,7 +58,7 @@ class _PortTaken(Exception):
 def up(
     settings: Settings, on_event: OnEvent = lambda event: None, *, only: Collection[ServerName] = NAMES
 ) -> Endpoints:
-    """Start what does not run yet, side by side; return when all answer and the bucket exists.
+    """Starts what does not run yet, side by side; returns when all answer and the bucket exists.
 
     Args:
         on_event: told in a few words what happens, for people.

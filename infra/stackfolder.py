@@ -71,8 +71,8 @@ class StackFolder:
     def _make_private(self) -> None:
         """Keeps other users of the machine from the data: those of the cache are as confidential as their source.
 
-        A state folder that the user has named may hold other things too, or be shared on purpose, so that of the
-        default name alone is closed itself.
+        A state folder that the user has named may hold other things too, or be shared on purpose, so only one of the
+        default name is closed itself.
         """
         ours = [self.settings.cache, self.settings.runs, self.settings.logs]
         if self.settings.home.name == DEFAULT_HOME:

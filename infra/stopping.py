@@ -186,11 +186,11 @@ def _end_at_once(stopped: Stopped) -> None:
 
 
 def _exit() -> None:
-    """Leave out the rest of the interpreter's end, in which Python has given the signals their default actions back."""
+    """Leaves out the rest of the interpreter's end, during which signals have their default actions again."""
     if _status is not None:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except (OSError, ValueError):  # nobody reads it, or it is closed
+            except (OSError, ValueError):  # its reader is gone, or it is closed
                 pass
         os._exit(_status)

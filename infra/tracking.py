@@ -255,7 +255,7 @@ def fetch_artifacts(run_id: str, path: str, folder: Path) -> Path:
 
 
 def log_metrics(run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
-    """Logs a few final figures at once, those apart whose names are there already, from before a resume.
+    """Logs a few final figures at once, except those whose names the run has already, from before a resume.
 
     What was measured anew, such as seconds, may differ; the first figure stays. Figures of a running training go
     through a `MetricLogger`.

@@ -34,7 +34,7 @@ def is_web(name: str) -> bool:
 
 
 def without_web(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment without these variables, which `CONVOY_WEB` keeps; they may have left it before."""
+    """Returns the environment without these variables, which `CONVOY_WEB` keeps, as it does those removed earlier."""
     taken = {name: value for name, value in environment.items() if is_web(name)}
     rest = {name: value for name, value in environment.items() if name not in taken}
     if set(taken) - set(NO_PROXY):
@@ -137,7 +137,7 @@ class WebTransport(httpx.BaseTransport):
 
 
 def _fault(name: str, value: str) -> str:
-    """What is wrong with a variable's value; empty if nothing is."""
+    """Returns what is wrong with a variable's value; empty if nothing is."""
     if not value or not is_web(name):
         return ""
     if name.lower().endswith("_proxy"):
@@ -159,7 +159,7 @@ def _fault(name: str, value: str) -> str:
 
 def _proxy_fault(name: str, value: str) -> str:
     if name.lower() not in ("http_proxy", "https_proxy", "all_proxy"):
-        return ""  # of protocols that nobody here speaks
+        return ""  # of protocols that Convoy does not use
     try:
         parts = urlsplit(_with_scheme(value))
         _ = parts.port
@@ -178,7 +178,7 @@ def _with_scheme(proxy: str) -> str:
 
 
 def _httpx_reads(host: str) -> bool:
-    """Whether httpx can make a pattern of an entry of NO_PROXY, as it does for every client."""
+    """Returns whether httpx can make a pattern of an entry of NO_PROXY, as it does for every client."""
     try:
         IPv6Address(host.split("/")[0])
         address = f"all://[{host}]"

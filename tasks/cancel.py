@@ -1,4 +1,4 @@
-"""Whether the flow is to end: cancelled in Prefect, which only marks it so, or asked by a signal."""
+"""Tells whether the flow is to end: cancelled in Prefect, which only marks it so, or asked by a signal."""
 
 import signal
 import time

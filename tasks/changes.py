@@ -44,13 +44,13 @@ class Decision(BaseModel):
     """Address of the champion's weights."""
 
     judge: ModelVersion | None = None
-    """A version that a training would only give again: it was refused, but by other conditions than the present ones,
-    so it is to be judged by these."""
+    """A version that a training would only give again. It was refused by other conditions of the gate than the present
+    ones, so it is to be judged by these."""
 
 
 @task(name="what-changed", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
 def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bool = False) -> Decision:
-    """Compare what a training would rest on with what the champion rests on.
+    """Compares what a training would rest on with what the champion rests on.
 
     There is nothing to do either if a version of the very same inputs was refused in favour of this champion: an exact
     training would give the same weights, and under the same conditions of the gate the same verdict.
@@ -82,7 +82,7 @@ def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bo
 def _decide(
     store: ObjectStore, config: RunConfig, dataset: DatasetRef, standing: Standing, *, force: bool
 ) -> tuple[bool, str, ModelVersion | None]:
-    """Whether to train, why, and which version to judge instead."""
+    """Returns whether to train, why, and which version to judge instead."""
     champion = standing.version
     if champion is None:
         return True, standing.note or "there is no champion yet", None

@@ -267,7 +267,7 @@ class CheckpointWriter:
             raise CheckpointFailed(f"another process trains run {self._job.run_id}: {prefix} differs from ours")
 
     def _try_to_prune(self, step: int) -> None:
-        """Prunes; old checkpoints that cannot be deleted take room, and are no reason to stop storing new ones."""
+        """Prunes; that old checkpoints cannot be deleted is no reason to stop storing new ones."""
         try:
             self._prune(step)
         except (ServiceError, OSError) as error:
@@ -318,7 +318,7 @@ def newest_checkpoint(
     on_damage: Callable[[str], None],
     folder: Path | None = None,
 ) -> tuple[Commit, dict[str, Tensor]] | None:
-    """The newest checkpoint whose files have the digests that it promises; None if there is none.
+    """Returns the newest checkpoint whose files have the digests that it promises; None if there is none.
 
     Args:
         manifest_digest: of the training that wants it; the checkpoints of another are not for it.
@@ -347,10 +347,10 @@ def newest_checkpoint(
 
 
 def commit_weights(store: ObjectStore, job: Job, state: Mapping[str, Tensor], file: Path, outcome: Outcome) -> Outcome:
-    """Write the weights that a training is for, upload and commit them; returns the outcome with their place.
+    """Writes the weights that a training is for, uploads and commits them; returns the outcome with their place.
 
-    Their key is their digest, so that no other process of the run ever writes to what a commit names. A training that
-    has finished before with the same weights is returned as it was committed.
+    Their key is their digest, so that no other process of the run ever writes to what a commit names. If the run has
+    finished before with the same weights, returns the outcome that was committed then.
 
     Args:
         file: where to leave them on this machine.

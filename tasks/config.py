@@ -212,7 +212,9 @@ def load_config(
     lengths = {key: len(json.dumps(value)) for key, value in config.model_dump(mode="json", exclude_unset=True).items()}
     if sum(lengths.values()) > LONGEST:
         key = max(lengths, key=lambda key: lengths[key])
-        raise UsageError(f"{key}: {lengths[key]:,} characters; all of a configuration may have {LONGEST:,}")
+        raise UsageError(
+            f"{key}: {lengths[key]:,} characters; a whole configuration may have {LONGEST:,}, so shorten it"
+        )
     return config
 
 

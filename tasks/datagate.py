@@ -62,7 +62,7 @@ def data_gate(
     images_for_margin: int = 0,
     warm_start: bool = False,
 ) -> DataReport:
-    """Check a dataset version, publish what was found, and let it pass or refuse it.
+    """Checks a dataset version, publishes what was found, and lets it pass or refuses it.
 
     Args:
         champion: dataset version that the champion learned from, if there is one; one that is not in the bucket any
@@ -101,15 +101,15 @@ def data_gate(
     learned = next(check for check in checks.checks if check.name == "trained_on")
     if warm_start and learned.outcome == "warned":
         raise DataRefused(
-            f"a warm start on {dataset.name} is refused, since it would be judged on what it knows: {_said(learned)}; "
-            "set warm_start=false, or data_gate.max_trained_on"
+            f"a warm start on {dataset.name} is refused, since the champion has learned test images: {_said(learned)}; "
+            "set warm_start=false, or raise data_gate.max_trained_on"
         )
     run_logger().info("the data of %s may be trained on: %s", dataset.name, _count(checks))
     return report
 
 
 def log_data_report(run_id: str, report: DataReport) -> None:
-    """Put a report into an MLflow run: `report/data.json`, `data.md`, `data_samples.png`, a tag, and metrics
+    """Puts a report into an MLflow run: `report/data.json`, `data.md`, `data_samples.png`, a tag, and metrics
     of what changed against the champion's data. A resumed run keeps what was found when it began: it may itself be
     the champion by now.
 

@@ -119,7 +119,7 @@ def fits(cache: Cache, manifest: Manifest) -> bool:
 
 
 def open_split(cache: Cache, manifest: Manifest, split: Split) -> SplitReader:
-    """Open a split for reading: mapped, each shard as it is fetched, if all of the version may be here.
+    """Opens a split for reading: mapped, each shard as it is fetched, if all of the version may be here.
 
     Otherwise, or if the images are encoded, its shards come when they are needed. The images are the same.
 

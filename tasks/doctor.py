@@ -1,6 +1,6 @@
 """What killed processes and machines have left behind, and settling it.
 
-Found are: MLflow runs that nobody goes on with, processes without their flow, flow runs without their process, leases
+It finds MLflow runs that no process goes on with, processes without their flow, flow runs without their process, leases
 without their flow run, uploads and checkpoints that were never completed, half-written files on this machine, and
 aliases that do not follow their model's history.
 """
@@ -193,7 +193,7 @@ def _leases() -> Iterator[Finding]:
         yield Finding(
             kind="lease",
             what=limit,
-            detail="it is taken in Prefect, but no flow run holds it",
+            detail="Prefect says that it is taken, but no flow run holds it",
             action="it is freed",
         )
 
@@ -233,7 +233,7 @@ def _checkpoints(store: ObjectStore, young: datetime) -> Iterator[Finding]:
 
 
 def _is_abandoned(files: Sequence[ObjectInfo], young: datetime) -> bool:
-    """Whether these files of a checkpoint have neither a commit nor anybody who may still write one."""
+    """Returns whether these files of a checkpoint have neither a commit nor a process that may still write one."""
     committed = any(info.key.endswith(f"/{COMMIT}") for info in files)
     return not committed and all(info.modified and info.modified < young for info in files)
 

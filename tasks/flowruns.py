@@ -1,4 +1,4 @@
-"""Which flow runs of this machine still have a process, and telling Prefect of those that were killed.
+"""Finds the flow runs of this machine whose process was killed, and tells Prefect of them.
 
 <home>/flows/<flow run>      a lock that the flow's process holds; the kernel frees it when that ends, however that is
 """

@@ -18,8 +18,8 @@ class GateConfig(Config):
     """Conditions of the quality gate. None of them is part of what the weights depend on."""
 
     floor: float | None = Field(None, ge=0, le=1)
-    """Least accuracy, by the lower end of its 95 % interval on the test split. Unset: beyond chance, more than always
-    answering the most frequent class reaches."""
+    """Least accuracy, by the lower end of its 95 % interval on the test split. Unset: more, beyond chance, than a
+    constant answer of the most frequent class reaches."""
 
     mode: Literal["superior", "non-inferior"] = "non-inferior"
     """Better than the champion, or not worse by more than the margin, both beyond chance. A model that has to stay
@@ -39,14 +39,15 @@ class GateConfig(Config):
     """Gain in accuracy that a superior version is taken to have when the power is reckoned, if beyond the margin."""
 
     max_class_drop: float = Field(0.05, ge=0, le=1)
-    """Largest loss of accuracy on any one class or slice, against the champion; more is refused if beyond chance."""
+    """Largest loss of accuracy on any one class or slice, against the champion; refused if shown, beyond chance, to be
+    more."""
 
     min_support: int = Field(100, ge=1)
     """Images that a class or slice needs for its drop to count."""
 
     min_class_recall: float = Field(0.1, ge=0, lt=1)
-    """Least recall of any class; one is refused that is shown to be lower. By default a class needs 29 test images to
-    be tested at all. 0: any."""
+    """Least recall of any class; a version is refused if a class is shown, beyond chance, to have less. With the
+    default a class needs 29 test images to be tested at all. 0 switches the check off."""
 
     max_size_bytes: int | None = Field(None, gt=0)
     """Largest size of the weights, in bytes. Unset: any."""
@@ -68,7 +69,7 @@ class GateConfig(Config):
         return 0.0 if self.mode == "superior" else min(max(DEFAULT_MARGIN, self.smallest_margin(images)), 1.0)
 
     def can_pass(self, images: int) -> bool:
-        """Whether a test split of so many images can ever show what the margin asks for."""
+        """Returns whether a test split of so many images can ever show what the margin asks for."""
         margin = self.margin_on(images)
         return self.mode == "superior" or margin >= self.smallest_margin(images) * (1 - 1e-9)
 
@@ -79,7 +80,7 @@ class GateConfig(Config):
         return math.ceil(self.smallest_margin(1) / self.margin * (1 - 1e-9))
 
     def why_never(self, images: int) -> str:
-        """Returns what a reader should know where `can_pass` is false."""
+        """Returns an explanation for readers of why `can_pass` is false."""
         text = (
             f"{images:,} test images can never show it: the smallest margin that they can show is "
             f"{self.smallest_margin(images):.2%}"

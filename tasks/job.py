@@ -76,8 +76,8 @@ class Outcome(_Record):
 
     status: Status
     """`interrupted`: the ranks agreed to stop; `steps` is that of the last checkpoint. `unsaved`: no checkpoint could
-    be stored for `checkpoints.patience`. `crashed`: by an error that nobody foresaw; perhaps only because another rank
-    was gone."""
+    be stored for `checkpoints.patience`. `crashed`: by an unforeseen error; perhaps only because another rank was
+    gone."""
 
     error: Line = ""
     exit_status: int = 0
@@ -99,7 +99,7 @@ class Outcome(_Record):
 def spare_outcome() -> Iterator[None]:
     """Gives the processes that this one starts in the block a place in memory for the outcome, should no disk take it.
 
-    It is this process's memory: when that has gone, nobody waits for the outcome.
+    It lives as long as this process, which alone waits for the outcome.
     """
     with memory_file() as place:
         os.environ[SPARE_OUTCOME] = str(place)
@@ -155,7 +155,7 @@ class JobFolder:
         return Job.model_validate_json((self.path / "job.json").read_bytes())
 
     def write_event(self, event: Event) -> None:
-        """Appends a line; on a full disk it is dropped, since no training should end for lack of news."""
+        """Appends a line; on a full disk it is dropped, since a missing event is no reason to end a training."""
         try:
             with (self.path / "events.jsonl").open("ab", buffering=0) as file:
                 file.write(event.model_dump_json().encode() + b"\n")
@@ -165,7 +165,7 @@ class JobFolder:
     def new_events(self) -> Iterator[Event]:
         """Yields events that were not read before by this object; a line that is still being written waits.
 
-        Lines are left out that a full disk has cut.
+        Lines that a full disk has cut are left out.
         """
         try:
             with (self.path / "events.jsonl").open("rb") as file:

@@ -1,8 +1,8 @@
-"""One training of a model at a time: a lease in Prefect, which ends by itself if its holder dies.
+"""Lets one training of a model run at a time, by a lease in Prefect, which ends by itself if its holder dies.
 
 The slot that a lease takes is in Prefect's database, the lease itself where the server's setting
 `PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE` says: by default in its memory. A server that was restarted has then
-forgotten the lease and keeps the slot, for ever. So a flow run that holds a lease bears a label that says so; and a
+forgotten the lease and keeps the slot for ever. So a flow run that holds a lease bears a label that says so; and a
 slot that is taken for longer than a lease lasts, while no unfinished flow run bears that label, is freed.
 """
 
@@ -52,7 +52,7 @@ def limit_of(name: str) -> str:
 
 @contextmanager
 def model_lease(name: str) -> Iterator[None]:
-    """Holds the lease of a model; of several that wait, which gets it is left to chance.
+    """Holds the lease of a model; of several flow runs that wait for it, any may be the next.
 
     Raises:
         Cancelled: the flow run was cancelled while it waited.
@@ -97,7 +97,7 @@ def free_forgotten(name: str, after: timedelta | None = None) -> bool:
 
 
 def _take(limit: str, held: ExitStack) -> bool:
-    """Try for the lease if it seems to be free (Prefect logs an error for each try in vain)."""
+    """Tries for the lease if it seems to be free (Prefect logs an error for each try in vain)."""
     with get_client(sync_client=True) as client:
         with suppress(ObjectAlreadyExists):  # another flow run may be as fast
             client.upsert_global_concurrency_limit_by_name(limit, 1)
@@ -108,8 +108,8 @@ def _take(limit: str, held: ExitStack) -> bool:
         if found.active_slots >= found.limit:
             if _is_forgotten(client, found) and _free(client, found):
                 run_logger().warning(
-                    "the lease %s was free, but Prefect had not noticed, since it forgets leases when it restarts: "
-                    "set PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE for the server, as the README says",
+                    "the lease %s was taken but had no holder, so it was freed: Prefect forgets leases when it restarts. "
+                    "To prevent that, set PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE for its server, as the README says",
                     limit,
                 )
             return False
@@ -144,7 +144,7 @@ def _holder() -> ConcurrencyLeaseHolder | None:
 def _is_forgotten(
     client: SyncPrefectClient, limit: GlobalConcurrencyLimitResponse, after: timedelta | None = None
 ) -> bool:
-    """Whether a slot is taken for longer than a lease lasts (renewing one does not touch it), and has no holder."""
+    """Returns whether a slot without a holder is taken for longer than a lease lasts (renewing does not touch it)."""
     taken = limit.active_slots >= limit.limit
     after = FORGOTTEN if after is None else after
     long_ago = not after or (limit.updated is not None and datetime.now(UTC) - limit.updated > after)
@@ -163,7 +163,7 @@ def _has_holder(client: SyncPrefectClient, limit: str) -> bool:
 
 
 def _free(client: SyncPrefectClient, limit: GlobalConcurrencyLimitResponse) -> bool:
-    """Delete a limit, for the next who wants it to make it anew; says whether this was the process that did.
+    """Deletes a limit, which the next flow run makes anew; says whether this process did so.
 
     By its id, so that of two that find it forgotten the slower one does not delete the limit that the faster one made.
     """

@@ -1,4 +1,4 @@
-"""What runs and versions were made of, as `runs/<run>/run.json` and a version's tags say."""
+"""Reads what runs and versions were made of, from `runs/<run>/run.json` and a version's tags."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Texts of other people's in Markdown pages: names of classes, files, models and data sets."""
+"""Escapes texts for Markdown pages: names of classes, files, models and data sets may hold anything."""
 
 import re
 

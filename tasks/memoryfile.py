@@ -1,4 +1,4 @@
-"""Files in memory, for what processes of one machine must be able to tell each other when its disks are full."""
+"""Makes files in memory, by which processes of one machine can tell each other something when its disks are full."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Waits for servers that are away for a while, at the end of long work, which would be lost for a minute's outage."""
+"""Waits for servers that are away for a while: a short outage should not cost the long work before it."""
 
 import time
 from collections.abc import Callable

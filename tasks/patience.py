@@ -9,7 +9,7 @@ ASSUMED_SPEED = 10e6  # bytes/s of an upload, before one was measured
 
 FLUSH = 10.0  # for the tracking server to take the last metrics; checkpoints carry the others
 REACH_STOP = 20.0  # from SIGTERM to the agreed step; then a rank ends itself: it may wait for one that is gone
-SLACK = 5.0  # so much longer than last checkpoint and last metrics take a rank that has stopped lives
+SLACK = 5.0  # that a stopped rank lives longer than last checkpoint and last metrics take
 TORCHRUN = REACH_STOP + AT_MOST + FLUSH + SLACK  # then kills its ranks
 OWNER = TORCHRUN + 5.0  # supervisor or agent: then kills torchrun and ranks
 PAUSE = OWNER + 5.0  # coordinator: then goes on without the nodes that have not stopped

@@ -34,7 +34,7 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(description: str, total: float | None, *, unit: Unit, artifact: str | None = None) -> Iterator[Advance]:
-    """Yield a function that is told what has been done; it raises Stopped if a signal asks this process to end.
+    """Yields a function that is told what has been done; it raises Stopped if a signal asks this process to end.
 
     Args:
         description: what is being done, for people: "Downloading fashion-mnist".

@@ -29,7 +29,7 @@ def verdict_key(name: str, sha256: str) -> str:
 
 
 def champion_data(name: str) -> str | None:
-    """Dataset version that the champion of a model has learned from; None if there is no champion.
+    """Returns the dataset version that the champion of a model has learned from; None if there is no champion.
 
     Raises:
         UsageError: not a name for a model.
@@ -40,7 +40,7 @@ def champion_data(name: str) -> str | None:
 
 
 def repaired_champion(store: ObjectStore, name: str) -> Standing:
-    """Returns a model's champion after its aliases were repaired, as every flow begins; what was found is a warning.
+    """Repairs a model's aliases, as every flow does at its start, and returns its champion; warns of what was wrong.
 
     Raises:
         UsageError: not a name for a model.
@@ -57,7 +57,7 @@ def repaired_champion(store: ObjectStore, name: str) -> Standing:
 
 
 def promotions_of(version: ModelVersion) -> list[Promotion]:
-    """Returns the history from the promotion of this version on; empty if there was none. The aliases follow it then.
+    """Returns the history from the promotion of this version on, its aliases repaired; empty if it was never promoted.
 
     Raises:
         ServiceError: a server failed.
@@ -101,9 +101,8 @@ def promote_version(version: ModelVersion, *, force: bool = False, reason: str =
     if force and not reason.strip():
         raise UsageError("--force wants a --reason, which is kept in the history")
     store = ObjectStore.connect(Settings().bucket)
-    standing = standing_champion(
-        store, version.name
-    )  # all that follows is decided on it: a later change loses the race
+    # All that follows is decided on this: a promotion that comes in between makes ours lose.
+    standing = standing_champion(store, version.name)
     last = standing.last
     found = find_version(version.address)
     verdict = verdict_on(store, found)
@@ -124,7 +123,7 @@ def promote_version(version: ModelVersion, *, force: bool = False, reason: str =
 
 
 def _objection(found: FoundVersion, verdict: Verdict | None, standing: Standing) -> str | None:
-    """Why the version may not become champion now, and what would help; None if it may."""
+    """Returns why the version may not become champion now, and what would help; None if it may."""
     force = "--force --reason TEXT promotes it all the same"
     serving = found.tags.get(SERVING)
     if serving != "passed":

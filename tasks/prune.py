@@ -107,7 +107,7 @@ def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: boo
     mark: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None) if dry_run else marked(store)
     with mark as check:
         under_way = trainings_under_way()  # those that begin from now on wait
-        objects = list(store.list(""))  # before anybody is asked what is needed: what comes later is not looked at
+        objects = list(store.list(""))  # before it is asked what is needed: what comes later is not looked at
         stored = {info.key.split("/")[1] for info in objects if info.key.startswith("runs/")}
         needed = references(store, stored, forget_unknown=forget_unknown)
         busy = not under_way <= needed.flow_runs  # one without an MLflow run may be preparing its data

@@ -27,16 +27,18 @@ ASK_EVERY = 1.0  # seconds
 
 @contextmanager
 def marked(store: ObjectStore) -> Iterator[Callable[[], None]]:
-    """Show, while the block runs, that this process prunes; yields a function to be called before data are deleted.
+    """Shows, while the block runs, that this process prunes; yields a function to be called before data are deleted.
 
     Raises:
-        ServiceError: the object store failed; from the function: the mark is gone, because it was not renewed in time.
+        ServiceError: the object store failed; from the function: the mark is gone, since it was not renewed in time.
     """
     key, ended = f"{MARKS}{uuid4().hex}", threading.Event()
 
     def check() -> None:
         if store.head(key) is None:
-            raise ServiceError("this prune was silent for so long that trainings go on without it; start it again")
+            raise ServiceError(
+                "this prune could not renew its mark in time, so trainings no longer wait for it; start it again"
+            )
 
     def renew() -> None:
         while not ended.wait(RENEWED):
@@ -57,7 +59,7 @@ def marked(store: ObjectStore) -> Iterator[Callable[[], None]]:
 
 
 def wait_for_prune(store: ObjectStore) -> None:
-    """Return once no prune is at work; the mark of one that was killed is removed.
+    """Returns once no prune is at work; removes the mark of one that was killed.
 
     Raises:
         Cancelled: the flow run was cancelled meanwhile.

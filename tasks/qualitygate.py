@@ -79,7 +79,7 @@ def quality_gate(registered: ModelVersion, config: GateConfig) -> Verdict:
 
 
 def judge_version(version: ModelVersion, config: GateConfig) -> Verdict:
-    """The verdict on a version against the present champion of its name; nothing is published.
+    """Returns the verdict on a version against the present champion of its name; publishes nothing.
 
     A champion that the registry lacks cannot be compared with: a note says what took its place.
     """
@@ -145,14 +145,18 @@ def judged_before(store: ObjectStore, version: FoundVersion, test_sha256: str, d
 def _only_theirs(
     cache: Cache, manifest: Manifest, split: SplitReader, champion: FoundVersion
 ) -> NDArray[np.bool_] | None:
-    """Which test images the champion was trained on and a version of this dataset is not; None: none, or not known."""
+    """Returns a mask of the test images that only the champion was trained on; None if none are, or none are known."""
     version = champion.tags.get(DATASET_VERSION)
     if version is None or version == manifest.version:
         return None
     try:
         learned = pixel_digests(open_split(cache, load_manifest(cache.store, version), "train"))
     except (ObjectMissing, DatasetDamaged) as error:
-        run_logger().warning("it is not known which test images %s was trained on: %s", champion.address, error)
+        run_logger().warning(
+            "the test images that %s was trained on, if any, are compared too, since its data cannot be read: %s",
+            champion.address,
+            error,
+        )
         return None
     test = pixel_digests(split)
     mask = np.isin(test, learned)

@@ -42,7 +42,7 @@ SPEED_OVER = 0.5  # seconds that a figure of speed covers at least
 class StopSignal:
     """Remembers a SIGTERM, for the ranks to agree on a step to stop at; ends a process that cannot get there.
 
-    A thread hears of it: Python runs no handler while the main thread waits for a rank that is gone, inside PyTorch.
+    A thread receives it: Python runs no handler while the main thread waits, inside PyTorch, for a rank that is gone.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class StopSignal:
         return self._received
 
     def give(self, seconds: float) -> None:
-        """Sets how long this process may live from now on, should a SIGTERM come or have come."""
+        """Sets the seconds that this process may still live if a SIGTERM comes, or has come."""
         self._ends_by = time.monotonic() + seconds
 
     def _watch(self, reader: int) -> None:
@@ -99,7 +99,7 @@ class Speed:
 
 
 class Told(logging.Handler):
-    """Passes warnings of `infra`, as of a damaged file, on to the log and to the people at the train task."""
+    """Passes warnings of `infra`, such as those of damaged files, on to the log and to the train task."""
 
     def __init__(self, folder: JobFolder) -> None:
         super().__init__(logging.WARNING)
@@ -333,10 +333,8 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
             )
         rows = first.close()
         if finished:
-            state, unplaced = (
-                trainer.weights(),
-                outcome.model_copy(update={"metrics": rows}),
-            )  # a stop's: its checkpoint's
+            state = trainer.weights()
+            unplaced = outcome.model_copy(update={"metrics": rows})  # a checkpoint carries those of a stop
             outcome = through_outage(lambda: commit_weights(store, job, state, folder.weights, unplaced), first.warn)
         folder.write_outcome(outcome)
 

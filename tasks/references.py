@@ -48,7 +48,7 @@ class References(BaseModel):
 
 
 def references(store: ObjectStore, stored: Collection[str], *, forget_unknown: bool = False) -> References:
-    """Ask the promotion histories, the registry, MLflow and this machine.
+    """Asks the promotion histories, the registry, MLflow and this machine.
 
     Args:
         stored: runs that have something in the bucket.
@@ -86,7 +86,7 @@ def references(store: ObjectStore, stored: Collection[str], *, forget_unknown: b
 
 
 def _standing(store: ObjectStore) -> dict[tuple[str, str], Lineage]:
-    """What each champion that a rollback can restore was made of, as far as the histories say, by name and version."""
+    """Returns what each champion that a rollback can restore was made of, by name and version, by the histories."""
     histories = {name: history(store, name) for name in names_with_history(store)}
     return {
         (name, version): lineage_of(entries, version)
@@ -96,7 +96,7 @@ def _standing(store: ObjectStore) -> dict[tuple[str, str], Lineage]:
 
 
 def _check_known(versions: list[tuple[str, str]], runs: list[str]) -> None:
-    """Raise ServiceError if any of them is unknown to MLflow; runs that were deleted there are known."""
+    """Raises ServiceError if any of them is unknown to MLflow; runs that were deleted there are known."""
     unknown = list(islice((run_id for run_id in runs if not tracking.run_tags(run_id)), NAMED))
     if not versions and not unknown:
         return

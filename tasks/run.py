@@ -97,8 +97,9 @@ def read_record(run_id: str) -> RunRecord:
 
 
 def check_resumable(run_id: str) -> RunConfig:
-    """The configuration of an unfinished run; to be asked again under the model's lease, since a run may finish while
-    the process that is to resume it waits.
+    """Returns the configuration of an unfinished run.
+
+    To be called again once the model's lease is held, since the run may finish while its resume waits for that.
 
     Raises:
         UsageError: there is no such run of ours, or it has finished.
@@ -131,13 +132,13 @@ def fitted(config: RunConfig, dataset: DatasetRef) -> RunConfig:
 
 @contextmanager
 def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = None) -> Iterator[TrackedRun]:
-    """Open the run, and close it as FINISHED, KILLED (cancelled, interrupted) or FAILED.
+    """Opens the run, and closes it as FINISHED, KILLED (cancelled, interrupted) or FAILED.
 
     A run that has finished stays so: it is never opened again.
 
     Args:
         resume: id of an earlier run to go on with. If this flow run has one already, because Prefect runs it again,
-            that is resumed unasked; one that has finished is only looked at, for what the flow still has to say.
+            that is resumed unasked; a finished one is only read, for the rest of the flow.
 
     Raises:
         ServiceError: the tracking server cannot be reached.

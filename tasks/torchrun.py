@@ -1,9 +1,9 @@
-"""torchrun, which starts one rank per device of this machine; alike wherever the other ranks are.
+"""Starts torchrun, which starts one rank per device of this machine, wherever the other ranks are.
 
     python -m tasks.torchrun OPTIONS...      (started by `start_torchrun`; the options are torchrun's)
 
 Its agents meet by torchrun's static rendezvous, since each start has a fixed set of nodes. The dynamic one (c10d)
-unpickles what it finds in the store that its agents share. The agent of one machine alone meets nobody: its store is
+unpickles what it finds in the store that its agents share. The agent of a single machine meets no other: its store is
 in its own memory, so it neither listens on a port nor writes to a disk that may be full.
 """
 
@@ -47,7 +47,7 @@ def among_nodes(generation: str, meeting: str, number: int, nodes: int, address:
 def start_torchrun(
     folder: Path, *, ranks: int, meeting: Sequence[str], ranks_meet: Path | None = None, interface: str, log: int
 ) -> subprocess.Popen[bytes]:
-    """Start torchrun as a child that dies with this process; it does not restart ranks, its owner does.
+    """Starts torchrun as a child that dies with this process; it does not restart ranks, its owner does.
 
     Args:
         folder: of the job (`tasks/job.py`).

@@ -61,7 +61,7 @@ class TrainResult(BaseModel):
 
 @task(name="train", cache_policy=NO_CACHE, persist_result=False)
 def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResult:
-    """Train on this machine's GPUs or cores and return the committed weights; goes on where the run was left.
+    """Trains on this machine's GPUs or cores and returns the committed weights; goes on where the run was left.
 
     Raises:
         TrainingFailed: with what the ranks say was wrong.

@@ -63,7 +63,7 @@ class Check(BaseModel):
     """What was compared, in a sentence."""
 
     tested: bool = True
-    """False if there was nothing that it could have refused; `passed` is then true."""
+    """False if there was nothing to test, for want of images say; `passed` is then true."""
 
     @property
     def outcome(self) -> str:
@@ -175,7 +175,7 @@ def judge(
     learned: Mask | None = None,
     judged_before: int | None = None,
 ) -> Verdict:
-    """Decide whether the challenger may replace the champion. Without one, floor, recall and limits alone decide.
+    """Decides whether the challenger may replace the champion. Without one, floor, recall and limits alone decide.
 
     Superior: the observed gain reaches the margin, and McNemar's exact test, one-sided, is significant at `alpha`.
     Non-inferior: the lower 1 − alpha confidence bound of the difference (Tango, 1998: see tasks/paired.py) is not below
@@ -223,8 +223,8 @@ def judge(
     if judged_before:
         notes.append(
             f"this test split has judged {judged_before:,} other version{'s' * (judged_before > 1)} of the model, each "
-            f"with a probability of up to {config.alpha:.2g} that a worse one passes: from time to time it wants fresh "
-            "images"
+            f"with a probability of up to {config.alpha:.2g} that a worse one passes: replace its images from time "
+            "to time"
         )
     if config.max_size_bytes is not None:
         checks.append(_limit("size", challenger.size_bytes, config.max_size_bytes, "bytes of weights"))

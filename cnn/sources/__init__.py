@@ -22,7 +22,7 @@ def open_source(
     classes: Sequence[str] | None = None,
     left_out: LeftOut | None = None,
 ) -> Source:
-    """Open and check a source.
+    """Opens and checks a source.
 
     Args:
         files: path inside the source (relative, posix: `train/cat/1.png`) → local file of any name; or, of a

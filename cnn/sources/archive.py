@@ -73,7 +73,7 @@ class ArchiveSource:
         return len(self._places)
 
     def blocks(self) -> Iterator[FileBlock]:
-        """All images in the order of their paths."""
+        """Yields all images in the order of their paths."""
         names: list[str] = []
         contents: list[bytes] = []
         waiting = 0
@@ -161,7 +161,7 @@ class ArchiveSource:
                 yield name, images.read(size)
 
     def _stream_tar(self) -> Iterator[tuple[str, bytes]]:
-        """The images in the archive's order."""
+        """Yields the images in the archive's order."""
         with tar_stream(self._name, self._path) as members:
             for member, reader in members:
                 name = normal_name(self._name, _tar_name(member.name))
@@ -170,7 +170,7 @@ class ArchiveSource:
 
 
 def _tar_name(name: str) -> bytes:
-    """The bytes that tarfile has made text of."""
+    """Returns the bytes from which tarfile decoded a name."""
     return name.encode("utf-8", "surrogateescape")
 
 

@@ -72,7 +72,7 @@ class Source(Protocol):
 
     @property
     def left_out(self) -> LeftOut:
-        """What it holds beside its images, for the report."""
+        """Files beside its images, which are left out, for the report."""
 
     def __len__(self) -> int:
         """Images in all splits."""

@@ -134,7 +134,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its metadata say; as it is stored if they cannot be read."""
+    """Returns the image turned as its metadata say; as it is stored if they cannot be read."""
     image.load()  # some lie behind the pixels
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))

@@ -51,7 +51,7 @@ Folder = tuple[str, ...]
 
 
 class LeftOut(NamedTuple):
-    """What a source holds beside its images."""
+    """Files of a source that are left out, in words and per class."""
 
     remarks: tuple[str, ...] = ()
     """One for each reason for which something was left out."""
@@ -96,7 +96,7 @@ def arrange(paths: Sequence[str], folders: Iterable[str] = (), unreachable: Iter
     Args:
         paths: relative posix paths of files, sorted; of images, only their folders are kept.
         folders: the same of folders, where known: a class folder may be empty.
-        unreachable: the same of what was listed and is no file that can be read: dangling links, say.
+        unreachable: paths of entries that were listed but cannot be read as files, such as broken links.
 
     Raises:
         InputError: no images, images outside class folders, an empty class folder, one class only, or folders that
@@ -156,7 +156,7 @@ def arrange(paths: Sequence[str], folders: Iterable[str] = (), unreachable: Iter
 
 
 def _is_hidden(path: str) -> bool:
-    """Also what other systems leave behind."""
+    """Returns whether a path is hidden, or a file that another system leaves behind."""
     if path.startswith(".") or "/." in path:
         return True
     return ("__MACOSX" in path or "Thumbs.db" in path) and not {"__MACOSX", "Thumbs.db"}.isdisjoint(path.split("/"))
@@ -297,7 +297,7 @@ def _nothing_found(others: _Others, broken: _Others) -> str:
     found = f"no {_KINDS} image found among {others.folders.total()} files"
     if broken.folders:
         count = broken.folders.total()
-        return f"{found} and {count} broken links, for example {broken.example}; fetch what the links stand for first"
+        return f"{found} and {count} broken links, for example {broken.example}; fetch what they point to first"
     return f"{found}; put images into one folder per class"
 
 

@@ -1,4 +1,4 @@
-"""Image files without their metadata: text, EXIF, XMP and colour profiles may be damaged where pixels are not."""
+"""Removes metadata from image files: text, EXIF, XMP and colour profiles may be damaged where pixels are not."""
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
@@ -6,8 +6,10 @@ _JPEG_METADATA = (*range(0xE1, 0xEE), 0xEF, 0xFE)  # APP1 to APP13, APP15, COM; 
 
 
 def pixels_only(data: bytes) -> bytes:
-    """Returns a PNG, JPEG or WebP file without what says nothing of its pixels; other data, and what follows damage,
-    as they are."""
+    """Returns a PNG, JPEG or WebP file without its metadata.
+
+    Data of other formats, and all that follows a damaged part, stay as they are.
+    """
     if data.startswith(_PNG):
         return _png(data)
     if data.startswith(_JPEG):

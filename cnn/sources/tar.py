@@ -49,7 +49,7 @@ class TarReader:
 
 
 class _Unsupported(Exception):
-    """An archive is whole, but has what no archive of images needs."""
+    """An archive is whole, but uses a feature of tar that archives of images do not need."""
 
 
 class _StrictHeader(tarfile.TarInfo):

@@ -53,7 +53,7 @@ def find_source(
 
 
 def _local_path(dataset: str) -> Path:
-    """The path that a user wrote, or that a `file:` address stands for."""
+    """Returns the path that a user wrote, or that a `file:` address stands for."""
     if not dataset.startswith("file:"):
         return Path(dataset).expanduser()
     rest = dataset.removeprefix("file:")

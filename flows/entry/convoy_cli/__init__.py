@@ -1,4 +1,4 @@
-"""The target of the `convoy` script: a package whose name nothing else has, which finds the others.
+"""The target of the `convoy` script: a package with a unique name, which makes Python find Convoy's other packages.
 
 Convoy's packages have common names, and a PYTHONPATH, a `.pth` file or the working folder may hold modules of the same
 names: `tasks.py` is what Invoke calls its own file.
@@ -21,7 +21,7 @@ def main() -> None:
 
 
 def use_own_packages() -> None:
-    """Has Convoy's own packages found first, if others would be; the working folder never counts for children."""
+    """Makes Python find Convoy's own packages first; child processes never search the working folder."""
     os.environ["PYTHONSAFEPATH"] = "1"
     here = Path(__file__).resolve()
     # Beside this package where it is installed, or above it in the repository.
