@@ -73,7 +73,7 @@ def fresh_process(uri: str, images: Tensor, sizes: Sequence[int], time_limit: fl
             done = subprocess.run(
                 command,
                 cwd=temporary,
-                env=os.environ | CONSUMERS_ENVIRONMENT,
+                env=_environment(temporary),
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -116,7 +116,7 @@ def http_server(uri: str, time_limit: float) -> Iterator[httpx.Client]:
                 stdout=output,
                 stderr=output,
                 cwd=CONSUMER.parents[1],
-                env=os.environ | CONSUMERS_ENVIRONMENT,
+                env=_environment(temporary),
             )
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=time_limit, trust_env=False) as client:
@@ -133,6 +133,11 @@ def http_server(uri: str, time_limit: float) -> Iterator[httpx.Client]:
 def post_images(client: httpx.Client, content: object) -> httpx.Response:
     """Ask a server for the predictions of `content`, given as MLflow's `inputs`."""
     return client.post("/invocations", json={"inputs": content})
+
+
+def _environment(temporary: str) -> dict[str, str]:
+    """Has MLflow put the files of the model, which it leaves behind, where they are removed with the rest."""
+    return os.environ | CONSUMERS_ENVIRONMENT | {"TMPDIR": temporary}
 
 
 def _wait_for(client: httpx.Client, server: subprocess.Popen[bytes], log: Path, uri: str, time_limit: float) -> None:

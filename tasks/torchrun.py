@@ -59,6 +59,7 @@ def start_torchrun(
     """
     command = [sys.executable, "-m", "tasks.torchrun", "--nproc-per-node", str(ranks), "--max-restarts", "0"]
     command += ["--shutdown-timeout", f"{TORCHRUN:.0f}"]
+    command += ["--log-dir", str(folder / "torchrun")]  # else it leaves a folder in the temporary one at each start
     command += [*meeting, "-m", "tasks.rank", str(folder), *([str(ranks_meet)] if ranks_meet else [])]
     environment = (
         KEEP_MEMORY

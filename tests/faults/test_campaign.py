@@ -3,7 +3,7 @@
 from itertools import islice
 
 from tests.faults.campaign.__main__ import seeds
-from tests.faults.campaign.faults import FAULTS, MOMENTS, plan
+from tests.faults.campaign.tables import FAULTS, MOMENTS, plan
 
 
 def test_a_seed_gives_the_same_trials() -> None:

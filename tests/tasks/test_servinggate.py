@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -52,10 +53,23 @@ def servers() -> set[int]:
 
 
 @pytest.fixture(scope="module")
-def report(registered: Registered) -> ServingReport:
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder for temporary files while `report` is made."""
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def report(registered: Registered, temporary: Path) -> ServingReport:
     """Of the good version, which has no alias before."""
     assert aliased(registered.version.name, "challenger") is None
-    return gate(registered, registered.evaluated, ServingConfig())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(temporary))
+        patch.setattr(tempfile, "tempdir", None)
+        return gate(registered, registered.evaluated, ServingConfig())
+
+
+def test_trying_a_model_leaves_no_copy_of_it_behind(report: ServingReport, temporary: Path) -> None:
+    assert list(temporary.iterdir()) == []
 
 
 def test_good_version_passes_and_becomes_challenger(registered: Registered, report: ServingReport) -> None:

@@ -1,9 +1,9 @@
-"""A campaign: a random fault at a random moment of a training, then what a user would do, then what must hold.
+"""Runs trainings that a random fault hits at a random moment, does what a user would do, and checks what must hold.
 
-make faults MINUTES=30 SEED=1
-.venv/bin/python -m tests.faults.campaign --trial 123456        replays a trial by the seed that was printed
+    make faults MINUTES=30 SEED=1
+    .venv/bin/python -m tests.faults.campaign --trial 123456     replays a trial by its seed
 
-A stack of its own in a temporary folder; digits, two ranks, a second or two of training. As root, the state folder, its
-runs, its cache and the temporary folder are small disks, which can be filled. The three tables are `faults.MOMENTS`,
-`faults.FAULTS` and `invariants.INVARIANTS`.
+`tables.py` lists the moments, the faults and the invariants. A campaign has a stack of its own in a temporary folder,
+and trains on digits with two ranks, for some seconds per trial. As root, the state folder, its runs, its cache and the
+temporary folder are small disks, which can be filled.
 """

@@ -1,4 +1,4 @@
-"""Runs trials until the time is over, and prints what failed; exits with status 1 if anything did."""
+"""Prints a table of trials, each row as the trial goes on; exits with status 1 if anything failed."""
 
 import argparse
 import os
@@ -10,11 +10,14 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
-from tests.faults.campaign.faults import FAULTS, MOMENTS, plan
-from tests.faults.campaign.invariants import INVARIANTS
+from tests.faults.campaign.tables import FAULTS, INVARIANTS, MOMENTS, plan
 from tests.faults.campaign.trial import Home, Plan, Trial
+
+HEAD = "| trial | seed | fault | moment | what the user did | failed |\n|---|---|---|---|---|---|"
+UNDISTURBED = Plan(0, "", "none", "-", 0, 0, 0, 2)  # the first trial, with which all others are compared
 
 
 def seeds(seed: int) -> Iterator[int]:
@@ -24,37 +27,21 @@ def seeds(seed: int) -> Iterator[int]:
         yield draw.randrange(10**6)
 
 
-def undisturbed(home: Home) -> str:
-    """Trains without a fault; returns the MLflow run that all others are compared with."""
-    trial = Trial(home, Plan(0, "", "", "", 0, 0, 0, 2))
-    trial.start()
-    assert trial.commands[0].wait().status == 0, trial.commands[0].text
-    return trial.finished()
-
-
-def try_once(home: Home, chosen: Plan, reference: str) -> dict[str, str]:
+def run(trial: Trial) -> dict[str, list[str]]:
     """Runs a trial; returns what is wrong, by invariant."""
-    print(f"{time.strftime('%H:%M:%S')}  --trial {chosen.seed}: {chosen.fault}, {chosen.moment}", flush=True)
-    trial = Trial(home, chosen, reference)
-    trial.start()
-    trial.comes_to(MOMENTS[chosen.moment])
-    if not trial.late:
-        FAULTS[chosen.family][chosen.fault].act(trial)
-    trial.recover()
-    print(f"          {', '.join(map(str, trial.commands))}{' (it came too late)' if trial.late else ''}")
-    wrong = {name: found for name, check in INVARIANTS.items() if (found := check(trial))}
-    for name, found in wrong.items():
-        print(f"          {name}: {found}", flush=True)
-    return wrong
-
-
-def print_table(rows: list[tuple[Plan, dict[str, str]]]) -> None:
-    """Prints each trial with the invariants that failed, and how often each did."""
-    print(f"\n{'trial':>7}  {'fault':28} {'moment':18} failed")
-    for chosen, wrong in rows:
-        print(f"{chosen.seed:7}  {chosen.fault:28} {chosen.moment:18} {', '.join(wrong) or '-'}")
-    counts = Counter(name for _, wrong in rows for name in wrong)
-    print(f"{len(rows)} trials; failed: {', '.join(f'{name} {n}' for name, n in counts.most_common()) or 'none'}")
+    chosen = trial.plan
+    try:
+        trial.start()
+        if chosen is not UNDISTURBED:
+            trial.comes_to(MOMENTS[chosen.moment])
+            if not trial.late:
+                FAULTS[chosen.family][chosen.fault].act(trial)
+        trial.recover()
+        trial.home.reference = trial.home.reference or trial.finished()
+        return {name: found for name, check in INVARIANTS.items() if (found := check(trial))}
+    except Exception as error:  # a server that cannot be asked, for example; the next trial may tell more
+        traceback.print_exc()
+        return {"broke off": [f"{type(error).__name__}: {error}"[:200]]}
 
 
 def main() -> int:
@@ -67,30 +54,31 @@ def main() -> int:
         del os.environ[name]  # the user's own
     for sent in (signal.SIGINT, signal.SIGTERM):  # where they are ignored, as behind a shell's &, children ignore them
         signal.signal(sent, lambda *_: sys.exit("interrupted"))
-    rows: list[tuple[Plan, dict[str, str]]] = []
-    end = time.monotonic() + 60 * asked.minutes
-    print(f"SEED={asked.seed}", flush=True)
+    failed: Counter[str] = Counter()
+    done, end = 0, time.monotonic() + 60 * asked.minutes
+    print(f"SEED={asked.seed}\n\n{HEAD}", flush=True)
     with tempfile.TemporaryDirectory(prefix="convoy-faults-", ignore_cleanup_errors=True) as folder:
         home = Home(Path(folder))
         try:
             home.up()
-            reference = undisturbed(home)
-            for chosen in map(plan, asked.trial or seeds(asked.seed)):
+            for chosen in chain([UNDISTURBED], map(plan, asked.trial or seeds(asked.seed))):
                 if time.monotonic() > end:
                     break
-                if chosen.family == "disk" and not home.disks:
-                    print(f"          --trial {chosen.seed} is left out: small disks take root")
+                if chosen.family == "disk" and not home.disks:  # small disks take root
                     continue
-                try:
-                    rows.append((chosen, try_once(home, chosen, reference)))
-                except Exception as error:  # a server that cannot be asked, for example; the next trial may tell more
-                    traceback.print_exc()
-                    rows.append((chosen, {f"broke off with {type(error).__name__}": str(error)}))
+                print(f"| {done} | {chosen.seed} | {chosen.fault} | {chosen.moment} |", end=" ", flush=True)
+                trial = Trial(home, chosen)
+                wrong = run(trial)
                 home.clean()
+                said = "; ".join(f"{len(found)} {name}: {', '.join(found[:3])}" for name, found in wrong.items())
+                late = " (the fault came too late)" if trial.late else ""
+                print(f"{', '.join(map(str, trial.commands))}{late} | {said or '-'} |", flush=True)
+                failed.update(wrong.keys())
+                done += 1
         finally:
             home.close()
-            print_table(rows)
-    return int(any(wrong for _, wrong in rows))
+            print(f"\n{done} trials; failed: {', '.join(f'{n} {name}' for name, n in failed.most_common()) or 'none'}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""What must hold after each trial. Each function says in words what is wrong; nothing if all is well."""
+"""Says in words what is wrong after a trial; each function returns nothing if all is well."""
 
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -16,57 +15,64 @@ from infra.registry import aliased
 from tasks.doctor import find_orphans
 from tasks.lease import limit_of
 from tests.faults.campaign.trial import Trial
-from tests.flows.program import difference, history
+from tests.flows import program
 
 NOT_FINAL = FlowRunFilterState(type=FlowRunFilterStateType(not_any_=list(TERMINAL_STATES)))
+EXIT_STATUS = {"SIGTERM flow": 75, "SIGINT flow": 130}
 
 
-def _weights(trial: Trial) -> str | None:
+def weights(trial: Trial) -> list[str]:
     """Finished, with the bits of the undisturbed training."""
     if not (run := trial.finished()):
-        return f"never finished: {trial.commands[-2].text.strip().splitlines()[-1:]}"
-    ours, theirs = (MlflowClient().get_run(each).data.tags["convoy.weights_sha256"] for each in (run, trial.reference))
-    return None if ours == theirs else f"{ours[:12]}, not {theirs[:12]}"
+        return [f"never finished: {trial.commands[-2].text.strip().splitlines()[-1:]}"]
+    ours, theirs = (
+        MlflowClient().get_run(each).data.tags["convoy.weights_sha256"] for each in (run, trial.home.reference)
+    )
+    return [] if ours == theirs else [f"{ours[:12]}, not {theirs[:12]}"]
 
 
-def _metrics(trial: Trial) -> str | None:
+def metrics(trial: Trial) -> list[str]:
     """The history is the undisturbed one's; and no metric, timings included, is twice at a step."""
     if not (run := trial.finished()):
-        return None
-    wrong, ours, theirs = [], history(run), history(trial.reference)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if (found := ours.get(name, [])) != (expected := theirs.get(name, [])):
-            steps = difference([step for step, _ in found], [step for step, _ in expected])
-            wrong.append(f"{name} {steps[:60]}")
-    for name in MlflowClient().get_run(run).data.metrics:
-        steps_of = Counter(point.step for point in MlflowClient().get_metric_history(run, name))
-        wrong += [f"{name} twice"] if max(steps_of.values()) > 1 else []
-    return f"{len(wrong)}: {', '.join(wrong[:3])}" if wrong else None
+        return []
+    ours, theirs = program.history(run), program.history(trial.home.reference)
+    wrong = [
+        f"{name} {program.difference([step for step, _ in found], [step for step, _ in expected])[:60]}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if (found := ours.get(name, [])) != (expected := theirs.get(name, []))
+    ]
+    client = MlflowClient()
+    for name in client.get_run(run).data.metrics:
+        steps = Counter(point.step for point in client.get_metric_history(run, name))
+        wrong += [f"{name} twice"] if max(steps.values()) > 1 else []
+    return wrong
 
 
-def _versions(trial: Trial) -> str | None:
+def versions(trial: Trial) -> list[str]:
+    """The finished run has one version, and no other run has any."""
     runs = [version.run_id for version in trial.versions()]
-    return None if runs == [trial.finished()] else f"versions of {runs}"
+    return [] if runs == [trial.finished()] else [f"versions of {runs}"]
 
 
-def _history(trial: Trial) -> str | None:
-    found = promotion.history(trial.home.store(), trial.name)
-    changes = [(entry.from_version, entry.to_version) for entry in found]
-    return None if changes == [(None, "1")] else f"{changes}"
+def history(trial: Trial) -> list[str]:
+    """The model's history is one promotion."""
+    changes = [(entry.from_version, entry.to_version) for entry in promotion.history(trial.home.store(), trial.name)]
+    return [] if changes == [(None, "1")] else [f"{changes}"]
 
 
-def _aliases(trial: Trial) -> str | None:
+def aliases(trial: Trial) -> list[str]:
+    """The alias is where the history says."""
     entries = promotion.history(trial.home.store(), trial.name)
     champion, wanted = aliased(trial.name, "champion"), entries[-1].to_version if entries else None
-    return None if (champion.version if champion else None) == wanted else f"{champion}, not {wanted}"
+    return [] if (champion.version if champion else None) == wanted else [f"{champion}, not {wanted}"]
 
 
-def _processes(trial: Trial) -> str | None:
-    found = [" ".join(process.cmdline())[-60:] for process in trial.home.others()]
-    return f"{len(found)}: {found[0]}" if found else None
+def processes(trial: Trial) -> list[str]:
+    """No process of the state folder lives, but for the servers'."""
+    return [" ".join(process.cmdline())[-60:] for process in trial.home.others()]
 
 
-def _running(trial: Trial) -> str | None:
+def running(trial: Trial) -> list[str]:
     """Nothing is open in MLflow or Prefect, the model's lease included."""
     wrong = [f"MLflow {run.info.status}" for run in trial.runs() if run.info.status in ("RUNNING", "SCHEDULED")]
     with get_client(sync_client=True) as client:
@@ -77,11 +83,11 @@ def _running(trial: Trial) -> str | None:
         with suppress(ObjectNotFound):
             taken = client.read_global_concurrency_limit_by_name(limit_of(trial.name)).active_slots
             wrong += ["the lease is taken"] if taken else []
-    return ", ".join(wrong) or None
+    return wrong
 
 
-def _left(trial: Trial) -> str | None:
-    """No stray object in the bucket, no stray file here."""
+def left(trial: Trial) -> list[str]:
+    """No stray object is in the bucket, and no stray file here; what a killed process had in use, is not its fault."""
 
     def objects(run: str) -> set[str]:
         keys = [info.key.split("/", 2)[2] for info in trial.home.store().list(f"runs/{run}/")]
@@ -89,29 +95,18 @@ def _left(trial: Trial) -> str | None:
 
     found = [str(finding) for finding in find_orphans(timedelta(0))]
     if run := trial.finished():
-        found += [f"object {key}" for key in objects(run) ^ objects(trial.reference)]
-    found += [f"temporary {path.name}" for path in trial.home.tmp.iterdir() if not path.name.startswith("weed.")]
-    return f"{len(found)}: {found[0][:100]}" if found else None
+        found += [f"object {key}" for key in objects(run) ^ objects(trial.home.reference)]
+    for path in trial.home.tmp.iterdir():
+        if not trial.killed and not path.name.startswith("weed."):
+            found.append(f"temporary {path.name} {[each.name for each in path.rglob('*')][:3]}")
+    return found
 
 
-def _said(trial: Trial) -> str | None:
-    """No traceback, nothing hung, and a signal to the flow decides its exit status."""
+def said(trial: Trial) -> list[str]:
+    """No command printed a traceback or hung, and a signal to the flow decides its exit status."""
     wrong = [f"traceback of {each}" for each in trial.commands if "Traceback (most" in each.text]
     wrong += [str(each) for each in trial.commands if each.hung] + trial.noticed
-    status = {"SIGTERM flow": 75, "SIGINT flow": 130}.get(trial.plan.fault)
+    status = EXIT_STATUS.get(trial.plan.fault)
     if status and not trial.late and trial.commands[0].status != status:
         wrong.append(f"exit status {trial.commands[0].status}, not {status}")
-    return "; ".join(wrong) or None
-
-
-INVARIANTS: dict[str, Callable[[Trial], str | None]] = {
-    "weights": _weights,
-    "metrics": _metrics,
-    "one version": _versions,
-    "history": _history,
-    "aliases": _aliases,
-    "processes": _processes,
-    "running": _running,
-    "left": _left,
-    "said": _said,
-}
+    return wrong

@@ -34,7 +34,7 @@ CONFIG = sets(*RESUMABLE, "promote=true")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that is random about a trial: a function of its seed, by `faults.plan`.
+    """All that is random about a trial: a function of its seed, by `tables.plan`.
 
     Attributes:
         step: of the moment "in training".
@@ -51,13 +51,6 @@ class Plan:
     delay: float
     seconds: float
     ranks: int
-
-
-def send(sent: signal.Signals, processes: Iterable[psutil.Process]) -> None:
-    """Sends a signal to those that still live."""
-    for process in processes:
-        with suppress(psutil.Error):
-            process.send_signal(sent)
 
 
 class Command:
@@ -109,6 +102,7 @@ class Home:
         for name in ("S3", "MLFLOW", "PREFECT"):  # the default ports are for the user's own stack
             self._user[f"CONVOY_{name}_PORT"] = str(random.choice(CHOICE))
         self.settings = Settings(home=self.folder)
+        self.reference = ""  # MLflow run of the undisturbed training
         self.known_open: set[UUID] = set()  # flow runs that an earlier trial has left open
 
     def start(self, *arguments: str) -> Command:
@@ -160,17 +154,17 @@ class Trial:
     """A training of a model of its own, and what becomes of it.
 
     Attributes:
-        reference: MLflow run of the undisturbed training.
         commands: what the user called, the training itself first.
         late: whether the training ended before the fault.
+        killed: whether processes had no chance to tidy up.
         noticed: what a fault's own commands complained of.
     """
 
-    def __init__(self, home: Home, plan: Plan, reference: str = "") -> None:
-        self.home, self.plan, self.reference = home, plan, reference
+    def __init__(self, home: Home, plan: Plan) -> None:
+        self.home, self.plan = home, plan
         self.name = f"trial-{plan.seed}"
         self.commands: list[Command] = []
-        self.late = False
+        self.late = self.killed = False
         self.noticed: list[str] = []
         self._before = set(home.settings.runs.iterdir())
 
@@ -178,6 +172,26 @@ class Trial:
     def training(self) -> Training | None:
         folders = [path for path in self.home.settings.runs.iterdir() if path.is_dir() and path not in self._before]
         return Training(folders[0]) if folders else None
+
+    def steps(self) -> int:
+        return self.training.steps() if self.training else 0
+
+    def runs(self) -> list[Any]:
+        """Returns its MLflow runs, the newest first."""
+        client = MlflowClient()
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        return list(client.search_runs(experiments, f"tags.`convoy.model` = '{self.name}'"))
+
+    def finished(self) -> str:
+        """Returns the id of its finished run, or nothing."""
+        return next((run.info.run_id for run in self.runs() if run.info.status == "FINISHED"), "")
+
+    def versions(self) -> list[Any]:
+        return list(MlflowClient().search_model_versions(f"name = '{self.name}'"))
+
+    def send(self, sent: signal.Signals, processes: Iterable[psutil.Process]) -> None:
+        self.killed |= sent == signal.SIGKILL
+        send(sent, processes)
 
     def start(self) -> None:
         """Starts the training, here or by a worker."""
@@ -193,12 +207,8 @@ class Trial:
         self._start_worker()
         self._call("retrain", "-d", f"retrain/{self.name}", "--force", "--wait", *CONFIG)
 
-    def _start_worker(self) -> None:
-        self.worker = self.home.start("worker", "--pool", POOL)
-
     def train(self, ranks: int) -> None:
-        options = ("--dataset", "digits", "--name", self.name, "--ranks", str(ranks))
-        self._call("train", *options, *CONFIG)
+        self._call("train", "--dataset", "digits", "--name", self.name, "--ranks", str(ranks), *CONFIG)
 
     def resume(self, *options: str) -> None:
         self._call("resume", self.runs()[0].info.run_id, *options)
@@ -233,18 +243,15 @@ class Trial:
         self._call("doctor", "--fix")
         self.commands[-1].wait()
 
-    def runs(self) -> list[Any]:
-        """Its MLflow runs, the newest first."""
-        client = MlflowClient()
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        return list(client.search_runs(experiments, f"tags.`convoy.model` = '{self.name}'"))
-
-    def finished(self) -> str:
-        """Returns the id of its finished run, or nothing."""
-        return next((run.info.run_id for run in self.runs() if run.info.status == "FINISHED"), "")
-
-    def versions(self) -> list[Any]:
-        return list(MlflowClient().search_model_versions(f"name = '{self.name}'"))
+    def _start_worker(self) -> None:
+        self.worker = self.home.start("worker", "--pool", POOL)
 
     def _call(self, *arguments: str) -> None:
         self.commands.append(self.home.start(*arguments))
+
+
+def send(sent: signal.Signals, processes: Iterable[psutil.Process]) -> None:
+    """Sends a signal to those that still live."""
+    for process in processes:
+        with suppress(psutil.Error):
+            process.send_signal(sent)
