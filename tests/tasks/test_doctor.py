@@ -322,22 +322,6 @@ def test_processes_without_their_flow_are_ended(
     assert not psutil.pid_exists(process.pid) and other.poll() is None
 
 
-def test_a_supervisor_that_was_adopted_is_an_orphan(made: Leftovers) -> None:
-    folder = Settings().runs / "some-run"
-    sleep = [sys.executable, "-c", "import time; time.sleep(300)", "-m", "tasks.supervisor", str(folder)]
-    code = f"import subprocess as s; print(s.Popen({sleep!r}, stdout=s.DEVNULL, stderr=s.DEVNULL).pid)"
-    pid = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    process = psutil.Process(int(pid))
-    try:
-        if process.ppid() != 1:
-            pytest.skip("another process than 1 adopts orphans: run the tests in a login shell")
-        assert whats(settle_all()) == [("process", pid)]
-        assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    finally:
-        if process.is_running():
-            process.kill()
-
-
 def test_a_live_supervisor_keeps_its_run_alive(made: Leftovers, start: Callable[..., subprocess.Popen[str]]) -> None:
     run = running(made, flow_run_in(Failed()))
     folder = str(Settings().runs / run)
