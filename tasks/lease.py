@@ -108,8 +108,8 @@ def _take(limit: str, held: ExitStack) -> bool:
         if found.active_slots >= found.limit:
             if _is_forgotten(client, found) and _free(client, found):
                 run_logger().warning(
-                    "the lease %s was taken but had no holder, so it was freed: Prefect forgets leases when it restarts. "
-                    "To prevent that, set PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE for its server, as the README says",
+                    "the lease %s was taken but had no holder, so it was freed: Prefect forgets leases at a restart; "
+                    "to prevent that, set PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE for its server, as the README says",
                     limit,
                 )
             return False

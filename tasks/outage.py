@@ -12,13 +12,20 @@ LONGEST_PAUSE = 10.0  # seconds between tries
 Result = TypeVar("Result")
 
 
-def through_outage(work: Callable[[], Result], warn: Callable[[str], None], patience: float = PATIENCE) -> Result:
+def through_outage(
+    work: Callable[[], Result],
+    warn: Callable[[str], None],
+    patience: float = PATIENCE,
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> Result:
     """Returns what `work` returns, tried again while a server is away.
 
     Args:
         work: may be done twice.
         warn: told in one line when an outage begins.
         patience: seconds after which an outage is too long.
+        check: called before each further try; may raise, to end the waiting.
 
     Raises:
         Outage: the server is away for longer than that.
@@ -32,5 +39,6 @@ def through_outage(work: Callable[[], Result], warn: Callable[[str], None], pati
                 raise
             if pause == 1.0:
                 warn(f"trying again for up to {patience:.0f} s: {error}")
+        check()
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)

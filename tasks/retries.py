@@ -1,6 +1,5 @@
 """Which failures of a task are worth another try."""
 
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,12 +8,12 @@ from prefect.tasks import Task
 
 from infra.errors import Outage
 from tasks.cancel import stop_if_cancelled
+from tasks.outage import through_outage
 from tasks.progress import run_logger
 
 T = TypeVar("T")
 
 PATIENCE = 600.0  # seconds that an outage may last
-LONGEST_PAUSE = 15.0  # seconds between tries
 
 
 def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -32,22 +31,11 @@ RETRIED: dict[str, Any] = {
 
 
 def outlast(work: Callable[[], T], *, patience: float = PATIENCE) -> T:
-    """Returns what `work` returns, done again while a server is away: for the end of a training, which is not a task
-    that could be done again.
+    """Returns what `work` returns, tried again while a server is away, for the end of a training, which is no task that
+    could be done again.
 
     Raises:
         Cancelled: the flow run was cancelled meanwhile.
         Outage: it lasted longer than `patience` seconds.
     """
-    deadline, pause = time.monotonic() + patience, 1.0
-    while True:
-        try:
-            return work()
-        except Outage as error:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise
-            run_logger().warning("%s; trying again, for %.0f s at most", error, left)
-        stop_if_cancelled()
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+    return through_outage(work, lambda line: run_logger().warning("%s", line), patience, check=stop_if_cancelled)

@@ -74,7 +74,7 @@ def test_an_outage_is_outlasted_but_no_refusal(caplog: pytest.LogCaptureFixture)
         return "there"
 
     assert outlast(ask) == "there"
-    assert "MLflow is away; trying again, for 600 s at most" in caplog.text
+    assert "trying again for up to 600 s: MLflow is away" in caplog.text
     answers += [ServiceError("no")]
     with pytest.raises(ServiceError, match="no"):
         outlast(ask)
