@@ -4,6 +4,7 @@ job.json             the task's order
 events.jsonl         rank 0's account of how it goes, a line at a time
 train.log            what the ranks and torchrun print; train.log.1 … of earlier starts
 model.safetensors    the final weights
+stopped              there since the ranks have come to a stop and store its checkpoint
 outcome.json         how it ended, by the first rank that had something to say
 """
 
@@ -154,6 +155,16 @@ class JobFolder:
     def read_job(self) -> Job:
         return Job.model_validate_json((self.path / "job.json").read_bytes())
 
+    def mark_stopped(self) -> None:
+        """Says that the ranks have come to a stop, and that its checkpoint is being stored."""
+        with suppress(OSError):  # a full disk takes no checkpoint either
+            (self.path / "stopped").touch()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the ranks of this start have come to a stop."""
+        return (self.path / "stopped").exists()
+
     def write_event(self, event: Event) -> None:
         """Appends a line; on a full disk it is dropped, since a missing event is no reason to end a training."""
         try:
@@ -230,7 +241,8 @@ class JobFolder:
         return " | ".join(said[-lines:]) or "they were killed"
 
     def _forget_outcome(self) -> None:
-        (self.path / "outcome.json").unlink(missing_ok=True)
+        for name in ("outcome.json", "stopped"):
+            (self.path / name).unlink(missing_ok=True)
         if SPARE_OUTCOME in os.environ:
             os.truncate(os.environ[SPARE_OUTCOME], 0)
 

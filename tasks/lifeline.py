@@ -62,13 +62,19 @@ def adopt_orphans() -> None:
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def end_descendants(patience: float) -> None:
-    """End every descendant of this process: SIGTERM, a wait of up to `patience` seconds, SIGKILL."""
+def end_descendants(patience: float | Callable[[], float]) -> None:
+    """End every descendant of this process: SIGTERM, a wait, SIGKILL.
+
+    Args:
+        patience: seconds to wait at most; a function may change its mind meanwhile.
+    """
     for sent, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
         told: set[psutil.Process] = set()
         # Looking again and again finds what was started, or orphaned to us, since the last look.
-        while (living := _descendants()) and time.monotonic() < deadline:
+        while living := _descendants():
+            if time.monotonic() - began >= (seconds() if callable(seconds) else seconds):
+                break
             for process in living - told:
                 try:
                     process.send_signal(sent)

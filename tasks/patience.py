@@ -12,6 +12,7 @@ REACH_STOP = 20.0  # from SIGTERM to the agreed step; then a rank ends itself: i
 SLACK = 5.0  # that a stopped rank lives longer than last checkpoint and last metrics take
 TORCHRUN = REACH_STOP + AT_MOST + FLUSH + SLACK  # then kills its ranks
 OWNER = TORCHRUN + 5.0  # supervisor or agent: then kills torchrun and ranks
+HUNG = REACH_STOP + SLACK  # supervisor: then kills them unless they have come to the stop: they would have ended by now
 PAUSE = OWNER + 5.0  # coordinator: then goes on without the nodes that have not stopped
 FLOW = PAUSE + 5.0  # then kills the supervisor
 CONTAINER = 120.0  # at least, that a container engine gives a pod or service between SIGTERM and SIGKILL

@@ -178,6 +178,7 @@ class RankZero:
         """
         patience = self._writer.patience
         stop.give(patience + FLUSH + SLACK)
+        self._folder.mark_stopped()
         if not self._writer.close(patience):
             kept = f"the last one is of step {self._writer.committed}"
             self.warn(f"the checkpoint of step {step} could not be stored within {patience:.0f} s; {kept}")

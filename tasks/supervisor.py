@@ -26,7 +26,7 @@ from tasks.lifeline import (
     hear_sigterm_as_end_of_input,
 )
 from tasks.memoryfile import memory_file
-from tasks.patience import OWNER
+from tasks.patience import HUNG, OWNER
 from tasks.torchrun import ALONE, start_torchrun
 
 POLL = 0.2  # seconds
@@ -57,7 +57,7 @@ def run_here(folder: JobFolder) -> int:
             return status or 0
         if not restarts.take():
             return status
-        end_descendants(OWNER)
+        _end_ranks(folder)
         reason = folder.killed() or (outcome.error if outcome else folder.log_end())
         folder.write_event(Event(warning=f"{reason}; starting again from the last checkpoint"))
         folder.start_again()
@@ -82,9 +82,13 @@ def _start_ranks(folder: JobFolder) -> int | None:
         )
         while torchrun.poll() is None:
             if _task_wants_end(POLL):
-                end_descendants(OWNER)  # now, while the ranks' meeting place is still there
+                _end_ranks(folder)  # now, while the ranks' meeting place is still there
                 return None
         return torchrun.returncode
+
+
+def _end_ranks(folder: JobFolder) -> None:
+    end_descendants(lambda: OWNER if folder.stopped else HUNG)
 
 
 def run_on_nodes(folder: JobFolder) -> int:

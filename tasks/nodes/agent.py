@@ -113,6 +113,8 @@ class Membership:
             except ServiceError as error:
                 self._say(f"going on without news: {error}")
                 self._pulse.forgive()
+                if leave():  # the caller ends the ranks; those of other nodes agree on the stop with them
+                    return True
             time.sleep(BEAT)
 
     def _follow(self, order: Order, *, leaving: bool) -> None:

@@ -16,7 +16,7 @@ def test_every_fault_comes_at_every_moment_at_which_it_can() -> None:
     assert planned == {
         (family, name, moment)
         for family, faults in FAULTS.items()
-        for name, fault in faults.items()
-        for moment in fault.moments
+        for name, (_, moments) in faults.items()
+        for moment in moments
     }
     assert {moment for _, _, moment in planned} == set(MOMENTS)

@@ -240,6 +240,34 @@ def test_supervisor_that_is_told_to_end_takes_torchrun_along(
     assert training.processes() == []
 
 
+HURRIED = """
+from tasks import supervisor
+supervisor.HUNG, supervisor.OWNER = 0.5, 600.0
+supervisor.main()
+"""
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_hung_rank_is_killed_sooner_when_the_ranks_have_not_come_to_the_stop(
+    started: list[subprocess.Popen[str]], training: Training, stopped: bool
+) -> None:
+    command = [sys.executable, "-P", "-c", HURRIED, str(training.folder)]
+    supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+    started.append(supervisor)
+    hung = wait_for(lambda: training.processes("tasks.rank"), "the ranks to start")[0]
+    hung.suspend()
+    if stopped:
+        JobFolder(training.folder).mark_stopped()
+    assert supervisor.stdin
+    supervisor.stdin.close()
+    if stopped:  # a checkpoint is being stored
+        with pytest.raises(subprocess.TimeoutExpired):
+            supervisor.wait(2)
+        hung.resume()
+    assert supervisor.wait(60) == 0
+    training.assert_ends()
+
+
 def test_killed_supervisor_takes_torchrun_along(started: list[subprocess.Popen[str]], training: Training) -> None:
     supervisor = supervise(started, training)
     wait_for(lambda: training.processes("tasks.torchrun"), "torchrun to start")

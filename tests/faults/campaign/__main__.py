@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 from tests.faults.campaign.tables import FAULTS, INVARIANTS, MOMENTS, plan
@@ -21,10 +21,8 @@ UNDISTURBED = Plan(0, "", "none", "-", 0, 0, 0, 2)  # the first trial, with whic
 
 
 def seeds(seed: int) -> Iterator[int]:
-    """Yields the seeds of a campaign's trials."""
-    draw = random.Random(seed)
-    while True:
-        yield draw.randrange(10**6)
+    """Returns the seeds of a campaign's trials, without end."""
+    return map(random.Random(seed).randrange, repeat(10**6))
 
 
 def run(trial: Trial) -> dict[str, list[str]]:
@@ -35,7 +33,7 @@ def run(trial: Trial) -> dict[str, list[str]]:
         if chosen is not UNDISTURBED:
             trial.comes_to(MOMENTS[chosen.moment])
             if not trial.late:
-                FAULTS[chosen.family][chosen.fault].act(trial)
+                FAULTS[chosen.family][chosen.fault][0](trial)
         trial.recover()
         trial.home.reference = trial.home.reference or trial.finished()
         return {name: found for name, check in INVARIANTS.items() if (found := check(trial))}

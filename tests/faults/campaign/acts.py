@@ -15,37 +15,32 @@ MODULES = {"supervisor": "tasks.supervisor", "torchrun": "tasks.torchrun", "rank
 
 def signal(sent: Signals, victim: str, trial: Trial) -> None:
     """Sends a signal to the flow, its worker or a process of the training; too late if there is none."""
-    if victim in ("flow", "worker"):
-        command = trial.commands[0] if victim == "flow" else trial.worker
-        found = [psutil.Process(command.process.pid)] if command.status is None else []
-    else:
-        name, _, number = victim.partition(" ")
+    name, _, which = victim.partition(" ")
+    if name in MODULES:
         found = trial.training.processes(MODULES[name]) if trial.training else []
-        found = [each for each in found if each.environ().get("RANK", "") == number]
+        found = [each for each in found if each.environ().get("RANK", "") == which]
+    else:
+        command = trial.commands[0] if name == "flow" else trial.worker
+        found = [psutil.Process(command.pid)] if command.poll() is None else []
+        found += [each for parent in found for each in parent.children(recursive=True)] if which else []
     trial.late = not found
     trial.send(sent, found)
-
-
-def worker_and_all_below(trial: Trial) -> None:
-    worker = psutil.Process(trial.worker.process.pid)
-    trial.send(SIGKILL, [worker, *worker.children(recursive=True)])
 
 
 def server(name: ServerName, how: str, trial: Trial) -> None:
     """Kills a server for good or for some seconds, or stops it for these."""
     processes = trial.home.servers(name)
     trial.send(SIGSTOP if how == "hangs" else SIGKILL, processes)
-    if how == "killed":
-        return
-    time.sleep(trial.plan.seconds)
+    if how != "killed":
+        time.sleep(trial.plan.seconds)
     if how == "hangs":
         trial.send(SIGCONT, processes)
-    else:
+    if how == "away":
         trial.home.up()
 
 
 def down_and_up(trial: Trial) -> None:
-    trial.home.run("down")
+    trial.home.start("down").end()
     trial.home.up()
 
 
@@ -98,12 +93,12 @@ def resumed(times: int, trial: Trial) -> None:
 def beside(command: tuple[str, ...], trial: Trial) -> None:
     """Runs a command twice at once beside the training, which must not mind."""
     commands = [trial.home.start(*command) for _ in range(2)]
-    trial.noticed += [str(each) for each in commands if each.wait().status]
+    trial.noticed += [str(each) for each in commands if each.end().returncode]
 
 
 def _kill_flow(trial: Trial) -> None:
     signal(SIGKILL, "flow", trial)
-    trial.commands[0].wait()
+    trial.commands[0].end()
 
 
 def _damaged(how: str, content: bytes, trial: Trial) -> bytes:

@@ -24,10 +24,9 @@ EXIT_STATUS = {"SIGTERM flow": 75, "SIGINT flow": 130}
 def weights(trial: Trial) -> list[str]:
     """Finished, with the bits of the undisturbed training."""
     if not (run := trial.finished()):
-        return [f"never finished: {trial.commands[-2].text.strip().splitlines()[-1:]}"]
-    ours, theirs = (
-        MlflowClient().get_run(each).data.tags["convoy.weights_sha256"] for each in (run, trial.home.reference)
-    )
+        return [f"never finished: {trial.commands[-2].log.read_text().strip().splitlines()[-1:]}"]
+    client, runs = MlflowClient(), (run, trial.home.reference)
+    ours, theirs = (client.get_run(each).data.tags["convoy.weights_sha256"] for each in runs)
     return [] if ours == theirs else [f"{ours[:12]}, not {theirs[:12]}"]
 
 
@@ -54,17 +53,11 @@ def versions(trial: Trial) -> list[str]:
     return [] if runs == [trial.finished()] else [f"versions of {runs}"]
 
 
-def history(trial: Trial) -> list[str]:
-    """The model's history is one promotion."""
+def champion(trial: Trial) -> list[str]:
+    """The history is one promotion, and the alias is where it says."""
     changes = [(entry.from_version, entry.to_version) for entry in promotion.history(trial.home.store(), trial.name)]
-    return [] if changes == [(None, "1")] else [f"{changes}"]
-
-
-def aliases(trial: Trial) -> list[str]:
-    """The alias is where the history says."""
-    entries = promotion.history(trial.home.store(), trial.name)
-    champion, wanted = aliased(trial.name, "champion"), entries[-1].to_version if entries else None
-    return [] if (champion.version if champion else None) == wanted else [f"{champion}, not {wanted}"]
+    found = aliased(trial.name, "champion")
+    return [] if changes == [(None, "1")] and found and found.version == "1" else [f"{changes}, alias {found}"]
 
 
 def processes(trial: Trial) -> list[str]:
@@ -72,21 +65,19 @@ def processes(trial: Trial) -> list[str]:
     return [" ".join(process.cmdline())[-60:] for process in trial.home.others()]
 
 
-def running(trial: Trial) -> list[str]:
+def open_runs(trial: Trial) -> list[str]:
     """Nothing is open in MLflow or Prefect, the model's lease included."""
     wrong = [f"MLflow {run.info.status}" for run in trial.runs() if run.info.status in ("RUNNING", "SCHEDULED")]
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=NOT_FINAL)):
-            if run.id not in trial.home.known_open:
-                trial.home.known_open.add(run.id)
-                wrong.append(f"Prefect {run.name} {run.state_name}")
+            wrong += [f"Prefect {run.name} {run.state_name}"] if run.created and run.created > trial.began else []
         with suppress(ObjectNotFound):
             taken = client.read_global_concurrency_limit_by_name(limit_of(trial.name)).active_slots
             wrong += ["the lease is taken"] if taken else []
     return wrong
 
 
-def left(trial: Trial) -> list[str]:
+def leftovers(trial: Trial) -> list[str]:
     """No stray object is in the bucket, and no stray file here; what a killed process had in use, is not its fault."""
 
     def objects(run: str) -> set[str]:
@@ -102,11 +93,11 @@ def left(trial: Trial) -> list[str]:
     return found
 
 
-def said(trial: Trial) -> list[str]:
+def messages(trial: Trial) -> list[str]:
     """No command printed a traceback or hung, and a signal to the flow decides its exit status."""
-    wrong = [f"traceback of {each}" for each in trial.commands if "Traceback (most" in each.text]
+    wrong = [f"traceback of {each}" for each in trial.commands if "Traceback (most" in each.log.read_text()]
     wrong += [str(each) for each in trial.commands if each.hung] + trial.noticed
     status = EXIT_STATUS.get(trial.plan.fault)
-    if status and not trial.late and trial.commands[0].status != status:
-        wrong.append(f"exit status {trial.commands[0].status}, not {status}")
+    if status and not trial.late and trial.commands[0].returncode != status:
+        wrong.append(f"exit status {trial.commands[0].returncode}, not {status}")
     return wrong

@@ -2,22 +2,20 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from signal import SIGINT, SIGKILL, SIGTERM
 
 from infra import promotion
 from infra.stackfolder import NAMES
 from tests.faults.campaign import acts, invariants
-from tests.faults.campaign.trial import DISKS, Plan, Trial
-from tests.flows.program import RESUMABLE_STEPS
+from tests.faults.campaign.trial import DISKS, STEPS, Plan, Trial
 
 MOMENTS: dict[str, Callable[[Trial], object]] = {
     "at once": lambda trial: True,
     "about to train": lambda trial: trial.training,
     "ranks start": lambda trial: trial.training and trial.training.processes("tasks.rank"),
     "in training": lambda trial: trial.steps() >= trial.plan.step,
-    "last step": lambda trial: trial.steps() >= RESUMABLE_STEPS,
+    "last step": lambda trial: trial.steps() >= STEPS,
     "weights committed": lambda trial: trial.training and (trial.training.folder / "outcome.json").exists(),
     "evaluated": lambda trial: any("test/accuracy" in run.data.metrics for run in trial.runs()),
     "registered": lambda trial: trial.versions(),
@@ -29,59 +27,46 @@ TRAINING = ("about to train", *RANKS_LIVE)
 CHECKPOINTED = ("in training", "last step", "weights committed")
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What is done, and at which moments it can be done."""
+Act = Callable[[Trial], None]
 
-    act: Callable[[Trial], None]
-    moments: tuple[str, ...]
-
-
-FAULTS: dict[str, dict[str, Fault]] = {
+FAULTS: dict[str, dict[str, tuple[Act, tuple[str, ...]]]] = {  # what is done, and when it can be
     "signal": {
-        f"{sent.name} {victim}": Fault(partial(acts.signal, sent, victim), ALL if victim == "flow" else RANKS_LIVE)
+        f"{sent.name} {victim}": (partial(acts.signal, sent, victim), ALL if victim == "flow" else RANKS_LIVE)
         for victim in ("flow", "supervisor", "torchrun", "rank 0", "rank 1")
         for sent in ((SIGTERM, SIGINT, SIGKILL) if victim == "flow" else (SIGTERM, SIGKILL))
     },
     "server": {
-        f"{name} {how}": Fault(partial(acts.server, name, how), ALL)
-        for name in NAMES
-        for how in ("killed", "hangs", "away")
+        f"{name} {how}": (partial(acts.server, name, how), ALL) for name in NAMES for how in ("killed", "hangs", "away")
     },
-    "power": {"power cut": Fault(acts.power_cut, ALL), "down and up": Fault(acts.down_and_up, ALL)},
+    "power": {"power cut": (acts.power_cut, ALL), "down and up": (acts.down_and_up, ALL)},
     "cache": {
-        f"cache {how}, {victim} killed": Fault(partial(acts.cache, how, victim), RANKS_LIVE)
+        f"cache {how}, {victim} killed": (partial(acts.cache, how, victim), RANKS_LIVE)
         for how in ("flipped", "truncated", "deleted")
         for victim in ("flow", "rank 0")
     },
     "checkpoint": {
-        f"checkpoint {how}": Fault(partial(acts.checkpoint, how), CHECKPOINTED)
+        f"checkpoint {how}": (partial(acts.checkpoint, how), CHECKPOINTED)
         for how in ("flipped", "truncated", "deleted")
     },
-    "disk": {f"disk of {folder or 'home'} full": Fault(partial(acts.disk_full, folder), ALL) for folder in DISKS},
+    "disk": {f"disk of {folder or 'home'} full": (partial(acts.disk_full, folder), ALL) for folder in DISKS},
     "race": {
-        "resumed while it runs": Fault(partial(acts.resumed, 1), TRAINING),
-        "resumed twice": Fault(partial(acts.resumed, 2), TRAINING),
-        "two prunes": Fault(partial(acts.beside, ("prune",)), ALL),
-        "two doctors": Fault(partial(acts.beside, ("doctor", "--fix")), ALL),
+        "resumed while it runs": (partial(acts.resumed, 1), TRAINING),
+        "resumed twice": (partial(acts.resumed, 2), TRAINING),
+        "two prunes": (partial(acts.beside, ("prune",)), ALL),
+        "two doctors": (partial(acts.beside, ("doctor", "--fix")), ALL),
     },
     "worker": {
-        "SIGTERM worker": Fault(partial(acts.signal, SIGTERM, "worker"), TRAINING),
-        "SIGKILL worker": Fault(partial(acts.signal, SIGKILL, "worker"), TRAINING),
-        "SIGKILL worker and all below": Fault(acts.worker_and_all_below, TRAINING),
+        f"{sent.name} {victim}": (partial(acts.signal, sent, victim), TRAINING)
+        for sent, victim in ((SIGTERM, "worker"), (SIGKILL, "worker"), (SIGKILL, "worker and all below"))
     },
 }
 
 INVARIANTS: dict[str, Callable[[Trial], list[str]]] = {
-    "weights": invariants.weights,
-    "metrics": invariants.metrics,
-    "one version": invariants.versions,
-    "history": invariants.history,
-    "aliases": invariants.aliases,
-    "processes": invariants.processes,
-    "running": invariants.running,
-    "left": invariants.left,
-    "said": invariants.said,
+    check.__name__: check
+    for check in (
+        *(invariants.weights, invariants.metrics, invariants.versions, invariants.champion),
+        *(invariants.processes, invariants.open_runs, invariants.leftovers, invariants.messages),
+    )
 }
 
 
@@ -90,6 +75,6 @@ def plan(seed: int) -> Plan:
     draw = random.Random(seed)
     family = draw.choice(list(FAULTS))
     name = draw.choice(list(FAULTS[family]))
-    moment = draw.choice(FAULTS[family][name].moments)
-    step, delay = draw.randint(1, RESUMABLE_STEPS - 30), draw.uniform(0, 12 if moment == "at once" else 1)
+    moment = draw.choice(FAULTS[family][name][1])
+    step, delay = draw.randint(1, STEPS - 30), draw.uniform(0, 12 if moment == "at once" else 1)
     return Plan(seed, family, name, moment, step, delay, draw.choice((3.0, 20.0, 65.0)), draw.choice((1, 2, 4)))

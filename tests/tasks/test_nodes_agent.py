@@ -1,0 +1,52 @@
+"""The program of each node, without a cluster."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cnn.config import TrainConfig
+from infra.network import free_port
+from infra.objectstore import ObjectStore
+from infra.s3client import open_client
+from tasks.config import CheckpointConfig
+from tasks.job import Job, JobFolder
+from tasks.nodes.agent import Membership, Node
+from tasks.nodes.board import Board
+from tasks.platform import this_platform
+from tests.flows.program import wait_for
+
+
+@pytest.fixture
+def member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], Membership]:
+    """Makes a node that takes part in a training whose storage is away; it appends to a list what it says."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port('127.0.0.1')}")
+    job = Job(
+        run_id="f00d",
+        config=TrainConfig(),
+        dataset_version="0" * 64,
+        world_size=2,
+        manifest_digest="",
+        checkpoints=CheckpointConfig(),
+        restarts=0,
+    )
+    node = Node(name="node", address="127.0.0.1", interface="lo", slots=1, platform=this_platform())
+    board = Board(ObjectStore(open_client(timeout=1.0), "away"), job.run_id)
+    return lambda said: Membership(node, board, job, JobFolder(tmp_path), said.append)
+
+
+def test_node_can_be_told_to_leave_while_the_storage_does_not_answer(
+    member: Callable[[list[str]], Membership],
+) -> None:
+    said: list[str] = []
+    left: list[bool] = []
+    told = threading.Event()
+    thread = threading.Thread(target=lambda: left.append(member(said).run(told.is_set)), daemon=True)
+    thread.start()
+    wait_for(lambda: said, "the node to notice")
+    assert said[0].startswith("going on without news: ")
+    assert thread.is_alive()
+    told.set()
+    thread.join(30)
+    assert left == [True]
