@@ -63,10 +63,10 @@ def adopt_orphans() -> None:
 
 
 def end_descendants(patience: float | Callable[[], float]) -> None:
-    """End every descendant of this process: SIGTERM, a wait, SIGKILL.
+    """Ends every descendant of this process: SIGTERM, a wait, SIGKILL.
 
     Args:
-        patience: seconds to wait at most; a function may change its mind meanwhile.
+        patience: seconds to wait at most; a function is asked again while this waits.
     """
     for sent, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
         began = time.monotonic()

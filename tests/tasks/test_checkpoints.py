@@ -66,19 +66,23 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size,
     return {name: (tensor.dtype, tensor.shape, flat[name].numpy().tobytes()) for name, tensor in tensors.items()}
 
 
+def job_with(checkpoints: CheckpointConfig) -> Job:
+    return Job(
+        run_id=RUN,
+        config=TrainConfig(),
+        dataset_version="0" * 64,
+        world_size=1,
+        manifest_digest=DIGEST,
+        checkpoints=checkpoints,
+        restarts=0,
+    )
+
+
 class Writing:
     """A CheckpointWriter, and what it told."""
 
     def __init__(self, store: ObjectStore, folder: Path, **config: float) -> None:
-        job = Job(
-            run_id=RUN,
-            config=TrainConfig(),
-            dataset_version="0" * 64,
-            world_size=1,
-            manifest_digest=DIGEST,
-            checkpoints=CheckpointConfig.model_validate(config),
-            restarts=0,
-        )
+        job = job_with(CheckpointConfig.model_validate(config))
         folder.mkdir(exist_ok=True)
         self.folder, self.told = folder, list[str]()
         self.writer = CheckpointWriter(store, job, folder, job.checkpoints, self.told.append)
@@ -477,15 +481,7 @@ def finish(store: ObjectStore, folder: Path, step: int) -> Outcome:
     """Commit the weights of a training that ended in this state."""
     folder.mkdir(exist_ok=True)
     weights = {"weight": state(step)["network/weight"]}
-    job = Job(
-        run_id=RUN,
-        config=TrainConfig(),
-        dataset_version="0" * 64,
-        world_size=1,
-        manifest_digest=DIGEST,
-        checkpoints=CheckpointConfig(),
-        restarts=0,
-    )
+    job = job_with(CheckpointConfig())
     return commit_weights(store, job, weights, folder / "model.safetensors", Outcome(status="finished", steps=step))
 
 
