@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from typing import TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from cnn.config import Config
 from infra.errors import UsageError
+from tasks.plainyaml import read_yaml
 
 Flat = TypeVar("Flat", bound=Config)
 
@@ -27,10 +27,7 @@ def from_settings(model: type[Flat], settings: Iterable[str], *, example: str, s
         key, equals, text = setting.partition("=")
         if not equals:
             raise UsageError(f"--set {setting}: write key=value, for example --set {example}")
-        try:
-            values[key.strip().removeprefix(section)] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {setting}: the value is not valid YAML") from None
+        values[key.strip().removeprefix(section)] = read_yaml(text, f"--set {setting}: the value")
     try:
         return model.model_validate(values)
     except ValidationError as error:
