@@ -29,6 +29,7 @@ from flows.console import (
     terminal,
 )
 from flows.summary import Summary, check_writable, write_summary
+from infra.errors import UsageError
 from infra.output import outlive_readers
 from infra.settings import Settings
 from tasks.config import RunConfig, load_config, recipes
@@ -54,6 +55,10 @@ app = typer.Typer(
 
 @app.callback()
 def _begin(context: typer.Context) -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the working folder was removed; change to one that exists") from None
     if context.invoked_subcommand not in STOPPABLE:
         stopping.unlisten()
 

@@ -223,18 +223,24 @@ def _counted(entries: Iterator[Entry], on_files: OnFiles) -> Iterator[Entry]:
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder below and its file names, each folder once, even where links lead in circles."""
+    """Yields every folder below with the names of its files, also by each link to it, but not in circles.
+
+    Two links to one folder are two folders, as for every other program: `val` may be a link to `test`.
+    """
 
     def refuse(error: OSError) -> None:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
 
-    seen = set()
+    above: list[tuple[str, tuple[int, int]]] = []  # the folders around this one, and what they are to the system
     for folder, inner, names in os.walk(root, followlinks=True, onerror=refuse):
+        while above and not folder.startswith(above[-1][0]):
+            above.pop()
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
+        identity = status.st_dev, status.st_ino
+        if any(identity == each for _, each in above):
             inner.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        above.append((os.path.join(folder, ""), identity))
         inner[:] = sorted(name for name in inner if not _is_hidden(name))
         yield Path(folder), [name for name in names if not _is_hidden(name)]
 

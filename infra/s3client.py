@@ -95,7 +95,8 @@ def translated(where: str) -> Iterator[None]:
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise ServiceError(f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
     except ParamValidationError as error:
-        raise UsageError(f"{where}: not a valid name: {_line(error)}") from error
+        reason = _line(error).partition(": Bucket name must match")[0]  # boto3 goes on with regular expressions
+        raise UsageError(f"{where}: not a valid name: {reason}") from error
     except EndpointConnectionError as error:
         raise Outage(
             f"{where}: no connection; start the local servers with `convoy up`, or check AWS_ENDPOINT_URL"

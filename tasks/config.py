@@ -5,12 +5,12 @@ Importing this module loads pydantic only, so that a mistake is refused before t
 
 import difflib
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from cnn.config import NETWORK_OPTIONS, Config, DataGateConfig, PreprocessConfig, TrainConfig
@@ -19,10 +19,12 @@ from infra.catalogue import CATALOGUE
 from infra.errors import UsageError
 from infra.names import model_name_fault
 from tasks.gateconfig import GateConfig, ServingConfig
-from tasks.keyvalues import parse_yaml
 from tasks.launchconfig import KubernetesConfig, Launcher, NodesConfig, RayConfig
+from tasks.plainyaml import read_yaml
 
 STEPS_AN_EPOCH = 20  # at least, where the batch size is ours to choose
+_SHORT = reprlib.Repr()  # of what was given, which may be of any size
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 LONGEST = 100_000  # characters of a configuration as JSON: it is a parameter of flow runs, and tags of MLflow's runs
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -106,7 +108,13 @@ class RunConfig(TrainConfig):
     @classmethod
     def _holds_no_secret(cls, dataset: str) -> str:
         """Parameters are shown in Prefect and MLflow, so an address that gives access may not be one."""
+        scheme, separator, rest = dataset.partition("://")
+        if separator:
+            dataset = f"{scheme.lower()}://{rest}"
+        if not dataset.strip():
+            raise ValueError("it is empty; name a data set, a folder (`.` for this one), an archive or an address")
         address = urlsplit(dataset)
+        _ = address.port  # raises ValueError if it is no number
         if address.scheme in ("http", "https") and (address.query or "@" in address.netloc):
             raise ValueError(
                 "an address with a password or a query would be stored with the run, for all to see; "
@@ -200,10 +208,7 @@ def load_config(
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
                 raise UsageError(f"--set {setting}: {name} is a value, not a section")
-        try:
-            section[last] = parse_yaml(text)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {setting}: the value is not valid YAML") from None
+        section[last] = read_yaml(text, f"--set {setting}: the value")
     values |= {key: value for key, value in (options or {}).items() if value is not None}
     try:
         config = RunConfig.model_validate(values)
@@ -231,13 +236,11 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = parse_yaml(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise UsageError(f"cannot read the configuration {file}: {reason}") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        raise UsageError(f"{file} is not valid YAML" + (f" (line {where.line + 1})" if where else "")) from None
+    values = read_yaml(text, str(file))
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -256,7 +259,9 @@ def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str,
         else:
             message = detail["msg"].removeprefix("Value error, ")
             message = message[:1].lower() + message[1:]
-            given = "" if not path or detail["type"] == "value_error" else f" (given: {detail['input']!r})"
+            given = "" if not path or detail["type"] == "value_error" else f" (given: {_SHORT.repr(detail['input'])})"
+            if detail["type"] == "string_type" and isinstance(detail["input"], int | float):
+                given += "; in YAML, put it into quotes"
             complaints.append(f"{key}: {message}{given}" if key else message)
     return "; ".join(complaints)
 

@@ -1,28 +1,15 @@
-"""Reads YAML, and flat configurations from `--set key=value`; this module loads pydantic only."""
+"""Reads flat configurations from `--set key=value`; this module loads pydantic only."""
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from cnn.config import Config
 from infra.errors import UsageError
+from tasks.plainyaml import read_yaml
 
 Flat = TypeVar("Flat", bound=Config)
-
-
-def parse_yaml(text: str) -> Any:
-    """Returns the value that a text has as YAML.
-
-    Raises:
-        yaml.YAMLError: it is not valid. PyYAML has other errors for a date that does not exist, a tag that does not
-            fit its value, and too many brackets.
-    """
-    try:
-        return yaml.safe_load(text)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise yaml.YAMLError(str(error)) from None
 
 
 def from_settings(model: type[Flat], settings: Iterable[str], *, example: str, section: str = "") -> Flat:
@@ -40,10 +27,7 @@ def from_settings(model: type[Flat], settings: Iterable[str], *, example: str, s
         key, equals, text = setting.partition("=")
         if not equals:
             raise UsageError(f"--set {setting}: write key=value, for example --set {example}")
-        try:
-            values[key.strip().removeprefix(section)] = parse_yaml(text)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {setting}: the value is not valid YAML") from None
+        values[key.strip().removeprefix(section)] = read_yaml(text, f"--set {setting}: the value")
     try:
         return model.model_validate(values)
     except ValidationError as error:

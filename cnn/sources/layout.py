@@ -298,7 +298,8 @@ def _nothing_found(others: _Others, broken: _Others) -> str:
     if broken.folders:
         count = broken.folders.total()
         return f"{found} and {count} broken links, for example {broken.example}; fetch what they point to first"
-    return f"{found}; put images into one folder per class"
+    example = f", for example {others.example}" if others.example else ""
+    return one_line(f"{found}{example}; put images into one folder per class")
 
 
 def _losses(others: _Others, roots: Roots) -> Counter[str]:

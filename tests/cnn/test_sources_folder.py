@@ -78,7 +78,7 @@ def test_hidden_files_are_skipped_and_other_files_remarked_on() -> None:
     ("paths", "folders", "complaint"),
     [
         ([], [], "no PNG, JPEG, WebP or BMP image found among 0 files"),
-        (["a/x.gif", "b/x.txt"], [], "no PNG, JPEG, WebP or BMP image found among 2 files"),
+        (["a/x.gif", "b.zip"], [], "no PNG, JPEG, WebP or BMP image found among 2 files, for example a/x.gif"),
         (["a/1.png", "a/2.png"], [], "only one class, a;"),
         (["a/1.png", "b/1.png", "c/notes.txt"], [], "class folder c holds no PNG"),
         (["a/1.png", "b/1.png"], ["c"], "class folder c holds no PNG"),

@@ -222,6 +222,17 @@ def test_help_and_refusals_load_no_heavy_library(arguments: list[str], tmp_path:
     assert done.stdout.splitlines()[-1] == "LOADED []"
 
 
+@pytest.mark.parametrize("arguments", [["status"], ["train", "--dataset", "digits"], ["down"]])
+def test_a_working_folder_that_was_removed_is_one_line(arguments: list[str]) -> None:
+    code = (
+        "import os, sys, tempfile; folder = tempfile.mkdtemp(); os.chdir(folder); os.rmdir(folder)\n"
+        "from flows.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "convoy: the working folder was removed; change to one that exists\n"
+
+
 @pytest.mark.parametrize("arguments", [["train", "--epochs", "many"], ["train", "--epoch", "3"], ["trian"]])
 def test_wrong_usage_ends_with_status_2(convoy: Convoy, arguments: list[str]) -> None:
     done = convoy(*arguments)

@@ -147,6 +147,15 @@ def test_links_are_followed_and_circles_end(place: Workplace, folder: Path, tmp_
     _check(_fetch(place, str(folder)), place, IMAGES | {"bird/1.png": b"bird"})
 
 
+def test_a_folder_and_links_to_it_are_all_there(place: Workplace, folder: Path) -> None:
+    (folder / "cat").rename(folder / "cats")
+    (folder / "cat").symlink_to("cats")
+    (folder / "dog" / "pups").symlink_to("../cats/deep")
+    (folder / "cats" / "deep" / "up").symlink_to("..")
+    linked = {path.replace("cat/", "cats/"): content for path, content in IMAGES.items()}
+    _check(_fetch(place, str(folder)), place, IMAGES | linked | {"dog/pups/2.png": b"two", "dog/pups/up/1.png": b"one"})
+
+
 @pytest.mark.parametrize(
     ("suffix", "kind"),
     [(".zip", "zip"), (".tar", "tar"), (".tar.gz", "gztar"), (".TGZ", "gztar"), (".tar.xz", "xztar")],

@@ -157,10 +157,69 @@ def test_setting_that_is_no_setting_is_refused(setting: str) -> None:
     assert f"--set {setting}" in refusal(*values)
 
 
-@pytest.mark.parametrize("value", ["2026-13-45", "!!int x", "!!timestamp x", "[" * 5000])
+@pytest.mark.parametrize("value", ["!!int x", "!!timestamp x", "[" * 5000])
 def test_a_value_that_yaml_cannot_read_is_refused(value: str, tmp_path: Path) -> None:
     assert "the value is not valid YAML" in refusal(f"lr={value}")
     file = tmp_path / "config.yaml"
     file.write_text(f"lr: {value}\n")
     with pytest.raises(UsageError, match="is not valid YAML"):
         load_config(file)
+
+
+@pytest.mark.parametrize(
+    "text, values",
+    {
+        "epochs: 010": {"epochs": 10},
+        "epochs: 09": {"epochs": 9},
+        "lr: 1e-3": {"lr": 0.001},
+        "seed: 0x10": {"seed": 16},
+        "name: 2024-01-01": {"name": "2024-01-01"},
+        "augment: {flip: no, shift: +1}": {"augment": {"flip": False, "shift": 1}},
+        "ema: .5": {"ema": 0.5},
+    }.items(),
+)
+def test_plain_yaml_values_mean_what_they_look_like(tmp_path: Path, text: str, values: dict[str, Any]) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    read = load_config(file).resolved()
+    assert {key: value for key, value in values.items() if not isinstance(value, dict)}.items() <= read.items()
+    assert values.get("augment", {}).items() <= read["augment"].items()
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    {
+        "epochs: 3\nlr: 0.1\nepochs: 4\n": "epochs is there twice (lines 1 and 3)",
+        "augment:\n  shift: 1\naugment:\n  cutout: 3\n": "augment is there twice (lines 1 and 3)",
+        "epochs: 12:30\n": "epochs: input should be a valid integer",
+        "name: 123\n": "put it into quotes",
+        "network: &a {width: *a}\n": "config.yaml is not valid YAML",
+        "epochs: " + 5000 * "[": "config.yaml is not valid YAML",
+        "epochs: 1\n---\nepochs: 2\n": "not valid YAML (line 2)",
+    }.items(),
+)
+def test_a_file_that_does_not_mean_one_thing_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as refused:
+        load_config(file)
+    assert reason in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_refusal_does_not_repeat_a_value_of_any_size(tmp_path: Path) -> None:
+    lists = "".join(f"k{n + 1}: &k{n + 1} [{', '.join(8 * [f'*k{n}'])}]\n" for n in range(6))
+    file = tmp_path / "config.yaml"
+    file.write_text(f"k0: &k0 [x, x, x, x]\n{lists}network: [*k6, *k6]\nseed: {500 * 'y'}\n")
+    with pytest.raises(UsageError) as refused:
+        load_config(file)
+    assert all(len(part) < 4000 for part in str(refused.value).split("; "))
+
+
+@pytest.mark.parametrize("dataset", ["", "  ", "https://host:port/a.zip", "http://[::1/a.zip"])
+def test_what_names_no_data_set_is_refused(dataset: str) -> None:
+    assert refusal(dataset=dataset).startswith("dataset: ")
+
+
+def test_a_scheme_may_be_written_in_capitals() -> None:
+    assert load_config(None, options={"dataset": "S3://Bucket/Photos"}).dataset == "s3://Bucket/Photos"
+    assert "password" in refusal(dataset="HTTPS://host/a.zip?token=secret")

@@ -1,0 +1,73 @@
+"""Reads YAML as people mean it: version 1.2's plain values, and no key given twice. Imports nothing slow."""
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from infra.errors import UsageError
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_OLD = {"int", "float", "timestamp"}
+"""Types that YAML 1.1, which PyYAML reads, finds in texts of other meanings: `010` is 8 there, and `12:30` is 750."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Numbers are decimal or hexadecimal; dates are texts."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - of the base class
+        first: [(tag, pattern) for tag, pattern in each if tag.rpartition(":")[2] not in _OLD]
+        for first, each in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def whole_mapping(self, node: yaml.MappingNode) -> dict[Hashable, Any]:
+        """Returns a mapping with all that is in it, so that one that holds itself is an error.
+
+        Raises:
+            UsageError: a key is there twice; YAML would forget the first value.
+        """
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if key.tag != "tag:yaml.org,2002:merge" and lines.setdefault(name, line) != line:
+                raise UsageError(f"{name} is there twice (lines {lines[name]} and {line}); keep one")
+        return self.construct_mapping(node, deep=True)
+
+    def whole_number(self, node: yaml.ScalarNode) -> int:
+        """Returns a decimal (also `010`) or hexadecimal number."""
+        return int(node.value, 16 if "x" in node.value else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.whole_mapping)
+_Loader.add_constructor(_INT, _Loader.whole_number)
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9]+$|0x[0-9a-fA-F]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(text: str, invalid: str) -> Any:
+    """Returns what a text says.
+
+    Args:
+        invalid: begins the message: what is not valid YAML.
+
+    Raises:
+        UsageError: it is no YAML, gives a key twice, or holds itself.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None) if "\n" in text.strip() else None
+        raise UsageError(f"{invalid} is not valid YAML" + (f" (line {where.line + 1})" if where else "")) from None
+    except RecursionError:
+        raise UsageError(f"{invalid} is not valid YAML that ends: it is nested too deep, or holds itself") from None
+    except UsageError as error:
+        raise UsageError(f"{invalid}: {error}") from None
+    except (ValueError, AttributeError):  # PyYAML's own, of a tag that does not fit its value
+        raise UsageError(f"{invalid} is not valid YAML") from None
