@@ -26,8 +26,11 @@ SPARE_OUTCOME = "CONVOY_SPARE_OUTCOME"  # path of the memory file of `spare_outc
 
 Status = Literal["finished", "interrupted", "failed", "unsaved", "crashed"]
 
-KILLED = re.compile(r"rank +: (\d+) .*\n *exitcode +: -\d+ \(pid: \d+\) +\((?!SIGTERM)(SIG\w+)\)")
-"""How torchrun says that a rank ended by a signal; SIGTERM is what it then sends to the others."""
+KILLED = r"rank +: (\d+) .*\n *exitcode +: -\d+ \(pid: \d+\) +\((%s)\)"
+"""How torchrun says that a rank ended by a signal."""
+
+KILLED_FIRST = re.compile(KILLED % r"(?!SIGTERM)SIG\w+")
+TERMINATED = re.compile(r"Root Cause.*\n.*\n.*\n.*\n *" + KILLED % "SIGTERM")  # torchrun then sends it to the others
 
 
 class _Record(BaseModel):
@@ -218,7 +221,8 @@ class JobFolder:
 
     def killed(self) -> str | None:
         """Which rank was ended by which signal, if torchrun lived to see it."""
-        found = KILLED.search(self._log())
+        log = self._log()
+        found = KILLED_FIRST.search(log) or TERMINATED.search(log)
         return f"rank {found[1]} was killed by {found[2]}" if found else None
 
     def log_end(self, lines: int = 3) -> str:

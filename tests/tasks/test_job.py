@@ -111,6 +111,7 @@ def test_damaged_outcome_is_not_taken_for_a_finished_training(folder: JobFolder)
         ("-15 (pid: 11)  (SIGTERM)", "-9 (pid: 12)  (SIGKILL)", "rank 1 was killed by SIGKILL"),
         ("1 (pid: 11)", "-11 (pid: 12)  (SIGSEGV)", "rank 1 was killed by SIGSEGV"),
         ("-9 (pid: 11)  (SIGKILL)", "1 (pid: 12)", "rank 0 was killed by SIGKILL"),
+        ("-15 (pid: 11)  (SIGTERM)", "-15 (pid: 12)  (SIGTERM)", "rank 1 was killed by SIGTERM"),
         ("-15 (pid: 11)  (SIGTERM)", "1 (pid: 12)", None),
         ("1 (pid: 11)", "1 (pid: 12)", None),
     ],
