@@ -203,9 +203,11 @@ class JobFolder:
             pass
         except OSError as error:
             say(f"the outcome could not be written ({error.strerror}): {line}")
-            if SPARE_OUTCOME in os.environ:
-                with Path(os.environ[SPARE_OUTCOME]).open("ab", buffering=0) as spare:
-                    spare.write(f"{self.path} {line}\n".encode())
+            with (
+                suppress(KeyError, FileNotFoundError),
+                Path(os.environ[SPARE_OUTCOME]).open("ab", buffering=0) as spare,
+            ):
+                spare.write(f"{self.path} {line}\n".encode())
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -214,7 +216,9 @@ class JobFolder:
         try:
             return Outcome.model_validate_json((self.path / "outcome.json").read_bytes())
         except FileNotFoundError:
-            lines = Path(os.environ.get(SPARE_OUTCOME, os.devnull)).read_text().splitlines()
+            lines: list[str] = []
+            with suppress(KeyError, FileNotFoundError):  # there is none any more once the flow has gone
+                lines = Path(os.environ[SPARE_OUTCOME]).read_text().splitlines()
             ours = (line.removeprefix(f"{self.path} ") for line in lines if line.startswith(f"{self.path} "))
             first = next(ours, None)
             return Outcome.model_validate_json(first) if first else None
@@ -232,7 +236,7 @@ class JobFolder:
 
     def _forget_outcome(self) -> None:
         (self.path / "outcome.json").unlink(missing_ok=True)
-        if SPARE_OUTCOME in os.environ:
+        with suppress(KeyError, FileNotFoundError):
             os.truncate(os.environ[SPARE_OUTCOME], 0)
 
     def _log(self) -> str:
