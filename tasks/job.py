@@ -30,8 +30,11 @@ Status = Literal["finished", "interrupted", "failed", "unsaved", "crashed"]
 Line = Annotated[str, AfterValidator(lambda text: " ".join(text.split()))]
 """Text for people, made one line: libraries' errors, PyTorch's above all, have several."""
 
-KILLED = re.compile(r"rank +: (\d+) .*\n *exitcode +: -\d+ \(pid: \d+\) +\((?!SIGTERM)(SIG\w+)\)")
-"""How torchrun says that a rank ended by a signal; SIGTERM is what it then sends to the others."""
+KILLED = r"rank +: (\d+) .*\n *exitcode +: -\d+ \(pid: \d+\) +\((%s)\)"
+"""How torchrun says that a rank ended by a signal."""
+
+KILLED_FIRST = re.compile(KILLED % r"(?!SIGTERM)SIG\w+")
+TERMINATED = re.compile(r"Root Cause.*\n.*\n.*\n.*\n *" + KILLED % "SIGTERM")  # torchrun then sends it to the others
 
 
 class _Record(BaseModel):
@@ -214,9 +217,11 @@ class JobFolder:
             pass
         except OSError as error:
             say(f"the outcome could not be written ({error.strerror}): {line}")
-            if SPARE_OUTCOME in os.environ:
-                with Path(os.environ[SPARE_OUTCOME]).open("ab", buffering=0) as spare:
-                    spare.write(f"{self.path} {line}\n".encode())
+            with (
+                suppress(KeyError, FileNotFoundError),
+                Path(os.environ[SPARE_OUTCOME]).open("ab", buffering=0) as spare,
+            ):
+                spare.write(f"{self.path} {line}\n".encode())
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -225,14 +230,17 @@ class JobFolder:
         try:
             return Outcome.model_validate_json((self.path / "outcome.json").read_bytes())
         except FileNotFoundError:
-            lines = Path(os.environ.get(SPARE_OUTCOME, os.devnull)).read_text().splitlines()
+            lines: list[str] = []
+            with suppress(KeyError, FileNotFoundError):  # there is none any more once the flow has gone
+                lines = Path(os.environ[SPARE_OUTCOME]).read_text().splitlines()
             ours = (line.removeprefix(f"{self.path} ") for line in lines if line.startswith(f"{self.path} "))
             first = next(ours, None)
             return Outcome.model_validate_json(first) if first else None
 
     def killed(self) -> str | None:
         """Which rank was ended by which signal, if torchrun lived to see it."""
-        found = KILLED.search(self._log())
+        log = self._log()
+        found = KILLED_FIRST.search(log) or TERMINATED.search(log)
         return f"rank {found[1]} was killed by {found[2]}" if found else None
 
     def log_end(self, lines: int = 3) -> str:
@@ -243,7 +251,7 @@ class JobFolder:
     def _forget_outcome(self) -> None:
         for name in ("outcome.json", "stopped"):
             (self.path / name).unlink(missing_ok=True)
-        if SPARE_OUTCOME in os.environ:
+        with suppress(KeyError, FileNotFoundError):
             os.truncate(os.environ[SPARE_OUTCOME], 0)
 
     def _log(self) -> str:

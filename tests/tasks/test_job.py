@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from cnn.config import TrainConfig
 from tasks.config import CheckpointConfig
-from tasks.job import Event, Job, JobFolder, Outcome, Restarts, spare_outcome
+from tasks.job import SPARE_OUTCOME, Event, Job, JobFolder, Outcome, Restarts, spare_outcome
 
 JOB = Job(
     run_id="f00d",
@@ -118,6 +118,7 @@ def test_damaged_outcome_is_not_taken_for_a_finished_training(folder: JobFolder)
         ("-15 (pid: 11)  (SIGTERM)", "-9 (pid: 12)  (SIGKILL)", "rank 1 was killed by SIGKILL"),
         ("1 (pid: 11)", "-11 (pid: 12)  (SIGSEGV)", "rank 1 was killed by SIGSEGV"),
         ("-9 (pid: 11)  (SIGKILL)", "1 (pid: 12)", "rank 0 was killed by SIGKILL"),
+        ("-15 (pid: 11)  (SIGTERM)", "-15 (pid: 12)  (SIGTERM)", "rank 1 was killed by SIGTERM"),
         ("-15 (pid: 11)  (SIGTERM)", "1 (pid: 12)", None),
         ("1 (pid: 11)", "1 (pid: 12)", None),
     ],
@@ -180,6 +181,18 @@ def test_an_outcome_that_no_disk_takes_reaches_the_flow_all_the_same(full_disk: 
         full_disk.start_again()
         assert full_disk.read_outcome() is None
     assert not list(full_disk.path.glob(".outcome*"))
+
+
+def test_processes_of_a_flow_that_has_gone_end_without_its_memory(
+    full_disk: JobFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as flow:
+        place = f"/proc/{flow.pid}/fd/0"
+        flow.communicate(b"\n")
+    monkeypatch.setenv(SPARE_OUTCOME, place)
+    full_disk.write_outcome(Outcome(status="crashed", error="the other rank is gone", exit_status=1))
+    assert full_disk.read_outcome() is None
+    full_disk.start_again()
 
 
 def test_restarts_are_counted_anew_after_a_step_forward(folder: JobFolder) -> None:

@@ -52,8 +52,7 @@ def main() -> int:
         del os.environ[name]  # the user's own
     for sent in (signal.SIGINT, signal.SIGTERM):  # where they are ignored, as behind a shell's &, children ignore them
         signal.signal(sent, lambda *_: sys.exit("interrupted"))
-    failed: Counter[str] = Counter()
-    done, end = 0, time.monotonic() + 60 * asked.minutes
+    failed, done, end = Counter[str](), 0, time.monotonic() + 60 * asked.minutes
     print(f"SEED={asked.seed}\n\n{HEAD}", flush=True)
     with tempfile.TemporaryDirectory(prefix="convoy-faults-", ignore_cleanup_errors=True) as folder:
         home = Home(Path(folder))
@@ -69,8 +68,8 @@ def main() -> int:
                 wrong = run(trial)
                 home.clean()
                 said = "; ".join(f"{len(found)} {name}: {', '.join(found[:3])}" for name, found in wrong.items())
-                late = " (the fault came too late)" if trial.late else ""
-                print(f"{', '.join(map(str, trial.commands))}{late} | {said or '-'} |", flush=True)
+                called = ", ".join(map(str, trial.commands)) + " (the fault came too late)" * trial.late
+                print(f"{called} | {said or '-'} |", flush=True)
                 failed.update(wrong.keys())
                 done += 1
         finally:

@@ -116,7 +116,8 @@ class Home:
 
     def clean(self) -> None:
         """Takes away what a trial has left, so that the next one stands for itself."""
-        send(SIGKILL, self.others())
+        send(SIGKILL, others := self.others())
+        psutil.wait_procs(others)
         for path in (path for name in DISKS if name for path in (self.folder / name).iterdir()):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
