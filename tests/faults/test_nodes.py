@@ -23,7 +23,7 @@ __all__ = ["quiet_prefect"]  # fixture
 NO_HOSTS = why_not()
 pytestmark = [
     pytest.mark.net,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS)),
 ]
 
@@ -85,7 +85,7 @@ class Flow:
         (folder,) = wait_for(lambda: runs.exists() and [*runs.glob("*/job.json")], "a training to start")
         return Training(folder.parent)
 
-    def end(self, status: int = 0, patience: float = 150.0) -> Summary:
+    def end(self, status: int = 0, patience: float = 400.0) -> Summary:
         found = self.process.wait(patience)
         log = (self._folder / "train.log").read_text()
         assert found == status, log
@@ -177,7 +177,7 @@ def test_training_pauses_with_too_few_hosts_and_goes_on_with_others(
     cluster.join(2)
     arguments = ("resume", training.run_id, "--summary", "out.json")
     resumed = cluster.convoy(cluster.hosts[0], *arguments, slots=1)
-    assert resumed.wait(200) == 0, cluster.log(0, "resume")
+    assert resumed.wait(400) == 0, cluster.log(0, "resume")
     out = cluster._home(cluster.hosts[0]) / "out.json"
     assert_as_undisturbed(Summary.model_validate_json(out.read_bytes()), undisturbed)
 
