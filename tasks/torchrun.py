@@ -23,8 +23,8 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)
 TORCHRUN_PID = "CONVOY_TORCHRUN_PID"  # tells ranks the id of their parent
 JOINS_WITHIN = 60  # seconds that the agents of all nodes have to meet
 
-ALONE = ("--nnodes", "1", "--rdzv-backend", "alone", "--local-addr", "127.0.0.1")
-"""torchrun's options for a training on this machine."""
+ALONE = ("--nnodes", "1", "--rdzv-backend", "alone", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1")
+"""torchrun's options for a training on this machine; without an endpoint, which nobody uses, torchrun would warn."""
 
 
 def among_nodes(generation: str, meeting: str, number: int, nodes: int, address: str) -> Sequence[str]:

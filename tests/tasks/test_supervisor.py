@@ -268,11 +268,14 @@ def test_a_hung_rank_is_killed_sooner_when_the_ranks_have_not_come_to_the_stop(
     training.assert_ends()
 
 
-def test_killed_supervisor_takes_torchrun_along(started: list[subprocess.Popen[str]], training: Training) -> None:
+def test_killed_supervisor_takes_torchrun_along_which_has_said_nothing_that_would_look_like_the_cause(
+    started: list[subprocess.Popen[str]], training: Training
+) -> None:
     supervisor = supervise(started, training)
-    wait_for(lambda: training.processes("tasks.torchrun"), "torchrun to start")
+    wait_for(lambda: training.processes("tasks.rank"), "the ranks to start")
     supervisor.kill()
     training.assert_ends()
+    assert JobFolder(training.folder).log_end() == "they were killed"
 
 
 def test_flow_starts_another_supervisor_in_place_of_a_killed_one_as_often_as_it_may(
