@@ -17,7 +17,7 @@ def through_outage(
     warn: Callable[[str], None],
     patience: float = PATIENCE,
     *,
-    check: Callable[[], None] = lambda: None,
+    wait: Callable[[float], None] = time.sleep,
 ) -> Result:
     """Returns what `work` returns, tried again while a server is away.
 
@@ -25,7 +25,7 @@ def through_outage(
         work: may be done twice.
         warn: told in one line when an outage begins.
         patience: seconds after which an outage is too long.
-        check: called before each further try; may raise, to end the waiting.
+        wait: waits so many seconds before a further try; may raise, to end the waiting.
 
     Raises:
         Outage: the server is away for longer than that.
@@ -39,6 +39,5 @@ def through_outage(
                 raise
             if pause == 1.0:
                 warn(f"trying again for up to {patience:.0f} s: {error}")
-        check()
-        time.sleep(pause)
+        wait(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
