@@ -112,6 +112,29 @@ def test_errors_that_are_nobodys_bug_are_one_line(error: Exception, kind: type[E
         assert "secret" not in one_line(found)
 
 
+@pytest.mark.parametrize(
+    "file, content, reason",
+    [
+        ("prefect.toml", "this is [ not", "prefect.toml: invalid TOML"),
+        (".env", "PREFECT_LOGGING_LEVEL=LOUD\n", "LoggingSettings, level: Input should be"),
+        ("pyproject.toml", '[tool.prefect]\nlogging.level = "LOUD"\n', "LoggingSettings, level: Input should be"),
+    ],
+)
+def test_settings_of_prefects_in_the_working_folder_that_are_wrong_are_one_line(
+    tmp_path: Path, file: str, content: str, reason: str
+) -> None:
+    (tmp_path / file).write_text(content)
+    code = (
+        "from flows.console import foreseen, one_line\n"
+        "try: import prefect.context\n"
+        "except Exception as error: print(one_line(foreseen(error)))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1
+    assert done.stdout.startswith("Prefect cannot use its settings (") and reason in done.stdout
+    assert ".env, prefect.toml and pyproject.toml" in done.stdout
+
+
 def test_a_bug_stays_a_bug() -> None:
     error = ValueError("no")
     assert foreseen(error) is error
