@@ -214,7 +214,8 @@ def check_members(archive: str, path: Path, members: Iterable[Member]) -> list[M
             raise InputError(f"{archive}: member {member.name} points outside the archive; pack it without such paths")
         if not member.is_file and not member.is_folder:
             raise InputError(
-                f"{archive}: member {member.name} is a link or a device; pack plain files only (tar -h --hard-dereference)"
+                f"{archive}: member {member.name} is a link or a device; pack plain files only, "
+                "with tar's options -h --hard-dereference, say"
             )
         total += member.size
         if member.size > MAX_MEMBER or total > allowance:
