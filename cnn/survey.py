@@ -166,7 +166,9 @@ def check_splits(counts: NDArray[np.int64], classes: tuple[str, ...], config: Pr
     for split, setting in ((TRAIN, ""), (VAL, "data.val_fraction"), (TEST, "data.test_fraction")):
         if not counts[split].any():
             remedy = f"add images, or raise {setting}" if setting else "add images"
-            raise InputError(f"no image of {total} is in the {SPLITS[split]} split; {remedy} or change data.split_seed")
+            raise InputError(
+                f"none of {total} images is in the {SPLITS[split]} split; {remedy} or change data.split_seed"
+            )
     missing = np.flatnonzero(counts[TRAIN] == 0)
     if len(missing):
         names = ", ".join(classes[label] for label in missing[:5]) + (", ..." if len(missing) > 5 else "")

@@ -124,10 +124,15 @@ def train(
     """
 
     def run() -> Summary:
-        from infra.catalogue import check_dataset
+        from infra.catalogue import check_dataset, is_catalogued
 
         config = _config(dataset, model, epochs, ranks, name, limit, settings, config_file, recipe)
         check_dataset(config.dataset)  # a wrong name should not have to wait for servers
+        if os.path.isdir(config.dataset) and is_catalogued(config.dataset):
+            say(
+                f"{config.dataset} is the data set of that name; for the folder here, write ./{config.dataset}",
+                error=True,
+            )
         return _train(config, refresh or [])
 
     _summarised(run, summary, dataset)

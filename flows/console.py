@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from infra.errors import Outage, ServiceError
+from infra.errors import Outage, ServiceError, UsageError
 from infra.settings import Settings
 
 if TYPE_CHECKING:
@@ -60,17 +60,27 @@ def say(line: str, *, error: bool = False) -> None:
 
 
 def foreseen(error: BaseException) -> BaseException:
-    """Returns the error; or a ServiceError of one line in its place, if Prefect refuses or is gone, or a disk is full.
+    """Returns the error; or a ServiceError of one line in its place, if Prefect refuses or is gone, its settings are wrong,
+    or a disk is full.
 
     Only Prefect's client lets such errors through: those of the other servers are translated where they are asked.
     """
     from httpx import HTTPStatusError, TransportError
+    from pydantic import ValidationError
+    from pydantic_settings import SettingsError
 
     if hasattr(error, "exit_status"):
         return error
     for each in _causes(error):
         if isinstance(each, HTTPStatusError):
             return ServiceError(_refusal(each))
+        if isinstance(each, SettingsError) or (isinstance(each, ValidationError) and each.title.endswith("Settings")):
+            first = each.errors()[0] if isinstance(each, ValidationError) else None
+            reason = f"{each.title}, {'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(each)
+            return UsageError(
+                f"Prefect cannot use its settings ({' '.join(reason.split())}); they are in PREFECT_ variables, its "
+                "profile, and .env, prefect.toml and pyproject.toml of the working folder"
+            )
         if isinstance(each, TransportError):
             address = os.environ.get("PREFECT_API_URL", "").rpartition("@")[2] or "its address"
             return Outage(

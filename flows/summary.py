@@ -71,8 +71,14 @@ class Summary(BaseModel):
 
 def check_writable(path: Path, option: str = "--summary") -> None:
     """Raise UsageError now, rather than after a long training, if a file cannot be written there."""
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+    place = path if path.exists() and _is_written_to(path) else Path(os.path.realpath(path)).parent
+    if path.is_dir() or not os.access(place, os.W_OK):
         raise UsageError(f"{option} {path}: cannot write there; name a file in a folder that exists")
+
+
+def _is_written_to(path: Path) -> bool:
+    """Whether a path must not be replaced by a new file: a device, a pipe, or a link such as /dev/stdout."""
+    return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 def write_summary(path: Path, summary: Summary) -> None:
@@ -119,6 +125,9 @@ def _cost(summary: Summary) -> str | None:
 
 
 def _write(path: Path, text: str) -> None:
+    if _is_written_to(path):
+        path.write_text(text)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)

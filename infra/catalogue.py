@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -207,10 +208,18 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
 )
 
 
+def is_catalogued(dataset: str) -> bool:
+    """Returns whether this is the name of a data set of the catalogue."""
+    return any(entry.name == dataset for entry in CATALOGUE)
+
+
 def check_dataset(dataset: str) -> None:
     """Raise UsageError if `dataset` is neither in the catalogue, nor an address, nor here; asks no server."""
-    known = any(entry.name == dataset for entry in CATALOGUE)
-    if not known and "://" not in dataset and not Path(dataset.removeprefix("file:")).expanduser().exists():
+    if (
+        not is_catalogued(dataset)
+        and "://" not in dataset
+        and not os.path.exists(os.path.expanduser(dataset.removeprefix("file:")))
+    ):
         raise no_such_dataset(dataset, CATALOGUE)
 
 

@@ -13,6 +13,10 @@ def model_name_fault(name: str) -> str:
         return "it is empty"
     if found := re.search(r"[/:\x00-\x1f\x7f]", name):
         return f"MLflow refuses `/`, `:` and control characters ({found[0]!r})"
+    if "@" in name:
+        return "what follows `@` is taken for an alias"
+    if name != name.strip():
+        return "it begins or ends with a space"
     if fault := _filter_fault(name):
         return fault
     if name in (".", ".."):

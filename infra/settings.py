@@ -16,7 +16,10 @@ DEFAULT_HOME = ".convoy"
 
 
 def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"there is no home folder of {path.parts[0]}") from None
 
 
 def _http_address(url: str) -> str:

@@ -90,13 +90,16 @@ def up(
 def down(settings: Settings) -> list[str]:
     """Stop every server of this state folder with all its processes; return the names of those that ran."""
     folder = StackFolder(settings)
-    if not folder.root.exists() and not any(folder.members(name) for name in NAMES):
+    if not os.path.exists(folder.root) and not any(folder.members(name) for name in NAMES):
         return []
-    with folder.locked():
-        ran = [name for name in NAMES if folder.members(name)]
-        processes.stop(lambda: {process for name in ran for process in folder.members(name)})
-        for name in NAMES:
-            folder.record_file(name).unlink(missing_ok=True)
+    try:
+        with folder.locked():
+            ran = [name for name in NAMES if folder.members(name)]
+            processes.stop(lambda: {process for name in ran for process in folder.members(name)})
+            for name in NAMES:
+                folder.record_file(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ServiceError(f"the servers cannot be stopped in {settings.home}: {error}") from None
     return list(ran)
 
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from infra import ports, processes, servers
 from infra.credentials import Credentials, ensure_certificate, load_or_create
 from infra.endpoints import Endpoints
+from infra.errors import UsageError
 from infra.files import wait_for_lock
 from infra.processes import Record, Server
 from infra.settings import DEFAULT_HOME, Settings
@@ -24,11 +25,20 @@ HEALTH: dict[ServerName, str] = {"seaweedfs": "/healthz", "mlflow": "/health", "
 
 
 class StackFolder:
-    """`<home>/stack`: credentials, certificate, ports, and a record of each server's start."""
+    """`<home>/stack`: credentials, certificate, ports, and a record of each server's start.
+
+    Raises:
+        UsageError: this user may not use it.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.root = settings.home / "stack"
+        if os.path.isdir(self.root) and not os.access(self.root, os.R_OK | os.W_OK | os.X_OK):
+            raise UsageError(
+                f"{self.root} is another user's, or closed; set CONVOY_HOME to a folder of yours, "
+                "or name their servers (MLFLOW_TRACKING_URI, …)"
+            )
         self.ports = self._read_ports()
 
     @contextmanager

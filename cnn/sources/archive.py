@@ -213,7 +213,10 @@ def check_members(archive: str, path: Path, members: Iterable[Member]) -> list[M
         if pure.is_absolute() or ".." in pure.parts or PureWindowsPath(name).drive:
             raise InputError(f"{archive}: member {member.name} points outside the archive; pack it without such paths")
         if not member.is_file and not member.is_folder:
-            raise InputError(f"{archive}: member {member.name} is a link or a device; pack plain files only")
+            raise InputError(
+                f"{archive}: member {member.name} is a link or a device; pack plain files only, "
+                "with tar's options -h --hard-dereference, say"
+            )
         total += member.size
         if member.size > MAX_MEMBER or total > allowance:
             raise InputError(f"{archive}: member {member.name} makes it too large when uncompressed ({total:,} bytes)")

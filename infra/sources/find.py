@@ -1,5 +1,6 @@
 """From what the user typed to a source."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
@@ -55,11 +56,11 @@ def find_source(
 def _local_path(dataset: str) -> Path:
     """Returns the path that a user wrote, or that a `file:` address stands for."""
     if not dataset.startswith("file:"):
-        return Path(dataset).expanduser()
+        return Path(os.path.expanduser(dataset))  # of an unknown user it stays as it is
     rest = dataset.removeprefix("file:")
     rest = rest.removeprefix("//localhost").removeprefix("//")
-    literal = Path(rest).expanduser()
-    return literal if literal.exists() else Path(unquote(rest)).expanduser()
+    literal = Path(os.path.expanduser(rest))
+    return literal if literal.exists() else Path(os.path.expanduser(unquote(rest)))
 
 
 def _web(address: str, mirrors: Mirrors) -> ArchiveSource:

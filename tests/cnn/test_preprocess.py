@@ -222,7 +222,7 @@ def test_a_limit_keeps_so_many_images_of_each_split_and_no_other(digits: dict[st
 
 def test_an_empty_split_is_refused_with_advice(folder: Folder, out: Path) -> None:
     folder.add_digits(range(4))
-    with pytest.raises(InputError, match=r"no image of 4 is in the (val|test) split; .*data\.(val|test)_fraction"):
+    with pytest.raises(InputError, match=r"none of 4 images is in the (val|test) split; .*data\.(val|test)_fraction"):
         preprocess("folder", folder.files, CONFIG, out)
 
 

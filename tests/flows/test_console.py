@@ -11,6 +11,7 @@ import pytest
 from rich.table import Table
 
 from flows.console import foreseen, one_line, print_pairs, say, terminal
+from flows.summary import Summary, check_writable, write_summary
 from infra.errors import Outage, ServiceError, UsageError
 from tests.conftest import REPOSITORY
 
@@ -110,6 +111,43 @@ def test_errors_that_are_nobodys_bug_are_one_line(error: Exception, kind: type[E
         assert hint in one_line(found)
         assert len(one_line(found)) < 500
         assert "secret" not in one_line(found)
+
+
+def test_a_summary_is_written_to_a_pipe_or_link_and_does_not_replace_it(tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "file", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for each in (link, pipe):
+        check_writable(each)
+        write_summary(each, Summary(status="failed", dataset="digits"))
+    received = os.read(reader, 10_000)
+    os.close(reader)
+    assert link.is_symlink() and pipe.is_fifo()
+    assert json.loads(target.read_bytes()) == json.loads(received)
+
+
+@pytest.mark.parametrize(
+    "file, content, reason",
+    [
+        ("prefect.toml", "this is [ not", "prefect.toml: invalid TOML"),
+        (".env", "PREFECT_LOGGING_LEVEL=LOUD\n", "LoggingSettings, level: Input should be"),
+        ("pyproject.toml", '[tool.prefect]\nlogging.level = "LOUD"\n', "LoggingSettings, level: Input should be"),
+    ],
+)
+def test_settings_of_prefects_in_the_working_folder_that_are_wrong_are_one_line(
+    tmp_path: Path, file: str, content: str, reason: str
+) -> None:
+    (tmp_path / file).write_text(content)
+    code = (
+        "from flows.console import foreseen, one_line\n"
+        "try: import prefect.context\n"
+        "except Exception as error: print(one_line(foreseen(error)))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1
+    assert done.stdout.startswith("Prefect cannot use its settings (") and reason in done.stdout
+    assert ".env, prefect.toml and pyproject.toml" in done.stdout
 
 
 def test_a_bug_stays_a_bug() -> None:

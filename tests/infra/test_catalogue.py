@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from infra.cache import Cache
-from infra.catalogue import CATALOGUE, CatalogueEntry, CatalogueFile
-from infra.errors import ServiceError
+from infra.catalogue import CATALOGUE, CatalogueEntry, CatalogueFile, check_dataset
+from infra.errors import ServiceError, UsageError
 from infra.mirrors import SCHEMES, Mirrors
 from infra.objectstore import ObjectStore
 from infra.raw import RawSource, read_record, record_key
@@ -216,6 +216,11 @@ def test_digits_come_from_scikit_learn(place: Workplace) -> None:
     assert [file.path for file in raw.files] == ["digits.csv"]
     assert raw.served_by == {"digits.csv": "package:sklearn/datasets/data/digits.csv.gz"}
     assert place.store.get_bytes(raw.files[0].key).count(b"\n") == 1797
+
+
+def test_a_folder_of_an_unknown_user_is_no_folder() -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        check_dataset("~no-such-user/photos")
 
 
 def test_the_catalogue_is_sound() -> None:

@@ -1,5 +1,6 @@
 """Names as MLflow reads them."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.utils.search_utils import SearchModelVersionUtils, SearchUtils
@@ -16,3 +17,8 @@ def test_what_may_name_a_model_is_what_mlflow_reads_in_a_filter(name: str) -> No
         assert {each["key"]: each["value"] for each in found} == {"name": name, "run_id": "f00d"}
         (tag,) = SearchUtils.parse_search_filter(filter_of(**{"tags.convoy.model": name}))
         assert (tag["type"], tag["key"], tag["value"]) == ("tag", "convoy.model", name)
+
+
+@pytest.mark.parametrize("name", ["cats@home", "@champion", " cats", "cats\u00a0"])
+def test_a_name_by_which_no_command_finds_the_model_is_refused(name: str) -> None:
+    assert model_name_fault(name)

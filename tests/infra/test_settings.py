@@ -80,6 +80,7 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
         ("CONVOY_MLFLOW_PORT", "99999"),
         ("CONVOY_PREFECT_PORT", "80"),
         ("CONVOY_BUCKET", "No_Such_Name"),
+        ("CONVOY_HOME", "~no-such-user/convoy"),
         ("AWS_ENDPOINT_URL", "localhost:9000"),
         ("AWS_ENDPOINT_URL", "http://localhost:nine"),
         ("PREFECT_API_URL", "ftp://prefect.example/api"),

@@ -1,9 +1,11 @@
 """The three servers together, which the session shares, and external ones in their place."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import httpx
@@ -119,6 +121,31 @@ def test_a_web_page_from_elsewhere_may_not_call_the_servers(stack: Endpoints, se
     headers = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
     answer = httpx.options(path, headers=headers)
     assert answer.headers.get("access-control-allow-origin") not in ("*", "https://elsewhere.example")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to become another user")
+@pytest.mark.parametrize("command", ["status", "down", "up"])
+def test_a_stack_of_another_user_is_neither_stopped_nor_absent(command: str) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o755)
+        Path(home, "stack").mkdir(mode=0o700)
+        code = (
+            f"import os; from infra import stack; from infra.settings import Settings; "
+            f"settings = Settings(); os.setuid(65534); stack.{command}(settings)"
+        )
+        environment = {**os.environ, "CONVOY_HOME": home}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+        )
+    assert "UsageError" in done.stderr.splitlines()[-1] and f"{home}/stack" in done.stderr.splitlines()[-1]
+
+
+def test_a_state_folder_that_is_none_cannot_be_stopped_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "stack").write_text("a file")
+    monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
+    with pytest.raises(ServiceError, match="cannot be stopped"):
+        down(Settings())
 
 
 def test_external_servers_are_used_and_none_is_started(
