@@ -60,8 +60,7 @@ def say(line: str, *, error: bool = False) -> None:
 
 
 def foreseen(error: BaseException) -> BaseException:
-    """Returns the error; or a ServiceError of one line in its place, if Prefect refuses or is gone, its settings are wrong,
-    or a disk is full.
+    """Returns the error, or a one-line error if Prefect refuses or is gone, its settings are wrong, or a disk is full.
 
     Only Prefect's client lets such errors through: those of the other servers are translated where they are asked.
     """
@@ -74,9 +73,11 @@ def foreseen(error: BaseException) -> BaseException:
     for each in _causes(error):
         if isinstance(each, HTTPStatusError):
             return ServiceError(_refusal(each))
-        if isinstance(each, SettingsError) or (isinstance(each, ValidationError) and each.title.endswith("Settings")):
-            first = each.errors()[0] if isinstance(each, ValidationError) else None
-            reason = f"{each.title}, {'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(each)
+        reason = str(each) if isinstance(each, SettingsError) else ""
+        if isinstance(each, ValidationError) and each.title.endswith("Settings"):
+            first = each.errors()[0]
+            reason = f"{each.title}, {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        if reason:
             return UsageError(
                 f"Prefect cannot use its settings ({' '.join(reason.split())}); they are in PREFECT_ variables, its "
                 "profile, and .env, prefect.toml and pyproject.toml of the working folder"
