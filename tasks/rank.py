@@ -42,11 +42,13 @@ SPEED_OVER = 0.5  # seconds that a figure of speed covers at least
 class StopSignal:
     """Remembers a SIGTERM, for the ranks to agree on a step to stop at; ends a process that cannot get there.
 
-    A thread receives it: Python runs no handler while the main thread waits, inside PyTorch, for a rank that is gone.
+    Before the ranks have met there is nothing to lose, nor anyone to agree with: then the process ends at once. A
+    thread receives the signal: Python runs no handler while the main thread waits, inside PyTorch, for a rank that is
+    gone.
     """
 
     def __init__(self) -> None:
-        self._received, self._ends_by = False, 0.0
+        self._received, self._ends_by, self._met = False, 0.0, False
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer)
@@ -56,6 +58,10 @@ class StopSignal:
     def __call__(self) -> bool:
         return self._received
 
+    def ranks_have_met(self) -> None:
+        """Has a SIGTERM from now on leave the ranks time to agree."""
+        self._met = True
+
     def give(self, seconds: float) -> None:
         """Sets the seconds that this process may still live if a SIGTERM comes, or has come."""
         self._ends_by = time.monotonic() + seconds
@@ -64,7 +70,8 @@ class StopSignal:
         while os.read(reader, 1) != bytes([signal.SIGTERM]):
             pass
         self._received = True
-        self._ends_by = max(self._ends_by, time.monotonic() + REACH_STOP)
+        if self._met:
+            self._ends_by = max(self._ends_by, time.monotonic() + REACH_STOP)
         while (left := self._ends_by - time.monotonic()) > 0:
             time.sleep(min(left, 0.5))
         os._exit(1)
@@ -298,6 +305,7 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
     weights = job.config.pretrained_sha256
     make_deterministic()
     with process_group(meeting) as (device, exchange):
+        stop.ranks_have_met()
         first = RankZero(job, folder, store) if exchange.rank == 0 else None
         state = first.resume() if first else None
         trainer = Trainer(

@@ -156,15 +156,21 @@ WAITS_INSIDE_PYTORCH = """
 from datetime import timedelta
 import torch.distributed as dist
 from tasks import rank
-rank.REACH_STOP = 0.5
+met = {met}
+rank.REACH_STOP = 0.5 if met else 600.0
 stop = rank.StopSignal()
+if met:
+    stop.ranks_have_met()
 print("waiting", flush=True)
 dist.HashStore().wait(["a rank that is gone"], timedelta(seconds=600))
 """
 
 
-def test_rank_that_waits_inside_pytorch_ends_itself_after_sigterm(started: list[subprocess.Popen[str]]) -> None:
-    waiting = start(started, WAITS_INSIDE_PYTORCH)
+@pytest.mark.parametrize("met", [True, False])  # before the ranks have met, at once
+def test_rank_that_waits_inside_pytorch_ends_itself_after_sigterm(
+    started: list[subprocess.Popen[str]], met: bool
+) -> None:
+    waiting = start(started, WAITS_INSIDE_PYTORCH.format(met=met))
     assert said(waiting) == "waiting"
     waiting.terminate()
     assert waiting.wait(60) == 1
