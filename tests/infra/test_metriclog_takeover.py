@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import ClassVar
 
-import mlflow
 import pytest
 
 from infra.metriclog import ONE_TRY_A_REQUEST, MetricLogger
@@ -30,12 +29,10 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     Away.asked = []
     server = HTTPServer(("127.0.0.1", 0), Away)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in ONE_TRY_A_REQUEST.items():
+    address = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {**ONE_TRY_A_REQUEST, "MLFLOW_TRACKING_URI": address}.items():
         monkeypatch.setenv(name, value)
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"http://127.0.0.1:{server.server_port}")
     yield Away.asked
-    mlflow.set_tracking_uri(before)
     server.shutdown()
     server.server_close()
 
