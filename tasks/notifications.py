@@ -151,7 +151,9 @@ def _tell(text: str, block: UUID) -> CallWebhook:
 
 def _run_url() -> str:
     """Template of a flow run's page, at the address that Prefect has here: its server may not know its own."""
-    return url_for("flow-run", obj_id="{{ flow_run.id }}") or "{{ flow_run | ui_url }}"
+    some_run = UUID(int=0)  # a template would be escaped
+    address = url_for("flow-run", obj_id=some_run)
+    return address.replace(str(some_run), "{{ flow_run.id }}") if address else "{{ flow_run | ui_url }}"
 
 
 def _span(time: timedelta) -> str:
