@@ -247,9 +247,16 @@ def test_supervisor_that_is_told_to_end_takes_torchrun_along(
 
 
 HURRIED = """
+import subprocess, sys
+from pathlib import Path
 from tasks import supervisor
+from tasks.job import JobFolder
 supervisor.HUNG, supervisor.OWNER = 0.5, 600.0
-supervisor.main()
+deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
+rank = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+rank.stdout.readline()
+print(rank.pid, flush=True)
+supervisor._end_ranks(JobFolder(Path({folder!r})))
 """
 
 
@@ -257,21 +264,17 @@ supervisor.main()
 def test_a_hung_rank_is_killed_sooner_when_the_ranks_have_not_come_to_the_stop(
     started: list[subprocess.Popen[str]], training: Training, stopped: bool
 ) -> None:
-    command = [sys.executable, "-P", "-c", HURRIED, str(training.folder)]
-    supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-    started.append(supervisor)
-    hung = wait_for(lambda: training.processes("tasks.rank"), "the ranks to start")[0]
-    hung.suspend()
+    folder = JobFolder(training.folder)
     if stopped:
-        JobFolder(training.folder).mark_stopped()
-    assert supervisor.stdin
-    supervisor.stdin.close()
+        folder.mark_stopped()
+    ending = start(started, HURRIED.format(folder=str(folder.path)))
+    rank = int(said(ending))
     if stopped:  # a checkpoint is being stored
         with pytest.raises(subprocess.TimeoutExpired):
-            supervisor.wait(2)
-        hung.resume()
-    assert supervisor.wait(60) == 0
-    training.assert_ends()
+            ending.wait(2)
+        (folder.path / "stopped").unlink()
+    assert ending.wait(60) == 0
+    assert gone(rank)
 
 
 def test_killed_supervisor_takes_torchrun_along_which_has_said_nothing_that_would_look_like_the_cause(
