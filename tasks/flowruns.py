@@ -1,14 +1,24 @@
-"""Finds the flow runs of this machine whose process was killed, and tells Prefect of them.
+"""Finds flow runs of trainings, and those of this machine whose process was killed, of which it tells Prefect.
 
 <home>/flows/<flow run>      a lock that the flow's process holds; the kernel frees it when that ends, however that is
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from uuid import UUID
 
 from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
@@ -22,6 +32,7 @@ from infra.trylock import left_behind
 
 MLFLOW_RUN = "convoy.mlflow_run"  # label of a flow run: its MLflow run
 TRAINING_FLOWS = ("train", "retrain")
+PAGE = 200  # what Prefect gives at a time
 
 
 @contextmanager
@@ -29,6 +40,25 @@ def flow_is_alive() -> Iterator[None]:
     """Shows, while the block runs, that the process of this flow run lives."""
     with locked(_folder() / str(flow_run.id)):
         yield
+
+
+def training_flow_runs(
+    client: SyncPrefectClient, states: Collection[StateType], *, after: datetime | None = None
+) -> Iterator[FlowRun]:
+    """Yields the flow runs of trainings in any of these states, page by page.
+
+    Args:
+        after: leaves out those that were to start earlier.
+    """
+    flows = FlowFilter(name=FlowFilterName(any_=list(TRAINING_FLOWS)))
+    wanted = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
+        expected_start_time=FlowRunFilterExpectedStartTime(after_=after) if after else None,
+    )
+    seen = 0
+    while page := client.read_flow_runs(flow_filter=flows, flow_run_filter=wanted, limit=PAGE, offset=seen):
+        yield from page
+        seen += len(page)
 
 
 def killed_flow_runs() -> Iterator[FlowRun]:

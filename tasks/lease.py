@@ -14,13 +14,6 @@ from datetime import UTC, datetime, timedelta
 import httpx
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
 from prefect.client.schemas.objects import ConcurrencyLeaseHolder, StateType
 from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
@@ -30,7 +23,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from infra import stopping
 from tasks.cancel import stop_if_cancelled
-from tasks.flowruns import TRAINING_FLOWS, label_flow_run, settle_killed_flow_runs
+from tasks.flowruns import PAGE, label_flow_run, settle_killed_flow_runs, training_flow_runs
 from tasks.progress import run_logger
 
 LEASE = 60.0  # seconds after which the lease of a holder that died is free: the least that Prefect takes
@@ -42,7 +35,6 @@ FORGOTTEN = timedelta(seconds=LEASE + 45)
 LIMITS = "convoy-model-"  # names of limits begin so
 LABEL = "convoy.lease"  # of a flow run: the limit whose slot it holds
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.PAUSED, StateType.CANCELLING]
-PAGE = 200  # what Prefect gives at a time
 
 
 def limit_of(name: str) -> str:
@@ -148,18 +140,11 @@ def _is_forgotten(
     taken = limit.active_slots >= limit.limit
     after = FORGOTTEN if after is None else after
     long_ago = not after or (limit.updated is not None and datetime.now(UTC) - limit.updated > after)
-    return taken and long_ago and not _has_holder(client, limit.name)
-
-
-def _has_holder(client: SyncPrefectClient, limit: str) -> bool:
-    unfinished = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED)))
-    flows = FlowFilter(name=FlowFilterName(any_=list(TRAINING_FLOWS)))
-    seen = 0
-    while page := client.read_flow_runs(flow_filter=flows, flow_run_filter=unfinished, limit=PAGE, offset=seen):
-        if any(run.labels.get(LABEL) == limit for run in page):
-            return True
-        seen += len(page)
-    return False
+    return (
+        taken
+        and long_ago
+        and not any(run.labels.get(LABEL) == limit.name for run in training_flow_runs(client, UNFINISHED))
+    )
 
 
 def _free(client: SyncPrefectClient, limit: GlobalConcurrencyLimitResponse) -> bool:

@@ -17,15 +17,7 @@ from pathlib import Path
 from prefect import get_client, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterExpectedStartTime,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import StateType
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.filesize import decimal
 
@@ -36,7 +28,7 @@ from infra.raw import RawSource
 from infra.settings import Settings
 from tasks.checkpoints import COMMIT
 from tasks.dataset import DatasetDamaged, load_manifest, manifest_key, pretrained_key, shard_key, shards_of
-from tasks.flowruns import TRAINING_FLOWS
+from tasks.flowruns import training_flow_runs
 from tasks.journal import JOURNALS, noted_shards
 from tasks.lineage import RecordDamaged, run_lineage
 from tasks.preprocess import StepRecord
@@ -132,18 +124,10 @@ def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: boo
 
 def trainings_under_way() -> set[str]:
     """Returns the flow runs of trainings that Prefect says are running or about to run."""
-    found: list[FlowRun] = []
+    since = datetime.now(UTC) - PREPARATION
     with get_client(sync_client=True) as client:
-        while page := client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=list(TRAINING_FLOWS))),
-            flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])),
-                expected_start_time=FlowRunFilterExpectedStartTime(after_=datetime.now(UTC) - PREPARATION),
-            ),
-            offset=len(found),
-        ):
-            found += page
-    return {str(run.id) for run in found}
+        found = training_flow_runs(client, [StateType.RUNNING, StateType.PENDING], after=since)
+        return {str(run.id) for run in found}
 
 
 class _Planner:
