@@ -14,6 +14,7 @@ from flows.approval import ask
 from flows.summary import Summary
 from infra import stopping, tracking
 from infra.errors import GateRefused
+from infra.output import outlive_readers
 from infra.registry import ModelVersion
 from infra.versions import find_version
 from tasks.cancel import Cancelled
@@ -59,7 +60,7 @@ def train_and_release(
         only_if_changed: end after preprocessing if the champion was made of the same.
         force: train all the same.
     """
-    with flow_is_alive():
+    with outlive_readers("stdout", "stderr"), flow_is_alive():  # the worker that reads them may be killed
         return _train_and_release(config, refresh, resume, only_if_changed=only_if_changed, force=force)
 
 

@@ -1,6 +1,7 @@
 """Keeps a process working when its standard output or error cannot be written."""
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -22,8 +23,19 @@ def outlive_readers(*names: Literal["stdout", "stderr"]) -> Iterator[None]:
             lenient = _Lenient(stream)
             setattr(sys, name, lenient)
             stack.callback(setattr, sys, name, stream)
+            for console in _consoles_of_logs():
+                if console.file is stream:  # Rich would end the program
+                    console.file = lenient
+                    stack.callback(setattr, console, "file", stream)
             stack.callback(lenient.end)
         yield
+
+
+def _consoles_of_logs() -> list[Any]:
+    """Returns the consoles of Rich that log handlers, such as Prefect's, write to."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
+    return [handler.console for handler in handlers if hasattr(handler, "console")]
 
 
 class _Lenient:

@@ -12,9 +12,10 @@ from uuid import UUID
 
 import pytest
 import yaml
+from mlflow.tracking import MlflowClient
 from prefect import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import DeploymentResponse
 
 from flows.service import DEPLOYMENTS
@@ -71,6 +72,12 @@ def runs() -> list[FlowRun]:
         return [run for run in client.read_flow_runs(deployment_filter=only) if not run.auto_scheduled]
 
 
+def final_state(flow_run: UUID) -> State[Any] | None:
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_run(flow_run).state
+    return found if found and found.is_final() else None
+
+
 @pytest.fixture(scope="module")
 def deployed(stack: object, quiet_prefect: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from flows.deployments import deploy
@@ -80,17 +87,21 @@ def deployed(stack: object, quiet_prefect: None, tmp_path_factory: pytest.TempPa
     return file
 
 
-@pytest.fixture(scope="module")
-def worker(deployed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
-    log = (tmp_path_factory.mktemp("worker") / "log").open("wb")
+def start_worker(folder: Path) -> "subprocess.Popen[bytes]":
+    log = (folder / "log").open("wb")
     command = [sys.executable, "-P", "-c", "from flows.cli import main; main()", "worker", "--pool", "test-pool"]
-    worker = subprocess.Popen(
+    return subprocess.Popen(
         command,
         stdout=log,
         stderr=log,
-        cwd=Path(log.name).parent,
+        cwd=folder,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a script's background job has it
     )
+
+
+@pytest.fixture(scope="module")
+def worker(deployed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
+    worker = start_worker(tmp_path_factory.mktemp("worker"))
     yield worker
     worker.send_signal(signal.SIGTERM)
     worker.wait(60)
@@ -217,12 +228,7 @@ def test_run_is_cancelled_from_the_command_line(
     assert convoy("cancel", training.run_id).status == 0
     training.assert_ends()
 
-    def state() -> Any:
-        with get_client(sync_client=True) as client:
-            found = client.read_flow_run(flow_run).state
-        return found if found and found.is_final() else None
-
-    assert wait_for(state, "the flow run to end").name == "Cancelled"
+    assert wait_for(lambda: final_state(flow_run), "the flow run to end").name == "Cancelled"
     late = convoy("cancel", training.run_id)
     assert late.status == 2
     assert "has ended: Cancelled" in late.complaint
@@ -237,6 +243,22 @@ def test_sigterm_ends_a_worker_that_a_script_has_started_and_all_that_it_runs(
     worker.send_signal(signal.SIGTERM)
     worker.wait(60)
     training.assert_ends()
+
+
+@pytest.mark.slow
+def test_a_training_whose_worker_is_killed_goes_on_to_its_end(
+    convoy: Convoy, deployed: Path, next_training: NextTraining, tmp_path: Path
+) -> None:
+    worker = start_worker(tmp_path)
+    try:
+        started = convoy("retrain", "-d", MODEL, "--json", "--force", "--set", "epochs=60")
+        flow_run = UUID(json.loads(started.stdout)["prefect_flow_run_id"])
+        training = next_training.under_way()
+    finally:
+        worker.kill()
+        worker.wait()
+    assert wait_for(lambda: final_state(flow_run), "the flow run to end").is_completed()
+    assert MlflowClient().get_run(training.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize(
