@@ -30,7 +30,7 @@ from tasks.modelcard import write_model_card
 from tasks.page import publish_page
 from tasks.preprocess import preprocess
 from tasks.pretrained import pretrained
-from tasks.promote import champion_data, oldest_champion_data, promotions_of
+from tasks.promote import champion_data, promotions_of
 from tasks.qualitygate import QualityRefused, quality_gate
 from tasks.register import register
 from tasks.release import release
@@ -107,11 +107,12 @@ def _train_and_release(
                 if config.warm_start and decision.champion_weights and not config.pretrained:
                     config = pretrained(config.model_copy(update={"pretrained": decision.champion_weights}), dataset)
                     warm = True
+            champions = champion_data(name)
             checked = data_gate(
                 dataset,
                 config.data_gate,
-                champion_data(name),
-                oldest=oldest_champion_data(name),
+                champions.present,
+                oldest=champions.oldest,
                 images_for_margin=config.gate.images_for_margin(),
                 warm_start=warm,
             )

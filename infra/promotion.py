@@ -132,11 +132,16 @@ class Standing(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    last: Promotion | None
-    """The last change, whatever it named: what a further one has to come `after`."""
+    entries: tuple[Promotion, ...]
+    """Its history."""
 
     version: FoundVersion | None
     """The last champion that the registry still has; None if it has none of them, or nothing was ever promoted."""
+
+    @property
+    def last(self) -> Promotion | None:
+        """The last change, whatever it named: what a further one has to come `after`."""
+        return self.entries[-1] if self.entries else None
 
     @property
     def note(self) -> str:
@@ -158,8 +163,7 @@ def standing_champion(store: ObjectStore, name: str) -> Standing:
         ServiceError: a server failed, or an entry is damaged.
     """
     entries = history(store, name)
-    present = _present(name, champions(entries))
-    return Standing(last=entries[-1] if entries else None, version=next(present, None))
+    return Standing(entries=tuple(entries), version=next(_present(name, champions(entries)), None))
 
 
 def lineage_of(entries: Sequence[Promotion], version: str) -> Lineage:

@@ -5,12 +5,22 @@ Nothing here loads torch or Prefect.
 
 import hashlib
 from itertools import dropwhile
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
 from infra.errors import GateRefused, UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
-from infra.promotion import Promotion, Standing, champions, history, promote, repair_aliases, standing_champion
+from infra.promotion import (
+    Promotion,
+    Standing,
+    champions,
+    history,
+    lineage_of,
+    promote,
+    repair_aliases,
+    standing_champion,
+)
 from infra.registry import ModelVersion
 from infra.settings import Settings
 from infra.versions import FoundVersion, find_version
@@ -28,15 +38,34 @@ def verdict_key(name: str, sha256: str) -> str:
     return f"models/{name}/verdicts/{sha256}.json"
 
 
-def champion_data(name: str) -> str | None:
-    """Returns the dataset version that the champion of a model has learned from; None if there is no champion.
+class ChampionData(NamedTuple):
+    """Dataset versions that champions of a model learned from; None where there is none, or it is not known."""
+
+    present: str | None
+    oldest: str | None
+    """That of the oldest champion that a rollback can reach."""
+
+
+def champion_data(name: str) -> ChampionData:
+    """Returns what a model's champions learned from, its aliases repaired.
 
     Raises:
         UsageError: not a name for a model.
         ServiceError: a server failed.
     """
-    champion = repaired_champion(ObjectStore.connect(Settings().bucket), name).version
-    return champion.tags.get(DATASET_VERSION) if champion else None
+    standing = repaired_champion(ObjectStore.connect(Settings().bucket), name)
+    present = standing.version.tags.get(DATASET_VERSION) if standing.version else None
+    known = (_learned_from(standing, version) for version in champions(standing.entries))
+    return ChampionData(present, next(filter(None, known), None))
+
+
+def _learned_from(standing: Standing, version: str) -> str | None:
+    if said := lineage_of(standing.entries, version).dataset_version:
+        return said
+    try:  # an entry of an older Convoy
+        return find_version(f"{standing.entries[-1].name}/{version}").tags.get(DATASET_VERSION)
+    except UsageError:  # deleted from the registry
+        return None
 
 
 def repaired_champion(store: ObjectStore, name: str) -> Standing:
@@ -68,21 +97,6 @@ def promotions_of(version: ModelVersion) -> list[Promotion]:
     if entries:
         repair_aliases(store, version.name)
     return entries
-
-
-def oldest_champion_data(name: str) -> str | None:
-    """Returns the dataset version of the oldest champion that a rollback can reach; None if it is not known.
-
-    Raises:
-        UsageError: not a name for a model.
-        ServiceError: a server failed.
-    """
-    for version in champions(history(ObjectStore.connect(Settings().bucket), name)):
-        try:
-            return find_version(f"{name}/{version}").tags.get(DATASET_VERSION)
-        except UsageError:  # deleted from the registry
-            continue
-    return None
 
 
 def promote_version(version: ModelVersion, *, force: bool = False, reason: str = "") -> Promotion:

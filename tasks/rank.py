@@ -264,15 +264,21 @@ class RankZero:
         )
 
     def _is_current(self) -> bool:
-        """Tells whether this start of the ranks is the one that trains: behind a cut link it may have been given up."""
-        if self._job.launcher == "local":
-            return True
-        order = Board(self._store, self._job.run_id).order()
-        return order is not None and order.generation == os.environ["TORCHELASTIC_RUN_ID"]
+        return self._job.launcher == "local" or is_current(Board(self._store, self._job.run_id))
 
     def _event(self, step: int, **values: float) -> None:
         epoch = (step - 1) // self._trainer.steps_per_epoch + 1
         self._folder.write_event(Event(step=step, total_steps=self._trainer.total_steps, epoch=epoch, **values))
+
+
+def is_current(board: Board) -> bool:
+    """Tells whether the generation of this rank is the one that trains: behind a cut link it may have been given up.
+
+    Raises:
+        ServiceError: the storage failed.
+    """
+    order = board.order()
+    return order is not None and order.generation == os.environ["TORCHELASTIC_RUN_ID"]
 
 
 def main() -> int:

@@ -151,14 +151,14 @@ def test_champions_that_the_registry_has_lost_do_not_lock_anyone_out(first: tupl
     for version in list_versions(name):
         if version.version != before.model_version:
             MlflowClient().delete_model_version(name, version.version)
-    assert champion_data(name) == before.dataset_version  # the first one takes their place
+    assert champion_data(name).present == before.dataset_version  # the first one takes their place
     assert find_version(name).version == before.model_version
     unchanged = what_changed.fn(name, fit, dataset)
     assert unchanged.why == f"nothing has changed since the champion, version {before.model_version}"
 
     newer = copied(first, lr=0.125)
     MlflowClient().delete_model_version(name, before.model_version or "")
-    assert champion_data(name) is None
+    assert champion_data(name).present is None
     decision = what_changed.fn(name, fit, dataset)
     assert decision.train and f"version {last.to_version} of 'retrained'" in decision.why
     verdict = judge_version(newer, config.gate)

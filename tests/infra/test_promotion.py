@@ -32,6 +32,7 @@ from infra.promotion import (
     standing_champion,
 )
 from infra.registry import ModelVersion, aliased, create_version, delete_alias, set_alias
+from tasks.promote import champion_data
 
 RACERS = 6
 NAMES = (f"promotion {number}" for number in count())
@@ -263,6 +264,26 @@ def test_an_entry_says_what_its_version_was_made_of(store: ObjectStore, versions
     assert (back.run_id, back.weights_key, back.dataset_version) == ("r", "runs/r/w", "d")
     assert lineage_of(entries, "1") == lineage
     assert lineage_of(entries, "2") == Lineage()
+
+
+def test_the_oldest_champions_data_are_known_from_the_history_or_from_the_registry(
+    store: ObjectStore, model_id: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first champion's entry is an older Convoy's; the registry loses the first two."""
+    monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
+    name = next(NAMES)
+    assert champion_data(name) == (None, None)
+    made = [
+        create_version(name, model_id[1], run_id=model_id[0], tags={"convoy.dataset_version": f"d{number}"})
+        for number in (1, 2, 3)
+    ]
+    for number, version in enumerate(made, 1):
+        known = Lineage(run_id="r", dataset_version=f"d{number}") if number > 1 else None
+        promote(store, version, after=newest(store, name), lineage=known)
+    assert champion_data(name) == ("d3", "d1")
+    for number in ("1", "2"):
+        MlflowClient().delete_model_version(name, number)
+    assert champion_data(name) == ("d3", "d2")
 
 
 def test_entries_of_older_and_newer_convoys_are_read(store: ObjectStore, versions: list[ModelVersion]) -> None:

@@ -1,0 +1,102 @@
+"""The coordinator of a training on several nodes, which the test plays by what nodes write on the board."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cnn.config import TrainConfig
+from infra.objectstore import ObjectStore
+from tasks.config import CheckpointConfig
+from tasks.job import Job, JobFolder, Outcome
+from tasks.launchconfig import NodesConfig
+from tasks.nodes import coordinator
+from tasks.nodes.board import Board, Order, Report
+from tasks.nodes.coordinator import Coordinator
+from tasks.platform import this_platform
+from tasks.rank import is_current
+from tests.flows.program import wait_for
+
+
+class Play:
+    """A training of two nodes under a real coordinator, in a thread."""
+
+    def __init__(self, store: ObjectStore, folder: Path) -> None:
+        job = Job(
+            run_id="f00d", config=TrainConfig(), dataset_version="0" * 64, world_size=2, manifest_digest="",
+            checkpoints=CheckpointConfig(), restarts=1, launcher="nodes", nodes=NodesConfig(min=2, max=2),
+        )  # fmt: skip
+        self.folder, self.board, self.over = JobFolder(folder), Board(store, job.run_id), threading.Event()
+        self.folder.write_job(job)
+        self._said: dict[str, Report] = {}
+        self._thread = threading.Thread(target=Coordinator(self.folder).run, args=(self.over.is_set,), daemon=True)
+        self._thread.start()
+        wait_for(self.board.invitation, "the invitation")  # after which the coordinator clears nothing more
+
+    def say(self, node: str, **what: object) -> None:
+        """Writes the next report of a node."""
+        beat = self._said[node].beat + 1 if node in self._said else 0
+        self._said[node] = Report.model_validate({"beat": beat, "slots": 1, "platform": this_platform(), **what})
+        self.board.write_report(node, self._said[node])
+
+    def order(self, wanted: Callable[[Order], bool]) -> Order:
+        """Returns the first order that is like this; meanwhile the nodes repeat what they said last."""
+
+        def find() -> Order | None:
+            for node, said in self._said.items():
+                self.say(node, **said.model_dump(exclude={"beat"}))
+            found = self.board.order()
+            return found if found and wanted(found) else None
+
+        return wait_for(find, "the order")
+
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+
+@pytest.fixture
+def play(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
+    monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
+    monkeypatch.setattr(coordinator, "BEAT", 0.05)
+    play = Play(store, tmp_path)
+    yield play
+    play.over.set()
+    wait_for(play.ended, "the coordinator to end")
+
+
+def test_a_checkpoint_that_is_lost_in_a_pause_only_repeats_its_steps(play: Play) -> None:
+    for node in ("a", "b"):
+        play.say(node)
+    first = play.order(lambda order: len(order.members) == 2)
+    play.say("b", generation=first.generation, leaving=True)
+    play.order(lambda order: order.pause)
+    lost = Outcome(status="unsaved", error="the storage did not take it", exit_status=75)
+    for node in ("a", "b"):
+        play.say(node, generation=first.generation, exit_status=1, outcome=lost)
+    play.say("c")
+    assert play.order(lambda order: bool(order.generation) and order.generation != first.generation).members
+    assert play.folder.read_outcome() is None
+
+
+def test_a_stop_whose_checkpoint_is_lost_on_all_nodes_is_the_outcome(play: Play) -> None:
+    for node in ("a", "b"):
+        play.say(node)
+    first = play.order(lambda order: len(order.members) == 2)
+    lost = Outcome(status="unsaved", error="the storage did not take it", exit_status=75)
+    for node in ("a", "b"):
+        play.say(node, generation=first.generation, exit_status=1, outcome=lost)
+    wait_for(play.ended, "the coordinator to end")
+    assert play.folder.read_outcome() == lost
+
+
+def test_rank_zero_of_a_generation_that_was_given_up_finds_that_it_was_replaced(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for node in ("a", "b"):
+        play.say(node)
+    order = play.order(lambda order: len(order.members) == 2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", order.generation)
+    assert is_current(play.board)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "an earlier one")
+    assert not is_current(play.board)
