@@ -7,7 +7,6 @@ from typing import Literal, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from cnn.errors import InputError, NotAvailable
 from cnn.manifest import Shard
@@ -71,6 +70,8 @@ class EncodedShard:
             raise InputError(f"{path} is not a shard of encoded images: its offsets do not fit its bytes and labels")
 
     def read(self, index: Tensor, out: Tensor, rows: Tensor) -> None:
+        from torchvision.io import ImageReadMode, decode_image  # only here: its import takes long
+
         mode = ImageReadMode.GRAY if out.shape[1] == 1 else ImageReadMode.RGB
         for number, row in zip(index.tolist(), rows.tolist(), strict=True):
             place = out[row]

@@ -13,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import httpx
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torchvision.io import write_png
 
 from infra.ports import CHOICE, is_free
 from infra.processes import log_end
@@ -66,7 +66,8 @@ def fresh_process(uri: str, images: Tensor, sizes: Sequence[int], time_limit: fl
         given = Path(temporary, "images")
         given.mkdir()
         for number, image in enumerate(images):
-            write_png(image, str(given / f"{number:06d}.png"))
+            pixels = image.permute(1, 2, 0).squeeze(2).numpy()
+            Image.fromarray(pixels).save(given / f"{number:06d}.png")
         # -P keeps our own modules off its path: the model has to work where Convoy is not installed.
         command = [sys.executable, "-P", str(CONSUMER), uri, str(given), temporary, *map(str, sizes)]
         try:

@@ -11,7 +11,6 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.utilities.urls import url_for
 from pydantic import BaseModel, ConfigDict
-from scipy.stats import binomtest
 
 from cnn.config import TrainConfig
 from cnn.manifest import Manifest
@@ -21,6 +20,7 @@ from infra.provenance import Provenance, provenance
 from infra.registry import ModelVersion, describe_version
 from infra.settings import Settings
 from infra.versions import find_version
+from tasks.binomial import wilson_interval
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, load_manifest, manifest_key
 from tasks.evaluate import Evaluation
@@ -87,13 +87,13 @@ def model_card(
     channels, size = manifest.channels, manifest.image_size
     kind = "grey" if channels == 1 else "RGB"
     right = round(report.accuracy * report.images)
-    interval = binomtest(right, report.images).proportion_ci(0.95, method="wilson")
+    low, high = wilson_interval(right, report.images, 0.95)
     return "\n".join(
         [
             f"# {plain(model.name)}, version {model.version}",
             "",
             f"**{report.accuracy:.2%}** of {report.images:,} test images right "
-            f"(95 % interval {interval.low:.2%} to {interval.high:.2%}), cross-entropy {report.loss:.4f}, "
+            f"(95 % interval {low:.2%} to {high:.2%}), cross-entropy {report.loss:.4f}, "
             f"macro F1 {report.macro.f1:.4f}; validation accuracy {trained.val_accuracy:.2%}.",
             "",
             "## Intended use",

@@ -5,10 +5,9 @@ Statistics in Medicine 17:891 (1998).
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binom, norm
+from numpy.typing import ArrayLike
 
-Floats = NDArray[np.float64]
+from tasks.binomial import Floats, at_most, normal_tail
 
 BISECTIONS = 40
 
@@ -42,18 +41,17 @@ def p_worse(wins: ArrayLike, losses: ArrayLike, images: int, margin: float) -> F
     Args:
         margin: negative for a first one that is better by so much.
     """
-    score: Floats = norm.sf(tango(wins, losses, images, -margin))
+    score = normal_tail(tango(wins, losses, images, -margin))
     if margin <= 0:
         return score
     losing = np.minimum(margin + np.asarray(wins) / images, 1)
-    exact: Floats = np.maximum(score, binom.cdf(losses, images, losing))
+    exact: Floats = np.maximum(score, at_most(losses, images, losing))
     return exact
 
 
 def p_no_worse(wins: ArrayLike, losses: ArrayLike, images: int, margin: float) -> Floats:
     """Returns how probable so bad a result is, at most, if the first's true accuracy is `margin` below the second's."""
-    score: Floats = norm.cdf(tango(wins, losses, images, -margin))
-    return score
+    return normal_tail(-tango(wins, losses, images, -margin))
 
 
 def lower_bound(wins: int, losses: int, images: int, alpha: float) -> float:

@@ -1,10 +1,11 @@
-"""What an evaluation found: numbers by scikit-learn, SciPy and torchmetrics, as JSON, pictures and a table."""
+"""What an evaluation found: numbers, as JSON, pictures and a table."""
 
 import json
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +13,14 @@ from numpy.typing import NDArray
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict
 from rich.filesize import decimal
-from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from cnn.calibration import Reliability, reliability, remark
 from cnn.errors import InputError
 from cnn.reading import SplitReader
 from infra import tracking
+from tasks.binomial import wilson_interval
 from tasks.figures import confusion_figure, gallery_figure, reliability_figure
 from tasks.markdown import plain
 from tasks.versiontags import TEMPERATURE
@@ -228,31 +227,27 @@ def evaluation_report(
     Raises:
         InputError: a column has not one value for every image.
     """
-    numbers = list(range(len(classes)))
     truth, predicted = labels.numpy(), logits.argmax(1).numpy()
-    found = precision_recall_fscore_support(truth, predicted, labels=numbers, zero_division=0.0)
-    each = zip(classes, *(figures.tolist() for figures in found), strict=True)
-    occurring = np.union1d(truth, predicted)
+    confusion = np.bincount(truth * len(classes) + predicted, minlength=len(classes) ** 2).reshape(len(classes), -1)
+    scores, support = _scores(confusion), confusion.sum(1)
+    occurring = (support + confusion.sum(0) > 0).astype(np.float64)
+    likeliest = logits.topk(min(max(TOP_K), len(classes)), dim=1).indices == labels[:, None]
     columns = {**slices, "class": np.asarray(list(classes))[truth]}
     wrong, hardest = _examples(logits, labels)
     return EvaluationReport(
         split=split,
         images=len(labels),
-        accuracy=float(accuracy_score(truth, predicted)),
+        accuracy=float((truth == predicted).mean()),
         accuracy_interval=_interval(int((truth == predicted).sum()), len(labels)),
-        top_k={
-            k: float(multiclass_accuracy(logits, labels, len(classes), average="micro", top_k=k))
-            for k in TOP_K
-            if k < len(classes)
-        },
+        top_k={k: float(likeliest[:, :k].any(1).double().mean()) for k in TOP_K if k < len(classes)},
         loss=float(F.cross_entropy(logits.double(), labels)),
-        macro=_average("macro", truth, predicted, occurring),
-        weighted=_average("weighted", truth, predicted, occurring),
+        macro=_average(scores, occurring),
+        weighted=_average(scores, support),
         classes=tuple(
-            ClassScores(name=name, precision=precision, recall=recall, f1=f1, support=support)
-            for name, precision, recall, f1, support in each
+            ClassScores(name=name, precision=precision, recall=recall, f1=f1, support=images)
+            for name, (precision, recall, f1), images in zip(classes, scores.tolist(), support.tolist(), strict=True)
         ),
-        confusion=tuple(map(tuple, confusion_matrix(truth, predicted, labels=numbers).tolist())),
+        confusion=tuple(map(tuple, confusion.tolist())),
         calibration=_calibration(logits, labels, temperature),
         slices={name: tuple(_sliced(name, values, truth == predicted)) for name, values in columns.items()},
         confidently_wrong=wrong,
@@ -261,16 +256,21 @@ def evaluation_report(
     )
 
 
-def _average(kind: str, truth: Labels, predicted: Labels, labels: Labels) -> Scores:
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        truth, predicted, labels=labels, average=kind, zero_division=0.0
-    )
-    return Scores(precision=float(precision), recall=float(recall), f1=float(f1))
+def _scores(confusion: Labels) -> NDArray[np.float64]:
+    """Returns precision, recall and F1 of each class [classes, 3]; 0 where there is nothing to divide by."""
+    right, predicted, there = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
+    parts, wholes = np.stack([right, right, 2 * right], 1), np.stack([predicted, there, predicted + there], 1)
+    scores: NDArray[np.float64] = parts / np.maximum(wholes, 1)
+    return scores
+
+
+def _average(scores: NDArray[np.float64], weights: NDArray[Any]) -> Scores:
+    precision, recall, f1 = np.average(scores, axis=0, weights=weights).tolist()
+    return Scores(precision=precision, recall=recall, f1=f1)
 
 
 def _interval(right: int, images: int) -> tuple[float, float]:
-    found = binomtest(right, images).proportion_ci(CONFIDENCE, method="wilson")
-    return float(found.low), float(found.high)
+    return wilson_interval(right, images, CONFIDENCE)
 
 
 def _calibration(logits: Tensor, labels: Tensor, temperature: float) -> Calibration:

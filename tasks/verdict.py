@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from scipy.stats import binom, binomtest, norm
 
+from tasks.binomial import at_most, normal_score, sign_test, wilson_interval
 from tasks.gateconfig import GateConfig
 from tasks.markdown import plain
 from tasks.paired import lower_bound, p_no_worse, p_worse
@@ -201,7 +201,7 @@ def judge(
         images, left_out = int(compared.sum()), int((~compared).sum())
         wins = int((challenger.correct & ~champion.correct & compared).sum())
         losses = int((champion.correct & ~challenger.correct & compared).sum())
-        p_value = float(binomtest(wins, wins + losses, alternative="greater").pvalue) if wins + losses else 1.0
+        p_value = sign_test(wins, losses)
         if images:
             champion_accuracy = float(champion.correct[compared].mean())
             checks.append(_comparison(wins, losses, images, p_value, config))
@@ -261,14 +261,14 @@ def images_needed(wins: int, losses: int, images: int, config: GateConfig) -> in
     disagree = max((wins + losses or min(3, images)) / images, effect)
     if config.mode == "superior":
         return _connor(disagree, effect, config)
-    z_alpha, z_power = norm.isf(config.alpha), norm.ppf(config.power)
+    z_alpha, z_power = normal_score(config.alpha), normal_score(1 - config.power)
     needed = (z_alpha + z_power) ** 2 * disagree / effect**2  # both are taken to be equally good
     return math.ceil(max(float(needed), config.smallest_margin(1) / effect))
 
 
 def _connor(disagree: float, effect: float, config: GateConfig) -> int:
     """Paired images that show a gain of `effect`, if the two disagree on the share `disagree`, at least as large."""
-    z_alpha, z_power = norm.isf(config.alpha), norm.ppf(config.power)
+    z_alpha, z_power = normal_score(config.alpha), normal_score(1 - config.power)
     spread = z_alpha * math.sqrt(disagree) + z_power * math.sqrt(max(disagree - effect**2, 0))
     return math.ceil(float(spread**2 / effect**2))
 
@@ -279,8 +279,7 @@ def _effect(images: int, config: GateConfig) -> float:
 
 
 def _interval(scored: Scored) -> tuple[float, float]:
-    found = binomtest(int(scored.correct.sum()), len(scored.correct)).proportion_ci(INTERVAL, method="wilson")
-    return float(found.low), float(found.high)
+    return wilson_interval(int(scored.correct.sum()), len(scored.correct), INTERVAL)
 
 
 def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) -> Check:
@@ -293,13 +292,13 @@ def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) ->
         detail = f"accuracy {told}, with {INTERVAL:.0%} confidence above {bound}; "
         detail += f"{'at least' if passed else 'less than'} {limit}"
         if not passed and accuracy > floor:
-            needed = norm.isf((1 - INTERVAL) / 2) ** 2 * floor * (1 - floor) / (accuracy - floor) ** 2
+            needed = normal_score((1 - INTERVAL) / 2) ** 2 * floor * (1 - floor) / (accuracy - floor) ** 2
             detail += f"; the test split is too small: {images:,} images, but {math.ceil(needed):,} are needed"
         return Check(name="floor", value=low, threshold=floor, passed=passed, detail=detail)
     constant = labels == np.bincount(labels).argmax()
     wins, losses = (int(mask.sum()) for mask in (challenger.correct & ~constant, constant & ~challenger.correct))
     gain = (wins - losses) / images
-    p = float(binomtest(wins, wins + losses, alternative="greater").pvalue) if wins + losses else 1.0
+    p = sign_test(wins, losses)
     passed = p <= config.alpha
     told, limit = _apart(accuracy, float(constant.mean()))
     detail = f"accuracy {told}, {'' if passed else 'not '}above {limit}, the share of the largest class"
@@ -323,7 +322,7 @@ def _class_recall(challenger: Scored, labels: NDArray[np.int64], classes: tuple[
         detail = f"no class has the {least:,} images that can show a recall below {limit:.4g}"
         return Check(name="class recall", value=None, threshold=limit, passed=True, tested=False, detail=detail)
     recall = right[tested] / counts[tested]
-    low = tested[binom.cdf(right[tested], counts[tested], limit) <= config.alpha]
+    low = tested[at_most(right[tested], counts[tested], limit) <= config.alpha]
     detail = f"the lowest of {len(tested)} classes is {classes[tested[recall.argmin()]]}: {recall.min():.2%}"
     if len(low):
         worst = low[np.argsort(right[low] / counts[low], kind="stable")]
@@ -360,7 +359,7 @@ def _comparison(wins: int, losses: int, images: int, p_value: float, config: Gat
 def _too_small(wins: int, losses: int, images: int, config: GateConfig) -> str:
     """How many images the test split would need, if it has fewer and has not shown the challenger to be worse."""
     needed = images_needed(wins, losses, images, config)
-    worse = losses and binomtest(wins, wins + losses, alternative="less").pvalue <= config.alpha
+    worse = sign_test(losses, wins) <= config.alpha
     if images >= needed or worse:
         return ""
     return (

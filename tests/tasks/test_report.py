@@ -13,7 +13,10 @@ from prefect import flow
 from prefect.artifacts import Artifact
 from prefect.context import refresh_global_settings_context
 from safetensors.torch import save_file
+from scipy.stats import binomtest
 from sklearn.datasets import load_digits
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from torchmetrics.functional.classification import multiclass_accuracy
 
 from cnn.errors import InputError
 from cnn.packed import PackedSplit
@@ -58,6 +61,36 @@ def test_class_that_does_not_occur_stays_out_of_the_means(report: EvaluationRepo
     assert report.macro.recall == pytest.approx((1 + 2 / 3) / 2)
     assert report.weighted.recall == pytest.approx(0.8)
     assert report.metrics()["test/macro_f1"] == pytest.approx(0.8)
+
+
+def test_figures_are_those_of_scikit_learn_torchmetrics_and_scipy() -> None:
+    """Twelve classes, of which two never occur and one is never predicted."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (500,), generator=generator)
+    logits = torch.randn(500, 12, generator=generator)
+    logits[range(500), labels] += 1.5
+    logits[:, [3, 11]] = -torch.inf
+    names = [f"c{number}" for number in range(12)]
+    report = evaluation_report("test", logits.clamp(min=-50), labels, names)
+    truth, predicted = labels.numpy(), logits.argmax(1).numpy()
+    told = {"labels": range(12), "zero_division": 0.0}
+    theirs = zip(*precision_recall_fscore_support(truth, predicted, **told), strict=True)
+    ours = [(each.precision, each.recall, each.f1, each.support) for each in report.classes]
+    assert ours == [pytest.approx(figures) for figures in theirs]
+    assert report.confusion == tuple(map(tuple, confusion_matrix(truth, predicted, labels=range(12)).tolist()))
+    occurring = sorted({*truth.tolist(), *predicted.tolist()})
+    assert occurring == list(range(11))
+    for kind, means in (("macro", report.macro), ("weighted", report.weighted)):
+        theirs = precision_recall_fscore_support(truth, predicted, labels=occurring, average=kind, zero_division=0.0)[
+            :3
+        ]
+        assert (means.precision, means.recall, means.f1) == pytest.approx(theirs)
+    for k in (3, 5):
+        top = multiclass_accuracy(logits.clamp(min=-50), labels, 12, average="micro", top_k=k)
+        assert report.top_k[k] == pytest.approx(float(top))
+    right = int((truth == predicted).sum())
+    wilson = binomtest(right, 500).proportion_ci(0.95, method="wilson")
+    assert report.accuracy_interval == pytest.approx((wilson.low, wilson.high))
 
 
 def test_report_survives_json(report: EvaluationReport) -> None:
