@@ -68,7 +68,8 @@ def make_deterministic() -> None:
     """Choose deterministic kernels and a fixed number of threads; call it before anything is computed."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(THREADS_PER_RANK)
-    torch.use_deterministic_algorithms(True)
+    # `use_deterministic_algorithms` does the same, and loads torch.compile, which takes seconds and is not used here.
+    torch.set_deterministic_debug_mode("error")
     # It guards against bugs, at a cost in every step.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False

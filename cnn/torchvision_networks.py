@@ -1,6 +1,5 @@
 """torchvision's networks, with a first convolution that suits the images. Nothing is downloaded."""
 
-import torch
 from torch import nn
 from torchvision import models
 from torchvision.models import ConvNeXt, ResNet, ShuffleNetV2
@@ -28,10 +27,7 @@ def torchvision_network(
     Raises:
         InputError: the images are too small for a ConvNeXt, which shrinks them without padding.
     """
-    # A RegNet computes its widths with tensors, whose values it would not have on the device "meta".
-    with torch.device("cpu"):
-        network: nn.Module = models.get_model(name, weights=None, num_classes=classes)  # type: ignore[attr-defined]
-    network.to(torch.get_default_device())
+    network: nn.Module = models.get_model(name, weights=None, num_classes=classes)  # type: ignore[attr-defined]
     small = options.stem == "small" or (options.stem == "auto" and image_size < SMALL_IMAGE)
     if isinstance(network, ConvNeXt) and image_size < (smallest := 8 if small else 32):
         raise InputError(

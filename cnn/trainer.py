@@ -78,7 +78,7 @@ def check_fits(config: TrainConfig, manifest: Manifest) -> None:
             f"the training split has {count} images, fewer than a batch of {config.batch_size}; "
             f"set batch_size to at most {count // config.lanes * config.lanes}, or give more images"
         )
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):  # the device "meta" would load torch.compile, which takes seconds
         build(config, manifest)
 
 

@@ -158,7 +158,7 @@ def resume(
     def go_on() -> Summary:
         servers_up()
         with loading():
-            from tasks.run import check_resumable
+            from tasks.runrecord import check_resumable
         config = check_resumable(run)
         config = load_config(None, settings or (), {"ranks": ranks}, base=config.model_dump(exclude_unset=True))
         return _train(config, [], resume=run)

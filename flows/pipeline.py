@@ -35,7 +35,8 @@ from tasks.qualitygate import QualityRefused, quality_gate
 from tasks.register import register
 from tasks.release import release
 from tasks.retries import outlast
-from tasks.run import TrackedRun, check_resumable, fitted, log_cost, read_record, recorded_dataset, tracked_run
+from tasks.run import TrackedRun, fitted, log_cost, recorded_dataset, tracked_run
+from tasks.runrecord import check_resumable, read_record
 from tasks.servinggate import serving_gate
 from tasks.train import TrainResult, train
 

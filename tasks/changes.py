@@ -20,7 +20,8 @@ from tasks.dataset import DatasetRef
 from tasks.progress import run_logger
 from tasks.promote import repaired_champion, verdict_on
 from tasks.retries import RETRIED
-from tasks.run import flatten, read_record, run_manifest
+from tasks.run import run_manifest
+from tasks.runrecord import flatten, read_record
 from tasks.versiontags import VERDICT, VERDICT_CHAMPION
 
 INPUTS = {"dataset_version": "data", "code_digest": "code", "lock_sha256": "lock file"}

@@ -4,6 +4,8 @@ runs/<run>/checkpoints/step-00005064/state.safetensors
 runs/<run>/checkpoints/step-00005064/commit.json          written last, by a conditional put
 runs/<run>/weights/<SHA-256 of the weights>.safetensors   those that the training is for; model.safetensors in old runs
 runs/<run>/weights/commit.json                            how it finished; likewise
+
+Only storing and loading tensors loads torch.
 """
 
 import threading
@@ -12,20 +14,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from cnn.weights import save_weights
 from infra.errors import ServiceError
 from infra.files import file_digest
 from infra.objectstore import ObjectMissing, ObjectStore
 from tasks.config import CheckpointConfig
 from tasks.job import Job, Outcome, Status
 from tasks.patience import last_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMMIT, STATE = "commit.json", "state.safetensors"
 LONGEST_PAUSE = 30.0  # seconds between tries while the storage fails
@@ -79,7 +81,7 @@ class Snapshot:
     """A state to be stored."""
 
     step: int
-    state: Mapping[str, Tensor]
+    state: "Mapping[str, Tensor]"
     """On the CPU; nobody changes it any more."""
 
     val_accuracy: float | None
@@ -229,6 +231,8 @@ class CheckpointWriter:
         return min(2 * pause, LONGEST_PAUSE)
 
     def _commit(self, snapshot: Snapshot) -> None:
+        from safetensors.torch import save_file
+
         prefix = f"{checkpoint_prefix(self._job.run_id)}step-{snapshot.step:08d}/"
         file = self._folder / STATE
         try:
@@ -317,7 +321,7 @@ def newest_checkpoint(
     manifest_digest: str,
     on_damage: Callable[[str], None],
     folder: Path | None = None,
-) -> tuple[Commit, dict[str, Tensor]] | None:
+) -> "tuple[Commit, dict[str, Tensor]] | None":
     """Returns the newest checkpoint whose files have the digests that it promises; None if there is none.
 
     Args:
@@ -328,6 +332,8 @@ def newest_checkpoint(
     Raises:
         ServiceError: the storage failed, or only damaged ones are left.
     """
+    from safetensors.torch import load_file
+
     damaged = 0
     for commit in commits_of(store, run_id):
         if commit.manifest_digest != manifest_digest:
@@ -346,7 +352,9 @@ def newest_checkpoint(
     return None
 
 
-def commit_weights(store: ObjectStore, job: Job, state: Mapping[str, Tensor], file: Path, outcome: Outcome) -> Outcome:
+def commit_weights(
+    store: ObjectStore, job: Job, state: "Mapping[str, Tensor]", file: Path, outcome: Outcome
+) -> Outcome:
     """Writes the weights that a training is for, uploads and commits them; returns the outcome with their place.
 
     Their key is their digest, so that no other process of the run ever writes to what a commit names. If the run has
@@ -359,6 +367,8 @@ def commit_weights(store: ObjectStore, job: Job, state: Mapping[str, Tensor], fi
     Raises:
         ServiceError: the storage failed, or the training has finished before, with other weights.
     """
+    from cnn.weights import save_weights
+
     digest = save_weights(state, file)
     if earlier := finished_outcome(store, job.run_id):
         return _same(earlier, digest, job.run_id)

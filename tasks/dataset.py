@@ -1,4 +1,7 @@
-"""Dataset versions in the bucket: where they are, whether they are whole, and opening them for reading."""
+"""Dataset versions in the bucket: where they are, whether they are whole, and opening them for reading.
+
+Only opening loads torch.
+"""
 
 import hashlib
 import os
@@ -6,23 +9,24 @@ import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from cnn.errors import InputError
 from cnn.manifest import Manifest, Shard
-from cnn.openshard import RawShard, fetch_and_open
-from cnn.packed import PackedSplit
-from cnn.reading import SplitReader
 from cnn.split import Split
-from cnn.streamed import AHEAD_BYTES, StreamedSplit
 from infra.cache import Cache
 from infra.errors import ServiceError
 from infra.meter import in_parallel
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.room import disk_limit
 from infra.settings import Settings
+
+if TYPE_CHECKING:
+    from cnn.openshard import RawShard
+    from cnn.reading import SplitReader
+    from cnn.streamed import StreamedSplit
 
 T = TypeVar("T")
 
@@ -118,7 +122,7 @@ def fits(cache: Cache, manifest: Manifest) -> bool:
     return cache.limit is None or sum(shard.bytes for shard in shards_of(manifest)) <= cache.limit
 
 
-def open_split(cache: Cache, manifest: Manifest, split: Split) -> SplitReader:
+def open_split(cache: Cache, manifest: Manifest, split: Split) -> "SplitReader":
     """Opens a split for reading: mapped, each shard as it is fetched, if all of the version may be here.
 
     Otherwise, or if the images are encoded, its shards come when they are needed. The images are the same.
@@ -127,17 +131,21 @@ def open_split(cache: Cache, manifest: Manifest, split: Split) -> SplitReader:
         ObjectMissing: a shard is neither here nor in the bucket; when it is needed, if they come then.
     """
     if manifest.encoding == "raw" and fits(cache, manifest):
+        from cnn.packed import PackedSplit
+
         return PackedSplit(_each(partial(_map, cache, _shape(manifest)), manifest.splits[split].shards))
     return stream_split(cache, manifest, split)
 
 
-def stream_split(cache: Cache, manifest: Manifest, split: Split, *, ahead: int | None = None) -> StreamedSplit:
+def stream_split(cache: Cache, manifest: Manifest, split: Split, *, ahead: int | None = None) -> "StreamedSplit":
     """A reader that fetches the split's shards when they are needed.
 
     Args:
         ahead: bytes that may be here before; unset: a quarter of what the cache may hold, shared by this machine's
             ranks, and no more than `cnn.streamed.AHEAD_BYTES`.
     """
+    from cnn.streamed import AHEAD_BYTES, StreamedSplit
+
     if ahead is None:
         ahead = AHEAD_BYTES if cache.limit is None else min(AHEAD_BYTES, cache.limit // 4 // local_ranks())
     shards = manifest.splits[split].shards
@@ -157,7 +165,9 @@ def _fetch(cache: Cache, shard: Shard) -> Path:
     return cache.fetch(shard_key(shard), shard.sha256, size=shard.bytes)
 
 
-def _map(cache: Cache, shape: tuple[int, int, int], shard: Shard) -> RawShard:
+def _map(cache: Cache, shape: tuple[int, int, int], shard: Shard) -> "RawShard":
+    from cnn.openshard import RawShard, fetch_and_open
+
     mapped = fetch_and_open(shard, partial(_fetch, cache), shape=shape, encoding="raw")
     assert isinstance(mapped, RawShard)
     return mapped

@@ -26,7 +26,7 @@ from tasks.checkpoints import COMMIT
 from tasks.flowruns import killed_flow_runs, mark_crashed, read_flow_run
 from tasks.lease import forgotten_leases, free_forgotten
 from tasks.patience import OWNER
-from tasks.run import FLOW_RUN, MANIFEST_DIGEST
+from tasks.runrecord import FLOW_RUN, MANIFEST_DIGEST
 
 GRACE = timedelta(days=1)
 """What is younger may be under way: a checkpoint between its file and its commit, or a large upload."""

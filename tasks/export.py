@@ -20,7 +20,7 @@ from infra.settings import Settings
 from infra.versions import FoundVersion, download_version, find_version
 from tasks.dataset import load_manifest
 from tasks.reference import load_reference
-from tasks.run import read_record
+from tasks.runrecord import read_record
 
 Format = Literal["pt2", "onnx", "safetensors"]
 

@@ -27,7 +27,7 @@ from tasks.evaluate import Evaluation
 from tasks.markdown import plain
 from tasks.report import EvaluationReport
 from tasks.retries import RETRIED
-from tasks.run import FLOW_RUN, flatten
+from tasks.runrecord import FLOW_RUN, flatten
 from tasks.train import TrainResult
 
 LISTED_CLASSES = 30

@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 import cnn
 from cnn.codedigest import code_digest
-from cnn.distributed import THREADS_PER_RANK, local_device
 from infra.provenance import Provenance, provenance
 
 
@@ -39,6 +37,10 @@ def this_platform(code: Provenance | None = None) -> Platform:
     Args:
         code: where the code came from, if that is known already.
     """
+    import torch  # only here: what only reads records does without
+
+    from cnn.distributed import THREADS_PER_RANK, local_device
+
     device = local_device().type
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return Platform(

@@ -14,7 +14,7 @@ from infra.settings import Settings
 from infra.trylock import is_held
 from tasks.alive import lock_file, orphaned, processes_of
 from tasks.lineage import run_lineage, version_lineage
-from tasks.run import FLOW_RUN, MANIFEST_DIGEST
+from tasks.runrecord import FLOW_RUN, MANIFEST_DIGEST
 from tasks.versiontags import DATASET_VERSION
 
 NAMED = 5  # of what MLflow does not know, in a message

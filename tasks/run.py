@@ -1,28 +1,23 @@
-"""The MLflow run of a training: opened before the ranks start, closed with the flow, however it ends.
-
-runs/<run>/run.json in the bucket holds what a resumed run needs to know.
-"""
+"""The MLflow run of a training: opened before the ranks start, closed with the flow, however it ends."""
 
 import contextlib
-import hashlib
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import httpx
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.utilities.urls import url_for
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from cnn.manifest import Manifest, canonical_json
+from cnn.manifest import Manifest
 from cnn.order import mixing, shuffle_window
 from cnn.trainer import check_fits
 from infra import tracking
 from infra.errors import ServiceError, UsageError
-from infra.objectstore import ObjectMissing, ObjectStore
+from infra.objectstore import ObjectStore
 from infra.provenance import Provenance, provenance
 from infra.settings import Settings
 from infra.stopping import Stopped
@@ -32,40 +27,26 @@ from tasks.checkpoints import checkpoint_prefix
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, is_whole, load_manifest
 from tasks.flowruns import MLFLOW_RUN, label_flow_run
-from tasks.platform import Platform, differences, this_platform
+from tasks.platform import differences, this_platform
 from tasks.progress import run_logger
 from tasks.prunemark import wait_for_prune
 from tasks.retries import outlast
-
-MANIFEST_DIGEST, FLOW_RUN = "convoy.manifest_digest", "prefect.flow_run_id"
+from tasks.runrecord import (
+    FLOW_RUN,
+    MANIFEST_DIGEST,
+    RunManifest,
+    RunRecord,
+    check_resumable,
+    flatten,
+    read_record,
+    record_key,
+)
 
 
 class Interrupted(RuntimeError):
     """The ranks were asked to stop, and stored a checkpoint."""
 
     exit_status = 75
-
-
-class RunManifest(Platform):
-    """What the weights are a function of. Its digest names the training; equal digests promise equal weights."""
-
-    dataset_version: str
-    config: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical JSON."""
-        return hashlib.sha256(canonical_json(self.model_dump())).hexdigest()
-
-
-class RunRecord(BaseModel):
-    """What a run was started with."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    config: RunConfig
-    dataset: DatasetRef
-    manifest: RunManifest
 
 
 class TrackedRun(BaseModel):
@@ -77,37 +58,6 @@ class TrackedRun(BaseModel):
     url: str
     manifest_digest: str
     checkpoint_prefix: str
-
-
-def read_record(run_id: str) -> RunRecord:
-    """What a run was started with.
-
-    Raises:
-        UsageError: there is no such run of ours.
-    """
-    store = ObjectStore.connect(Settings().bucket, create=False)
-    try:
-        if "/" in run_id:  # that would be another key
-            raise ObjectMissing(run_id)
-        return RunRecord.model_validate_json(store.get_bytes(_record_key(run_id)))
-    except ObjectMissing:
-        raise UsageError(f"no run {run_id} in bucket {store.bucket}; `convoy runs` lists them") from None
-    except ValidationError as error:
-        raise UsageError(f"run {run_id} was made by another version of Convoy: {error.errors()[0]['msg']}") from None
-
-
-def check_resumable(run_id: str) -> RunConfig:
-    """Returns the configuration of an unfinished run.
-
-    To be called again once the model's lease is held, since the run may finish while its resume waits for that.
-
-    Raises:
-        UsageError: there is no such run of ours, or it has finished.
-    """
-    record = read_record(run_id)
-    if tracking.run_status(run_id) == "FINISHED":
-        raise UsageError(f"run {run_id} has finished; there is nothing to resume")
-    return record.config
 
 
 def recorded_dataset(record: RunRecord) -> DatasetRef:
@@ -184,7 +134,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
                 tracking.log_dataset(run_id, dataset.name, dataset.version, source)
                 tracking.log_text(run_id, "manifest.json", manifest.model_dump_json(indent=2))
                 record = RunRecord(config=config, dataset=dataset, manifest=manifest)
-                store.put_if_absent(_record_key(run_id), record.model_dump_json().encode())
+                store.put_if_absent(record_key(run_id), record.model_dump_json().encode())
             yield TrackedRun(
                 run_id=run_id, url=tracking.run_url(run_id), manifest_digest=manifest.digest, checkpoint_prefix=prefix
             )
@@ -235,21 +185,6 @@ def log_cost(run_id: str, step_seconds: Mapping[str, float], rank_hours: float) 
     outlast(partial(tracking.log_metrics, run_id, figures))
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys in dotted form, as in `--set`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _record_key(run_id: str) -> str:
-    return f"runs/{run_id}/run.json"
-
-
 def _check_equal(run_id: str, theirs: RunManifest, ours: RunManifest) -> None:
     """Refuse to go on with weights that would be neither the old manifest's nor the new one's."""
     if differing := differences(flatten(theirs.model_dump()), flatten(ours.model_dump())):
@@ -260,7 +195,7 @@ def _run_of_this_flow_run(store: ObjectStore) -> str | None:
     flow_run = _flow_tags().get(FLOW_RUN)
     runs = tracking.list_runs(FLOW_RUN, flow_run, limit=1) if flow_run else []
     # One without a record ended before it began.
-    return runs[0].run_id if runs and store.head(_record_key(runs[0].run_id)) else None
+    return runs[0].run_id if runs and store.head(record_key(runs[0].run_id)) else None
 
 
 def _flow_tags() -> dict[str, str]:

@@ -9,7 +9,7 @@ from infra.errors import UsageError
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from tasks.checkpoints import commits_of
-from tasks.run import MANIFEST_DIGEST, read_record
+from tasks.runrecord import MANIFEST_DIGEST, read_record
 
 SPARE = 100  # runs that are looked at in place of those that are left out
 

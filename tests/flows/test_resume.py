@@ -23,7 +23,8 @@ from tasks.checkpoints import commits_of
 from tasks.config import RunConfig, load_config
 from tasks.dataset import DatasetRef
 from tasks.job import JobFolder
-from tasks.run import FLOW_RUN, MANIFEST_DIGEST, RunRecord, read_record, tracked_run
+from tasks.run import tracked_run
+from tasks.runrecord import FLOW_RUN, MANIFEST_DIGEST, RunRecord, read_record
 from tests.flows.conftest import Convoy
 from tests.flows.program import (
     ENDS_WITHIN,

@@ -23,7 +23,8 @@ from tasks.dataset import DatasetRef
 from tasks.gateconfig import GateConfig
 from tasks.promote import champion_data, promote_version
 from tasks.qualitygate import judge_version, publish
-from tasks.run import fitted, read_record
+from tasks.run import fitted
+from tasks.runrecord import read_record
 from tasks.versiontags import VERDICT
 from tests.flows.conftest import CONFIG
 

@@ -19,7 +19,7 @@ from infra.objectstore import ObjectInfo, ObjectStore
 from infra.registry import ModelVersion, create_version
 from tasks.checkpoints import COMMIT, STATE
 from tasks.dataset import manifest_key, shard_key
-from tasks.run import FLOW_RUN, MANIFEST_DIGEST
+from tasks.runrecord import FLOW_RUN, MANIFEST_DIGEST
 from tasks.versiontags import DATASET_VERSION
 
 EXPERIMENT = "leftovers"

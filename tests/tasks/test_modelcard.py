@@ -12,7 +12,7 @@ from tasks.config import RunConfig
 from tasks.dataset import load_manifest
 from tasks.modelcard import Origin, model_card, write_model_card
 from tasks.report import evaluation_report
-from tasks.run import read_record
+from tasks.runrecord import read_record
 from tasks.train import TrainResult
 from tests.tasks.registered import Registered, register_digits
 

@@ -1,0 +1,90 @@
+"""What a training was started with, as a resume needs to know it: runs/<run>/run.json in the bucket.
+
+Nothing here loads torch or Prefect.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cnn.manifest import canonical_json
+from infra import tracking
+from infra.errors import UsageError
+from infra.objectstore import ObjectMissing, ObjectStore
+from infra.settings import Settings
+from tasks.config import RunConfig
+from tasks.dataset import DatasetRef
+from tasks.platform import Platform
+
+MANIFEST_DIGEST, FLOW_RUN = "convoy.manifest_digest", "prefect.flow_run_id"
+
+
+class RunManifest(Platform):
+    """What the weights are a function of. Its digest names the training; equal digests promise equal weights."""
+
+    dataset_version: str
+    config: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return hashlib.sha256(canonical_json(self.model_dump())).hexdigest()
+
+
+class RunRecord(BaseModel):
+    """What a run was started with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: RunConfig
+    dataset: DatasetRef
+    manifest: RunManifest
+
+
+def record_key(run_id: str) -> str:
+    """Key of a run's record."""
+    return f"runs/{run_id}/run.json"
+
+
+def read_record(run_id: str) -> RunRecord:
+    """What a run was started with.
+
+    Raises:
+        UsageError: there is no such run of ours.
+    """
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    try:
+        if "/" in run_id:  # that would be another key
+            raise ObjectMissing(run_id)
+        return RunRecord.model_validate_json(store.get_bytes(record_key(run_id)))
+    except ObjectMissing:
+        raise UsageError(f"no run {run_id} in bucket {store.bucket}; `convoy runs` lists them") from None
+    except ValidationError as error:
+        raise UsageError(f"run {run_id} was made by another version of Convoy: {error.errors()[0]['msg']}") from None
+
+
+def check_resumable(run_id: str) -> RunConfig:
+    """Returns the configuration of an unfinished run.
+
+    To be called again once the model's lease is held, since the run may finish while its resume waits for that.
+
+    Raises:
+        UsageError: there is no such run of ours, or it has finished.
+    """
+    record = read_record(run_id)
+    if tracking.run_status(run_id) == "FINISHED":
+        raise UsageError(f"run {run_id} has finished; there is nothing to resume")
+    return record.config
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys in dotted form, as in `--set`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
