@@ -20,6 +20,7 @@ from infra.versions import find_version
 from tasks.cancel import Cancelled
 from tasks.changes import what_changed
 from tasks.config import RunConfig
+from tasks.consumers import Consumer
 from tasks.datagate import DataRefused, data_gate, log_data_report
 from tasks.download import download
 from tasks.evaluate import Evaluation, evaluate
@@ -121,11 +122,12 @@ def _train_and_release(
             with tracked_run(config, dataset, resume) as run:
                 outlast(partial(log_data_report, run.run_id, checked))
                 trained = laps("train", train(run, dataset, config))
-                evaluated = laps("evaluate", evaluate(config.training(), dataset, trained))
-                registered = laps("register", register(name, config.training(), dataset, trained, evaluated))
-                write_model_card(registered, config, dataset, trained, evaluated)
-                summary = _with_version(summary, run, trained, evaluated, registered)
-                summary = laps("gates", _through_gates(summary, config, registered, evaluated))
+                with Consumer() as consumer:  # it loads its libraries while others work
+                    evaluated = laps("evaluate", evaluate(config.training(), dataset, trained))
+                    registered = laps("register", register(name, config.training(), dataset, trained, evaluated))
+                    write_model_card(registered, config, dataset, trained, evaluated)
+                    summary = _with_version(summary, run, trained, evaluated, registered)
+                    summary = laps("gates", _through_gates(summary, config, registered, evaluated, consumer))
                 publish_page(outlast(partial(find_version, registered.address)))
                 log_cost(run.run_id, laps.seconds, trained.world_size * trained.train_seconds / 3600)
     except DataRefused as refused:
@@ -155,7 +157,11 @@ def _judged_again(summary: Summary, config: RunConfig, version: ModelVersion) ->
 
 
 def _through_gates(
-    summary: Summary, config: RunConfig, registered: ModelVersion, evaluated: Evaluation | None
+    summary: Summary,
+    config: RunConfig,
+    registered: ModelVersion,
+    evaluated: Evaluation | None,
+    consumer: Consumer | None = None,
 ) -> Summary:
     """Runs serving gate, quality gate, approval and release; returns the summary with the outcome.
 
@@ -170,7 +176,7 @@ def _through_gates(
     summary = summary.model_copy(update={"champion": False})
     try:
         if evaluated:
-            serving_gate(registered, evaluated, config.serving)
+            serving_gate(registered, evaluated, config.serving, consumer)
         verdict = quality_gate(registered, config.gate)
         summary = summary.model_copy(update={"verdict": verdict.summary})
         if config.promotes:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
+from typing import Self
 
 import httpx
 from PIL import Image
@@ -50,52 +52,75 @@ def batch_sizes(images: Tensor) -> list[int]:
     return sorted({min(size, len(images)) for size in BATCH_SIZES})
 
 
-def fresh_process(uri: str, images: Tensor, sizes: Sequence[int], time_limit: float) -> Consumed:
-    """Load a model through `mlflow.pyfunc` in a process that knows nothing of Convoy, and predict.
+class Consumer:
+    """A fresh process that knows nothing of Convoy; it loads its libraries at once, and waits for a model to use.
 
-    Args:
-        uri: `models:/name/version`.
-        images: uint8 N×C×H×W; they travel as PNG files.
-        sizes: of the batches, each of the first images.
-        time_limit: seconds to import, download, load and predict.
-
-    Raises:
-        ConsumerFailed: it gave no predictions.
+    A context, after which the process and its files are gone. If this process is killed, the kernel closes the
+    consumer's standard input, and it ends.
     """
-    with TemporaryDirectory() as temporary:
-        given = Path(temporary, "images")
+
+    def __enter__(self) -> Self:
+        self._folder = TemporaryDirectory()
+        # -P keeps our own modules off its path: the model has to work where Convoy is not installed.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(CONSUMER)],
+            cwd=self._folder.name,
+            env=_environment(self._folder.name),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        with self._process:  # closes its pipes, and waits
+            pass
+        self._folder.cleanup()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has not been used, and lives."""
+        assert self._process.stdin
+        return not self._process.stdin.closed and self._process.poll() is None
+
+    def predict(self, uri: str, images: Tensor, sizes: Sequence[int], time_limit: float) -> Consumed:
+        """Loads a model through `mlflow.pyfunc`, and predicts; once per consumer.
+
+        Args:
+            uri: `models:/name/version`.
+            images: uint8 N×C×H×W; they travel as PNG files.
+            sizes: of the batches, each of the first images.
+            time_limit: seconds for the rest of its start, and to download, load and predict.
+
+        Raises:
+            ConsumerFailed: it gave no predictions.
+        """
+        given = Path(self._folder.name, "images")
         given.mkdir()
         for number, image in enumerate(images):
             pixels = image.permute(1, 2, 0).squeeze(2).numpy()
             Image.fromarray(pixels).save(given / f"{number:06d}.png")
-        # -P keeps our own modules off its path: the model has to work where Convoy is not installed.
-        command = [sys.executable, "-P", str(CONSUMER), uri, str(given), temporary, *map(str, sizes)]
+        task = {"uri": uri, "images": str(given), "out": self._folder.name, "sizes": list(sizes)}
         try:
-            done = subprocess.run(
-                command,
-                cwd=temporary,
-                env=_environment(temporary),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=time_limit,
-                stdin=subprocess.DEVNULL,
-            )
+            _, errors = self._process.communicate(json.dumps(task), timeout=time_limit)
         except subprocess.TimeoutExpired:
             raise ConsumerFailed(f"{uri} gave no predictions within {time_limit:.0f} s") from None
         try:
-            made = load_file(Path(temporary, "predictions.safetensors"))
-            refusals = json.loads(Path(temporary, "refusals.json").read_bytes())
+            made = load_file(Path(self._folder.name, "predictions.safetensors"))
+            refusals = json.loads(Path(self._folder.name, "refusals.json").read_bytes())
         except (FileNotFoundError, SafetensorError):
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
+            said = [line for line in errors.splitlines() if line.strip()] or ["nothing"]
             raise ConsumerFailed(
-                f"{uri} gave no predictions in a fresh process (status {done.returncode}): {said[-1].strip()}"
+                f"{uri} gave no predictions in a fresh process (status {self._process.returncode}): {said[-1].strip()}"
             ) from None
-    return Consumed(predictions={int(size): tensor for size, tensor in made.items()}, refusals=refusals)
+        return Consumed(predictions={int(size): tensor for size, tensor in made.items()}, refusals=refusals)
 
 
 @contextmanager
-def http_server(uri: str, time_limit: float) -> Iterator[httpx.Client]:
+def http_server(uri: str, time_limit: float, given_up: Event | None = None) -> Iterator[httpx.Client]:
     """Serve a model with `mlflow models serve` on a free port of 127.0.0.1; yields a client of it.
 
     No process of the server is left when the block ends, or when this process does.
@@ -103,6 +128,7 @@ def http_server(uri: str, time_limit: float) -> Iterator[httpx.Client]:
     Args:
         uri: `models:/name/version`.
         time_limit: seconds to start, and for each answer.
+        given_up: set when nobody needs the server any more; its start is then broken off.
 
     Raises:
         ConsumerFailed: it did not start.
@@ -121,7 +147,7 @@ def http_server(uri: str, time_limit: float) -> Iterator[httpx.Client]:
             )
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=time_limit, trust_env=False) as client:
-                _wait_for(client, server, log, uri, time_limit)
+                _wait_for(client, server, log, uri, time_limit, given_up or Event())
                 yield client
         finally:
             try:
@@ -141,7 +167,9 @@ def _environment(temporary: str) -> dict[str, str]:
     return os.environ | CONSUMERS_ENVIRONMENT | {"TMPDIR": temporary}
 
 
-def _wait_for(client: httpx.Client, server: subprocess.Popen[bytes], log: Path, uri: str, time_limit: float) -> None:
+def _wait_for(
+    client: httpx.Client, server: subprocess.Popen[bytes], log: Path, uri: str, time_limit: float, given_up: Event
+) -> None:
     deadline = time.monotonic() + time_limit
     while server.poll() is None:
         try:
@@ -151,5 +179,6 @@ def _wait_for(client: httpx.Client, server: subprocess.Popen[bytes], log: Path, 
             pass
         if time.monotonic() > deadline:
             raise ConsumerFailed(f"{uri} was not served over HTTP within {time_limit:.0f} s: {log_end(log)}")
-        time.sleep(POLL)
+        if given_up.wait(POLL):
+            raise ConsumerFailed(f"{uri} is not needed any more")
     raise ConsumerFailed(f"{uri} cannot be served over HTTP (status {server.returncode}): {log_end(log)}")

@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from threading import Event
 
 import httpx
 import torch
@@ -17,7 +20,7 @@ from infra.objectstore import ObjectStore
 from infra.registry import ModelVersion, set_alias, tag_version
 from infra.settings import Settings
 from tasks.cancel import stop_if_cancelled
-from tasks.consumers import ConsumerFailed, batch_sizes, fresh_process, http_server, post_images
+from tasks.consumers import Consumer, ConsumerFailed, batch_sizes, http_server, post_images
 from tasks.evaluate import Evaluation
 from tasks.gateconfig import ServingConfig
 from tasks.markdown import plain
@@ -73,12 +76,17 @@ class ServingRefused(GateRefused):
 
 
 @task(name="serving-gate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
-def serving_gate(registered: ModelVersion, evaluated: Evaluation, config: ServingConfig) -> ServingReport:
+def serving_gate(
+    registered: ModelVersion, evaluated: Evaluation, config: ServingConfig, consumer: Consumer | None = None
+) -> ServingReport:
     """Use the version as a consumer would, and only then point `challenger` at it.
 
     Raw images go in, in batches of 1, 3 and 64, through `mlflow.pyfunc` in a fresh process and over HTTP; so do inputs
     of wrong shapes and types, which must be refused. The report goes to the MLflow run (`report/serving.json`), to
     Prefect, and as tag `convoy.serving` to the version. A version that fails stays for inspection, without an alias.
+
+    Args:
+        consumer: the fresh process to use; None, or a used one, starts another.
 
     Raises:
         Cancelled: the flow run was cancelled.
@@ -88,7 +96,10 @@ def serving_gate(registered: ModelVersion, evaluated: Evaluation, config: Servin
     stop_if_cancelled()
     reference = load_reference(ObjectStore.connect(Settings().bucket, create=False), evaluated.reference_key)
     tolerance = config.tolerance or TOLERANCE[evaluated.device]
-    report = try_serving(registered, reference["images"], reference["probabilities"], tolerance, config)
+    with ExitStack() as started:
+        if consumer is None or not consumer.is_waiting:
+            consumer = started.enter_context(Consumer())
+        report = try_serving(registered, reference["images"], reference["probabilities"], tolerance, config, consumer)
     tracking.log_text(evaluated.run_id, "report/serving.json", report.model_dump_json(indent=2))
     tracking.log_text(evaluated.run_id, "report/serving.md", report.markdown())
     create_markdown_artifact(report.markdown(), key="serving-gate", description=f"MLflow run {evaluated.run_id}")
@@ -105,27 +116,38 @@ def serving_gate(registered: ModelVersion, evaluated: Evaluation, config: Servin
 
 
 def try_serving(
-    model: ModelVersion, images: Tensor, expected: Tensor, tolerance: float, config: ServingConfig
+    model: ModelVersion, images: Tensor, expected: Tensor, tolerance: float, config: ServingConfig, consumer: Consumer
 ) -> ServingReport:
-    """Make all checks.
+    """Makes all checks; the server starts while the fresh process is at work.
 
     Args:
         images: uint8 N×C×H×W.
         expected: probabilities float32 N×classes.
         tolerance: largest difference of a probability.
+        consumer: one that is waiting.
     """
-    checks = list(_in_fresh_process(model, images, expected, tolerance, config))
-    # A model that cannot be loaded cannot be served either; a failed start would only cost time.
-    if config.http and checks[0].passed:
-        checks += _over_http(model, images, expected, tolerance, config)
+    given_up = Event()
+    with ThreadPoolExecutor(1) as beside:
+        try:
+            http = beside.submit(list, _over_http(model, images, expected, tolerance, config, given_up))
+            checks = list(_in_fresh_process(model, images, expected, tolerance, config, consumer))
+            if checks[0].passed:  # else it cannot be served either
+                checks += http.result()
+        finally:
+            given_up.set()
     return ServingReport(model=model.uri, tolerance=tolerance, checks=tuple(checks))
 
 
 def _in_fresh_process(
-    model: ModelVersion, images: Tensor, expected: Tensor, tolerance: float, config: ServingConfig
+    model: ModelVersion,
+    images: Tensor,
+    expected: Tensor,
+    tolerance: float,
+    config: ServingConfig,
+    consumer: Consumer,
 ) -> Iterator[ServingCheck]:
     try:
-        consumed = fresh_process(model.uri, images, batch_sizes(images), config.time_limit)
+        consumed = consumer.predict(model.uri, images, batch_sizes(images), config.time_limit)
     except ConsumerFailed as error:
         yield ServingCheck(name="loads in a fresh process", passed=False, detail=str(error))
         return
@@ -137,10 +159,12 @@ def _in_fresh_process(
 
 
 def _over_http(
-    model: ModelVersion, images: Tensor, expected: Tensor, tolerance: float, config: ServingConfig
+    model: ModelVersion, images: Tensor, expected: Tensor, tolerance: float, config: ServingConfig, given_up: Event
 ) -> Iterator[ServingCheck]:
+    if not config.http:
+        return
     try:
-        with http_server(model.uri, config.time_limit) as client:
+        with http_server(model.uri, config.time_limit, given_up) as client:
             yield ServingCheck(name="is served over HTTP", passed=True, detail="mlflow models serve")
             for size in batch_sizes(images):
                 answer = post_images(client, images[:size].tolist())

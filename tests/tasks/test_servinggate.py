@@ -17,7 +17,7 @@ from prefect import flow
 from prefect.artifacts import Artifact
 
 from infra.registry import aliased
-from tasks.consumers import ConsumerFailed, http_server, post_images
+from tasks.consumers import Consumer, ConsumerFailed, http_server, post_images
 from tasks.evaluate import Evaluation
 from tasks.gateconfig import ServingConfig
 from tasks.reference import load_reference, store_reference
@@ -122,7 +122,8 @@ def test_version_without_files_is_refused_without_waiting_for_a_server(registere
     made = client.create_model_version(registered.version.name, f"models:/{empty.model_id}", model_id=empty.model_id)
     lost = registered.version.model_copy(update={"version": str(made.version)})
     reference = load_reference(registered.store, registered.evaluated.reference_key)
-    report = try_serving(lost, reference["images"], reference["probabilities"], 1e-5, ServingConfig())
+    with Consumer() as consumer:
+        report = try_serving(lost, reference["images"], reference["probabilities"], 1e-5, ServingConfig(), consumer)
     assert [check.passed for check in report.checks] == [False]
     assert "gave no predictions in a fresh process" in report.checks[0].detail
     with pytest.raises(ConsumerFailed, match="cannot be served over HTTP"), http_server(lost.uri, 120):
