@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a terminal, a log line now and then elsewhere, and an artifact in Prefect's UI."""
+"""Progress of long work: one line, beside a bar in a terminal, in the log now and then elsewhere, and in Prefect."""
 
 import logging
 import sys
@@ -15,12 +15,13 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from infra import stopping
 
-LOG_EVERY = 15.0  # seconds between log lines where there is no terminal
+LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
+WIDE = 100  # columns of a terminal that has room for a bar
 ARTIFACT_EVERY = 3.0  # seconds between updates of the artifact: each one is a request to Prefect
 
 Unit = Literal["bytes", "images", "files", "epochs"]
@@ -42,24 +43,25 @@ def progress(description: str, total: float | None, *, unit: Unit, artifact: str
         unit: what is counted.
         artifact: key (`a-z0-9-`) of a Prefect progress artifact to keep up to date, or None for none.
     """
-    shown = _Bar(description, total, unit) if sys.stderr.isatty() else _LogLines(description, total, unit)
-    published = _Artifact(artifact, description, total) if artifact and total and FlowRunContext.get() else None
+    shown = _Bar(description, total) if sys.stderr.isatty() else _LogLines(description)
+    published = _Artifact(artifact, description) if artifact and total and FlowRunContext.get() else None
+    pace = _Pace(total, unit)
     lock = threading.Lock()
-    done = 0.0
 
     def advance(amount: float, note: str | None = None) -> None:
-        nonlocal done
         stopping.check()
         with lock:
-            done += amount
-            shown.update(done, note)
+            pace.update(amount, note)
+            shown.update(pace)
             if published:
-                published.update(done)
+                published.update(pace)
 
     with shown:
         yield advance
+        pace.finished = True
+        shown.update(pace)
     if published:
-        published.update(done, at_once=True)
+        published.update(pace, at_once=True)
 
 
 def run_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
@@ -69,30 +71,67 @@ def run_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
     return logging.getLogger("convoy")
 
 
-class _Amount(ProgressColumn):
-    """`12.3 MB/s` or `3 012 images/s`."""
+class _Pace:
+    """How far the work is, how fast it goes, and how long it will take."""
 
-    def __init__(self, unit: Unit) -> None:
-        self._unit = unit
-        super().__init__()
+    def __init__(self, total: float | None, unit: Unit) -> None:
+        self._total, self._unit = total, unit
+        self._began = time.monotonic()
+        self._first: tuple[float, float] | None = None  # the time of the first news, and what was done by then
+        self._note = ""
+        self.done, self.finished = 0.0, False
 
-    def render(self, task: Task) -> Text:
-        return Text(_rate(task.finished_speed or task.speed, self._unit), style="progress.data.speed")
+    def update(self, amount: float, note: str | None) -> None:
+        self.done += amount
+        self._note = self._note if note is None else note
+        self._first = self._first or (time.monotonic(), self.done)
+
+    @property
+    def share(self) -> float | None:
+        """Of the whole; None if that is not known."""
+        return min(self.done / self._total, 1.0) if self._total else None
+
+    def line(self) -> str:
+        """For people: share, speed, time to go or taken, and the note."""
+        now = time.monotonic()
+        share = "" if self.share is None else f"{self.share:.0%}"
+        time_said = f"in {_duration(now - self._began)}" if self.finished else self._to_go(now)
+        return ", ".join(filter(None, (share, self._speed(now - self._began), time_said, self._note)))
+
+    def _to_go(self, now: float) -> str:
+        """Counted from the first news: what comes before, such as the start of ranks, is not repeated."""
+        if self._first is None or self._total is None or self.done <= self._first[1]:
+            return ""
+        return f"{_duration((self._total - self.done) * (now - self._first[0]) / (self.done - self._first[1]))} to go"
+
+    def _speed(self, seconds: float) -> str:
+        if self._unit == "epochs" or not self.done or not seconds:  # the ranks measure theirs themselves
+            return ""
+        per_second = self.done / seconds
+        if self._unit == "bytes":
+            return f"{decimal(int(per_second))}/s"
+        return f"{per_second:,.0f} {self._unit}/s" if per_second >= 10 else f"{per_second:.1f} {self._unit}/s"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class _Bar:
-    def __init__(self, description: str, total: float | None, unit: Unit) -> None:
-        self._bars = Progress(
-            TextColumn("{task.description}", markup=False),  # it names data sets
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            _Amount(unit),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=Console(stderr=True, emoji=False),
-        )
-        self._note = ""
-        self._task = self._bars.add_task(description.ljust(28), total=total, note="")
+    """One line, however narrow the terminal is."""
+
+    def __init__(self, description: str, total: float | None) -> None:
+        console = Console(stderr=True, emoji=False)
+        columns = [
+            TextColumn("{task.description}", markup=False, table_column=_column()),  # it names data sets
+            *([BarColumn(bar_width=24)] if console.width >= WIDE else []),
+            TextColumn("{task.fields[line]}", markup=False, table_column=_column(ratio=1)),
+        ]
+        self._bars = Progress(*columns, console=console, expand=True)
+        self._task = self._bars.add_task(description, total=total, line="")
 
     def __enter__(self) -> None:
         self._bars.start()
@@ -100,64 +139,49 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def update(self, done: float, note: str | None) -> None:
-        self._note = self._note if note is None else note
-        self._bars.update(self._task, completed=done, note=self._note)
+    def update(self, pace: _Pace) -> None:
+        self._bars.update(self._task, completed=pace.done, line=pace.line())
+
+
+def _column(ratio: int | None = None) -> Column:
+    return Column(no_wrap=True, overflow="ellipsis", ratio=ratio)
 
 
 class _LogLines:
-    def __init__(self, description: str, total: float | None, unit: Unit) -> None:
-        self._description, self._total, self._unit = description, total, unit
+    def __init__(self, description: str) -> None:
+        self._description = description
         self._logger = run_logger()
-        self._started = self._last = time.monotonic()
-        self._done, self._note = 0.0, ""
+        self._last = time.monotonic()
 
     def __enter__(self) -> None:
         self._logger.info("%s …", self._description)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._log()
+    def __exit__(self, *_: object) -> None: ...
 
-    def update(self, done: float, note: str | None) -> None:
-        self._done, self._note = done, self._note if note is None else note
-        if time.monotonic() - self._last >= LOG_EVERY:
+    def update(self, pace: _Pace) -> None:
+        if pace.finished or time.monotonic() - self._last >= LOG_EVERY:
             self._last = time.monotonic()
-            self._log()
-
-    def _log(self) -> None:
-        seconds = time.monotonic() - self._started
-        share = f"{self._done / self._total:.0%}, " if self._total else ""
-        rate = _rate(self._done / seconds if seconds else None, self._unit)
-        self._logger.info("%s: %s%s in %.0f s %s", self._description, share, rate, seconds, self._note)
+            self._logger.info("%s: %s", self._description, pace.line())
 
 
 class _Artifact:
     """A progress artifact of the flow run; what Prefect cannot take is not worth failing for."""
 
-    def __init__(self, key: str, description: str, total: float) -> None:
-        self._total = total
+    def __init__(self, key: str, description: str) -> None:
+        self._description = description
         self._last = time.monotonic()
         created = create_progress_artifact(progress=0.0, key=key, description=description)
         assert isinstance(created, UUID)  # not a coroutine, since we are not in one
         self._id = created
 
-    def update(self, done: float, *, at_once: bool = False) -> None:
+    def update(self, pace: _Pace, *, at_once: bool = False) -> None:
         if at_once or time.monotonic() - self._last >= ARTIFACT_EVERY:
             self._last = time.monotonic()
-            percent = min(100.0, 100 * done / self._total)
+            said = f"{self._description}: {pace.line()}"
             try:
-                update_progress_artifact(self._id, progress=percent)
+                update_progress_artifact(self._id, progress=100 * (pace.share or 0.0), description=said)
             except Exception as error:
                 run_logger().debug("the progress artifact was not updated: %s", error)
-
-
-def _rate(per_second: float | None, unit: Unit) -> str:
-    if not per_second:
-        return ""
-    if unit == "bytes":
-        return f"{decimal(int(per_second))}/s"
-    return f"{per_second:,.0f} {unit}/s" if per_second >= 10 else f"{per_second:.1f} {unit}/s"
 
 
 class _TaskLogs(logging.Handler):

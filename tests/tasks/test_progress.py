@@ -1,6 +1,7 @@
 """Progress where there is no terminal, and in Prefect."""
 
 import logging
+import re
 import threading
 
 import pytest
@@ -84,6 +85,42 @@ def test_a_terminal_gets_a_bar(
     assert "loss 0.1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("columns", [30, 79, 200])
+def test_a_terminal_of_any_width_gets_one_line_without_colours_if_they_are_not_wanted(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for name, value in {"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    with progress("Training on 2 ranks", 3.0, unit="epochs", artifact=None) as advance:
+        advance(3.0, "epoch 3/3 · loss 0.1 · 1,234 images/s · val 97.00%")
+    (*_, shown) = filter(None, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "\n", capsys.readouterr().err).split("\n"))
+    assert len(shown.rstrip()) <= columns
+    assert shown.startswith("Training on")
+    assert ("…" in shown) == (columns < 100)
+    if columns == 200:
+        assert "100%, in 0 s, epoch 3/3 · loss 0.1 · 1,234 images/s · val 97.00%" in shown
+
+
+def test_time_to_go_counts_from_the_first_news(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that take 50 s to start, and 1 s per epoch."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with progress("Training", 100.0, unit="epochs") as advance:
+        for done, now[0] in ((0.0, 50.0), (10.0, 60.0)):
+            advance(done, f"epoch {done:.0f}/100")
+    assert lines(caplog)[1:3] == ["Training: 0%, epoch 0/100", "Training: 10%, 90 s to go, epoch 10/100"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5900, "98 min"), (7260, "2 h 1 min")]
+)
+def test_durations_are_as_short_as_they_can_be(seconds: float, said: str) -> None:
+    assert module._duration(seconds) == said
+
+
 def test_what_looks_like_markup_in_a_name_is_shown_as_it_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,4 +144,5 @@ def test_a_flow_run_gets_an_artifact_that_ends_at_100_percent(stack: object) -> 
         (artifact,) = client.read_artifacts(
             artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["working-test"]))
         )
-    assert (artifact.type, artifact.data, artifact.description) == ("progress", 100.0, "Working")
+    assert (artifact.type, artifact.data) == ("progress", 100.0)
+    assert re.fullmatch(r"Working: 100%, .* files/s, in \d+ s", artifact.description or "")
