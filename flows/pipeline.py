@@ -23,7 +23,7 @@ from tasks.config import RunConfig
 from tasks.consumers import Consumer
 from tasks.datagate import DataRefused, data_gate, log_data_report
 from tasks.download import download
-from tasks.evaluate import Evaluation, evaluate
+from tasks.evaluate import Evaluation, evaluate, publish
 from tasks.flowruns import flow_is_alive
 from tasks.launchconfig import check_installed
 from tasks.lease import model_lease
@@ -124,8 +124,10 @@ def _train_and_release(
                 trained = laps("train", train(run, dataset, config))
                 with Consumer() as consumer:  # it loads its libraries while others work
                     evaluated = laps("evaluate", evaluate(config.training(), dataset, trained))
+                    published = publish.submit(dataset, evaluated)
                     registered = laps("register", register(name, config.training(), dataset, trained, evaluated))
                     write_model_card(registered, config, dataset, trained, evaluated)
+                    published.result()
                     summary = _with_version(summary, run, trained, evaluated, registered)
                     summary = laps("gates", _through_gates(summary, config, registered, evaluated, consumer))
                 publish_page(outlast(partial(find_version, registered.address)))

@@ -61,8 +61,7 @@ class Evaluation(BaseModel):
 def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> Evaluation:
     """Score the trained weights on the test split, each image once; a temperature is fitted on the validation split.
 
-    The report goes to the MLflow run (`report/`, metrics `test/...`) and, as a page, to Prefect. What was predicted is
-    kept for the quality gate.
+    What was predicted is kept for the quality gate.
 
     Raises:
         Cancelled: the flow run was cancelled.
@@ -90,7 +89,6 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
     key = f"runs/{trained.run_id}/reference.safetensors"
     store_reference(store, key, images, logits[: len(images)].softmax(1))
     store_predictions(store, trained.run_id, logits.argmax(1), manifest.classes, manifest, trained.weights_sha256)
-    publish_evaluation(trained.run_id, report, test)
     run_logger().info(
         "test accuracy %.2f %%, cross-entropy %.4f, %d images",
         100 * report.accuracy,
@@ -98,6 +96,18 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
         report.images,
     )
     return Evaluation(run_id=trained.run_id, report=report, device=device.type, reference_key=key)
+
+
+@task(name="publish-evaluation", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+def publish(dataset: DatasetRef, evaluated: Evaluation) -> None:
+    """Puts the report into the MLflow run (`report/`, metrics `test/...`) and, as a page, into Prefect.
+
+    Raises:
+        ServiceError: a server failed.
+    """
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    test = open_split(open_cache(store), load_manifest(store, dataset.version), "test")
+    publish_evaluation(evaluated.run_id, evaluated.report, test)
 
 
 def trained_network(store: ObjectStore, config: TrainConfig, manifest: Manifest, trained: TrainResult) -> nn.Module:

@@ -15,7 +15,7 @@ from infra.settings import Settings
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, load_manifest
 from tasks.download import download
-from tasks.evaluate import Evaluation, evaluate
+from tasks.evaluate import Evaluation, evaluate, publish
 from tasks.preprocess import preprocess
 from tasks.register import register
 from tasks.run import tracked_run
@@ -66,6 +66,7 @@ def register_digits(name: str, folder: Path) -> Registered:
                 val_loss=2.3,
             )
             evaluated = evaluate(config.training(), dataset, result)
+            publish(dataset, evaluated)
             version = register(name, config.training(), dataset, result, evaluated)
         return Registered(store, dataset, evaluated, version)
 

@@ -24,7 +24,7 @@ from infra.registry import ModelVersion
 from infra.settings import Settings
 from tasks.dataset import DatasetRef, load_manifest
 from tasks.download import download
-from tasks.evaluate import Evaluation, evaluate
+from tasks.evaluate import Evaluation, evaluate, publish
 from tasks.preprocess import preprocess
 from tasks.register import register
 from tasks.train import TrainResult
@@ -79,7 +79,9 @@ def trained(stack: object, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def evaluated(trained: Trained) -> Evaluation:
     @flow
     def evaluating() -> Evaluation:
-        return evaluate(CONFIG, trained.dataset, trained.result)
+        found = evaluate(CONFIG, trained.dataset, trained.result)
+        publish(trained.dataset, found)
+        return found
 
     return evaluating()
 
