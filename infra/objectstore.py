@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -63,6 +64,12 @@ class Upload(BaseModel):
     """By the store's clock."""
 
 
+@lru_cache(maxsize=8)
+def _find_bucket(client: Any, bucket: str) -> None:
+    """Raises ClientError if there is no such bucket; asks the store until there is."""
+    client.head_bucket(Bucket=bucket)
+
+
 class ObjectStore:
     """One bucket. Safe to share between threads.
 
@@ -92,7 +99,7 @@ class ObjectStore:
         store = cls(open_client(timeout=timeout), bucket)
         with translated(store._where()):
             try:
-                store._client.head_bucket(Bucket=bucket)
+                _find_bucket(store._client, bucket)
             except ClientError as error:
                 if error_code(error) not in {"404", "NoSuchBucket"}:
                     raise

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import boto3
@@ -41,7 +42,7 @@ class ObjectMissing(ServiceError):
 
 
 def open_client(addressing: str | None = None, tries: int = TRIES, timeout: float | None = None) -> Any:
-    """Returns a boto3 client for the store that the standard variables name.
+    """Returns a boto3 client for the store that the standard variables name; the same one while they stay the same.
 
     It is configured for what every S3-compatible store understands: checksums only where we ask for them,
     since newer kinds are refused by some; the bucket in the path, since a local server has no host name a bucket.
@@ -54,6 +55,13 @@ def open_client(addressing: str | None = None, tries: int = TRIES, timeout: floa
     Raises:
         UsageError: the endpoint's address, or another of the user's settings, cannot be used.
     """
+    # Credentials in a file may be renewed there: then each call reads them anew.
+    environment = frozenset(os.environ.items()) if "AWS_ACCESS_KEY_ID" in os.environ else object()
+    return _client(environment, addressing, tries, timeout)
+
+
+@lru_cache(maxsize=8)  # making one takes as long as a dozen requests
+def _client(environment: object, addressing: str | None, tries: int, timeout: float | None) -> Any:
     settings = Settings()
     config = Config(
         request_checksum_calculation="when_required",

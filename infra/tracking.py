@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
@@ -212,9 +213,13 @@ def end_run(run_id: str, status: RunStatus) -> None:
 
 def run_url(run_id: str) -> str:
     """The address of a run in MLflow's web pages."""
+    return f"{tracking_uri()}/#/experiments/{_experiment_of(tracking_uri(), run_id)}/runs/{run_id}"
+
+
+@lru_cache(maxsize=64)  # a run never changes it
+def _experiment_of(server: str, run_id: str) -> str:
     with mlflow_client(f"find run {run_id}") as client:
-        experiment = client.get_run(run_id).info.experiment_id
-    return f"{tracking_uri()}/#/experiments/{experiment}/runs/{run_id}"
+        return str(client.get_run(run_id).info.experiment_id)
 
 
 def log_dataset(run_id: str, name: str, digest: str, source: str, context: str = "training") -> None:

@@ -3,6 +3,7 @@
 import difflib
 import os
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from mlflow.artifacts import download_artifacts
@@ -43,6 +44,12 @@ def find_version(reference: str) -> FoundVersion:
     if not name:
         raise UsageError(f"{reference!r} names no model; write NAME, NAME@ALIAS or NAME/VERSION")
     with mlflow_client(f"look for model {name!r}") as client:
+        if number:
+            try:
+                return _found(client.get_model_version(name, number))
+            except RestException as error:
+                if not is_missing(error):
+                    raise  # else what follows says what there is
         try:
             aliases: dict[str, str] = client.get_registered_model(name).aliases
         except RestException as error:
@@ -60,21 +67,24 @@ def find_version(reference: str) -> FoundVersion:
                 f"model {name!r} has no alias {alias!r}; aliases: {known}; a version is named like {name}/1"
             )
         try:
-            found = client.get_model_version(name, number)
+            return _found(client.get_model_version(name, number))
         except RestException as error:
             if not is_missing(error):
                 raise
             versions = sorted(int(version.version) for version in client.search_model_versions(filter_of(name=name)))
             known = f"{versions[0]} to {versions[-1]}" if versions else "none"
             raise UsageError(f"model {name!r} has no version {number!r}; versions: {known}") from None
-    return FoundVersion(name=name, version=str(found.version), run_id=found.run_id or "", tags=found.tags)
+
+
+def _found(version: Any) -> FoundVersion:
+    return FoundVersion(name=version.name, version=str(version.version), run_id=version.run_id or "", tags=version.tags)
 
 
 def list_versions(name: str) -> list[FoundVersion]:
     """All versions of a model, the newest first; empty if there is no such model."""
     with mlflow_client(f"list the versions of model {name!r}") as client:
         found = client.search_model_versions(filter_of(name=name), order_by=["version_number DESC"])
-    return [FoundVersion(name=name, version=str(v.version), run_id=v.run_id or "", tags=v.tags) for v in found]
+    return list(map(_found, found))
 
 
 def version_url(version: ModelVersion) -> str:

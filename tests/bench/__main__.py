@@ -7,7 +7,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from tasks.environment import describe
 from tasks.lifeline import adopt_orphans, end_descendants
-from tests.bench import checkpoints, frameworks, loaders, memory, scaling, training
+from tests.bench import checkpoints, frameworks, loaders, memory, overhead, scaling, training
 from tests.bench.comparison import Comparison, NotInstalled, keep_memory
 from tests.bench.streaming import IMAGES, LEAST, streaming
 
@@ -35,6 +35,7 @@ COMPARISONS: dict[str, Measure] = {
     "checkpoints": checkpoints.checkpoints,
     "exchange": scaling.exchange,
     "streaming": streaming,
+    "overhead": overhead.overhead,
 }
 WIDTH = 140  # of the table, wherever it is printed
 
@@ -107,12 +108,17 @@ def _table(results: list[Comparison]) -> Table:
     for result in results:
         table.add_row(
             result.name,
-            f"{result.ours_label}: {statistics.median(result.ours):,.0f} {result.unit}",
-            f"{result.theirs_label}: {statistics.median(result.theirs):,.0f} {result.unit}",
+            f"{result.ours_label}: {_figure(result.ours)} {result.unit}",
+            f"{result.theirs_label}: {_figure(result.theirs)} {result.unit}",
             f"{statistics.median(result.ratios):.3f}",
             f"{min(result.ratios):.3f} … {max(result.ratios):.3f}",
         )
     return table
+
+
+def _figure(figures: Sequence[float]) -> str:
+    median = statistics.median(figures)
+    return f"{median:,.0f}" if median >= 100 else f"{median:.1f}"
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from flows.summary import Summary
 from infra.settings import Settings
 from tasks.config import RunConfig
 from tests.flows.program import Done, NextTraining, Program
+from tests.flows.requests_made import counting
 
 Convoy = Callable[..., Done]
 
@@ -33,11 +35,20 @@ CONFIG = RunConfig.model_validate(
 
 
 @pytest.fixture(scope="session")
-def trained(stack: object, quiet_prefect: None) -> Summary:
+def requests_made() -> Counter[tuple[str, str]]:
+    """What `trained` asks of the servers; empty before."""
+    return Counter()
+
+
+@pytest.fixture(scope="session")
+def trained(stack: object, quiet_prefect: None, requests_made: Counter[tuple[str, str]]) -> Summary:
     """A whole training on two ranks."""
     from flows.train import train_flow
 
-    return train_flow(CONFIG)
+    with counting() as found:
+        summary = train_flow(CONFIG)
+    requests_made.update(found)
+    return summary
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from uuid import UUID
 
@@ -33,6 +34,7 @@ from tasks.config import RunConfig
 from tasks.dataset import load_manifest
 from tests.flows.conftest import CONFIG
 from tests.flows.program import wait_for
+from tests.flows.requests_made import table
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,15 @@ def run(trained: Summary) -> Run:
 @pytest.fixture(scope="module")
 def bucket(trained: Summary) -> ObjectStore:
     return ObjectStore.connect(Settings().bucket, create=False)
+
+
+def test_servers_are_asked_no_more_than_they_need_to_be(
+    trained: Summary, requests_made: Counter[tuple[str, str]]
+) -> None:
+    """Of Prefect's, some come with time: log lines, progress, and the lease's renewal."""
+    print(table(requests_made))
+    for server, most in {"MLflow": 110, "Prefect": 110, "bucket": 82}.items():
+        assert sum(count for (each, _), count in requests_made.items() if each == server) <= most, server
 
 
 def test_summary_has_every_name_that_scripts_depend_on(trained: Summary) -> None:
