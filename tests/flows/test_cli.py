@@ -202,24 +202,55 @@ def test_every_command_explains_itself(convoy: Convoy, command: list[str]) -> No
     assert "Usage: convoy" in done.stdout
 
 
+HEAVY = "boto3 matplotlib mlflow prefect scipy.stats sklearn torch torch._dynamo torchmetrics torchvision"
+
+
+def loaded_by(code: str, *arguments: str, folder: Path) -> str:
+    """Which heavy libraries a program has loaded when it ends."""
+    told = f"atexit.register(lambda: print('LOADED', *sorted(set('{HEAVY}'.split()) & set(sys.modules)), flush=True))"
+    command = [sys.executable, "-P", "-c", f"import atexit, sys\n{told}\n{code}", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done.stdout.splitlines()[-1].removeprefix("LOADED").strip()
+
+
+# The command line leaves by os._exit, once it listens to signals: it is told not to end before we have looked.
+COMMAND = "from flows import cli\nfrom infra import stopping\nstopping.end = sys.exit\ncli.main()"
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["promote", "--help"], ["train", "--set", "lr=-1"], ["train", "--dataset", "digit"]]
 )
 def test_help_and_refusals_load_no_heavy_library(arguments: list[str], tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom flows.cli import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "print('LOADED', sorted({'torch', 'prefect', 'mlflow', 'boto3', 'sklearn'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert "Traceback" not in done.stderr
-    assert done.stdout.splitlines()[-1] == "LOADED []"
+    assert loaded_by(COMMAND, *arguments, folder=tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "loaded"),
+    [
+        (["status"], ""),
+        (["runs"], "boto3 mlflow"),
+        (["history", "nobodys"], "boto3 mlflow"),
+        (["doctor"], "boto3 mlflow prefect"),
+        (["predict", "nobodys", "."], "boto3 mlflow prefect"),
+    ],
+)
+def test_a_command_loads_only_what_it_needs(stack: object, arguments: list[str], loaded: str, tmp_path: Path) -> None:
+    assert set(loaded_by(COMMAND, *arguments, folder=tmp_path).split()) <= set(loaded.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "loaded"),
+    [
+        ("flows.train", "boto3 matplotlib mlflow prefect torch"),
+        ("flows.retrain", "boto3 matplotlib mlflow prefect torch"),
+        ("tasks.supervisor", ""),
+        ("tasks.torchrun", ""),
+        ("tasks.rank", "boto3 torch"),
+    ],
+)
+def test_a_program_of_a_training_loads_only_what_it_needs(module: str, loaded: str, tmp_path: Path) -> None:
+    assert set(loaded_by(f"import {module}", folder=tmp_path).split()) <= set(loaded.split())
 
 
 @pytest.mark.parametrize("arguments", [["status"], ["train", "--dataset", "digits"], ["down"]])
