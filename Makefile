@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train test faults linters lint up down bench lock ray team-secrets
+.PHONY: setup train test test-all faults linters lint up down bench lock ray team-secrets
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train, evaluate and register a network on Fashion-MNIST, with local servers"
 	@echo "make test    run the tests           make lint   style, types and layers"
+	@echo "make test-all  run the tests of every marker too, some hours, and print one table; ARGS=\"net slow\" chooses"
 	@echo "make up      start local servers     make down   stop them"
 	@echo "make bench   measure, with ratios    make lock   renew requirements.lock; ARGS=--upgrade takes newer versions"
 	@echo "make ray     install Ray too, for launcher=ray"
@@ -30,6 +31,9 @@ train: setup
 
 test: setup
 	$(BIN)/pytest
+
+test-all: setup linters
+	$(BIN)/python -m tests.everything $(ARGS)
 
 MINUTES ?= 20
 faults: setup
