@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -53,8 +54,19 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"convoy {version('convoy-cnn')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _begin(context: typer.Context) -> None:
+def _begin(
+    context: typer.Context,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -344,6 +356,8 @@ def _print(result: Summary) -> None:
 def main() -> None:
     """Entry point. An error that we foresaw is one line; a traceback means a bug."""
     status = 0
+    if os.environ.get("COLUMNS") == "0":  # as some terminals of editors and containers say: nothing would be shown
+        del os.environ["COLUMNS"]
     with outlive_readers("stderr"):
         try:
             app(prog_name="convoy")

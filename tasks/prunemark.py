@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from uuid import uuid4
 
+from infra import stopping
 from infra.errors import ServiceError
 from infra.objectstore import ObjectStore
 from tasks.cancel import stop_if_cancelled
@@ -76,4 +77,4 @@ def wait_for_prune(store: ObjectStore) -> None:
             for key in marks:
                 store.delete(key)
         stop_if_cancelled()
-        time.sleep(ASK_EVERY)
+        stopping.wait(ASK_EVERY)

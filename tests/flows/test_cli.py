@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,16 @@ def test_every_command_explains_itself(convoy: Convoy, command: list[str]) -> No
     done = convoy(*command, "--help")
     assert done.status == 0
     assert "Usage: convoy" in done.stdout
+
+
+def test_version_is_that_of_the_package(convoy: Convoy) -> None:
+    done = convoy("--version")
+    assert (done.status, done.stdout) == (0, f"convoy {metadata.version('convoy-cnn')}\n")
+
+
+def test_help_is_there_where_the_terminal_has_no_width(convoy: Convoy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    assert "Usage: convoy" in convoy("--help").stdout
 
 
 HEAVY = "boto3 matplotlib mlflow prefect scipy.stats sklearn torch torch._dynamo torchmetrics torchvision"
