@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401  # DDP loads it: here once, rather than in each rank
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
