@@ -1,12 +1,14 @@
 """MLflow's model registry: what is served, under which name, version and alias."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.models import Model, infer_signature
@@ -55,6 +57,38 @@ def check_model_name(name: str) -> str:
     if fault := model_name_fault(name):
         raise UsageError(f"{name!r} cannot name a model: {fault}; choose one with --name")
     return name
+
+
+@contextmanager
+def rehearsal(folder: Path) -> Iterator[None]:
+    """Stores a tiny model while the block waits for something else.
+
+    MLflow and torch.export take seconds to load what `log_model` needs. The block ends after it: while a program is
+    exported, no other thread may use a network.
+
+    Args:
+        folder: an existing one, for a temporary folder in it.
+    """
+
+    def store() -> None:
+        import mlflow.pytorch
+        import torch
+
+        images = np.zeros((2, 1), dtype=np.float32)
+        with suppress(Exception), TemporaryDirectory(dir=folder) as temporary:  # what is wrong, `log_model` will say
+            mlflow.pytorch.save_model(
+                torch.nn.Identity().eval(),
+                Path(temporary, ARTIFACT),
+                signature=infer_signature(images, images),
+                input_example=images,
+                pip_requirements=["torch"],
+                serialization_format="pt2",
+            )
+
+    thread = Thread(target=store, name="rehearsal", daemon=True)
+    thread.start()
+    yield
+    thread.join()
 
 
 def log_model(

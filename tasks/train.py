@@ -14,6 +14,7 @@ from cnn.distributed import device_count
 from cnn.worldsize import default_world_size
 from infra import stopping, tracking
 from infra.objectstore import ObjectStore
+from infra.registry import rehearsal
 from infra.settings import Settings
 from tasks import alive
 from tasks.cancel import Cancelled, CancelWatch, stop_if_cancelled, stop_if_told
@@ -97,7 +98,11 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     )
     total = float(config.epochs)
     where = f"{world_size} ranks" if config.launcher == "local" else f"up to {world_size} ranks of several nodes"
-    with progress(f"Training on {where}", total, unit="epochs", artifact="training") as advance, spare_outcome():
+    with (
+        rehearsal(folder.path),
+        spare_outcome(),
+        progress(f"Training on {where}", total, unit="epochs", artifact="training") as advance,
+    ):
         outcome = _run(folder, _Display(advance, config.epochs))
     if not folder.weights.exists():  # the first rank was elsewhere
         outlast(partial(store.get_file, outcome.weights_key, folder.weights))
