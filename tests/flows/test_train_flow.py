@@ -197,7 +197,7 @@ def test_flow_run_is_completed_with_its_tasks_and_artifacts(trained: Summary) ->
     flow_run_id = UUID(trained.prefect_flow_run_id)
     only_ours = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
     names = {
-        *("download", "preprocess", "data-gate", "train", "evaluate", "register", "model-card"),
+        *("download", "preprocess", "data-gate", "train", "evaluate", "publish-evaluation", "register", "model-card"),
         *("serving-gate", "quality-gate", "release", "report-page"),
     }
     with get_client(sync_client=True) as client:
