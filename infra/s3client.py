@@ -55,13 +55,13 @@ def open_client(addressing: str | None = None, tries: int = TRIES, timeout: floa
     Raises:
         UsageError: the endpoint's address, or another of the user's settings, cannot be used.
     """
-    # Credentials in a file may be renewed there: then each call reads them anew.
-    environment = frozenset(os.environ.items()) if "AWS_ACCESS_KEY_ID" in os.environ else object()
-    return _client(environment, addressing, tries, timeout)
+    # Credentials in a file may be renewed there: then each call reads them anew. Forked processes share no connection.
+    settings = frozenset(os.environ.items()) if "AWS_ACCESS_KEY_ID" in os.environ else object()
+    return _client((os.getpid(), settings), addressing, tries, timeout)
 
 
 @lru_cache(maxsize=8)  # making one takes as long as a dozen requests
-def _client(environment: object, addressing: str | None, tries: int, timeout: float | None) -> Any:
+def _client(valid_for: object, addressing: str | None, tries: int, timeout: float | None) -> Any:
     settings = Settings()
     config = Config(
         request_checksum_calculation="when_required",

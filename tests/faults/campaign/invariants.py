@@ -18,6 +18,7 @@ from tests.faults.campaign.trial import Trial
 from tests.flows import program
 
 NOT_FINAL = FlowRunFilterState(type=FlowRunFilterStateType(not_any_=list(TERMINAL_STATES)))
+CACHES = ("weed.", "torchinductor_")  # folders that SeaweedFS and PyTorch keep among temporary files, one per user
 EXIT_STATUS = {"SIGTERM flow": 75, "SIGINT flow": 130}
 
 
@@ -88,7 +89,7 @@ def leftovers(trial: Trial) -> list[str]:
     if run := trial.finished():
         found += [f"object {key}" for key in objects(run) ^ objects(trial.home.reference)]
     for path in trial.home.tmp.iterdir():
-        if not trial.killed and not path.name.startswith("weed."):
+        if not trial.killed and not path.name.startswith(CACHES):
             found.append(f"temporary {path.name} {[each.name for each in path.rglob('*')][:3]}")
     return found
 
