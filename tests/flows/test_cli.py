@@ -254,7 +254,6 @@ def test_a_command_loads_only_what_it_needs(stack: object, arguments: list[str],
     ("module", "loaded"),
     [
         ("flows.train", "boto3 matplotlib mlflow prefect torch"),
-        ("flows.retrain", "boto3 matplotlib mlflow prefect torch"),
         ("tasks.supervisor", ""),
         ("tasks.torchrun", ""),
         ("tasks.rank", "boto3 torch"),

@@ -61,6 +61,7 @@ def play(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(coordinator, "BEAT", 0.05)
     play = Play(store, tmp_path)
     yield play
+    monkeypatch.setattr(coordinator, "PAUSE", 0.0)  # the nodes say nothing more
     play.over.set()
     wait_for(play.ended, "the coordinator to end")
 
