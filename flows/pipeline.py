@@ -127,9 +127,9 @@ def _train_and_release(
                     published = publish.submit(dataset, evaluated)
                     registered = laps("register", register(name, config.training(), dataset, trained, evaluated))
                     write_model_card(registered, config, dataset, trained, evaluated)
-                    published.result()
                     summary = _with_version(summary, run, trained, evaluated, registered)
                     summary = laps("gates", _through_gates(summary, config, registered, evaluated, consumer))
+                published.result()
                 publish_page(outlast(partial(find_version, registered.address)))
                 log_cost(run.run_id, laps.seconds, trained.world_size * trained.train_seconds / 3600)
     except DataRefused as refused:
