@@ -129,7 +129,8 @@ def fetch_and_open(
 
 def _tensors(path: Path, *names: str) -> list[Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:  # maps the file; the tensors keep the mapping
-            return [file.get_tensor(name) for name in names]
+        # By its descriptor, since safetensors opens the header and torch the file once more: it may be gone by then.
+        with path.open("rb") as opened, safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file:
+            return [file.get_tensor(name) for name in names]  # they keep the mapping
     except (SafetensorError, FileNotFoundError) as error:
         raise InputError(f"{path} is not a whole shard ({error}); remove it and it is fetched again") from error

@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import traceback
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,15 @@ def run_rank(
     }
 
 
+def run_or_end(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """Runs a rank; one that fails ends its process, and with it the pool: the others would wait for it."""
+    try:
+        return run_rank(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
 def main() -> None:
     folder, config = Path(sys.argv[1]), TrainConfig.model_validate_json(sys.argv[2])
     found = []
@@ -98,8 +109,8 @@ def main() -> None:
                 ranks = [
                     (folder, config, Path(meeting), r, int(size), int(stop) if stop else None) for r in range(int(size))
                 ]
-                with multiprocessing.get_context("fork").Pool(int(size)) as pool:
-                    said = pool.starmap(run_rank, ranks, chunksize=1)
+                with ProcessPoolExecutor(int(size), multiprocessing.get_context("fork")) as pool:
+                    said = list(pool.map(run_or_end, ranks))
                 for each in said:
                     each |= {key: earlier[key] + each[key] for key in earlier}
                 # The first rank alone reads the figures of the last steps before a stop.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -150,6 +151,20 @@ def test_a_shard_that_always_leaves_before_it_is_opened_is_no_mistake_of_the_use
     split = StreamedSplit(many_shards.manifest.splits["train"].shards, (1, 8, 8), lambda _: tmp_path / "gone")
     with pytest.raises(NotAvailable, match=r"raise CONVOY_CACHE_BYTES$"):
         split.gather(torch.tensor([1]))
+
+
+def test_a_shard_that_leaves_while_it_is_opened_is_read_all_the_same(
+    many_shards: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leaves(*arguments: str, **options: str) -> object:
+        for file in tmp_path.iterdir():
+            file.unlink()
+        return safe_open(*arguments, **options)
+
+    monkeypatch.setattr("cnn.openshard.safe_open", leaves)
+    split = streamed(many_shards, "train", tmp_path)
+    assert equal(split.gather(torch.tensor([1, 2])), many_shards.split("train").gather(torch.tensor([1, 2])))
+    assert split._fetch.fetched == [many_shards.manifest.splits["train"].shards[0].sha256]  # once
 
 
 def test_encoded_images_are_decoded_alike_however_they_are_read(
