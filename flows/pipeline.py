@@ -1,12 +1,14 @@
 """A training from its source to the champion, as `train` and `retrain` do it: read it as their table of contents."""
 
 import time
+from contextlib import ExitStack
 from functools import partial
 from typing import TypeVar
 
 from prefect import states
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
@@ -122,14 +124,15 @@ def _train_and_release(
             with tracked_run(config, dataset, resume) as run:
                 outlast(partial(log_data_report, run.run_id, checked))
                 trained = laps("train", train(run, dataset, config))
-                with Consumer() as consumer:  # it loads its libraries while others work
-                    evaluated = laps("evaluate", evaluate(config.training(), dataset, trained))
+                evaluated = laps("evaluate", evaluate(config.training(), dataset, trained))
+                with ExitStack() as beside:
                     published = publish.submit(dataset, evaluated)
+                    beside.callback(published.wait)  # nothing writes to the run once it is closed
+                    consumer = beside.enter_context(Consumer())  # it loads its libraries while others work
                     registered = laps("register", register(name, config.training(), dataset, trained, evaluated))
                     write_model_card(registered, config, dataset, trained, evaluated)
                     summary = _with_version(summary, run, trained, evaluated, registered)
-                    summary = laps("gates", _through_gates(summary, config, registered, evaluated, consumer))
-                published.result()
+                    summary = laps("gates", _through_gates(summary, config, registered, evaluated, consumer, published))
                 publish_page(outlast(partial(find_version, registered.address)))
                 log_cost(run.run_id, laps.seconds, trained.world_size * trained.train_seconds / 3600)
     except DataRefused as refused:
@@ -164,6 +167,7 @@ def _through_gates(
     registered: ModelVersion,
     evaluated: Evaluation | None,
     consumer: Consumer | None = None,
+    published: PrefectFuture[None] | None = None,
 ) -> Summary:
     """Runs serving gate, quality gate, approval and release; returns the summary with the outcome.
 
@@ -171,6 +175,8 @@ def _through_gates(
 
     Args:
         evaluated: None if the serving gate has passed the version before.
+        consumer: the fresh process of the serving gate, if one was started ahead.
+        published: the publication of the evaluation.
     """
     if evaluated and (entries := promotions_of(registered)):
         is_champion = entries[-1].to_version == registered.version
@@ -179,6 +185,8 @@ def _through_gates(
     try:
         if evaluated:
             serving_gate(registered, evaluated, config.serving, consumer)
+        if published:
+            published.result()  # before anything is released
         verdict = quality_gate(registered, config.gate)
         summary = summary.model_copy(update={"verdict": verdict.summary})
         if config.promotes:

@@ -88,7 +88,7 @@ class ObjectStore:
 
     @classmethod
     def connect(cls, bucket: str, *, create: bool = True, timeout: float | None = None) -> "ObjectStore":
-        """Open a bucket, and create it if it is not there and `create` is true.
+        """Open a bucket, and create it if it is not there and `create` is true; the store is asked once per process.
 
         Args:
             timeout: seconds that an answer may take, retries included; None for as long as a large file needs.

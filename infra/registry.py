@@ -63,8 +63,8 @@ def check_model_name(name: str) -> str:
 def rehearsal(folder: Path) -> Iterator[None]:
     """Stores a tiny model while the block waits for something else.
 
-    MLflow and torch.export take seconds to load what `log_model` needs. The block ends after it: while a program is
-    exported, no other thread may use a network.
+    MLflow and torch.export take seconds to load what `log_model` needs. The block waits for it at its end, since no
+    other thread may use a network while torch.export works.
 
     Args:
         folder: an existing one, for a temporary folder in it.
@@ -87,8 +87,10 @@ def rehearsal(folder: Path) -> Iterator[None]:
 
     thread = Thread(target=store, name="rehearsal", daemon=True)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        thread.join()  # torch ends the program badly where it is at work while the interpreter ends
 
 
 def log_model(

@@ -56,8 +56,9 @@ def open_client(addressing: str | None = None, tries: int = TRIES, timeout: floa
         UsageError: the endpoint's address, or another of the user's settings, cannot be used.
     """
     # Credentials in a file may be renewed there: then each call reads them anew. Forked processes share no connection.
-    settings = frozenset(os.environ.items()) if "AWS_ACCESS_KEY_ID" in os.environ else object()
-    return _client((os.getpid(), settings), addressing, tries, timeout)
+    renewed = object() if "AWS_ACCESS_KEY_ID" not in os.environ else None
+    environment = frozenset((name, os.environ.get(name)) for name in list(os.environ))
+    return _client((os.getpid(), renewed, environment), addressing, tries, timeout)
 
 
 @lru_cache(maxsize=8)  # making one takes as long as a dozen requests

@@ -56,7 +56,7 @@ class Consumer:
     """A fresh process that knows nothing of Convoy; it loads its libraries at once, and waits for a model to use.
 
     A context, after which the process and its files are gone. If this process is killed, the kernel closes the
-    consumer's standard input, and it ends.
+    consumer's standard input, and it ends as soon as it looks for a model.
     """
 
     def __enter__(self) -> Self:
@@ -99,7 +99,7 @@ class Consumer:
             ConsumerFailed: it gave no predictions.
         """
         given = Path(self._folder.name, "images")
-        given.mkdir()
+        given.mkdir(exist_ok=True)
         for number, image in enumerate(images):
             pixels = image.permute(1, 2, 0).squeeze(2).numpy()
             Image.fromarray(pixels).save(given / f"{number:06d}.png")

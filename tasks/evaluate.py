@@ -103,8 +103,10 @@ def publish(dataset: DatasetRef, evaluated: Evaluation) -> None:
     """Puts the report into the MLflow run (`report/`, metrics `test/...`) and, as a page, into Prefect.
 
     Raises:
+        Cancelled: the flow run was cancelled.
         ServiceError: a server failed.
     """
+    stop_if_cancelled()
     store = ObjectStore.connect(Settings().bucket, create=False)
     test = open_split(open_cache(store), load_manifest(store, dataset.version), "test")
     publish_evaluation(evaluated.run_id, evaluated.report, test)

@@ -102,7 +102,8 @@ class _Pace:
         """Counted from the first news: what comes before, such as the start of ranks, is not repeated."""
         if self._first is None or self._total is None or self.done <= self._first[1]:
             return ""
-        return f"{_duration((self._total - self.done) * (now - self._first[0]) / (self.done - self._first[1]))} to go"
+        left = max(self._total - self.done, 0.0)  # sums of shares can exceed the whole
+        return f"{_duration(left * (now - self._first[0]) / (self.done - self._first[1]))} to go"
 
     def _speed(self, seconds: float) -> str:
         if self._unit == "epochs" or not self.done or not seconds:  # the ranks measure theirs themselves

@@ -16,14 +16,13 @@ from infra.promotion import (
     Standing,
     champions,
     history,
-    lineage_of,
     promote,
     repair_aliases,
     standing_champion,
 )
 from infra.registry import ModelVersion
 from infra.settings import Settings
-from infra.versions import FoundVersion, find_version
+from infra.versions import FoundVersion, find_version, list_versions
 from tasks.lineage import version_lineage
 from tasks.verdict import Verdict
 from tasks.versiontags import DATASET_VERSION, SERVING, VERDICT_SHA256
@@ -54,18 +53,11 @@ def champion_data(name: str) -> ChampionData:
         ServiceError: a server failed.
     """
     standing = repaired_champion(ObjectStore.connect(Settings().bucket), name)
-    present = standing.version.tags.get(DATASET_VERSION) if standing.version else None
-    known = (_learned_from(standing, version) for version in champions(standing.entries))
-    return ChampionData(present, next(filter(None, known), None))
-
-
-def _learned_from(standing: Standing, version: str) -> str | None:
-    if said := lineage_of(standing.entries, version).dataset_version:
-        return said
-    try:  # an entry of an older Convoy
-        return find_version(f"{standing.entries[-1].name}/{version}").tags.get(DATASET_VERSION)
-    except UsageError:  # deleted from the registry
-        return None
+    if standing.version is None:
+        return ChampionData(None, None)
+    there = {each.version: each.tags.get(DATASET_VERSION) for each in list_versions(name)}
+    known = (there.get(version) for version in champions(standing.entries))
+    return ChampionData(standing.version.tags.get(DATASET_VERSION), next(filter(None, known), None))
 
 
 def repaired_champion(store: ObjectStore, name: str) -> Standing:

@@ -166,14 +166,20 @@ def _over_http(
     try:
         with http_server(model.uri, config.time_limit, given_up) as client:
             yield ServingCheck(name="is served over HTTP", passed=True, detail="mlflow models serve")
+
+            def ask(content: object) -> httpx.Response:
+                if given_up.is_set():
+                    raise ConsumerFailed(f"{model.uri} is not needed any more")
+                return post_images(client, content)
+
             for size in batch_sizes(images):
-                answer = post_images(client, images[:size].tolist())
+                answer = ask(images[:size].tolist())
                 yield _compared(f"HTTP, batch of {size}", _predictions(answer), expected[:size], tolerance)
             for name, content in _wrong_inputs(images[:2]).items():
-                answer = post_images(client, content)
+                answer = ask(content)
                 refused = answer.status_code == 400
                 yield ServingCheck(name=f"HTTP refuses {name}", passed=refused, detail=_said(answer))
-            answer = post_images(client, images[:1].tolist())
+            answer = ask(images[:1].tolist())
             yield _compared("HTTP, after wrong inputs", _predictions(answer), expected[:1], tolerance)
     except (ConsumerFailed, httpx.HTTPError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
