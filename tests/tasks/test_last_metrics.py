@@ -19,6 +19,7 @@ from tasks.dataset import DatasetRef, open_cache, shard_key
 from tasks.job import Job, JobFolder
 from tasks.retries import outlast
 from tasks.run import TrackedRun
+from tasks.torchrun import TORCHRUN_PID
 from tasks.train import train
 from tests.cnn.conftest import Packed, digits, many_shards  # noqa: F401  # fixtures
 from tests.infra.test_cache import flip
@@ -48,7 +49,8 @@ def test_metrics_that_mlflow_did_not_take_are_sent_by_the_flow_and_a_damaged_sha
     )  # fmt: skip
     folder.write_job(job)
     rank = [sys.executable, "-m", "tasks.rank", str(folder.path)]
-    subprocess.run(rank, env=os.environ | {"MLFLOW_TRACKING_URI": free_address}, check=True, timeout=300)
+    environment = os.environ | {"MLFLOW_TRACKING_URI": free_address, TORCHRUN_PID: str(os.getpid())}
+    subprocess.run(rank, env=environment, check=True, timeout=300)
     outcome = finished_outcome(store, run_id)
     assert outcome and outcome.steps and outcome == folder.read_outcome()
     assert [event.warning for event in folder.new_events() if event.warning and str(damaged) in event.warning]
