@@ -1,5 +1,6 @@
 """The team's services as files: what can be seen of them without a container engine."""
 
+import importlib.util
 import re
 import stat
 import subprocess
@@ -151,3 +152,11 @@ def test_the_lock_without_torch_is_what_the_dockerfile_says(tmp_path: Path) -> N
     assert all(name in ("torch", "torchvision", "triton") or name.startswith(("nvidia-", "cuda-")) for name in gone)
     assert {"torchmetrics", "mlflow", "psycopg2-binary", "flask-wtf"} <= names
     assert kept.count("==") <= kept.count("--hash=sha256:")
+
+
+def test_every_database_address_names_a_driver_that_is_installed() -> None:
+    """What SQLAlchemy takes where none is named changes from version to version."""
+    files = [COMPOSE, INFRA / "mlflow-auth.ini"]
+    addresses = [found for file in files for found in re.findall(r"postgresql(?:\+(\w+))?://", file.read_text())]
+    assert len(addresses) == 3 and all(addresses)
+    assert [driver for driver in addresses if importlib.util.find_spec(driver) is None] == []
