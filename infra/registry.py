@@ -71,19 +71,11 @@ def rehearsal(folder: Path) -> Iterator[None]:
     """
 
     def store() -> None:
-        import mlflow.pytorch
         import torch
 
         images = np.zeros((2, 1), dtype=np.float32)
         with suppress(Exception), TemporaryDirectory(dir=folder) as temporary:  # what is wrong, `log_model` will say
-            mlflow.pytorch.save_model(
-                torch.nn.Identity().eval(),
-                Path(temporary, ARTIFACT),
-                signature=infer_signature(images, images),
-                input_example=images,
-                pip_requirements=["torch"],
-                serialization_format="pt2",
-            )
+            _save(torch.nn.Identity().eval(), Path(temporary, ARTIFACT), images, images, ["torch"])
 
     thread = Thread(target=store, name="rehearsal", daemon=True)
     thread.start()
@@ -116,8 +108,6 @@ def log_model(
         requirements: pinned packages that loading and calling the model take.
         metadata: JSON values that travel with the model, for example the names of the classes.
     """
-    import mlflow.pytorch  # only here: it loads torch, which reading the registry does not need
-
     assert len(images) >= 2
     with mlflow_client(f"store the model of run {run_id}") as client, TemporaryDirectory() as temporary:
         run = client.get_run(run_id)
@@ -126,16 +116,8 @@ def log_model(
         )
         try:
             folder = Path(temporary) / ARTIFACT
-            mlflow.pytorch.save_model(
-                model,
-                folder,
-                mlflow_model=Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id),
-                signature=infer_signature(images, outputs),
-                input_example=images,
-                pip_requirements=list(requirements),
-                metadata=dict(metadata),
-                serialization_format="pt2",
-            )
+            card = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
+            _save(model, folder, images, outputs, requirements, mlflow_model=card, metadata=dict(metadata))
             saved = Model.load(folder)
             saved.flavors["python_function"]["config"]["device"] = "cpu"
             saved.save(folder / "MLmodel")
@@ -147,6 +129,22 @@ def log_model(
             raise
         client.finalize_logged_model(logged.model_id, "READY")
     return str(logged.model_id)
+
+
+def _save(
+    model: Any, folder: Path, images: NDArray[Any], outputs: NDArray[Any], requirements: Sequence[str], **more: Any
+) -> None:
+    import mlflow.pytorch  # only here: it loads torch, which reading the registry does not need
+
+    mlflow.pytorch.save_model(
+        model,
+        folder,
+        signature=infer_signature(images, outputs),
+        input_example=images,
+        pip_requirements=list(requirements),
+        serialization_format="pt2",
+        **more,
+    )
 
 
 def create_version(name: str, model_id: str, *, run_id: str, tags: Mapping[str, str]) -> ModelVersion:

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import RestException
+from mlflow.tracking import MlflowClient
 
 from infra.errors import UsageError
 from infra.mlflowserver import is_missing, mlflow_client, tracking_uri
@@ -44,12 +45,8 @@ def find_version(reference: str) -> FoundVersion:
     if not name:
         raise UsageError(f"{reference!r} names no model; write NAME, NAME@ALIAS or NAME/VERSION")
     with mlflow_client(f"look for model {name!r}") as client:
-        if number:
-            try:
-                return _found(client.get_model_version(name, number))
-            except RestException as error:
-                if not is_missing(error):
-                    raise  # else what follows says what there is
+        if number and (found := _version(client, name, number)):
+            return found
         try:
             aliases: dict[str, str] = client.get_registered_model(name).aliases
         except RestException as error:
@@ -66,14 +63,20 @@ def find_version(reference: str) -> FoundVersion:
             raise UsageError(
                 f"model {name!r} has no alias {alias!r}; aliases: {known}; a version is named like {name}/1"
             )
-        try:
-            return _found(client.get_model_version(name, number))
-        except RestException as error:
-            if not is_missing(error):
-                raise
-            versions = sorted(int(version.version) for version in client.search_model_versions(filter_of(name=name)))
-            known = f"{versions[0]} to {versions[-1]}" if versions else "none"
-            raise UsageError(f"model {name!r} has no version {number!r}; versions: {known}") from None
+        if alias and (found := _version(client, name, number)):
+            return found
+        versions = sorted(int(version.version) for version in client.search_model_versions(filter_of(name=name)))
+        known = f"{versions[0]} to {versions[-1]}" if versions else "none"
+        raise UsageError(f"model {name!r} has no version {number!r}; versions: {known}")
+
+
+def _version(client: MlflowClient, name: str, number: str) -> FoundVersion | None:
+    try:
+        return _found(client.get_model_version(name, number))
+    except RestException as error:
+        if not is_missing(error):
+            raise
+        return None
 
 
 def _found(version: Any) -> FoundVersion:

@@ -15,8 +15,9 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
+from rich.text import Text
 
 from infra import stopping
 
@@ -43,9 +44,9 @@ def progress(description: str, total: float | None, *, unit: Unit, artifact: str
         unit: what is counted.
         artifact: key (`a-z0-9-`) of a Prefect progress artifact to keep up to date, or None for none.
     """
-    shown = _Bar(description, total) if sys.stderr.isatty() else _LogLines(description)
-    published = _Artifact(artifact, description) if artifact and total and FlowRunContext.get() else None
     pace = _Pace(total, unit)
+    shown = _Bar(description, total, pace) if sys.stderr.isatty() else _LogLines(description)
+    published = _Artifact(artifact, description) if artifact and total and FlowRunContext.get() else None
     lock = threading.Lock()
 
     def advance(amount: float, note: str | None = None) -> None:
@@ -121,18 +122,29 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
+class _Line(ProgressColumn):
+    """The pace as text, made when it is drawn rather than at each step of the work."""
+
+    def __init__(self, pace: _Pace) -> None:
+        super().__init__(table_column=_column(ratio=1))
+        self._pace = pace
+
+    def render(self, task: Task) -> Text:
+        return Text(self._pace.line())
+
+
 class _Bar:
     """One line, however narrow the terminal is."""
 
-    def __init__(self, description: str, total: float | None) -> None:
+    def __init__(self, description: str, total: float | None, pace: _Pace) -> None:
         console = Console(stderr=True, emoji=False)
         columns = [
             TextColumn("{task.description}", markup=False, table_column=_column()),  # it names data sets
             *([BarColumn(bar_width=24)] if console.width >= WIDE else []),
-            TextColumn("{task.fields[line]}", markup=False, table_column=_column(ratio=1)),
+            _Line(pace),
         ]
         self._bars = Progress(*columns, console=console, expand=True)
-        self._task = self._bars.add_task(description, total=total, line="")
+        self._task = self._bars.add_task(description, total=total)
 
     def __enter__(self) -> None:
         self._bars.start()
@@ -141,7 +153,7 @@ class _Bar:
         self._bars.stop()
 
     def update(self, pace: _Pace) -> None:
-        self._bars.update(self._task, completed=pace.done, line=pace.line())
+        self._bars.update(self._task, completed=pace.done)
 
 
 def _column(ratio: int | None = None) -> Column:

@@ -11,15 +11,7 @@ from pydantic import ValidationError
 
 from infra.errors import GateRefused, UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
-from infra.promotion import (
-    Promotion,
-    Standing,
-    champions,
-    history,
-    promote,
-    repair_aliases,
-    standing_champion,
-)
+from infra.promotion import Promotion, Standing, champions, history, promote, repair_aliases, standing_champion
 from infra.registry import ModelVersion
 from infra.settings import Settings
 from infra.versions import FoundVersion, find_version, list_versions

@@ -228,6 +228,7 @@ def evaluation_report(
         InputError: a column has not one value for every image.
     """
     truth, predicted = labels.numpy(), logits.argmax(1).numpy()
+    right = truth == predicted
     confusion = np.bincount(truth * len(classes) + predicted, minlength=len(classes) ** 2).reshape(len(classes), -1)
     scores, support = _scores(confusion), confusion.sum(1)
     occurring = (support + confusion.sum(0) > 0).astype(np.float64)
@@ -237,8 +238,8 @@ def evaluation_report(
     return EvaluationReport(
         split=split,
         images=len(labels),
-        accuracy=float((truth == predicted).mean()),
-        accuracy_interval=_interval(int((truth == predicted).sum()), len(labels)),
+        accuracy=float(right.mean()),
+        accuracy_interval=_interval(int(right.sum()), len(labels)),
         top_k={k: float(likeliest[:, :k].any(1).double().mean()) for k in TOP_K if k < len(classes)},
         loss=float(F.cross_entropy(logits.double(), labels)),
         macro=_average(scores, occurring),
@@ -249,7 +250,7 @@ def evaluation_report(
         ),
         confusion=tuple(map(tuple, confusion.tolist())),
         calibration=_calibration(logits, labels, temperature),
-        slices={name: tuple(_sliced(name, values, truth == predicted)) for name, values in columns.items()},
+        slices={name: tuple(_sliced(name, values, right)) for name, values in columns.items()},
         confidently_wrong=wrong,
         hardest=hardest,
         footprint=footprint,
