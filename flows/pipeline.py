@@ -133,6 +133,7 @@ def _train_and_release(
                     write_model_card(registered, config, dataset, trained, evaluated)
                     summary = _with_version(summary, run, trained, evaluated, registered)
                     summary = laps("gates", _through_gates(summary, config, registered, evaluated, consumer, published))
+                published.result()  # where a gate refused, nobody has asked for it yet
                 publish_page(outlast(partial(find_version, registered.address)))
                 log_cost(run.run_id, laps.seconds, trained.world_size * trained.train_seconds / 3600)
     except DataRefused as refused:
