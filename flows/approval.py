@@ -1,10 +1,8 @@
 """A person's yes before a version becomes champion (`approval: true`): the flow run pauses in Prefect and asks."""
 
-import contextvars
-import queue
-import threading
+import asyncio
 
-from prefect import pause_flow_run
+from prefect import apause_flow_run
 from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 
@@ -42,7 +40,7 @@ def ask(registered: ModelVersion, verdict: Verdict, patience: float) -> str:
         registered.uri,
     )
     page = f"Promote **{registered.address}** to champion?\n\n{verdict.markdown()}"
-    answer = _paused(page, patience)
+    answer = asyncio.run(_paused(page, patience))
     if answer is None:
         raise ApprovalRefused(f"nobody approved {registered.address} within {patience:,.0f} s; it is not promoted")
     if not answer.promote:
@@ -52,28 +50,20 @@ def ask(registered: ModelVersion, verdict: Verdict, patience: float) -> str:
     return answer.reason
 
 
-def _paused(page: str, patience: float) -> Approval | None:
-    """The answer; None if there was none. A pause does not notice that its flow run is cancelled, so we look."""
-    answers: queue.Queue[Approval | BaseException | None] = queue.Queue()
+async def _paused(page: str, patience: float) -> Approval | None:
+    """Returns the answer; None if there was none. A pause does not notice that its flow run is cancelled, so we look.
 
-    def wait() -> None:
-        try:
-            form = Approval.with_initial_data(description=page)
-            answers.put(pause_flow_run(wait_for_input=form, timeout=int(patience), poll_interval=int(ASK_EVERY)))
-        except FlowPauseTimeout:
-            answers.put(None)
-        except BaseException as error:
-            answers.put(error)
-
-    threading.Thread(target=contextvars.copy_context().run, args=(wait,), daemon=True).start()
-    while True:
-        try:
-            answer = answers.get(timeout=ASK_EVERY)
-        except queue.Empty:
-            stop_if_told()
-            if is_cancelled():
-                raise Cancelled("the flow run was cancelled while it waited for approval") from None
-            continue
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+    Nothing goes on asking after the end: a thread that did could abort the interpreter while that ends.
+    """
+    form = Approval.with_initial_data(description=page)
+    pause = asyncio.ensure_future(
+        apause_flow_run(wait_for_input=form, timeout=int(patience), poll_interval=int(ASK_EVERY))
+    )
+    while not (await asyncio.wait({pause}, timeout=ASK_EVERY))[0]:
+        stop_if_told()
+        if is_cancelled():
+            raise Cancelled("the flow run was cancelled while it waited for approval")
+    try:
+        return pause.result()
+    except FlowPauseTimeout:
+        return None
