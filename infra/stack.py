@@ -9,6 +9,7 @@ password; see `infra.servers`.
 
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Collection
@@ -33,6 +34,8 @@ __all__ = ["NAMES", "Endpoints", "ServerName", "ServerStatus", "down", "status",
 START_PATIENCE = 180.0  # seconds until a server is ready; a cold start on two busy cores takes under a minute
 BUSY_PATIENCE = 30.0  # seconds for a running server to answer, however busy the machine is
 ANSWER_PATIENCE = 5.0  # seconds for one answer
+ROOM = 32 << 20  # bytes; a disk with less of them is full
+FULL = re.compile(rb"filerldb\S+ (no space left|disk quota exceeded|file too large)")
 POLL = 0.1  # seconds between looks at a starting server
 ATTEMPTS = 3  # at finding ports that nobody else takes in the meantime
 
@@ -151,15 +154,35 @@ def _runs(name: ServerName, folder: StackFolder, client: httpx.Client, on_event:
     record = folder.record(name)
     if record is None or record.process(folder.mark(name)) is None:
         return False
-    as_defined = record.digest == folder.server(name).digest
+    trouble = "" if record.digest == folder.server(name).digest else "has other settings or another version"
     deadline = time.monotonic() + BUSY_PATIENCE
-    while as_defined and time.monotonic() < deadline and record.process(folder.mark(name)):
+    while not trouble and record.process(folder.mark(name)):
         if _answers(name, folder, client):
-            return True
-        stopping.sleep(POLL)
-    on_event(f"stopping {name}, which {'does not answer' if as_defined else 'has other settings or another version'}")
+            if not (name == "seaweedfs" and _was_full(folder, on_event)):
+                return True
+            trouble = "stores nothing since its disk was full"
+        elif time.monotonic() > deadline:
+            trouble = "does not answer"
+        else:
+            stopping.sleep(POLL)
+    on_event(f"stopping {name}, which {trouble or 'has ended'}")
     processes.stop(partial(folder.members, name))
     return False
+
+
+def _was_full(folder: StackFolder, on_event: OnEvent) -> bool:
+    """Whether the disk was full while SeaweedFS ran, and is so no more.
+
+    Its index refuses every entry once one could not be written, until it is started again.
+    """
+    try:
+        refused = FULL.search(folder.log("seaweedfs").read_bytes())
+    except FileNotFoundError:
+        return False
+    if refused and shutil.disk_usage(folder.root).free < ROOM:
+        on_event(f"the disk of {folder.root} is full: nothing can be stored")  # another start would not help
+        return False
+    return refused is not None
 
 
 def _wait(name: ServerName, process: subprocess.Popen[bytes], folder: StackFolder, client: httpx.Client) -> None:

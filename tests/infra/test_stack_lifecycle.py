@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from infra import ports
-from infra.errors import ServiceError
+from infra.errors import Outage, ServiceError
 from infra.objectstore import ObjectStore
 from infra.ports import Ports
 from infra.settings import Settings
@@ -99,11 +99,21 @@ def test_servers_whose_state_folder_was_deleted_are_stopped(own: Settings, monke
     monkeypatch.setattr("infra.processes.TERM_PATIENCE", 1.0)  # without its data it does not end by itself
     up(own, only=S3)
     members = StackFolder(own).members("seaweedfs")
-    shutil.rmtree(own.home)
+    delete(own.home)
     up(own, only=S3)
     assert not any(process.is_running() for process in members)
-    shutil.rmtree(own.home)
+    delete(own.home)
     assert down(own) == ["seaweedfs"]
+
+
+def delete(home: Path) -> None:
+    """Deletes a folder that a server still writes to."""
+
+    def gone() -> bool:
+        shutil.rmtree(home, ignore_errors=True)
+        return not home.exists()
+
+    until(gone)
 
 
 def test_a_stopped_server_that_does_not_answer_is_replaced(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +127,45 @@ def test_a_stopped_server_that_does_not_answer_is_replaced(own: Settings, monkey
     assert up(own, events.append, only=S3) == first
     assert events[0] == "stopping seaweedfs, which does not answer"
     assert not process.is_running()
+
+
+def test_a_store_that_goes_on_refusing_after_the_disk_was_full_is_started_again(
+    own: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.stack.BUSY_PATIENCE", 0.0)
+    first = up(own, only=S3)
+    use(first, monkeypatch)
+    store = ObjectStore.connect(own.bucket)
+    store.put_bytes("key", b"kept")
+    (process,) = StackFolder(own).members("seaweedfs")
+    before = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (1, before[1]))  # no file can grow, as on a full disk
+    until(lambda: not stores(store))
+    process.rlimit(psutil.RLIMIT_FSIZE, before)
+    assert not stores(store)
+    events: list[str] = []
+    assert up(own, events.append, only=S3) == first
+    assert events[0] == "stopping seaweedfs, which stores nothing since its disk was full"
+    assert stores(store)
+    assert store.get_bytes("key") == b"kept"
+
+
+def stores(store: ObjectStore) -> bool:
+    try:
+        store.put_bytes("empty", b"")  # an entry of the index only
+    except Outage:
+        return False
+    return True
+
+
+def test_a_full_disk_stops_no_server(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = up(own, only=S3)
+    with StackFolder(own).log("seaweedfs").open("a") as log:
+        log.write("insert entry /topics/x: write filerldb2/04/000006.log: no space left on device\n")
+    monkeypatch.setattr("infra.stack.ROOM", 1 << 60)
+    events: list[str] = []
+    assert up(own, events.append, only=S3) == first
+    assert events == [f"the disk of {StackFolder(own).root} is full: nothing can be stored"]
 
 
 def test_a_server_that_dies_at_its_start_is_reported_with_the_end_of_its_log(own: Settings) -> None:
