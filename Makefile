@@ -30,7 +30,7 @@ train: setup
 	$(BIN)/convoy train
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 test-all: setup linters
 	$(BIN)/python -m tests.everything $(ARGS)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from infra.ports import CHOICE
@@ -55,6 +56,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     def stop(number: int, _: object) -> None:
         session.shouldstop = f"ended by {signal.Signals(number).name}"  # even if the test swallows what is raised
+        if session.config.getoption("numprocesses", None):  # the workers (-n) run the tests
+            for worker in psutil.Process().children():
+                worker.terminate()
         raise KeyboardInterrupt
 
     for each in (signal.SIGTERM, signal.SIGINT):
@@ -63,7 +67,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say which tests were left out by their marker, and how to run them."""
-    if config.option.markexpr and terminalreporter.stats.get("deselected"):
+    if config.option.markexpr:
         left_out = set(re.findall(r"not (\w+)", config.option.markexpr))
         terminalreporter.section("not run, unless asked for")
         for name, why in (line.split(": ", 1) for line in config.getini("markers") if ": " in line):
