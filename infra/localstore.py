@@ -2,8 +2,10 @@
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from hashlib import md5
+from itertools import count
 
 import httpx
 
@@ -14,14 +16,16 @@ from infra.errors import ServiceError
 
 POLL = 0.1  # seconds between tries
 ANSWER_WITHIN = 10.0  # seconds
+INDEX_PARTS = 8  # of SeaweedFS's filer, with its database leveldb2
 BUCKET_IS_THERE = "BucketAlreadyOwnedByYou"
 
 
-def make_ready(url: str, credentials: Credentials, bucket: str, *, just_started: bool, patience: float) -> None:
-    """Make the bucket if need be; after a start, write, read and delete an object.
+def make_ready(url: str, credentials: Credentials, bucket: str, *, patience: float) -> None:
+    """Make the bucket if need be; write, read and delete an object by each part of the store's index.
 
     The port answers some seconds before the store's parts have found each other, and until then it can answer
-    every read with an internal error.
+    every read with an internal error. And a part of the index that could not write once, since the disk was full,
+    refuses everything until the store is started again.
 
     Args:
         patience: seconds to go on trying.
@@ -35,13 +39,24 @@ def make_ready(url: str, credentials: Credentials, bucket: str, *, just_started:
         while True:
             try:
                 ask("PUT", f"{url}/{bucket}", accepted=BUCKET_IS_THERE)
-                if just_started:
-                    _round_trip(ask, f"{url}/{bucket}/readiness/{uuid.uuid4().hex}")
+                for folder in _folders(bucket):
+                    _round_trip(ask, f"{url}/{bucket}/{folder}/{uuid.uuid4().hex}")
                 return
             except httpx.HTTPError as error:
                 if time.monotonic() > deadline:
                     raise ServiceError(f"bucket {bucket} at {url} cannot be used: {error}") from None
             stopping.sleep(POLL)
+
+
+def _folders(bucket: str) -> Iterable[str]:
+    """Returns one folder for each part of SeaweedFS's index, which divides folders by the MD5 of their names."""
+    found: dict[int, str] = {}
+    for folder in map("readiness/{}".format, count()):
+        digest = md5(f"/buckets/{bucket}/{folder}".encode(), usedforsecurity=False).digest()
+        found.setdefault(digest[-1] % INDEX_PARTS, folder)
+        if len(found) == INDEX_PARTS:
+            break
+    return found.values()
 
 
 def _ask(

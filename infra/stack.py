@@ -33,9 +33,9 @@ __all__ = ["NAMES", "Endpoints", "ServerName", "ServerStatus", "down", "status",
 
 START_PATIENCE = 180.0  # seconds until a server is ready; a cold start on two busy cores takes under a minute
 BUSY_PATIENCE = 30.0  # seconds for a running server to answer, however busy the machine is
+STORE_PATIENCE = 10.0  # seconds for a running object store to take what is written
 ANSWER_PATIENCE = 5.0  # seconds for one answer
 ROOM = 32 << 20  # bytes; a disk with less of them is full
-FULL = re.compile(rb"filerldb\S+ (no space left|disk quota exceeded|file too large)")
 POLL = 0.1  # seconds between looks at a starting server
 ATTEMPTS = 3  # at finding ports that nobody else takes in the meantime
 
@@ -141,10 +141,8 @@ def _up(folder: StackFolder, on_event: OnEvent, only: Collection[ServerName]) ->
         for name in wanted:
             if name in starting:
                 _wait(name, starting[name], folder, client)
-            if name == "seaweedfs":  # the first, so that this happens while the others still start
-                store = (folder.url(name), folder.credentials, folder.settings.bucket)
-                make_ready(*store, just_started=name in starting, patience=BUSY_PATIENCE)
-            if name in starting:
+                if name == "seaweedfs":  # the first, so that this happens while the others still start
+                    _make_store_ready(folder, BUSY_PATIENCE)
                 on_event(f"{name} is ready at {folder.url(name)}")
     return folder.endpoints()
 
@@ -158,9 +156,9 @@ def _runs(name: ServerName, folder: StackFolder, client: httpx.Client, on_event:
     deadline = time.monotonic() + BUSY_PATIENCE
     while not trouble and record.process(folder.mark(name)):
         if _answers(name, folder, client):
-            if not (name == "seaweedfs" and _was_full(folder, on_event)):
+            if name != "seaweedfs" or _stores(folder, on_event):
                 return True
-            trouble = "stores nothing since its disk was full"
+            trouble = "does not store what is written"
         elif time.monotonic() > deadline:
             trouble = "does not answer"
         else:
@@ -170,19 +168,20 @@ def _runs(name: ServerName, folder: StackFolder, client: httpx.Client, on_event:
     return False
 
 
-def _was_full(folder: StackFolder, on_event: OnEvent) -> bool:
-    """Whether the disk was full while SeaweedFS ran, and is so no more.
-
-    Its index refuses every entry once one could not be written, until it is started again.
-    """
+def _stores(folder: StackFolder, on_event: OnEvent) -> bool:
+    """Whether the running object store takes what is written; yes also on a full disk, where a start would not help."""
+    if shutil.disk_usage(folder.root).free < ROOM:
+        on_event(f"the disk of {folder.root} is full: nothing can be stored")
+        return True
     try:
-        refused = FULL.search(folder.log("seaweedfs").read_bytes())
-    except FileNotFoundError:
+        _make_store_ready(folder, STORE_PATIENCE)
+    except ServiceError:
         return False
-    if refused and shutil.disk_usage(folder.root).free < ROOM:
-        on_event(f"the disk of {folder.root} is full: nothing can be stored")  # another start would not help
-        return False
-    return refused is not None
+    return True
+
+
+def _make_store_ready(folder: StackFolder, patience: float) -> None:
+    make_ready(folder.url("seaweedfs"), folder.credentials, folder.settings.bucket, patience=patience)
 
 
 def _wait(name: ServerName, process: subprocess.Popen[bytes], folder: StackFolder, client: httpx.Client) -> None:
