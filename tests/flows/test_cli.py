@@ -142,12 +142,15 @@ def test_folder_that_cannot_be_learnt_from_is_refused_and_opens_no_run(
 
 
 def test_batch_larger_than_the_training_split_is_refused_and_opens_no_run(
-    convoy: Convoy, tmp_path: Path, summary: Callable[[], dict[str, object]]
+    convoy: Convoy, tmp_path: Path, summary: Callable[[], dict[str, object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
     arguments = ["--dataset", "digits", "--name", "refused", "--ranks", "1", *sets(*SMALL, "batch_size=512")]
     done = convoy("train", *arguments, "--summary", str(tmp_path / "out.json"))
     assert done.status == 2
     assert "400 images, fewer than a batch of 512" in done.complaint
+    assert "digits is the data set of that name; for the folder here, write ./digits" in done.stderr
     assert summary()["exit_status"] == 2
     experiments = [experiment.experiment_id for experiment in MlflowClient().search_experiments()]
     assert not MlflowClient().search_runs(experiments, filter_string="tags.`convoy.model` = 'refused'")
