@@ -101,6 +101,8 @@ def _stack_ends_with_session(settings: Settings) -> Iterator[None]:
     try:
         yield
     finally:
+        if handlers := sys.modules.get("prefect.logging.handlers"):
+            handlers.APILogHandler().flush()  # else Prefect says at the end that nobody takes its log
         down(settings)
         helper.communicate()
 
