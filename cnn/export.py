@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -80,7 +81,12 @@ def export_pt2(program: ExportedProgram, out: Path, images: Tensor, expected: Te
     def load(file: Path) -> Predict:
         return torch.export.load(file).module()
 
-    return _export(out, ".pt2", lambda file: torch.export.save(program, file), load, images, expected, TOLERANCE)
+    def save(file: Path) -> None:
+        memory = BytesIO()
+        torch.export.save(program, memory)  # given a file, its writer ends the process on a full disk
+        file.write_bytes(memory.getbuffer())
+
+    return _export(out, ".pt2", save, load, images, expected, TOLERANCE)
 
 
 def export_onnx(program: ExportedProgram, classes: Sequence[str], out: Path, images: Tensor, expected: Tensor) -> float:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from infra.stackfolder import ServerName
 
 SAID = 300  # characters of a server's answer
+FULL_DISK = ("No space left on device", "inline_container.cc")
+"""In errors of Python's own and of libraries in other languages; the second of torch, where it could not write."""
 
 
 def servers_up(*, only: "Collection[ServerName] | None" = None) -> None:
@@ -88,7 +90,7 @@ def foreseen(error: BaseException) -> BaseException:
                 f"Prefect at {address} does not answer ({one_line(each)}); "
                 "start it with `convoy up`, or correct PREFECT_API_URL"
             )
-        if "No space left on device" in str(each):  # of Python's own, or of a library in another language
+        if any(words in str(each) for words in FULL_DISK):
             where = f" for {each.filename}" if isinstance(each, OSError) and each.filename else ""
             return ServiceError(f"no space left on the disk{where}; free some (`convoy prune` may help) and try again")
     return error

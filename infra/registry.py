@@ -1,5 +1,6 @@
 """MLflow's model registry: what is served, under which name, version and alias."""
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,14 +15,16 @@ from mlflow.exceptions import MlflowException, RestException
 from mlflow.models import Model, infer_signature
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
+from rich.filesize import decimal
 
-from infra.errors import UsageError
+from infra.errors import ServiceError, UsageError
 from infra.mlflowserver import is_missing, mlflow_client, tracking_uri
 from infra.names import filter_of, model_name_fault
 
 ARTIFACT = "model"  # the served model's name among the run's models
 DESCRIPTION_CHARACTERS = 5000  # MLflow's limit
 MODELS_A_CALL = 100
+SPARE = 16 << 20  # bytes beside its weights that storing a model takes
 
 
 class ModelVersion(BaseModel):
@@ -73,9 +76,10 @@ def rehearsal(folder: Path) -> Iterator[None]:
     def store() -> None:
         import torch
 
-        images = np.zeros((2, 1), dtype=np.float32)
+        model, images = torch.nn.Identity().eval(), np.zeros((2, 1), dtype=np.float32)
         with suppress(Exception), TemporaryDirectory(dir=folder) as temporary:  # what is wrong, `log_model` will say
-            _save(torch.nn.Identity().eval(), Path(temporary, ARTIFACT), images, images, ["torch"])
+            _check_room(Path(temporary), model)
+            _save(model, Path(temporary, ARTIFACT), images, images, ["torch"])
 
     thread = Thread(target=store, name="rehearsal", daemon=True)
     thread.start()
@@ -107,9 +111,13 @@ def log_model(
         outputs: what the model gives for it; both together are the signature, with any number of images.
         requirements: pinned packages that loading and calling the model take.
         metadata: JSON values that travel with the model, for example the names of the classes.
+
+    Raises:
+        ServiceError: there is no room for it in the temporary folder, or MLflow failed.
     """
     assert len(images) >= 2
     with mlflow_client(f"store the model of run {run_id}") as client, TemporaryDirectory() as temporary:
+        _check_room(Path(temporary), model)
         run = client.get_run(run_id)
         logged = client.create_logged_model(
             run.info.experiment_id, name=ARTIFACT, source_run_id=run_id, params=run.data.params
@@ -129,6 +137,16 @@ def log_model(
             raise
         client.finalize_logged_model(logged.model_id, "READY")
     return str(logged.model_id)
+
+
+def _check_room(folder: Path, model: Any) -> None:
+    """Raises ServiceError if a folder's disk has no room for a model: torch's writer would end the process there."""
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if shutil.disk_usage(folder).free < 2 * size + SPARE:
+        raise ServiceError(
+            f"no space left on the disk for {folder}: the model takes {decimal(size)} there for a while; free some "
+            "(`convoy prune` may help) and try again"
+        )
 
 
 def _save(

@@ -1,6 +1,8 @@
 """Exported files: each gives what the original gives, or does not appear."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,27 @@ def test_pt2_gives_what_the_original_gives(program: ExportedProgram, expected: t
     assert export_pt2(program, out, IMAGES, expected) < 1e-6
     assert torch.allclose(torch.export.load(out).module()(IMAGES[:3]), expected[:3], atol=1e-6)
     assert list(tmp_path.iterdir()) == [out]
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import torch
+from cnn.export import export_pt2
+program = torch.export.export(torch.nn.Linear(64, 64), (torch.zeros(2, 64),))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file can be larger, as on a full disk
+try:
+    export_pt2(program, Path(sys.argv[1]), torch.zeros(2, 64), torch.zeros(2, 64))
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path / "model.pt2")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "File too large\n"), done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_onnx_gives_what_the_original_gives(program: ExportedProgram, expected: torch.Tensor, tmp_path: Path) -> None:

@@ -99,6 +99,11 @@ def answer(status: int, **content: object) -> httpx.HTTPStatusError:
             "no space left on the disk for /data/c",
         ),
         (RuntimeError("I/O error: No space left on device (os error 28)"), ServiceError, "no space left on the disk"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 480"),
+            ServiceError,
+            "no space left on the disk",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -51,6 +51,15 @@ def test_stored_model_is_ready_but_not_registered(stored: tuple[str, str]) -> No
     assert not MlflowClient().search_model_versions(f"run_id = '{run_id}'")
 
 
+def test_without_room_for_it_nothing_is_stored(stored: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id, model_id = stored
+    monkeypatch.setattr("infra.registry.SPARE", 1 << 60)
+    with pytest.raises(ServiceError, match=r"no space left on the disk for .*: the model takes 0 bytes"):
+        log_model(run_id, Classifier().eval(), images=IMAGES, outputs=IMAGES, requirements=[], metadata={})
+    found = MlflowClient().search_logged_models([MlflowClient().get_run(run_id).info.experiment_id])
+    assert [model.model_id for model in found] == [model_id]
+
+
 def test_versions_count_up_and_load(stored: tuple[str, str]) -> None:
     run_id, model_id = stored
     first = create_version("counting up", model_id, run_id=run_id, tags={"a": "1"})
