@@ -94,6 +94,8 @@ class Raylets:
 @pytest.fixture
 def raylets(stack: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
     folder = tempfile.mkdtemp(prefix="ray-")  # short, since sockets are there
+    monkeypatch.setenv("RAY_TMPDIR", folder)  # the cluster's address is below it, wherever its own files are
+    Path(folder, "ray").mkdir()
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     # Ray insists on an address that others can reach, where everybody could run programs else.
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
