@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from infra.stackfolder import ServerName
 
 SAID = 300  # characters of a server's answer
-FULL_DISK = ("No space left on device", "inline_container.cc")
+FULL_DISK = ("No space left on device", "unexpected pos ")
 """In errors of Python's own and of libraries in other languages; the second of torch, where it could not write."""
 
 
