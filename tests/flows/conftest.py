@@ -61,8 +61,8 @@ def program(stack: object, tmp_path: Path) -> Iterator[Callable[..., Program]]:
     """Starts `convoy` as a process; what still runs at the end of the test is killed."""
     started: list[Program] = []
 
-    def start(*arguments: str) -> Program:
-        started.append(Program(*arguments, folder=tmp_path))
+    def start(*arguments: str, **code: str) -> Program:
+        started.append(Program(*arguments, folder=tmp_path, **code))
         return started[-1]
 
     yield start

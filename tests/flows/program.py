@@ -74,9 +74,9 @@ class Done:
 class Program:
     """`convoy` with arguments, as a process of its own."""
 
-    def __init__(self, *arguments: str, folder: Path) -> None:
+    def __init__(self, *arguments: str, folder: Path, code: str = "from flows.cli import main; main()") -> None:
         self._out, self._err = folder / "stdout", folder / "stderr"
-        command = [sys.executable, "-P", "-c", "from flows.cli import main; main()", *arguments]
+        command = [sys.executable, "-P", "-c", code, *arguments]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 command,

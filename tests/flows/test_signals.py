@@ -34,9 +34,9 @@ def begun(flow: Program) -> None:
     wait_for(caught, "handlers")
 
 
-def start(program: Callable[..., Program], name: str, *settings: str) -> Program:
+def start(program: Callable[..., Program], name: str, **code: str) -> Program:
     train = ("train", "--dataset", "digits", "--ranks", "1", "--name", name, "--summary", "out.json")
-    flow = program(*train, *sets(*WHOLE, *settings))
+    flow = program(*train, *sets(*WHOLE), **code)
     begun(flow)
     return flow
 
@@ -84,11 +84,20 @@ def test_ctrl_c_after_the_training_promotes_nothing(
     assert state and state.name == "Crashed"
 
 
+AFTER_THE_FLOW = """
+import time
+from flows import cli
+write = cli.write_summary
+cli.write_summary = lambda *arguments: (write(*arguments), time.sleep(3))
+cli.main()
+"""  # else the signal may come when the program has ended
+
+
 @pytest.mark.slow
 def test_a_signal_after_the_flow_decides_the_status_and_the_summary(
     program: Callable[..., Program], tmp_path: Path
 ) -> None:
-    flow = start(program, "tail")
+    flow = start(program, "tail", code=AFTER_THE_FLOW)
     out = tmp_path / "out.json"
     wait_for(out.exists, "the summary")
     done, _ = send(flow, signal.SIGTERM)
