@@ -11,6 +11,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from prefect import flow, get_client
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
 
 from flows.approval import ApprovalRefused, ask
@@ -118,8 +119,12 @@ def asking(patience: float, answer: dict[str, object] | None = None, *, cancel: 
             if cancel:
                 client.set_flow_run_state(flow_run_id, _cancelling())
             elif answer is not None:
-                wait_for(lambda: bool(client.read_flow_run(flow_run_id).state), "the form")
-                client.resume_flow_run(flow_run_id, run_input=answer)
+
+                def resumed() -> bool:
+                    said = client.resume_flow_run(flow_run_id, run_input=answer)
+                    return said.status == SetStateStatus.ACCEPT
+
+                wait_for(resumed, "the answer to be taken")  # Prefect refuses it while it has not got the form yet
 
     @flow
     def run() -> str:
