@@ -67,8 +67,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say which tests were left out by their marker, and how to run them."""
-    if config.option.markexpr:
-        left_out = set(re.findall(r"not (\w+)", config.option.markexpr))
+    if left_out := set(re.findall(r"not (\w+)", config.option.markexpr)):
         terminalreporter.section("not run, unless asked for")
         for name, why in (line.split(": ", 1) for line in config.getini("markers") if ": " in line):
             if name in left_out:
