@@ -17,13 +17,13 @@ from infra import stopping
 from infra.errors import UsageError
 from infra.settings import Settings
 from infra.trylock import is_held, left_behind, try_locked
+from tasks.lifeline import RANK_NAME
 
 PATIENCE = 10.0  # seconds that whoever looks after a dead run may hold its lock
 POLL = 0.1
 SILENCE = 3600.0  # seconds without a sign of life, where there is no lock; evaluation and gates write none
 
 OWNERS = ("tasks.supervisor", "tasks.nodes.agent")  # of ranks
-PROGRAMS = (*OWNERS, "tasks.rank")
 
 Life = Literal["alive", "dead", "unknown"]
 
@@ -83,7 +83,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         try:
             command = process.cmdline()
-            if process.status() == psutil.STATUS_ZOMBIE or _program(command) is None:
+            if process.status() == psutil.STATUS_ZOMBIE or _program(process) is None:
                 continue
         except psutil.Error:
             continue
@@ -95,24 +95,30 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 def orphaned(process: psutil.Process) -> bool:
     """Tells whether a supervisor has lost its flow, which the flow's lock shows, or a rank its supervisor."""
     try:
-        command, parents = process.cmdline(), process.parents()
+        program, command, parents = _program(process), process.cmdline(), process.parents()
     except psutil.Error:  # it has ended
         return False
-    if _program(command) == "tasks.supervisor":
+    if program == "tasks.supervisor":
         return left_behind(Path(command[-1]) / "lock") is not None
-    return not any(_program(_command(parent)) in OWNERS for parent in parents)
+    return not any(_program_of(parent) in OWNERS for parent in parents)
 
 
-def _command(process: psutil.Process) -> list[str]:
+def _program_of(parent: psutil.Process) -> str | None:
     try:
-        return process.cmdline()
+        return _program(parent)
     except psutil.Error:
-        return []
+        return None
 
 
-def _program(command: list[str]) -> str | None:
-    """Which of ours it is; torchrun, which has the rank's words at its end, is none."""
-    for option, module in pairwise(command):
+def _program(process: psutil.Process) -> str | None:
+    """Returns which of ours it is; None for torchrun, whose command line its ranks have too.
+
+    Raises:
+        psutil.Error: it has ended, or is another user's.
+    """
+    for option, module in pairwise(process.cmdline()):
         if option == "-m":
-            return module if module in PROGRAMS else None
+            if module == "tasks.torchrun" and RANK_NAME.fullmatch(process.name()):
+                return "tasks.rank"
+            return module if module in OWNERS else None
     return None

@@ -28,14 +28,13 @@ from infra.settings import Settings
 from tasks.checkpoints import CheckpointWriter, Snapshot, commit_weights, newest_checkpoint
 from tasks.dataset import load_manifest, open_cache, open_split, pretrained_key
 from tasks.job import Event, Job, JobFolder, Outcome, say
-from tasks.lifeline import die_with_parent
+from tasks.lifeline import die_with_parent, name_process
 from tasks.nodes.board import Board
 from tasks.outage import through_outage
 from tasks.patience import AT_MOST, FLUSH, REACH_STOP, SLACK
 from tasks.reading import open_training_split
 from tasks.torchrun import TORCHRUN_PID
 
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun has set it
 SPEED_OVER = 0.5  # seconds that a figure of speed covers at least
 
 
@@ -282,6 +281,7 @@ def is_current(board: Board) -> bool:
 
 
 def main() -> int:
+    name_process(f"rank-{os.environ.get('RANK', 0)}")
     die_with_parent(int(os.environ[TORCHRUN_PID]))
     stop = StopSignal()
     folder = JobFolder(Path(sys.argv[1]))
@@ -305,7 +305,7 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
     store = ObjectStore.connect(Settings().bucket, create=False)
     cache = open_cache(store)
     manifest = load_manifest(store, job.dataset_version)
-    train_split = open_training_split(cache, manifest, job.config, WORLD_SIZE)
+    train_split = open_training_split(cache, manifest, job.config, _world_size())
     val_split = open_split(cache, manifest, "val")
 
     weights = job.config.pretrained_sha256
@@ -355,7 +355,11 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
 
 
 def _meeting(arguments: list[str]) -> dist.Store | None:
-    return dist.FileStore(arguments[0], WORLD_SIZE) if arguments else None
+    return dist.FileStore(arguments[0], _world_size()) if arguments else None
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))  # as torchrun has set it
 
 
 if __name__ == "__main__":

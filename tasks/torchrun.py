@@ -5,6 +5,8 @@
 Its agents meet by torchrun's static rendezvous, since each start has a fixed set of nodes. The dynamic one (c10d)
 unpickles what it finds in the store that its agents share. The agent of a single machine meets no other: its store is
 in its own memory, so it neither listens on a port nor writes to a disk that may be full.
+
+It forks the ranks (tasks/forkedranks.py).
 """
 
 import os
@@ -69,6 +71,7 @@ def start_torchrun(
             "GLOO_SOCKET_IFNAME": interface,
             "NCCL_SOCKET_IFNAME": interface,
             "OMP_NUM_THREADS": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "torchrun"),  # else in the temporary folder, too
         }
     )
     return subprocess.Popen(
@@ -93,6 +96,8 @@ def main() -> None:
     )
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+    from tasks.forkedranks import fork_ranks
+
     class Alone(StaticTCPRendezvous):
         def get_backend(self) -> str:
             return "alone"
@@ -104,6 +109,7 @@ def main() -> None:
         return Alone("127.0.0.1", 0, 0, 1, parameters.run_id, 0)
 
     rendezvous_handler_registry.register("alone", alone)
+    fork_ranks()
     os.environ[TORCHRUN_PID] = str(os.getpid())
     run.main(sys.argv[1:])
 

@@ -17,6 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from flows.summary import Summary
 from infra.settings import Settings
+from tasks.lifeline import RANK_NAME
 
 PATIENCE = 120.0  # seconds until a wait counts as a failure, on a busy machine
 ENDS_WITHIN = 20.0  # seconds that a training's processes have to end
@@ -114,6 +115,8 @@ class Training:
                 words = process.cmdline()
                 if str(self.folder) in words and process.status() != psutil.STATUS_ZOMBIE:
                     named = words[words.index("-m") + 1] if "-m" in words else ""
+                    if RANK_NAME.fullmatch(process.name()):  # forked by torchrun, whose command line it has
+                        named = "tasks.rank"
                     if module in ("", named):
                         found.append(process)
             except psutil.Error:
@@ -136,7 +139,7 @@ class Training:
 
     def rank(self, number: int) -> psutil.Process:
         """The process of a rank."""
-        (found,) = (p for p in self.processes("tasks.rank") if p.environ()["RANK"] == str(number))
+        (found,) = (process for process in self.processes("tasks.rank") if process.name() == f"rank-{number}")
         return found
 
     def comes_to(self, step: int) -> None:

@@ -302,16 +302,18 @@ def test_half_written_files_are_removed_unless_somebody_writes_them(made: Leftov
     assert [folder.name for folder in work.iterdir()] == ["preprocess-live"]
 
 
-@pytest.mark.parametrize("module", ["tasks.supervisor", "tasks.rank"])
+@pytest.mark.parametrize(("module", "name"), [("tasks.supervisor", "python"), ("tasks.torchrun", "rank-1")])
 def test_processes_without_their_flow_are_ended(
-    made: Leftovers, start: Callable[..., subprocess.Popen[str]], module: str
+    made: Leftovers, start: Callable[..., subprocess.Popen[str]], module: str, name: str
 ) -> None:
     folder = Settings().runs / "some-run"
-    command = [sys.executable, "-c", "import time; time.sleep(300)"]
     flow = hold(start, "some-run", "a flow run")
     # What runs does not matter, only what it is called, and who its parent is.
-    process = start(*command, "-m", module, str(folder))
-    other = start(*command, "-m", module, str(folder.parents[2] / "runs" / "some-run"))  # of another state folder
+    code = f"from tasks.lifeline import name_process; name_process('{name}'); print('!', flush=True); input()"
+    process = start(sys.executable, "-c", code, "-m", module, str(folder))
+    other = start(sys.executable, "-c", code, "-m", module, str(folder.parents[2] / "runs" / "some-run"))  # another's
+    for each in (process, other):
+        assert each.stdout and each.stdout.readline()
     if module == "tasks.supervisor":
         assert find_orphans() == []
         flow.kill()

@@ -287,6 +287,18 @@ def test_killed_supervisor_takes_torchrun_along_which_has_said_nothing_that_woul
     assert JobFolder(training.folder).log_end() == "they were killed"
 
 
+def test_torchrun_has_a_single_thread_when_it_forks_its_ranks(
+    started: list[subprocess.Popen[str]], training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere(monkeypatch)
+    supervisor = supervise(started, training)
+    wait_for(lambda: training.processes("tasks.rank"), "the ranks to start")
+    (torchrun,) = training.processes("tasks.torchrun")
+    assert torchrun.num_threads() == 1
+    supervisor.kill()
+    training.assert_ends()
+
+
 def test_flow_starts_another_supervisor_in_place_of_a_killed_one_as_often_as_it_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,7 +411,7 @@ def test_nodes_meet_without_unpickling(
         ]
     try:
         wait_for(lambda: len(training.processes("tasks.rank")) == 2, "the ranks of both nodes to start")
-        assert {training.rank(number).environ()["GROUP_RANK"] for number in range(2)} == {"0", "1"}
+        assert {training.rank(number).ppid() for number in range(2)} == {node.pid for node in nodes}
     finally:
         for node in nodes:
             node.kill()

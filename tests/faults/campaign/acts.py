@@ -18,7 +18,7 @@ def signal(sent: Signals, victim: str, trial: Trial) -> None:
     name, _, which = victim.partition(" ")
     if name in MODULES:
         found = trial.training.processes(MODULES[name]) if trial.training else []
-        found = [each for each in found if each.environ().get("RANK", "") == which]
+        found = [each for each in found if not which or each.name() == f"rank-{which}"]
     else:
         command = trial.commands[0] if name == "flow" else trial.worker
         found = [psutil.Process(command.pid)] if command.poll() is None else []
