@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import BaseModel, ConfigDict
 
+from infra import bucket_layout
 from infra.objectstore import PART, ObjectStore
 from infra.s3client import error_code, open_client, translated
 from infra.settings import Settings
 
-PREFIX = "probe/"
 SMALLEST_PART = 5 << 20  # bytes; S3 takes smaller parts only as the last one
 SKEW = 60.0  # seconds; stores refuse requests that are a quarter of an hour off
 WHERE = {"path": "path of an address", "virtual": "host name"}
@@ -88,7 +88,7 @@ class _Probe:
     def __init__(self, bucket: str) -> None:
         self._client = open_client()
         self._bucket = bucket
-        self._prefix = f"{PREFIX}{uuid.uuid4().hex}/"  # another probe may be at it
+        self._prefix = bucket_layout.probe(uuid.uuid4().hex)  # another probe may be at it
         self._keys: set[str] = set()
         self._uploads: set[tuple[str, str]] = set()
 

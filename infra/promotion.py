@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from infra import stopping
+from infra import bucket_layout, stopping
 from infra.errors import Outage, ServiceError, UsageError
 from infra.objectstore import ObjectStore
 from infra.registry import ModelVersion, aliased, check_model_name, delete_alias, set_alias
@@ -289,8 +289,8 @@ def misplaced_aliases(store: ObjectStore, name: str) -> list[str]:
 
 def names_with_history(store: ObjectStore) -> list[str]:
     """Returns the models of which a version was ever promoted."""
-    keys = (info.key.split("/") for info in store.list("models/"))
-    return sorted({parts[1] for parts in keys if parts[2:3] == ["history"]})
+    keys = [info.key for info in store.list(bucket_layout.MODELS)]
+    return sorted({bucket_layout.part(key, 1) for key in keys if bucket_layout.part(key, 2) == "history"})
 
 
 def _misplaced(name: str, entries: Sequence[Promotion]) -> Iterator[tuple[str, str | None, str | None]]:
@@ -339,11 +339,11 @@ def _present(name: str, standing: Sequence[str]) -> Iterator[FoundVersion]:
 
 
 def _prefix(name: str) -> str:
-    return f"models/{check_model_name(name)}/history/"
+    return bucket_layout.promotions(check_model_name(name))
 
 
 def _key(name: str, number: int) -> str:
-    return f"{_prefix(name)}{number:08}.json"
+    return bucket_layout.promotion(check_model_name(name), number)
 
 
 def _read(store: ObjectStore, key: str) -> Promotion:

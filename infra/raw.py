@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from infra import bucket_layout
 from infra.cache import Cache
 from infra.catalogue import Format, Sha256
 from infra.errors import ServiceError
@@ -31,7 +32,7 @@ class RawFile(BaseModel):
     @property
     def key(self) -> str:
         """Its object's key in the bucket."""
-        return f"raw/{self.sha256}"
+        return bucket_layout.raw_file(self.sha256)
 
 
 class ListingRef(BaseModel):
@@ -57,7 +58,7 @@ class ListingRef(BaseModel):
     @property
     def key(self) -> str:
         """Its object's key in the bucket."""
-        return f"listings/{self.digest}.parquet"
+        return bucket_layout.listing(self.digest)
 
 
 class RawSource(BaseModel):
@@ -118,7 +119,7 @@ class RawBucket:
         self._cache = cache
         self._listed: dict[str, int] | None = None
         if expected_files >= LIST_FROM:
-            self._listed = {info.key: info.size for info in store.list("raw/")}
+            self._listed = {info.key: info.size for info in store.list(bucket_layout.RAW)}
 
     def holds(self, file: RawFile) -> bool:
         """Whether its object is there and, by size and noted digest, undamaged."""
@@ -136,14 +137,9 @@ class RawBucket:
         self._store.put_file(file.key, self._cache.path(file.sha256), sha256=file.sha256)
 
 
-def record_key(source_key: str) -> str:
-    """Key of the record that says which files make up a source."""
-    return f"sources/{source_key}.json"
-
-
 def read_record(store: ObjectStore, source_key: str) -> RawSource | None:
     """The record of an earlier download, or None; its files may be damaged or gone since."""
-    key = record_key(source_key)
+    key = bucket_layout.source_record(source_key)
     try:
         return RawSource.model_validate_json(store.get_bytes(key))
     except ObjectMissing:
@@ -154,4 +150,6 @@ def read_record(store: ObjectStore, source_key: str) -> RawSource | None:
 
 def write_record(store: ObjectStore, source_key: str, source: RawSource) -> None:
     """Commit a download: from now on it is found again."""
-    store.put_bytes(record_key(source_key), source.model_dump_json(exclude={"reused", "listing"}).encode())
+    store.put_bytes(
+        bucket_layout.source_record(source_key), source.model_dump_json(exclude={"reused", "listing"}).encode()
+    )

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 
+from infra import bucket_layout
+from infra.bucket_layout import COMMIT
 from infra.errors import ServiceError
 from infra.files import file_digest
 from infra.objectstore import ObjectMissing, ObjectStore
@@ -29,7 +31,7 @@ from tasks.patience import last_checkpoint
 if TYPE_CHECKING:
     from torch import Tensor
 
-COMMIT, STATE = "commit.json", "state.safetensors"
+STATE = "state.safetensors"
 LONGEST_PAUSE = 30.0  # seconds between tries while the storage fails
 
 Trouble = ServiceError | OSError
@@ -87,11 +89,6 @@ class Snapshot:
     val_accuracy: float | None
     train_seconds: float
     metrics: tuple[dict[str, Any], ...]
-
-
-def checkpoint_prefix(run_id: str) -> str:
-    """Where a training's checkpoints are in the bucket."""
-    return f"runs/{run_id}/checkpoints/"
 
 
 class CheckpointWriter:
@@ -233,7 +230,7 @@ class CheckpointWriter:
     def _commit(self, snapshot: Snapshot) -> None:
         from safetensors.torch import save_file
 
-        prefix = f"{checkpoint_prefix(self._job.run_id)}step-{snapshot.step:08d}/"
+        prefix = bucket_layout.checkpoint(self._job.run_id, snapshot.step)
         file = self._folder / STATE
         try:
             save_file(dict(snapshot.state), file)
@@ -285,8 +282,8 @@ class CheckpointWriter:
         States of earlier steps without a commit go too: an outage came in between. Later ones than `step` are
         damaged, since resuming passed them over; they are made anew when it comes to them.
         """
-        keys = {info.key for info in self._store.list(checkpoint_prefix(self._job.run_id))}
-        newest = f"{checkpoint_prefix(self._job.run_id)}step-{step:08d}/"
+        keys = {info.key for info in self._store.list(bucket_layout.checkpoints(self._job.run_id))}
+        newest = bucket_layout.checkpoint(self._job.run_id, step)
         for key in keys:
             folder = key.removesuffix(STATE)
             if key.endswith(f"/{STATE}") and folder < newest and folder + COMMIT not in keys:
@@ -300,7 +297,7 @@ class CheckpointWriter:
 
 def commits_of(store: ObjectStore, run_id: str) -> Iterator[Commit]:
     """A training's commits, the newest first; those that cannot be read are left out."""
-    keys = [info.key for info in store.list(checkpoint_prefix(run_id)) if info.key.endswith(f"/{COMMIT}")]
+    keys = [info.key for info in store.list(bucket_layout.checkpoints(run_id)) if info.key.endswith(f"/{COMMIT}")]
     for key in sorted(keys, reverse=True):
         try:
             yield Commit.model_validate_json(store.get_bytes(key))
@@ -310,7 +307,7 @@ def commits_of(store: ObjectStore, run_id: str) -> Iterator[Commit]:
 
 def delete_checkpoint(store: ObjectStore, run_id: str, commit: Commit) -> None:
     """Take back the commit, then its files."""
-    store.delete(f"{checkpoint_prefix(run_id)}step-{commit.step:08d}/{COMMIT}")
+    store.delete(bucket_layout.checkpoint(run_id, commit.step) + COMMIT)
     for key in commit.files:
         store.delete(key)
 
@@ -372,10 +369,10 @@ def commit_weights(
     digest = save_weights(state, file)
     if earlier := finished_outcome(store, job.run_id):
         return _same(earlier, digest, job.run_id)
-    key = f"runs/{job.run_id}/weights/{digest}.safetensors"
+    key = bucket_layout.trained_weights(job.run_id, digest)
     store.put_file(key, file)
     finished = outcome.model_copy(update={"weights_key": key, "weights_sha256": digest})
-    if store.put_if_absent(_final_key(job.run_id), finished.model_dump_json().encode()):
+    if store.put_if_absent(bucket_layout.outcome(job.run_id), finished.model_dump_json().encode()):
         return finished
     winner = finished_outcome(store, job.run_id)
     assert winner is not None
@@ -391,10 +388,6 @@ def _same(earlier: Outcome, digest: str, run_id: str) -> Outcome:
 def finished_outcome(store: ObjectStore, run_id: str) -> Outcome | None:
     """How a training finished; None if it has not."""
     try:
-        return Outcome.model_validate_json(store.get_bytes(_final_key(run_id)))
+        return Outcome.model_validate_json(store.get_bytes(bucket_layout.outcome(run_id)))
     except ObjectMissing:
         return None
-
-
-def _final_key(run_id: str) -> str:
-    return f"runs/{run_id}/weights/{COMMIT}"

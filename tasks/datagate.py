@@ -18,7 +18,7 @@ from cnn.datachecks import COMPARISONS, SLOW, Check, DataChecks, check_dataset
 from cnn.manifest import Manifest
 from cnn.reading import SplitReader
 from cnn.split import SPLITS
-from infra import tracking
+from infra import bucket_layout, tracking
 from infra.cache import Cache
 from infra.errors import GateRefused
 from infra.objectstore import ObjectMissing, ObjectStore
@@ -188,7 +188,7 @@ def _champions(
 
 def _publish(store: ObjectStore, dataset: DatasetRef, checks: DataChecks, sheet: bytes) -> DataReport:
     data, page = checks.model_dump_json(indent=2).encode(), data_markdown(dataset.name, checks)
-    prefix = f"reports/data/{dataset.version}/{hashlib.sha256(data).hexdigest()}/"
+    prefix = bucket_layout.data_report(dataset.version, hashlib.sha256(data).hexdigest())
     store.put_bytes(prefix + SHEET, sheet)
     store.put_bytes(prefix + PAGE, page.encode())
     store.put_bytes(prefix + JSON, data)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from cnn.errors import InputError
 from cnn.manifest import Manifest, Shard
 from cnn.split import Split
+from infra import bucket_layout
 from infra.cache import Cache
 from infra.errors import ServiceError
 from infra.meter import in_parallel
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SHARDS = "shards/"
 ASKED_ONE_BY_ONE = 1000  # shards; of more, a listing of the bucket's is quicker
 
 
@@ -51,21 +51,6 @@ class DatasetRef(BaseModel):
     """It was there already."""
 
 
-def manifest_key(version: str) -> str:
-    """Key of a dataset version's manifest, the object that commits it."""
-    return f"datasets/{version}/manifest.json"
-
-
-def shard_key(shard: Shard) -> str:
-    """Key of a shard."""
-    return f"{SHARDS}{shard.sha256}.safetensors"
-
-
-def pretrained_key(sha256: str) -> str:
-    """Key of weights to start a training from."""
-    return f"pretrained/{sha256}.safetensors"
-
-
 def load_manifest(store: ObjectStore, version: str) -> Manifest:
     """Read and verify a manifest.
 
@@ -73,7 +58,7 @@ def load_manifest(store: ObjectStore, version: str) -> Manifest:
         ObjectMissing: no such version in the bucket.
         DatasetDamaged: the object is not what the version says, or this code cannot read it.
     """
-    key = manifest_key(version)
+    key = bucket_layout.dataset_manifest(version)
     data = store.get_bytes(key)
     digest = hashlib.sha256(data).hexdigest()
     if digest != version:
@@ -88,7 +73,7 @@ def load_manifest(store: ObjectStore, version: str) -> Manifest:
 
 def is_stored(store: ObjectStore, shard: Shard) -> bool:
     """Whether the bucket has the shard, undamaged as far as its size and noted digest tell."""
-    info = store.head(shard_key(shard))
+    info = store.head(bucket_layout.shard(shard.sha256))
     return info is not None and info.size == shard.bytes and info.sha256 in (None, shard.sha256)
 
 
@@ -101,8 +86,8 @@ def is_whole(store: ObjectStore, version: str) -> bool:
     shards = shards_of(manifest)
     if len(shards) <= ASKED_ONE_BY_ONE:
         return all(_each(lambda shard: is_stored(store, shard), shards))
-    sizes = {info.key: info.size for info in store.list(SHARDS)}
-    return all(sizes.get(shard_key(shard)) == shard.bytes for shard in shards)
+    sizes = {info.key: info.size for info in store.list(bucket_layout.SHARDS)}
+    return all(sizes.get(bucket_layout.shard(shard.sha256)) == shard.bytes for shard in shards)
 
 
 def shards_of(manifest: Manifest) -> list[Shard]:
@@ -162,7 +147,7 @@ def _shape(manifest: Manifest) -> tuple[int, int, int]:
 
 
 def _fetch(cache: Cache, shard: Shard) -> Path:
-    return cache.fetch(shard_key(shard), shard.sha256, size=shard.bytes)
+    return cache.fetch(bucket_layout.shard(shard.sha256), shard.sha256, size=shard.bytes)
 
 
 def _map(cache: Cache, shape: tuple[int, int, int], shard: Shard) -> "RawShard":

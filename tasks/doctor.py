@@ -15,14 +15,14 @@ import psutil
 from prefect.client.schemas.objects import StateType
 from pydantic import BaseModel, ConfigDict
 
-from infra import tracking
+from infra import bucket_layout, tracking
+from infra.bucket_layout import COMMIT
 from infra.objectstore import ObjectInfo, ObjectStore
 from infra.promotion import misplaced_aliases, names_with_history, repair_aliases
 from infra.settings import Settings
 from infra.tracking import TaggedRun
 from infra.trylock import is_held, try_locked
 from tasks.alive import life, lock_file, orphaned, processes_of
-from tasks.checkpoints import COMMIT
 from tasks.flowruns import killed_flow_runs, mark_crashed, read_flow_run
 from tasks.lease import forgotten_leases, free_forgotten
 from tasks.patience import OWNER
@@ -218,9 +218,8 @@ def _abort(store: ObjectStore, what: str) -> bool:
 
 def _checkpoints(store: ObjectStore, young: datetime) -> Iterator[Finding]:
     found: dict[str, list[ObjectInfo]] = {}
-    for info in store.list("runs/"):
-        parts = info.key.split("/")
-        if len(parts) == 5 and parts[2] == "checkpoints":
+    for info in store.list(bucket_layout.RUNS):
+        if bucket_layout.part(info.key, 2) == "checkpoints":
             found.setdefault(info.key.rpartition("/")[0] + "/", []).append(info)
     for prefix, files in found.items():
         if _is_abandoned(files, young):
@@ -241,7 +240,7 @@ def _is_abandoned(files: Sequence[ObjectInfo], young: datetime) -> bool:
 def _delete_checkpoint(store: ObjectStore, prefix: str, young: datetime) -> bool:
     files = list(store.list(prefix))
     # Looked at again: a training that was resumed meanwhile makes its steps anew, under the same keys.
-    if is_held(lock_file(prefix.split("/")[1])) or not _is_abandoned(files, young):
+    if is_held(lock_file(bucket_layout.part(prefix, 1))) or not _is_abandoned(files, young):
         return False
     for info in files:
         store.delete(info.key)

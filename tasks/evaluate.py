@@ -17,6 +17,7 @@ from cnn.evaluate import predict_logits
 from cnn.manifest import Manifest
 from cnn.trainer import build, predictor
 from cnn.weights import load_weights, weights_sha256
+from infra import bucket_layout
 from infra.errors import ServiceError
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
@@ -86,7 +87,7 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
         "test", logits, test.labels, manifest.classes, temperature=temperature, footprint=footprint
     )
 
-    key = f"runs/{trained.run_id}/reference.safetensors"
+    key = bucket_layout.reference_images(trained.run_id)
     store_reference(store, key, images, logits[: len(images)].softmax(1))
     store_predictions(store, trained.run_id, logits.argmax(1), manifest.classes, manifest, trained.weights_sha256)
     run_logger().info(

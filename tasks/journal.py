@@ -16,11 +16,10 @@ from pydantic import ValidationError
 
 from cnn.journal import PackedShard, SurveyPart
 from cnn.split import SPLITS
+from infra import bucket_layout
 from infra.meter import in_parallel
 from infra.objectstore import ObjectMissing, ObjectStore
 from tasks.dataset import is_stored
-
-JOURNALS = "journals/"
 
 
 class Journal:
@@ -32,12 +31,12 @@ class Journal:
 
     def __init__(self, store: ObjectStore, step: str) -> None:
         self._store = store
-        self._prefix = f"{JOURNALS}{step}/"
+        self._step = step
 
     def survey_parts(self) -> list[SurveyPart]:
         """From the source's first image on, without a gap."""
         found: dict[int, SurveyPart] = {}
-        for info in self._store.list(f"{self._prefix}survey/"):
+        for info in self._store.list(bucket_layout.survey_parts(self._step)):
             with suppress(ObjectMissing, ValueError, KeyError, zipfile.BadZipFile):  # one that is damaged is none
                 part = SurveyPart.from_bytes(self._store.get_bytes(info.key))
                 found[part.start] = part
@@ -48,11 +47,11 @@ class Journal:
 
     def note_part(self, part: SurveyPart) -> None:
         """Write it down."""
-        self._store.put_bytes(f"{self._prefix}survey/{part.start:012}.npz", part.to_bytes())
+        self._store.put_bytes(bucket_layout.survey_part(self._step, part.start), part.to_bytes())
 
     def shards(self) -> list[PackedShard]:
         """Of each split those from the first on, without a gap, that are in the bucket."""
-        keys = [info.key for info in self._store.list(f"{self._prefix}shards/")]
+        keys = [info.key for info in self._store.list(bucket_layout.packed_shards(self._step))]
         noted = {(packed.split, packed.number): packed for packed in noted_shards(self._store, keys)}
         stored = in_parallel(lambda packed: is_stored(self._store, packed.shard), noted.values(), threading.Event())
         present = {place for place, there in zip(noted, stored, strict=True) if there}
@@ -66,12 +65,16 @@ class Journal:
 
     def note_shard(self, packed: PackedShard) -> None:
         """Write down a shard that is in the bucket."""
-        key = f"{self._prefix}shards/{packed.split}/{packed.number:08}.json"
+        key = bucket_layout.packed_shard(self._step, packed.split, packed.number)
         self._store.put_bytes(key, packed.model_dump_json().encode())
 
     def clear(self) -> None:
         """Remove all of it: the step is done, or is to begin anew."""
-        in_parallel(lambda info: self._store.delete(info.key), self._store.list(self._prefix), threading.Event())
+        in_parallel(
+            lambda info: self._store.delete(info.key),
+            self._store.list(bucket_layout.journal(self._step)),
+            threading.Event(),
+        )
 
 
 def noted_shards(store: ObjectStore, keys: Iterable[str]) -> list[PackedShard]:

@@ -2,6 +2,7 @@
 
 import json
 
+from infra import bucket_layout
 from infra.errors import ServiceError
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.promotion import Lineage
@@ -23,7 +24,7 @@ def run_lineage(store: ObjectStore, run_id: str) -> Lineage:
         RecordDamaged: it cannot be read.
         ServiceError: the storage failed.
     """
-    key = f"runs/{run_id}/run.json"
+    key = bucket_layout.run_record(run_id)
     try:
         record = json.loads(store.get_bytes(key))
         return Lineage(

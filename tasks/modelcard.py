@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cnn.config import TrainConfig
 from cnn.manifest import Manifest
-from infra import tracking
+from infra import bucket_layout, tracking
 from infra.objectstore import ObjectStore
 from infra.provenance import Provenance, provenance
 from infra.registry import ModelVersion, describe_version
@@ -22,7 +22,7 @@ from infra.settings import Settings
 from infra.versions import find_version
 from tasks.binomial import wilson_interval
 from tasks.config import RunConfig
-from tasks.dataset import DatasetRef, load_manifest, manifest_key
+from tasks.dataset import DatasetRef, load_manifest
 from tasks.evaluate import Evaluation
 from tasks.markdown import plain
 from tasks.report import EvaluationReport
@@ -61,7 +61,7 @@ def write_model_card(
     origin = Origin(
         run_url=tracking.run_url(trained.run_id),
         flow_run_url=url_for("flow-run", obj_id=flow_run) if flow_run else None,
-        dataset_uri=store.uri(manifest_key(dataset.version)),
+        dataset_uri=store.uri(bucket_layout.dataset_manifest(dataset.version)),
         weights_uri=store.uri(trained.weights_key),
         code=provenance(),
     )

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cnn.manifest import Manifest
+from infra import bucket_layout
 from infra.objectstore import ObjectMissing, ObjectStore
 
 
@@ -31,7 +32,7 @@ def store_predictions(
     with TemporaryDirectory() as temporary:
         file = Path(temporary) / "predictions.safetensors"
         save_file({"predicted": predicted.to(torch.int64).contiguous()}, file, metadata=marks)
-        store.put_file(_predictions_key(run_id), file)
+        store.put_file(bucket_layout.test_predictions(run_id), file)
 
 
 def load_predictions(
@@ -41,7 +42,7 @@ def load_predictions(
     with TemporaryDirectory() as temporary:
         file = Path(temporary) / "predictions.safetensors"
         try:
-            store.get_file(_predictions_key(run_id), file)
+            store.get_file(bucket_layout.test_predictions(run_id), file)
         except ObjectMissing:
             return None
         with safe_open(file, framework="pt") as opened:
@@ -49,10 +50,6 @@ def load_predictions(
             if marks["of"] != _mark(manifest, weights_sha256):
                 return None
             return opened.get_tensor("predicted"), tuple(json.loads(marks["classes"]))
-
-
-def _predictions_key(run_id: str) -> str:
-    return f"runs/{run_id}/test-predictions.safetensors"
 
 
 def _mark(manifest: Manifest, weights_sha256: str) -> str:

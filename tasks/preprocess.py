@@ -21,6 +21,7 @@ from cnn.sources.decode import decoder_versions
 from cnn.sources.files import Files
 from cnn.sources.layout import LeftOut
 from cnn.survey import survey
+from infra import bucket_layout
 from infra.cache import Cache
 from infra.files import locked
 from infra.listing import Listing
@@ -30,7 +31,7 @@ from infra.origin import ListedFiles, open_origin
 from infra.raw import ListingRef, RawSource
 from infra.settings import Settings
 from tasks.cancel import stop_if_cancelled
-from tasks.dataset import DatasetRef, is_whole, load_manifest, manifest_key
+from tasks.dataset import DatasetRef, is_whole, load_manifest
 from tasks.journal import Journal
 from tasks.progress import progress, run_logger
 from tasks.retries import RETRIED
@@ -81,8 +82,10 @@ def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = Fals
             except InputError as error:
                 raise InputError(f"{raw.name}: {error}") from error
         version = manifest.version
-        _commit(store, manifest_key(version), manifest.to_bytes())
-        _commit(store, _record_key(key), StepRecord(dataset_version=version).model_dump_json().encode())
+        _commit(store, bucket_layout.dataset_manifest(version), manifest.to_bytes())
+        _commit(
+            store, bucket_layout.preprocess_record(key), StepRecord(dataset_version=version).model_dump_json().encode()
+        )
         journal.clear()
     _tell(raw.name, manifest)
     return DatasetRef(version=version, name=raw.name)
@@ -100,14 +103,10 @@ def step_key(raw: RawSource, config: PreprocessConfig) -> str:
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
-def _record_key(step: str) -> str:
-    return f"steps/preprocess/{step}.json"
-
-
 def _find(store: ObjectStore, step: str) -> str | None:
     """The dataset version of an earlier run, if all of it is still there."""
     try:
-        version = StepRecord.model_validate_json(store.get_bytes(_record_key(step))).dataset_version
+        version = StepRecord.model_validate_json(store.get_bytes(bucket_layout.preprocess_record(step))).dataset_version
     except (ObjectMissing, ValidationError):
         return None
     return version if is_whole(store, version) else None

@@ -8,13 +8,14 @@ from prefect.cache_policies import NO_CACHE
 
 from cnn.trainer import build
 from cnn.weights import load_pretrained
+from infra import bucket_layout
 from infra.cache import Cache
 from infra.errors import UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.settings import Settings
 from tasks.cancel import stop_if_cancelled
 from tasks.config import RunConfig
-from tasks.dataset import DatasetRef, load_manifest, pretrained_key
+from tasks.dataset import DatasetRef, load_manifest
 from tasks.progress import run_logger
 
 
@@ -45,6 +46,6 @@ def pretrained(config: RunConfig, dataset: DatasetRef) -> RunConfig:
         fresh = load_pretrained(network, file)
         cache = Cache(Settings().cache, store)
         sha256 = cache.add_file(file)
-        store.put_file(pretrained_key(sha256), cache.path(sha256), sha256=sha256)
+        store.put_file(bucket_layout.pretrained_weights(sha256), cache.path(sha256), sha256=sha256)
     run_logger().info("starting from %s%s", config.pretrained, f", except {', '.join(fresh)}" if fresh else "")
     return config.model_copy(update={"pretrained_sha256": sha256})

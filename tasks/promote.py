@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from infra import bucket_layout
 from infra.errors import GateRefused, UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.promotion import Promotion, Standing, champions, history, promote, repair_aliases, standing_champion
@@ -22,11 +23,6 @@ from tasks.versiontags import DATASET_VERSION, SERVING, VERDICT_SHA256
 
 class PromotionRefused(GateRefused):
     """A gate has not passed the version; nothing was changed."""
-
-
-def verdict_key(name: str, sha256: str) -> str:
-    """Key of a quality verdict on a version of a model."""
-    return f"models/{name}/verdicts/{sha256}.json"
 
 
 class ChampionData(NamedTuple):
@@ -148,7 +144,7 @@ def verdict_on(store: ObjectStore, found: FoundVersion) -> Verdict | None:
     if sha256 is None:
         return None
     try:
-        data = store.get_bytes(verdict_key(found.name, sha256))
+        data = store.get_bytes(bucket_layout.verdict(found.name, sha256))
     except ObjectMissing:
         return None
     if hashlib.sha256(data).hexdigest() != sha256:

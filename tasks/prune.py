@@ -21,15 +21,16 @@ from prefect.client.schemas.objects import StateType
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.filesize import decimal
 
+from infra import bucket_layout
+from infra.bucket_layout import COMMIT
 from infra.meter import in_parallel
 from infra.objectstore import ObjectInfo, ObjectMissing, ObjectStore
 from infra.promotion import Lineage
 from infra.raw import RawSource
 from infra.settings import Settings
-from tasks.checkpoints import COMMIT
-from tasks.dataset import DatasetDamaged, load_manifest, manifest_key, pretrained_key, shard_key, shards_of
+from tasks.dataset import DatasetDamaged, load_manifest, shards_of
 from tasks.flowruns import training_flow_runs
-from tasks.journal import JOURNALS, noted_shards
+from tasks.journal import noted_shards
 from tasks.lineage import RecordDamaged, run_lineage
 from tasks.preprocess import StepRecord
 from tasks.progress import run_logger
@@ -100,7 +101,7 @@ def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: boo
     with mark as check:
         under_way = trainings_under_way()  # those that begin from now on wait
         objects = list(store.list(""))  # before it is asked what is needed: what comes later is not looked at
-        stored = {info.key.split("/")[1] for info in objects if info.key.startswith("runs/")}
+        stored = {bucket_layout.part(info.key, 1) for info in objects if info.key.startswith(bucket_layout.RUNS)}
         needed = references(store, stored, forget_unknown=forget_unknown)
         busy = not under_way <= needed.flow_runs  # one without an MLflow run may be preparing its data
         notes = ("Data were left alone: a training is preparing its own; try again later.",) if busy else ()
@@ -143,7 +144,7 @@ class _Planner:
             self._objects.setdefault(info.key.partition("/")[0], []).append(info)
         self._runs: dict[str, list[ObjectInfo]] = {}
         for info in self._objects.get("runs", ()):
-            self._runs.setdefault(info.key.split("/")[1], []).append(info)
+            self._runs.setdefault(bucket_layout.part(info.key, 1), []).append(info)
 
     def batches(self) -> list[_Batch]:
         """In the order in which they may go."""
@@ -154,7 +155,7 @@ class _Planner:
         reports = self._reports()
         gone |= {info.key for info in manifests}
         sources, raw = self._raw(kept, gone)
-        weights = {pretrained_key(need.pretrained_sha256) for need in kept if need.pretrained_sha256}
+        weights = {bucket_layout.pretrained_weights(need.pretrained_sha256) for need in kept if need.pretrained_sha256}
         starts = [info for info in self._old("pretrained", self._config.raw_days) if info.key not in weights]
         return [
             checkpoints,
@@ -228,7 +229,7 @@ class _Planner:
         ]
         gone = {info.key for info in going}
         named = self._shards_of_kept([info for info in manifests if info.key not in gone])
-        named |= {shard_key(packed.shard) for packed in noted_shards(self._store, kept_journals)}
+        named |= {bucket_layout.shard(packed.shard.sha256) for packed in noted_shards(self._store, kept_journals)}
         shards = [info for info in self._old("shards", 0) if info.key not in named]
         left = {info.key for info in manifests} - gone
         steps = [
@@ -241,8 +242,8 @@ class _Planner:
     def _journals(self) -> tuple[list[ObjectInfo], list[str]]:
         """All of an interrupted step, once its newest entry is old; and the keys of what stays."""
         steps: dict[str, list[ObjectInfo]] = {}
-        for info in self._objects.get(JOURNALS.rstrip("/"), ()):
-            steps.setdefault(info.key.split("/")[1], []).append(info)
+        for info in self._objects.get("journals", ()):
+            steps.setdefault(bucket_layout.part(info.key, 1), []).append(info)
         going: list[ObjectInfo] = []
         for objects in steps.values():
             if all(self._is_old(info, self._config.journals_days) for info in objects):
@@ -261,7 +262,7 @@ class _Planner:
                     raise
                 run_logger().warning("%s", error)
                 continue
-            named |= {shard_key(shard) for shard in shards_of(manifest)}
+            named |= {bucket_layout.shard(shard.sha256) for shard in shards_of(manifest)}
         return named
 
     def _manifest_of_step(self, info: ObjectInfo) -> str | None:
@@ -269,7 +270,7 @@ class _Planner:
             record = StepRecord.model_validate_json(self._store.get_bytes(info.key))
         except (ObjectMissing, ValidationError):
             return None
-        return manifest_key(record.dataset_version)
+        return bucket_layout.dataset_manifest(record.dataset_version)
 
     def _reports(self) -> list[ObjectInfo]:
         old = self._old("reports", self._config.reports_days)
@@ -320,12 +321,12 @@ class _Planner:
 
 
 def _is_checkpoint(info: ObjectInfo) -> bool:
-    return info.key.split("/")[2:3] == ["checkpoints"]
+    return bucket_layout.part(info.key, 2) == "checkpoints"
 
 
 def _version(info: ObjectInfo) -> str:
-    """Dataset version in a key such as `datasets/<version>/manifest.json`."""
-    return info.key.removesuffix("/manifest.json").rpartition("/")[2]
+    """Returns the dataset version of a manifest."""
+    return bucket_layout.part(info.key, 1)
 
 
 def _commits_first(objects: Sequence[ObjectInfo], commit: str) -> tuple[list[ObjectInfo], list[ObjectInfo]]:

@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from uuid import uuid4
 
-from infra import stopping
+from infra import bucket_layout, stopping
 from infra.errors import ServiceError
 from infra.objectstore import ObjectStore
 from tasks.cancel import stop_if_cancelled
 from tasks.progress import run_logger
 
-MARKS = "pruning/"
 RENEWED = 20.0  # seconds
 SILENCE = 300.0  # seconds without a renewal after which its prune counts as killed
 ASK_EVERY = 1.0  # seconds
@@ -33,7 +32,7 @@ def marked(store: ObjectStore) -> Iterator[Callable[[], None]]:
     Raises:
         ServiceError: the object store failed; from the function: the mark is gone, since it was not renewed in time.
     """
-    key, ended = f"{MARKS}{uuid4().hex}", threading.Event()
+    key, ended = bucket_layout.prune_mark(uuid4().hex), threading.Event()
 
     def check() -> None:
         if store.head(key) is None:
@@ -68,7 +67,7 @@ def wait_for_prune(store: ObjectStore) -> None:
     """
     last: dict[str, str] = {}
     since = time.monotonic()
-    while marks := {info.key: info.etag for info in store.list(MARKS)}:
+    while marks := {info.key: info.etag for info in store.list(bucket_layout.PRUNING)}:
         if not last:
             run_logger().info("`convoy prune` is deleting data: waiting for it to end")
         if marks != last:

@@ -25,7 +25,7 @@ from cnn.datachecks import pixel_digests
 from cnn.evaluate import EVAL_BATCH
 from cnn.manifest import Manifest
 from cnn.reading import SplitReader
-from infra import tracking
+from infra import bucket_layout, tracking
 from infra.cache import Cache
 from infra.errors import GateRefused
 from infra.meter import in_parallel
@@ -40,7 +40,6 @@ from tasks.dataset import DatasetDamaged, load_manifest, open_cache, open_split
 from tasks.gateconfig import GateConfig
 from tasks.predictions import load_predictions, store_predictions
 from tasks.progress import progress, run_logger
-from tasks.promote import verdict_key
 from tasks.retries import RETRIED
 from tasks.verdict import Scored, Verdict, judge
 from tasks.versiontags import DATASET_VERSION, NO_CHAMPION, VERDICT, VERDICT_CHAMPION, VERDICT_SHA256, VERDICT_SUMMARY
@@ -129,7 +128,7 @@ def test_digest(manifest: Manifest) -> str:
 
 def judged_before(store: ObjectStore, version: FoundVersion, test_sha256: str, dataset_version: str) -> int:
     """Returns how many other versions of a model the same test split has judged, by the verdicts in the bucket."""
-    keys = [info.key for info in store.list(verdict_key(version.name, "").removesuffix(".json"))]
+    keys = [info.key for info in store.list(bucket_layout.verdicts(version.name))]
     judged = set()
     for data in in_parallel(store.get_bytes, keys, threading.Event()):
         try:
@@ -168,7 +167,7 @@ def _only_theirs(
 def publish(version: ModelVersion, verdict: Verdict) -> None:
     """Store a verdict, and show it in the version's run and tags. The tags come last: they make it count."""
     store = ObjectStore.connect(Settings().bucket, create=False)
-    store.put_bytes(verdict_key(version.name, verdict.sha256), verdict.to_bytes())
+    store.put_bytes(bucket_layout.verdict(version.name, verdict.sha256), verdict.to_bytes())
     run_id = find_version(version.address).run_id
     tracking.log_text(run_id, "report/verdict.json", verdict.to_bytes().decode())
     tracking.log_text(run_id, "report/verdict.md", verdict.markdown())

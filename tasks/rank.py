@@ -22,11 +22,12 @@ from torch import Tensor
 from cnn.distributed import make_deterministic, process_group
 from cnn.reports import EpochReport, StepReport, StragglerWatch
 from cnn.trainer import Trainer, fit
+from infra import bucket_layout
 from infra.objectstore import ObjectStore
 from infra.output import outlive_readers
 from infra.settings import Settings
 from tasks.checkpoints import CheckpointWriter, Snapshot, commit_weights, newest_checkpoint
-from tasks.dataset import load_manifest, open_cache, open_split, pretrained_key
+from tasks.dataset import load_manifest, open_cache, open_split
 from tasks.job import Event, Job, JobFolder, Outcome, say
 from tasks.lifeline import die_with_parent, name_process
 from tasks.nodes.board import Board
@@ -321,7 +322,7 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
             val=val_split,
             device=device,
             exchange=exchange,
-            pretrained=cache.fetch(pretrained_key(weights), weights) if weights else None,
+            pretrained=cache.fetch(bucket_layout.pretrained_weights(weights), weights) if weights else None,
             stop_requested=stop,
         )
         trainer.restore(state)

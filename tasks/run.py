@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from cnn.manifest import Manifest
 from cnn.order import mixing, shuffle_window
 from cnn.trainer import check_fits
-from infra import tracking
+from infra import bucket_layout, tracking
 from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectStore
 from infra.provenance import Provenance, provenance
@@ -23,7 +23,6 @@ from infra.settings import Settings
 from infra.stopping import Stopped
 from tasks.alive import holding
 from tasks.cancel import Cancelled
-from tasks.checkpoints import checkpoint_prefix
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, is_whole, load_manifest
 from tasks.flowruns import MLFLOW_RUN, label_flow_run
@@ -31,16 +30,7 @@ from tasks.platform import differences, this_platform
 from tasks.progress import run_logger
 from tasks.prunemark import wait_for_prune
 from tasks.retries import outlast
-from tasks.runrecord import (
-    FLOW_RUN,
-    MANIFEST_DIGEST,
-    RunManifest,
-    RunRecord,
-    check_resumable,
-    flatten,
-    read_record,
-    record_key,
-)
+from tasks.runrecord import FLOW_RUN, MANIFEST_DIGEST, RunManifest, RunRecord, check_resumable, flatten, read_record
 
 
 class Interrupted(RuntimeError):
@@ -127,14 +117,14 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
         try:
             with contextlib.suppress(httpx.HTTPError):  # for `convoy retrain --wait` only
                 label_flow_run({MLFLOW_RUN: run_id})
-            prefix = f"s3://{settings.bucket}/{checkpoint_prefix(run_id)}"
+            prefix = f"s3://{settings.bucket}/{bucket_layout.checkpoints(run_id)}"
             if not resume:
                 tracking.set_tags(run_id, {"convoy.checkpoint_prefix": prefix, **_mixing_tags(config, data)})
-                source = f"s3://{settings.bucket}/datasets/{dataset.version}/manifest.json"
+                source = f"s3://{settings.bucket}/{bucket_layout.dataset_manifest(dataset.version)}"
                 tracking.log_dataset(run_id, dataset.name, dataset.version, source)
                 tracking.log_text(run_id, "manifest.json", manifest.model_dump_json(indent=2))
                 record = RunRecord(config=config, dataset=dataset, manifest=manifest)
-                store.put_if_absent(record_key(run_id), record.model_dump_json().encode())
+                store.put_if_absent(bucket_layout.run_record(run_id), record.model_dump_json().encode())
             yield TrackedRun(
                 run_id=run_id, url=tracking.run_url(run_id), manifest_digest=manifest.digest, checkpoint_prefix=prefix
             )
@@ -195,7 +185,7 @@ def _run_of_this_flow_run(store: ObjectStore) -> str | None:
     flow_run = _flow_tags().get(FLOW_RUN)
     runs = tracking.list_runs(FLOW_RUN, flow_run, limit=1) if flow_run else []
     # One without a record ended before it began.
-    return runs[0].run_id if runs and store.head(record_key(runs[0].run_id)) else None
+    return runs[0].run_id if runs and store.head(bucket_layout.run_record(runs[0].run_id)) else None
 
 
 def _flow_tags() -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cnn.manifest import canonical_json
-from infra import tracking
+from infra import bucket_layout, tracking
 from infra.errors import UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.settings import Settings
@@ -43,11 +43,6 @@ class RunRecord(BaseModel):
     manifest: RunManifest
 
 
-def record_key(run_id: str) -> str:
-    """Key of a run's record."""
-    return f"runs/{run_id}/run.json"
-
-
 def read_record(run_id: str) -> RunRecord:
     """What a run was started with.
 
@@ -58,7 +53,7 @@ def read_record(run_id: str) -> RunRecord:
     try:
         if "/" in run_id:  # that would be another key
             raise ObjectMissing(run_id)
-        return RunRecord.model_validate_json(store.get_bytes(record_key(run_id)))
+        return RunRecord.model_validate_json(store.get_bytes(bucket_layout.run_record(run_id)))
     except ObjectMissing:
         raise UsageError(f"no run {run_id} in bucket {store.bucket}; `convoy runs` lists them") from None
     except ValidationError as error:

@@ -9,8 +9,9 @@ from typing import Self
 
 from cnn.journal import PackedShard
 from cnn.survey import Plan
+from infra import bucket_layout
 from infra.cache import Cache
-from tasks.dataset import is_stored, shard_key
+from tasks.dataset import is_stored
 from tasks.journal import Journal
 
 UPLOADS = 2  # side by side
@@ -60,7 +61,7 @@ class ShardStore:
     def _store(self, packed: PackedShard, path: Path) -> None:
         shard, store = packed.shard, self._cache.store
         if self._refresh or not is_stored(store, shard):
-            store.put_file(shard_key(shard), path, sha256=shard.sha256)
+            store.put_file(bucket_layout.shard(shard.sha256), path, sha256=shard.sha256)
         self._journal.note_shard(packed)
         if self._keep:
             self._cache.add_file(path)

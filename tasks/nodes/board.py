@@ -13,13 +13,13 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from infra import bucket_layout
 from infra.objectstore import ObjectMissing, ObjectStore
 from tasks.job import Event, Job, Outcome
 from tasks.platform import Platform
 
 BEAT = 1.0  # seconds between two looks at the board
 ANSWERS_WITHIN = 5.0  # seconds that the storage has for an answer: whoever waits for it is silent
-INVITATIONS = "nodes/invitations/"
 
 
 class _Message(BaseModel):
@@ -95,38 +95,37 @@ class Board:
 
     def __init__(self, store: ObjectStore, run_id: str) -> None:
         self._store, self.run_id = store, run_id
-        self._prefix = f"runs/{run_id}/nodes/"
 
     def invite(self, invitation: Invitation) -> None:
         """Let nodes know of the training."""
-        self._store.put_bytes(INVITATIONS + self.run_id, invitation.model_dump_json().encode())
+        self._store.put_bytes(bucket_layout.invitation(self.run_id), invitation.model_dump_json().encode())
 
     def invitation(self) -> Invitation | None:
         """The training's invitation, if it is still open."""
-        return self._read(INVITATIONS + self.run_id, Invitation)
+        return self._read(bucket_layout.invitation(self.run_id), Invitation)
 
     def write_order(self, order: Order) -> None:
-        self._store.put_bytes(self._prefix + "order", order.model_dump_json().encode())
+        self._store.put_bytes(bucket_layout.node_order(self.run_id), order.model_dump_json().encode())
 
     def order(self) -> Order | None:
-        return self._read(self._prefix + "order", Order)
+        return self._read(bucket_layout.node_order(self.run_id), Order)
 
     def write_report(self, node: str, report: Report) -> None:
-        self._store.put_bytes(f"{self._prefix}report/{node}", report.model_dump_json().encode())
+        self._store.put_bytes(bucket_layout.node_report(self.run_id, node), report.model_dump_json().encode())
 
     def report(self, node: str) -> Report | None:
-        return self._read(f"{self._prefix}report/{node}", Report)
+        return self._read(bucket_layout.node_report(self.run_id, node), Report)
 
     def reports(self) -> dict[str, Report]:
         """The last report of every node that has ever joined, in the order of their names."""
-        prefix = self._prefix + "report/"
+        prefix = bucket_layout.node_reports(self.run_id)
         nodes = [info.key.removeprefix(prefix) for info in self._store.list(prefix)]
         return {node: report for node in nodes if (report := self.report(node))}
 
     def clear(self) -> None:
         """Take the invitation back, and remove what was said."""
-        self._store.delete(INVITATIONS + self.run_id)
-        for info in list(self._store.list(self._prefix)):
+        self._store.delete(bucket_layout.invitation(self.run_id))
+        for info in list(self._store.list(bucket_layout.nodes(self.run_id))):
             self._store.delete(info.key)
 
     def _read(self, key: str, kind: type[Message]) -> Message | None:
@@ -138,8 +137,8 @@ class Board:
 
 def invited(store: ObjectStore) -> Iterator[str]:
     """Ids of the runs that look for nodes."""
-    for info in store.list(INVITATIONS):
-        yield info.key.removeprefix(INVITATIONS)
+    for info in store.list(bucket_layout.INVITATIONS):
+        yield info.key.removeprefix(bucket_layout.INVITATIONS)
 
 
 class Pulse:

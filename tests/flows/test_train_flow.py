@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from uuid import UUID
@@ -26,6 +27,7 @@ from safetensors.torch import load
 from cnn.manifest import canonical_json
 from cnn.weights import weights_sha256
 from flows.summary import Summary
+from infra.bucket_layout import LAYOUT
 from infra.objectstore import ObjectStore
 from infra.promotion import history
 from infra.settings import Settings
@@ -55,6 +57,13 @@ def test_servers_are_asked_no_more_than_they_need_to_be(
     print(table(requests_made))
     for server, most in {"MLflow": 110, "Prefect": 110, "bucket": 82}.items():
         assert sum(count for (each, _), count in requests_made.items() if each == server) <= most, server
+
+
+def test_every_object_in_the_bucket_has_its_row_in_the_layout(trained: Summary, bucket: ObjectStore) -> None:
+    patterns = [re.sub("<[^>]+>", "[^/]+", place.pattern.replace(".", r"\.").replace("**", ".+")) for place in LAYOUT]
+    keys = [info.key for info in bucket.list("")]
+    assert any(str(trained.mlflow_run_id) in key for key in keys)
+    assert [key for key in keys if sum(bool(re.fullmatch(pattern, key)) for pattern in patterns) != 1] == []
 
 
 def test_summary_has_every_name_that_scripts_depend_on(trained: Summary) -> None:

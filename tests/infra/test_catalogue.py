@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from infra import bucket_layout
 from infra.cache import Cache
 from infra.catalogue import CATALOGUE, CatalogueEntry, CatalogueFile, check_dataset
 from infra.errors import ServiceError, UsageError
 from infra.mirrors import SCHEMES, Mirrors
 from infra.objectstore import ObjectStore
-from infra.raw import RawSource, read_record, record_key
+from infra.raw import RawSource, read_record
 from infra.sources.base import Workplace, reusable
 from infra.sources.catalogue import CatalogueSource
 from tests.infra.webserver import WebServer, web_server
@@ -161,7 +162,7 @@ def test_a_file_that_no_mirror_has_right_leaves_no_record(
     assert hashlib.sha256(b"other labels").hexdigest() in message
     assert hashlib.sha256(CONTENTS["labels"]).hexdigest() in message
     assert "127.0.0.1:9" in message and web.url in message
-    assert place.store.head(record_key(source.key)) is None
+    assert place.store.head(bucket_layout.source_record(source.key)) is None
     web.files["/set/labels.gz"] = gzip.compress(CONTENTS["labels"])
     _check(source.fetch(place, lambda _: None), place)
 
@@ -190,7 +191,7 @@ def test_an_interrupted_download_stops_its_other_files(
 
     with pytest.raises(Interrupt):
         source.fetch(place, interrupt)
-    assert place.store.head(record_key(source.key)) is None
+    assert place.store.head(bucket_layout.source_record(source.key)) is None
     _check(source.fetch(place, lambda _: None), place)
 
 
@@ -204,7 +205,7 @@ def test_the_users_mirror_is_asked_first(source: CatalogueSource, place: Workpla
 
 
 def test_a_damaged_record_says_how_to_repair_it(source: CatalogueSource, place: Workplace) -> None:
-    place.store.put_bytes(record_key(source.key), b"{}")
+    place.store.put_bytes(bucket_layout.source_record(source.key), b"{}")
     with pytest.raises(ServiceError, match="damaged; fetch the data anew with --refresh"):
         reusable(source, place)
     _check(source.fetch(place, lambda _: None, refresh=True), place)

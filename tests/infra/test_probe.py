@@ -12,9 +12,10 @@ from botocore.hooks import HierarchicalEmitter
 from urllib3 import HTTPResponse
 
 from infra import probe as module
+from infra.bucket_layout import PROBE
 from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectStore
-from infra.probe import PREFIX, Capability, probe
+from infra.probe import Capability, probe
 from infra.s3client import open_client
 from infra.settings import Settings
 
@@ -119,9 +120,9 @@ def test_what_the_probe_wrote_goes_even_when_it_is_interrupted(
 
 
 def test_others_objects_stay(store: ObjectStore) -> None:
-    store.put_bytes(f"{PREFIX}somebody/else", b"kept")
+    store.put_bytes(f"{PROBE}somebody/else", b"kept")
     probe(store.bucket)
-    assert [info.key for info in store.list("")] == [f"{PREFIX}somebody/else"]
+    assert [info.key for info in store.list("")] == [f"{PROBE}somebody/else"]
 
 
 def test_a_bucket_that_cannot_be_written_is_an_error_in_one_line(store: ObjectStore, change: Change) -> None:

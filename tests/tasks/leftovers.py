@@ -14,11 +14,11 @@ from prefect import Flow, get_client
 from prefect.client.schemas.objects import FlowRun, State
 
 from cnn.manifest import DataReport, Manifest, Shard, SplitInfo, Spread
-from infra import tracking
+from infra import bucket_layout, tracking
+from infra.bucket_layout import COMMIT
 from infra.objectstore import ObjectInfo, ObjectStore
 from infra.registry import ModelVersion, create_version
-from tasks.checkpoints import COMMIT, STATE
-from tasks.dataset import manifest_key, shard_key
+from tasks.checkpoints import STATE
 from tasks.runrecord import FLOW_RUN, MANIFEST_DIGEST
 from tasks.versiontags import DATASET_VERSION
 
@@ -69,7 +69,7 @@ class Leftovers:
         """A dataset version of these shards, and its step record; returns the version."""
         parts = [Shard(sha256=hashlib.sha256(each.encode()).hexdigest(), count=1, bytes=1) for each in shards]
         for part in parts:
-            self.put(shard_key(part), days=days)
+            self.put(bucket_layout.shard(part.sha256), days=days)
         spread = Spread(min=1, median=1, max=1)
         nothing: dict[str, Any] = {
             "unreadable": 0,
@@ -87,7 +87,7 @@ class Leftovers:
             std=(1.0,),
             report=DataReport(images=1, packed=1, width=spread, height=spread, **nothing),
         )
-        self.put(manifest_key(manifest.version), manifest.to_bytes(), days)
+        self.put(bucket_layout.dataset_manifest(manifest.version), manifest.to_bytes(), days)
         record = json.dumps({"dataset_version": manifest.version}).encode()
         self.put(f"steps/preprocess/{manifest.version[::-1]}.json", record, days)
         return manifest.version

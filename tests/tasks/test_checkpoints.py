@@ -17,6 +17,7 @@ from torch import Tensor
 import infra
 from cnn.config import TrainConfig
 from cnn.weights import weights_sha256
+from infra.bucket_layout import COMMIT
 from infra.errors import ServiceError
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
@@ -24,7 +25,6 @@ from infra.stack import down, up
 from infra.stackfolder import StackFolder
 from tasks import patience
 from tasks.checkpoints import (
-    COMMIT,
     CheckpointFailed,
     CheckpointWriter,
     Snapshot,

@@ -17,12 +17,12 @@ from cnn.config import DataGateConfig, PreprocessConfig
 from cnn.datachecks import DataChecks
 from cnn.manifest import SplitInfo
 from cnn.shards import ShardWriter, shard_path
-from infra import tracking
+from infra import bucket_layout, tracking
 from infra.cache import Cache
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from tasks.datagate import DataRefused, DataReport, data_gate, log_data_report
-from tasks.dataset import DatasetRef, load_manifest, manifest_key, open_split, shard_key
+from tasks.dataset import DatasetRef, load_manifest, open_split
 from tasks.download import download
 from tasks.figures import contact_sheet
 from tasks.preprocess import preprocess
@@ -64,10 +64,10 @@ def spoiled(store: ObjectStore, good: DatasetRef, folder: Path) -> DatasetRef:
     writer.add(images, labels)
     shards = writer.close()
     for shard in shards:
-        store.put_file(shard_key(shard), shard_path(folder, shard.sha256))
+        store.put_file(bucket_layout.shard(shard.sha256), shard_path(folder, shard.sha256))
     test = SplitInfo(count=len(labels), class_counts=manifest.splits["test"].class_counts, shards=shards)
     changed = manifest.model_copy(update={"splits": {**manifest.splits, "test": test}})
-    store.put_bytes(manifest_key(changed.version), changed.to_bytes())
+    store.put_bytes(bucket_layout.dataset_manifest(changed.version), changed.to_bytes())
     return DatasetRef(version=changed.version, name="spoiled")
 
 
@@ -135,7 +135,7 @@ def test_warm_start_on_images_that_the_champion_learned_is_refused(versions: Ver
     manifest = load_manifest(versions.store, versions.good.version)
     swapped = {**manifest.splits, "train": manifest.splits["test"]}
     champion = manifest.model_copy(update={"splits": swapped})
-    versions.store.put_bytes(manifest_key(champion.version), champion.to_bytes())
+    versions.store.put_bytes(bucket_layout.dataset_manifest(champion.version), champion.to_bytes())
     report = gate(versions.good, champion.version)
     learned = next(check for check in report.checks.checks if check.name == "trained_on")
     assert (learned.outcome, learned.value) == ("warned", pytest.approx(1, abs=0.02))

@@ -17,7 +17,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import refresh_global_settings_context
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Failed, Paused, Running
 
-from infra import tracking
+from infra import bucket_layout, tracking
+from infra.bucket_layout import COMMIT
 from infra.errors import UsageError
 from infra.files import locked
 from infra.objectstore import ObjectStore
@@ -27,7 +28,7 @@ from infra.settings import Settings
 from infra.tracking import TaggedRun
 from tasks import alive
 from tasks.alive import SILENCE, holding, lock_file
-from tasks.checkpoints import COMMIT, STATE, checkpoint_prefix
+from tasks.checkpoints import STATE
 from tasks.doctor import Finding, _delete_checkpoint, find_orphans, settle, settle_all
 from tests.tasks.leftovers import Leftovers, flow_run_in
 
@@ -253,18 +254,18 @@ def test_unfinished_uploads_are_aborted_after_their_grace(made: Leftovers) -> No
 
 def test_checkpoints_without_a_commit_are_deleted_after_their_grace(made: Leftovers) -> None:
     whole = made.run()
-    prefix = checkpoint_prefix("r") + "step-00000001/"
+    prefix = bucket_layout.checkpoints("r") + "step-00000001/"
     made.put(prefix + STATE, days=2)
-    young = made.put(checkpoint_prefix("r") + "step-00000002/" + STATE, days=0.9)
+    young = made.put(bucket_layout.checkpoints("r") + "step-00000002/" + STATE, days=0.9)
     found = find_orphans()
     assert whats(found) == [("checkpoint", prefix)]
     assert settle(found) == found
-    assert made.there(checkpoint_prefix("r")) == {young}
-    assert checkpoint_prefix(whole) + "step-00000007/" + COMMIT in made.there("runs/")
+    assert made.there(bucket_layout.checkpoints("r")) == {young}
+    assert bucket_layout.checkpoints(whole) + "step-00000007/" + COMMIT in made.there("runs/")
 
 
 def test_a_step_that_a_resumed_training_has_stored_meanwhile_is_kept(made: Leftovers) -> None:
-    prefixes = [f"{checkpoint_prefix(run)}step-00000001/" for run in ("committed", "stored", "held", "dead")]
+    prefixes = [f"{bucket_layout.checkpoints(run)}step-00000001/" for run in ("committed", "stored", "held", "dead")]
     for prefix in prefixes:
         made.put(prefix + STATE, days=2)
     found = find_orphans()

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from infra import tracking
+from infra import bucket_layout, tracking
 from infra.errors import Outage, ServiceError
 from infra.files import file_digest
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from tasks.checkpoints import checkpoint_prefix, finished_outcome
+from tasks.checkpoints import finished_outcome
 from tasks.config import CheckpointConfig, load_config
-from tasks.dataset import DatasetRef, open_cache, shard_key
+from tasks.dataset import DatasetRef, open_cache
 from tasks.job import Job, JobFolder
 from tasks.retries import outlast
 from tasks.run import TrackedRun
@@ -39,7 +39,9 @@ def test_metrics_that_mlflow_did_not_take_are_sent_by_the_flow_and_a_damaged_sha
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path))
     monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
     manifest = put(store, many_shards)
-    damaged = open_cache(store).fetch(shard_key(shard := manifest.splits["train"].shards[0]), shard.sha256)
+    damaged = open_cache(store).fetch(
+        bucket_layout.shard((shard := manifest.splits["train"].shards[0]).sha256), shard.sha256
+    )
     flip(damaged)
     run_id = tracking.start_run("last-metrics", "run", {}, {})
     folder = JobFolder(Settings().runs / run_id)
@@ -59,7 +61,7 @@ def test_metrics_that_mlflow_did_not_take_are_sent_by_the_flow_and_a_damaged_sha
     assert MlflowClient().get_metric_history(run_id, "train/loss") == []
 
     run = TrackedRun(
-        run_id=run_id, url="", manifest_digest=job.manifest_digest, checkpoint_prefix=checkpoint_prefix(run_id)
+        run_id=run_id, url="", manifest_digest=job.manifest_digest, checkpoint_prefix=bucket_layout.checkpoints(run_id)
     )
     for _ in range(2):  # a resume after a crash does it again
         train.fn(run, DatasetRef(version=manifest.version, name="digits"), load_config(None, [], {"dataset": "digits"}))

@@ -15,19 +15,12 @@ from sklearn.datasets import load_digits
 
 from cnn.config import PreprocessConfig
 from cnn.errors import InputError
+from infra import bucket_layout
 from infra.cache import Cache
 from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.raw import RawFile, RawSource
-from tasks.dataset import (
-    DatasetDamaged,
-    DatasetRef,
-    load_manifest,
-    manifest_key,
-    open_split,
-    shard_key,
-    shards_of,
-)
+from tasks.dataset import DatasetDamaged, DatasetRef, load_manifest, open_split, shards_of
 from tasks.download import download
 from tasks.preprocess import preprocess, step_key
 
@@ -67,11 +60,13 @@ def test_shards_manifest_and_step_record_are_stored_under_their_digests(
 ) -> None:
     dataset = run(raw)
     assert (dataset.name, dataset.reused) == ("digits", False)
-    assert hashlib.sha256(store.get_bytes(manifest_key(dataset.version))).hexdigest() == dataset.version
+    assert (
+        hashlib.sha256(store.get_bytes(bucket_layout.dataset_manifest(dataset.version))).hexdigest() == dataset.version
+    )
     manifest = load_manifest(store, dataset.version)
-    assert keys(store, "shards/") == sorted(shard_key(shard) for shard in shards_of(manifest))
+    assert keys(store, "shards/") == sorted(bucket_layout.shard(shard.sha256) for shard in shards_of(manifest))
     for shard in shards_of(manifest):
-        content = store.get_bytes(shard_key(shard))
+        content = store.get_bytes(bucket_layout.shard(shard.sha256))
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (shard.sha256, shard.bytes)
     record = json.loads(store.get_bytes(f"steps/preprocess/{step_key(raw, CONFIG)}.json"))
     assert record == {"dataset_version": dataset.version}
@@ -125,31 +120,31 @@ def test_equal_results_of_different_steps_are_one_version(store: ObjectStore, ra
 
 
 def damage_shard_size(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
-    key = shard_key(shards_of(load_manifest(store, dataset.version))[1])
+    key = bucket_layout.shard(shards_of(load_manifest(store, dataset.version))[1].sha256)
     store.put_bytes(key, store.get_bytes(key)[:-1])
     return key
 
 
 def damage_shard_content(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
-    key = shard_key(shards_of(load_manifest(store, dataset.version))[1])
+    key = bucket_layout.shard(shards_of(load_manifest(store, dataset.version))[1].sha256)
     store.put_bytes(key, store.get_bytes(key)[:-1] + b"?")
     return key
 
 
 def delete_shard(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
-    key = shard_key(shards_of(load_manifest(store, dataset.version))[0])
+    key = bucket_layout.shard(shards_of(load_manifest(store, dataset.version))[0].sha256)
     store.delete(key)
     return key
 
 
 def delete_manifest(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
-    store.delete(manifest_key(dataset.version))
-    return manifest_key(dataset.version)
+    store.delete(bucket_layout.dataset_manifest(dataset.version))
+    return bucket_layout.dataset_manifest(dataset.version)
 
 
 def damage_manifest(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
-    store.put_bytes(manifest_key(dataset.version), b"{}")
-    return manifest_key(dataset.version)
+    store.put_bytes(bucket_layout.dataset_manifest(dataset.version), b"{}")
+    return bucket_layout.dataset_manifest(dataset.version)
 
 
 def damage_record(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
@@ -265,10 +260,12 @@ def test_a_manifest_that_is_missing_or_does_not_match_its_version_is_refused(
     version = run(raw).version
     with pytest.raises(ObjectMissing):
         load_manifest(store, "0" * 64)
-    store.put_bytes(manifest_key(version), store.get_bytes(manifest_key(version)) + b" ")
+    store.put_bytes(
+        bucket_layout.dataset_manifest(version), store.get_bytes(bucket_layout.dataset_manifest(version)) + b" "
+    )
     with pytest.raises(DatasetDamaged, match="is damaged: its SHA-256 is"):
         load_manifest(store, version)
     foreign = hashlib.sha256(b"{}").hexdigest()
-    store.put_bytes(manifest_key(foreign), b"{}")
+    store.put_bytes(bucket_layout.dataset_manifest(foreign), b"{}")
     with pytest.raises(DatasetDamaged, match="not a dataset manifest"):
         load_manifest(store, foreign)

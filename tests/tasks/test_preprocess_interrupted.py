@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 
 import cnn.survey
 from cnn.config import PreprocessConfig
+from infra import bucket_layout
 from infra.errors import Outage
 from infra.objectstore import ObjectStore
 from infra.origin import LocalOrigin
@@ -24,7 +25,7 @@ from infra.ports import CHOICE
 from infra.raw import RawSource
 from infra.settings import Settings
 from infra.stack import down, up
-from tasks.dataset import load_manifest, shard_key, shards_of
+from tasks.dataset import load_manifest, shards_of
 from tasks.download import download
 from tasks.journal import Journal
 from tasks.preprocess import preprocess
@@ -126,7 +127,7 @@ def test_killed_again_and_again_it_gives_the_same_version(
     assert store.get_bytes(f"datasets/{expected}/manifest.json") == manifest
     after = {info.key: info.modified for info in store.list("shards/")}
     assert after.items() >= shards.items()
-    assert set(after) == {shard_key(shard) for shard in shards_of(load_manifest(store, expected))}
+    assert set(after) == {bucket_layout.shard(shard.sha256) for shard in shards_of(load_manifest(store, expected))}
     assert not list(store.list("journals/"))
 
 
@@ -146,7 +147,7 @@ def test_a_journal_with_gaps_or_damage_is_used_as_far_as_it_goes(
     store.delete(next(store.list("shards/")).key)
     assert preprocess.fn(raw, CONFIG).version == expected
     assert {info.key for info in store.list("shards/")} >= {
-        shard_key(shard) for shard in shards_of(load_manifest(store, expected))
+        bucket_layout.shard(shard.sha256) for shard in shards_of(load_manifest(store, expected))
     }
 
 

@@ -20,16 +20,15 @@ import tasks.prunemark
 from cnn.journal import PackedShard
 from cnn.manifest import Shard
 from cnn.pixelsums import PixelSums
+from infra import bucket_layout
 from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectStore
 from infra.promotion import Lineage, newest, promote
 from infra.registry import ModelVersion, delete_alias, set_alias
 from infra.settings import Settings
 from tasks.alive import holding
-from tasks.checkpoints import checkpoint_prefix
-from tasks.dataset import manifest_key, shard_key
 from tasks.prune import Pruned, trainings_under_way
-from tasks.prunemark import MARKS, marked, wait_for_prune
+from tasks.prunemark import marked, wait_for_prune
 from tasks.retention import RetentionConfig, load_retention
 from tests.tasks.leftovers import Leftovers, flow_run_in
 
@@ -53,7 +52,7 @@ def prune(config: RetentionConfig = NO_DATASET, *, dry_run: bool = False, forget
 
 
 def checkpoints(made: Leftovers, run_id: str) -> bool:
-    return bool(made.there(checkpoint_prefix(run_id)))
+    return bool(made.there(bucket_layout.checkpoints(run_id)))
 
 
 def sha256(text: str) -> str:
@@ -105,7 +104,13 @@ def test_versions_in_force_keep_all_that_they_rest_on(made: Leftovers, why: str)
         else:
             delete_alias(version.name, "champion")
     prune()
-    rests_on = {manifest_key(dataset), f"shards/{sha256('shard')}.safetensors", f"raw/{sha256('file')}", source, report}
+    rests_on = {
+        bucket_layout.dataset_manifest(dataset),
+        bucket_layout.shard(sha256("shard")),
+        bucket_layout.raw_file(sha256("file")),
+        source,
+        report,
+    }
     assert made.there().intersection(rests_on) == (set() if why == "none" else rests_on)
     assert len(made.outputs(run)) == 5
 
@@ -117,7 +122,7 @@ def test_a_running_training_keeps_its_data(made: Leftovers, record: bool) -> Non
     made.source("data", "file")
     made.run("RUNNING", dataset=dataset, record=record, pretrained=sha256("w"))
     prune()
-    assert manifest_key(dataset) in made.there() and len(made.there("shards/")) == 1
+    assert bucket_layout.dataset_manifest(dataset) in made.there() and len(made.there("shards/")) == 1
     if record:
         assert len(made.there("pretrained/")) == len(made.there("raw/")) == 1
 
@@ -127,7 +132,7 @@ def test_a_training_that_can_be_resumed_keeps_its_data(made: Leftovers) -> None:
     made.put(f"pretrained/{sha256('w')}.safetensors")
     made.run("FAILED", dataset=dataset, days=10, pretrained=sha256("w"))
     prune()
-    assert manifest_key(dataset) in made.there() and len(made.there("pretrained/")) == 1
+    assert bucket_layout.dataset_manifest(dataset) in made.there() and len(made.there("pretrained/")) == 1
     prune(RetentionConfig(datasets_keep=0, unfinished_checkpoints_days=5))
     assert not made.there("datasets/") and not made.there("shards/") and not made.there("pretrained/")
 
@@ -136,9 +141,9 @@ def test_the_newest_and_the_recent_dataset_versions_stay(made: Leftovers) -> Non
     ages = (10.0, 20.0, 40.0, 50.0)
     versions = {days: made.dataset(str(days), days=days) for days in ages}
     prune(RetentionConfig(datasets_keep=3))
-    assert made.there("datasets/") == {manifest_key(versions[days]) for days in ages[:3]}
+    assert made.there("datasets/") == {bucket_layout.dataset_manifest(versions[days]) for days in ages[:3]}
     prune(RetentionConfig(datasets_keep=1))
-    assert made.there("datasets/") == {manifest_key(versions[days]) for days in ages[:2]}
+    assert made.there("datasets/") == {bucket_layout.dataset_manifest(versions[days]) for days in ages[:2]}
 
 
 def test_shards_and_raw_files_go_only_if_nothing_kept_names_them(made: Leftovers) -> None:
@@ -161,7 +166,7 @@ def test_an_interrupted_preprocessing_keeps_its_shards_until_it_is_old(made: Lef
         shard = Shard(sha256=sha256(step), count=1, bytes=1)
         sums = PixelSums(sums=(0,), squares=(0,))
         packed = PackedShard(split="train", number=0, shard=shard, stop=1, sums=sums, unreadable=(), examples=())
-        made.put(shard_key(shard))
+        made.put(bucket_layout.shard(shard.sha256))
         made.put(f"journals/{step}/survey/{0:012}.npz")
         made.put(f"journals/{step}/shards/train/{0:08}.json", packed.model_dump_json().encode(), days)
     prune()
@@ -232,8 +237,8 @@ def test_commits_go_before_what_they_commit(made: Leftovers) -> None:
     step = f"runs/{run}/checkpoints/step-00000007"
     assert order(f"{step}/commit.json") < order(f"{step}/state.safetensors")
     assert order(f"runs/{run}/weights/commit.json") < order(f"runs/{run}/weights/model.safetensors")
-    assert order(manifest_key(dataset)) < order(f"shards/{sha256('shard')}.safetensors")
-    assert order(f"steps/preprocess/{dataset[::-1]}.json") < order(manifest_key(dataset))
+    assert order(bucket_layout.dataset_manifest(dataset)) < order(f"shards/{sha256('shard')}.safetensors")
+    assert order(f"steps/preprocess/{dataset[::-1]}.json") < order(bucket_layout.dataset_manifest(dataset))
     (source,) = [key for key in made.deleted if key.startswith("sources/")]
     assert order(source) < order(f"raw/{sha256('file')}")
     assert order("reports/data/1/0/data.json") < order("reports/data/1/0/data_samples.png")
@@ -320,7 +325,7 @@ def test_entries_of_an_older_convoy_are_completed_from_the_registry(made: Leftov
     promote(made.store, version, after=None)
     delete_alias(version.name, "champion")
     prune()
-    assert manifest_key(dataset) in made.there() and len(made.outputs(run)) == 5
+    assert bucket_layout.dataset_manifest(dataset) in made.there() and len(made.outputs(run)) == 5
 
 
 def test_runs_that_mlflow_does_not_know_are_named_and_those_deleted_there_are_not(made: Leftovers) -> None:
@@ -343,7 +348,7 @@ def test_a_training_that_begins_while_data_are_deleted_waits_and_stores_them_aga
     made: Leftovers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made.dataset("shard")
-    shard = shard_key(Shard(sha256=sha256("shard"), count=1, bytes=1))
+    shard = bucket_layout.shard(sha256("shard"))
     deleting, go_on = threading.Event(), threading.Event()
     really_delete = ObjectStore.delete
 
@@ -358,7 +363,7 @@ def test_a_training_that_begins_while_data_are_deleted_waits_and_stores_them_aga
         pruning = pool.submit(prune)
         assert deleting.wait(60)  # the plan is made, and the shard is still there
         training = pool.submit(lambda: (wait_for_prune(made.store), made.store.head(shard))[1])
-        assert made.there(MARKS) and not training.done()
+        assert made.there(bucket_layout.PRUNING) and not training.done()
         go_on.set()
         pruning.result(60)
         assert training.result(60) is None  # so that it stores the shard, rather than rely on it
@@ -369,15 +374,15 @@ def test_a_prune_that_was_killed_holds_up_a_training_only_for_a_while(
     made: Leftovers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks.prunemark, "SILENCE", 0.0)
-    made.put(f"{MARKS}left behind")
+    made.put(f"{bucket_layout.PRUNING}left behind")
     wait_for_prune(made.store)
-    assert not made.there(MARKS)
+    assert not made.there(bucket_layout.PRUNING)
 
 
 def test_a_prune_whose_mark_was_taken_for_a_dead_ones_stops(made: Leftovers) -> None:
     with marked(made.store) as check:
         check()
-        (mark,) = made.there(MARKS)
+        (mark,) = made.there(bucket_layout.PRUNING)
         made.store.delete(mark)
         with pytest.raises(ServiceError, match="start it again"):
             check()

@@ -18,12 +18,13 @@ from cnn.shards import ShardWriter, shard_path
 from cnn.streamed import StreamedSplit
 from cnn.trainer import Trainer, fit
 from cnn.weights import weights_sha256
+from infra import bucket_layout
 from infra.cache import Cache
 from infra.errors import UsageError
 from infra.files import locked
 from infra.objectstore import ObjectMissing, ObjectStore
 from tasks import dataset
-from tasks.dataset import DatasetRef, is_whole, manifest_key, open_cache, open_split, shard_key, shards_of
+from tasks.dataset import DatasetRef, is_whole, open_cache, open_split, shards_of
 from tasks.reading import bytes_at_a_time, open_training_split
 from tests.cnn.conftest import Packed, digits, encoded, many_shards  # noqa: F401  # fixtures
 from tests.infra.test_cache import flip
@@ -47,8 +48,8 @@ def stored(store: ObjectStore, many_shards: Packed) -> Manifest:  # noqa: F811
 
 def put(store: ObjectStore, packed: Packed) -> Manifest:
     for shard in shards_of(packed.manifest):
-        store.put_file(shard_key(shard), shard_path(packed.folder, shard.sha256))
-    store.put_bytes(manifest_key(packed.manifest.version), packed.manifest.to_bytes())
+        store.put_file(bucket_layout.shard(shard.sha256), shard_path(packed.folder, shard.sha256))
+    store.put_bytes(bucket_layout.dataset_manifest(packed.manifest.version), packed.manifest.to_bytes())
     return packed.manifest
 
 
@@ -195,7 +196,7 @@ def test_a_shard_that_is_gone_from_the_bucket_is_named(
     store: ObjectStore, stored: Manifest, tmp_path: Path, group: tuple[torch.device, Exchange]
 ) -> None:
     gone = stored.splits["train"].shards[7]
-    store.delete(shard_key(gone))
+    store.delete(bucket_layout.shard(gone.sha256))
     with pytest.raises(ObjectMissing, match=gone.sha256):
         train(Cache(tmp_path / "cache", store), stored, CONFIG, group)
 
@@ -216,10 +217,10 @@ def test_a_version_is_whole_if_all_its_shards_are_there_in_their_size(
     version = DatasetRef(version=stored.version, name="digits").version
     assert is_whole(store, version)
     shard = shards_of(stored)[-1]
-    content = store.get_bytes(shard_key(shard))
-    store.put_bytes(shard_key(shard), content[:-1])
+    content = store.get_bytes(bucket_layout.shard(shard.sha256))
+    store.put_bytes(bucket_layout.shard(shard.sha256), content[:-1])
     assert not is_whole(store, version)
-    store.delete(shard_key(shard))
+    store.delete(bucket_layout.shard(shard.sha256))
     assert not is_whole(store, version)
 
 

@@ -14,13 +14,13 @@ from safetensors.numpy import load_file
 from cnn.encoding import encode
 from cnn.manifest import DataReport, Manifest, SplitInfo, Spread
 from cnn.shards import ShardWriter, shard_path
+from infra import bucket_layout
 from infra.cache import Cache
 from infra.mirrors import Mirrors
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from infra.sources.base import Workplace
 from infra.sources.find import find_source
-from tasks.dataset import shard_key
 from tests.bench.data import CLASSES
 from tests.bench.streaming.images import Block, fashion, photographs
 
@@ -90,7 +90,7 @@ def prepare(data: Data, contestants: list[tuple[list[str], dict[str, str]]]) -> 
         for command, environment in contestants
     ]
     for shard in shards:
-        store.put_file(shard_key(shard), shard_path(folder, shard.sha256), sha256=shard.sha256)
+        store.put_file(bucket_layout.shard(shard.sha256), shard_path(folder, shard.sha256), sha256=shard.sha256)
     if any([writer.wait() for writer in writers]):
         raise RuntimeError("a format could not be written; see above")
     for shard in shards:

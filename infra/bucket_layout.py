@@ -1,0 +1,209 @@
+"""Every key of the bucket: what it holds, what commits it, and when `convoy prune` may delete it.
+
+An object without a commit of its own is complete as soon as it is there. `LAYOUT` is the table; the functions below it
+build the keys, and no other module does.
+"""
+
+from dataclasses import dataclass
+
+COMMIT = "commit.json"
+
+RUNS, NODES, INVITATIONS = "runs/", "nodes/", "nodes/invitations/"
+DATASETS, SHARDS, STEPS, JOURNALS, REPORTS = "datasets/", "shards/", "steps/", "journals/", "reports/"
+SOURCES, LISTINGS, RAW, PRETRAINED = "sources/", "listings/", "raw/", "pretrained/"
+MODELS, PRUNING, PROBE = "models/", "pruning/", "probe/"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One kind of object."""
+
+    pattern: str
+    """Of its keys; what stands between `<` and `>` is without a slash, `**` is anything."""
+
+    holds: str
+    commit: str = ""
+    """The object that makes it count, if that is another one."""
+
+    goes: str = ""
+    """When it is deleted."""
+
+
+LAYOUT = (
+    Place("sources/<source>.json", "which raw files, or which listing, make up a source", goes="raw_days, unused"),
+    Place("raw/<sha256>", "a raw file", "its source's record", "no record names it"),
+    Place("listings/<digest>.parquet", "paths of a folder that is read in place", "its source's record", "raw_days"),
+    Place("steps/preprocess/<step>.json", "the dataset version that a preprocessing gave", goes="with the version"),
+    Place("journals/<step>/survey/<first>.npz", "what a preprocessing has measured so far", goes="with its end"),
+    Place("journals/<step>/shards/<split>/<number>.json", "a shard that it has packed", goes="with its end"),
+    Place("datasets/<version>/manifest.json", "a dataset version", goes="datasets_keep, datasets_days"),
+    Place("shards/<sha256>.safetensors", "packed images", "the version's manifest", "no version names it"),
+    Place("reports/data/<version>/<digest>/<file>", "a report of the data gate", "`data.json`", "reports_days"),
+    Place("pretrained/<sha256>.safetensors", "weights to start from", goes="raw_days, unused"),
+    Place("runs/<run>/run.json", "data, configuration and code of a training", goes="runs_days, unregistered"),
+    Place(
+        "runs/<run>/checkpoints/<step>/state.safetensors",
+        "the state after a step",
+        f"`{COMMIT}`",
+        "finished_checkpoints_days, unfinished_checkpoints_days",
+    ),
+    Place(f"runs/<run>/checkpoints/<step>/{COMMIT}", "its digest and the training's figures", goes="before it"),
+    Place("runs/<run>/weights/<sha256>.safetensors", "the trained weights", f"`{COMMIT}`", "runs_days, unregistered"),
+    Place(f"runs/<run>/weights/{COMMIT}", "the outcome of a training that has finished", goes="before them"),
+    Place("runs/<run>/reference.safetensors", "test images and their predictions", goes="runs_days, unregistered"),
+    Place("runs/<run>/test-predictions.safetensors", "predictions of the test split", goes="runs_days, unregistered"),
+    Place("runs/<run>/nodes/order", "what the nodes of a training are to do", goes="with the training's end"),
+    Place("runs/<run>/nodes/report/<node>", "what a node last reported", goes="with the training's end"),
+    Place("nodes/invitations/<run>", "a training that looks for nodes", goes="with the training's end"),
+    Place("models/<name>/history/<number>.json", "a promotion or rollback: the truth about the champion", goes="never"),
+    Place("models/<name>/verdicts/<sha256>.json", "a verdict of the quality gate", goes="never"),
+    Place("mlflow/**", "what MLflow stores: artifacts of runs and models", goes="by MLflow's own commands"),
+    Place("pruning/<prune>", "a prune is at work", goes="with its end"),
+    Place("probe/<probe>/<name>", "what finds out what the object store supports", goes="at once"),
+)
+
+
+def source_record(source: str) -> str:
+    return f"{SOURCES}{source}.json"
+
+
+def raw_file(sha256: str) -> str:
+    return f"{RAW}{sha256}"
+
+
+def listing(digest: str) -> str:
+    return f"{LISTINGS}{digest}.parquet"
+
+
+def preprocess_record(step: str) -> str:
+    return f"{STEPS}preprocess/{step}.json"
+
+
+def journal(step: str) -> str:
+    """Returns the prefix of what an interrupted preprocessing has left."""
+    return f"{JOURNALS}{step}/"
+
+
+def survey_parts(step: str) -> str:
+    """Returns the prefix of what it has measured."""
+    return f"{journal(step)}survey/"
+
+
+def survey_part(step: str, first: int) -> str:
+    return f"{survey_parts(step)}{first:012}.npz"
+
+
+def packed_shards(step: str) -> str:
+    """Returns the prefix of its notes of shards."""
+    return f"{journal(step)}shards/"
+
+
+def packed_shard(step: str, split: str, number: int) -> str:
+    return f"{packed_shards(step)}{split}/{number:08}.json"
+
+
+def dataset_manifest(version: str) -> str:
+    return f"{DATASETS}{version}/manifest.json"
+
+
+def shard(sha256: str) -> str:
+    return f"{SHARDS}{sha256}.safetensors"
+
+
+def data_report(version: str, digest: str) -> str:
+    """Returns the prefix of a report of the data gate."""
+    return f"{REPORTS}data/{version}/{digest}/"
+
+
+def pretrained_weights(sha256: str) -> str:
+    return f"{PRETRAINED}{sha256}.safetensors"
+
+
+def run(run_id: str) -> str:
+    """Returns the prefix of all that a training has stored but its invitation."""
+    return f"{RUNS}{run_id}/"
+
+
+def run_record(run_id: str) -> str:
+    return f"{run(run_id)}run.json"
+
+
+def checkpoints(run_id: str) -> str:
+    """Returns the prefix of a training's checkpoints."""
+    return f"{run(run_id)}checkpoints/"
+
+
+def checkpoint(run_id: str, step: int) -> str:
+    """Returns the prefix of one; prefixes sort as steps do."""
+    return f"{checkpoints(run_id)}step-{step:08d}/"
+
+
+def trained_weights(run_id: str, sha256: str) -> str:
+    return f"{run(run_id)}weights/{sha256}.safetensors"
+
+
+def outcome(run_id: str) -> str:
+    return f"{run(run_id)}weights/{COMMIT}"
+
+
+def reference_images(run_id: str) -> str:
+    return f"{run(run_id)}reference.safetensors"
+
+
+def test_predictions(run_id: str) -> str:
+    return f"{run(run_id)}test-predictions.safetensors"
+
+
+def nodes(run_id: str) -> str:
+    """Returns the prefix of what coordinator and agents write."""
+    return f"{run(run_id)}nodes/"
+
+
+def node_order(run_id: str) -> str:
+    return f"{nodes(run_id)}order"
+
+
+def node_reports(run_id: str) -> str:
+    """Returns the prefix of the nodes' reports."""
+    return f"{nodes(run_id)}report/"
+
+
+def node_report(run_id: str, node: str) -> str:
+    return node_reports(run_id) + node
+
+
+def invitation(run_id: str) -> str:
+    return INVITATIONS + run_id
+
+
+def promotions(name: str) -> str:
+    """Returns the prefix of a model's promotions and rollbacks."""
+    return f"{MODELS}{name}/history/"
+
+
+def promotion(name: str, number: int) -> str:
+    return f"{promotions(name)}{number:08}.json"
+
+
+def verdicts(name: str) -> str:
+    """Returns the prefix of the verdicts on versions of a model."""
+    return f"{MODELS}{name}/verdicts/"
+
+
+def verdict(name: str, sha256: str) -> str:
+    return f"{verdicts(name)}{sha256}.json"
+
+
+def prune_mark(prune: str) -> str:
+    return PRUNING + prune
+
+
+def probe(number: str) -> str:
+    """Returns the prefix of a probe's objects."""
+    return f"{PROBE}{number}/"
+
+
+def part(key: str, number: int) -> str:
+    """Returns the part of a key between two slashes, from 0; "" if the key is shorter."""
+    parts = key.split("/")
+    return parts[number] if number < len(parts) else ""
