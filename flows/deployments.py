@@ -27,9 +27,8 @@ from pydantic import BaseModel, ConfigDict
 from flows.summary import Summary
 from infra import tracking
 from infra.errors import ServiceError, UsageError
+from infra.tags import FLOW_RUN, MLFLOW_RUN
 from tasks.config import load_config
-from tasks.flowruns import MLFLOW_RUN
-from tasks.runrecord import FLOW_RUN
 
 POLL = 2.0  # seconds
 OUTAGE = 1800.0  # seconds that Prefect may be away while a command waits for a flow run

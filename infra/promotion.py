@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from infra import bucket_layout, stopping
 from infra.errors import Outage, ServiceError, UsageError
 from infra.objectstore import ObjectStore
-from infra.registry import ModelVersion, aliased, check_model_name, delete_alias, set_alias
-from infra.versions import FoundVersion, find_version
+from infra.registry import ModelVersion, RegisteredVersion, aliased, check_model_name, delete_alias, set_alias
+from infra.versions import find_version
 
 CHAMPION, PREVIOUS = "champion", "previous"
 
@@ -135,7 +135,7 @@ class Standing(BaseModel):
     entries: tuple[Promotion, ...]
     """Its history."""
 
-    version: FoundVersion | None
+    version: RegisteredVersion | None
     """The last champion that the registry still has; None if it has none of them, or nothing was ever promoted."""
 
     @property
@@ -331,7 +331,7 @@ def _append(store: ObjectStore, entry: Promotion) -> Promotion:
     return entry
 
 
-def _present(name: str, standing: Sequence[str]) -> Iterator[FoundVersion]:
+def _present(name: str, standing: Sequence[str]) -> Iterator[RegisteredVersion]:
     """Yields those of the champions that the registry still has, the present one first."""
     for version in reversed(standing):
         with suppress(UsageError):

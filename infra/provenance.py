@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from infra.tags import GIT_DIRTY, LIBRARY, LOCK_SHA256, SOURCE_COMMIT
+
 LIBRARIES = ("torch", "torchvision", "mlflow", "prefect")
 CODE = Path(__file__).resolve()
 
@@ -31,12 +33,12 @@ class Provenance(BaseModel):
 
     def as_tags(self) -> dict[str, str]:
         """As tags of an MLflow run, without what is unknown; MLflow's pages show the commit."""
-        tags = {f"convoy.version.{name}": found for name, found in self.versions.items()}
+        tags = {f"{LIBRARY}{name}": found for name, found in self.versions.items()}
         if self.git_commit is not None:
-            tags["mlflow.source.git.commit"] = self.git_commit
-            tags["convoy.git_dirty"] = str(self.git_dirty).lower()
+            tags[SOURCE_COMMIT] = self.git_commit
+            tags[GIT_DIRTY] = str(self.git_dirty).lower()
         if self.lock_sha256 is not None:
-            tags["convoy.lock_sha256"] = self.lock_sha256
+            tags[LOCK_SHA256] = self.lock_sha256
         return tags
 
 

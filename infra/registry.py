@@ -1,7 +1,7 @@
 """MLflow's model registry: what is served, under which name, version and alias."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from rich.filesize import decimal
 from infra.errors import ServiceError, UsageError
 from infra.mlflowserver import is_missing, mlflow_client, tracking_uri
 from infra.names import filter_of, model_name_fault
+from infra.tags import VersionRecord
 
 ARTIFACT = "model"  # the served model's name among the run's models
 DESCRIPTION_CHARACTERS = 5000  # MLflow's limit
@@ -49,6 +50,42 @@ class ModelVersion(BaseModel):
     def url(self) -> str:
         """Its address in MLflow's web pages."""
         return f"{tracking_uri()}/#/models/{quote(self.name, safe='')}/versions/{self.version}"
+
+
+class RegisteredVersion(ModelVersion):
+    """A version with what the registry says of it."""
+
+    run_id: str
+    tags: dict[str, str]
+    aliases: tuple[str, ...] = ()
+    """That point at it, if they were asked for (`every_version`)."""
+
+    @property
+    def record(self) -> VersionRecord:
+        """What its tags say."""
+        return VersionRecord.from_tags(self.tags)
+
+    def required(self, field: str) -> str:
+        """Returns a field of its record.
+
+        Raises:
+            UsageError: it has no such tag.
+        """
+        value: str | None = getattr(self.record, field)
+        if value is None:
+            raise UsageError(f"{self.uri} has no tag convoy.{field}: it was not registered by Convoy")
+        return value
+
+
+def registered(version: Any, aliases: Iterable[str] = ()) -> RegisteredVersion:
+    """Returns MLflow's model version as ours."""
+    return RegisteredVersion(
+        name=version.name,
+        version=str(version.version),
+        run_id=version.run_id or "",
+        tags=version.tags,
+        aliases=tuple(aliases),
+    )
 
 
 def check_model_name(name: str) -> str:
@@ -203,17 +240,9 @@ def version_of(name: str, run_id: str) -> ModelVersion | None:
     return ModelVersion(name=name, version=str(versions[0])) if versions else None
 
 
-class RegisteredRun(ModelVersion):
-    """A version, the run that made it, and the aliases that point at it."""
-
-    run_id: str
-    tags: dict[str, str]
-    aliases: tuple[str, ...]
-
-
-def every_version() -> list[RegisteredRun]:
+def every_version() -> list[RegisteredVersion]:
     """All versions of all models."""
-    found: list[RegisteredRun] = []
+    found: list[RegisteredVersion] = []
     with mlflow_client("list the registered models") as client:
         aliases: dict[tuple[str, str], list[str]] = {}
         token: str | None = None
@@ -228,16 +257,7 @@ def every_version() -> list[RegisteredRun]:
         while True:
             versions = client.search_model_versions(max_results=MODELS_A_CALL, page_token=token)
             for version in versions:
-                name, number = version.name, str(version.version)
-                found.append(
-                    RegisteredRun(
-                        name=name,
-                        version=number,
-                        run_id=version.run_id or "",
-                        tags=version.tags,
-                        aliases=tuple(aliases.get((name, number), ())),
-                    )
-                )
+                found.append(registered(version, aliases.get((version.name, str(version.version)), ())))
             token = versions.token
             if not token:
                 return found

@@ -23,6 +23,7 @@ from infra.metriclog import MetricLogger, MetricRow, deliver
 from infra.mlflowserver import check_server, is_missing, mlflow_client, tracking_uri
 from infra.names import filter_of
 from infra.systemmetrics import SystemMetrics
+from infra.tags import CONTEXT, DIGEST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,7 +238,7 @@ def log_dataset(run_id: str, name: str, digest: str, source: str, context: str =
         source_type=source.partition(":")[0],
         source=json.dumps({"uri": source}),
     )
-    tags = [InputTag("mlflow.data.context", context), InputTag("convoy.digest", digest)]
+    tags = [InputTag(CONTEXT, context), InputTag(DIGEST, digest)]
     with mlflow_client(f"log the dataset of run {run_id}") as client:
         client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags)])
 

@@ -3,17 +3,15 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import RestException
 from mlflow.tracking import MlflowClient
 
 from infra.errors import UsageError
-from infra.mlflowserver import is_missing, mlflow_client, tracking_uri
+from infra.mlflowserver import is_missing, mlflow_client
 from infra.names import filter_of
-from infra.registry import ModelVersion
+from infra.registry import ModelVersion, RegisteredVersion, registered
 
 DEFAULT_ALIAS = "champion"  # what a bare name stands for
 CONSUMERS_ENVIRONMENT = {
@@ -22,14 +20,7 @@ CONSUMERS_ENVIRONMENT = {
 }
 
 
-class FoundVersion(ModelVersion):
-    """A version with what the registry knows of it."""
-
-    run_id: str
-    tags: dict[str, str]
-
-
-def find_version(reference: str) -> FoundVersion:
+def find_version(reference: str) -> RegisteredVersion:
     """The version that `name`, `name@alias` or `name/version` means; a bare name is that name's champion.
 
     Raises:
@@ -70,29 +61,20 @@ def find_version(reference: str) -> FoundVersion:
         raise UsageError(f"model {name!r} has no version {number!r}; versions: {known}")
 
 
-def _version(client: MlflowClient, name: str, number: str) -> FoundVersion | None:
+def _version(client: MlflowClient, name: str, number: str) -> RegisteredVersion | None:
     try:
-        return _found(client.get_model_version(name, number))
+        return registered(client.get_model_version(name, number))
     except RestException as error:
         if not is_missing(error):
             raise
         return None
 
 
-def _found(version: Any) -> FoundVersion:
-    return FoundVersion(name=version.name, version=str(version.version), run_id=version.run_id or "", tags=version.tags)
-
-
-def list_versions(name: str) -> list[FoundVersion]:
+def list_versions(name: str) -> list[RegisteredVersion]:
     """All versions of a model, the newest first; empty if there is no such model."""
     with mlflow_client(f"list the versions of model {name!r}") as client:
         found = client.search_model_versions(filter_of(name=name), order_by=["version_number DESC"])
-    return list(map(_found, found))
-
-
-def version_url(version: ModelVersion) -> str:
-    """The address of a version in MLflow's web pages."""
-    return f"{tracking_uri()}/#/models/{quote(version.name)}/versions/{version.version}"
+    return list(map(registered, found))
 
 
 def download_version(version: ModelVersion, folder: Path) -> Path:

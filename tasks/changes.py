@@ -11,9 +11,9 @@ from infra.errors import UsageError
 from infra.objectstore import ObjectStore
 from infra.promotion import Standing
 from infra.provenance import provenance
-from infra.registry import ModelVersion
+from infra.registry import ModelVersion, RegisteredVersion
 from infra.settings import Settings
-from infra.versions import FoundVersion, list_versions
+from infra.versions import list_versions
 from tasks.cancel import stop_if_cancelled
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef
@@ -22,7 +22,6 @@ from tasks.promote import repaired_champion, verdict_on
 from tasks.retries import RETRIED
 from tasks.run import run_manifest
 from tasks.runrecord import flatten, read_record
-from tasks.versiontags import VERDICT, VERDICT_CHAMPION
 
 INPUTS = {"dataset_version": "data", "code_digest": "code", "lock_sha256": "lock file"}
 """Keys of a run's manifest that are inputs, with their names for people; so is all below `config`. The rest says what
@@ -70,7 +69,7 @@ def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bo
     champion = standing.version
     train, why, judge = _decide(store, config, dataset, standing, force=force)
     run_logger().info("%s: %s", name, why)
-    key = champion.tags.get("convoy.weights_key") if champion else None
+    key = champion.record.weights_key if champion else None
     return Decision(
         train=train,
         why=why,
@@ -107,13 +106,13 @@ def _decide(
     return True, f"changed since the champion, version {champion.version}: {changed}", None
 
 
-def _refused_for(champion: FoundVersion) -> Iterable[FoundVersion]:
+def _refused_for(champion: RegisteredVersion) -> Iterable[RegisteredVersion]:
     for version in list_versions(champion.name):
-        if version.tags.get(VERDICT) == "refused" and version.tags.get(VERDICT_CHAMPION) == champion.address:
+        if version.record.verdict == "refused" and version.record.verdict_champion == champion.address:
             yield version
 
 
-def _inputs_of(version: FoundVersion, config: RunConfig) -> dict[str, Any] | None:
+def _inputs_of(version: RegisteredVersion, config: RunConfig) -> dict[str, Any] | None:
     """None if its run has left no record that we can read."""
     try:
         return _inputs(read_record(version.run_id).manifest.model_dump(), config)

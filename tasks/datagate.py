@@ -23,6 +23,7 @@ from infra.cache import Cache
 from infra.errors import GateRefused
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.settings import Settings
+from infra.tags import DATA_GATE
 from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetDamaged, DatasetRef, load_manifest, open_cache, open_split
 from tasks.figures import contact_sheet, png
@@ -33,7 +34,6 @@ from tasks.retries import RETRIED
 __all__ = ["DataRefused", "DataReport", "data_gate", "data_markdown", "log_data_report"]
 
 JSON, PAGE, SHEET = "data.json", "data.md", "data_samples.png"
-DATA_GATE = "convoy.data_gate"  # tag of a run, set when all of its report is there
 
 
 class DataRefused(GateRefused):

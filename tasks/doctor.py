@@ -20,13 +20,13 @@ from infra.bucket_layout import COMMIT
 from infra.objectstore import ObjectInfo, ObjectStore
 from infra.promotion import misplaced_aliases, names_with_history, repair_aliases
 from infra.settings import Settings
+from infra.tags import FLOW_RUN, MANIFEST_DIGEST
 from infra.tracking import TaggedRun
 from infra.trylock import is_held, try_locked
 from tasks.alive import life, lock_file, orphaned, processes_of
 from tasks.flowruns import killed_flow_runs, mark_crashed, read_flow_run
 from tasks.lease import forgotten_leases, free_forgotten
 from tasks.patience import OWNER
-from tasks.runrecord import FLOW_RUN, MANIFEST_DIGEST
 
 GRACE = timedelta(days=1)
 """What is younger may be under way: a checkpoint between its file and its commit, or a large upload."""

@@ -16,8 +16,9 @@ from cnn.weights import load_weights, weights_sha256
 from infra.errors import ServiceError, UsageError
 from infra.files import file_digest
 from infra.objectstore import ObjectStore
+from infra.registry import RegisteredVersion
 from infra.settings import Settings
-from infra.versions import FoundVersion, download_version, find_version
+from infra.versions import download_version, find_version
 from tasks.dataset import load_manifest
 from tasks.reference import load_reference
 from tasks.runrecord import read_record
@@ -90,12 +91,12 @@ def export(model: str, format: Format, out: Path) -> Exported:
     )
 
 
-def _reference_images(store: ObjectStore, version: FoundVersion) -> Tensor:
-    return load_reference(store, _tag(version, "convoy.reference_key"))["images"]
+def _reference_images(store: ObjectStore, version: RegisteredVersion) -> Tensor:
+    return load_reference(store, version.required("reference_key"))["images"]
 
 
-def _weights(store: ObjectStore, version: FoundVersion, out: Path, images: Tensor, expected: Tensor) -> float:
-    digest, key = _tag(version, "convoy.weights_sha256"), _tag(version, "convoy.weights_key")
+def _weights(store: ObjectStore, version: RegisteredVersion, out: Path, images: Tensor, expected: Tensor) -> float:
+    digest, key = version.required("weights_sha256"), version.required("weights_key")
     manifest = _manifest(store, version)
     description = Description(
         config=read_record(version.run_id).config.training().model_copy(update={"pretrained": None}),
@@ -116,11 +117,5 @@ def _weights(store: ObjectStore, version: FoundVersion, out: Path, images: Tenso
     return export_weights(network, description, out, images, expected)
 
 
-def _manifest(store: ObjectStore, version: FoundVersion) -> Manifest:
-    return load_manifest(store, _tag(version, "convoy.dataset_version"))
-
-
-def _tag(version: FoundVersion, name: str) -> str:
-    if name not in version.tags:
-        raise UsageError(f"{version.uri} has no tag {name}: it was not registered by Convoy")
-    return version.tags[name]
+def _manifest(store: ObjectStore, version: RegisteredVersion) -> Manifest:
+    return load_manifest(store, version.required("dataset_version"))

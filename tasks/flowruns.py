@@ -30,7 +30,6 @@ from infra.files import locked
 from infra.settings import Settings
 from infra.trylock import left_behind
 
-MLFLOW_RUN = "convoy.mlflow_run"  # label of a flow run: its MLflow run
 TRAINING_FLOWS = ("train", "retrain")
 PAGE = 200  # what Prefect gives at a time
 

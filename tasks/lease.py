@@ -22,6 +22,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from infra import stopping
+from infra.tags import HELD_LEASE
 from tasks.cancel import stop_if_cancelled
 from tasks.flowruns import PAGE, label_flow_run, settle_killed_flow_runs, training_flow_runs
 from tasks.progress import run_logger
@@ -33,7 +34,6 @@ FORGOTTEN = timedelta(seconds=LEASE + 45)
 """A slot that is taken for longer without a holder: LEASE, and three rounds of the service that ends leases."""
 
 LIMITS = "convoy-model-"  # names of limits begin so
-LABEL = "convoy.lease"  # of a flow run: the limit whose slot it holds
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.PAUSED, StateType.CANCELLING]
 
 
@@ -52,7 +52,7 @@ def model_lease(name: str) -> Iterator[None]:
     """
     limit = limit_of(name)
     # Before one of them is taken for a holder; and what it held need not be waited for.
-    if any(killed.labels.get(LABEL) == limit for killed in settle_killed_flow_runs()):
+    if any(killed.labels.get(HELD_LEASE) == limit for killed in settle_killed_flow_runs()):
         free_forgotten(limit, after=timedelta(0))
     told = False
     with ExitStack() as held:
@@ -118,14 +118,14 @@ def _take(limit: str, held: ExitStack) -> bool:
             )
         except (TimeoutError, ConcurrencySlotAcquisitionError):  # another flow run was faster
             return False
-    label_flow_run({LABEL: limit})
+    label_flow_run({HELD_LEASE: limit})
     held.callback(_unlabel)
     return True
 
 
 def _unlabel() -> None:
     with suppress(httpx.HTTPError):  # the label of a flow run that has ended counts for nothing
-        label_flow_run({LABEL: ""})
+        label_flow_run({HELD_LEASE: ""})
 
 
 def _holder() -> ConcurrencyLeaseHolder | None:
@@ -143,7 +143,7 @@ def _is_forgotten(
     return (
         taken
         and long_ago
-        and not any(run.labels.get(LABEL) == limit.name for run in training_flow_runs(client, UNFINISHED))
+        and not any(run.labels.get(HELD_LEASE) == limit.name for run in training_flow_runs(client, UNFINISHED))
     )
 
 

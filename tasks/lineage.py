@@ -6,9 +6,7 @@ from infra import bucket_layout
 from infra.errors import ServiceError
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.promotion import Lineage
-from infra.registry import RegisteredRun
-from infra.versions import FoundVersion
-from tasks.versiontags import DATASET_VERSION
+from infra.registry import RegisteredVersion
 
 
 class RecordDamaged(ServiceError):
@@ -39,19 +37,19 @@ def run_lineage(store: ObjectStore, run_id: str) -> Lineage:
         raise RecordDamaged(f"{store.uri(key)} is damaged ({error}), so what the run needs is not known") from error
 
 
-def version_lineage(store: ObjectStore, version: FoundVersion | RegisteredRun) -> Lineage:
+def version_lineage(store: ObjectStore, version: RegisteredVersion) -> Lineage:
     """Returns what a registered version was made of, by its tags and its run's record.
 
     Raises:
         RecordDamaged: the record cannot be read.
         ServiceError: the storage failed.
     """
-    tags = version.tags
+    record = version.record
     named = {
-        "weights_key": tags.get("convoy.weights_key"),
-        "weights_sha256": tags.get("convoy.weights_sha256"),
-        "dataset_version": tags.get(DATASET_VERSION),
-        "dataset_name": tags.get("convoy.dataset"),
+        "weights_key": record.weights_key,
+        "weights_sha256": record.weights_sha256,
+        "dataset_version": record.dataset_version,
+        "dataset_name": record.dataset,
     }
     recorded = run_lineage(store, version.run_id)
     return recorded.model_copy(update={key: value for key, value in named.items() if value})

@@ -27,7 +27,7 @@ from tasks.evaluate import Evaluation
 from tasks.markdown import plain
 from tasks.report import EvaluationReport
 from tasks.retries import RETRIED
-from tasks.runrecord import FLOW_RUN, flatten
+from tasks.runrecord import flatten
 from tasks.train import TrainResult
 
 LISTED_CLASSES = 30
@@ -57,7 +57,7 @@ def write_model_card(
         ServiceError: a server failed.
     """
     store = ObjectStore.connect(Settings().bucket, create=False)
-    flow_run = find_version(registered.address).tags.get(FLOW_RUN)
+    flow_run = find_version(registered.address).record.flow_run
     origin = Origin(
         run_url=tracking.run_url(trained.run_id),
         flow_run_url=url_for("flow-run", obj_id=flow_run) if flow_run else None,

@@ -15,12 +15,11 @@ from prefect.cache_policies import NO_CACHE
 from rich.filesize import decimal
 
 from infra import tracking
-from infra.versions import FoundVersion, version_url
+from infra.registry import RegisteredVersion
 from tasks.markdown import plain
 from tasks.progress import run_logger
 from tasks.report import EvaluationReport
 from tasks.retries import RETRIED
-from tasks.versiontags import SERVING, VERDICT_SUMMARY
 
 PARTS = (
     ("Verdict", "verdict.md", ()),
@@ -41,7 +40,7 @@ code { background: #f1f4f8; padding: 0 .25rem }
 
 
 @task(name="report-page", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
-def publish_page(version: FoundVersion) -> None:
+def publish_page(version: RegisteredVersion) -> None:
     """Make the page and the description of the run that a version came from, and show both in Prefect.
 
     Raises:
@@ -54,7 +53,7 @@ def publish_page(version: FoundVersion) -> None:
     run_logger().info("the report is %s/artifacts/report/index.html", link)
 
 
-def make_page(version: FoundVersion) -> EvaluationReport:
+def make_page(version: RegisteredVersion) -> EvaluationReport:
     """Make the page and the description; returns the report that they are about."""
     run_id = version.run_id
     with TemporaryDirectory() as temporary:
@@ -82,7 +81,7 @@ def html_page(title: str, folder: Path) -> str:
     )
 
 
-def result_table(version: FoundVersion, report: EvaluationReport) -> list[dict[str, str]]:
+def result_table(version: RegisteredVersion, report: EvaluationReport) -> list[dict[str, str]]:
     """Rows for Prefect."""
     low, high = report.accuracy_interval
     rows = {
@@ -90,8 +89,8 @@ def result_table(version: FoundVersion, report: EvaluationReport) -> list[dict[s
         "cross-entropy": f"{report.loss:.4f}",
         "macro F1": f"{report.macro.f1:.4f}",
         "calibration error": f"{report.calibration.ece_after:.2%} at temperature {report.calibration.temperature:.3f}",
-        "serving gate": version.tags.get(SERVING, "not reached"),
-        "quality gate": version.tags.get(VERDICT_SUMMARY, "not reached"),
+        "serving gate": version.record.serving or "not reached",
+        "quality gate": version.record.verdict_summary or "not reached",
     }
     if report.footprint:
         rows["weights"] = decimal(report.footprint.size_bytes)
@@ -99,16 +98,16 @@ def result_table(version: FoundVersion, report: EvaluationReport) -> list[dict[s
     return [{"measure": name, "value": value} for name, value in rows.items()]
 
 
-def description(version: FoundVersion, report: EvaluationReport) -> str:
+def description(version: RegisteredVersion, report: EvaluationReport) -> str:
     """What a reviewer wants to know first, as Markdown."""
     low, high = report.accuracy_interval
     hardest = sorted((each for each in report.classes if each.support), key=lambda each: each.f1)[:HARDEST]
     lines = [
         f"**{report.accuracy:.2%}** of {report.images:,} test images right (95 % interval {low:.2%} to {high:.2%}), "
-        f"as [{plain(version.address)}]({version_url(version)})",
+        f"as [{plain(version.address)}]({version.url})",
         "",
-        f"- quality gate: {plain(version.tags.get(VERDICT_SUMMARY, 'not reached'))}",
-        f"- serving gate: {plain(version.tags.get(SERVING, 'not reached'))}",
+        f"- quality gate: {plain(version.record.verdict_summary or 'not reached')}",
+        f"- serving gate: {plain(version.record.serving or 'not reached')}",
         "- hardest classes, by F1: " + ", ".join(f"{plain(each.name)} {each.f1:.3f}" for each in hardest),
         f"- calibration error {report.calibration.ece_before:.2%}, {report.calibration.ece_after:.2%} with temperature",
         "- all tables and pictures: `report/index.html` under Artifacts",

@@ -22,14 +22,15 @@ from cnn.sources.archive import MAX_MEMBER
 from cnn.sources.decode import Target, decode_image, look_at, reason_of
 from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectStore
+from infra.registry import RegisteredVersion
 from infra.settings import Settings
-from infra.versions import FoundVersion, download_version, find_version
+from infra.tags import TEMPERATURE
+from infra.versions import download_version, find_version
 from tasks.dataset import load_manifest
 from tasks.markdown import plain
 from tasks.pictures import Picture, pictures
 from tasks.progress import progress, run_logger
 from tasks.table import Batch, Unread, check_out, result_file, table_writer
-from tasks.versiontags import TEMPERATURE
 
 BATCH_IMAGES, BATCH_BYTES = 64, 8 << 20  # of decoded images; what is smaller
 EXAMPLES = 20  # unreadable files that are named
@@ -131,7 +132,7 @@ def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
 class Served:
     """A registered version, loaded."""
 
-    version: FoundVersion
+    version: RegisteredVersion
     classes: tuple[str, ...]
     target: Target
     colour: bool
@@ -145,7 +146,7 @@ class Served:
         return calibrated(self.model.predict(images), self.temperature)
 
 
-def load_served(version: FoundVersion) -> Served:
+def load_served(version: RegisteredVersion) -> Served:
     """Fetch a version and load it.
 
     Raises:
@@ -189,8 +190,8 @@ def _trained_on_colour(dataset_version: str) -> bool:
     return not set(manifest.report.modes) <= GREY_MODES | {"P"}
 
 
-def _temperature(version: FoundVersion) -> float:
-    tag = version.tags.get(TEMPERATURE, "1")
+def _temperature(version: RegisteredVersion) -> float:
+    tag = version.record.temperature or "1"
     try:
         temperature = float(tag)
     except ValueError:

@@ -13,12 +13,11 @@ from infra import bucket_layout
 from infra.errors import GateRefused, UsageError
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.promotion import Promotion, Standing, champions, history, promote, repair_aliases, standing_champion
-from infra.registry import ModelVersion
+from infra.registry import ModelVersion, RegisteredVersion
 from infra.settings import Settings
-from infra.versions import FoundVersion, find_version, list_versions
+from infra.versions import find_version, list_versions
 from tasks.lineage import version_lineage
 from tasks.verdict import Verdict
-from tasks.versiontags import DATASET_VERSION, SERVING, VERDICT_SHA256
 
 
 class PromotionRefused(GateRefused):
@@ -43,9 +42,9 @@ def champion_data(name: str) -> ChampionData:
     standing = repaired_champion(ObjectStore.connect(Settings().bucket), name)
     if standing.version is None:
         return ChampionData(None, None)
-    there = {each.version: each.tags.get(DATASET_VERSION) for each in list_versions(name)}
+    there = {each.version: each.record.dataset_version for each in list_versions(name)}
     known = (there.get(version) for version in champions(standing.entries))
-    return ChampionData(standing.version.tags.get(DATASET_VERSION), next(filter(None, known), None))
+    return ChampionData(standing.version.record.dataset_version, next(filter(None, known), None))
 
 
 def repaired_champion(store: ObjectStore, name: str) -> Standing:
@@ -111,15 +110,15 @@ def promote_version(version: ModelVersion, *, force: bool = False, reason: str =
         lineage=version_lineage(store, found),
         reason=reason,
         forced=objection is not None,
-        verdict_sha256=found.tags[VERDICT_SHA256] if verdict else None,  # of its bytes, which may be older code's
+        verdict_sha256=found.record.verdict_sha256 if verdict else None,  # of its bytes, which may be older code's
         verdict_summary=verdict.summary if verdict else "",
     )
 
 
-def _objection(found: FoundVersion, verdict: Verdict | None, standing: Standing) -> str | None:
+def _objection(found: RegisteredVersion, verdict: Verdict | None, standing: Standing) -> str | None:
     """Returns why the version may not become champion now, and what would help; None if it may."""
     force = "--force --reason TEXT promotes it all the same"
-    serving = found.tags.get(SERVING)
+    serving = found.record.serving
     if serving != "passed":
         return f"the serving gate says {serving or 'nothing'} of it; {force}"
     judge = f"`convoy promote {found.name} {found.version} --judge` scores it against the present champion"
@@ -134,13 +133,13 @@ def _objection(found: FoundVersion, verdict: Verdict | None, standing: Standing)
     return None
 
 
-def verdict_on(store: ObjectStore, found: FoundVersion) -> Verdict | None:
+def verdict_on(store: ObjectStore, found: RegisteredVersion) -> Verdict | None:
     """Returns the verdict that a version's tag names; None if there is none on this version, or it is not intact.
 
     Raises:
         ServiceError: the object store failed.
     """
-    sha256 = found.tags.get(VERDICT_SHA256)
+    sha256 = found.record.verdict_sha256
     if sha256 is None:
         return None
     try:

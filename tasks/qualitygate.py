@@ -32,9 +32,10 @@ from infra.meter import in_parallel
 from infra.mlflowserver import mlflow_client
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.promotion import standing_champion
-from infra.registry import ModelVersion, tag_version
+from infra.registry import ModelVersion, RegisteredVersion, tag_version
 from infra.settings import Settings
-from infra.versions import FoundVersion, download_version, find_version
+from infra.tags import NO_CHAMPION, VersionRecord
+from infra.versions import download_version, find_version
 from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetDamaged, load_manifest, open_cache, open_split
 from tasks.gateconfig import GateConfig
@@ -42,7 +43,6 @@ from tasks.predictions import load_predictions, store_predictions
 from tasks.progress import progress, run_logger
 from tasks.retries import RETRIED
 from tasks.verdict import Scored, Verdict, judge
-from tasks.versiontags import DATASET_VERSION, NO_CHAMPION, VERDICT, VERDICT_CHAMPION, VERDICT_SHA256, VERDICT_SUMMARY
 
 LATENCY_CALLS, WARM_UP = 30, 5  # calls with one image
 
@@ -99,7 +99,7 @@ def compare(challenger: ModelVersion, champion: ModelVersion | None, config: Gat
     """
     store = ObjectStore.connect(Settings().bucket, create=False)
     found = find_version(challenger.address)
-    dataset_version = found.tags[DATASET_VERSION]
+    dataset_version = found.required("dataset_version")
     manifest = load_manifest(store, dataset_version)
     split = open_split(open_cache(store), manifest, "test")
     timed = config.max_latency_ms is not None
@@ -126,7 +126,7 @@ def test_digest(manifest: Manifest) -> str:
     return hashlib.sha256(shards.encode()).hexdigest()
 
 
-def judged_before(store: ObjectStore, version: FoundVersion, test_sha256: str, dataset_version: str) -> int:
+def judged_before(store: ObjectStore, version: RegisteredVersion, test_sha256: str, dataset_version: str) -> int:
     """Returns how many other versions of a model the same test split has judged, by the verdicts in the bucket."""
     keys = [info.key for info in store.list(bucket_layout.verdicts(version.name))]
     judged = set()
@@ -142,10 +142,10 @@ def judged_before(store: ObjectStore, version: FoundVersion, test_sha256: str, d
 
 
 def _only_theirs(
-    cache: Cache, manifest: Manifest, split: SplitReader, champion: FoundVersion
+    cache: Cache, manifest: Manifest, split: SplitReader, champion: RegisteredVersion
 ) -> NDArray[np.bool_] | None:
     """Returns a mask of the test images that only the champion was trained on; None if none are, or none are known."""
-    version = champion.tags.get(DATASET_VERSION)
+    version = champion.record.dataset_version
     if version is None or version == manifest.version:
         return None
     try:
@@ -171,17 +171,17 @@ def publish(version: ModelVersion, verdict: Verdict) -> None:
     run_id = find_version(version.address).run_id
     tracking.log_text(run_id, "report/verdict.json", verdict.to_bytes().decode())
     tracking.log_text(run_id, "report/verdict.md", verdict.markdown())
-    tags = {
-        VERDICT: "passed" if verdict.passed else "refused",
-        VERDICT_SUMMARY: verdict.summary,
-        VERDICT_CHAMPION: verdict.champion or NO_CHAMPION,
-        VERDICT_SHA256: verdict.sha256,
-    }
-    tag_version(version, tags)
+    record = VersionRecord(
+        verdict="passed" if verdict.passed else "refused",
+        verdict_summary=verdict.summary,
+        verdict_champion=verdict.champion or NO_CHAMPION,
+        verdict_sha256=verdict.sha256,
+    )
+    tag_version(version, record.to_tags())
 
 
 def score(
-    store: ObjectStore, version: FoundVersion, manifest: Manifest, split: SplitReader, *, timed: bool = False
+    store: ObjectStore, version: RegisteredVersion, manifest: Manifest, split: SplitReader, *, timed: bool = False
 ) -> Scored:
     """Which images of the test split a version has right; from its last predictions, if they were of this split.
 
@@ -192,7 +192,7 @@ def score(
         timed: measure the latency too, which loads the model.
     """
     predictor = _LoadedOnce(version)
-    weights = version.tags.get("convoy.weights_sha256", "")
+    weights = version.record.weights_sha256 or ""
     found = load_predictions(store, version.run_id, manifest, weights)
     if found is None:
         _, channels, height, width = predictor.shape
@@ -208,7 +208,7 @@ def score(
     predicted, classes = found
     number = {name: label for label, name in enumerate(manifest.classes)}
     as_ours = torch.tensor([number.get(name, -1) for name in classes])
-    info = store.head(version.tags["convoy.weights_key"]) if "convoy.weights_key" in version.tags else None
+    info = store.head(version.record.weights_key) if version.record.weights_key else None
     return Scored(
         address=version.address,
         correct=(as_ours[predicted] == split.labels).numpy(),
@@ -220,7 +220,7 @@ def score(
 class _LoadedOnce:
     """The model as it is served, loaded when it is first needed."""
 
-    def __init__(self, version: FoundVersion) -> None:
+    def __init__(self, version: RegisteredVersion) -> None:
         self._version = version
         self._model: Any = None
 

@@ -11,11 +11,10 @@ from infra.objectstore import ObjectStore
 from infra.promotion import Lineage, champions, history, lineage_of, names_with_history
 from infra.registry import every_version
 from infra.settings import Settings
+from infra.tags import DATASET_VERSION, FLOW_RUN, MANIFEST_DIGEST
 from infra.trylock import is_held
 from tasks.alive import lock_file, orphaned, processes_of
 from tasks.lineage import run_lineage, version_lineage
-from tasks.runrecord import FLOW_RUN, MANIFEST_DIGEST
-from tasks.versiontags import DATASET_VERSION
 
 NAMED = 5  # of what MLflow does not know, in a message
 

@@ -14,6 +14,7 @@ from infra.objectstore import ObjectStore
 from infra.provenance import provenance
 from infra.registry import ModelVersion, check_model_name, create_version, log_model, version_of
 from infra.settings import Settings
+from infra.tags import VersionRecord
 from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetRef, load_manifest
 from tasks.evaluate import Evaluation, trained_network
@@ -21,7 +22,6 @@ from tasks.progress import run_logger
 from tasks.reference import load_reference
 from tasks.retries import RETRIED
 from tasks.train import TrainResult
-from tasks.versiontags import DATASET_VERSION, SERVING, TEMPERATURE
 
 REQUIREMENTS = ("torch", "numpy")  # what loading and calling the model take, MLflow itself apart
 
@@ -65,25 +65,23 @@ def register(
             "weights_sha256": trained.weights_sha256,
         },
     )
-    registered = create_version(name, model_id, run_id=trained.run_id, tags=_tags(dataset, trained, evaluated))
+    tags = _record(dataset, trained, evaluated).to_tags()
+    registered = create_version(name, model_id, run_id=trained.run_id, tags=tags)
     run_logger().info("registered version %s of model %s", registered.version, registered.name)
     return registered
 
 
-def _tags(dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation) -> dict[str, str]:
-    tags = {
-        "convoy.dataset": dataset.name,
-        DATASET_VERSION: dataset.version,
-        "convoy.weights_sha256": trained.weights_sha256,
-        "convoy.weights_key": trained.weights_key,
-        "convoy.reference_key": evaluated.reference_key,
-        "convoy.test_accuracy": str(evaluated.accuracy),
-        TEMPERATURE: str(evaluated.temperature),
-        SERVING: "pending",
-    }
-    if commit := provenance().git_commit:
-        tags["convoy.git_commit"] = commit
+def _record(dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation) -> VersionRecord:
     flow = FlowRunContext.get()
-    if flow and flow.flow_run:
-        tags["prefect.flow_run_id"] = str(flow.flow_run.id)
-    return tags
+    return VersionRecord(
+        dataset=dataset.name,
+        dataset_version=dataset.version,
+        weights_sha256=trained.weights_sha256,
+        weights_key=trained.weights_key,
+        reference_key=evaluated.reference_key,
+        test_accuracy=str(evaluated.accuracy),
+        temperature=str(evaluated.temperature),
+        serving="pending",
+        git_commit=provenance().git_commit,
+        flow_run=str(flow.flow_run.id) if flow and flow.flow_run else None,
+    )

@@ -20,10 +20,10 @@ from cnn.calibration import Reliability, reliability, remark
 from cnn.errors import InputError
 from cnn.reading import SplitReader
 from infra import tracking
+from infra.tags import TEMPERATURE
 from tasks.binomial import wilson_interval
 from tasks.figures import confusion_figure, gallery_figure, reliability_figure
 from tasks.markdown import plain
-from tasks.versiontags import TEMPERATURE
 
 __all__ = [
     "Calibration",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from cnn.manifest import Manifest
 from cnn.order import mixing, shuffle_window
 from cnn.trainer import check_fits
-from infra import bucket_layout, tracking
+from infra import bucket_layout, tags, tracking
 from infra.errors import ServiceError, UsageError
 from infra.objectstore import ObjectStore
 from infra.provenance import Provenance, provenance
@@ -25,12 +25,12 @@ from tasks.alive import holding
 from tasks.cancel import Cancelled
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef, is_whole, load_manifest
-from tasks.flowruns import MLFLOW_RUN, label_flow_run
+from tasks.flowruns import label_flow_run
 from tasks.platform import differences, this_platform
 from tasks.progress import run_logger
 from tasks.prunemark import wait_for_prune
 from tasks.retries import outlast
-from tasks.runrecord import FLOW_RUN, MANIFEST_DIGEST, RunManifest, RunRecord, check_resumable, flatten, read_record
+from tasks.runrecord import RunManifest, RunRecord, check_resumable, flatten, read_record
 
 
 class Interrupted(RuntimeError):
@@ -94,7 +94,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
     manifest = run_manifest(config, dataset, code)
     asked, resume = resume, resume or _run_of_this_flow_run(store)
     finished = False
-    flow_run = _flow_tags().get(FLOW_RUN, "")
+    flow_run = _flow_tags().get(tags.FLOW_RUN, "")
     with contextlib.ExitStack() as alive:
         if resume:
             _check_equal(resume, read_record(resume).manifest, manifest)
@@ -116,10 +116,10 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
             alive.enter_context(holding(run_id, flow_run))
         try:
             with contextlib.suppress(httpx.HTTPError):  # for `convoy retrain --wait` only
-                label_flow_run({MLFLOW_RUN: run_id})
+                label_flow_run({tags.MLFLOW_RUN: run_id})
             prefix = f"s3://{settings.bucket}/{bucket_layout.checkpoints(run_id)}"
             if not resume:
-                tracking.set_tags(run_id, {"convoy.checkpoint_prefix": prefix, **_mixing_tags(config, data)})
+                tracking.set_tags(run_id, {tags.CHECKPOINT_PREFIX: prefix, **_mixing_tags(config, data)})
                 source = f"s3://{settings.bucket}/{bucket_layout.dataset_manifest(dataset.version)}"
                 tracking.log_dataset(run_id, dataset.name, dataset.version, source)
                 tracking.log_text(run_id, "manifest.json", manifest.model_dump_json(indent=2))
@@ -151,7 +151,7 @@ def _mixing_tags(config: RunConfig, data: Manifest) -> dict[str, str]:
         train.count,
         uneven,
     )
-    return {"convoy.shuffle_window": str(window), "convoy.mixing": f"{uneven:.4g}"}
+    return {tags.SHUFFLE_WINDOW: str(window), tags.MIXING: f"{uneven:.4g}"}
 
 
 def run_manifest(config: RunConfig, dataset: DatasetRef, code: Provenance) -> RunManifest:
@@ -182,8 +182,8 @@ def _check_equal(run_id: str, theirs: RunManifest, ours: RunManifest) -> None:
 
 
 def _run_of_this_flow_run(store: ObjectStore) -> str | None:
-    flow_run = _flow_tags().get(FLOW_RUN)
-    runs = tracking.list_runs(FLOW_RUN, flow_run, limit=1) if flow_run else []
+    flow_run = _flow_tags().get(tags.FLOW_RUN)
+    runs = tracking.list_runs(tags.FLOW_RUN, flow_run, limit=1) if flow_run else []
     # One without a record ended before it began.
     return runs[0].run_id if runs and store.head(bucket_layout.run_record(runs[0].run_id)) else None
 
@@ -193,15 +193,15 @@ def _flow_tags() -> dict[str, str]:
     if not (flow and flow.flow_run):
         return {}
     url = url_for("flow-run", obj_id=flow.flow_run.id) or ""
-    return {FLOW_RUN: str(flow.flow_run.id), "prefect.flow_run_url": url}
+    return {tags.FLOW_RUN: str(flow.flow_run.id), tags.FLOW_RUN_URL: url}
 
 
 def _tags(config: RunConfig, dataset: DatasetRef, manifest: RunManifest, code: Provenance) -> dict[str, str]:
     return {
-        "convoy.model": config.name or dataset.name,
-        "convoy.dataset_version": dataset.version,
-        "convoy.code_digest": manifest.code_digest,
-        MANIFEST_DIGEST: manifest.digest,
+        tags.MODEL: config.name or dataset.name,
+        tags.DATASET_VERSION: dataset.version,
+        tags.CODE_DIGEST: manifest.code_digest,
+        tags.MANIFEST_DIGEST: manifest.digest,
         **code.as_tags(),
         **_flow_tags(),
     }

@@ -18,8 +18,6 @@ from tasks.config import RunConfig
 from tasks.dataset import DatasetRef
 from tasks.platform import Platform
 
-MANIFEST_DIGEST, FLOW_RUN = "convoy.manifest_digest", "prefect.flow_run_id"
-
 
 class RunManifest(Platform):
     """What the weights are a function of. Its digest names the training; equal digests promise equal weights."""

@@ -8,8 +8,9 @@ from infra import tracking
 from infra.errors import UsageError
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
+from infra.tags import MANIFEST_DIGEST
 from tasks.checkpoints import commits_of
-from tasks.runrecord import MANIFEST_DIGEST, read_record
+from tasks.runrecord import read_record
 
 SPARE = 100  # runs that are looked at in place of those that are left out
 

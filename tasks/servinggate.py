@@ -19,6 +19,7 @@ from infra.errors import GateRefused
 from infra.objectstore import ObjectStore
 from infra.registry import ModelVersion, set_alias, tag_version
 from infra.settings import Settings
+from infra.tags import SERVING
 from tasks.cancel import stop_if_cancelled
 from tasks.consumers import Consumer, ConsumerFailed, batch_sizes, http_server, post_images
 from tasks.evaluate import Evaluation
@@ -27,7 +28,6 @@ from tasks.markdown import plain
 from tasks.progress import run_logger
 from tasks.reference import load_reference
 from tasks.retries import RETRIED
-from tasks.versiontags import SERVING
 
 CHALLENGER = "challenger"
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}

@@ -16,6 +16,7 @@ from infra import stopping, tracking
 from infra.objectstore import ObjectStore
 from infra.registry import rehearsal
 from infra.settings import Settings
+from infra.tags import WEIGHTS_SHA256, WORLD_SIZE
 from tasks import alive
 from tasks.cancel import Cancelled, CancelWatch, stop_if_cancelled, stop_if_told
 from tasks.checkpoints import finished_outcome
@@ -145,8 +146,8 @@ def _publish(run: TrackedRun, outcome: Outcome, folder: JobFolder) -> TrainResul
         run_logger().info("sending %d rows of metrics that MLflow has not acknowledged", len(rows))
         outlast(partial(tracking.deliver, run.run_id, rows))
     outlast(partial(tracking.log_file, run.run_id, folder.weights, "weights"))
-    tags = {"convoy.weights_sha256": outcome.weights_sha256, "convoy.world_size": str(outcome.world_size)}
-    outlast(partial(tracking.set_tags, run.run_id, tags))
+    told = {WEIGHTS_SHA256: outcome.weights_sha256, WORLD_SIZE: str(outcome.world_size)}
+    outlast(partial(tracking.set_tags, run.run_id, told))
     return TrainResult(
         run_id=run.run_id,
         **outcome.model_dump(exclude={"status", "error", "exit_status", "metrics"}),

@@ -16,7 +16,7 @@ from prefect.states import Crashed, Running, Scheduled
 
 from flows import deployments
 from infra.errors import ServiceError
-from tasks.flowruns import MLFLOW_RUN
+from infra.tags import MLFLOW_RUN
 from tests.tasks.leftovers import flow_run_in
 
 

@@ -16,15 +16,16 @@ from infra import tracking
 from infra.errors import UsageError
 from infra.objectstore import ObjectStore
 from infra.promotion import history
-from infra.registry import ModelVersion, delete_alias
+from infra.registry import ModelVersion, RegisteredVersion, delete_alias
 from infra.settings import Settings
-from infra.versions import FoundVersion, find_version
+from infra.tags import FLOW_RUN, MANIFEST_DIGEST
+from infra.versions import find_version
 from tasks.checkpoints import commits_of
 from tasks.config import RunConfig, load_config
 from tasks.dataset import DatasetRef
 from tasks.job import JobFolder
 from tasks.run import tracked_run
-from tasks.runrecord import FLOW_RUN, MANIFEST_DIGEST, RunRecord, read_record
+from tasks.runrecord import RunRecord, read_record
 from tests.flows.conftest import Convoy
 from tests.flows.program import (
     ENDS_WITHIN,
@@ -146,7 +147,7 @@ def test_a_flow_that_dies_after_the_promotion_has_only_the_rest_to_do(
 
     tries = []
 
-    def fail_once(version: FoundVersion) -> None:
+    def fail_once(version: RegisteredVersion) -> None:
         tries.append(version)
         if len(tries) == 1:
             delete_alias(version.name, "champion")  # as if the process had died before it was set

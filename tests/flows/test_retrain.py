@@ -14,9 +14,10 @@ from flows.summary import Summary
 from infra import tracking
 from infra.objectstore import ObjectStore
 from infra.promotion import history, newest, promote
-from infra.registry import create_version
+from infra.registry import RegisteredVersion, create_version
 from infra.settings import Settings
-from infra.versions import FoundVersion, find_version, list_versions
+from infra.tags import VERDICT
+from infra.versions import find_version, list_versions
 from tasks.changes import what_changed
 from tasks.config import RunConfig
 from tasks.dataset import DatasetRef
@@ -25,7 +26,6 @@ from tasks.promote import champion_data, promote_version
 from tasks.qualitygate import judge_version, publish
 from tasks.run import fitted
 from tasks.runrecord import read_record
-from tasks.versiontags import VERDICT
 from tests.flows.conftest import CONFIG
 
 
@@ -106,7 +106,7 @@ def test_cost_is_in_the_run_and_in_the_summary(first: tuple[RunConfig, Summary])
 # From here on without training: versions are copies of the first
 
 
-def copied(first: tuple[RunConfig, Summary], lr: float) -> FoundVersion:
+def copied(first: tuple[RunConfig, Summary], lr: float) -> RegisteredVersion:
     """A further version of the model with the first one's files, as a training with another learning rate leaves it."""
     before = first[1]
     name, run_id = before.model_name or "", before.mlflow_run_id or ""

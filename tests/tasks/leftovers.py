@@ -18,9 +18,8 @@ from infra import bucket_layout, tracking
 from infra.bucket_layout import COMMIT
 from infra.objectstore import ObjectInfo, ObjectStore
 from infra.registry import ModelVersion, create_version
+from infra.tags import DATASET_VERSION, FLOW_RUN, MANIFEST_DIGEST
 from tasks.checkpoints import STATE
-from tasks.runrecord import FLOW_RUN, MANIFEST_DIGEST
-from tasks.versiontags import DATASET_VERSION
 
 EXPERIMENT = "leftovers"
 OLD = 100.0  # days

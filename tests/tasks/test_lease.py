@@ -10,9 +10,10 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Running
 
+from infra.tags import HELD_LEASE
 from tasks import lease
 from tasks.doctor import settle_all
-from tasks.lease import LABEL, forgotten_leases, free_forgotten, limit_of, model_lease
+from tasks.lease import forgotten_leases, free_forgotten, limit_of, model_lease
 from tests.flows.conftest import quiet_prefect
 from tests.tasks.leftovers import flow_run_in
 
@@ -50,7 +51,7 @@ def holder(name: str) -> FlowRun:
     """A flow run that trains elsewhere."""
     found = flow_run_in(Running(), name="train")
     with get_client(sync_client=True) as client:
-        client.update_flow_run_labels(found.id, {LABEL: limit_of(name)})
+        client.update_flow_run_labels(found.id, {HELD_LEASE: limit_of(name)})
         return client.read_flow_run(found.id)
 
 
@@ -118,7 +119,7 @@ def test_a_flow_run_says_that_it_holds_the_lease_and_then_that_it_does_not(model
 
     def label(run_id: object) -> str | None:
         with get_client(sync_client=True) as client:
-            value = client.read_flow_run(run_id).labels.get(LABEL)  # type: ignore[arg-type]
+            value = client.read_flow_run(run_id).labels.get(HELD_LEASE)  # type: ignore[arg-type]
         return str(value) if value is not None else None
 
     @flow

@@ -1,0 +1,26 @@
+"""What the tags of registered versions say."""
+
+import pytest
+
+from infra.errors import UsageError
+from infra.registry import RegisteredVersion
+from infra.tags import SERVING, VERDICT_CHAMPION, VersionRecord
+
+
+def test_a_record_and_its_tags_say_the_same() -> None:
+    record = VersionRecord(dataset="digits", flow_run="1234", serving="passed", verdict_champion="digits/1")
+    tags = record.to_tags()
+    assert tags == {
+        "convoy.dataset": "digits",
+        "prefect.flow_run_id": "1234",
+        SERVING: "passed",
+        VERDICT_CHAMPION: "digits/1",
+    }
+    assert VersionRecord.from_tags(tags) == record
+
+
+def test_what_others_have_tagged_is_passed_over_and_what_is_missing_is_named() -> None:
+    version = RegisteredVersion(name="theirs", version="3", run_id="", tags={"reviewed": "yes", SERVING: "failed"})
+    assert version.record == VersionRecord(serving="failed")
+    with pytest.raises(UsageError, match="models:/theirs/3 has no tag convoy"):
+        version.required("dataset_version")
