@@ -1,9 +1,9 @@
-"""Train on packed digits at several world sizes: rank_program.py FOLDER CONFIG PLAN...
+"""Trains on packed digits at several world sizes, as each line of standard input asks: [FOLDER, CONFIG, READER, PLANS].
 
 A plan is a world size (`2`), or several, each with the step about which to stop and go on with the next: `2@9,4@30,1`.
-Prints one JSON line: for each plan the list of what its last ranks found (digests of the weights, and every report of
-all parts). Ranks are forked from this process, so that torch is loaded once. With TEST_READER=streamed, shards come
-one by one, and few are here at a time.
+Answers with one JSON line: for each plan the list of what its last ranks found (digests of the weights, and every
+report of all parts); or null if a rank failed. Ranks are forked from this process, so that torch is loaded once for all
+tests. With READER `streamed`, shards come one by one, and few are here at a time.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,13 @@ class History:
 
 
 def run_rank(
-    folder: Path, config: TrainConfig, meeting: Path, rank: int, world_size: int, stop: int | None
+    folder: Path, config: TrainConfig, reader: str, meeting: Path, rank: int, world_size: int, stop: int | None
 ) -> dict[str, Any]:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
     packed = Packed(folder, manifest)
-    if os.environ.get("TEST_READER") == "streamed":
+    if reader == "streamed":
         train, val = (streamed(packed, split, meeting / f"shards-{rank}-{split}") for split in ("train", "val"))
     else:
         train, val = packed.split("train"), packed.split("val")
@@ -98,25 +99,32 @@ def run_or_end(arguments: tuple[Any, ...]) -> dict[str, Any]:
         os._exit(1)
 
 
+def run_plan(folder: Path, config: TrainConfig, reader: str, plan: str) -> list[dict[str, Any]]:
+    """Returns what the last part's ranks found."""
+    said: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as meeting:
+        earlier: dict[str, list[Any]] = {"steps": [], "epochs": []}
+        for part in plan.split(","):
+            size, _, at = part.partition("@")
+            stop = int(at) if at else None
+            ranks = [(folder, config, reader, Path(meeting), rank, int(size), stop) for rank in range(int(size))]
+            with ProcessPoolExecutor(int(size), multiprocessing.get_context("fork")) as pool:
+                said = list(pool.map(run_or_end, ranks))
+            for each in said:
+                each |= {key: earlier[key] + each[key] for key in earlier}
+            # The first rank alone reads the figures of the last steps before a stop.
+            earlier = {key: said[0][key] for key in earlier}
+    return said
+
+
 def main() -> None:
-    folder, config = Path(sys.argv[1]), TrainConfig.model_validate_json(sys.argv[2])
-    found = []
-    for plan in sys.argv[3:]:
-        with tempfile.TemporaryDirectory() as meeting:
-            earlier: dict[str, list[Any]] = {"steps": [], "epochs": []}
-            for part in plan.split(","):
-                size, _, stop = part.partition("@")
-                ranks = [
-                    (folder, config, Path(meeting), r, int(size), int(stop) if stop else None) for r in range(int(size))
-                ]
-                with ProcessPoolExecutor(int(size), multiprocessing.get_context("fork")) as pool:
-                    said = list(pool.map(run_or_end, ranks))
-                for each in said:
-                    each |= {key: earlier[key] + each[key] for key in earlier}
-                # The first rank alone reads the figures of the last steps before a stop.
-                earlier = {key: said[0][key] for key in earlier}
-            found.append(said)
-    print(json.dumps(found))
+    for line in sys.stdin:
+        folder, config, reader, plans = json.loads(line)
+        try:
+            found = [run_plan(Path(folder), TrainConfig.model_validate(config), reader, plan) for plan in plans]
+        except BrokenProcessPool:  # the rank has said why
+            found = None
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

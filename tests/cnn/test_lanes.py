@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,37 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(digits: Packed, config: TrainConfig, *plans: int | str, reader: str = "packed") -> list[list[dict[str, Any]]]:
-    """Train by some plans (see the program); returns what each rank says, for each plan."""
-    command = [sys.executable, "-m", "tests.cnn.rank_program", str(digits.folder), config.model_dump_json()]
-    done = subprocess.run(
-        [*command, *map(str, plans)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TEST_READER": reader},
+Plans = list[list[dict[str, Any]]]
+"""What each rank says, for each plan."""
+
+
+class Ranks:
+    """The program that trains; see there for what plans are."""
+
+    def __init__(self, program: "subprocess.Popen[str]") -> None:
+        self._program = program
+
+    def train(self, digits: Packed, config: TrainConfig, *plans: int | str, reader: str = "packed") -> Plans:
+        assert self._program.stdin and self._program.stdout
+        asked = [str(digits.folder), config.model_dump(mode="json"), reader, [str(plan) for plan in plans]]
+        self._program.stdin.write(json.dumps(asked) + "\n")
+        self._program.stdin.flush()
+        found = json.loads(self._program.stdout.readline())
+        assert found is not None, "a rank failed, and has said why"
+        return found
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    program = subprocess.Popen(
+        [sys.executable, "-m", "tests.cnn.rank_program"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        check=True,
-        timeout=240,
+        text=True,
     )
-    return json.loads(done.stdout)
+    with program:  # its input ends, and so does it
+        yield Ranks(program)
 
 
 FAILING_RANK = """
@@ -99,59 +120,63 @@ def test_ranks_that_wait_for_one_that_is_cut_off_give_up_when_the_exchange_times
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_weights_and_metrics_are_equal_bit_for_bit_for_1_2_and_4_ranks(recipe: str, digits: Packed) -> None:
+def test_weights_and_metrics_are_equal_bit_for_bit_for_1_2_and_4_ranks(
+    recipe: str, ranks: Ranks, digits: Packed
+) -> None:
     config = TrainConfig(epochs=2, batch_size=64, lanes=4, **RECIPES[recipe])
-    (alone,), two, four = train(digits, config, 1, 2, 4)
+    (alone,), two, four = ranks.train(digits, config, 1, 2, 4)
     assert len(alone["steps"]) == 2 * (digits.manifest.splits["train"].count // 64)
     assert alone["steps"][-1]["loss"] < alone["steps"][0]["loss"]
-    for rank in (*two, *four):
-        assert rank["weights"] == alone["weights"]
-        assert (rank["steps"], rank["epochs"]) == (alone["steps"], alone["epochs"])
+    for each in (*two, *four):
+        assert each["weights"] == alone["weights"]
+        assert (each["steps"], each["epochs"]) == (alone["steps"], alone["epochs"])
     assert two[0]["state"] == four[0]["state"] == alone["state"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION_NETWORKS)
-def test_torchvisions_networks_too(name: str, digits: Packed) -> None:
+def test_torchvisions_networks_too(name: str, ranks: Ranks, digits: Packed) -> None:
     config = TrainConfig(model=name, epochs=1, batch_size=256, lanes=4, lr=0.01, ema=0.5)
-    plans = train(digits, config, 1, 2, 4)
+    plans = ranks.train(digits, config, 1, 2, 4)
     assert len({rank["weights"] for plan in plans for rank in plan}) == 1
 
 
-def test_eight_lanes_give_the_same_to_1_2_4_and_8_ranks(digits: Packed) -> None:
+def test_eight_lanes_give_the_same_to_1_2_4_and_8_ranks(ranks: Ranks, digits: Packed) -> None:
     config = TrainConfig(epochs=1, batch_size=64, lanes=8, **RECIPES["convoy9"])
-    plans = train(digits, config, 1, 2, 4, 8)
+    plans = ranks.train(digits, config, 1, 2, 4, 8)
     assert len({rank["weights"] for plan in plans for rank in plan}) == 1
 
 
 @pytest.mark.parametrize("recipe", ["notes", "convoy9"])
 def test_stopped_and_resumed_in_mid_epoch_by_other_numbers_of_ranks_nothing_differs(
-    recipe: str, digits: Packed
+    recipe: str, ranks: Ranks, digits: Packed
 ) -> None:
     config = TrainConfig(epochs=2, batch_size=64, lanes=4, **RECIPES[recipe])
     per_epoch = digits.manifest.splits["train"].count // 64
-    (undisturbed,), (resumed,), four = train(digits, config, 1, f"2@5,4@{per_epoch - 2},2@{per_epoch + 3},1", "1@9,4")
+    (undisturbed,), (resumed,), four = ranks.train(
+        digits, config, 1, f"2@5,4@{per_epoch - 2},2@{per_epoch + 3},1", "1@9,4"
+    )
     assert resumed == undisturbed
     assert four[0] == undisturbed
 
 
 @pytest.mark.parametrize("window", [300, pytest.param(None, marks=pytest.mark.slow)])
 def test_where_the_shards_are_changes_nothing_nor_does_an_interruption_with_a_window(
-    window: int | None, many_shards: Packed
+    window: int | None, ranks: Ranks, many_shards: Packed
 ) -> None:
     config = TrainConfig(epochs=2, batch_size=64, lanes=4, shuffle_window=window, **RECIPES["convoy9"])
-    ((mapped,),) = train(many_shards, config, 1)
-    (alone,), two, four, (resumed,) = train(many_shards, config, 1, 2, 4, "2@5,4@30,1", reader="streamed")
+    ((mapped,),) = ranks.train(many_shards, config, 1)
+    (alone,), two, four, (resumed,) = ranks.train(many_shards, config, 1, 2, 4, "2@5,4@30,1", reader="streamed")
     assert alone == resumed == mapped
-    for rank in (*two, *four):
-        assert rank["weights"] == mapped["weights"]
-        assert (rank["steps"], rank["epochs"]) == (mapped["steps"], mapped["epochs"])
+    for each in (*two, *four):
+        assert each["weights"] == mapped["weights"]
+        assert (each["steps"], each["epochs"]) == (mapped["steps"], mapped["epochs"])
 
 
-def test_another_seed_or_number_of_lanes_gives_other_weights(digits: Packed) -> None:
+def test_another_seed_or_number_of_lanes_gives_other_weights(ranks: Ranks, digits: Packed) -> None:
     config = TrainConfig(epochs=1, batch_size=64, lanes=4, **RECIPES["notes"])
     changed = [config, config.model_copy(update={"seed": 1}), config.model_copy(update={"lanes": 2})]
-    assert len({train(digits, each, 1)[0][0]["weights"] for each in changed}) == 3
+    assert len({ranks.train(digits, each, 1)[0][0]["weights"] for each in changed}) == 3
 
 
 @pytest.mark.parametrize("leaves", [1, 2, 4, 8, 16])
@@ -174,16 +199,10 @@ def test_partial_sums_add_along_the_balanced_tree(leaves: int) -> None:
     assert torch.equal(last, tree(values))
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_ranks_add_vectors_of_any_size_along_the_balanced_tree(world_size: int, tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.cnn.sum_program", str(tmp_path / "meeting")],
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "GLOO_SOCKET_IFNAME": "lo"},
-        )
-        for rank in range(world_size)
-    ]
-    assert [rank.wait(100) for rank in ranks] == [0] * world_size
+def test_2_4_and_8_ranks_add_vectors_of_any_size_along_the_balanced_tree(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.cnn.sum_program", str(tmp_path), "2", "4", "8"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    assert subprocess.run(command, env=environment, timeout=100).returncode == 0
 
 
 def test_ranks_that_cannot_share_the_lanes_are_refused_with_the_nearest_that_can() -> None:
