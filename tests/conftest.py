@@ -38,11 +38,18 @@ down(Settings(home=Path(sys.argv[1])))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Take the user's own settings away before anything is imported: no test may depend on them."""
+    """Take the user's own settings away before anything is imported, and share the cores among the workers (-n).
+
+    No test may depend on a user's settings.
+    """
     before = dict(os.environ)
     for name in before:
         if name.startswith(USERS_OWN):
             del os.environ[name]
+    if workers := config.getoption("numprocesses", None):
+        # Threads of PyTorch wait for each other by spinning: with more of them than cores, they do little else.
+        # A worker inherits the variable; if it is set once a worker runs, some libraries have read it already.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
 
     def restore() -> None:
         os.environ.clear()
