@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from infra.ports import CHOICE
 from infra.settings import Settings
@@ -79,6 +81,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for name, why in (line.split(": ", 1) for line in config.getini("markers") if ": " in line):
             if name in left_out:
                 terminalreporter.line(f"{why:60} pytest -m {name}")
+
+
+class OneTraining(LoadFileScheduling):
+    """Gives a worker whole files, and the files that look at the training `trained` to the same one."""
+
+    LOOK_AT_IT = tuple(f"tests/flows/test_{name}.py" for name in ("cli", "nodes", "pages", "train_flow"))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return self.LOOK_AT_IT[0] if file in self.LOOK_AT_IT else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneTraining | None:
+    """Have `trained` run once, not once a worker."""
+    return OneTraining(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def _apply(endpoints: Endpoints) -> None:
