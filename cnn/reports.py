@@ -1,12 +1,8 @@
 """What a training says of itself; equal on every rank, the ranks' own times included."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 from cnn.evaluate import Score
-
-if TYPE_CHECKING:
-    from cnn.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +32,6 @@ class EpochReport:
     epoch: int
     step: int
     val: Score
-
-
-class Reporter(Protocol):
-    """Is told how a training goes."""
-
-    def on_step(self, report: StepReport) -> None: ...
-
-    def on_epoch(self, report: EpochReport) -> None: ...
-
-    def after_step(self, trainer: "Trainer", *, milestone: bool) -> None:
-        """A good moment to keep `trainer.state()`; a `milestone` is an epoch's end, or the last step before a stop."""
-        ...
 
 
 class StragglerWatch:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from cnn.networks import build_network
 from cnn.optim import build_optimizer, set_learning_rate
 from cnn.order import Order
 from cnn.reading import Batch, SplitReader
-from cnn.reports import EpochReport, Reporter, StepReport
+from cnn.reports import EpochReport, StepReport
 from cnn.schedule import average_decay, learning_rate
 from cnn.streams import generator, seed_default_generator, stream_seed
 from cnn.weights import load_pretrained
@@ -389,6 +390,18 @@ class Trainer:
         if self.average is not None:
             tensors |= {f"average/{name}": tensor for name, tensor in self.average.state_dict().items()}
         return tensors
+
+
+class Reporter(Protocol):
+    """Is told how a training goes."""
+
+    def on_step(self, report: StepReport) -> None: ...
+
+    def on_epoch(self, report: EpochReport) -> None: ...
+
+    def after_step(self, trainer: Trainer, *, milestone: bool) -> None:
+        """A good moment to keep `trainer.state()`; a `milestone` is an epoch's end, or the last step before a stop."""
+        ...
 
 
 def fit(trainer: Trainer, reporter: Reporter) -> bool:
