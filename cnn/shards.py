@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from cnn.encoding import Encoding
 from cnn.manifest import Shard
-from cnn.sources.block import Pixels
+from cnn.split import Pixels
 
 SHARD_BYTES = 64 * 2**20
 """Images in a full shard: so large that requests do not matter, so small that one a split fits in memory."""

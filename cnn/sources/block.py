@@ -17,9 +17,7 @@ from PIL import Image
 from cnn.manifest import Unreadable
 from cnn.sources.decode import Look, Target, decode_image, fit, look_at, reason_of
 from cnn.sources.layout import LeftOut
-
-Pixels = NDArray[np.uint8]
-"""Images [n, C, H, W], values 0..255."""
+from cnn.split import Pixels
 
 
 class Survey(NamedTuple):

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnn.errors import InputError
-from cnn.sources.block import PixelBlock, Pixels
+from cnn.sources.block import PixelBlock
 from cnn.sources.layout import LeftOut
-from cnn.split import TEST, TRAIN
+from cnn.split import TEST, TRAIN, Pixels
 
 BLOCK = 2048  # images; 1.6 MB of 28 x 28
 
