@@ -1,4 +1,4 @@
-"""Augmentation and normalisation of whole batches, on their device. No per-sample Python.
+"""Augmentation of whole batches, on their device. No per-sample Python.
 
 The distributions are those of torchvision's transforms: `RandomHorizontalFlip`, `RandomCrop` with zero padding,
 `RandomErasing` of a fixed square that may reach over the edge (Cutout: DeVries and Taylor, 2017), `MixUp`, `CutMix`.
@@ -9,44 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cnn.config import AugmentConfig
-
-
-class Normalise(torch.nn.Module):
-    """uint8 images to float32 with zero mean and unit variance over the training split, in channels_last order.
-
-    Args:
-        mean, std: per channel, on the scale 0 … 1.
-    """
-
-    scale: Tensor
-    bias: Tensor
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        means = torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
-        stds = torch.tensor(std, dtype=torch.float64).clamp_min(1e-6).view(1, -1, 1, 1)
-        self.register_buffer("scale", (1 / (255 * stds)).float())
-        self.register_buffer("bias", (-means / stds).float())
-
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 N×C×H×W to float32 N×C×H×W."""
-        return (images.float() * self.scale + self.bias).contiguous(memory_format=torch.channels_last)
-
-
-class TestTimeFlip(torch.nn.Module):
-    """A network that averages its logits over each image and its mirror image (Krizhevsky et al., 2012).
-
-    Args:
-        network: takes float N×C×H×W, gives logits N×classes.
-    """
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised float images N×C×H×W to logits N×classes."""
-        return (self.network(images) + self.network(images.flip(-1))) / 2  # type: ignore[no-any-return]
 
 
 def augment(images: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:

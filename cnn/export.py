@@ -22,8 +22,8 @@ from cnn.config import TrainConfig
 from cnn.errors import InputError
 from cnn.networks import build_network
 from cnn.serving import ServedClassifier
-from cnn.trainer import predictor
 from cnn.weights import weights_sha256
+from cnn.wrappers import predictor
 
 TOLERANCE, ONNX_TOLERANCE = 1e-5, 1e-4
 """Largest difference of a probability: round-off, and that of another library's convolutions."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cnn.augment import Normalise
+from cnn.wrappers import Normalise
 
 
 class ServedClassifier(nn.Module):

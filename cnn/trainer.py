@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from cnn.augment import Normalise, TestTimeFlip, augment, mix
+from cnn.augment import augment, mix
 from cnn.clock import ComputeClock
 from cnn.config import TrainConfig
 from cnn.errors import InputError
@@ -30,6 +30,7 @@ from cnn.reports import EpochReport, StepReport
 from cnn.schedule import average_decay, learning_rate
 from cnn.streams import generator, seed_default_generator, stream_seed
 from cnn.weights import load_pretrained
+from cnn.wrappers import Normalise, predictor
 
 STEPS_LATE = 2  # figures are acted on this many steps after they were computed, so that nothing waits for a GPU
 REPORTS_AN_EPOCH = 50  # at most some more; each is the mean of equally many steps
@@ -81,11 +82,6 @@ def check_fits(config: TrainConfig, manifest: Manifest) -> None:
         )
     with torch.random.fork_rng(devices=[]):  # the device "meta" would load torch.compile, which takes seconds
         build(config, manifest)
-
-
-def predictor(network: nn.Module, config: TrainConfig) -> nn.Module:
-    """The network as it predicts: takes normalised images, and their mirror images too with `test_flip`."""
-    return TestTimeFlip(network) if config.test_flip else network
 
 
 def build(config: TrainConfig, manifest: Manifest) -> nn.Module:

@@ -9,14 +9,14 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from cnn.augment import Normalise
 from cnn.calibration import fit_temperature
 from cnn.config import TrainConfig
 from cnn.distributed import local_device
 from cnn.evaluate import predict_logits
 from cnn.manifest import Manifest
-from cnn.trainer import build, predictor
+from cnn.trainer import build
 from cnn.weights import load_weights, weights_sha256
+from cnn.wrappers import Normalise, predictor
 from infra import bucket_layout
 from infra.errors import ServiceError
 from infra.objectstore import ObjectStore

@@ -9,7 +9,7 @@ from prefect.context import FlowRunContext
 
 from cnn.config import TrainConfig
 from cnn.serving import ServedClassifier
-from cnn.trainer import predictor
+from cnn.wrappers import predictor
 from infra.objectstore import ObjectStore
 from infra.provenance import provenance
 from infra.registry import ModelVersion, check_model_name, create_version, log_model, version_of

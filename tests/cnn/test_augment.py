@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
-from cnn.augment import Normalise, augment, mix
-from cnn.augment import TestTimeFlip as FlippedNetwork  # pytest would collect it under its own name
+from cnn.augment import augment, mix
 from cnn.config import AugmentConfig
 from cnn.serving import ServedClassifier
+from cnn.wrappers import Normalise
+from cnn.wrappers import TestTimeFlip as FlippedNetwork
 
 NOTHING = AugmentConfig(flip=False, shift=0, cutout=0)
 DRAWS = 4000

@@ -18,10 +18,10 @@ from prefect.context import refresh_global_settings_context
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from cnn.augment import Normalise
 from cnn.serving import ServedClassifier
 from cnn.trainer import build
 from cnn.weights import save_weights
+from cnn.wrappers import Normalise
 from infra import tracking
 from infra.cache import Cache
 from infra.errors import UsageError
