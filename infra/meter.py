@@ -1,14 +1,8 @@
 """Counting bytes that several threads move, and stopping them."""
 
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 from infra.files import OnBytes
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Stopped(Exception):
@@ -52,19 +46,3 @@ class Meter:
             self.at(share)
 
         return moved
-
-
-def in_parallel(work: Callable[[T], R], items: Iterable[T], stop: threading.Event, *, threads: int = 8) -> list[R]:
-    """`[work(item) for item in items]` on a few threads.
-
-    The first error, or an interrupt, sets `stop`, drops what has not begun, and is raised when the others
-    have ended.
-    """
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise

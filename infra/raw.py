@@ -11,8 +11,8 @@ from infra import bucket_layout
 from infra.cache import Cache
 from infra.catalogue import Format, Sha256
 from infra.errors import ServiceError
-from infra.meter import in_parallel
 from infra.objectstore import ObjectMissing, ObjectStore
+from infra.threads import in_parallel
 
 LIST_FROM = 200  # files from which one listing of the bucket is quicker than a question for each
 

@@ -19,10 +19,10 @@ from cnn.split import Split
 from infra import bucket_layout
 from infra.cache import Cache
 from infra.errors import ServiceError
-from infra.meter import in_parallel
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.room import disk_limit
 from infra.settings import Settings
+from infra.threads import in_parallel
 
 if TYPE_CHECKING:
     from cnn.openshard import RawShard

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from cnn.journal import PackedShard, SurveyPart
 from cnn.split import SPLITS
 from infra import bucket_layout
-from infra.meter import in_parallel
 from infra.objectstore import ObjectMissing, ObjectStore
+from infra.threads import in_parallel
 from tasks.dataset import is_stored
 
 

@@ -25,11 +25,11 @@ from infra import bucket_layout
 from infra.cache import Cache
 from infra.files import locked
 from infra.listing import Listing
-from infra.meter import in_parallel
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.origin import ListedFiles, open_origin
 from infra.raw import ListingRef, RawSource
 from infra.settings import Settings
+from infra.threads import in_parallel
 from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetRef, is_whole, load_manifest
 from tasks.journal import Journal

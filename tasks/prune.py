@@ -23,11 +23,11 @@ from rich.filesize import decimal
 
 from infra import bucket_layout
 from infra.bucket_layout import COMMIT
-from infra.meter import in_parallel
 from infra.objectstore import ObjectInfo, ObjectMissing, ObjectStore
 from infra.promotion import Lineage
 from infra.raw import RawSource
 from infra.settings import Settings
+from infra.threads import in_parallel
 from tasks.dataset import DatasetDamaged, load_manifest, shards_of
 from tasks.flowruns import training_flow_runs
 from tasks.journal import noted_shards

@@ -28,13 +28,13 @@ from cnn.reading import SplitReader
 from infra import bucket_layout, tracking
 from infra.cache import Cache
 from infra.errors import GateRefused
-from infra.meter import in_parallel
 from infra.mlflowserver import mlflow_client
 from infra.objectstore import ObjectMissing, ObjectStore
 from infra.promotion import standing_champion
 from infra.registry import ModelVersion, RegisteredVersion, tag_version
 from infra.settings import Settings
 from infra.tags import NO_CHAMPION, VersionRecord
+from infra.threads import in_parallel
 from infra.versions import download_version, find_version
 from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetDamaged, load_manifest, open_cache, open_split

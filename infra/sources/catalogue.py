@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from infra.catalogue import CatalogueEntry, CatalogueFile
 from infra.errors import ServiceError
 from infra.files import OnBytes, file_digest, locked
-from infra.meter import Meter, in_parallel
+from infra.meter import Meter
 from infra.mirrors import addresses, obtain
 from infra.raw import RawBucket, RawFile, RawSource, read_record, write_record
 from infra.sources.base import Workplace, reusable
+from infra.threads import in_parallel
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from infra.errors import UsageError
 from infra.files import OnBytes, file_digest, temporary_file
 from infra.listing import Entry, Listing
-from infra.meter import Meter, in_parallel
+from infra.meter import Meter
 from infra.objectstore import ObjectStore
 from infra.origin import LocalOrigin, OnFiles, Origin, list_bucket, list_local
 from infra.raw import ListingRef, RawBucket, RawFile, RawSource, write_record
 from infra.sources.base import Workplace, slug, source_key
+from infra.threads import in_parallel
 
 KEEP_FILES, KEEP_BYTES = 50_000, 16 * 2**30
 """A folder with more is read where it lies, if nobody says otherwise."""
