@@ -25,8 +25,9 @@ from infra.objectstore import ObjectMissing, ObjectStore
 from infra.settings import Settings
 from infra.tags import DATA_GATE
 from tasks.cancel import stop_if_cancelled
+from tasks.contactsheet import contact_sheet
 from tasks.dataset import DatasetDamaged, DatasetRef, load_manifest, open_cache, open_split
-from tasks.figures import contact_sheet, png
+from tasks.drawing import png
 from tasks.markdown import plain
 from tasks.progress import progress, run_logger
 from tasks.retries import RETRIED

@@ -25,8 +25,9 @@ from tasks.cancel import stop_if_cancelled
 from tasks.dataset import DatasetRef, load_manifest, open_cache, open_split
 from tasks.predictions import store_predictions
 from tasks.progress import progress, run_logger
+from tasks.publish import publish_evaluation
 from tasks.reference import store_reference
-from tasks.report import EvaluationReport, evaluation_report, measure_footprint, publish_evaluation
+from tasks.report import EvaluationReport, evaluation_report, measure_footprint
 from tasks.retries import RETRIED
 from tasks.train import TrainResult
 

@@ -1,42 +1,24 @@
-"""The pictures of reports, by matplotlib: confusion matrix, reliability, galleries of images."""
+"""The pictures of an evaluation, by matplotlib: confusion matrix, reliability, galleries of images."""
 
-import io
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure, SubFigure
-from numpy.typing import NDArray
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from cnn.calibration import Reliability
 from cnn.reading import SplitReader
-from cnn.split import Split
-
-if TYPE_CHECKING:
-    from cnn.datachecks import DataChecks
-    from tasks.report import EvaluationReport, Example
+from tasks.drawing import COLUMNS, images_at, section, section_height, short
+from tasks.report import EvaluationReport, Example
 
 COUNTED_CLASSES = 20  # up to so many, the confusion matrix has the number in each cell; more would be unreadable
-SAMPLED_CLASSES = 40  # rows of a contact sheet; of more classes, evenly spaced ones are shown
-SAMPLES = 12  # images of each class
-COLUMNS = 8  # images side by side in a gallery
-NAME_LETTERS = 20
 
 DARK, BLUE, ORANGE = "#1b2a41", "#2f6db5", "#d9822b"
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-    return buffer.getvalue()
-
-
-def confusion_figure(report: "EvaluationReport") -> Figure:
+def confusion_figure(report: EvaluationReport) -> Figure:
     """Draw the confusion matrix: the colour is the share of the true class, the number counts images.
 
     The colour scale is a square root, so that a confusion of one image in a hundred can still be seen.
@@ -49,7 +31,7 @@ def confusion_figure(report: "EvaluationReport") -> Figure:
     figure = Figure(figsize=(side + 1.6, side + 0.8), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
-    names = [_short(scores.name) for scores in report.classes]
+    names = [short(scores.name) for scores in report.classes]
     letters = 9 if counted else 6
     axes.set_xticks(range(size), names, rotation=45 if counted else 90, fontsize=letters)
     if counted:
@@ -75,7 +57,7 @@ def confusion_figure(report: "EvaluationReport") -> Figure:
     return figure
 
 
-def reliability_figure(report: "EvaluationReport") -> Figure:
+def reliability_figure(report: EvaluationReport) -> Figure:
     """Draw accuracy over confidence, before and after the temperature, and how many images each bin has.
 
     On the diagonal a network keeps its word; below, it is too sure of itself.
@@ -111,7 +93,7 @@ def _reliability(upper: Axes, lower: Axes, found: Reliability) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def gallery_figure(report: "EvaluationReport", split: SplitReader) -> Figure:
+def gallery_figure(report: EvaluationReport, split: SplitReader) -> Figure:
     """Show the most confidently wrong and the hardest images of a report, each with what it is and was taken for.
 
     Args:
@@ -119,12 +101,16 @@ def gallery_figure(report: "EvaluationReport", split: SplitReader) -> Figure:
     """
     names = [scores.name for scores in report.classes]
 
-    def caption(example: "Example") -> str:
-        said = f"said {_short(names[example.predicted])} ({example.probability:.0%})"
-        return f"{said}\ntrue {_short(names[example.label])} ({example.true_probability:.0%})"
+    def caption(example: Example) -> str:
+        said = f"said {short(names[example.predicted])} ({example.probability:.0%})"
+        return f"{said}\ntrue {short(names[example.label])} ({example.true_probability:.0%})"
 
     sections = [
-        (f"{title} ({report.split} split)", _images(split, [e.index for e in examples]), [caption(e) for e in examples])
+        (
+            f"{title} ({report.split} split)",
+            images_at(split, [e.index for e in examples]),
+            [caption(e) for e in examples],
+        )
         for title, examples in (
             ("Most confidently wrong", report.confidently_wrong),
             ("Hardest to decide: the two likeliest classes are closest", report.hardest),
@@ -134,97 +120,14 @@ def gallery_figure(report: "EvaluationReport", split: SplitReader) -> Figure:
     return _gallery(sections)
 
 
-def contact_sheet(checks: "DataChecks", splits: Mapping[Split, SplitReader]) -> Figure:
-    """Show training images of each class, and below them the images that a check complains of.
-
-    Args:
-        splits: those that were checked.
-    """
-    train = splits["train"]
-    shown = np.unique(np.linspace(0, len(checks.classes) - 1, SAMPLED_CLASSES).round().astype(int)).tolist()
-    rows = [_images(train, _evenly(train.labels == label, SAMPLES)) for label in shown]
-    offenders = [
-        (
-            f"{kind}: the first of those found",
-            torch.cat([_images(splits[each.split], [each.index]) for each in found]),
-            [f"{each.split} {each.index}: {_short(checks.classes[each.label])}\n{each.note}" for each in found],
-        )
-        for kind in dict.fromkeys(each.check for each in checks.offenders)
-        if (found := [each for each in checks.offenders if each.check == kind])
-    ]
-    top = 0.5 + 0.5 * len(rows)
-    below = [_section_height(len(images)) for _, images, _ in offenders]
-    figure = Figure(figsize=(COLUMNS * 1.25, top + sum(below)), layout="constrained")
-    parts = figure.subfigures(1 + len(below), 1, height_ratios=(top, *below), squeeze=False)[:, 0]
-    axes = parts[0].add_subplot()
-    some = f"{len(shown)} of " if len(shown) < len(checks.classes) else ""
-    parts[0].suptitle(f"Training images of {some}{len(checks.classes)} classes")
-    sheet = _mosaic(rows, SAMPLES)
-    axes.imshow(sheet, aspect="equal", interpolation="nearest")
-    side = len(sheet) / len(rows)
-    axes.set_yticks(side * (np.arange(len(rows)) + 0.5), [_short(checks.classes[label]) for label in shown])
-    axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    for part, (title, images, captions) in zip(parts[1:], offenders, strict=True):
-        _section(part, title, images, captions)
-    return figure
-
-
 def _gallery(sections: Sequence[tuple[str, Tensor, Sequence[str]]]) -> Figure:
     """Titled groups of uint8 images n×C×H×W, each with a caption."""
-    heights = [_section_height(len(images)) for _, images, _ in sections]
+    heights = [section_height(len(images)) for _, images, _ in sections]
     figure = Figure(figsize=(COLUMNS * 1.25, max(1.0, sum(heights))), layout="constrained")
     if not sections:
         figure.text(0.5, 0.5, "no image to show", ha="center", va="center")
         return figure
     parts = figure.subfigures(len(sections), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (title, images, captions) in zip(parts, sections, strict=True):
-        _section(part, title, images, captions)
+        section(part, title, images, captions)
     return figure
-
-
-def _section_height(images: int) -> float:
-    return 0.5 + 1.6 * -(-images // COLUMNS)  # inches
-
-
-def _section(part: SubFigure, title: str, images: Tensor, captions: Sequence[str]) -> None:
-    part.suptitle(title)
-    grid = part.subplots(-(-len(images) // COLUMNS), COLUMNS, squeeze=False).ravel()
-    for axes in grid:
-        axes.axis("off")
-    for axes, image, caption in zip(grid, images, captions, strict=False):
-        axes.imshow(_rgb(image.numpy()), interpolation="nearest", vmin=0, vmax=255)
-        axes.set_title(caption, fontsize=6)
-
-
-def _mosaic(rows: Sequence[Tensor], columns: int) -> NDArray[np.uint8]:
-    """Rows of images n×C×H×W as one picture; what a row lacks stays white, and so does a frame around each image."""
-    _, _, height, width = rows[0].shape
-    frame = max(1, height // 24)
-    sheet = np.full((len(rows) * (height + frame), columns * (width + frame), 3), 255, dtype=np.uint8)
-    for row, images in enumerate(rows):
-        for column, image in enumerate(images.numpy()):
-            top, left = row * (height + frame), column * (width + frame)
-            sheet[top : top + height, left : left + width] = _rgb(image)
-    return sheet
-
-
-def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """C×H×W, grey or RGB, to H×W×3."""
-    return np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3))
-
-
-def _images(split: SplitReader, indices: Sequence[int]) -> Tensor:
-    return split.gather(torch.tensor(indices, dtype=torch.int64))[0]
-
-
-def _evenly(mask: Tensor, most: int) -> list[int]:
-    """Places where the mask is true, spread evenly over all such places."""
-    places = mask.nonzero().squeeze(1)
-    chosen = torch.linspace(0, len(places) - 1, min(most, len(places))).round().long()
-    return places[chosen].tolist()
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"

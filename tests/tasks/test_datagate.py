@@ -21,10 +21,10 @@ from infra import bucket_layout, tracking
 from infra.cache import Cache
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
+from tasks.contactsheet import contact_sheet
 from tasks.datagate import DataRefused, DataReport, data_gate, log_data_report
 from tasks.dataset import DatasetRef, load_manifest, open_split
 from tasks.download import download
-from tasks.figures import contact_sheet
 from tasks.preprocess import preprocess
 
 

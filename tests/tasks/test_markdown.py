@@ -13,7 +13,8 @@ from flows.summary import Summary, write_report
 from tasks.gateconfig import GateConfig
 from tasks.markdown import plain, shown
 from tasks.predict import Predictions
-from tasks.report import evaluation_report, report_markdown
+from tasks.publish import report_markdown
+from tasks.report import evaluation_report
 from tasks.servinggate import ServingCheck, ServingReport
 from tasks.table import Unread
 from tasks.verdict import Scored, judge

@@ -21,14 +21,10 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from cnn.errors import InputError
 from cnn.packed import PackedSplit
 from infra import tracking
-from tasks.figures import confusion_figure, gallery_figure, png, reliability_figure
-from tasks.report import (
-    EvaluationReport,
-    evaluation_report,
-    measure_footprint,
-    publish_evaluation,
-    report_markdown,
-)
+from tasks.drawing import png
+from tasks.figures import confusion_figure, gallery_figure, reliability_figure
+from tasks.publish import publish_evaluation, report_markdown
+from tasks.report import EvaluationReport, evaluation_report, measure_footprint
 
 
 @pytest.fixture
