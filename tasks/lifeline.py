@@ -15,6 +15,9 @@ PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 RANK_NAME = re.compile(r"rank-(\d+)")
 """Names of the processes of ranks, by their number among all ranks."""
 
+TORCHRUN_PID = "CONVOY_TORCHRUN_PID"
+"""The variable that tells ranks the id of their parent."""
+
 
 def _prctl(option: int, value: int) -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):

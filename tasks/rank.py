@@ -29,12 +29,11 @@ from infra.settings import Settings
 from tasks.checkpoints import CheckpointWriter, Snapshot, commit_weights, newest_checkpoint
 from tasks.dataset import load_manifest, open_cache, open_split
 from tasks.job import Event, Job, JobFolder, Outcome, say
-from tasks.lifeline import die_with_parent, name_process
+from tasks.lifeline import TORCHRUN_PID, die_with_parent, name_process
 from tasks.nodes.board import Board
 from tasks.outage import through_outage
 from tasks.patience import AT_MOST, FLUSH, REACH_STOP, SLACK
 from tasks.reading import open_training_split
-from tasks.torchrun import TORCHRUN_PID
 
 SPEED_OVER = 0.5  # seconds that a figure of speed covers at least
 

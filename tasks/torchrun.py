@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.lifeline import dying_with_this_process
+from tasks.lifeline import TORCHRUN_PID, dying_with_this_process
 from tasks.patience import TORCHRUN
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """The C library is to keep freed memory: else each step gives its largest blocks back, and page faults fetch them."""
 
-TORCHRUN_PID = "CONVOY_TORCHRUN_PID"  # tells ranks the id of their parent
 JOINS_WITHIN = 60  # seconds that the agents of all nodes have to meet
 
 ALONE = ("--nnodes", "1", "--rdzv-backend", "alone", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1")

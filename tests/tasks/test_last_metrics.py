@@ -17,9 +17,9 @@ from tasks.checkpoints import finished_outcome
 from tasks.config import CheckpointConfig, load_config
 from tasks.dataset import DatasetRef, open_cache
 from tasks.job import Job, JobFolder
+from tasks.lifeline import TORCHRUN_PID
 from tasks.retries import outlast
 from tasks.run import TrackedRun
-from tasks.torchrun import TORCHRUN_PID
 from tasks.train import train
 from tests.cnn.conftest import Packed, digits, many_shards  # noqa: F401  # fixtures
 from tests.infra.test_cache import flip
