@@ -8,10 +8,10 @@ from rich.filesize import decimal
 
 from cnn.reading import SplitReader
 from infra import tracking
+from infra.tags import TEMPERATURE
 from tasks.figures import confusion_figure, gallery_figure, reliability_figure
 from tasks.markdown import plain
 from tasks.report import EvaluationReport
-from tasks.versiontags import TEMPERATURE
 
 LISTED_CLASSES = 40  # up to so many, the table lists every class; else the worst ones
 LISTED_SLICES = 10  # of each column, the worst ones

@@ -17,22 +17,6 @@ from torch.nn import functional as F
 from cnn.calibration import Reliability, reliability, remark
 from cnn.errors import InputError
 from tasks.binomial import wilson_interval
-from tasks.figures import confusion_figure
-
-__all__ = [
-    "Calibration",
-    "ClassScores",
-    "EvaluationReport",
-    "Example",
-    "Footprint",
-    "Scores",
-    "SliceScores",
-    "confusion_figure",
-    "evaluation_report",
-    "measure_footprint",
-    "publish_evaluation",
-    "report_markdown",
-]
 
 Labels = NDArray[np.int64]
 
