@@ -22,7 +22,7 @@ from infra.versions import find_version
 from tasks.cancel import Cancelled
 from tasks.changes import what_changed
 from tasks.config import RunConfig
-from tasks.consumers import Consumer
+from tasks.consumers import Consumer, Server
 from tasks.datagate import DataRefused, data_gate, log_data_report
 from tasks.download import download
 from tasks.evaluate import Evaluation, evaluate, publish
@@ -128,11 +128,14 @@ def _train_and_release(
                 with ExitStack() as beside:
                     published = publish.submit(dataset, evaluated)
                     beside.callback(published.wait)  # nothing writes to the run once it is closed
-                    consumer = beside.enter_context(Consumer())  # it loads its libraries while others work
+                    # Those who try the model load their libraries while others work.
+                    consumer = beside.enter_context(Consumer())
+                    server = beside.enter_context(Server()) if config.serving.http else None
                     registered = laps("register", register(name, config.training(), dataset, trained, evaluated))
                     write_model_card(registered, config, dataset, trained, evaluated)
                     summary = _with_version(summary, run, trained, evaluated, registered)
-                    summary = laps("gates", _through_gates(summary, config, registered, evaluated, consumer, published))
+                    summary = _through_gates(summary, config, registered, evaluated, consumer, server, published)
+                    laps("gates", summary)
                 published.result()  # where a gate refused, nobody has asked for it yet
                 publish_page(outlast(partial(find_version, registered.address)))
                 log_cost(run.run_id, laps.seconds, trained.world_size * trained.train_seconds / 3600)
@@ -168,6 +171,7 @@ def _through_gates(
     registered: ModelVersion,
     evaluated: Evaluation | None,
     consumer: Consumer | None = None,
+    server: Server | None = None,
     published: PrefectFuture[None] | None = None,
 ) -> Summary:
     """Runs serving gate, quality gate, approval and release; returns the summary with the outcome.
@@ -177,6 +181,7 @@ def _through_gates(
     Args:
         evaluated: None if the serving gate has passed the version before.
         consumer: the fresh process of the serving gate, if one was started ahead.
+        server: likewise, its HTTP server.
         published: the publication of the evaluation.
     """
     if evaluated and (entries := promotions_of(registered)):
@@ -185,7 +190,7 @@ def _through_gates(
     summary = summary.model_copy(update={"champion": False})
     try:
         if evaluated:
-            serving_gate(registered, evaluated, config.serving, consumer)
+            serving_gate(registered, evaluated, config.serving, consumer, server)
         if published:
             published.result()  # before anything is released
         verdict = quality_gate(registered, config.gate)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlflow.pyfunc
 import numpy as np
-import torch  # noqa: F401  # which the models need
+import torch.export.pt2_archive  # noqa: F401  # which the models need
 from PIL import Image
 from safetensors.numpy import save_file
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ from infra.versions import CONSUMERS_ENVIRONMENT
 
 BATCH_SIZES = (1, 3, 64)
 CONSUMER = Path(__file__).with_name("consume.py")
-POLL = 0.2  # seconds between questions to a server that starts
+POLL = 0.1  # seconds between questions to a server that starts
 ENDS_WITHIN = 15.0  # seconds that a server has to end; twice its own patience and more
 
 
@@ -119,42 +119,100 @@ class Consumer:
         return Consumed(predictions={int(size): tensor for size, tensor in made.items()}, refusals=refusals)
 
 
-@contextmanager
-def http_server(uri: str, time_limit: float, given_up: Event | None = None) -> Iterator[httpx.Client]:
-    """Serve a model with `mlflow models serve` on a free port of 127.0.0.1; yields a client of it.
+class Server:
+    """`mlflow models serve` in a process of its own; it loads its libraries at once, and waits for a model to serve.
 
-    No process of the server is left when the block ends, or when this process does.
+    A context, after which the process and all that it has started are gone, with their files. If this process is
+    killed, they end by themselves.
+    """
+
+    def __enter__(self) -> Self:
+        self._folder = TemporaryDirectory()
+        self._log = Path(self._folder.name, "log")
+        with self._log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tasks.modelserver"],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                cwd=CONSUMER.parents[1],
+                env=_environment(self._folder.name),
+            )
+        self._used = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.dismiss()
+        try:
+            self._process.wait(ENDS_WITHIN)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has not been used, and lives."""
+        return not self._used and self._process.poll() is None
+
+    def serve(self, uri: str, client: httpx.Client, time_limit: float, given_up: Event) -> None:
+        """Serves a model at a client's address; once per server. Returns when it answers.
+
+        Raises:
+            ConsumerFailed: it did not start.
+        """
+        assert self._process.stdin
+        self._used = True
+        with suppress(BrokenPipeError):  # it has ended, as is said below
+            self._process.stdin.write(json.dumps({"uri": uri, "port": client.base_url.port}).encode() + b"\n")
+            self._process.stdin.flush()
+        deadline = time.monotonic() + time_limit
+        while self._process.poll() is None:
+            try:
+                if client.get("/ping", timeout=5.0).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            if time.monotonic() > deadline:
+                raise ConsumerFailed(f"{uri} was not served over HTTP within {time_limit:.0f} s: {log_end(self._log)}")
+            if given_up.wait(POLL):
+                raise ConsumerFailed(f"{uri} is not needed any more")
+        raise ConsumerFailed(
+            f"{uri} cannot be served over HTTP (status {self._process.returncode}): {log_end(self._log)}"
+        )
+
+    def dismiss(self) -> None:
+        """Has it end, without waiting for that."""
+        assert self._process.stdin
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+
+@contextmanager
+def http_server(
+    uri: str, time_limit: float, given_up: Event | None = None, server: Server | None = None
+) -> Iterator[httpx.Client]:
+    """Serve a model with `mlflow models serve` on a free port of 127.0.0.1; yields a client of it.
 
     Args:
         uri: `models:/name/version`.
         time_limit: seconds to start, and for each answer.
         given_up: set when nobody needs the server any more; its start is then broken off.
+        server: the one to use, which is told to end with the block; None, or a used one, starts another, of which no
+            process is left when the block ends.
 
     Raises:
         ConsumerFailed: it did not start.
     """
     port = next(port for port in random.SystemRandom().sample(CHOICE, 200) if is_free(port))
-    with TemporaryDirectory() as temporary:
-        log = Path(temporary, "log")
-        with log.open("wb") as output:
-            server = subprocess.Popen(
-                [sys.executable, "-m", "tasks.modelserver", uri, str(port)],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                cwd=CONSUMER.parents[1],
-                env=_environment(temporary),
-            )
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=time_limit, trust_env=False) as client:
-                _wait_for(client, server, log, uri, time_limit, given_up or Event())
-                yield client
-        finally:
-            try:
-                server.communicate(timeout=ENDS_WITHIN)  # closes its standard input
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+    with ExitStack() as started:
+        if server is None or not server.is_waiting:
+            server = started.enter_context(Server())
+        started.callback(server.dismiss)
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=time_limit, trust_env=False)
+        with client:
+            server.serve(uri, client, time_limit, given_up or Event())
+            yield client
 
 
 def post_images(client: httpx.Client, content: object) -> httpx.Response:
@@ -165,20 +223,3 @@ def post_images(client: httpx.Client, content: object) -> httpx.Response:
 def _environment(temporary: str) -> dict[str, str]:
     """Has MLflow put the files of the model, which it leaves behind, where they are removed with the rest."""
     return os.environ | CONSUMERS_ENVIRONMENT | {"TMPDIR": temporary}
-
-
-def _wait_for(
-    client: httpx.Client, server: subprocess.Popen[bytes], log: Path, uri: str, time_limit: float, given_up: Event
-) -> None:
-    deadline = time.monotonic() + time_limit
-    while server.poll() is None:
-        try:
-            if client.get("/ping", timeout=5.0).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        if time.monotonic() > deadline:
-            raise ConsumerFailed(f"{uri} was not served over HTTP within {time_limit:.0f} s: {log_end(log)}")
-        if given_up.wait(POLL):
-            raise ConsumerFailed(f"{uri} is not needed any more")
-    raise ConsumerFailed(f"{uri} cannot be served over HTTP (status {server.returncode}): {log_end(log)}")

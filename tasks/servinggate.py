@@ -21,7 +21,7 @@ from infra.registry import ModelVersion, set_alias, tag_version
 from infra.settings import Settings
 from infra.tags import SERVING
 from tasks.cancel import stop_if_cancelled
-from tasks.consumers import Consumer, ConsumerFailed, batch_sizes, http_server, post_images
+from tasks.consumers import Consumer, ConsumerFailed, Server, batch_sizes, http_server, post_images
 from tasks.evaluate import Evaluation
 from tasks.gateconfig import ServingConfig
 from tasks.markdown import plain
@@ -77,7 +77,11 @@ class ServingRefused(GateRefused):
 
 @task(name="serving-gate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
 def serving_gate(
-    registered: ModelVersion, evaluated: Evaluation, config: ServingConfig, consumer: Consumer | None = None
+    registered: ModelVersion,
+    evaluated: Evaluation,
+    config: ServingConfig,
+    consumer: Consumer | None = None,
+    server: Server | None = None,
 ) -> ServingReport:
     """Use the version as a consumer would, and only then point `challenger` at it.
 
@@ -87,6 +91,7 @@ def serving_gate(
 
     Args:
         consumer: the fresh process to use; None, or a used one, starts another.
+        server: likewise.
 
     Raises:
         Cancelled: the flow run was cancelled.
@@ -99,7 +104,9 @@ def serving_gate(
     with ExitStack() as started:
         if consumer is None or not consumer.is_waiting:
             consumer = started.enter_context(Consumer())
-        report = try_serving(registered, reference["images"], reference["probabilities"], tolerance, config, consumer)
+        report = try_serving(
+            registered, reference["images"], reference["probabilities"], tolerance, config, consumer, server
+        )
     tracking.log_text(evaluated.run_id, "report/serving.json", report.model_dump_json(indent=2))
     tracking.log_text(evaluated.run_id, "report/serving.md", report.markdown())
     create_markdown_artifact(report.markdown(), key="serving-gate", description=f"MLflow run {evaluated.run_id}")
@@ -116,7 +123,13 @@ def serving_gate(
 
 
 def try_serving(
-    model: ModelVersion, images: Tensor, expected: Tensor, tolerance: float, config: ServingConfig, consumer: Consumer
+    model: ModelVersion,
+    images: Tensor,
+    expected: Tensor,
+    tolerance: float,
+    config: ServingConfig,
+    consumer: Consumer,
+    server: Server | None = None,
 ) -> ServingReport:
     """Makes all checks; the server starts while the fresh process is at work.
 
@@ -125,11 +138,12 @@ def try_serving(
         expected: probabilities float32 N×classes.
         tolerance: largest difference of a probability.
         consumer: one that is waiting.
+        server: likewise; None starts one.
     """
     given_up = Event()
     with ThreadPoolExecutor(1) as beside:
         try:
-            http = beside.submit(list, _over_http(model, images, expected, tolerance, config, given_up))
+            http = beside.submit(list, _over_http(model, images, expected, tolerance, config, given_up, server))
             checks = list(_in_fresh_process(model, images, expected, tolerance, config, consumer))
             if checks[0].passed:  # else it cannot be served either
                 checks += http.result()
@@ -159,12 +173,18 @@ def _in_fresh_process(
 
 
 def _over_http(
-    model: ModelVersion, images: Tensor, expected: Tensor, tolerance: float, config: ServingConfig, given_up: Event
+    model: ModelVersion,
+    images: Tensor,
+    expected: Tensor,
+    tolerance: float,
+    config: ServingConfig,
+    given_up: Event,
+    server: Server | None,
 ) -> Iterator[ServingCheck]:
     if not config.http:
         return
     try:
-        with http_server(model.uri, config.time_limit, given_up) as client:
+        with http_server(model.uri, config.time_limit, given_up, server) as client:
             yield ServingCheck(name="is served over HTTP", passed=True, detail="mlflow models serve")
 
             def ask(content: object) -> httpx.Response:
