@@ -11,7 +11,7 @@ from torch import Tensor
 from cnn.datachecks import DataChecks
 from cnn.reading import SplitReader
 from cnn.split import Split
-from tasks.drawing import COLUMNS, images_at, rgb, section, section_height, short
+from tasks.drawing import CELL, COLUMNS, images_at, rgb, section, section_height, short
 
 SAMPLED_CLASSES = 40  # rows of a contact sheet; of more classes, evenly spaced ones are shown
 SAMPLES = 12  # images of each class
@@ -37,7 +37,7 @@ def contact_sheet(checks: DataChecks, splits: Mapping[Split, SplitReader]) -> Fi
     ]
     top = 0.5 + 0.5 * len(rows)
     below = [section_height(len(images)) for _, images, _ in offenders]
-    figure = Figure(figsize=(COLUMNS * 1.25, top + sum(below)), layout="constrained")
+    figure = Figure(figsize=(COLUMNS * CELL[0], top + sum(below)), layout="constrained")
     parts = figure.subfigures(1 + len(below), 1, height_ratios=(top, *below), squeeze=False)[:, 0]
     axes = parts[0].add_subplot()
     some = f"{len(shown)} of " if len(shown) < len(checks.classes) else ""

@@ -12,6 +12,7 @@ from torch import Tensor
 from cnn.reading import SplitReader
 
 COLUMNS = 8  # images side by side in a gallery
+CELL, SIDE = (1.25, 1.6), 1.15  # inches: an image with its caption and the space around, and the image's side
 NAME_LETTERS = 20
 
 
@@ -24,18 +25,25 @@ def png(figure: Figure) -> bytes:
 
 def section_height(images: int) -> float:
     """The height of a section with so many images, in inches."""
-    return 0.5 + 1.6 * -(-images // COLUMNS)
+    return 0.5 + CELL[1] * -(-images // COLUMNS)
 
 
 def section(part: SubFigure, title: str, images: Tensor, captions: Sequence[str]) -> None:
     """Fill a part of a figure with uint8 images n×C×H×W, side by side, below a title; each has a caption."""
     part.suptitle(title)
-    grid = part.subplots(-(-len(images) // COLUMNS), COLUMNS, squeeze=False).ravel()
-    for axes in grid:
-        axes.axis("off")
-    for axes, image, caption in zip(grid, images, captions, strict=False):
-        axes.imshow(rgb(image.numpy()), interpolation="nearest", vmin=0, vmax=255)
-        axes.set_title(caption, fontsize=6)
+    axes = part.add_subplot()  # one for all: matplotlib takes seconds to lay out a pair of axes per image
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = CELL[0] * (number % COLUMNS), CELL[1] * (number // COLUMNS)
+        axes.imshow(
+            rgb(image.numpy()),
+            interpolation="nearest",
+            vmin=0,
+            vmax=255,
+            extent=(left, left + SIDE, top + CELL[1], top + CELL[1] - SIDE),
+        )
+        axes.text(left + SIDE / 2, top + CELL[1] - SIDE - 0.03, caption, fontsize=6, ha="center", va="bottom")
+    axes.axis("off")
+    axes.set(xlim=(0, CELL[0] * COLUMNS), ylim=(CELL[1] * -(-len(images) // COLUMNS), 0))
 
 
 def rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cnn.calibration import Reliability
 from cnn.reading import SplitReader
-from tasks.drawing import COLUMNS, images_at, section, section_height, short
+from tasks.drawing import CELL, COLUMNS, images_at, section, section_height, short
 from tasks.report import EvaluationReport, Example
 
 COUNTED_CLASSES = 20  # up to so many, the confusion matrix has the number in each cell; more would be unreadable
@@ -123,7 +123,7 @@ def gallery_figure(report: EvaluationReport, split: SplitReader) -> Figure:
 def _gallery(sections: Sequence[tuple[str, Tensor, Sequence[str]]]) -> Figure:
     """Titled groups of uint8 images n×C×H×W, each with a caption."""
     heights = [section_height(len(images)) for _, images, _ in sections]
-    figure = Figure(figsize=(COLUMNS * 1.25, max(1.0, sum(heights))), layout="constrained")
+    figure = Figure(figsize=(COLUMNS * CELL[0], max(1.0, sum(heights))), layout="constrained")
     if not sections:
         figure.text(0.5, 0.5, "no image to show", ha="center", va="center")
         return figure

@@ -210,13 +210,14 @@ def guesses(split: PackedSplit, temperature: float = 1.0) -> EvaluationReport:
 def test_gallery_shows_the_images_themselves_with_label_and_prediction(split: PackedSplit) -> None:
     report = guesses(split)
     figure = gallery_figure(report, split)
-    shown = [axes for part in figure.subfigs for axes in part.axes if axes.images]
+    drawn = [axes for part in figure.subfigs for axes in part.axes]
+    shown = [image for axes in drawn for image in axes.images]
     assert len(shown) == len(report.confidently_wrong) + len(report.hardest)
     first = report.confidently_wrong[0]
-    assert shown[0].get_title() == (
+    assert drawn[0].texts[0].get_text() == (
         f"said {first.predicted} ({first.probability:.0%})\ntrue {first.label} ({first.true_probability:.0%})"
     )
-    pixels = shown[0].images[0].get_array()
+    pixels = shown[0].get_array()
     assert torch.equal(torch.from_numpy(pixels[..., 0].copy()), split.slice(first.index, first.index + 1)[0][0, 0])
     assert png(figure).startswith(b"\x89PNG")
 
