@@ -29,7 +29,7 @@ from tasks.memoryfile import memory_file
 from tasks.patience import HUNG, OWNER
 from tasks.torchrun import ALONE, start_torchrun
 
-POLL = 0.2  # seconds
+POLL = 0.1  # seconds
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ from tasks.progress import Advance, progress, run_logger
 from tasks.retries import outlast
 from tasks.run import Interrupted, TrackedRun
 
-WATCH_EVERY = 0.3  # seconds between looks at the supervisor and its news
+WATCH_EVERY = 0.1  # seconds between looks at the supervisor and its news
 
 
 class TrainingFailed(RuntimeError):
