@@ -25,12 +25,12 @@ from prefect.utilities.urls import url_for
 from pydantic import BaseModel, ConfigDict
 
 from flows.summary import Summary
-from infra import tracking
 from infra.errors import ServiceError, UsageError
 from infra.tags import FLOW_RUN, MLFLOW_RUN
 from tasks.config import load_config
 
-POLL = 2.0  # seconds
+POLL = 2.0  # seconds between looks at a flow run, at most
+PACE = 0.05  # share of the time waited so far after which to look again: a short run is not waited for much longer
 OUTAGE = 1800.0  # seconds that Prefect may be away while a command waits for a flow run
 AWAY = "Prefect does not answer"
 UNTAKEN = 30.0  # seconds after which to say that no worker has taken a run
@@ -175,7 +175,7 @@ def follow(flow_run_id: UUID, tell: Callable[[str], None]) -> tuple[Summary, lis
             if not told and run.start_time is None and time.monotonic() - began > UNTAKEN:
                 tell("no worker has taken it yet: is a `convoy worker` running?")
                 told = True
-            time.sleep(POLL)
+            time.sleep(min(POLL, 0.1 + PACE * (time.monotonic() - began)))
         artifacts = client.read_artifacts(
             artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
         )
@@ -214,6 +214,8 @@ def cancel(run: str) -> str:
         UsageError: there is none of that id, or it has ended.
         ServiceError: Prefect refuses.
     """
+    from infra import tracking  # only here: it loads MLflow, which the other commands do without
+
     flow_run_id = tracking.run_tags(run).get(FLOW_RUN, run)
     with get_client(sync_client=True) as client:
         try:

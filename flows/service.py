@@ -14,6 +14,7 @@ from flows.summary import check_writable, write_report
 from infra.errors import UsageError
 from infra.settings import Settings
 
+LOOK_EVERY = "2"  # seconds between a worker's looks for runs; Prefect's default is 10
 DEPLOYMENTS = Path(__file__).parents[1] / "infra" / "prefect.yaml"
 
 
@@ -50,6 +51,7 @@ def worker(
     for finding in settle_all():
         say(f"settled: {finding}")
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"  # this process is for reading its log
+    os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", LOOK_EVERY)
     command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
     sys.stdout.flush()
     # At SIGTERM, Prefect's worker sends itself a SIGINT, which a script's background job ignores.

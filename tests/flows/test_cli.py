@@ -245,6 +245,8 @@ def test_help_and_refusals_load_no_heavy_library(arguments: list[str], tmp_path:
         (["status"], ""),
         (["runs"], "boto3 mlflow"),
         (["history", "nobodys"], "boto3 mlflow"),
+        (["retrain", "-d", "nobodys"], "prefect"),
+        (["notify-data", "nobodys"], "prefect"),
         (["doctor"], "boto3 mlflow prefect"),
         (["predict", "nobodys", "."], "boto3 mlflow prefect"),
     ],
