@@ -261,7 +261,7 @@ def test_a_command_loads_only_what_it_needs(stack: object, arguments: list[str],
         ("flows.train", "boto3 matplotlib mlflow prefect torch"),
         ("tasks.supervisor", ""),
         ("tasks.torchrun", ""),
-        ("tasks.forkedranks", "boto3 torch"),
+        ("tasks.forkedranks", "boto3 torch torch._dynamo"),
     ],
 )
 def test_a_program_of_a_training_loads_only_what_it_needs(module: str, loaded: str, tmp_path: Path) -> None:
