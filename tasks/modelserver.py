@@ -1,6 +1,6 @@
 """The program that serves a registered model over HTTP until its standard input closes; tasks/consumers.py starts it.
 
-    python -m tasks.modelserver        with the line {"uri": …, "port": …} as the beginning of its standard input
+    python -m tasks.modelserver     (the line {"uri": …, "port": …} comes on its standard input)
 
 It runs `mlflow models serve` on 127.0.0.1, which loads its libraries before it is told what to do. However the process
 that started this one ends, the kernel closes the pipe, and the server goes with all that it has started.
