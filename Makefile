@@ -57,7 +57,7 @@ down: setup
 
 # Random passwords for infra/compose.yaml; refuses if there are some.
 team-secrets:
-	@$(PYTHON) infra/teamsecrets.py
+	@$(PYTHON) infra/team_secrets.py
 
 bench: setup .venv/bench-ready .venv/mosaicml-ready
 	$(BIN)/python -m tests.bench $(ARGS)

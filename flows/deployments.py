@@ -26,8 +26,8 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.summary import Summary
 from infra.errors import ServiceError, UsageError
-from infra.tags import FLOW_RUN, MLFLOW_RUN
-from tasks.config import load_config
+from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN
+from tasks.config.run import load_config
 
 POLL = 2.0  # seconds between looks at a flow run, at most
 PACE = 0.05  # share of the time waited so far after which to look again: a short run is not waited for much longer
@@ -214,9 +214,9 @@ def cancel(run: str) -> str:
         UsageError: there is none of that id, or it has ended.
         ServiceError: Prefect refuses.
     """
-    from infra import tracking  # only here: it loads MLflow, which the other commands do without
+    from infra.tracking import mlflow_runs  # only here: it loads MLflow, which the other commands do without
 
-    flow_run_id = tracking.run_tags(run).get(FLOW_RUN, run)
+    flow_run_id = mlflow_runs.run_tags(run).get(FLOW_RUN, run)
     with get_client(sync_client=True) as client:
         try:
             found = client.read_flow_run(UUID(flow_run_id))

@@ -12,36 +12,37 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
-from flows.approval import ask
 from flows.summary import Summary
-from infra import stopping, tracking
 from infra.errors import GateRefused
-from infra.output import outlive_readers
-from infra.registry import ModelVersion
-from infra.versions import find_version
-from tasks.cancel import Cancelled
-from tasks.changes import what_changed
-from tasks.config import RunConfig
-from tasks.consumers import Consumer, Server
-from tasks.datagate import DataRefused, data_gate, log_data_report
-from tasks.download import download
-from tasks.evaluate import Evaluation, evaluate, publish
-from tasks.flowruns import flow_is_alive
-from tasks.launchconfig import check_installed
-from tasks.lease import model_lease
-from tasks.modelcard import write_model_card
-from tasks.page import publish_page
-from tasks.preprocess import preprocess
-from tasks.pretrained import pretrained
-from tasks.promote import champion_data, promotions_of
-from tasks.qualitygate import QualityRefused, quality_gate
-from tasks.register import register
-from tasks.release import release
-from tasks.retries import outlast
-from tasks.run import TrackedRun, fitted, log_cost, recorded_dataset, tracked_run
-from tasks.runrecord import check_resumable, read_record
-from tasks.servinggate import serving_gate
-from tasks.train import TrainResult, train
+from infra.machine import stopping
+from infra.machine.output import outlive_readers
+from infra.tracking import mlflow_runs
+from infra.tracking.model_registry import ModelVersion
+from infra.tracking.model_versions import find_version
+from tasks.config.launchers import check_installed
+from tasks.config.run import RunConfig
+from tasks.data.data_gate import DataRefused, data_gate, log_data_report
+from tasks.data.download import download
+from tasks.data.preprocess import preprocess
+from tasks.evaluation.evaluate import Evaluation, evaluate, publish
+from tasks.orchestration.cancellation import Cancelled
+from tasks.orchestration.flow_runs import flow_is_alive
+from tasks.orchestration.model_lease import model_lease
+from tasks.orchestration.retries import outlast
+from tasks.release.approval import ask
+from tasks.release.model_card import write_model_card
+from tasks.release.promote import champion_data, promotions_of
+from tasks.release.quality_gate import QualityRefused, quality_gate
+from tasks.release.register import register
+from tasks.release.release import release
+from tasks.release.report_page import publish_page
+from tasks.release.retrain_decision import what_changed
+from tasks.release.serving.clients import Consumer, Server
+from tasks.release.serving_gate import serving_gate
+from tasks.training.pretrained import pretrained
+from tasks.training.runs.run_record import check_resumable, read_record
+from tasks.training.runs.tracked_run import TrackedRun, fitted, log_cost, recorded_dataset, tracked_run
+from tasks.training.train import TrainResult, train
 
 NOTHING: frozenset[str] = frozenset()
 Output = TypeVar("Output")
@@ -71,10 +72,10 @@ def train_and_release(
 def _train_and_release(
     config: RunConfig, refresh: frozenset[str], resume: str | None, *, only_if_changed: bool, force: bool
 ) -> Summary | State[Summary]:
-    stopping.overhear()  # in a worker's process; see tasks.cancel.stop_if_told
+    stopping.overhear()  # in a worker's process; see tasks.orchestration.cancellation.stop_if_told
     laps = _Laps()
     check_installed(config.launcher)  # before hours of work, rather than after
-    tracking.check_server()
+    mlflow_runs.check_server()
     reused: tuple[str, ...]
     if resume:
         dataset, reused = recorded_dataset(read_record(resume)), ("download", "preprocess")
@@ -221,7 +222,7 @@ def _with_version(
             "world_size": trained.world_size,
             "train_seconds": round(trained.train_seconds, 3),
             "images_per_second": round(trained.images_per_second, 1),
-            "mlflow_tracking_uri": tracking.tracking_uri(),
+            "mlflow_tracking_uri": mlflow_runs.tracking_uri(),
             "mlflow_run_id": run.run_id,
             "mlflow_run_url": run.url,
             "checkpoint_prefix": run.checkpoint_prefix,

@@ -9,14 +9,14 @@ from tempfile import NamedTemporaryFile
 
 from prefect import flow
 
-from tasks.predict import Predictions, predict
+from tasks.prediction.predict import Predictions, predict
 
 PARAMETER_BYTES = 100_000  # Prefect refuses parameters of more than 524 288 bytes, and keeps and shows what it takes
 
 
 @flow(name="predict", flow_run_name="{model}", persist_result=False)
 def predict_flow(model: str, inputs: list[str], out: str, inputs_file: str | None = None) -> Predictions:
-    """Predict the class of every image among the inputs; for the arguments see `tasks.predict.predict`.
+    """Predict the class of every image among the inputs; for the arguments see `tasks.prediction.predict.predict`.
 
     Args:
         inputs_file: a file that names more inputs, each followed by a NUL byte, as `find -print0` writes them.

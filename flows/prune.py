@@ -2,8 +2,8 @@
 
 from prefect import flow
 
-from tasks.prune import Pruned, prune
-from tasks.retention import RetentionConfig
+from tasks.config.retention import RetentionConfig
+from tasks.upkeep.prune import Pruned, prune
 
 DEFAULTS = RetentionConfig()
 

@@ -4,7 +4,7 @@ from prefect import flow
 
 from flows.pipeline import train_and_release
 from flows.summary import Summary
-from tasks.config import RunConfig
+from tasks.config.run import RunConfig
 
 
 @flow(name="retrain", flow_run_name="{config.dataset} {config.model}", persist_result=False)

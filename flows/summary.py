@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
-from tasks.markdown import plain, shown
+from tasks.reporting.markdown import plain, shown
 
 
 class Summary(BaseModel):

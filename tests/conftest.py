@@ -19,21 +19,21 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
-from infra.ports import CHOICE
 from infra.settings import Settings
-from infra.stack import Endpoints, down, up
+from infra.stack.local_stack import Endpoints, down, up
+from infra.stack.ports import CHOICE
 
 if TYPE_CHECKING:
-    from infra.objectstore import ObjectStore
+    from infra.storage.object_store import ObjectStore
 
 REPOSITORY = Path(__file__).parents[1]
 USERS_OWN = ("AWS_", "CONVOY_", "MLFLOW_", "PREFECT_")
 STOP_WHEN_ORPHANED = """
 import sys
 from pathlib import Path
-from infra.ports import CHOICE
+from infra.stack.ports import CHOICE
 from infra.settings import Settings
-from infra.stack import down
+from infra.stack.local_stack import down
 sys.stdin.read()
 down(Settings(home=Path(sys.argv[1])))
 """
@@ -152,7 +152,7 @@ def store(s3: Endpoints) -> "Iterator[ObjectStore]":
 
     It is the same for all tests, since each bucket takes a volume of its own from SeaweedFS, whose number is bounded.
     """
-    from infra.objectstore import ObjectStore
+    from infra.storage.object_store import ObjectStore
 
     store = ObjectStore.connect("test")
     yield store

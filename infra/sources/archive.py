@@ -10,13 +10,13 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.catalogue import ARCHIVES
 from infra.errors import ServiceError, UsageError
-from infra.files import OnBytes
-from infra.meter import Meter
-from infra.raw import RawBucket, RawFile, RawSource, write_record
+from infra.fetch.meter import Meter
+from infra.fetch.web import display
+from infra.machine.files import OnBytes
 from infra.sources.base import Workplace, slug, source_key
-from infra.webfetch import display
+from infra.sources.entries import ARCHIVES
+from infra.sources.raw_data import RawBucket, RawFile, RawSource, write_record
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Protocol
 
-from infra.cache import Cache
-from infra.files import OnBytes
-from infra.mirrors import Mirrors
-from infra.objectstore import ObjectStore
-from infra.raw import RawBucket, RawSource, read_record
+from infra.machine.files import OnBytes
+from infra.sources.mirrors import Mirrors
+from infra.sources.raw_data import RawBucket, RawSource, read_record
+from infra.storage.cache import Cache
+from infra.storage.object_store import ObjectStore
 
 
 @dataclass(frozen=True, kw_only=True)

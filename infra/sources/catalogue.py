@@ -3,14 +3,14 @@
 import threading
 from dataclasses import dataclass
 
-from infra.catalogue import CatalogueEntry, CatalogueFile
 from infra.errors import ServiceError
-from infra.files import OnBytes, file_digest, locked
-from infra.meter import Meter
-from infra.mirrors import addresses, obtain
-from infra.raw import RawBucket, RawFile, RawSource, read_record, write_record
+from infra.fetch.meter import Meter
+from infra.machine.files import OnBytes, file_digest, locked
+from infra.machine.threads import in_parallel
 from infra.sources.base import Workplace, reusable
-from infra.threads import in_parallel
+from infra.sources.entries import CatalogueEntry, CatalogueFile
+from infra.sources.mirrors import addresses, obtain
+from infra.sources.raw_data import RawBucket, RawFile, RawSource, read_record, write_record
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class CatalogueSource:
 
     entry: CatalogueEntry
     own_mirror: str | None = None
-    """The user's mirror, asked first: a folder, or an address of any scheme in `infra.mirrors`."""
+    """The user's mirror, asked first: a folder, or an address of any scheme in `infra.sources.mirrors`."""
 
     @property
     def name(self) -> str:

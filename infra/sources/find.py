@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
-from infra.catalogue import ARCHIVES, CATALOGUE, CHOICES, CatalogueEntry, no_such_dataset
 from infra.errors import UsageError
-from infra.mirrors import Mirrors
-from infra.origin import OnFiles
+from infra.fetch.web import display, file_name
 from infra.sources.archive import ArchiveSource
 from infra.sources.catalogue import CatalogueSource
+from infra.sources.entries import ARCHIVES, CATALOGUE, CHOICES, CatalogueEntry, no_such_dataset
 from infra.sources.folder import FolderSource, bucket_folder, local_folder
-from infra.webfetch import display, file_name
+from infra.sources.location import OnFiles
+from infra.sources.mirrors import Mirrors
 
 
 def find_source(

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import UsageError
-from infra.files import OnBytes, file_digest, temporary_file
-from infra.listing import Entry, Listing
-from infra.meter import Meter
-from infra.objectstore import ObjectStore
-from infra.origin import LocalOrigin, OnFiles, Origin, list_bucket, list_local
-from infra.raw import ListingRef, RawBucket, RawFile, RawSource, write_record
+from infra.fetch.meter import Meter
+from infra.machine.files import OnBytes, file_digest, temporary_file
+from infra.machine.threads import in_parallel
 from infra.sources.base import Workplace, slug, source_key
-from infra.threads import in_parallel
+from infra.sources.listing import Entry, Listing
+from infra.sources.location import LocalOrigin, OnFiles, Origin, list_bucket, list_local
+from infra.sources.raw_data import ListingRef, RawBucket, RawFile, RawSource, write_record
+from infra.storage.object_store import ObjectStore
 
 KEEP_FILES, KEEP_BYTES = 50_000, 16 * 2**30
 """A folder with more is read where it lies, if nobody says otherwise."""
@@ -136,7 +136,7 @@ class FolderSource:
 
 
 def local_folder(root: Path, on_files: OnFiles = lambda count: None) -> FolderSource:
-    """See `infra.origin.list_local`."""
+    """See `infra.sources.location.list_local`."""
     found = list_local(root, on_files)
     absolute = root.absolute()
     title = absolute.resolve().name if absolute.name in {"", ".."} else absolute.name
@@ -146,7 +146,7 @@ def local_folder(root: Path, on_files: OnFiles = lambda count: None) -> FolderSo
 
 
 def bucket_folder(store: ObjectStore, prefix: str, on_files: OnFiles = lambda count: None) -> FolderSource:
-    """See `infra.origin.list_bucket`."""
+    """See `infra.sources.location.list_bucket`."""
     found = list_bucket(store, prefix, on_files)
     title = prefix.rstrip("/").rpartition("/")[2] or store.bucket
     return FolderSource(

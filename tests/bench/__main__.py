@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tasks.environment import describe
-from tasks.lifeline import adopt_orphans, end_descendants
+from infra.machine.lifeline import adopt_orphans, end_descendants
+from tasks.upkeep.environment import describe
 from tests.bench import checkpoints, frameworks, loaders, memory, overhead, scaling, training
 from tests.bench.comparison import Comparison, NotInstalled, keep_memory
 from tests.bench.streaming import IMAGES, LEAST, streaming

@@ -7,14 +7,14 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from cnn.distributed import make_deterministic, process_group
-from cnn.trainer import Trainer
-from infra.objectstore import ObjectStore
+from cnn.distributed.process_group import make_deterministic, process_group
+from cnn.training.trainer import Trainer
 from infra.settings import Settings
-from infra.stack import down, up
-from tasks.checkpoints import CheckpointWriter, Snapshot
-from tasks.config import CheckpointConfig
-from tasks.job import Job
+from infra.stack.local_stack import down, up
+from infra.storage.object_store import ObjectStore
+from tasks.config.run import CheckpointConfig
+from tasks.training.checkpoints import CheckpointWriter, Snapshot
+from tasks.training.protocol.job import Job
 from tests.bench.comparison import Comparison, Side, compare, keep_memory, rate
 from tests.bench.data import open_packed, packed_images
 from tests.bench.rank_program import train_step

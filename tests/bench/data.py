@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cnn.manifest import DataReport, Manifest, SplitInfo, Spread
-from cnn.packed import PackedSplit
-from cnn.shards import ShardWriter, shard_path
+from cnn.data.manifest import DataReport, Manifest, SplitInfo, Spread
+from cnn.data.mapped_split import PackedSplit
+from cnn.data.shard_writer import ShardWriter, shard_path
 
 CLASSES = 10
 CHUNK = 50_000  # images made at a time

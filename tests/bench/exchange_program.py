@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from cnn.distributed import make_deterministic, process_group
+from cnn.distributed.process_group import make_deterministic, process_group
 
 LEAST = 0.3  # seconds that a round takes at least
 

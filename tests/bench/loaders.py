@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image
 
-from cnn.distributed import make_deterministic
-from cnn.packed import PackedSplit
-from cnn.shards import ShardWriter, shard_path
-from cnn.streams import epoch_order
+from cnn.data.mapped_split import PackedSplit
+from cnn.data.shard_writer import ShardWriter, shard_path
+from cnn.distributed.process_group import make_deterministic
+from cnn.training.random_streams import epoch_order
 from tests.bench.comparison import Comparison, Side, compare, fastest, rate, require
 from tests.bench.data import CLASSES, pictures
 

@@ -13,9 +13,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from cnn.distributed import make_deterministic, process_group
-from cnn.trainer import Trainer
-from tasks.lifeline import die_with_parent
+from cnn.distributed.process_group import make_deterministic, process_group
+from cnn.training.trainer import Trainer
+from infra.machine.lifeline import die_with_parent
 from tests.bench.comparison import Comparison, Side, compare
 from tests.bench.data import open_packed, packed_images
 from tests.bench.rank_program import train_step

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from infra.ports import CHOICE
+from infra.stack.ports import CHOICE
 from tests.bench.comparison import Comparison, Side, compare
 
 TRAIN = ("train", "--dataset", "digits", "--epochs", "3", "--ranks", "2")

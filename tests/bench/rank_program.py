@@ -17,15 +17,15 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from cnn.augment import augment
-from cnn.distributed import make_deterministic, process_group
-from cnn.manifest import Manifest
-from cnn.optim import build_optimizer
-from cnn.packed import PackedSplit
-from cnn.streams import epoch_order, generator
-from cnn.trainer import STEPS_LATE, Trainer, build
-from cnn.wrappers import Normalise
-from tasks.lifeline import die_with_parent
+from cnn.data.manifest import Manifest
+from cnn.data.mapped_split import PackedSplit
+from cnn.distributed.process_group import make_deterministic, process_group
+from cnn.networks.wrappers import Normalise
+from cnn.training.augment import augment
+from cnn.training.optimizer import build_optimizer
+from cnn.training.random_streams import epoch_order, generator
+from cnn.training.trainer import STEPS_LATE, Trainer, build
+from infra.machine.lifeline import die_with_parent
 from tests.bench.comparison import keep_memory
 from tests.bench.data import open_packed
 from tests.bench.turns import ADDRESS, Job, Turns

@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from cnn.config import TrainConfig
-from cnn.networks import build_network
-from infra.processes import log_end
+from cnn.config.training import TrainConfig
+from cnn.networks.build import build_network
+from infra.stack.processes import log_end
 from tests.bench.comparison import Comparison, NotInstalled
 from tests.faults.network import network, why_not
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from cnn.config import TrainConfig
-from cnn.distributed import make_deterministic, process_group
-from cnn.optim import build_optimizer
-from cnn.trainer import Trainer, build
+from cnn.config.training import TrainConfig
+from cnn.distributed.process_group import make_deterministic, process_group
+from cnn.training.optimizer import build_optimizer
+from cnn.training.trainer import Trainer, build
 from tests.bench.comparison import Comparison, Side, compare, rate
 from tests.bench.data import open_packed, packed_images
 from tests.bench.rank_program import train_step

@@ -15,8 +15,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cnn.config import TrainConfig
-from infra.processes import log_end
+from cnn.config.training import TrainConfig
+from infra.stack.processes import log_end
 from tests.bench.comparison import Side
 
 LEAD = 6  # steps of a turn that come first and are not timed: workers have filled their queues while they waited

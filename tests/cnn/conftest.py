@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cnn.config import PreprocessConfig
-from cnn.manifest import Manifest, Shard, SplitInfo
-from cnn.packed import PackedSplit
-from cnn.preprocess import preprocess
-from cnn.shards import ShardWriter, shard_path
-from cnn.streamed import StreamedSplit
+from cnn.config.training import PreprocessConfig
+from cnn.data.manifest import Manifest, Shard, SplitInfo
+from cnn.data.mapped_split import PackedSplit
+from cnn.data.shard_writer import ShardWriter, shard_path
+from cnn.data.streamed_split import StreamedSplit
+from cnn.preprocessing.pack import preprocess
 
 
 @dataclass(frozen=True)

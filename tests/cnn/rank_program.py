@@ -22,12 +22,12 @@ import torch._dynamo  # noqa: F401  # DDP loads it: here once, rather than in ea
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from cnn.config import TrainConfig
-from cnn.distributed import make_deterministic, process_group
-from cnn.manifest import Manifest
-from cnn.reports import EpochReport, StepReport
-from cnn.trainer import Trainer, fit
-from cnn.weights import weights_sha256
+from cnn.config.training import TrainConfig
+from cnn.data.manifest import Manifest
+from cnn.distributed.process_group import make_deterministic, process_group
+from cnn.networks.weights import weights_sha256
+from cnn.training.reports import EpochReport, StepReport
+from cnn.training.trainer import Trainer, fit
 from tests.cnn.conftest import Packed, streamed
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cnn.distributed import process_group
-from cnn.lanes import IN_FLIGHT_BYTES, SPLIT_BYTES
+from cnn.distributed.lanes import IN_FLIGHT_BYTES, SPLIT_BYTES
+from cnn.distributed.process_group import process_group
 
 SIZES = (1, SPLIT_BYTES // 4 - 1, SPLIT_BYTES // 4 + 1, IN_FLIGHT_BYTES, IN_FLIGHT_BYTES * 3 + 5)  # of four bytes each
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
-from cnn.augment import augment, mix
-from cnn.config import AugmentConfig
-from cnn.serving import ServedClassifier
-from cnn.wrappers import Normalise
-from cnn.wrappers import TestTimeFlip as FlippedNetwork
+from cnn.config.training import AugmentConfig
+from cnn.networks.wrappers import Normalise
+from cnn.networks.wrappers import TestTimeFlip as FlippedNetwork
+from cnn.serving.classifier import ServedClassifier
+from cnn.training.augment import augment, mix
 
 NOTHING = AugmentConfig(flip=False, shift=0, cutout=0)
 DRAWS = 4000

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from cnn.calibration import HIGHEST, LOWEST, fit_temperature, reliability, remark
 from cnn.errors import InputError
+from cnn.evaluation.calibration import HIGHEST, LOWEST, fit_temperature, reliability, remark
 from tests.cnn.conftest import Packed
 
 

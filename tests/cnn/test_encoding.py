@@ -11,12 +11,12 @@ from safetensors.numpy import load_file
 from sklearn.datasets import load_sample_image
 from torchvision.io import ImageReadMode, decode_jpeg, decode_webp
 
-from cnn.config import PreprocessConfig
-from cnn.encoding import decode, encode
+from cnn.config.training import PreprocessConfig
+from cnn.data.encoding import decode, encode
+from cnn.data.manifest import Manifest, SplitInfo
+from cnn.data.shard_writer import shard_path
 from cnn.errors import InputError
-from cnn.manifest import Manifest, SplitInfo
-from cnn.preprocess import preprocess
-from cnn.shards import shard_path
+from cnn.preprocessing.pack import preprocess
 
 PHOTO = load_sample_image("china.jpg")
 

@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cnn.config import TrainConfig
-from cnn.evaluate import EVAL_BATCH, evaluate, predict_logits
-from cnn.lanes import Exchange
-from cnn.networks import build_network
-from cnn.packed import PackedSplit
-from cnn.wrappers import Normalise
+from cnn.config.training import TrainConfig
+from cnn.data.mapped_split import PackedSplit
+from cnn.distributed.lanes import Exchange
+from cnn.evaluation.evaluate import EVAL_BATCH, evaluate, predict_logits
+from cnn.networks.build import build_network
+from cnn.networks.wrappers import Normalise
 from tests.cnn.conftest import Packed
 
 CPU = torch.device("cpu")

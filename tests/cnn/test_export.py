@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.export import ExportedProgram
 
-from cnn.config import TrainConfig
+from cnn.config.training import TrainConfig
 from cnn.errors import InputError
-from cnn.export import (
+from cnn.networks.weights import weights_sha256
+from cnn.serving.classifier import ServedClassifier
+from cnn.serving.export import (
     ONNX_TOLERANCE,
     Description,
     ExportDiffers,
@@ -20,8 +22,6 @@ from cnn.export import (
     export_weights,
     load_classifier,
 )
-from cnn.serving import ServedClassifier
-from cnn.weights import weights_sha256
 
 CLASSES = ("ant", "bee", "cat")
 IMAGES = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -63,7 +63,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import torch
-from cnn.export import export_pt2
+from cnn.serving.export import export_pt2
 program = torch.export.export(torch.nn.Linear(64, 64), (torch.zeros(2, 64),))
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file can be larger, as on a full disk
 try:
@@ -117,7 +117,7 @@ def test_what_differs_from_the_original_is_not_written(
 def test_onnx_without_its_packages_is_refused_in_one_line(
     program: ExportedProgram, expected: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cnn.export.ONNX_PACKAGES", ("onnx", "never_to_be_found"))
+    monkeypatch.setattr("cnn.serving.export.ONNX_PACKAGES", ("onnx", "never_to_be_found"))
     with pytest.raises(InputError, match=r"never_to_be_found.*convoy-cnn\[onnx\]"):
         export_onnx(program, CLASSES, tmp_path / "model.onnx", IMAGES, expected)
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cnn.config import AugmentConfig, TrainConfig
-from cnn.distributed import make_deterministic, process_group
-from cnn.trainer import EpochReport, StepReport, Trainer, fit
-from cnn.weights import weights_sha256
+from cnn.config.training import AugmentConfig, TrainConfig
+from cnn.distributed.process_group import make_deterministic, process_group
+from cnn.networks.weights import weights_sha256
+from cnn.training.trainer import EpochReport, StepReport, Trainer, fit
 from tests.cnn.conftest import Packed
 
 pytestmark = [

@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cnn.config import TORCHVISION_NETWORKS, TrainConfig
-from cnn.distributed import EXCHANGE_TIMEOUT, process_group
+from cnn.config.training import TORCHVISION_NETWORKS, TrainConfig
+from cnn.distributed.lanes import PartialSums
+from cnn.distributed.process_group import EXCHANGE_TIMEOUT, process_group
+from cnn.distributed.world_size import check_world_size, default_world_size
 from cnn.errors import InputError
-from cnn.lanes import PartialSums
-from cnn.worldsize import check_world_size, default_world_size
 from tests.cnn.conftest import Packed
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ def ranks() -> Iterator[Ranks]:
 FAILING_RANK = """
 import os, sys
 import torch.distributed as dist
-from cnn.distributed import process_group
+from cnn.distributed.process_group import process_group
 os.environ |= {"RANK": sys.argv[2], "WORLD_SIZE": "2", "LOCAL_RANK": sys.argv[2], "GLOO_SOCKET_IFNAME": "lo"}
 try:
     with process_group(dist.FileStore(sys.argv[1], 2)):

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from cnn.config import TrainConfig
+from cnn.config.training import TrainConfig
 from cnn.errors import InputError
-from cnn.networks import build_network
+from cnn.networks.build import build_network
 
 
 def network(model: str, channels: int = 1, image_size: int = 28, classes: int = 10, **options: object) -> nn.Module:

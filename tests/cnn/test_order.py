@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cnn.config import TrainConfig
-from cnn.manifest import Shard, SplitInfo
-from cnn.order import WHOLE_BYTES, WINDOW_BYTES, Order, mixing, shuffle_window
-from cnn.streams import epoch_order
+from cnn.config.training import TrainConfig
+from cnn.data.manifest import Shard, SplitInfo
+from cnn.training.order import WHOLE_BYTES, WINDOW_BYTES, Order, mixing, shuffle_window
+from cnn.training.random_streams import epoch_order
 
 SIZES = (700, 300, 1, 999, 500) * 8  # images a shard
 

@@ -19,18 +19,18 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from cnn.config import PreprocessConfig
+from cnn.config.training import PreprocessConfig
+from cnn.data.manifest import Manifest
+from cnn.data.shard_writer import ShardWriter, shard_path
 from cnn.errors import InputError
-from cnn.journal import PackedShard, SurveyPart
-from cnn.manifest import Manifest
-from cnn.parallel import READERS, in_order
-from cnn.pixelsums import PixelSums, moments
-from cnn.preprocess import code_files, pack, preprocess, shard_bytes
-from cnn.shards import ShardWriter, shard_path
-from cnn.sources import open_source
-from cnn.sources.decode import Target
-from cnn.sources.files import LocalFiles
-from cnn.survey import survey
+from cnn.formats import open_source
+from cnn.formats.decode import Target
+from cnn.formats.files import LocalFiles
+from cnn.preprocessing.pack import code_files, pack, preprocess, shard_bytes
+from cnn.preprocessing.pixel_statistics import PixelSums, moments
+from cnn.preprocessing.resume_records import PackedShard, SurveyPart
+from cnn.preprocessing.survey import survey
+from cnn.threads import READERS, in_order
 
 DIGITS = load_digits()
 PIXELS = np.round(DIGITS.images * 255 / 16).astype(np.uint8)
@@ -375,7 +375,7 @@ def test_going_on_after_any_shard_gives_the_same_manifest(folder: Folder, tmp_pa
 def test_going_on_after_any_part_of_the_survey_gives_the_same_plan(
     digits: dict[str, Path], folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cnn.survey.PART", 100)
+    monkeypatch.setattr("cnn.preprocessing.survey.PART", 100)
     folder.add_digits(range(500))
     folder.add("3/bad.png", b"no image at all")
     for source in (open_source("folder", folder.files), open_source("digits", digits)):
@@ -441,12 +441,12 @@ def test_few_items_are_taken_ahead_of_the_consumer() -> None:
 
 def test_the_step_knows_every_module_it_depends_on() -> None:
     program = (
-        "import sys, cnn.preprocess;"
+        "import sys, cnn.preprocessing.pack;"
         "print(*(module.__file__ for name, module in sys.modules.items() if name.split('.')[0] == 'cnn'))"
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     names = {Path(file).resolve() for file in loaded.split()}
-    package = Path(code_files()[-1]).parent
+    package = Path(code_files()[-1]).parents[1]
     # Configuration enters the step's key by its values; errors and threads do not change what comes out.
-    indifferent = {package / f"{name}.py" for name in ("__init__", "config", "errors", "parallel")}
+    indifferent = {*package.glob("*.py"), *package.glob("config/*.py"), package / "data" / "__init__.py"}
     assert names - indifferent == {file.resolve() for file in code_files()}

@@ -1,6 +1,6 @@
 """A rank that is slow for long is named, once."""
 
-from cnn.reports import StepReport, StragglerWatch
+from cnn.training.reports import StepReport, StragglerWatch
 
 
 def report(*seconds: float, steps: int = 10) -> StepReport:

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from cnn.config import TrainConfig
-from cnn.schedule import learning_rate
+from cnn.config.training import TrainConfig
+from cnn.training.schedule import learning_rate
 
 STEPS = 100
 ANNEALED = ("one-cycle", "cosine")

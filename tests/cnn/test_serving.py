@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from cnn.config import TrainConfig
-from cnn.networks import build_network
-from cnn.serving import ServedClassifier
-from cnn.wrappers import Normalise
+from cnn.config.training import TrainConfig
+from cnn.networks.build import build_network
+from cnn.networks.wrappers import Normalise
+from cnn.serving.classifier import ServedClassifier
 
 MEAN, STD = (0.2, 0.4, 0.6), (0.1, 0.2, 0.3)
 

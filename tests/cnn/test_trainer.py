@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cnn.config import TrainConfig
-from cnn.distributed import make_deterministic, process_group
+from cnn.config.training import TrainConfig
+from cnn.distributed.lanes import Exchange
+from cnn.distributed.process_group import make_deterministic, process_group
 from cnn.errors import InputError
-from cnn.lanes import Exchange
-from cnn.reports import EpochReport, StepReport
-from cnn.schedule import learning_rate
-from cnn.trainer import NonFinite, Trainer, fit
-from cnn.weights import weights_sha256
+from cnn.networks.weights import weights_sha256
+from cnn.training.reports import EpochReport, StepReport
+from cnn.training.schedule import learning_rate
+from cnn.training.trainer import NonFinite, Trainer, fit
 from tests.cnn.conftest import Packed
 
 SMALL = {"channels": [8], "kernel_sizes": [3], "strides": [1], "hidden": [32]}
@@ -182,7 +182,7 @@ def test_the_lane_and_the_images_to_blame_are_named(lab: Lab, monkeypatch: pytes
         images, labels = gather(split, index)
         return torch.where((index == poisoned).view(-1, 1, 1, 1), torch.nan, images.float()), labels
 
-    monkeypatch.setattr("cnn.trainer.augment", lambda images, *_: images)
+    monkeypatch.setattr("cnn.training.trainer.augment", lambda images, *_: images)
     monkeypatch.setattr(type(trainer.train), "gather", gather_with_a_bad_image)
     with pytest.raises(NonFinite, match=f"at step 4, in lane 2 .*training images .*{poisoned}") as stop:
         fit(trainer, History())

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cnn.config import TrainConfig
+from cnn.config.training import TrainConfig
 from cnn.errors import InputError
-from cnn.networks import build_network
-from cnn.weights import load_pretrained, load_weights, save_weights, weights_sha256
+from cnn.networks.build import build_network
+from cnn.networks.weights import load_pretrained, load_weights, save_weights, weights_sha256
 
 State = dict[str, Tensor]
 

@@ -23,10 +23,10 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun
 from sklearn.datasets import load_digits
 
-from infra.objectstore import ObjectStore
-from infra.promotion import history
-from infra.registry import aliased
 from infra.settings import Settings
+from infra.storage.object_store import ObjectStore
+from infra.tracking.model_registry import aliased
+from infra.tracking.promotion_history import history
 from tests.flows.program import Done, NextTraining, Program, wait_for
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
@@ -142,7 +142,9 @@ def our_processes() -> list[psutil.Process]:
             ours = process.environ().get("CONVOY_HOME") == os.environ["CONVOY_HOME"]
         except psutil.Error:
             continue
-        if ours and any(word in ("tasks.supervisor", "tasks.rank", "prefect.engine") for word in words):
+        if ours and any(
+            word in ("tasks.training.supervisor", "tasks.training.rank", "prefect.engine") for word in words
+        ):
             found.append(process)
     return found
 

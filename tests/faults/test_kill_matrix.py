@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 
 from flows.summary import Summary
 from infra.settings import Settings
-from infra.stackfolder import StackFolder
+from infra.stack.state import StackFolder
 from tests.flows.conftest import Convoy, convoy, next_training, program, quiet_prefect
 from tests.flows.program import (
     RESUMABLE,
@@ -37,8 +37,8 @@ Find = Callable[[Program, Training], psutil.Process]
 VICTIMS: dict[str, Find] = {
     "rank 0": lambda _, training: training.rank(0),
     "rank 1": lambda _, training: training.rank(1),
-    "torchrun": lambda _, training: training.processes("tasks.torchrun")[0],
-    "supervisor": lambda _, training: training.processes("tasks.supervisor")[0],
+    "torchrun": lambda _, training: training.processes("tasks.training.torchrun")[0],
+    "supervisor": lambda _, training: training.processes("tasks.training.supervisor")[0],
     "flow": lambda flow, _: psutil.Process(flow.process.pid),
 }
 
@@ -69,7 +69,7 @@ class Case:
         """Go on, to be disturbed again."""
         assert self.training.processes() == []
         self.flow = self._start("resume", self.training.run_id, "--ranks", str(ranks), "--summary", "out.json")
-        wait_for(lambda: self.training.processes("tasks.rank"), "the ranks to start again")
+        wait_for(lambda: self.training.processes("tasks.training.rank"), "the ranks to start again")
         self.training.comes_to(1)
 
     def some_step(self, first: int = 1, last: int = LATEST) -> int:
@@ -166,7 +166,7 @@ def test_ranks_killed_more_often_than_restarts_allow_go_on_while_they_come_furth
     for step in (40, 80, 120):
         case.disturb("rank 0", signal.SIGKILL, step)
         wait_for(lambda step=step: len(list(training.folder.glob("train.log.*"))) == step // 40, "another start")
-        wait_for(lambda: len(training.processes("tasks.rank")) == 2, "the ranks to start again")
+        wait_for(lambda: len(training.processes("tasks.training.rank")) == 2, "the ranks to start again")
     check(case, case.end(), undisturbed)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from infra.ports import CHOICE, Ports, is_free
-from infra.servers import prefect
 from infra.settings import Settings
+from infra.stack.ports import CHOICE, Ports, is_free
+from infra.stack.servers import prefect
 from tests.flows.program import wait_for
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
@@ -23,8 +23,8 @@ LEASE_STORAGE = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"
 TAKE = """
 import sys
 from prefect import flow
-from tasks.flowruns import flow_is_alive
-from tasks.lease import model_lease
+from tasks.orchestration.flow_runs import flow_is_alive
+from tasks.orchestration.model_lease import model_lease
 @flow(name="train")
 def train():
     with flow_is_alive(), model_lease("cut"):

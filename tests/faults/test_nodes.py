@@ -13,7 +13,7 @@ import pytest
 
 from flows.summary import Summary
 from infra.settings import Settings
-from infra.stackfolder import StackFolder
+from infra.stack.state import StackFolder
 from tests.faults.network import Host, network, why_not
 from tests.flows.conftest import quiet_prefect
 from tests.flows.program import RESUMABLE, Training, assert_as_undisturbed, sets, wait_for
@@ -38,7 +38,7 @@ PATIENCE = 6  # seconds of silence after which a node is lost
 def undisturbed(stack: object, quiet_prefect: None) -> Summary:
     """The training on one machine."""
     from flows.train import train_flow
-    from tasks.config import load_config
+    from tasks.config.run import load_config
 
     return train_flow(load_config(None, [*RECIPE, "ranks=2"], {"dataset": "digits", "name": "one-machine"}))
 
@@ -211,7 +211,7 @@ def test_a_host_that_comes_later_and_leaves_again(hosts: Callable[[int], Cluster
     begun = training.steps()
     training.comes_to(begun + EPOCH)
     for pid in cluster.hosts[1].pids():  # the agent, which `convoy join` has become
-        if b"tasks.nodes.agent" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"tasks.training.nodes.agent" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGTERM)
     assert late.wait(60) == 0
     assert cluster.hosts[1].pids() == []
@@ -228,7 +228,11 @@ def test_no_rank_outlives_a_flow_whose_host_is_lost(hosts: Callable[[int], Clust
     cluster.hosts[0].lose_power()
 
     def ranks() -> list[int]:
-        return [pid for pid in cluster.hosts[1].pids() if b"tasks.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [
+            pid
+            for pid in cluster.hosts[1].pids()
+            if b"tasks.training.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
 
     assert ranks()
     wait_for(lambda: not ranks(), "the ranks to end", 30 + PATIENCE)

@@ -12,8 +12,8 @@ from prefect.states import Cancelled
 
 from flows.summary import Summary
 from infra.settings import Settings
-from infra.stackfolder import StackFolder
-from tasks.job import JobFolder
+from infra.stack.state import StackFolder
+from tasks.training.protocol.job import JobFolder
 from tests.flows.conftest import next_training, program  # noqa: F401
 from tests.flows.program import (
     ENDLESS,
@@ -65,7 +65,7 @@ def flow_run_state(training: Training) -> StateType:
     return state.type
 
 
-@pytest.mark.parametrize("module", ["tasks.supervisor", "tasks.torchrun"])
+@pytest.mark.parametrize("module", ["tasks.training.supervisor", "tasks.training.torchrun"])
 def test_killed_supervisor_or_torchrun_takes_the_ranks_along_and_without_restarts_the_flow_fails(
     disturb: Disturb, module: str
 ) -> None:
@@ -115,7 +115,7 @@ def test_a_stop_whose_checkpoint_the_storage_does_not_take_is_still_an_interrupt
             process.suspend()
         try:
             training.rank(0).terminate()
-            wait_for(lambda: not training.processes("tasks.rank"), "the ranks to end")
+            wait_for(lambda: not training.processes("tasks.training.rank"), "the ranks to end")
         finally:
             for process in storage:
                 process.resume()

@@ -40,7 +40,7 @@ PATIENCE = 6  # seconds of silence after which a node is lost
 def undisturbed(stack: object, quiet_prefect: None) -> Summary:
     """The training on one machine."""
     from flows.train import train_flow
-    from tasks.config import load_config
+    from tasks.config.run import load_config
 
     return train_flow(load_config(None, [*RECIPE, "ranks=2"], {"dataset": "digits", "name": "without-ray"}))
 
@@ -211,7 +211,7 @@ def test_killed_supervisor_takes_agents_and_ranks_along(raylets: Raylets, train:
         raylets.add()
     _, training = train("supervisor-killed", "epochs=100000", "restarts=0")  # else the flow starts another one
     training.comes_to(EPOCH)
-    for supervisor in training.processes("tasks.supervisor"):
+    for supervisor in training.processes("tasks.training.supervisor"):
         os.kill(supervisor.pid, signal.SIGKILL)
     assert_nothing_left(training, raylets)
 

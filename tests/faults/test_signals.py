@@ -12,9 +12,9 @@ from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import StateType
 
-from infra.objectstore import ObjectStore
-from infra.promotion import history
 from infra.settings import Settings
+from infra.storage.object_store import ObjectStore
+from infra.tracking.promotion_history import history
 from tests.flows.conftest import next_training, program
 from tests.flows.program import Program, Training, wait_for
 from tests.flows.test_signals import STATUS, assert_stopped, send, start

@@ -11,7 +11,7 @@ import pytest
 
 from flows.summary import Summary
 from infra.settings import Settings
-from tasks.config import RunConfig
+from tasks.config.run import RunConfig
 from tests.flows.program import Done, NextTraining, Program
 from tests.flows.requests_made import counting
 
@@ -73,7 +73,7 @@ def program(stack: object, tmp_path: Path) -> Iterator[Callable[..., Program]]:
 @pytest.fixture
 def convoy(capfd: pytest.CaptureFixture[str], quiet_prefect: None) -> Iterator[Convoy]:
     """Runs `convoy` in this process, where everything is imported; what it changes here is undone."""
-    from flows import cli
+    from flows.cli import app
 
     environment = dict(os.environ)
     handlers = {name: list(logging.getLogger(name).handlers) for name in ("prefect.flow_runs", "prefect.task_runs")}
@@ -83,7 +83,7 @@ def convoy(capfd: pytest.CaptureFixture[str], quiet_prefect: None) -> Iterator[C
         arguments_before, sys.argv = sys.argv, ["convoy", *arguments]
         status = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:

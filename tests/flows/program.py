@@ -16,8 +16,8 @@ import psutil
 from mlflow.tracking import MlflowClient
 
 from flows.summary import Summary
+from infra.machine.lifeline import RANK_NAME
 from infra.settings import Settings
-from tasks.lifeline import RANK_NAME
 
 PATIENCE = 120.0  # seconds until a wait counts as a failure, on a busy machine
 ENDS_WITHIN = 20.0  # seconds that a training's processes have to end
@@ -108,7 +108,7 @@ class Training:
         return self.folder.name
 
     def processes(self, module: str = "") -> list[psutil.Process]:
-        """Those that live; or only those of a module, such as `tasks.rank`."""
+        """Those that live; or only those of a module, such as `tasks.training.rank`."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -116,7 +116,7 @@ class Training:
                 if str(self.folder) in words and process.status() != psutil.STATUS_ZOMBIE:
                     named = words[words.index("-m") + 1] if "-m" in words else ""
                     if RANK_NAME.fullmatch(process.name()):  # forked by torchrun, whose command line it has
-                        named = "tasks.rank"
+                        named = "tasks.training.rank"
                     if module in ("", named):
                         found.append(process)
             except psutil.Error:
@@ -139,7 +139,7 @@ class Training:
 
     def rank(self, number: int) -> psutil.Process:
         """The process of a rank."""
-        (found,) = (process for process in self.processes("tasks.rank") if process.name() == f"rank-{number}")
+        (found,) = (process for process in self.processes("tasks.training.rank") if process.name() == f"rank-{number}")
         return found
 
     def comes_to(self, step: int) -> None:

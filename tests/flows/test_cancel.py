@@ -31,7 +31,7 @@ def test_no_process_of_a_training_outlives_a_killed_flow(
 ) -> None:
     flow = program("train", "--dataset", "digits", "--ranks", "2", *sets(*ENDLESS))
     training = next_training.under_way()
-    assert len(training.processes("tasks.rank")) == 2
+    assert len(training.processes("tasks.training.rank")) == 2
     assert len(training.processes()) == 4
     assert listening(training) == {"127.0.0.1"}
     flow.process.kill()
@@ -74,7 +74,7 @@ def test_a_task_does_not_begin_in_a_cancelled_flow_run(stack: object, quiet_pref
     from prefect import flow
     from prefect.runtime import flow_run
 
-    from tasks.cancel import Cancelled, stop_if_cancelled
+    from tasks.orchestration.cancellation import Cancelled, stop_if_cancelled
 
     found: list[bool] = []
 

@@ -15,9 +15,9 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from flows.summary import Summary
-from infra.registry import aliased
 from infra.settings import Settings
-from tasks.config import RunConfig
+from infra.tracking.model_registry import aliased
+from tasks.config.run import RunConfig
 from tests.flows.conftest import CONFIG, Convoy
 from tests.flows.program import SMALL, Program, sets
 
@@ -229,7 +229,7 @@ def loaded_by(code: str, *arguments: str, folder: Path) -> str:
 
 
 # The command line leaves by os._exit, once it listens to signals: it is told not to end before we have looked.
-COMMAND = "from flows import cli\nfrom infra import stopping\nstopping.end = sys.exit\ncli.main()"
+COMMAND = "from flows.cli import app as cli\nfrom infra import stopping\nstopping.end = sys.exit\ncli.main()"
 
 
 @pytest.mark.parametrize(
@@ -259,9 +259,9 @@ def test_a_command_loads_only_what_it_needs(stack: object, arguments: list[str],
     ("module", "loaded"),
     [
         ("flows.train", "boto3 matplotlib mlflow prefect torch"),
-        ("tasks.supervisor", ""),
-        ("tasks.torchrun", ""),
-        ("tasks.forkedranks", "boto3 torch torch._dynamo"),
+        ("tasks.training.supervisor", ""),
+        ("tasks.training.torchrun", ""),
+        ("tasks.training.forked_ranks", "boto3 torch torch._dynamo"),
     ],
 )
 def test_a_program_of_a_training_loads_only_what_it_needs(module: str, loaded: str, tmp_path: Path) -> None:

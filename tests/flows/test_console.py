@@ -10,7 +10,7 @@ import httpx
 import pytest
 from rich.table import Table
 
-from flows.console import foreseen, one_line, print_pairs, say, terminal
+from flows.cli.console import foreseen, one_line, print_pairs, say, terminal
 from flows.summary import Summary, check_writable, write_summary
 from infra.errors import Outage, ServiceError, UsageError
 from tests.conftest import REPOSITORY
@@ -19,16 +19,17 @@ ODD = "[red]cat 5, [blue]:dog: 3 [/x] [link=http://x]y[/]"
 TALKATIVE = """
 import logging, sys
 from pathlib import Path
-from flows.console import say
-from infra.output import outlive_readers
-from tasks.progress import progress, show_task_logs
+from flows.cli.console import say
+from infra.machine.output import outlive_readers
+from tasks.orchestration.progress import progress, show_task_logs
 show_task_logs()
+task = sys.modules["tasks.orchestration.progress"].__file__
 with outlive_readers("stderr"):
     with outlive_readers("stdout"):
         for number in range(50):
             say("x" * 10_000)
             say("naïve 花 \\udcff", error=True)
-            record = logging.LogRecord("x", logging.INFO, sys.modules["tasks.progress"].__file__, 1, "花", (), None)
+            record = logging.LogRecord("x", logging.INFO, task, 1, "花", (), None)
             logging.getLogger("prefect.flow_runs").handle(record)
             print("y" * 10_000)
         with progress("Counting", 3, unit="files") as advance:
@@ -37,7 +38,7 @@ with outlive_readers("stderr"):
 """
 DEAD_API = """
 from prefect import flow
-from flows.console import foreseen, one_line
+from flows.cli.console import foreseen, one_line
 @flow
 def nothing(): pass
 try:
@@ -145,7 +146,7 @@ def test_settings_of_prefects_in_the_working_folder_that_are_wrong_are_one_line(
 ) -> None:
     (tmp_path / file).write_text(content)
     code = (
-        "from flows.console import foreseen, one_line\n"
+        "from flows.cli.console import foreseen, one_line\n"
         "try: import prefect.context\n"
         "except Exception as error: print(one_line(foreseen(error)))"
     )

@@ -12,9 +12,9 @@ CHILDREN = """
 import subprocess, sys
 from convoy_cli import use_own_packages
 use_own_packages()
-for program in ("import cnn.config, infra.settings, tasks.config, flows.cli", "import flows.summary"):
+for program in ("import cnn.config.training, infra.settings, tasks.config.run, flows.cli", "import flows.summary"):
     subprocess.run([sys.executable, "-c", program], check=True)
-subprocess.run([sys.executable, "-m", "tasks.keyvalues"], check=True)
+subprocess.run([sys.executable, "-m", "tasks.config.key_values"], check=True)
 """
 
 

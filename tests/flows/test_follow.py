@@ -15,9 +15,9 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 from prefect.states import Crashed, Running, Scheduled
 
 from flows import deployments
-from infra import tracking
 from infra.errors import ServiceError
-from infra.tags import MLFLOW_RUN
+from infra.tracking import mlflow_runs
+from infra.tracking.tags import MLFLOW_RUN
 from tests.tasks.leftovers import flow_run_in
 
 
@@ -131,6 +131,6 @@ def test_a_cancel_that_prefect_refuses_is_not_taken_for_one(
         self.wfile.write(data)
 
     monkeypatch.setattr(relay, "do_POST", answer, raising=False)
-    monkeypatch.setattr(tracking, "run_tags", lambda _: {})
+    monkeypatch.setattr(mlflow_runs, "run_tags", lambda _: {})
     with pytest.raises(ServiceError, match="it has just ended"):
         deployments.cancel(str(run.id))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from flows.summary import Summary
-from tasks.launchconfig import NodesConfig
+from tasks.config.launchers import NodesConfig
 from tests.flows.conftest import CONFIG
 from tests.flows.program import Program
 
@@ -41,7 +41,7 @@ def test_a_machine_without_the_trainings_servers_cannot_join(
 
 def test_too_few_nodes_end_the_training_as_one_to_be_resumed(trained: Summary, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.train import train_flow
-    from tasks.run import Interrupted
+    from tasks.training.runs.tracked_run import Interrupted
 
     monkeypatch.setenv("CONVOY_SLOTS", "1")
     nodes = {"name": "no-nodes", "launcher": "nodes", "nodes": NodesConfig(min=2, wait=1)}

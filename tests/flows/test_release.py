@@ -14,11 +14,11 @@ from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
 
-from flows.approval import ApprovalRefused, ask
-from infra.registry import ModelVersion, aliased
-from tasks.cancel import Cancelled
-from tasks.gateconfig import GateConfig
-from tasks.verdict import Scored, judge
+from infra.tracking.model_registry import ModelVersion, aliased
+from tasks.config.gates import GateConfig
+from tasks.orchestration.cancellation import Cancelled
+from tasks.release.approval import ApprovalRefused, ask
+from tasks.release.verdict import Scored, judge
 from tests.flows.conftest import CONFIG, Convoy
 from tests.flows.program import wait_for
 

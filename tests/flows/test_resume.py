@@ -12,20 +12,20 @@ from mlflow.tracking import MlflowClient
 from prefect import flow
 
 from flows.summary import Summary
-from infra import tracking
 from infra.errors import UsageError
-from infra.objectstore import ObjectStore
-from infra.promotion import history
-from infra.registry import ModelVersion, RegisteredVersion, delete_alias
 from infra.settings import Settings
-from infra.tags import FLOW_RUN, MANIFEST_DIGEST
-from infra.versions import find_version
-from tasks.checkpoints import commits_of
-from tasks.config import RunConfig, load_config
-from tasks.dataset import DatasetRef
-from tasks.job import JobFolder
-from tasks.run import tracked_run
-from tasks.runrecord import RunRecord, read_record
+from infra.storage.object_store import ObjectStore
+from infra.tracking import mlflow_runs
+from infra.tracking.model_registry import ModelVersion, RegisteredVersion, delete_alias
+from infra.tracking.model_versions import find_version
+from infra.tracking.promotion_history import history
+from infra.tracking.tags import FLOW_RUN, MANIFEST_DIGEST
+from tasks.config.run import RunConfig, load_config
+from tasks.data.dataset import DatasetRef
+from tasks.training.checkpoints import commits_of
+from tasks.training.protocol.job import JobFolder
+from tasks.training.runs.run_record import RunRecord, read_record
+from tasks.training.runs.tracked_run import tracked_run
 from tests.flows.conftest import Convoy
 from tests.flows.program import (
     ENDS_WITHIN,
@@ -94,8 +94,8 @@ def survived(undisturbed: Summary, settings: Settings) -> Survived:
     """
     from flows import pipeline
     from flows.train import train_flow
-    from tasks.page import publish_page
-    from tasks.register import register
+    from tasks.release.register import register
+    from tasks.release.report_page import publish_page
 
     next_training = NextTraining(settings)
     events: list[bytes] = []
@@ -150,7 +150,7 @@ def test_weights_and_history_are_those_of_the_undisturbed_training_after_a_rank_
 def test_a_flow_run_that_prefect_tries_again_goes_on_in_its_mlflow_run_and_does_not_train_again(
     survived: Survived,
 ) -> None:
-    runs = tracking.list_runs(FLOW_RUN, survived.summary.prefect_flow_run_id, limit=9)
+    runs = mlflow_runs.list_runs(FLOW_RUN, survived.summary.prefect_flow_run_id, limit=9)
     assert [run.run_id for run in runs] == [survived.training.run_id] == [survived.summary.mlflow_run_id]
     first, *others = survived.events
     assert others == [first, first]  # the ranks would have begun another account of what they do
@@ -264,7 +264,7 @@ def test_a_flow_run_that_is_tried_again_leaves_its_finished_run_closed(undisturb
         statuses = []
         for _ in range(2):
             with tracked_run(record.config, record.dataset) as run:
-                statuses.append(tracking.run_status(run.run_id))
+                statuses.append(mlflow_runs.run_status(run.run_id))
         return statuses
 
     assert tried_again() == ["RUNNING", "FINISHED"]
@@ -336,7 +336,7 @@ def test_runs_are_listed_the_newest_first_with_how_they_stand(
 
 
 def test_a_run_that_was_killed_while_it_was_opened_does_not_spoil_the_list(unfinished: str, convoy: Convoy) -> None:
-    run_id = tracking.start_run("digits", "killed at once", {}, {MANIFEST_DIGEST: "d" * 64})
+    run_id = mlflow_runs.start_run("digits", "killed at once", {}, {MANIFEST_DIGEST: "d" * 64})
     try:
         done = convoy("runs", "--limit", "1000")
         assert done.status == 0, done.stderr

@@ -11,21 +11,21 @@ from prefect.client.schemas.objects import StateType
 
 from flows.retrain import retrain_flow
 from flows.summary import Summary
-from infra import tracking
-from infra.objectstore import ObjectStore
-from infra.promotion import history, newest, promote
-from infra.registry import RegisteredVersion, create_version
 from infra.settings import Settings
-from infra.tags import VERDICT
-from infra.versions import find_version, list_versions
-from tasks.changes import what_changed
-from tasks.config import RunConfig
-from tasks.dataset import DatasetRef
-from tasks.gateconfig import GateConfig
-from tasks.promote import champion_data, promote_version
-from tasks.qualitygate import judge_version, publish
-from tasks.run import fitted
-from tasks.runrecord import read_record
+from infra.storage.object_store import ObjectStore
+from infra.tracking import mlflow_runs
+from infra.tracking.model_registry import RegisteredVersion, create_version
+from infra.tracking.model_versions import find_version, list_versions
+from infra.tracking.promotion_history import history, newest, promote
+from infra.tracking.tags import VERDICT
+from tasks.config.gates import GateConfig
+from tasks.config.run import RunConfig
+from tasks.data.dataset import DatasetRef
+from tasks.release.promote import champion_data, promote_version
+from tasks.release.quality_gate import judge_version, publish
+from tasks.release.retrain_decision import what_changed
+from tasks.training.runs.run_record import read_record
+from tasks.training.runs.tracked_run import fitted
 from tests.flows.conftest import CONFIG
 
 
@@ -112,11 +112,11 @@ def copied(first: tuple[RunConfig, Summary], lr: float) -> RegisteredVersion:
     name, run_id = before.model_name or "", before.mlflow_run_id or ""
     record = read_record(run_id)
     manifest = record.manifest.model_copy(update={"config": record.manifest.config | {"lr": lr}})
-    copy = tracking.start_run("digits", "copy", {}, {})
+    copy = mlflow_runs.start_run("digits", "copy", {}, {})
     written = record.model_copy(update={"manifest": manifest}).model_dump_json().encode()
     ObjectStore.connect(Settings().bucket).put_bytes(f"runs/{copy}/run.json", written)
-    tracking.log_text(copy, "report/evaluation.json", load_text(f"runs:/{run_id}/report/evaluation.json"))
-    tracking.end_run(copy, "FINISHED")
+    mlflow_runs.log_text(copy, "report/evaluation.json", load_text(f"runs:/{run_id}/report/evaluation.json"))
+    mlflow_runs.end_run(copy, "FINISHED")
     (output,) = MlflowClient().get_run(run_id).outputs.model_outputs
     original = MlflowClient().get_model_version(name, before.model_version or "")
     tags = {key: value for key, value in original.tags.items() if not key.startswith(VERDICT)}

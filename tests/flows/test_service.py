@@ -18,7 +18,7 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import DeploymentResponse
 
-from flows.service import DEPLOYMENTS
+from flows.cli.service import DEPLOYMENTS
 from tests.flows.conftest import Convoy
 from tests.flows.program import NextTraining, wait_for
 
@@ -285,7 +285,7 @@ def test_one_training_of_a_model_at_a_time(stack: object, quiet_prefect: None) -
 
     from prefect import flow
 
-    from tasks.lease import model_lease
+    from tasks.orchestration.model_lease import model_lease
 
     order: list[str] = []
     held, release = threading.Event(), threading.Event()

@@ -11,9 +11,9 @@ from mlflow.tracking import MlflowClient
 from prefect import get_client
 
 from flows.summary import Summary
-from infra.objectstore import ObjectStore
-from infra.promotion import history
 from infra.settings import Settings
+from infra.storage.object_store import ObjectStore
+from infra.tracking.promotion_history import history
 from tests.flows.program import LET_PASS, PATIENCE, Done, NextTraining, Program, flow_run_of, sets, wait_for
 
 WHOLE = ("data.limit=400", "network.width=4", "batch_size=64", "augment.shift=0", "epochs=2", "promote=true", *LET_PASS)
@@ -86,7 +86,7 @@ def test_ctrl_c_after_the_training_promotes_nothing(
 
 AFTER_THE_FLOW = """
 import time
-from flows import cli
+from flows.cli import app as cli
 write = cli.write_summary
 cli.write_summary = lambda *arguments: (write(*arguments), time.sleep(3))
 cli.main()

@@ -24,16 +24,16 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from safetensors.torch import load
 
-from cnn.manifest import canonical_json
-from cnn.weights import weights_sha256
+from cnn.data.manifest import canonical_json
+from cnn.networks.weights import weights_sha256
 from flows.summary import Summary
-from infra.bucket_layout import LAYOUT
-from infra.objectstore import ObjectStore
-from infra.promotion import history
 from infra.settings import Settings
-from tasks.checkpoints import commits_of, finished_outcome
-from tasks.config import RunConfig
-from tasks.dataset import load_manifest
+from infra.storage.bucket_layout import LAYOUT
+from infra.storage.object_store import ObjectStore
+from infra.tracking.promotion_history import history
+from tasks.config.run import RunConfig
+from tasks.data.dataset import load_manifest
+from tasks.training.checkpoints import commits_of, finished_outcome
 from tests.flows.conftest import CONFIG
 from tests.flows.program import wait_for
 from tests.flows.requests_made import table

@@ -7,11 +7,11 @@ import pytest
 import typer
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
-from flows import upkeep
-from infra import tracking
+from flows.cli import upkeep
 from infra.errors import UsageError
-from infra.objectstore import ObjectStore
 from infra.settings import Settings
+from infra.storage.object_store import ObjectStore
+from infra.tracking import mlflow_runs
 from tests.tasks.leftovers import Leftovers
 
 Output = pytest.CaptureFixture[str]
@@ -24,9 +24,9 @@ def made(
     monkeypatch.setenv("CONVOY_BUCKET", "test")
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
     leftovers = Leftovers(store, monkeypatch)
-    every_run = tracking.every_run
+    every_run = mlflow_runs.every_run
     monkeypatch.setattr(
-        tracking, "every_run", lambda tag: [run for run in every_run(tag) if run.run_id in leftovers.runs]
+        mlflow_runs, "every_run", lambda tag: [run for run in every_run(tag) if run.run_id in leftovers.runs]
     )
     with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}):  # else logs are on their way when Prefect ends
         yield leftovers

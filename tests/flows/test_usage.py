@@ -11,8 +11,8 @@ from PIL import Image
 from prefect.artifacts import Artifact
 from typer.models import CommandInfo
 
-from infra.registry import set_alias
-from tasks.reference import load_reference
+from infra.tracking.model_registry import set_alias
+from tasks.evaluation.reference_images import load_reference
 from tests.flows.conftest import Convoy
 from tests.tasks.registered import Registered, register_digits
 
@@ -40,11 +40,13 @@ def photos(registered: Registered, tmp_path: Path) -> Path:
 @pytest.fixture
 def convoy(convoy: Convoy, monkeypatch: pytest.MonkeyPatch) -> Convoy:
     """`convoy` with these commands, wherever the application gets them from."""
-    from flows import cli, usage
+    from flows.cli import app, prediction
 
-    others = [each for each in cli.app.registered_commands if each.callback not in (usage.predict, usage.export)]
-    ours = [CommandInfo(name=name, callback=getattr(usage, name)) for name in ("predict", "export")]
-    monkeypatch.setattr(cli.app, "registered_commands", [*others, *ours])
+    others = [
+        each for each in app.app.registered_commands if each.callback not in (prediction.predict, prediction.export)
+    ]
+    ours = [CommandInfo(name=name, callback=getattr(prediction, name)) for name in ("predict", "export")]
+    monkeypatch.setattr(app.app, "registered_commands", [*others, *ours])
     return convoy
 
 

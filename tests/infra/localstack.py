@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from infra.ports import CHOICE
 from infra.settings import Settings
-from infra.stack import NAMES, Endpoints, ServerName, ServerStatus, down, status
-from infra.stackfolder import StackFolder
+from infra.stack.local_stack import NAMES, Endpoints, ServerName, ServerStatus, down, status
+from infra.stack.ports import CHOICE
+from infra.stack.state import StackFolder
 
 REPOSITORY = Path(__file__).parents[2]
 S3: list[ServerName] = ["seaweedfs"]
@@ -53,7 +53,7 @@ def use(endpoints: Endpoints, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_up(settings: Settings) -> "subprocess.Popen[str]":
     program = (
-        "import sys; from infra.settings import Settings; from infra.stack import up; "
+        "import sys; from infra.settings import Settings; from infra.stack.local_stack import up; "
         "up(Settings(home=sys.argv[1], s3_port=sys.argv[2]), only=['seaweedfs'])"
     )
     command = [sys.executable, "-c", program, str(settings.home), str(settings.s3_port)]

@@ -19,11 +19,11 @@ from typing import Any
 import psutil
 import yaml
 
-from infra import processes
-from infra.answers import answers
-from infra.ports import CHOICE, is_free
-from infra.processes import Server
-from infra.teamsecrets import CLIENT, SERVICES, make
+from infra.health_check import answers
+from infra.stack import processes
+from infra.stack.ports import CHOICE, is_free
+from infra.stack.processes import Server
+from infra.team_secrets import CLIENT, SERVICES, make
 
 REPOSITORY = Path(__file__).parents[2]
 COMPOSE = REPOSITORY / "infra" / "compose.yaml"

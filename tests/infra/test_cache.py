@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from infra.cache import Cache
 from infra.errors import ServiceError
-from infra.files import atomic_file, locked
-from infra.objectstore import ObjectMissing, ObjectStore
-from infra.room import Room, disk_limit
+from infra.machine.files import atomic_file, locked
+from infra.storage.cache import Cache
+from infra.storage.cache_limit import Room, disk_limit
+from infra.storage.object_store import ObjectMissing, ObjectStore
 
 DATA = b"some content" * 1000
 DIGEST = hashlib.sha256(DATA).hexdigest()

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from infra import bucket_layout
-from infra.cache import Cache
-from infra.catalogue import CATALOGUE, CatalogueEntry, CatalogueFile, check_dataset
 from infra.errors import ServiceError, UsageError
-from infra.mirrors import SCHEMES, Mirrors
-from infra.objectstore import ObjectStore
-from infra.raw import RawSource, read_record
 from infra.sources.base import Workplace, reusable
 from infra.sources.catalogue import CatalogueSource
+from infra.sources.entries import CATALOGUE, CatalogueEntry, CatalogueFile, check_dataset
+from infra.sources.mirrors import SCHEMES, Mirrors
+from infra.sources.raw_data import RawSource, read_record
+from infra.storage import bucket_layout
+from infra.storage.cache import Cache
+from infra.storage.object_store import ObjectStore
 from tests.infra.webserver import WebServer, web_server
 
 CONTENTS = {"images": os.urandom(90_000), "labels": os.urandom(500), "more": os.urandom(2_000)}

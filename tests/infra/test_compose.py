@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from infra.endpoints import QUIET
-from infra.teamsecrets import CLIENT, SERVICES, make
+from infra.stack.endpoints import QUIET
+from infra.team_secrets import CLIENT, SERVICES, make
 from tests.infra.team import COMPOSE, REPOSITORY, compose, variables_of
 from tests.linters import program
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from infra.cache import Cache
 from infra.errors import ServiceError, UsageError
-from infra.listing import BATCH, Entry, Listing
-from infra.mirrors import Mirrors
-from infra.objectstore import ObjectChanged, ObjectStore
-from infra.origin import ListedFiles, open_origin
-from infra.raw import RawSource
 from infra.sources.base import Workplace
 from infra.sources.find import find_source
 from infra.sources.folder import FolderSource
+from infra.sources.listing import BATCH, Entry, Listing
+from infra.sources.location import ListedFiles, open_origin
+from infra.sources.mirrors import Mirrors
+from infra.sources.raw_data import RawSource
+from infra.storage.cache import Cache
+from infra.storage.object_store import ObjectChanged, ObjectStore
 
 IMAGES = {"cat/1.png": b"one", "cat/deep/2.png": b"two", "dog/1.png": b"three", "dog/\U0001f600.png": b"four"}
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from infra.metriclog import ONE_TRY_A_REQUEST, MetricLogger
+from infra.tracking.metric_log import ONE_TRY_A_REQUEST, MetricLogger
 from tests.flows.program import wait_for
 
 

@@ -13,10 +13,10 @@ import pytest
 from alembic.script import ScriptDirectory
 
 from infra.errors import ServiceError, UsageError
-from infra.migrations import DATABASES, KEPT, Database, migrate
 from infra.settings import Settings
-from infra.stack import down, up
-from infra.stackfolder import StackFolder
+from infra.stack.local_stack import down, up
+from infra.stack.migrations import DATABASES, KEPT, Database, migrate
+from infra.stack.state import StackFolder
 from tests.infra.localstack import S3, own, own_environment, pids
 
 __all__ = ["own", "own_environment"]  # fixtures

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from infra.cache import Cache
-from infra.catalogue import CatalogueFile
 from infra.errors import ServiceError, UsageError
-from infra.meter import Meter
-from infra.mirrors import Mirrors, addresses, obtain
-from infra.objectstore import ObjectStore
-from infra.stack import Endpoints
+from infra.fetch.meter import Meter
+from infra.sources.entries import CatalogueFile
+from infra.sources.mirrors import Mirrors, addresses, obtain
+from infra.stack.local_stack import Endpoints
+from infra.storage.cache import Cache
+from infra.storage.object_store import ObjectStore
 from tests.infra.webserver import WebServer, web_server
 
 CONTENT = os.urandom(400_000)

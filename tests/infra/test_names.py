@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.utils.search_utils import SearchModelVersionUtils, SearchUtils
 
-from infra.names import filter_of, model_name_fault
+from infra.tracking.names import filter_of, model_name_fault
 
 TEXTS = st.text(st.sampled_from("ab '\"\\;-/*%`_=()#é花@&?!,.<>|\n")) | st.text(st.characters(codec="utf-8"))
 

@@ -15,8 +15,8 @@ from botocore.exceptions import ConnectionClosedError
 from urllib3 import HTTPResponse
 
 from infra.errors import ServiceError, UsageError
-from infra.objectstore import PART, ObjectMissing, ObjectStore
-from infra.stack import Endpoints
+from infra.stack.local_stack import Endpoints
+from infra.storage.object_store import PART, ObjectMissing, ObjectStore
 
 
 def _sha256(data: bytes) -> str:

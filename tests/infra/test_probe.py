@@ -11,13 +11,13 @@ from botocore.awsrequest import AWSPreparedRequest, AWSRequest, AWSResponse
 from botocore.hooks import HierarchicalEmitter
 from urllib3 import HTTPResponse
 
-from infra import probe as module
-from infra.bucket_layout import PROBE
 from infra.errors import ServiceError, UsageError
-from infra.objectstore import ObjectStore
-from infra.probe import Capability, probe
-from infra.s3client import open_client
 from infra.settings import Settings
+from infra.storage import probe as module
+from infra.storage.bucket_layout import PROBE
+from infra.storage.object_store import ObjectStore
+from infra.storage.probe import Capability, probe
+from infra.storage.s3_client import open_client
 
 Meddle = Callable[..., object]
 Change = Callable[[str, Meddle], None]

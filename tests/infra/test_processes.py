@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra import processes
-from infra.processes import Record, Server
-from infra.websettings import KEPT
+from infra.stack import processes
+from infra.stack.processes import Record, Server
+from infra.web_settings import KEPT
 from tests.infra.localstack import until
 
 PARENT_AND_CHILD = (

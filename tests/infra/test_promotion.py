@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from infra import tracking
 from infra.errors import Outage, ServiceError, UsageError
-from infra.objectstore import ObjectStore
-from infra.promotion import (
+from infra.storage.object_store import ObjectStore
+from infra.tracking import mlflow_runs
+from infra.tracking.model_registry import ModelVersion, aliased, create_version, delete_alias, set_alias
+from infra.tracking.promotion_history import (
     AlreadyChampion,
     Lineage,
     Promotion,
@@ -31,8 +32,7 @@ from infra.promotion import (
     rollback,
     standing_champion,
 )
-from infra.registry import ModelVersion, aliased, create_version, delete_alias, set_alias
-from tasks.promote import champion_data
+from tasks.release.promote import champion_data
 
 RACERS = 6
 NAMES = (f"promotion {number}" for number in count())
@@ -41,7 +41,7 @@ NAMES = (f"promotion {number}" for number in count())
 @pytest.fixture(scope="module")
 def model_id(stack: object) -> tuple[str, str]:
     """A run and a model of it without files: promotions do not look inside."""
-    run_id = tracking.start_run("promotion-tests", "run", {}, {})
+    run_id = mlflow_runs.start_run("promotion-tests", "run", {}, {})
     experiment = MlflowClient().get_run(run_id).info.experiment_id
     return run_id, str(MlflowClient().create_logged_model(experiment, name="empty", source_run_id=run_id).model_id)
 

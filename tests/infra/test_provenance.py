@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.provenance import provenance
+from infra.tracking.provenance import provenance
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from infra import tracking
 from infra.errors import ServiceError, UsageError
-from infra.registry import (
+from infra.tracking import mlflow_runs
+from infra.tracking.model_registry import (
     ModelVersion,
     aliased,
     check_model_name,
@@ -18,7 +18,7 @@ from infra.registry import (
     tag_version,
     version_of,
 )
-from infra.versions import find_version, list_versions
+from infra.tracking.model_versions import find_version, list_versions
 
 IMAGES = np.arange(2 * 1 * 2 * 2, dtype=np.uint8).reshape(2, 1, 2, 2)
 
@@ -31,7 +31,7 @@ class Classifier(torch.nn.Module):
 @pytest.fixture(scope="module")
 def stored(stack: object) -> tuple[str, str]:
     """A run, and the model stored with it."""
-    run_id = tracking.start_run("registry-tests", "run", {"lr": 0.1}, {})
+    run_id = mlflow_runs.start_run("registry-tests", "run", {"lr": 0.1}, {})
     outputs = Classifier()(torch.from_numpy(IMAGES)).numpy()
     model_id = log_model(
         run_id,
@@ -53,7 +53,7 @@ def test_stored_model_is_ready_but_not_registered(stored: tuple[str, str]) -> No
 
 def test_without_room_for_it_nothing_is_stored(stored: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     run_id, model_id = stored
-    monkeypatch.setattr("infra.registry.SPARE", 1 << 60)
+    monkeypatch.setattr("infra.tracking.model_registry.SPARE", 1 << 60)
     with pytest.raises(ServiceError, match=r"no space left on the disk for .*: the model takes 0 bytes"):
         log_model(run_id, Classifier().eval(), images=IMAGES, outputs=IMAGES, requirements=[], metadata={})
     found = MlflowClient().search_logged_models([MlflowClient().get_run(run_id).info.experiment_id])
@@ -107,8 +107,8 @@ def test_whatever_a_model_may_be_called_it_is_found_again(stored: tuple[str, str
 
 
 def test_a_tag_of_any_text_is_found_again(stack: object) -> None:
-    run_id = tracking.start_run("registry-tests", "run", {}, {"convoy.model": "bob's cats"})
-    assert [run.run_id for run in tracking.list_runs("convoy.model", "bob's cats", limit=2)] == [run_id]
+    run_id = mlflow_runs.start_run("registry-tests", "run", {}, {"convoy.model": "bob's cats"})
+    assert [run.run_id for run in mlflow_runs.list_runs("convoy.model", "bob's cats", limit=2)] == [run_id]
 
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "a\nb", "a\\", 'it\'s "so"', "..", "x" * 257])

@@ -19,17 +19,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.cache import Cache
 from infra.errors import ServiceError, UsageError
-from infra.files import file_digest
-from infra.mirrors import Mirrors
-from infra.objectstore import ObjectStore
-from infra.raw import RawSource
+from infra.machine.files import file_digest
 from infra.sources.archive import ArchiveSource
 from infra.sources.base import Workplace, reusable, slug
 from infra.sources.catalogue import CatalogueSource
 from infra.sources.find import find_source
 from infra.sources.folder import FolderSource
+from infra.sources.mirrors import Mirrors
+from infra.sources.raw_data import RawSource
+from infra.storage.cache import Cache
+from infra.storage.object_store import ObjectStore
 from tests.infra.webserver import WebServer, web_server
 
 IMAGES = {"cat/1.png": b"one", "cat/deep/2.png": b"two", "dog/1.png": b"three", "dog/same.png": b"one"}

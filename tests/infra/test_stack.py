@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from infra.errors import ServiceError
-from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from infra.stack import NAMES, Endpoints, down, status, up
-from infra.stackfolder import StackFolder
+from infra.stack.local_stack import NAMES, Endpoints, down, status, up
+from infra.stack.state import StackFolder
+from infra.storage.object_store import ObjectStore
 from tests.infra.localstack import REPOSITORY, S3, busy_port, own, own_environment, pids, until, use
 
 __all__ = ["busy_port", "own", "own_environment"]  # fixtures
@@ -130,7 +130,7 @@ def test_a_stack_of_another_user_is_neither_stopped_nor_absent(command: str) -> 
         Path(home).chmod(0o755)
         Path(home, "stack").mkdir(mode=0o700)
         code = (
-            f"import os; from infra import stack; from infra.settings import Settings; "
+            f"import os; from infra.stack import local_stack as stack; from infra.settings import Settings; "
             f"settings = Settings(); os.setuid(65534); stack.{command}(settings)"
         )
         environment = {**os.environ, "CONVOY_HOME": home}

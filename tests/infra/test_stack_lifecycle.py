@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra import ports
 from infra.errors import Outage, ServiceError
-from infra.objectstore import ObjectStore
-from infra.ports import Ports
 from infra.settings import Settings
-from infra.stack import Endpoints, down, status, up
-from infra.stackfolder import StackFolder
+from infra.stack import ports
+from infra.stack.local_stack import Endpoints, down, status, up
+from infra.stack.ports import Ports
+from infra.stack.state import StackFolder
+from infra.storage.object_store import ObjectStore
 from tests.infra.localstack import (
     S3,
     busy_port,
@@ -96,7 +96,7 @@ def test_a_stale_record_does_not_harm_the_process_that_has_its_id_now(own: Setti
 
 
 def test_servers_whose_state_folder_was_deleted_are_stopped(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.processes.TERM_PATIENCE", 1.0)  # without its data it does not end by itself
+    monkeypatch.setattr("infra.stack.processes.TERM_PATIENCE", 1.0)  # without its data it does not end by itself
     up(own, only=S3)
     members = StackFolder(own).members("seaweedfs")
     delete(own.home)
@@ -117,9 +117,9 @@ def delete(home: Path) -> None:
 
 
 def test_a_stopped_server_that_does_not_answer_is_replaced(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.stack.BUSY_PATIENCE", 0.5)
-    monkeypatch.setattr("infra.processes.TERM_PATIENCE", 0.5)
-    monkeypatch.setattr("infra.stack.ANSWER_PATIENCE", 0.5)
+    monkeypatch.setattr("infra.stack.local_stack.BUSY_PATIENCE", 0.5)
+    monkeypatch.setattr("infra.stack.processes.TERM_PATIENCE", 0.5)
+    monkeypatch.setattr("infra.stack.local_stack.ANSWER_PATIENCE", 0.5)
     first = up(own, only=S3)
     (process,) = StackFolder(own).members("seaweedfs")
     process.send_signal(signal.SIGSTOP)
@@ -132,7 +132,7 @@ def test_a_stopped_server_that_does_not_answer_is_replaced(own: Settings, monkey
 def test_a_store_that_goes_on_refusing_after_the_disk_was_full_is_started_again(
     own: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("infra.stack.STORE_PATIENCE", 0.0)
+    monkeypatch.setattr("infra.stack.local_stack.STORE_PATIENCE", 0.0)
     first = up(own, only=S3)
     use(first, monkeypatch)
     store = ObjectStore.connect(own.bucket)
@@ -160,7 +160,7 @@ def stores(store: ObjectStore) -> bool:
 
 def test_a_full_disk_stops_no_server(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     first = up(own, only=S3)
-    monkeypatch.setattr("infra.stack.ROOM", 1 << 60)
+    monkeypatch.setattr("infra.stack.local_stack.ROOM", 1 << 60)
     events: list[str] = []
     assert up(own, events.append, only=S3) == first
     assert events == [f"the disk of {StackFolder(own).root} is full: nothing can be stored"]

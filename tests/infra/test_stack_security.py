@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from infra.endpoints import Endpoints
-from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from infra.stackfolder import StackFolder
+from infra.stack.endpoints import Endpoints
+from infra.stack.state import StackFolder
+from infra.storage.object_store import ObjectStore
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 SECRET = b"nobody may read this"

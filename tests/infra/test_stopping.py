@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 
 BEGIN = """
 import signal, sys, threading, time, weakref
-from infra import stopping
+from infra.machine import stopping
 stopping.listen()
 def say(word): print(word, flush=True)
 def run(work):

@@ -3,8 +3,8 @@
 import pytest
 
 from infra.errors import UsageError
-from infra.registry import RegisteredVersion
-from infra.tags import SERVING, VERDICT_CHAMPION, VersionRecord
+from infra.tracking.model_registry import RegisteredVersion
+from infra.tracking.tags import SERVING, VERDICT_CHAMPION, VersionRecord
 
 
 def test_a_record_and_its_tags_say_the_same() -> None:

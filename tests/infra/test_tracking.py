@@ -16,10 +16,10 @@ from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 from pydantic import TypeAdapter
 
-from infra import tracking
 from infra.errors import ServiceError, UsageError
-from infra.metriclog import MetricLogger, MetricRow
-from infra.systemmetrics import SystemMetrics
+from infra.tracking import mlflow_runs
+from infra.tracking.metric_log import MetricLogger, MetricRow
+from infra.tracking.system_metrics import SystemMetrics
 
 PATIENCE = 60.0  # seconds until a wait counts as a failure
 
@@ -33,7 +33,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 @pytest.fixture
 def run_id(stack: object, request: pytest.FixtureRequest) -> str:
-    return tracking.start_run("tracking-tests", request.node.name, {}, {})
+    return mlflow_runs.start_run("tracking-tests", request.node.name, {}, {})
 
 
 def history(run_id: str, metric: str) -> list[tuple[int, float]]:
@@ -43,12 +43,12 @@ def history(run_id: str, metric: str) -> list[tuple[int, float]]:
 def test_run_carries_params_tags_and_dataset(stack: object) -> None:
     params = {f"network.option{number}": number for number in range(120)}
     digest = "ab12" * 16
-    run_id = tracking.start_run("tracking-tests", "whole", {**params, "unset": None, "lr": 0.1}, {"a": "1"})
-    tracking.set_tags(run_id, {"a": "2", "b": "3"})
-    tracking.log_dataset(run_id, "digits", digest, f"s3://convoy/datasets/{digest}/manifest.json")
-    tracking.log_metrics(run_id, {"test/accuracy": 0.5})
-    tracking.log_text(run_id, "report/evaluation.json", '{"accuracy": 0.5}')
-    tracking.end_run(run_id, "FINISHED")
+    run_id = mlflow_runs.start_run("tracking-tests", "whole", {**params, "unset": None, "lr": 0.1}, {"a": "1"})
+    mlflow_runs.set_tags(run_id, {"a": "2", "b": "3"})
+    mlflow_runs.log_dataset(run_id, "digits", digest, f"s3://convoy/datasets/{digest}/manifest.json")
+    mlflow_runs.log_metrics(run_id, {"test/accuracy": 0.5})
+    mlflow_runs.log_text(run_id, "report/evaluation.json", '{"accuracy": 0.5}')
+    mlflow_runs.end_run(run_id, "FINISHED")
 
     run = MlflowClient().get_run(run_id)
     assert run.info.status == "FINISHED"
@@ -71,26 +71,26 @@ def test_run_carries_params_tags_and_dataset(stack: object) -> None:
 
 def test_run_url_names_experiment_and_run(run_id: str) -> None:
     experiment = MlflowClient().get_run(run_id).info.experiment_id
-    assert tracking.run_url(run_id) == f"{mlflow.get_tracking_uri()}/#/experiments/{experiment}/runs/{run_id}"
+    assert mlflow_runs.run_url(run_id) == f"{mlflow.get_tracking_uri()}/#/experiments/{experiment}/runs/{run_id}"
 
 
 def test_password_in_the_servers_address_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hidden@127.0.0.1:9")
     with pytest.raises(ServiceError) as failure:
-        tracking.check_server()
-    assert tracking.tracking_uri() == "http://127.0.0.1:9"
+        mlflow_runs.check_server()
+    assert mlflow_runs.tracking_uri() == "http://127.0.0.1:9"
     assert "hidden" not in str(failure.value)
 
 
 def test_deleted_experiment_is_the_users_to_restore(stack: object) -> None:
     MlflowClient().delete_experiment(MlflowClient().create_experiment("tracking-tests-deleted"))
     with pytest.raises(UsageError, match=r"tracking-tests-deleted.*was deleted"):
-        tracking.start_run("tracking-tests-deleted", "run", {}, {})
+        mlflow_runs.start_run("tracking-tests-deleted", "run", {}, {})
 
 
 def test_refused_params_leave_no_open_run(stack: object) -> None:
     with pytest.raises(ServiceError, match=r"(failed|refused) to start a run") as failure:
-        tracking.start_run("tracking-tests-refused", "run", {"not?a name": 1}, {})
+        mlflow_runs.start_run("tracking-tests-refused", "run", {"not?a name": 1}, {})
     assert "\n" not in str(failure.value)
     experiment = MlflowClient().get_experiment_by_name("tracking-tests-refused")
     assert experiment is not None
@@ -98,18 +98,18 @@ def test_refused_params_leave_no_open_run(stack: object) -> None:
 
 
 def test_runs_of_all_experiments_are_found_page_by_page(stack: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "EXPERIMENTS_A_CALL", 1)
-    made = {tracking.start_run(f"page {number}", "run", {}, {"paged": "x"}) for number in range(3)}
-    assert {run.run_id for run in tracking.every_run("paged")} == made
-    assert {run.run_id for run in tracking.list_runs("paged", limit=9)} == made
+    monkeypatch.setattr(mlflow_runs, "EXPERIMENTS_A_CALL", 1)
+    made = {mlflow_runs.start_run(f"page {number}", "run", {}, {"paged": "x"}) for number in range(3)}
+    assert {run.run_id for run in mlflow_runs.every_run("paged")} == made
+    assert {run.run_id for run in mlflow_runs.list_runs("paged", limit=9)} == made
     for run_id in made:
-        tracking.end_run(run_id, "FINISHED")
+        mlflow_runs.end_run(run_id, "FINISHED")
 
 
 def test_server_that_is_down_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, free_address: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
     with pytest.raises(ServiceError, match=f"{free_address} does not answer") as failure:
-        tracking.start_run("experiment", "run", {}, {})
+        mlflow_runs.start_run("experiment", "run", {}, {})
     assert "\n" not in str(failure.value)
 
 
@@ -162,8 +162,8 @@ def test_a_resumed_logger_keeps_the_backlog_first_and_asks_again_while_the_serve
     monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with mlflow_server(free_address, tmp_path):
-        run_id = tracking.start_run("resumed-in-an-outage", "run", {}, {})
-        tracking.log_metrics(run_id, {"loss": 1.0}, step=1)
+        run_id = mlflow_runs.start_run("resumed-in-an-outage", "run", {}, {})
+        mlflow_runs.log_metrics(run_id, {"loss": 1.0}, step=1)
     backlog = [MetricRow(step=step, timestamp=1, values={"loss": 1 / step}) for step in (1, 2)]
     resumed = MetricLogger(run_id, backlog=backlog, resumed=True)
     resumed.log(3, {"loss": 1 / 3})
@@ -193,16 +193,16 @@ def test_what_another_process_logged_during_an_outage_is_not_logged_again(
 def test_rows_that_a_process_left_behind_are_delivered_once(run_id: str) -> None:
     rows = [MetricRow(step=step, timestamp=step, values={"loss": 1 / step}, keep=step == 2) for step in (1, 2)]
     for _ in range(2):
-        tracking.deliver(run_id, rows)
+        mlflow_runs.deliver(run_id, rows)
     assert history(run_id, "loss") == [(1, 1.0), (2, 0.5)]
 
 
 def test_a_final_figure_that_is_measured_anew_after_a_resume_is_logged_once(run_id: str) -> None:
-    tracking.log_metrics(run_id, {"test/latency_mean_ms": 1.5, "test/nan": float("nan")})
-    tracking.log_metrics(run_id, {"test/latency_mean_ms": 1.6, "test/nan": float("nan"), "test/loss": 0.5})
+    mlflow_runs.log_metrics(run_id, {"test/latency_mean_ms": 1.5, "test/nan": float("nan")})
+    mlflow_runs.log_metrics(run_id, {"test/latency_mean_ms": 1.6, "test/nan": float("nan"), "test/loss": 0.5})
     assert [history(run_id, f"test/{name}") for name in ("latency_mean_ms", "loss")] == [[(0, 1.5)], [(0, 0.5)]]
     assert len(history(run_id, "test/nan")) == 1
-    tracking.log_metrics(run_id, {"test/loss": 0.5})
+    mlflow_runs.log_metrics(run_id, {"test/loss": 0.5})
 
 
 def test_rows_that_the_server_refuses_do_not_stop_those_behind_them(run_id: str) -> None:
@@ -236,7 +236,7 @@ def test_outage_of_the_server_loses_and_repeats_no_step(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", free_address)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with mlflow_server(free_address, tmp_path):
-        run_id = tracking.start_run("outage", "run", {}, {})
+        run_id = mlflow_runs.start_run("outage", "run", {}, {})
         metrics = MetricLogger(run_id)
         for step in range(1, 101):
             metrics.log(step, {"loss": 1 / step})
@@ -327,7 +327,7 @@ def mlflow_server(address: str, folder: Path) -> Iterator[None]:
 
 def answers() -> bool:
     try:
-        tracking.check_server()
+        mlflow_runs.check_server()
     except ServiceError:
         return False
     return True

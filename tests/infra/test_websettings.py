@@ -11,14 +11,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from infra.endpoints import Endpoints
 from infra.errors import ServiceError, UsageError
-from infra.meter import Meter
-from infra.s3client import open_client
+from infra.fetch.meter import Meter
+from infra.fetch.web import Web
 from infra.settings import Settings
-from infra.stack import up
-from infra.webfetch import Web
-from infra.websettings import loopback_without_proxy, usable_web_environment
+from infra.stack.endpoints import Endpoints
+from infra.stack.local_stack import up
+from infra.storage.s3_client import open_client
+from infra.web_settings import loopback_without_proxy, usable_web_environment
 from tests.conftest import REPOSITORY
 
 NOWHERE = "http://127.0.0.1:1"
@@ -69,10 +69,10 @@ MISLEADING = {
 }
 USE_EVERY_CLIENT = """
 import sys
-from flows.console import servers_up
+from flows.cli.console import servers_up
 servers_up()
-from infra.mlflowserver import check_server, mlflow_client
-from infra.objectstore import ObjectStore
+from infra.tracking.client import check_server, mlflow_client
+from infra.storage.object_store import ObjectStore
 from prefect import get_client
 store = ObjectStore.connect("convoy")
 store.put_bytes("shell/test", b"whole")

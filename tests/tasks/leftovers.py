@@ -13,13 +13,14 @@ from mlflow.tracking import MlflowClient
 from prefect import Flow, get_client
 from prefect.client.schemas.objects import FlowRun, State
 
-from cnn.manifest import DataReport, Manifest, Shard, SplitInfo, Spread
-from infra import bucket_layout, tracking
-from infra.bucket_layout import COMMIT
-from infra.objectstore import ObjectInfo, ObjectStore
-from infra.registry import ModelVersion, create_version
-from infra.tags import DATASET_VERSION, FLOW_RUN, MANIFEST_DIGEST
-from tasks.checkpoints import STATE
+from cnn.data.manifest import DataReport, Manifest, Shard, SplitInfo, Spread
+from infra.storage import bucket_layout
+from infra.storage.bucket_layout import COMMIT
+from infra.storage.object_store import ObjectInfo, ObjectStore
+from infra.tracking import mlflow_runs
+from infra.tracking.model_registry import ModelVersion, create_version
+from infra.tracking.tags import DATASET_VERSION, FLOW_RUN, MANIFEST_DIGEST
+from tasks.training.checkpoints import STATE
 
 EXPERIMENT = "leftovers"
 OLD = 100.0  # days
@@ -52,8 +53,8 @@ class Leftovers:
     def end(self) -> None:
         """Close the runs that are open, for other tests."""
         for run_id in self.runs:
-            if tracking.run_status(run_id) == "RUNNING":
-                tracking.end_run(run_id, "KILLED")
+            if mlflow_runs.run_status(run_id) == "RUNNING":
+                mlflow_runs.end_run(run_id, "KILLED")
 
     def put(self, key: str, data: bytes = b"x", days: float = OLD) -> str:
         """Write an object; returns its key."""
@@ -115,10 +116,10 @@ class Leftovers:
     ) -> str:
         """An MLflow run with all that it leaves in the bucket; returns its id."""
         tags = {MANIFEST_DIGEST: "x", FLOW_RUN: flow_run or str(uuid4()), "convoy.dataset_version": dataset}
-        run_id = tracking.start_run(EXPERIMENT, "run", {}, tags)
+        run_id = mlflow_runs.start_run(EXPERIMENT, "run", {}, tags)
         self.runs.append(run_id)
         if status != "RUNNING":
-            tracking.end_run(run_id, status)  # type: ignore[arg-type]
+            mlflow_runs.end_run(run_id, status)  # type: ignore[arg-type]
         if record:
             content = {
                 "dataset": {"version": dataset, "name": name},

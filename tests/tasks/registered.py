@@ -7,19 +7,19 @@ import torch
 from prefect import flow
 from prefect.context import refresh_global_settings_context
 
-from cnn.trainer import build
-from cnn.weights import save_weights
-from infra.objectstore import ObjectStore
-from infra.registry import ModelVersion
+from cnn.networks.weights import save_weights
+from cnn.training.trainer import build
 from infra.settings import Settings
-from tasks.config import RunConfig
-from tasks.dataset import DatasetRef, load_manifest
-from tasks.download import download
-from tasks.evaluate import Evaluation, evaluate, publish
-from tasks.preprocess import preprocess
-from tasks.register import register
-from tasks.run import tracked_run
-from tasks.train import TrainResult
+from infra.storage.object_store import ObjectStore
+from infra.tracking.model_registry import ModelVersion
+from tasks.config.run import RunConfig
+from tasks.data.dataset import DatasetRef, load_manifest
+from tasks.data.download import download
+from tasks.data.preprocess import preprocess
+from tasks.evaluation.evaluate import Evaluation, evaluate, publish
+from tasks.release.register import register
+from tasks.training.runs.tracked_run import tracked_run
+from tasks.training.train import TrainResult
 
 
 @dataclass(frozen=True)

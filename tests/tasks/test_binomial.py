@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, norm
 
-from tasks.binomial import at_most, normal_score, normal_tail, sign_test, wilson_interval
+from tasks.evaluation.binomial import at_most, normal_score, normal_tail, sign_test, wilson_interval
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (0, 5), (5, 0), (1, 1), (100, 80), (4000, 4200)])

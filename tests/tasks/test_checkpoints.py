@@ -15,16 +15,16 @@ from safetensors.torch import load
 from torch import Tensor
 
 import infra
-from cnn.config import TrainConfig
-from cnn.weights import weights_sha256
-from infra.bucket_layout import COMMIT
+from cnn.config.training import TrainConfig
+from cnn.networks.weights import weights_sha256
 from infra.errors import ServiceError
-from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from infra.stack import down, up
-from infra.stackfolder import StackFolder
-from tasks import patience
-from tasks.checkpoints import (
+from infra.stack.local_stack import down, up
+from infra.stack.state import StackFolder
+from infra.storage.bucket_layout import COMMIT
+from infra.storage.object_store import ObjectStore
+from tasks.config.run import CheckpointConfig
+from tasks.training.checkpoints import (
     CheckpointFailed,
     CheckpointWriter,
     Snapshot,
@@ -33,8 +33,8 @@ from tasks.checkpoints import (
     finished_outcome,
     newest_checkpoint,
 )
-from tasks.config import CheckpointConfig
-from tasks.job import Job, Outcome
+from tasks.training.protocol import patience
+from tasks.training.protocol.job import Job, Outcome
 from tests.flows.program import wait_for
 from tests.infra.localstack import S3, own, own_environment, use
 
@@ -282,7 +282,7 @@ def test_a_bug_of_the_writer_ends_the_training_rather_than_looking_like_a_slow_u
 @pytest.fixture
 def own_store(own: Settings, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     """A bucket of the test's own server; each request is tried once, so that an outage shows soon."""
-    monkeypatch.setattr("infra.s3client.TRIES", 1)
+    monkeypatch.setattr("infra.storage.s3_client.TRIES", 1)
     use(up(own, only=S3), monkeypatch)
     return ObjectStore.connect(own.bucket)
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cnn.config import NETWORK_OPTIONS, TrainConfig
+from cnn.config.training import NETWORK_OPTIONS, TrainConfig
 from infra.errors import UsageError
-from tasks.config import RunConfig, known_keys, load_config, recipes
+from tasks.config.run import RunConfig, known_keys, load_config, recipes
 
 
 def refusal(*settings: str, **options: Any) -> str:

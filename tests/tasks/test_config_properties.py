@@ -10,12 +10,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn.config import NETWORK_OPTIONS
+from cnn.config.training import NETWORK_OPTIONS
 from infra.errors import UsageError
-from tasks.config import RunConfig, known_keys, load_config
-from tasks.gateconfig import GateConfig
-from tasks.keyvalues import from_settings
-from tasks.retention import RetentionConfig
+from tasks.config.gates import GateConfig
+from tasks.config.key_values import from_settings
+from tasks.config.retention import RetentionConfig
+from tasks.config.run import RunConfig, known_keys, load_config
 
 bounded = settings(max_examples=100, deadline=timedelta(seconds=5), derandomize=True, database=None)
 

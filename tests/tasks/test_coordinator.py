@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from cnn.config import TrainConfig
-from infra.objectstore import ObjectStore
-from tasks.config import CheckpointConfig
-from tasks.job import Job, JobFolder, Outcome
-from tasks.launchconfig import NodesConfig
-from tasks.nodes import coordinator
-from tasks.nodes.board import Board, Order, Report
-from tasks.nodes.coordinator import Coordinator
-from tasks.platform import this_platform
-from tasks.rank import is_current
+from cnn.config.training import TrainConfig
+from infra.storage.object_store import ObjectStore
+from tasks.config.launchers import NodesConfig
+from tasks.config.run import CheckpointConfig
+from tasks.training.nodes import coordinator
+from tasks.training.nodes.coordinator import Coordinator
+from tasks.training.platform import this_platform
+from tasks.training.protocol.board import Board, Order, Report
+from tasks.training.protocol.job import Job, JobFolder, Outcome
+from tasks.training.rank import is_current
 from tests.flows.program import wait_for
 
 

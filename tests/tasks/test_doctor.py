@@ -17,25 +17,26 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import refresh_global_settings_context
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Failed, Paused, Running
 
-from infra import bucket_layout, tracking
-from infra.bucket_layout import COMMIT
 from infra.errors import UsageError
-from infra.files import locked
-from infra.objectstore import ObjectStore
-from infra.promotion import promote
-from infra.registry import aliased, set_alias
+from infra.machine.files import locked
 from infra.settings import Settings
-from infra.tracking import TaggedRun
-from tasks import alive
-from tasks.alive import SILENCE, holding, lock_file
-from tasks.checkpoints import STATE
-from tasks.doctor import Finding, _delete_checkpoint, find_orphans, settle, settle_all
+from infra.storage import bucket_layout
+from infra.storage.bucket_layout import COMMIT
+from infra.storage.object_store import ObjectStore
+from infra.tracking import mlflow_runs
+from infra.tracking.mlflow_runs import TaggedRun
+from infra.tracking.model_registry import aliased, set_alias
+from infra.tracking.promotion_history import promote
+from tasks.training import liveness
+from tasks.training.checkpoints import STATE
+from tasks.training.liveness import SILENCE, holding, lock_file
+from tasks.upkeep.doctor import Finding, _delete_checkpoint, find_orphans, settle, settle_all
 from tests.tasks.leftovers import Leftovers, flow_run_in
 
 NOW = timedelta(seconds=-1)  # a grace that even the newest has had
 HOLD = """
 import sys
-from tasks.alive import holding
+from tasks.training.liveness import holding
 with holding(sys.argv[1], sys.argv[2]):
     print("held", flush=True)
     sys.stdin.read()
@@ -51,12 +52,12 @@ def made(stack: object, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
     refresh_global_settings_context()
     leftovers = Leftovers(store, monkeypatch)
-    every_run = tracking.every_run
+    every_run = mlflow_runs.every_run
 
     def ours(tag: str) -> list[TaggedRun]:
         return [run for run in every_run(tag) if run.run_id in leftovers.runs]
 
-    monkeypatch.setattr(tracking, "every_run", ours)
+    monkeypatch.setattr(mlflow_runs, "every_run", ours)
     yield leftovers
     leftovers.end()
 
@@ -107,7 +108,7 @@ def test_a_run_whose_flow_has_ended_is_closed(made: Leftovers, end: str) -> None
     found = find_orphans()
     assert whats(found) == [("run", run)] and before in found[0].detail
     assert settle(found) == found
-    assert (tracking.run_status(run), state_of(flow_run)) == ("KILLED", before)
+    assert (mlflow_runs.run_status(run), state_of(flow_run)) == ("KILLED", before)
     assert find_orphans() == []
 
 
@@ -115,10 +116,10 @@ LIVE = """
 import sys
 from contextlib import ExitStack
 from types import SimpleNamespace
-from tasks import flowruns
+from tasks.orchestration import flow_runs
 with ExitStack() as alive:
-    for flowruns.flow_run in map(lambda each: SimpleNamespace(id=each), sys.argv[1:]):
-        alive.enter_context(flowruns.flow_is_alive())
+    for flow_runs.flow_run in map(lambda each: SimpleNamespace(id=each), sys.argv[1:]):
+        alive.enter_context(flow_runs.flow_is_alive())
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -142,7 +143,7 @@ def test_every_killed_flow_run_of_this_machine_is_crashed_not_only_those_with_an
 def test_a_run_whose_flow_is_gone_is_closed(made: Leftovers) -> None:
     run = running(made, uuid4())
     assert whats(settle_all()) == [("run", run)]
-    assert tracking.run_status(run) == "KILLED"
+    assert mlflow_runs.run_status(run) == "KILLED"
 
 
 @pytest.mark.parametrize("state", OPEN)
@@ -158,7 +159,7 @@ def test_a_killed_flow_of_this_machine_is_crashed(
     found = find_orphans()
     assert whats(found) == [("run", run)] and "killed" in found[0].detail
     assert settle(found) == found
-    assert (tracking.run_status(run), state_of(flow_run)) == ("KILLED", "Crashed")
+    assert (mlflow_runs.run_status(run), state_of(flow_run)) == ("KILLED", "Crashed")
     assert find_orphans() == []
 
 
@@ -206,7 +207,7 @@ def test_without_a_lock_a_job_that_is_silent_for_long_is_dead(
     then = flow_run.start_time.timestamp() + written  # before the flow run began, it was another's
     os.utime(job, (then, then))
     clock = then + (silent or 10 * SILENCE)
-    monkeypatch.setattr(alive.time, "time", lambda: clock)
+    monkeypatch.setattr(liveness.time, "time", lambda: clock)
     assert whats(find_orphans()) == ([("run", run)] if dead else [])
 
 
@@ -215,14 +216,14 @@ def test_what_has_been_taken_up_meanwhile_is_not_settled(made: Leftovers) -> Non
     found = find_orphans()
     with holding(run):
         assert settle(found) == []
-        assert tracking.run_status(run) == "RUNNING"
-    tracking.end_run(run, "FINISHED")
+        assert mlflow_runs.run_status(run) == "RUNNING"
+    mlflow_runs.end_run(run, "FINISHED")
     assert settle(found) == []
-    assert tracking.run_status(run) == "FINISHED"
+    assert mlflow_runs.run_status(run) == "FINISHED"
 
 
 def test_runs_that_are_not_ours_are_left_alone(made: Leftovers) -> None:
-    run = tracking.start_run("leftovers", "foreign", {}, {})
+    run = mlflow_runs.start_run("leftovers", "foreign", {}, {})
     made.runs.append(run)
     assert find_orphans() == []
 
@@ -230,7 +231,7 @@ def test_runs_that_are_not_ours_are_left_alone(made: Leftovers) -> None:
 def test_two_processes_cannot_go_on_with_one_run(
     made: Leftovers, start: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alive, "PATIENCE", 0.3)
+    monkeypatch.setattr(liveness, "PATIENCE", 0.3)
     first = hold(start, "some-run", "")
     with pytest.raises(UsageError, match="another process"), holding("some-run"):
         pass
@@ -303,19 +304,21 @@ def test_half_written_files_are_removed_unless_somebody_writes_them(made: Leftov
     assert [folder.name for folder in work.iterdir()] == ["preprocess-live"]
 
 
-@pytest.mark.parametrize(("module", "name"), [("tasks.supervisor", "python"), ("tasks.torchrun", "rank-1")])
+@pytest.mark.parametrize(
+    ("module", "name"), [("tasks.training.supervisor", "python"), ("tasks.training.torchrun", "rank-1")]
+)
 def test_processes_without_their_flow_are_ended(
     made: Leftovers, start: Callable[..., subprocess.Popen[str]], module: str, name: str
 ) -> None:
     folder = Settings().runs / "some-run"
     flow = hold(start, "some-run", "a flow run")
     # What runs does not matter, only what it is called, and who its parent is.
-    code = f"from tasks.lifeline import name_process; name_process('{name}'); print('!', flush=True); input()"
+    code = f"from infra.machine.lifeline import name_process; name_process('{name}'); print('!', flush=True); input()"
     process = start(sys.executable, "-c", code, "-m", module, str(folder))
     other = start(sys.executable, "-c", code, "-m", module, str(folder.parents[2] / "runs" / "some-run"))  # another's
     for each in (process, other):
         assert each.stdout and each.stdout.readline()
-    if module == "tasks.supervisor":
+    if module == "tasks.training.supervisor":
         assert find_orphans() == []
         flow.kill()
         flow.wait()
@@ -328,6 +331,6 @@ def test_processes_without_their_flow_are_ended(
 def test_a_live_supervisor_keeps_its_run_alive(made: Leftovers, start: Callable[..., subprocess.Popen[str]]) -> None:
     run = running(made, flow_run_in(Failed()))
     folder = str(Settings().runs / run)
-    start(sys.executable, "-c", "import time; time.sleep(300)", "-m", "tasks.supervisor", folder)
+    start(sys.executable, "-c", "import time; time.sleep(300)", "-m", "tasks.training.supervisor", folder)
     assert find_orphans() == []
     assert MlflowClient().get_run(run).info.status == "RUNNING"

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from infra.errors import ServiceError, UsageError
-from infra.objectstore import ObjectStore
-from infra.raw import RawSource
-from tasks.download import download
+from infra.sources.raw_data import RawSource
+from infra.storage.object_store import ObjectStore
+from tasks.data.download import download
 
 
 @pytest.fixture(autouse=True)

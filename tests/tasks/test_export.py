@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnn.export import load_classifier
+from cnn.serving.export import load_classifier
 from infra.errors import ServiceError, UsageError
-from infra.registry import set_alias
-from tasks.export import export
-from tasks.reference import load_reference
+from infra.tracking.model_registry import set_alias
+from tasks.evaluation.reference_images import load_reference
+from tasks.prediction.export import export
 from tests.tasks.registered import Registered, register_digits
 
 NAME = "export-tests"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from cnn.config import TrainConfig
-from tasks.config import CheckpointConfig
-from tasks.job import SPARE_OUTCOME, Event, Job, JobFolder, Outcome, Restarts, spare_outcome
+from cnn.config.training import TrainConfig
+from tasks.config.run import CheckpointConfig
+from tasks.training.protocol.job import SPARE_OUTCOME, Event, Job, JobFolder, Outcome, Restarts, spare_outcome
 
 JOB = Job(
     run_id="f00d",
@@ -24,7 +24,7 @@ JOB = Job(
 )
 EVENT = Event(step=1, total_steps=10, epoch=1, loss=0.5)
 TORCHRUN_SAYS = """\
-tasks.rank FAILED
+tasks.training.rank FAILED
 -------------------------------------------------------
 Failures:
 [1]:
@@ -169,7 +169,7 @@ def test_a_full_disk_costs_events_and_nothing_else(full_disk: JobFolder) -> None
 def test_an_outcome_that_no_disk_takes_reaches_the_flow_all_the_same(full_disk: JobFolder) -> None:
     first = Outcome(status="failed", error="No space left on device", exit_status=1)
     say = (
-        "import sys; from pathlib import Path; from tasks.job import JobFolder, Outcome; "
+        "import sys; from pathlib import Path; from tasks.training.protocol.job import JobFolder, Outcome; "
         "JobFolder(Path(sys.argv[1])).write_outcome(Outcome.model_validate_json(sys.argv[2]))"
     )
     with spare_outcome():

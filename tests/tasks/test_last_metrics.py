@@ -8,23 +8,24 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from infra import bucket_layout, tracking
 from infra.errors import Outage, ServiceError
-from infra.files import file_digest
-from infra.objectstore import ObjectStore
+from infra.machine.files import file_digest
+from infra.machine.lifeline import TORCHRUN_PID
 from infra.settings import Settings
-from tasks.checkpoints import finished_outcome
-from tasks.config import CheckpointConfig, load_config
-from tasks.dataset import DatasetRef, open_cache
-from tasks.job import Job, JobFolder
-from tasks.lifeline import TORCHRUN_PID
-from tasks.retries import outlast
-from tasks.run import TrackedRun
-from tasks.train import train
+from infra.storage import bucket_layout
+from infra.storage.object_store import ObjectStore
+from infra.tracking import mlflow_runs
+from tasks.config.run import CheckpointConfig, load_config
+from tasks.data.dataset import DatasetRef, open_cache
+from tasks.orchestration.retries import outlast
+from tasks.training.checkpoints import finished_outcome
+from tasks.training.protocol.job import Job, JobFolder
+from tasks.training.runs.tracked_run import TrackedRun
+from tasks.training.train import train
 from tests.cnn.conftest import Packed, digits, many_shards  # noqa: F401  # fixtures
 from tests.infra.test_cache import flip
 from tests.infra.test_tracking import free_address  # noqa: F401  # fixture
-from tests.tasks.test_reading import CONFIG, put
+from tests.tasks.test_training_split import CONFIG, put
 
 
 @pytest.mark.slow
@@ -43,14 +44,14 @@ def test_metrics_that_mlflow_did_not_take_are_sent_by_the_flow_and_a_damaged_sha
         bucket_layout.shard((shard := manifest.splits["train"].shards[0]).sha256), shard.sha256
     )
     flip(damaged)
-    run_id = tracking.start_run("last-metrics", "run", {}, {})
+    run_id = mlflow_runs.start_run("last-metrics", "run", {}, {})
     folder = JobFolder(Settings().runs / run_id)
     job = Job(
         run_id=run_id, config=CONFIG, dataset_version=manifest.version, world_size=1, manifest_digest="ab" * 32,
         checkpoints=CheckpointConfig(), restarts=0,
     )  # fmt: skip
     folder.write_job(job)
-    rank = [sys.executable, "-m", "tasks.rank", str(folder.path)]
+    rank = [sys.executable, "-m", "tasks.training.rank", str(folder.path)]
     environment = os.environ | {"MLFLOW_TRACKING_URI": free_address, TORCHRUN_PID: str(os.getpid())}
     subprocess.run(rank, env=environment, check=True, timeout=300)
     outcome = finished_outcome(store, run_id)

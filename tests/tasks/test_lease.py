@@ -10,10 +10,10 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Running
 
-from infra.tags import HELD_LEASE
-from tasks import lease
-from tasks.doctor import settle_all
-from tasks.lease import forgotten_leases, free_forgotten, limit_of, model_lease
+from infra.tracking.tags import HELD_LEASE
+from tasks.orchestration import model_lease as lease
+from tasks.orchestration.model_lease import forgotten_leases, free_forgotten, limit_of, model_lease
+from tasks.upkeep.doctor import settle_all
 from tests.flows.conftest import quiet_prefect
 from tests.tasks.leftovers import flow_run_in
 

@@ -10,14 +10,14 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from flows.summary import Summary, write_report
-from tasks.gateconfig import GateConfig
-from tasks.markdown import plain, shown
-from tasks.predict import Predictions
-from tasks.publish import report_markdown
-from tasks.report import evaluation_report
-from tasks.servinggate import ServingCheck, ServingReport
-from tasks.table import Unread
-from tasks.verdict import Scored, judge
+from tasks.config.gates import GateConfig
+from tasks.evaluation.publish import report_markdown
+from tasks.evaluation.report import evaluation_report
+from tasks.prediction.predict import Predictions
+from tasks.prediction.table import Unread
+from tasks.release.serving_gate import ServingCheck, ServingReport
+from tasks.release.verdict import Scored, judge
+from tasks.reporting.markdown import plain, shown
 
 NASTY = "a|b\nc [x](http://evil) ![i](u) <b>*bold*</b> `code` _em_ ~~gone~~ &amp; \\ snake_case $x$ ||"
 SEEN = "a|b c [x](http://evil) ![i](u) <b>*bold*</b> `code` _em_ ~~gone~~ &amp; \\ snake_case $x$ ||"

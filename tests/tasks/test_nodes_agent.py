@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from cnn.config import TrainConfig
-from infra.network import free_port
-from infra.objectstore import ObjectStore
-from infra.s3client import open_client
-from tasks.config import CheckpointConfig
-from tasks.job import Job, JobFolder
-from tasks.nodes.agent import Membership, Node
-from tasks.nodes.board import Board
-from tasks.platform import this_platform
+from cnn.config.training import TrainConfig
+from infra.machine.network import free_port
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import open_client
+from tasks.config.run import CheckpointConfig
+from tasks.training.nodes.agent import Membership, Node
+from tasks.training.platform import this_platform
+from tasks.training.protocol.board import Board
+from tasks.training.protocol.job import Job, JobFolder
 from tests.flows.program import wait_for
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tasks.nodes.plan import plan
+from tasks.training.nodes.plan import plan
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,11 @@ from prefect.automations import AutomationCore
 from pydantic import SecretStr
 from typer.testing import CliRunner
 
-from flows.notify import notify
+from flows.cli.notify import notify
 from infra.errors import UsageError
 from infra.settings import Settings
-from tasks import notifications
-from tasks.notifications import BLOCK, COMPLETED, FAILED, PREFIX, REFUSED, STALE, ensure_notifications
+from tasks.orchestration import notifications
+from tasks.orchestration.notifications import BLOCK, COMPLETED, FAILED, PREFIX, REFUSED, STALE, ensure_notifications
 from tests.flows.program import wait_for
 
 SECRET = f"secret-{uuid4().hex}"

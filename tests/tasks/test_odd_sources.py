@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cnn.config import PreprocessConfig
+from cnn.config.training import PreprocessConfig
+from cnn.data.manifest import Manifest
+from cnn.data.splits import Split
 from cnn.errors import InputError
-from cnn.manifest import Manifest
-from cnn.preprocess import pack
-from cnn.sources import open_source
-from cnn.sources.layout import LeftOut
-from cnn.split import Split
-from cnn.survey import survey
+from cnn.formats import open_source
+from cnn.formats.layout import LeftOut
+from cnn.preprocessing.pack import pack
+from cnn.preprocessing.survey import survey
 from infra.errors import UsageError
-from infra.mirrors import Mirrors
-from infra.objectstore import ObjectStore
-from infra.origin import ListedFiles
 from infra.sources.find import find_source
 from infra.sources.folder import FolderSource, local_folder
-from tasks.dataset import load_manifest
-from tasks.download import download, images_of
-from tasks.preprocess import preprocess
+from infra.sources.location import ListedFiles
+from infra.sources.mirrors import Mirrors
+from infra.storage.object_store import ObjectStore
+from tasks.data.dataset import load_manifest
+from tasks.data.download import download, images_of
+from tasks.data.preprocess import preprocess
 
 CONFIG = PreprocessConfig(val_fraction=0.3, test_fraction=0.3)  # or a few images leave a split without a class
 

@@ -7,8 +7,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import xlogy
 from scipy.stats import binom
 
-from tasks.gateconfig import GateConfig
-from tasks.paired import lower_bound, p_worse, tango
+from tasks.config.gates import GateConfig
+from tasks.evaluation.paired import lower_bound, p_worse, tango
 
 ALPHA = 0.05
 Counts = NDArray[np.int64]

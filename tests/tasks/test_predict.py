@@ -13,11 +13,11 @@ from PIL import Image
 from prefect import flow
 
 from infra.errors import ServiceError, UsageError
-from infra.objectstore import ObjectStore
-from infra.registry import set_alias
-from tasks.pictures import pictures
-from tasks.predict import Predictions, calibrated, predict
-from tasks.reference import load_reference
+from infra.storage.object_store import ObjectStore
+from infra.tracking.model_registry import set_alias
+from tasks.evaluation.reference_images import load_reference
+from tasks.prediction.inputs import pictures
+from tasks.prediction.predict import Predictions, calibrated, predict
 from tests.tasks.registered import Registered, register_digits
 
 NAME = "predict-tests"

@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cnn.config import PreprocessConfig
+from cnn.config.training import PreprocessConfig
 from cnn.errors import InputError
-from infra import bucket_layout
-from infra.cache import Cache
 from infra.errors import ServiceError, UsageError
-from infra.objectstore import ObjectMissing, ObjectStore
-from infra.raw import RawFile, RawSource
-from tasks.dataset import DatasetDamaged, DatasetRef, load_manifest, open_split, shards_of
-from tasks.download import download
-from tasks.preprocess import preprocess, step_key
+from infra.sources.raw_data import RawFile, RawSource
+from infra.storage import bucket_layout
+from infra.storage.cache import Cache
+from infra.storage.object_store import ObjectMissing, ObjectStore
+from tasks.data.dataset import DatasetDamaged, DatasetRef, load_manifest, open_split, shards_of
+from tasks.data.download import download
+from tasks.data.preprocess import preprocess, step_key
 
 CSV = gzip.decompress(files("sklearn.datasets.data").joinpath("digits.csv.gz").read_bytes())
 CONFIG = PreprocessConfig()
@@ -229,7 +229,7 @@ def test_a_folder_read_in_place_gives_the_version_that_its_copy_gives(
 def test_a_version_larger_than_the_disk_does_not_go_into_the_cache(
     store: ObjectStore, raw: RawSource, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.shardstore.CACHE_SHARE", 0.0)
+    monkeypatch.setattr("tasks.data.shard_uploads.CACHE_SHARE", 0.0)
     config = PreprocessConfig(shard_bytes=6400)  # type: ignore[arg-type]
     manifest = load_manifest(store, run(raw, config).version)
     cache = Cache(home / "cache", store)

@@ -15,20 +15,20 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import cnn.survey
-from cnn.config import PreprocessConfig
-from infra import bucket_layout
+import cnn.preprocessing.survey
+from cnn.config.training import PreprocessConfig
 from infra.errors import Outage
-from infra.objectstore import ObjectStore
-from infra.origin import LocalOrigin
-from infra.ports import CHOICE
-from infra.raw import RawSource
 from infra.settings import Settings
-from infra.stack import down, up
-from tasks.dataset import load_manifest, shards_of
-from tasks.download import download
-from tasks.journal import Journal
-from tasks.preprocess import preprocess
+from infra.sources.location import LocalOrigin
+from infra.sources.raw_data import RawSource
+from infra.stack.local_stack import down, up
+from infra.stack.ports import CHOICE
+from infra.storage import bucket_layout
+from infra.storage.object_store import ObjectStore
+from tasks.data.dataset import load_manifest, shards_of
+from tasks.data.download import download
+from tasks.data.preprocess import preprocess
+from tasks.data.preprocessing_journal import Journal
 
 CONFIG = PreprocessConfig(shard_bytes=64 * 50, max_unreadable=0.1)  # 50 images
 IMAGES = 900
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def machine(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Makes this process one on a machine of that name."""
-    monkeypatch.setattr(cnn.survey, "PART", PART)
+    monkeypatch.setattr(cnn.preprocessing.survey, "PART", PART)
     monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
 
     def be(name: str) -> None:
@@ -70,7 +70,7 @@ def run(folder: Path, keep_raw: bool = False) -> str:
 def stuck(raw: RawSource, environment: dict[str, str], method: str, notes: int, said: Connection) -> None:
     """Preprocess in a process of its own, until so many notes are in the journal; then wait to be killed."""
     os.environ.update(environment)
-    cnn.survey.PART = PART
+    cnn.preprocessing.survey.PART = PART
     note = getattr(Journal, method)
 
     def noting(self: Journal, what: Any) -> None:

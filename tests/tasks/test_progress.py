@@ -8,8 +8,8 @@ import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from tasks import progress as module
-from tasks.progress import progress
+from tasks.orchestration import progress as module
+from tasks.orchestration.progress import progress
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:

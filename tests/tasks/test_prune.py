@@ -15,21 +15,21 @@ from prefect.context import refresh_global_settings_context
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Running
 
-import tasks.prune
-import tasks.prunemark
-from cnn.journal import PackedShard
-from cnn.manifest import Shard
-from cnn.pixelsums import PixelSums
-from infra import bucket_layout
+import tasks.data.prune_mark
+import tasks.upkeep.prune
+from cnn.data.manifest import Shard
+from cnn.preprocessing.pixel_statistics import PixelSums
+from cnn.preprocessing.resume_records import PackedShard
 from infra.errors import ServiceError, UsageError
-from infra.objectstore import ObjectStore
-from infra.promotion import Lineage, newest, promote
-from infra.registry import ModelVersion, delete_alias, set_alias
 from infra.settings import Settings
-from tasks.alive import holding
-from tasks.prune import Pruned, trainings_under_way
-from tasks.prunemark import marked, wait_for_prune
-from tasks.retention import RetentionConfig, load_retention
+from infra.storage import bucket_layout
+from infra.storage.object_store import ObjectStore
+from infra.tracking.model_registry import ModelVersion, delete_alias, set_alias
+from infra.tracking.promotion_history import Lineage, newest, promote
+from tasks.config.retention import RetentionConfig, load_retention
+from tasks.data.prune_mark import marked, wait_for_prune
+from tasks.training.liveness import holding
+from tasks.upkeep.prune import Pruned, trainings_under_way
 from tests.tasks.leftovers import Leftovers, flow_run_in
 
 NO_DATASET = RetentionConfig(datasets_keep=0)
@@ -40,7 +40,7 @@ def made(stack: object, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("CONVOY_BUCKET", "test")
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
     refresh_global_settings_context()  # Prefect was imported before the stack named its server
-    monkeypatch.setattr(tasks.prune, "trainings_under_way", set)  # other tests' flows are no concern of ours
+    monkeypatch.setattr(tasks.upkeep.prune, "trainings_under_way", set)  # other tests' flows are no concern of ours
     leftovers = Leftovers(store, monkeypatch)
     with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}):  # else logs are on their way when Prefect ends
         yield leftovers
@@ -48,7 +48,7 @@ def made(stack: object, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.
 
 
 def prune(config: RetentionConfig = NO_DATASET, *, dry_run: bool = False, forget_unknown: bool = False) -> Pruned:
-    return tasks.prune.prune.fn(config, dry_run=dry_run, forget_unknown=forget_unknown)
+    return tasks.upkeep.prune.prune.fn(config, dry_run=dry_run, forget_unknown=forget_unknown)
 
 
 def checkpoints(made: Leftovers, run_id: str) -> bool:
@@ -271,7 +271,7 @@ def test_data_are_left_alone_while_a_training_prepares_its_own(
 def test_what_is_no_data_goes_all_the_same(made: Leftovers, monkeypatch: pytest.MonkeyPatch) -> None:
     made.run(dataset=made.dataset("shard"))
     made.source("data", "file")
-    monkeypatch.setattr(tasks.prune, "trainings_under_way", lambda: {"a flow run without an MLflow run"})
+    monkeypatch.setattr(tasks.upkeep.prune, "trainings_under_way", lambda: {"a flow run without an MLflow run"})
     result = prune()
     assert not made.there("runs/") and len(made.there()) == 5 and "preparing" in result.notes[0]
 
@@ -373,7 +373,7 @@ def test_a_training_that_begins_while_data_are_deleted_waits_and_stores_them_aga
 def test_a_prune_that_was_killed_holds_up_a_training_only_for_a_while(
     made: Leftovers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks.prunemark, "SILENCE", 0.0)
+    monkeypatch.setattr(tasks.data.prune_mark, "SILENCE", 0.0)
     made.put(f"{bucket_layout.PRUNING}left behind")
     wait_for_prune(made.store)
     assert not made.there(bucket_layout.PRUNING)

@@ -14,20 +14,20 @@ from prefect import flow
 from prefect.artifacts import Artifact
 from prefect.context import refresh_global_settings_context
 
-from cnn.config import PreprocessConfig, TrainConfig
-from cnn.networks import build_network
-from cnn.weights import save_weights
-from infra import tracking
+from cnn.config.training import PreprocessConfig, TrainConfig
+from cnn.networks.build import build_network
+from cnn.networks.weights import save_weights
 from infra.errors import ServiceError, UsageError
-from infra.objectstore import ObjectStore
-from infra.registry import ModelVersion
 from infra.settings import Settings
-from tasks.dataset import DatasetRef, load_manifest
-from tasks.download import download
-from tasks.evaluate import Evaluation, evaluate, publish
-from tasks.preprocess import preprocess
-from tasks.register import register
-from tasks.train import TrainResult
+from infra.storage.object_store import ObjectStore
+from infra.tracking import mlflow_runs
+from infra.tracking.model_registry import ModelVersion
+from tasks.data.dataset import DatasetRef, load_manifest
+from tasks.data.download import download
+from tasks.data.preprocess import preprocess
+from tasks.evaluation.evaluate import Evaluation, evaluate, publish
+from tasks.release.register import register
+from tasks.training.train import TrainResult
 
 CONFIG = TrainConfig(model="convoy9", network={"width": 8})
 
@@ -56,7 +56,7 @@ def trained(stack: object, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     network = build_network(
         CONFIG, channels=manifest.channels, image_size=manifest.image_size, classes=len(manifest.classes)
     )
-    run_id = tracking.start_run("register-tests", "run", {"model": CONFIG.model}, {})
+    run_id = mlflow_runs.start_run("register-tests", "run", {"model": CONFIG.model}, {})
     weights = tmp_path_factory.mktemp("weights") / "model.safetensors"
     digest = save_weights(network.state_dict(), weights)
     key = f"runs/{run_id}/weights/model.safetensors"
@@ -160,7 +160,7 @@ def test_name_that_mlflow_refuses_registers_nothing(trained: Trained, evaluated:
 def test_failed_export_registers_nothing(
     trained: Trained, evaluated: Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cnn.serving.ServedClassifier.forward", _cannot_be_exported)
+    monkeypatch.setattr("cnn.serving.classifier.ServedClassifier.forward", _cannot_be_exported)
     with pytest.raises(Exception, match=r"data-dependent|Could not guard|Could not extract"):
         register.fn("never-registered", CONFIG, trained.dataset, trained.result, evaluated)
     assert not MlflowClient().search_registered_models("name = 'never-registered'")

@@ -18,13 +18,13 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from cnn.data.mapped_split import PackedSplit
 from cnn.errors import InputError
-from cnn.packed import PackedSplit
-from infra import tracking
-from tasks.drawing import png
-from tasks.figures import confusion_figure, gallery_figure, reliability_figure
-from tasks.publish import publish_evaluation, report_markdown
-from tasks.report import EvaluationReport, evaluation_report, measure_footprint
+from infra.tracking import mlflow_runs
+from tasks.evaluation.figures import confusion_figure, gallery_figure, reliability_figure
+from tasks.evaluation.publish import publish_evaluation, report_markdown
+from tasks.evaluation.report import EvaluationReport, evaluation_report, measure_footprint
+from tasks.reporting.drawing import png
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_reliability_diagram_has_a_bar_for_each_bin_with_images(split: PackedSpl
 def test_published_report_is_whole(stack: object, split: PackedSplit, tmp_path: Path) -> None:
     refresh_global_settings_context()  # Prefect was imported before the stack named its server
     report = guesses(split, temperature=2.5)
-    run_id = tracking.start_run("report-tests", "run", {}, {})
+    run_id = mlflow_runs.start_run("report-tests", "run", {}, {})
 
     @flow
     def publishing() -> None:

@@ -9,18 +9,18 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
 from infra.errors import Outage
-from tasks import retries
-from tasks.cancel import Cancelled, stop_if_cancelled
+from tasks.orchestration import retries
+from tasks.orchestration.cancellation import Cancelled, stop_if_cancelled
 from tests.conftest import REPOSITORY
 from tests.flows.conftest import quiet_prefect  # noqa: F401  # fixture
 
 SIGNALLED = """
 import os, signal
-from infra import stopping
+from infra.machine import stopping
 stopping.listen()
 from prefect import flow, task
 from infra.errors import Outage
-from tasks.retries import RETRIED
+from tasks.orchestration.retries import RETRIED
 @task(**RETRIED)
 def away():
     print("tried", flush=True)

@@ -12,15 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cnn.config import TrainConfig
+from cnn.config.training import TrainConfig
 from infra.errors import Outage
-from infra.network import free_port
-from tasks import outage
-from tasks.config import CheckpointConfig
-from tasks.job import Job, JobFolder, Outcome
-from tasks.outage import through_outage
-from tasks.torchrun import among_nodes, start_torchrun
-from tasks.train import TrainingFailed, _run, await_earlier_start
+from infra.machine.network import free_port
+from tasks.config.run import CheckpointConfig
+from tasks.orchestration import outage
+from tasks.orchestration.outage import through_outage
+from tasks.training.protocol.job import Job, JobFolder, Outcome
+from tasks.training.torchrun import among_nodes, start_torchrun
+from tasks.training.train import TrainingFailed, _run, await_earlier_start
 from tests.flows.program import Training, wait_for
 
 # In one piece, since several say so at once.
@@ -28,14 +28,14 @@ SAY_PID_AND_SLEEP = "import os, time; os.write(1, bytes(f'{os.getpid()}', 'ascii
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SAY_PID_AND_SLEEP
 OWNER = f"""
 import subprocess, sys, time
-from tasks.lifeline import dying_with_this_process
+from infra.machine.lifeline import dying_with_this_process
 command = [sys.executable, "-c", {SAY_PID_AND_SLEEP!r}]
 subprocess.Popen(command, preexec_fn=dying_with_this_process(), start_new_session=True)
 time.sleep(600)
 """
 ORPHAN = """
 import os, time
-from tasks.lifeline import die_with_parent
+from infra.machine.lifeline import die_with_parent
 parent = os.getpid()
 if os.fork():
     os._exit(0)  # the parent is gone before its child asks to die with it
@@ -46,7 +46,7 @@ print("lives on", flush=True)
 """
 CLEANER = f"""
 import subprocess, sys
-from tasks.lifeline import adopt_orphans, end_descendants
+from infra.machine.lifeline import adopt_orphans, end_descendants
 adopt_orphans()
 # A child, a hidden grandchild that hears no SIGTERM, and one whose parent has ended.
 start = "import subprocess as s, sys; s.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
@@ -116,7 +116,7 @@ def as_process_one(code: str) -> str:
 def test_process_one_of_a_container_can_have_children_that_die_with_it() -> None:
     program = f"""
 import os, subprocess, sys
-from tasks.lifeline import dying_with_this_process
+from infra.machine.lifeline import dying_with_this_process
 assert os.getpid() == 1
 child = subprocess.Popen(
     [sys.executable, "-c", {SAY_PID_AND_SLEEP!r}], stdout=subprocess.PIPE, preexec_fn=dying_with_this_process()
@@ -130,10 +130,10 @@ def test_supervisor_whose_flow_is_process_one_of_a_container_is_no_orphan(tmp_pa
     program = f"""
 import os, subprocess, sys, psutil
 from pathlib import Path
-from infra.trylock import try_locked
-from tasks.alive import orphaned
+from infra.machine.locks import try_locked
+from tasks.training.liveness import orphaned
 assert os.getpid() == 1
-command = [sys.executable, "-c", {SAY_PID_AND_SLEEP!r}, "-m", "tasks.supervisor", {str(tmp_path)!r}]
+command = [sys.executable, "-c", {SAY_PID_AND_SLEEP!r}, "-m", "tasks.training.supervisor", {str(tmp_path)!r}]
 with try_locked(Path({str(tmp_path)!r}, "lock")):
     child = subprocess.Popen(command, stdout=subprocess.PIPE)
     child.stdout.readline()
@@ -155,7 +155,7 @@ def test_all_descendants_are_ended_whatever_they_ignore_and_wherever_they_hide(
 WAITS_INSIDE_PYTORCH = """
 from datetime import timedelta
 import torch.distributed as dist
-from tasks import rank
+from tasks.training import rank
 met = {met}
 rank.REACH_STOP = 0.5 if met else 600.0
 stop = rank.StopSignal()
@@ -220,7 +220,7 @@ def order(folder_of_test: Path, *, restarts: int) -> Training:
 
 
 def supervise(started: list[subprocess.Popen[str]], training: Training) -> subprocess.Popen[str]:
-    command = [sys.executable, "-P", "-m", "tasks.supervisor", str(training.folder)]
+    command = [sys.executable, "-P", "-m", "tasks.training.supervisor", str(training.folder)]
     started.append(subprocess.Popen(command, stdin=subprocess.PIPE, text=True))
     return started[-1]
 
@@ -229,7 +229,7 @@ def test_supervisor_ends_torchrun_when_its_standard_input_closes(
     started: list[subprocess.Popen[str]], training: Training
 ) -> None:
     supervisor = supervise(started, training)
-    wait_for(lambda: training.processes("tasks.torchrun"), "torchrun to start")
+    wait_for(lambda: training.processes("tasks.training.torchrun"), "torchrun to start")
     assert supervisor.stdin
     supervisor.stdin.close()
     assert supervisor.wait(60) == 0  # as it was told
@@ -240,7 +240,7 @@ def test_supervisor_that_is_told_to_end_takes_torchrun_along(
     started: list[subprocess.Popen[str]], training: Training
 ) -> None:
     supervisor = supervise(started, training)
-    wait_for(lambda: training.processes("tasks.torchrun"), "torchrun to start")
+    wait_for(lambda: training.processes("tasks.training.torchrun"), "torchrun to start")
     supervisor.terminate()
     assert supervisor.wait(60) == 128 + signal.SIGTERM
     assert training.processes() == []
@@ -249,8 +249,8 @@ def test_supervisor_that_is_told_to_end_takes_torchrun_along(
 HURRIED = """
 import subprocess, sys
 from pathlib import Path
-from tasks import supervisor
-from tasks.job import JobFolder
+from tasks.training import supervisor
+from tasks.training.protocol.job import JobFolder
 supervisor.HUNG, supervisor.OWNER = 0.5, 600.0
 deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
 rank = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
@@ -281,7 +281,7 @@ def test_killed_supervisor_takes_torchrun_along_which_has_said_nothing_that_woul
     started: list[subprocess.Popen[str]], training: Training
 ) -> None:
     supervisor = supervise(started, training)
-    wait_for(lambda: training.processes("tasks.rank"), "the ranks to start")
+    wait_for(lambda: training.processes("tasks.training.rank"), "the ranks to start")
     supervisor.kill()
     training.assert_ends()
     assert JobFolder(training.folder).log_end() == "they were killed"
@@ -292,8 +292,8 @@ def test_torchrun_has_a_single_thread_when_it_forks_its_ranks(
 ) -> None:
     nowhere(monkeypatch)
     supervisor = supervise(started, training)
-    wait_for(lambda: training.processes("tasks.rank"), "the ranks to start")
-    (torchrun,) = training.processes("tasks.torchrun")
+    wait_for(lambda: training.processes("tasks.training.rank"), "the ranks to start")
+    (torchrun,) = training.processes("tasks.training.torchrun")
     assert torchrun.num_threads() == 1
     supervisor.kill()
     training.assert_ends()
@@ -302,7 +302,7 @@ def test_torchrun_has_a_single_thread_when_it_forks_its_ranks(
 def test_flow_starts_another_supervisor_in_place_of_a_killed_one_as_often_as_it_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.train.run_logger", lambda: logging.getLogger("test"))
+    monkeypatch.setattr("tasks.training.train.run_logger", lambda: logging.getLogger("test"))
     training = order(tmp_path, restarts=1)
     told: list[str | None] = []
     flow = threading.Thread(target=lambda: ended.append(_end_of(training, told)), daemon=True)
@@ -311,12 +311,12 @@ def test_flow_starts_another_supervisor_in_place_of_a_killed_one_as_often_as_it_
     seen: set[int] = set()
 
     def another() -> psutil.Process | None:
-        return next((each for each in training.processes("tasks.supervisor") if each.pid not in seen), None)
+        return next((each for each in training.processes("tasks.training.supervisor") if each.pid not in seen), None)
 
     for _ in range(2):
         supervisor = wait_for(another, "a supervisor to start")
         seen.add(supervisor.pid)
-        wait_for(lambda: training.processes("tasks.torchrun"), "torchrun to start")
+        wait_for(lambda: training.processes("tasks.training.torchrun"), "torchrun to start")
         supervisor.kill()
     flow.join(60)
     training.assert_ends()
@@ -327,9 +327,9 @@ def test_flow_starts_another_supervisor_in_place_of_a_killed_one_as_often_as_it_
 def test_another_start_waits_for_the_processes_of_an_earlier_one(
     started: list[subprocess.Popen[str]], training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.train.run_logger", lambda: logging.getLogger("test"))
+    monkeypatch.setattr("tasks.training.train.run_logger", lambda: logging.getLogger("test"))
     earlier = supervise(started, training)
-    wait_for(lambda: training.processes("tasks.torchrun"), "torchrun to start")
+    wait_for(lambda: training.processes("tasks.training.torchrun"), "torchrun to start")
     waiting = threading.Thread(target=await_earlier_start, args=[JobFolder(training.folder)], daemon=True)
     waiting.start()
     waiting.join(1.0)
@@ -386,7 +386,7 @@ def test_nothing_unpickles_where_ranks_are_started(
 ) -> None:
     nowhere(monkeypatch)
     supervisor = supervise(started, training)
-    wait_for(lambda: training.processes("tasks.rank"), "the ranks to start")
+    wait_for(lambda: training.processes("tasks.training.rank"), "the ranks to start")
     assert supervisor.stdin
     supervisor.stdin.close()
     supervisor.wait(60)
@@ -410,7 +410,7 @@ def test_nodes_meet_without_unpickling(
             for number in range(2)
         ]
     try:
-        wait_for(lambda: len(training.processes("tasks.rank")) == 2, "the ranks of both nodes to start")
+        wait_for(lambda: len(training.processes("tasks.training.rank")) == 2, "the ranks of both nodes to start")
         assert {training.rank(number).ppid() for number in range(2)} == {node.pid for node in nodes}
     finally:
         for node in nodes:
@@ -426,7 +426,7 @@ def test_supervisor_leaves_no_file_behind_but_those_of_its_folder(
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     supervisor = supervise(started, training)
-    wait_for(lambda: training.processes("tasks.rank"), "the ranks to start")
+    wait_for(lambda: training.processes("tasks.training.rank"), "the ranks to start")
     supervisor.kill()
     training.assert_ends()
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -440,7 +440,7 @@ def test_supervisor_starts_killed_ranks_again_as_often_as_it_may(
     seen: set[int] = set()
 
     def another() -> psutil.Process | None:
-        found = [process for process in training.processes("tasks.torchrun") if process.pid not in seen]
+        found = [process for process in training.processes("tasks.training.torchrun") if process.pid not in seen]
         return found[0] if found else None
 
     for _ in range(3):
@@ -464,7 +464,7 @@ def test_supervisor_does_not_start_ranks_again_that_say_what_was_wrong(
     training = order(tmp_path, restarts=2)
     wrong = Outcome(status="failed", error="the loss is not finite", exit_status=1)
     supervisor = supervise(started, training)
-    torchrun = wait_for(lambda: training.processes("tasks.torchrun"), "torchrun to start")[0]
+    torchrun = wait_for(lambda: training.processes("tasks.training.torchrun"), "torchrun to start")[0]
     JobFolder(training.folder).write_outcome(wrong)
     torchrun.kill()
     supervisor.wait(60)

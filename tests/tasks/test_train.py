@@ -9,14 +9,14 @@ from mlflow.tracking import MlflowClient
 from prefect import flow
 from prefect.context import refresh_global_settings_context
 
-from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from tasks.checkpoints import Commit, commits_of
-from tasks.config import RunConfig, load_config
-from tasks.download import download
-from tasks.preprocess import preprocess
-from tasks.run import TrackedRun, tracked_run
-from tasks.train import TrainingFailed, TrainResult, train
+from infra.storage.object_store import ObjectStore
+from tasks.config.run import RunConfig, load_config
+from tasks.data.download import download
+from tasks.data.preprocess import preprocess
+from tasks.training.checkpoints import Commit, commits_of
+from tasks.training.runs.tracked_run import TrackedRun, tracked_run
+from tasks.training.train import TrainingFailed, TrainResult, train
 from tests.flows.program import ENDLESS, SMALL, NextTraining, Training, wait_for
 
 DIGITS = {"dataset": "digits"}
@@ -51,7 +51,7 @@ def test_without_restarts_a_killed_rank_ends_the_training_which_says_so_in_one_l
     def kill_the_first_rank() -> None:
         training = next_training.under_way()
         disturbed.append(training)
-        min(training.processes("tasks.rank"), key=lambda process: process.pid).kill()
+        min(training.processes("tasks.training.rank"), key=lambda process: process.pid).kill()
 
     killer = meanwhile(kill_the_first_rank)
     with pytest.raises(
@@ -104,7 +104,7 @@ def test_weights_reach_the_mlflow_run_although_the_flow_failed_between_the_train
 
     config = load_config(None, [*SMALL, "epochs=2", "ranks=1"], DIGITS)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="on purpose"):
-        patch.setattr("infra.tracking.log_file", fail)
+        patch.setattr("infra.tracking.mlflow_runs.log_file", fail)
         only_train(config)
     (run,) = opened
     shutil.rmtree(settings.runs / run.run_id)  # as on another machine

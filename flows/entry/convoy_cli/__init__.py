@@ -25,7 +25,9 @@ def use_own_packages() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"
     here = Path(__file__).resolve()
     # Beside this package where it is installed, or above it in the repository.
-    root = next(folder for folder in (here.parents[1], here.parents[3]) if (folder / "flows" / "cli.py").is_file())
+    root = next(
+        folder for folder in (here.parents[1], here.parents[3]) if (folder / "flows" / "cli" / "__init__.py").is_file()
+    )
     if all(_is_found_in(root, name) for name in PACKAGES):
         return
     sys.path.insert(0, str(root))

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from infra.settings import Settings
-from infra.stack import down, up
+from infra.stack.local_stack import down, up
 from tests.bench.comparison import Comparison, NotInstalled
 from tests.bench.streaming.data import Data, prepare
 

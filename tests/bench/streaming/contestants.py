@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision.io import ImageReadMode, decode_image
 
-from cnn.config import TrainConfig
-from cnn.order import Order
-from cnn.reading import Batch
-from infra.cache import Cache
-from infra.objectstore import ObjectStore
-from tasks.dataset import stream_split
+from cnn.config.training import TrainConfig
+from cnn.data.split_reader import Batch
+from cnn.training.order import Order
+from infra.storage.cache import Cache
+from infra.storage.object_store import ObjectStore
+from tasks.data.dataset import stream_split
 from tests.bench.streaming.data import Data, samples
 
 BATCH = 256

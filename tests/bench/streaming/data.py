@@ -11,16 +11,16 @@ from typing import Literal
 
 from safetensors.numpy import load_file
 
-from cnn.encoding import encode
-from cnn.manifest import DataReport, Manifest, SplitInfo, Spread
-from cnn.shards import ShardWriter, shard_path
-from infra import bucket_layout
-from infra.cache import Cache
-from infra.mirrors import Mirrors
-from infra.objectstore import ObjectStore
+from cnn.data.encoding import encode
+from cnn.data.manifest import DataReport, Manifest, SplitInfo, Spread
+from cnn.data.shard_writer import ShardWriter, shard_path
 from infra.settings import Settings
 from infra.sources.base import Workplace
 from infra.sources.find import find_source
+from infra.sources.mirrors import Mirrors
+from infra.storage import bucket_layout
+from infra.storage.cache import Cache
+from infra.storage.object_store import ObjectStore
 from tests.bench.data import CLASSES
 from tests.bench.streaming.images import Block, fashion, photographs
 

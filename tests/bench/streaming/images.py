@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from cnn.sources.idx import IdxSource
+from cnn.formats.idx import IdxSource
 from tests.bench.data import CLASSES
 
 Block = tuple[NDArray[np.uint8], NDArray[np.int64]]

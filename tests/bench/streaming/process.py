@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tasks.lifeline import die_with_parent
+from infra.machine.lifeline import die_with_parent
 from tests.bench.streaming.contestants import CONTESTANTS
 from tests.bench.streaming.data import Data, upload
 

@@ -7,10 +7,14 @@ from signal import SIGCONT, SIGKILL, SIGSTOP, Signals
 
 import psutil
 
-from infra.stackfolder import NAMES, ServerName
+from infra.stack.state import NAMES, ServerName
 from tests.faults.campaign.trial import Trial
 
-MODULES = {"supervisor": "tasks.supervisor", "torchrun": "tasks.torchrun", "rank": "tasks.rank"}
+MODULES = {
+    "supervisor": "tasks.training.supervisor",
+    "torchrun": "tasks.training.torchrun",
+    "rank": "tasks.training.rank",
+}
 
 
 def signal(sent: Signals, victim: str, trial: Trial) -> None:

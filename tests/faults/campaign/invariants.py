@@ -10,10 +10,10 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, Fl
 from prefect.client.schemas.objects import TERMINAL_STATES
 from prefect.exceptions import ObjectNotFound
 
-from infra import promotion
-from infra.registry import aliased
-from tasks.doctor import find_orphans
-from tasks.lease import limit_of
+from infra.tracking import promotion_history
+from infra.tracking.model_registry import aliased
+from tasks.orchestration.model_lease import limit_of
+from tasks.upkeep.doctor import find_orphans
 from tests.faults.campaign.trial import Trial
 from tests.flows import program
 
@@ -56,7 +56,9 @@ def versions(trial: Trial) -> list[str]:
 
 def champion(trial: Trial) -> list[str]:
     """The history is one promotion, and the alias is where it says."""
-    changes = [(entry.from_version, entry.to_version) for entry in promotion.history(trial.home.store(), trial.name)]
+    changes = [
+        (entry.from_version, entry.to_version) for entry in promotion_history.history(trial.home.store(), trial.name)
+    ]
     found = aliased(trial.name, "champion")
     return [] if changes == [(None, "1")] and found and found.version == "1" else [f"{changes}, alias {found}"]
 

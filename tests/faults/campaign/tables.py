@@ -5,21 +5,21 @@ from collections.abc import Callable
 from functools import partial
 from signal import SIGINT, SIGKILL, SIGTERM
 
-from infra import promotion
-from infra.stackfolder import NAMES
+from infra.stack.state import NAMES
+from infra.tracking import promotion_history
 from tests.faults.campaign import acts, invariants
 from tests.faults.campaign.trial import DISKS, STEPS, Plan, Trial
 
 MOMENTS: dict[str, Callable[[Trial], object]] = {
     "at once": lambda trial: True,
     "about to train": lambda trial: trial.training,
-    "ranks start": lambda trial: trial.training and trial.training.processes("tasks.rank"),
+    "ranks start": lambda trial: trial.training and trial.training.processes("tasks.training.rank"),
     "in training": lambda trial: trial.steps() >= trial.plan.step,
     "last step": lambda trial: trial.steps() >= STEPS,
     "weights committed": lambda trial: trial.training and (trial.training.folder / "outcome.json").exists(),
     "evaluated": lambda trial: any("test/accuracy" in run.data.metrics for run in trial.runs()),
     "registered": lambda trial: trial.versions(),
-    "promoted": lambda trial: promotion.history(trial.home.store(), trial.name),
+    "promoted": lambda trial: promotion_history.history(trial.home.store(), trial.name),
 }
 ALL = tuple(MOMENTS)
 RANKS_LIVE = ("ranks start", "in training", "last step")

@@ -19,10 +19,10 @@ import yaml
 from mlflow.tracking import MlflowClient
 from prefect.context import refresh_global_settings_context
 
-from infra.objectstore import ObjectStore
-from infra.ports import CHOICE
 from infra.settings import Settings
-from infra.stackfolder import NAMES, ServerName, StackFolder
+from infra.stack.ports import CHOICE
+from infra.stack.state import NAMES, ServerName, StackFolder
+from infra.storage.object_store import ObjectStore
 from tests.flows.program import RESUMABLE, Training, sets
 
 PATIENCE = 900.0  # seconds until a command counts as hanging

@@ -1,0 +1,1 @@
+"""Validated configuration of preprocessing, networks and training; importing it loads pydantic only."""

@@ -1,0 +1,409 @@
+"""Checks of a dataset version before a network learns from it: balance, duplicates, leakage, empty images, drift.
+
+They look at the packed images, so at what the network would see.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict
+
+from cnn.config.training import DataGateConfig, Level
+from cnn.data.manifest import Manifest, Spread
+from cnn.data.splits import SPLITS, Split
+
+if TYPE_CHECKING:
+    from cnn.data.split_reader import SplitReader
+
+Outcome = Literal["passed", "warned", "failed", "off", "skipped"]
+
+BLOCK_BYTES = 2 * 2**20
+"""Pixels looked at together: with some bytes for each image, all that is held in memory."""
+
+COMPARISONS = ("missing_classes", "new_classes", "class_drift", "pixel_drift", "trained_on")
+"""The checks against the champion's data."""
+
+SLOW = ("slow_class_drift", "slow_pixel_drift")
+"""The checks against the oldest champion's data."""
+
+NO_CHAMPION = "there are no champion's data to compare with"
+PIXEL_BINS = 16  # of 16 grey levels each
+EXAMPLES = 8  # offenders named for each check
+SMALLEST_SHARE = 1e-4  # what an empty bin counts as in a PSI, which would be infinite else
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Check(_Record):
+    """What one check found."""
+
+    name: str
+    level: Level
+    outcome: Outcome
+    """`skipped`: there is nothing to compare with."""
+
+    value: float | None
+    limit: float
+    note: str
+    """What the value is made of, for people."""
+
+
+class Offender(_Record):
+    """An image that a check complains of."""
+
+    check: str
+    split: Split
+    index: int
+    """Its place in the split."""
+
+    label: int
+    note: str
+
+
+class SplitFacts(_Record):
+    """What a split holds."""
+
+    images: int
+    class_counts: tuple[int, ...]
+    duplicates: int
+    """Images equal to an earlier one of the split."""
+
+    leaked: int
+    """Images that an earlier split has too; the splits' order is train, val, test."""
+
+    conflicts: int
+    """Images of which there is an equal one, in any split, with another label."""
+
+    constant: int
+    blank: int
+
+
+class DataChecks(_Record):
+    """All that was found out about a dataset version."""
+
+    dataset_version: str
+    champion_version: str | None
+    classes: tuple[str, ...]
+    splits: dict[Split, SplitFacts]
+    pixels: tuple[tuple[float, ...], ...]
+    """Shares of the training split's pixel values, by channel and bin of 16 grey levels."""
+
+    checks: tuple[Check, ...]
+    offenders: tuple[Offender, ...]
+    """The first few of each check."""
+
+    def having(self, outcome: Outcome) -> tuple[Check, ...]:
+        """The checks that ended so."""
+        return tuple(check for check in self.checks if check.outcome == outcome)
+
+    @property
+    def outcome(self) -> Literal["passed", "warned", "failed"]:
+        """Of all checks together: the worst."""
+        return "failed" if self.having("failed") else "warned" if self.having("warned") else "passed"
+
+
+def population_stability_index(expected: ArrayLike, found: ArrayLike) -> float:
+    """PSI of two histograms over the same bins: Σ (f − e) · ln(f / e) over the bins' shares e and f.
+
+    A share below 0.0001 counts as 0.0001. By convention, less than 0.1 is no change and more than 0.25 a major one
+    (Siddiqi, Credit Risk Scorecards, 2006).
+    """
+    e, f = (
+        np.maximum(counts / max(counts.sum(), 1), SMALLEST_SHARE)
+        for counts in (np.asarray(expected, dtype=np.float64), np.asarray(found, dtype=np.float64))
+    )
+    return float(((f - e) * np.log(f / e)).sum())
+
+
+def check_dataset(
+    manifest: Manifest,
+    splits: Mapping[Split, "SplitReader"],
+    config: DataGateConfig,
+    champion: "tuple[Manifest, SplitReader] | None" = None,
+    on_progress: Callable[[int], object] = lambda count: None,
+    *,
+    oldest: "tuple[Manifest, SplitReader] | None" = None,
+    images_for_margin: int = 0,
+) -> DataChecks:
+    """Checks every image of a dataset version once, block by block.
+
+    Args:
+        splits: all of them.
+        champion: manifest and training split of the version that the champion learned from, to compare with.
+        on_progress: its amounts add up to the images of the splits and, unless they are the same version, of the
+            champion's and the oldest champion's training splits.
+        oldest: likewise for the oldest champion that a rollback can reach; None if that is the champion.
+        images_for_margin: test images that the quality gate needs to show its margin.
+    """
+    scans = {name: _scan(splits[name], on_progress) for name in SPLITS}
+    marks = _marks(scans, config)
+    facts = {
+        name: SplitFacts(
+            images=len(splits[name]),
+            class_counts=manifest.splits[name].class_counts,
+            duplicates=int(marks["duplicates"][name].sum()),
+            leaked=int(marks["leakage"][name].sum()),
+            conflicts=int(marks["conflicts"][name].sum()),
+            constant=int(marks["constant"][name].sum()),
+            blank=int(marks["blank"][name].sum()),
+        )
+        for name in SPLITS
+    }
+    pixels = _binned(scans["train"].pixels)
+    theirs: list[_Theirs | None] = []
+    for other in (champion, oldest):
+        same = other is not None and other[0].version == manifest.version
+        scan = scans["train"] if same or not other else _scan(other[1], on_progress)
+        theirs.append((other[0], _binned(scan.pixels), scan.digests) if other else None)
+    learned = _only_theirs(scans, theirs[0][2]) if theirs[0] else None
+    found = (
+        *_content_checks(manifest, facts, config),
+        *_comparisons(manifest, pixels, theirs[0], config),
+        _trained_on(learned, config),
+        *_drift(manifest, pixels, theirs[1], config, SLOW),
+        _test_images(facts["test"].images, images_for_margin, config),
+    )
+    off = {check.name for check in found if check.outcome == "off"}
+    return DataChecks(
+        dataset_version=manifest.version,
+        champion_version=champion[0].version if champion else None,
+        classes=manifest.classes,
+        splits=facts,
+        pixels=tuple(tuple(row) for row in (pixels / pixels.sum(1, keepdims=True)).tolist()),
+        checks=found,
+        offenders=tuple(_offenders({kind: masks for kind, masks in marks.items() if kind not in off}, scans)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scan:
+    """What is kept of N images with C channels."""
+
+    labels: NDArray[np.int64]
+    digests: NDArray[np.uint64]
+    """64 bits of each image's BLAKE2b: two different ones in a hundred million images agree with a chance of 1:3000."""
+
+    contrast: NDArray[np.uint8]
+    """Of each image: brightest minus darkest pixel, in the channel where that is most."""
+
+    pixels: NDArray[np.int64]
+    """Pixels of each value, C×256."""
+
+
+def _scan(split: "SplitReader", on_progress: Callable[[int], object]) -> _Scan:
+    channels, height, width = split.shape
+    digests, contrast = bytearray(), np.empty(len(split), dtype=np.uint8)
+    pixels = np.zeros((channels, 256), dtype=np.int64)
+    start = 0
+    for block, _ in split.blocks(max(1, BLOCK_BYTES // (channels * height * width))):
+        images = np.ascontiguousarray(block.numpy())
+        digests += _digests(images)
+        planes = images.reshape(len(images), channels, -1)
+        contrast[start : start + len(images)] = np.ptp(planes, axis=2).max(1)
+        pixels += np.stack([np.bincount(planes[:, channel].ravel(), minlength=256) for channel in range(channels)])
+        start += len(images)
+        on_progress(len(images))
+    return _Scan(
+        labels=split.labels.numpy(),
+        digests=np.frombuffer(digests, dtype=np.uint64),
+        contrast=contrast,
+        pixels=pixels,
+    )
+
+
+def pixel_digests(split: "SplitReader") -> NDArray[np.uint64]:
+    """Returns 64 bits of the BLAKE2b of each image's pixels, [N]."""
+    channels, height, width = split.shape
+    digests = bytearray()
+    for block, _ in split.blocks(max(1, BLOCK_BYTES // (channels * height * width))):
+        digests += _digests(np.ascontiguousarray(block.numpy()))
+    return np.frombuffer(digests, dtype=np.uint64)
+
+
+def _digests(images: NDArray[np.uint8]) -> bytes:
+    return b"".join(hashlib.blake2b(image.data, digest_size=8).digest() for image in images)
+
+
+def _only_theirs(scans: Mapping[Split, _Scan], theirs: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Returns a mask of the test images that are in another version's training split and not in this one's."""
+    test = scans["test"].digests
+    return np.isin(test, theirs) & ~np.isin(test, scans["train"].digests)
+
+
+def _binned(pixels: NDArray[np.int64]) -> NDArray[np.int64]:
+    binned: NDArray[np.int64] = pixels.reshape(len(pixels), PIXEL_BINS, -1).sum(2)
+    return binned
+
+
+def _marks(scans: Mapping[Split, _Scan], config: DataGateConfig) -> dict[str, dict[Split, NDArray[np.bool_]]]:
+    """Which images of each split a check complains of."""
+    everything = np.concatenate([scan.digests for scan in scans.values()])
+    conflicting = _conflicting(everything, np.concatenate([scan.labels for scan in scans.values()]))
+    marks: dict[str, dict[Split, NDArray[np.bool_]]] = {
+        kind: {} for kind in ("duplicates", "leakage", "conflicts", "constant", "blank")
+    }
+    earlier = everything[:0]
+    for name, scan in scans.items():
+        repeated = np.ones(len(scan.digests), dtype=np.bool_)
+        repeated[np.unique(scan.digests, return_index=True)[1]] = False
+        marks["duplicates"][name] = repeated
+        marks["leakage"][name] = np.isin(scan.digests, earlier)
+        marks["conflicts"][name] = np.isin(scan.digests, conflicting)
+        marks["constant"][name] = scan.contrast == 0
+        marks["blank"][name] = (scan.contrast > 0) & (scan.contrast <= config.blank_contrast)
+        earlier = np.concatenate([earlier, scan.digests])
+    return marks
+
+
+def _conflicting(digests: NDArray[np.uint64], labels: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The digests that occur with more than one label."""
+    order = np.lexsort((labels, digests))
+    digests, labels = digests[order], labels[order]
+    return np.unique(digests[1:][(digests[1:] == digests[:-1]) & (labels[1:] != labels[:-1])])
+
+
+def _offenders(
+    marks: Mapping[str, Mapping[Split, NDArray[np.bool_]]], scans: Mapping[Split, _Scan]
+) -> Iterator[Offender]:
+    for kind, masks in marks.items():
+        places = [(name, int(index)) for name, mask in masks.items() for index in np.flatnonzero(mask)[:EXAMPLES]]
+        for name, index in places[:EXAMPLES]:
+            note = f"contrast {scans[name].contrast[index]}"
+            if kind not in ("constant", "blank"):
+                twins = (
+                    f"{other} {place}"
+                    for other, scan in scans.items()
+                    for place in np.flatnonzero(scan.digests == scans[name].digests[index]).tolist()
+                    if (other, place) != (name, index)
+                )
+                note = f"equals {next(twins)}"
+            yield Offender(check=kind, split=name, index=index, label=int(scans[name].labels[index]), note=note)
+
+
+def _at_most(config: DataGateConfig, name: str, value: float | None, note: str) -> Check:
+    """Judge by the level `name` and the limit `max_<name>`; None: there is nothing to judge."""
+    limit = float(getattr(config, f"max_{name}"))
+    return _judged(config, name, value, limit, note, good=value is None or value <= limit)
+
+
+def _judged(config: DataGateConfig, name: str, value: float | None, limit: float, note: str, *, good: bool) -> Check:
+    level: Level = getattr(config, name)
+    wrong: Outcome = "failed" if level == "fail" else "warned"
+    found: Outcome = "skipped" if value is None else "passed" if good else wrong
+    outcome: Outcome = "off" if level == "off" else found
+    return Check(name=name, level=level, outcome=outcome, value=value, limit=limit, note=note)
+
+
+def _content_checks(manifest: Manifest, facts: Mapping[Split, SplitFacts], config: DataGateConfig) -> Iterator[Check]:
+    """The checks that need no champion."""
+    counts = facts["train"].class_counts
+    least, most = min(counts), max(counts)
+    rarest, commonest = (manifest.classes[counts.index(count)] for count in (least, most))
+    note = f"training images of {rarest}, the rarest of {len(counts)} classes"
+    limit = config.min_class_images
+    yield _judged(config, "class_images", least, limit, note, good=least >= limit)
+    note = f"{commonest} has {most:,} training images, {rarest} {least:,}"
+    yield _at_most(config, "imbalance", most / max(least, 1), note)
+
+    for name, counted in (("duplicates", "duplicates"), ("leakage", "leaked"), ("constant",) * 2, ("blank",) * 2):
+        found = [(split, getattr(fact, counted), fact.images) for split, fact in facts.items()]
+        note = ", ".join(f"{split} {count:,} of {images:,}" for split, count, images in found)
+        yield _at_most(config, name, max(count / images for _, count, images in found), note)
+    total, conflicts = (sum(getattr(fact, key) for fact in facts.values()) for key in ("images", "conflicts"))
+    note = f"{conflicts:,} of {total:,} images equal one with another label"
+    yield _at_most(config, "conflicts", conflicts / total, note)
+
+    source = manifest.report
+    tried = source.packed + source.unreadable
+    note = f"{source.unreadable:,} of {tried:,} could not be decoded"
+    if source.unreadable_examples:
+        note += f", for example {source.unreadable_examples[0].name} ({source.unreadable_examples[0].reason})"
+    yield _at_most(config, "unreadable", source.unreadable / tried, note)
+    shares = {name: each.left_out / (each.left_out + each.images) for name, each in source.left_out.items()}
+    most_lost = sorted(shares, key=lambda name: -shares[name])[:3]
+    losses = (
+        f"{name} {source.left_out[name].left_out:,} beside {source.left_out[name].images:,}" for name in most_lost
+    )
+    note = ", ".join(losses) + " images" if shares else "every file in a class folder is named like an image"
+    yield _at_most(config, "left_out", max(shares.values(), default=0.0), note)
+    ratio = max(side.max / max(side.min, 1) for side in (source.width, source.height))
+    note = f"width {_spread(source.width)}, height {_spread(source.height)}; all became {manifest.image_size}"
+    yield _at_most(config, "size_ratio", ratio, note)
+    modes = sorted(source.modes.items(), key=lambda item: -item[1])
+    note = ", ".join(f"{mode} {count:,}" for mode, count in modes)
+    yield _at_most(config, "other_modes", 1 - modes[0][1] / sum(source.modes.values()), note)
+
+
+def _spread(spread: Spread) -> str:
+    return f"{spread.min} … {spread.max} (median {spread.median})"
+
+
+_Theirs = tuple[Manifest, NDArray[np.int64], NDArray[np.uint64]]
+"""Of a champion's data: the manifest, the training split's binned pixels and its images' digests."""
+
+
+def _comparisons(
+    manifest: Manifest, pixels: NDArray[np.int64], champion: _Theirs | None, config: DataGateConfig
+) -> Iterator[Check]:
+    """Yields the checks against the champion's training data, except the one for images that both versions have."""
+    if champion is None:
+        for name in ("missing_classes", "new_classes"):
+            yield _at_most(config, name, None, NO_CHAMPION)
+    else:
+        theirs = champion[0]
+        missing = [name for name in theirs.classes if name not in manifest.classes]
+        new = [name for name in manifest.classes if name not in theirs.classes]
+        yield _at_most(config, "missing_classes", len(missing), _listed(missing))
+        yield _at_most(config, "new_classes", len(new), _listed(new))
+    yield from _drift(manifest, pixels, champion, config, ("class_drift", "pixel_drift"))
+
+
+def _drift(
+    manifest: Manifest,
+    pixels: NDArray[np.int64],
+    champion: _Theirs | None,
+    config: DataGateConfig,
+    names: tuple[str, str],
+) -> Iterator[Check]:
+    """Yields the drift of classes and of pixels against a champion's data, as checks of these names."""
+    if champion is None:
+        for name in names:
+            yield _at_most(config, name, None, NO_CHAMPION if name in COMPARISONS else "there is no older champion")
+        return
+    theirs, their_pixels, _ = champion
+    before, now = (dict(zip(m.classes, m.splits["train"].class_counts, strict=True)) for m in (theirs, manifest))
+    union = [*theirs.classes, *(name for name in manifest.classes if name not in theirs.classes)]
+    psi = population_stability_index([before.get(name, 0) for name in union], [now.get(name, 0) for name in union])
+    yield _at_most(config, names[0], psi, f"PSI over {len(union)} classes, training splits")
+    if len(pixels) != len(their_pixels):
+        note = f"{len(pixels)} channels, the champion's data have {len(their_pixels)}"
+        yield _at_most(config, names[1], None, note)
+        return
+    each = [population_stability_index(e, f) for e, f in zip(their_pixels, pixels, strict=True)]
+    note = f"PSI over {PIXEL_BINS} bins of grey levels, training splits; by channel "
+    yield _at_most(config, names[1], max(each), note + ", ".join(f"{psi:.3f}" for psi in each))
+
+
+def _trained_on(learned: NDArray[np.bool_] | None, config: DataGateConfig) -> Check:
+    if learned is None:
+        return _at_most(config, "trained_on", None, NO_CHAMPION)
+    note = f"the champion was trained on {int(learned.sum()):,} of {len(learned):,} test images"
+    return _at_most(config, "trained_on", float(learned.mean()) if len(learned) else 0.0, note)
+
+
+def _test_images(images: int, images_for_margin: int, config: DataGateConfig) -> Check:
+    limit = max(config.min_test_images, images_for_margin)
+    note = f"the smallest loss that they can rule out is {min(3 / max(images, 1), 1):.2%}"
+    if images < images_for_margin:
+        note += f"; gate.margin asks for less, so that no version can ever pass against a champion: it needs {limit:,}"
+    return _judged(config, "test_images", images, limit, note, good=images >= limit)
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"

@@ -1,0 +1,146 @@
+"""The manifest of a dataset version: which shards it has, what they hold, and the report on its data.
+
+It says nothing about the machine or the time, so equal data have equal manifests. The dataset version is the
+SHA-256 of the manifest's bytes.
+"""
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cnn.data.splits import Split
+from cnn.errors import InputError
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Shard(_Record):
+    """One safetensors file of packed images, all of one split."""
+
+    sha256: str
+    """Digest of the file, and its name: `<sha256>.safetensors`."""
+
+    count: int
+    """Images in it."""
+
+    bytes: int
+    """Size of the file."""
+
+
+class SplitInfo(_Record):
+    """One split of the dataset."""
+
+    count: int
+    class_counts: tuple[int, ...]
+    """Images of each class, in the order of the manifest's `classes`."""
+
+    shards: tuple[Shard, ...]
+    """In reading order."""
+
+
+class Unreadable(_Record):
+    """An image that could not be decoded and was left out."""
+
+    name: str
+    reason: str
+
+
+class Spread(_Record):
+    """Smallest, median and largest of a number over all images."""
+
+    min: int
+    median: int
+    max: int
+
+
+class Losses(_Record):
+    """Counts of files in a class folder."""
+
+    images: int
+    left_out: int
+    """Files that are no images, by their names, or cannot be reached."""
+
+
+class DataReport(_Record):
+    """What preprocessing found in the source."""
+
+    images: int
+    """Images in the source."""
+
+    packed: int
+    """Images in the shards; the others were unreadable, or left out by the limit."""
+
+    unreadable: int
+    unreadable_examples: tuple[Unreadable, ...]
+    """The first of them."""
+
+    duplicates: int
+    """Images whose content equals that of an earlier one."""
+
+    width: Spread
+    height: Spread
+    modes: dict[str, int]
+    """Images of each Pillow mode (`L`, `RGB`, `P`, ...), before conversion."""
+
+    warnings: tuple[str, ...]
+    left_out: dict[str, Losses] = {}
+    """By class, of the classes that lost files."""
+
+
+class Manifest(_Record):
+    """A dataset version."""
+
+    format: Literal[1] = 1
+    """Version of this layout."""
+
+    classes: tuple[str, ...]
+    """Names; a label is a position in this tuple."""
+
+    channels: int
+    image_size: int
+    """Height and width in pixels."""
+
+    splits: dict[Split, SplitInfo]
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Of each channel of the training split, on the scale 0..1."""
+
+    encoding: Literal["raw", "jpeg", "webp"] = "raw"
+    """How images lie in the shards; see `cnn.data.shard_writer`."""
+
+    report: DataReport
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: sorted keys, no spaces, UTF-8."""
+        # Versions without these keep the digest that they had before the keys existed.
+        content = self.model_dump(mode="json")
+        if self.encoding == "raw":
+            del content["encoding"]
+        if not self.report.left_out:
+            del content["report"]["left_out"]
+        return canonical_json(content)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Manifest":
+        """Raises InputError if the bytes are no manifest that this version of the code can read."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            raise InputError(f"not a dataset manifest this version can read: {where}: {first['msg']}") from error
+
+    @property
+    def version(self) -> str:
+        """The dataset version: SHA-256 of the canonical bytes, in hexadecimal."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def canonical_json(value: object) -> bytes:
+    """JSON with sorted keys and no spaces, so that equal values have equal bytes and one digest."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -1,0 +1,106 @@
+"""Exact evaluation: every image once, no padding, and the same numbers for every world size."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnn.data.split_reader import Batch, SplitReader
+from cnn.distributed.lanes import Exchange
+from cnn.distributed.process_group import THREADS_PER_RANK
+
+EVAL_BATCH = 250  # images; part of the result's last bits, hence no option
+BLOCKS_AT_ONCE = 8  # batches that a CPU computes side by side, at most; each takes memory for its activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Mean cross-entropy (nats, no label smoothing) and share of correct predictions over a split."""
+
+    loss: float
+    accuracy: float
+
+
+def predict_logits(
+    network: nn.Module, split: SplitReader, device: torch.device, *, on_progress: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """Returns the logits of every image of a split, in its order: float32 N×classes, on the CPU.
+
+    On a CPU several batches are computed side by side, each on as many threads as a rank has, so the bits do not depend
+    on the machine's number of cores.
+
+    Args:
+        network: takes uint8 images, normalisation included.
+        on_progress: called with the number of images done since the last call.
+    """
+    parts = []
+    with _evaluating(network):
+        for logits in _of_blocks(partial(_logits, network, device), split.blocks(EVAL_BATCH), device):
+            parts.append(logits)
+            on_progress(len(logits))
+    return torch.cat(parts)
+
+
+@torch.inference_mode()  # a thread's own state
+def _logits(network: nn.Module, device: torch.device, images: Tensor) -> Tensor:
+    logits: Tensor = network(images.to(device))
+    return logits.float().cpu()
+
+
+def _of_blocks(forward: Callable[[Tensor], Tensor], blocks: Iterable[Batch], device: torch.device) -> Iterator[Tensor]:
+    """Yields the output of `forward` for each block's images, in their order."""
+    if device.type != "cpu":
+        yield from (forward(images) for images, _ in blocks)
+        return
+    threads, workers = torch.get_num_threads(), min(BLOCKS_AT_ONCE, len(os.sched_getaffinity(0)))
+    waiting: deque[Future[Tensor]] = deque()
+    try:
+        with ThreadPoolExecutor(workers, "evaluate", torch.set_num_threads, (THREADS_PER_RANK,)) as pool:
+            for images, _ in blocks:
+                waiting.append(pool.submit(forward, images))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(threads)  # what the workers have set holds for threads to come, too
+
+
+def evaluate(network: nn.Module, split: SplitReader, device: torch.device, exchange: Exchange) -> Score:
+    """Score a split, each rank taking every world-size-th batch.
+
+    The sums of each batch travel, not those of each rank, and are added in one order, so that the number of ranks
+    cannot change the result.
+
+    Args:
+        network: takes uint8 images, normalisation included; equal on every rank.
+    """
+    rank, ranks = exchange.rank, exchange.world_size
+    sums = torch.zeros(-(-len(split) // EVAL_BATCH), 2, dtype=torch.float64, device=device)
+    with _evaluating(network):
+        for batch, (images, labels) in enumerate(split.blocks(EVAL_BATCH, first=rank, every=ranks)):
+            labels = labels.to(device)
+            logits = network(images.to(device)).float()
+            row = sums[rank + batch * ranks]
+            row[0] = F.cross_entropy(logits, labels, reduction="sum")
+            row[1] = (logits.argmax(1) == labels).sum()
+    loss, correct = exchange.submit(sums).wait().sum(0).tolist()
+    return Score(loss=loss / len(split), accuracy=correct / len(split))
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        network.train(was_training)

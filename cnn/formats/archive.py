@@ -1,0 +1,227 @@
+"""A zip or tar archive of class folders; members are read into memory, never extracted to a path."""
+
+import lzma
+import os
+import stat
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
+
+import numpy as np
+
+from cnn.errors import InputError
+from cnn.formats.block import FileBlock
+from cnn.formats.layout import arrange
+from cnn.formats.tar import tar_stream
+
+BLOCK_IMAGES = 32
+BLOCK_BYTES = 8 * 2**20  # encoded; a block ends when it has this many bytes or that many images
+
+MAX_MEMBER = 256 * 2**20
+"""Bytes of the largest member accepted, uncompressed."""
+
+MAX_RATIO, FREE_SIZE = 100, 2**30
+"""Together members may be this many times larger than the archive, or one gigabyte if that is more."""
+
+
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+"""Ways of compressing a zip's member that are understood."""
+
+_UTF8_FLAG = 0x800
+
+
+class Member(NamedTuple):
+    """What an archive's own list says about a member."""
+
+    name: str
+    """See `normal_name`."""
+
+    size: int
+    is_folder: bool
+    is_file: bool  # a regular file
+
+
+class ArchiveSource:
+    """One archive; its kind is recognised by its content, whatever the local file is called.
+
+    Raises:
+        InputError: the archive is damaged, has a member that points outside of it or is no plain file, is
+            suspiciously large when uncompressed, or see `cnn.formats.layout.arrange`.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        if len(files) != 1:
+            raise InputError(f"expected one archive, found {len(files)} files")
+        ((self._name, self._path),) = files.items()
+        with self._path.open("rb") as stream:  # a zip may have a program before it that unpacks it
+            self._is_zip = stream.read(2) == b"PK" or self._name.lower().endswith(".zip")
+        members = check_members(self._name, self._path, self._list_zip() if self._is_zip else self._list_tar())
+        stored = [member.name for member in members if member.is_file]
+        names = sorted(stored)
+        layout = arrange(names, [member.name for member in members if member.is_folder])
+        places = zip(layout.labels.tolist(), layout.splits.tolist(), strict=True)
+        self._places = {names[index]: place for index, place in zip(layout.chosen.tolist(), places, strict=True)}
+        self._in_order = [name for name in stored if name in self._places] == list(self._places)
+        self.classes = layout.classes
+        self.left_out = layout.left_out
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def blocks(self) -> Iterator[FileBlock]:
+        """Yields all images in the order of their paths."""
+        names: list[str] = []
+        contents: list[bytes] = []
+        waiting = 0
+        for name, content in self._read_zip() if self._is_zip else self._read_tar():
+            names.append(name)
+            contents.append(content)
+            waiting += len(content)
+            if len(names) == BLOCK_IMAGES or waiting >= BLOCK_BYTES:
+                yield self._block(names, contents)
+                names, contents, waiting = [], [], 0
+        if names:
+            yield self._block(names, contents)
+
+    def _block(self, names: list[str], contents: list[bytes]) -> FileBlock:
+        places = np.array([self._places[name] for name in names])
+        return FileBlock(
+            names=names,
+            files=contents,
+            labels=places[:, 0].astype(np.int64),
+            splits=places[:, 1].astype(np.int8),
+        )
+
+    def _list_zip(self) -> Iterator[Member]:
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                for info in archive.infolist():
+                    name = self._zip_name(info)
+                    if info.flag_bits & 1:
+                        raise InputError(f"{self._name}: member {name} is encrypted; pack it without a password")
+                    if info.compress_type not in _METHODS:
+                        raise InputError(
+                            f"{self._name}: member {name} is compressed by method {info.compress_type} (9: Deflate64), "
+                            "which is not supported; pack it anew with another program"
+                        )
+                    kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the zip was not made on Unix
+                    is_folder = info.orig_filename.endswith(("/", "\\"))
+                    yield Member(name, info.file_size, is_folder, not is_folder and kind in (0, stat.S_IFREG))
+        except InputError:
+            raise
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OSError, struct.error) as error:
+            raise InputError(f"{self._name} is not a whole zip archive ({error}); fetch it again") from error
+
+    def _zip_name(self, info: zipfile.ZipInfo) -> str:
+        encoding = "utf-8" if info.flag_bits & _UTF8_FLAG else "cp437"  # what zipfile has decoded it by
+        return normal_name(self._name, info.orig_filename.encode(encoding).partition(b"\0")[0])
+
+    def _list_tar(self) -> Iterator[Member]:
+        with tar_stream(self._name, self._path) as members:
+            for member, _ in members:
+                name = normal_name(self._name, _tar_name(member.name))
+                yield Member(name, member.size, member.isdir(), member.isreg())
+
+    def _read_zip(self) -> Iterator[tuple[str, bytes]]:
+        with zipfile.ZipFile(self._path) as archive:
+            stored = {self._zip_name(info): info for info in archive.infolist()}
+            for name in self._places:
+                try:
+                    yield name, archive.read(stored[name])
+                except (
+                    zipfile.BadZipFile,
+                    zlib.error,
+                    lzma.LZMAError,
+                    EOFError,
+                    NotImplementedError,
+                    ValueError,
+                    OSError,
+                    struct.error,
+                ) as error:
+                    raise InputError(f"{self._name}: member {name} is damaged ({error}); fetch it again") from error
+
+    def _read_tar(self) -> Iterator[tuple[str, bytes]]:
+        if self._in_order:
+            yield from self._stream_tar()
+            return
+        # Another order would give another dataset version than the folder: the images go through a nameless file.
+        where: dict[str, tuple[int, int]] = {}
+        folder = self._path.parent
+        with tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as images:
+            for name, content in self._stream_tar():
+                where[name] = images.tell(), len(content)
+                images.write(content)
+            for name in self._places:
+                start, size = where[name]
+                images.seek(start)
+                yield name, images.read(size)
+
+    def _stream_tar(self) -> Iterator[tuple[str, bytes]]:
+        """Yields the images in the archive's order."""
+        with tar_stream(self._name, self._path) as members:
+            for member, reader in members:
+                name = normal_name(self._name, _tar_name(member.name))
+                if member.isreg() and name in self._places:
+                    yield name, reader.read()
+
+
+def _tar_name(name: str) -> bytes:
+    """Returns the bytes from which tarfile decoded a name."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def normal_name(archive: str, name: bytes) -> str:
+    """Returns the member's path without `./` and with `/` for the backslashes that some Windows programs write.
+
+    A name that is valid UTF-8 is taken for that, whatever the archive says of it. Of other names the encoding is
+    unknown, so a byte that looks like a backslash may be half a character: these are escaped as the names of files
+    in a folder are.
+
+    Raises:
+        InputError: a folder's name is in an unknown encoding.
+    """
+    try:
+        return str(PurePosixPath(name.decode().replace("\\", "/")))
+    except UnicodeDecodeError:
+        text = name.decode(errors="backslashreplace")
+    folder, _, _ = name.rpartition(b"/")
+    if not folder.isascii() or (not folder and b"\\" in name):
+        raise InputError(
+            f"{archive}: the name of member {text} is not UTF-8, so its class is unknown; "
+            "pack it anew with a program that writes UTF-8 names"
+        )
+    return str(PurePosixPath(text))
+
+
+def check_members(archive: str, path: Path, members: Iterable[Member]) -> list[Member]:
+    """Returns the members, once every one of them is known to be harmless.
+
+    Raises:
+        InputError: an absolute path, a `..`, a link, a device, or too many bytes when uncompressed.
+    """
+    allowance = max(FREE_SIZE, MAX_RATIO * path.stat().st_size)
+    checked: list[Member] = []
+    names: set[str] = set()
+    total = 0
+    for member in members:
+        name = member.name
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or PureWindowsPath(name).drive:
+            raise InputError(f"{archive}: member {member.name} points outside the archive; pack it without such paths")
+        if not member.is_file and not member.is_folder:
+            raise InputError(
+                f"{archive}: member {member.name} is a link or a device; pack plain files only, "
+                "with tar's options -h --hard-dereference, say"
+            )
+        total += member.size
+        if member.size > MAX_MEMBER or total > allowance:
+            raise InputError(f"{archive}: member {member.name} makes it too large when uncompressed ({total:,} bytes)")
+        if member.is_file and name in names:
+            raise InputError(f"{archive}: member {name} is there twice; pack each file once")
+        names.add(name)
+        checked.append(member)
+    return checked

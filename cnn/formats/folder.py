@@ -1,0 +1,51 @@
+"""A folder with a sub-folder of images for each class, perhaps inside train, val and test folders."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from cnn.formats.block import FileBlock
+from cnn.formats.files import Files
+from cnn.formats.layout import LeftOut, arrange
+
+BLOCK_IMAGES = 32
+BLOCK_BYTES = 4 * 2**20  # of files; a block ends before it has more, or at that many images
+
+
+class FolderSource:
+    """Image files by their paths in the folder.
+
+    Args:
+        left_out: what is known to be in the folder beside `files`.
+
+    Raises:
+        InputError: see `cnn.formats.layout.arrange`.
+    """
+
+    def __init__(self, files: Files, left_out: LeftOut | None = None) -> None:
+        self._files = files
+        self._layout = arrange(files.paths, files.folders)
+        self.classes = self._layout.classes
+        self.left_out = left_out or self._layout.left_out
+
+    def __len__(self) -> int:
+        return len(self._layout.chosen)
+
+    def blocks(self) -> Iterator[FileBlock]:
+        """All images in the order of their paths."""
+        start, total = 0, 0
+        for stop in range(len(self)):
+            size = self._files.size(int(self._layout.chosen[stop]))
+            if stop > start and (stop - start == BLOCK_IMAGES or total + size > BLOCK_BYTES):
+                yield self._block(start, stop)
+                start, total = stop, 0
+            total += size
+        yield self._block(start, len(self))
+
+    def _block(self, start: int, stop: int) -> FileBlock:
+        positions = self._layout.chosen[start:stop].tolist()
+        return FileBlock(
+            names=[self._files.paths[position] for position in positions],
+            files=[partial(self._files.read, position) for position in positions],
+            labels=self._layout.labels[start:stop],
+            splits=self._layout.splits[start:stop],
+        )

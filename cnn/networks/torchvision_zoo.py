@@ -1,0 +1,56 @@
+"""torchvision's networks, with a first convolution that suits the images. Nothing is downloaded."""
+
+from torch import nn
+from torchvision import models
+from torchvision.models import ConvNeXt, ResNet, ShuffleNetV2
+
+from cnn.config.training import TorchvisionOptions
+from cnn.errors import InputError
+
+SMALL_IMAGE = 64  # pixels; below, `stem=auto` is `small`
+
+
+def torchvision_network(
+    name: str, options: TorchvisionOptions, *, channels: int, image_size: int, classes: int
+) -> nn.Module:
+    """Build a network of torchvision's with freshly drawn weights; its parameters keep torchvision's names.
+
+    The small stem is that of He et al., "Deep Residual Learning" (2016), section 4.2, for CIFAR-10.
+
+    Args:
+        name: one of `TORCHVISION_NETWORKS`.
+        options: of the network.
+        channels: channels of the images, C.
+        image_size: height and width of the images in pixels, H = W.
+        classes: number of classes.
+
+    Raises:
+        InputError: the images are too small for a ConvNeXt, which shrinks them without padding.
+    """
+    network: nn.Module = models.get_model(name, weights=None, num_classes=classes)  # type: ignore[attr-defined]
+    small = options.stem == "small" or (options.stem == "auto" and image_size < SMALL_IMAGE)
+    if isinstance(network, ConvNeXt) and image_size < (smallest := 8 if small else 32):
+        raise InputError(
+            f"images of {image_size}×{image_size} pixels are too small for {name}, which needs {smallest}×{smallest}; "
+            "give larger images (data.image_size)" + ("" if small else " or set network.stem=small")
+        )
+    where, first = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
+    if small or channels != first.in_channels:
+        network.set_submodule(where, _first_convolution(network, first, channels, small))
+    if small and isinstance(network, ResNet):
+        network.set_submodule("maxpool", nn.Identity())
+    return network
+
+
+def _first_convolution(network: nn.Module, original: nn.Conv2d, channels: int, small: bool) -> nn.Conv2d:
+    """Another first convolution, with weights drawn as the network draws those of its other convolutions."""
+    kernel, stride, padding = (3, 1, 1) if small else (original.kernel_size, original.stride, original.padding)
+    bias = original.bias is not None
+    convolution = nn.Conv2d(channels, original.out_channels, kernel, stride, padding, bias=bias)  # type: ignore[arg-type]
+    if isinstance(network, ConvNeXt):
+        nn.init.trunc_normal_(convolution.weight, std=0.02)
+    elif not isinstance(network, ShuffleNetV2):  # which keeps the initial weights of torch.nn.Conv2d
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
+    return convolution

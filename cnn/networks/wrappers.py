@@ -1,0 +1,49 @@
+"""Modules around a network: normalisation before it, and predictions that are averaged over mirror images."""
+
+import torch
+from torch import Tensor, nn
+
+from cnn.config.training import TrainConfig
+
+
+class Normalise(torch.nn.Module):
+    """uint8 images to float32 with zero mean and unit variance over the training split, in channels_last order.
+
+    Args:
+        mean, std: per channel, on the scale 0 … 1.
+    """
+
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        means = torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
+        stds = torch.tensor(std, dtype=torch.float64).clamp_min(1e-6).view(1, -1, 1, 1)
+        self.register_buffer("scale", (1 / (255 * stds)).float())
+        self.register_buffer("bias", (-means / stds).float())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 N×C×H×W to float32 N×C×H×W."""
+        return (images.float() * self.scale + self.bias).contiguous(memory_format=torch.channels_last)
+
+
+class TestTimeFlip(torch.nn.Module):
+    """A network that averages its logits over each image and its mirror image (Krizhevsky et al., 2012).
+
+    Args:
+        network: takes float N×C×H×W, gives logits N×classes.
+    """
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised float images N×C×H×W to logits N×classes."""
+        return (self.network(images) + self.network(images.flip(-1))) / 2  # type: ignore[no-any-return]
+
+
+def predictor(network: nn.Module, config: TrainConfig) -> nn.Module:
+    """The network as it predicts: takes normalised images, and their mirror images too with `test_flip`."""
+    return TestTimeFlip(network) if config.test_flip else network

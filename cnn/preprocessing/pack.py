@@ -1,0 +1,264 @@
+"""From a source of labelled images to packed shards and their manifest, in two passes over the source.
+
+`survey` reads digests and headers and settles splits and size; `pack` decodes and writes. Neither
+holds more in memory than a few blocks, one shard a split, and some bytes for each image.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cnn.config.training import PreprocessConfig
+from cnn.data.encoding import check_encoding, decode, encode
+from cnn.data.manifest import DataReport, Losses, Manifest, SplitInfo, Spread, Unreadable
+from cnn.data.shard_writer import SHARD_BYTES, Images, ShardWriter
+from cnn.data.splits import SPLITS, TEST, TRAIN, UNDECIDED, VAL
+from cnn.errors import InputError
+from cnn.formats import Format, open_source
+from cnn.formats.block import Block, Source
+from cnn.preprocessing.pixel_statistics import Moments, moments
+from cnn.preprocessing.resume_records import PackedShard
+from cnn.preprocessing.split_packer import EXAMPLES, Failure, OnShard, SplitPacker
+from cnn.preprocessing.survey import OnImages, Plan, check_splits, count_classes, median, survey
+from cnn.threads import READERS, in_order
+
+PIECE_BYTES = 4 * 2**20
+"""Decoded pixels of one thread's task: with the number of threads it bounds what is in flight."""
+
+LARGE_SET = 64 * 2**30  # bytes of pixels, from which shards are small, since a reader that streams mixes whole shards
+SMALL_SHARD_BYTES = 8 * 2**20
+
+
+def preprocess(
+    format: Format,
+    files: Mapping[str, Path],
+    config: PreprocessConfig,
+    out: Path,
+    on_progress: OnImages = lambda count: None,
+    *,
+    classes: Sequence[str] | None = None,
+) -> Manifest:
+    """Pack a source into `out/<sha256>.safetensors` shards; equal inputs give equal shards and manifests.
+
+    Args:
+        files, classes: see `cnn.formats.open_source`.
+        on_progress: called with numbers of images; each counts once when surveyed and once when packed.
+
+    Raises:
+        InputError: the source cannot be used.
+    """
+    source = open_source(format, files, classes)
+    plan = survey(source, config, on_progress)
+    return pack(source, plan, config, out, on_progress)
+
+
+def pack(
+    source: Source,
+    plan: Plan,
+    config: PreprocessConfig,
+    out: Path,
+    on_progress: OnImages = lambda count: None,
+    *,
+    done: Sequence[PackedShard] = (),
+    on_shard: OnShard = lambda packed, path: None,
+) -> Manifest:
+    """The second pass: decode the images that the plan keeps, write their shards, sum up the training pixels.
+
+    Args:
+        out: an existing folder.
+        on_progress: its amounts add up to `plan.count`.
+        done: shards that an earlier, interrupted packing of the same finished: of each split, from the first on
+            without a gap. Their images are not read again, and the outcome is the same.
+
+    Raises:
+        InputError: too many images are unreadable, or a split or class lost its last image by that.
+    """
+    check_encoding(config.encoding, plan.target.channels)
+    packers = [
+        SplitPacker(
+            split,
+            ShardWriter(out, plan.target.shape, encoding=config.encoding, shard_bytes=shard_bytes(plan, config)),
+            out,
+            plan.target.shape,
+            [packed for packed in done if packed.split == split],
+            on_shard,
+        )
+        for split in SPLITS
+    ]
+    starts = np.array([packer.stop for packer in packers])
+    todo = sum(int((plan.splits[start:] == split).sum()) for split, start in enumerate(starts))
+    on_progress(plan.count - todo)
+
+    def prepare(piece: _Piece) -> tuple[_Piece, _Prepared]:
+        return piece, _prepare(piece, plan, config)
+
+    with (
+        closing(in_order(_Piece.loaded, _pieces(source, plan, starts), threads=READERS)) as loaded,
+        closing(in_order(prepare, loaded)) as prepared,
+    ):
+        for piece, ready in prepared:
+            for split, packer in enumerate(packers):
+                _hand_over(piece, ready, split, packer)
+            _check_unreadable(packers, plan.count, config)
+            on_progress(len(ready.images) + len(ready.unreadable))
+    shards = [packer.close() for packer in packers]
+    failures = sorted((failure for packer in packers for failure in packer.failures), key=lambda each: each.position)
+    packed = plan.splits.copy()
+    packed[[failure.position for failure in failures]] = UNDECIDED
+    counts = count_classes(packed, plan.labels, len(source.classes))
+    check_splits(counts, source.classes, config)
+    sums = packers[TRAIN].sums
+    return Manifest(
+        classes=source.classes,
+        channels=plan.target.channels,
+        image_size=plan.target.image_size,
+        splits={
+            split: SplitInfo(count=row.sum(), class_counts=tuple(row.tolist()), shards=its)
+            for split, row, its in zip(SPLITS, counts, shards, strict=True)
+        },
+        mean=sums.mean(),
+        std=sums.std(),
+        encoding=config.encoding,
+        report=_report(source, plan, counts, failures),
+    )
+
+
+def shard_bytes(plan: Plan, config: PreprocessConfig) -> int:
+    """Size of a full shard."""
+    if config.shard_bytes is not None:
+        return config.shard_bytes
+    return SHARD_BYTES if plan.pixel_bytes <= LARGE_SET else SMALL_SHARD_BYTES
+
+
+def code_files() -> list[Path]:
+    """The modules that decide what comes out of preprocessing; a change to any of them may change it."""
+    package = Path(__file__).parents[1]
+    whole = (path for name in ("formats", "preprocessing") for path in sorted((package / name).glob("*.py")))
+    return [*whole, *(package / "data" / f"{name}.py" for name in ("encoding", "manifest", "shard_writer", "splits"))]
+
+
+class _Piece(NamedTuple):
+    block: Block
+    start: int
+    """Position of the block's first image in the source."""
+
+    splits: NDArray[np.int8]
+    """Of the whole block's images."""
+
+    wanted: NDArray[np.bool_]
+    """Which of the block's images to decode now."""
+
+    def loaded(self) -> "_Piece":
+        return self._replace(block=self.block.loaded(self.wanted))
+
+
+class _Prepared(NamedTuple):
+    """The wanted images of a piece that could be read, and those that could not."""
+
+    images: Images
+    positions: NDArray[np.int64]
+    """Of the images in their block."""
+
+    moments: Moments
+    unreadable: tuple[Unreadable, ...]
+    failed: NDArray[np.int64]
+    """Of the unreadable ones in their block."""
+
+
+def _pieces(source: Source, plan: Plan, starts: NDArray[np.int64]) -> Iterator[_Piece]:
+    """The images of each split from a position on."""
+    most = max(1, PIECE_BYTES // int(np.prod(plan.target.shape)))
+    offset = 0
+    for block in source.blocks():
+        positions = np.arange(offset, offset + len(block.labels))
+        splits = plan.splits[positions]
+        wanted = np.flatnonzero((splits != UNDECIDED) & (positions >= starts[splits]))
+        for start in range(0, len(wanted), most):
+            mask = np.zeros(len(splits), dtype=np.bool_)
+            mask[wanted[start : start + most]] = True
+            yield _Piece(block, offset, splits, mask)
+        offset += len(positions)
+
+
+def _prepare(piece: _Piece, plan: Plan, config: PreprocessConfig) -> _Prepared:
+    pixels, positions, unreadable = piece.block.decode(piece.wanted, plan.target)
+    images: Images = pixels
+    if config.encoding != "raw":
+        images = encode(pixels, config.encoding, config.quality)
+        pixels = np.stack([decode(file) for file in images]) if images else pixels  # as a reader will see them
+    failed = np.setdiff1d(np.flatnonzero(piece.wanted), positions)
+    return _Prepared(images, positions, moments(pixels), unreadable, failed)
+
+
+def _hand_over(piece: _Piece, ready: _Prepared, split: int, packer: SplitPacker) -> None:
+    """A piece's images of one split."""
+    failed = piece.splits[ready.failed] == split
+    lost = [image for image, is_ours in zip(ready.unreadable, failed, strict=True) if is_ours]
+    packer.skip((piece.start + ready.failed[failed]).tolist(), lost)
+    ours = np.flatnonzero(piece.splits[ready.positions] == split)
+    positions = ready.positions[ours]
+    images = ready.images[ours] if isinstance(ready.images, np.ndarray) else [ready.images[i] for i in ours.tolist()]
+    packer.add(images, piece.block.labels[positions], piece.start + positions, ready.moments[ours])
+
+
+def _check_unreadable(packers: Sequence[SplitPacker], total: int, config: PreprocessConfig) -> None:
+    count = sum(len(packer.failures) for packer in packers)
+    if count > config.max_unreadable * total:
+        failures = sorted((f for packer in packers for f in packer.failures), key=lambda each: each.position)
+        named = "; ".join(f"{image.name} ({image.reason})" for image in _examples(failures)[:3])
+        raise InputError(
+            f"{count} or more of {total} images cannot be read, and data.max_unreadable is "
+            f"{config.max_unreadable}: {named}{'; ...' if count > 3 else ''}; repair or remove them"
+        )
+
+
+def _examples(failures: Sequence[Failure]) -> tuple[Unreadable, ...]:
+    """The first ones; each split has named as many, so none of them is missing."""
+    return tuple(failure.image for failure in failures[:EXAMPLES] if failure.image)
+
+
+def _report(source: Source, plan: Plan, counts: NDArray[np.int64], failures: Sequence[Failure]) -> DataReport:
+    widths, heights, modes = Counter[int](), Counter[int](), Counter[str]()
+    for look, count in plan.looks.items():
+        widths[look.width] += count
+        heights[look.height] += count
+        modes[look.mode] += count
+    return DataReport(
+        images=len(plan.splits),
+        packed=int(counts.sum()),
+        unreadable=len(failures),
+        unreadable_examples=_examples(failures),
+        duplicates=plan.duplicates,
+        width=_spread(widths),
+        height=_spread(heights),
+        modes=dict(modes),
+        left_out=_losses(source, plan),
+        warnings=tuple(_warnings(source, plan, counts, len(failures))),
+    )
+
+
+def _losses(source: Source, plan: Plan) -> dict[str, Losses]:
+    images = np.bincount(plan.labels, minlength=len(source.classes)).tolist()
+    counts = dict(zip(source.classes, images, strict=True))
+    return {name: Losses(images=counts[name], left_out=lost) for name, lost in source.left_out.classes.items()}
+
+
+def _warnings(source: Source, plan: Plan, counts: NDArray[np.int64], bad_count: int) -> Iterator[str]:
+    yield from source.left_out.remarks
+    for split in (VAL, TEST):
+        missing = [name for name, count in zip(source.classes, counts[split], strict=True) if not count]
+        if missing:
+            yield f"the {SPLITS[split]} split has no image of class {', '.join(missing)}"
+    if plan.shared:
+        yield f"{plan.shared} validation or test images are in the training split too, pixel for pixel"
+    if bad_count:
+        yield f"{bad_count} images could not be read and were left out"
+
+
+def _spread(counts: Counter[int]) -> Spread:
+    return Spread(min=min(counts), median=median(counts), max=max(counts))

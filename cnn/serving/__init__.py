@@ -1,0 +1,1 @@
+"""The network as it is served, and its export to one file."""

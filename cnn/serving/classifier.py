@@ -1,0 +1,27 @@
+"""The network as it is served: raw images in, probabilities out."""
+
+import torch
+from torch import Tensor, nn
+
+from cnn.networks.wrappers import Normalise
+
+
+class ServedClassifier(nn.Module):
+    """A trained network with the steps before and after it inside, so training and serving cannot differ.
+
+    It holds `network` itself, and puts it into evaluation mode, on the CPU, without gradients.
+
+    Args:
+        network: takes normalised float32 N×C×H×W, gives logits N×classes.
+        mean, std: of the training split, per channel, on the scale 0 … 1.
+    """
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.normalise = Normalise(mean, std)
+        self.network = network
+        self.cpu().eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raw images uint8 N×C×H×W to probabilities float32 N×classes, each row with the sum 1."""
+        return torch.softmax(self.network(self.normalise(images)).float(), dim=1)

@@ -1,0 +1,56 @@
+"""Optimizers, with no weight decay on norms and biases."""
+
+import torch
+from torch import nn
+
+from cnn.config.training import TrainConfig
+
+
+def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that the configuration names, over the network's parameters.
+
+    Only weight matrices and kernels are decayed: decaying a norm's scale or a bias gains nothing and, on small
+    networks, costs accuracy (Bello et al., "Revisiting ResNets", 2021).
+    """
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if not _is_matrix(p)], "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer
+    match config.optimizer:
+        case "sgd":
+            nesterov = config.momentum > 0
+            optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+        case "adam":
+            optimizer = torch.optim.Adam(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+        case "adamw":
+            optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+    _fill_state(optimizer)
+    return optimizer
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """A matrix or kernel, rather than a bias or one factor a channel, whatever its shape (ConvNeXt's are C×1×1)."""
+    return parameter.shape[1:].numel() > 1
+
+
+def _fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that torch would make at the first step, so that a checkpoint can be loaded into it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if isinstance(optimizer, torch.optim.SGD):
+                if group["momentum"]:
+                    optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+            else:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use `rate` from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,123 @@
+"""Commands about which version of a model is in use: `promote`, `rollback`, `history`, `compare`."""
+
+from typing import Annotated
+
+import typer
+from rich.markdown import Markdown
+from rich.table import Table
+
+from flows.cli.console import loading, say, servers_up, terminal
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a registered model.")]
+VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="Number, or @alias.")]
+ReasonOption = Annotated[str, typer.Option(metavar="TEXT", help="Why; kept in the history.")]
+REFERENCE_HELP = "NAME/VERSION, NAME@ALIAS, or NAME for its champion."
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="A condition of the quality gate: -s mode=non-inferior. Repeatable."
+    ),
+]
+
+
+def promote(
+    name: NameArgument,
+    version: VersionArgument,
+    force: Annotated[bool, typer.Option("--force", help="Whatever the gates say; wants --reason.")] = False,
+    reason: ReasonOption = "",
+    judge: Annotated[bool, typer.Option("--judge", help="Score it against the present champion first.")] = False,
+    settings: SetOption = None,
+) -> None:
+    """Make a version the champion, if its gates passed it against the present one.
+
+    Of several promotions at once, one wins; the others are told who did. Exit status 3: a gate refused.
+
+    [dim]convoy promote fashion-mnist 4[/]
+    [dim]convoy promote fashion-mnist 4 --force --reason "the only one that knows the new sizes"[/]
+    """
+    servers_up()
+    from infra.settings import Settings
+    from infra.storage.object_store import ObjectStore
+    from infra.tracking.model_versions import find_version
+    from infra.tracking.promotion_history import standing_champion
+    from tasks.release.promote import promote_version
+
+    separator = "" if version.startswith("@") else "/"
+    found = find_version(f"{name}{separator}{version}")
+    if judge and found != standing_champion(ObjectStore.connect(Settings().bucket), name).version:  # not against itself
+        with loading():
+            from tasks.config.gates import load_gate
+            from tasks.release.quality_gate import judge_version, publish
+            from tasks.release.report_page import make_page
+
+        verdict = judge_version(found, load_gate(settings or []))
+        publish(found, verdict)
+        make_page(find_version(found.address))
+        terminal().print(Markdown(verdict.markdown()))
+    say(f"{name} was {promote_version(found, force=force, reason=reason)}")
+
+
+def rollback(name: NameArgument, reason: ReasonOption = "") -> None:
+    """Bring back the champion before the present one; again, and the one before that.
+
+    [dim]convoy rollback fashion-mnist[/]
+    """
+    servers_up()
+    from infra.settings import Settings
+    from infra.storage.object_store import ObjectStore
+    from infra.tracking.promotion_history import rollback as roll_back
+
+    say(f"{name} was {roll_back(ObjectStore.connect(Settings().bucket), name, reason=reason)}")
+
+
+def history(name: NameArgument) -> None:
+    """List every change of a model's champion, the newest first, and repair the registry's aliases if they differ."""
+    servers_up()
+    from infra.settings import Settings
+    from infra.storage.object_store import ObjectStore
+    from infra.tracking.model_registry import check_model_exists
+    from infra.tracking.promotion_history import history as changes
+    from infra.tracking.promotion_history import repair_aliases
+
+    store = ObjectStore.connect(Settings().bucket)
+    entries = changes(store, name)
+    if not entries:
+        check_model_exists(name)
+        say(f"{name} has no champion yet; `convoy promote {name} VERSION` makes one.")
+        return
+    table = Table("", "when (UTC)", "change", "from", "to", "who", "why", "verdict", box=None)
+    for entry in reversed(entries):
+        table.add_row(
+            str(entry.number),
+            f"{entry.when:%Y-%m-%d %H:%M:%S}",
+            entry.action + (" (forced)" if entry.forced else ""),
+            entry.from_version or "",
+            entry.to_version,
+            entry.who,
+            entry.reason,
+            entry.verdict_summary,
+        )
+    terminal(width=None if terminal().is_terminal else 240).print(table)
+    for change in repair_aliases(store, name):
+        say(f"alias repaired: {change}")
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help=f"The challenger: {REFERENCE_HELP}")],
+    b: Annotated[str, typer.Argument(metavar="B", help=f"The one to compare it with: {REFERENCE_HELP}")],
+    settings: SetOption = None,
+) -> None:
+    """Compare two versions on the test split of the first one's dataset, image by image, as the quality gate does.
+
+    Nothing is stored or promoted. Exit status 0 whatever the verdict.
+
+    [dim]convoy compare fashion-mnist@challenger fashion-mnist@champion[/]
+    """
+    servers_up()
+    with loading():
+        from infra.tracking.model_versions import find_version
+        from tasks.config.gates import load_gate
+        from tasks.release.quality_gate import compare as judge
+
+    verdict = judge(find_version(a), find_version(b), load_gate(settings or []))
+    terminal().print(Markdown(verdict.markdown()))

@@ -1,0 +1,1 @@
+"""Fetches files from web servers and Debian packages."""

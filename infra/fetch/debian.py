@@ -1,0 +1,139 @@
+"""Files out of Debian packages: of an installed one, else of one that apt downloads; as any user."""
+
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from infra.errors import ServiceError
+from infra.machine.files import CHUNK
+from infra.web_settings import web_environment
+
+APT_SECONDS = 600
+APT_OPTIONS = (
+    "Acquire::Retries=1",
+    "Acquire::http::Timeout=10",
+    "Acquire::https::Timeout=10",
+    "APT::Sandbox::User=root",  # apt's own user may not write to our temporary folder
+)
+
+
+class Debian:
+    """Packages for one download run: each is downloaded at most once. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._packages: dict[str, Path | ServiceError] = {}
+
+    def close(self) -> None:
+        """Remove what was downloaded."""
+        if self._folder:
+            self._folder.cleanup()
+
+    @contextmanager
+    def fetched(self, address: str) -> Iterator[Path]:
+        """Yield the local file that `<package>/<path inside the package>` names.
+
+        Raises:
+            ServiceError: no apt here, no such package or file, or apt's servers do not answer.
+        """
+        package, _, inside = address.partition("/")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", package):
+            raise ServiceError(f"{package!r} is no name of a Debian package")
+        installed = Path("/", inside)
+        if installed.is_file() and _is_installed(package):
+            yield installed
+            return
+        with tempfile.TemporaryDirectory(prefix="convoy-deb-") as folder:
+            target = Path(folder, "file")
+            _unpack(self._download(package), inside, target)
+            yield target
+
+    def _download(self, package: str) -> Path:
+        """The package's `.deb`; an earlier failure is repeated without asking again."""
+        with self._lock:
+            if package not in self._packages:
+                try:
+                    self._folder = self._folder or tempfile.TemporaryDirectory(prefix="convoy-apt-")
+                    self._packages[package] = _apt_download(package, Path(self._folder.name))
+                except ServiceError as error:
+                    self._packages[package] = error
+            found = self._packages[package]
+        if isinstance(found, ServiceError):
+            raise found
+        return found
+
+
+def _apt_download(package: str, folder: Path) -> Path:
+    """Run `apt-get download`, with the system's package lists or, failing that, fresh private ones."""
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        raise ServiceError("apt-get is not installed, this is no Debian")
+    problem = _apt(folder, "download", package)
+    if problem:
+        lists, cache = folder / "lists", folder / "cache"
+        (lists / "partial").mkdir(parents=True, exist_ok=True)
+        (cache / "archives" / "partial").mkdir(parents=True, exist_ok=True)
+        private = (f"Dir::State::Lists={lists}", f"Dir::Cache={cache}")
+        problem = _apt(folder, "update", options=private) or _apt(folder, "download", package, options=private)
+    deb = next(folder.glob(f"{package}_*.deb"), None)
+    if deb is None:
+        raise ServiceError(f"apt-get cannot download {package}: {problem or 'it left no file'}")
+    return deb
+
+
+def _apt(folder: Path, *arguments: str, options: tuple[str, ...] = ()) -> str:
+    """Run apt-get in `folder`; returns what went wrong, or nothing."""
+    command = ["apt-get", "-qq", *arguments]
+    for option in (*APT_OPTIONS, *options):
+        command += ["-o", option]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=os.environ | web_environment(),
+            capture_output=True,
+            text=True,
+            timeout=APT_SECONDS,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        return f"apt-get {arguments[0]} took over {APT_SECONDS} s"
+    problems = [line.removeprefix("E: ") for line in done.stderr.splitlines() if line.startswith("E: ")]
+    if done.returncode or problems:
+        return problems[0] if problems else f"apt-get {arguments[0]} exited with {done.returncode}"
+    return ""
+
+
+def _is_installed(package: str) -> bool:
+    if not shutil.which("dpkg-query"):
+        return False
+    query = ["dpkg-query", "--show", "--showformat=${db:Status-Status}", "--", package]
+    return subprocess.run(query, capture_output=True, text=True).stdout == "installed"
+
+
+def _unpack(deb: Path, inside: str, target: Path) -> None:
+    """Copy one regular file out of a package; nothing else in it touches the disk."""
+    wanted = PurePosixPath(inside)
+    with subprocess.Popen(
+        ["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as unpacker:
+        try:
+            with tarfile.open(fileobj=unpacker.stdout, mode="r|") as archive:
+                for member in archive:
+                    content = archive.extractfile(member) if member.isfile() else None
+                    if content and PurePosixPath(member.name) == wanted:  # "./usr/…" equals "usr/…"
+                        with target.open("wb") as file:
+                            shutil.copyfileobj(content, file, CHUNK)
+                        return
+        except (tarfile.TarError, OSError) as error:
+            raise ServiceError(f"{deb.name} cannot be unpacked: {error}") from error
+        finally:
+            unpacker.kill()
+    raise ServiceError(f"{deb.name} holds no file /{inside}")

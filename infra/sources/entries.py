@@ -1,0 +1,233 @@
+"""The data sets that Convoy knows by name: their files, how to verify them, and where they can be had."""
+
+import difflib
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from infra.errors import UsageError
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
+"""How the name of an archive ends."""
+
+CHOICES = "give a folder, an archive, an s3:// or https:// address"
+
+Format = Literal["idx", "cifar", "digits", "folder", "archive"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class CatalogueFile(BaseModel):
+    """One published file. A `.gz` is kept unpacked: mirrors compress differently, the content is equal."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """As published."""
+
+    size: int
+    """Bytes of the content: of a `.gz`, what it unpacks to."""
+
+    sha256: Sha256 | None = None
+    """Of the content."""
+
+    md5: Md5 | None = None
+    """Of the file as published, where its publisher states that only."""
+
+    @model_validator(mode="after")
+    def _verifiable(self) -> "CatalogueFile":
+        if not self.sha256 and not self.md5:
+            raise ValueError(f"{self.name} has neither a SHA-256 nor an MD5")
+        return self
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is published compressed and kept uncompressed."""
+        return self.name.endswith(".gz") and not self.name.endswith(".tar.gz")
+
+    @property
+    def path(self) -> str:
+        """Its path in the raw source."""
+        return self.name.removesuffix(".gz") if self.packed else self.name
+
+
+class CatalogueEntry(BaseModel):
+    """One data set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    format: Format
+    homepage: str
+    licence: str
+    citation: str
+    classes: tuple[str, ...] = ()
+    """Names of the labels 0, 1, ...; empty where the files name them, or the labels are their own names."""
+
+    handed: bool = False
+    """Whether a mirror image is another thing, or nothing, as with digits and letters."""
+
+    files: tuple[CatalogueFile, ...]
+    mirrors: tuple[str, ...]
+    """Base addresses, tried in order; a file's name follows after a slash. Schemes: `infra.sources.mirrors`."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of what the data set is: format, classes and files, wherever they come from."""
+        content = self.model_dump_json(include={"format", "classes", "files"})
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all contents."""
+        return sum(file.size for file in self.files)
+
+
+def _mnist_like(**digests: tuple[str | None, str | None]) -> tuple[CatalogueFile, ...]:
+    """The four files of MNIST and its successors: 60 000 and 10 000 images of 28 x 28, and their labels.
+
+    Args:
+        digests: part → SHA-256 of the content, MD5 of the file as published.
+    """
+    sizes = {"train_images": 47040016, "train_labels": 60008, "t10k_images": 7840016, "t10k_labels": 10008}
+    return tuple(
+        CatalogueFile(
+            name=f"{part.replace('_', '-')}-idx{3 if part.endswith('images') else 1}-ubyte.gz",
+            size=size,
+            sha256=digests[part][0],
+            md5=digests[part][1],
+        )
+        for part, size in sizes.items()
+    )
+
+
+CATALOGUE: tuple[CatalogueEntry, ...] = (
+    CatalogueEntry(
+        name="fashion-mnist",
+        format="idx",
+        homepage="https://github.com/zalandoresearch/fashion-mnist",
+        licence="MIT",
+        citation="Xiao, Rasul, Vollgraf: Fashion-MNIST: a Novel Image Dataset for Benchmarking "
+        "Machine Learning Algorithms, arXiv:1708.07747",
+        classes=(
+            "T-shirt/top",
+            "Trouser",
+            "Pullover",
+            "Dress",
+            "Coat",
+            "Sandal",
+            "Shirt",
+            "Sneaker",
+            "Bag",
+            "Ankle boot",
+        ),
+        files=_mnist_like(
+            train_images=("c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", None),
+            train_labels=("bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9", None),
+            t10k_images=("5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b", None),
+            t10k_labels=("0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34", None),
+        ),
+        mirrors=(
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
+            "deb:dataset-fashion-mnist/usr/share/datasets/fashion-mnist",
+            "file:/usr/share/datasets/fashion-mnist",
+        ),
+    ),
+    CatalogueEntry(
+        name="mnist",
+        format="idx",
+        handed=True,
+        homepage="http://yann.lecun.com/exdb/mnist/",
+        licence="CC BY-SA 3.0",
+        citation="LeCun, Bottou, Bengio, Haffner: Gradient-Based Learning Applied to Document Recognition, "
+        "Proceedings of the IEEE 86(11), 1998",
+        files=_mnist_like(
+            train_images=(None, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+            train_labels=(None, "d53e105ee54ea40749a09fcbcd1e9432"),
+            t10k_images=(None, "9fb629c4189551a2d022fa330f9573f3"),
+            t10k_labels=(None, "ec29112dd5afa0611ce80d1b7f02629c"),
+        ),
+        mirrors=("https://ossci-datasets.s3.amazonaws.com/mnist", "http://yann.lecun.com/exdb/mnist"),
+    ),
+    CatalogueEntry(
+        name="kmnist",
+        format="idx",
+        handed=True,
+        homepage="http://codh.rois.ac.jp/kmnist/",
+        licence="CC BY-SA 4.0",
+        citation="Clanuwat, Bober-Irizar, Kitamoto, Lamb, Yamamoto, Ha: Deep Learning for Classical "
+        "Japanese Literature, arXiv:1812.01718",
+        classes=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+        files=_mnist_like(
+            train_images=(None, "bdb82020997e1d708af4cf47b453dcf7"),
+            train_labels=(None, "e144d726b3acfaa3e44228e80efcd344"),
+            t10k_images=(None, "5c965bf0a639b31b8f53240b1b52f4d7"),
+            t10k_labels=(None, "7320c461ea6c1c855c0b718fb2a4b134"),
+        ),
+        mirrors=("http://codh.rois.ac.jp/kmnist/dataset/kmnist",),
+    ),
+    CatalogueEntry(
+        name="cifar10",
+        format="cifar",
+        homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
+        licence="none stated; its author asks for the citation",
+        citation="Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
+        files=(CatalogueFile(name="cifar-10-binary.tar.gz", size=170052171, md5="c32a1d4ab5d03f1284b67883e8d87530"),),
+        mirrors=("https://www.cs.toronto.edu/~kriz",),
+    ),
+    CatalogueEntry(
+        name="cifar100",
+        format="cifar",
+        homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
+        licence="none stated; its author asks for the citation",
+        citation="Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
+        files=(CatalogueFile(name="cifar-100-binary.tar.gz", size=168513733, md5="03b5dce01913d631647c71ecec9e9cb8"),),
+        mirrors=("https://www.cs.toronto.edu/~kriz",),
+    ),
+    CatalogueEntry(
+        name="digits",
+        format="digits",
+        handed=True,
+        homepage="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
+        licence="CC BY 4.0",
+        citation="Alpaydin, Kaynak: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998",
+        files=(
+            CatalogueFile(
+                name="digits.csv.gz",
+                size=264712,
+                sha256="6ebb3d2fee246a4e99363262ddf8a00a3c41bee6014c373ed9d9216ba7f651b8",
+            ),
+        ),
+        mirrors=("package:sklearn/datasets/data",),
+    ),
+)
+
+
+def is_catalogued(dataset: str) -> bool:
+    """Returns whether this is the name of a data set of the catalogue."""
+    return any(entry.name == dataset for entry in CATALOGUE)
+
+
+def check_dataset(dataset: str) -> None:
+    """Raise UsageError if `dataset` is neither in the catalogue, nor an address, nor here; asks no server."""
+    if (
+        not is_catalogued(dataset)
+        and "://" not in dataset
+        and not os.path.exists(os.path.expanduser(dataset.removeprefix("file:")))
+    ):
+        raise no_such_dataset(dataset, CATALOGUE)
+
+
+def no_such_dataset(dataset: str, catalogue: Sequence[CatalogueEntry]) -> UsageError:
+    """The error for a name that names nothing; says what was probably meant."""
+    if len(Path(dataset).parts) > 1 or dataset.startswith((".", "~", "/")) or dataset.lower().endswith(ARCHIVES):
+        return UsageError(f"{dataset}: there is no such folder or archive")
+    names = [entry.name for entry in catalogue]
+    near = difflib.get_close_matches(dataset.lower(), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)};"
+    return UsageError(f"unknown data set {dataset!r}: {hint} or {CHOICES}")

@@ -1,0 +1,264 @@
+"""Where the files of a folder lie: on this machine, or in a bucket. A file is named by its path in the folder."""
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from infra.errors import UsageError
+from infra.machine.files import temporary_file
+from infra.sources.listing import BATCH, Entry, Listing
+from infra.storage.cache import Cache
+from infra.storage.object_store import ObjectChanged, ObjectMissing, ObjectStore
+
+OnFiles = Callable[[int], object]
+"""Called with a number of files just found."""
+
+
+class Origin(Protocol):
+    """A folder's place."""
+
+    @property
+    def address(self) -> str:
+        """`file:/folder` or `s3://bucket/prefix/`."""
+
+    @property
+    def marks_content(self) -> bool:
+        """Whether an equal version is proof of equal content, for as long as you like."""
+
+    def add_to(self, cache: Cache, path: str) -> str:
+        """Put a file's content into the cache, whatever it is now; returns its SHA-256."""
+
+    def read(self, entry: Entry) -> bytes:
+        """The content of a file as it was listed; UsageError if it has changed since."""
+
+
+@dataclass(frozen=True)
+class LocalOrigin:
+    """A folder on this machine."""
+
+    root: Path
+    odd: dict[str, Path] = field(default_factory=dict)
+    """Files whose names are no valid UTF-8, by the paths that they are given."""
+
+    marks_content: bool = False
+
+    @property
+    def address(self) -> str:
+        return f"file:{self.root.absolute()}"
+
+    def add_to(self, cache: Cache, path: str) -> str:
+        place = self._place(path)
+        try:
+            return cache.add_file(place)
+        except OSError as error:
+            if error.filename != str(place):
+                raise
+            raise UsageError(f"{place} cannot be read: {error.strerror}") from error
+
+    def read(self, entry: Entry) -> bytes:
+        place = self._place(entry.path)
+        try:
+            with place.open("rb") as file:
+                content = file.read()
+                status = os.fstat(file.fileno())
+        except FileNotFoundError:
+            raise _changed(str(place)) from None
+        except OSError as error:
+            raise UsageError(f"{place} cannot be read: {error.strerror}") from error
+        if (len(content), status.st_size, str(status.st_mtime_ns)) != (entry.size, entry.size, entry.version):
+            raise _changed(str(place))
+        return content
+
+    def _place(self, path: str) -> Path:
+        return self.odd.get(path) or self.root / path
+
+
+@dataclass(frozen=True)
+class BucketOrigin:
+    """What a bucket holds under a prefix, which is empty or ends in `/`."""
+
+    store: ObjectStore
+    prefix: str
+    marks_content: bool = True
+
+    @property
+    def address(self) -> str:
+        return self.store.uri(self.prefix)
+
+    def add_to(self, cache: Cache, path: str) -> str:
+        with temporary_file(cache.root) as temporary:
+            self.store.get_file(self.prefix + path, temporary)
+            return cache.add_file(temporary)
+
+    def read(self, entry: Entry) -> bytes:
+        key = self.prefix + entry.path
+        try:
+            content = self.store.get_bytes(key, etag=entry.version)
+        except (ObjectMissing, ObjectChanged):
+            raise _changed(self.store.uri(key)) from None
+        if len(content) != entry.size:
+            raise _changed(self.store.uri(key))
+        return content
+
+
+class ListedFiles:
+    """The files of a listing, read where they lie."""
+
+    folders: tuple[str, ...] = ()
+
+    def __init__(self, listing: Listing, origin: Origin) -> None:
+        self._listing, self._origin = listing, origin
+        self.paths = listing.paths
+
+    def size(self, position: int) -> int:
+        """Bytes, as listed."""
+        return self._listing.size(position)
+
+    def read(self, position: int) -> bytes:
+        """The content.
+
+        Raises:
+            UsageError: the file has changed since it was listed, or cannot be read.
+            ServiceError: the store failed.
+        """
+        return self._origin.read(self._listing[position])
+
+
+def open_origin(address: str) -> Origin:
+    """The place that an origin's address names."""
+    if address.startswith("file:"):
+        return LocalOrigin(Path(address.removeprefix("file:")))
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    return BucketOrigin(ObjectStore.connect(bucket, create=False), prefix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A folder as it was listed."""
+
+    origin: Origin
+    files: Listing
+    folders: tuple[str, ...]
+    """Paths of all sub-folders, where they exist without files."""
+
+    unreachable: tuple[str, ...]
+    """Paths of entries that are no files: broken links, devices, keys with an empty part."""
+
+
+def list_local(root: Path, on_files: OnFiles) -> Found:
+    """Lists a folder on this machine with all it holds, hidden files and folders left out; links are followed.
+
+    Raises:
+        UsageError: something in it cannot be read.
+    """
+    folders: list[str] = []
+    unreachable: list[str] = []
+    odd: dict[str, Path] = {}
+
+    def entries() -> Iterator[Entry]:
+        for folder, names in _walk(root):  # in strings: a Path for each of a million files takes longer than the disk
+            inside = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+            if inside:
+                folders.append(_text(inside[:-1]))
+            for name in names:
+                place = os.path.join(folder, name)
+                path = _text(inside + name)
+                status = _regular(place)
+                if status is None:
+                    unreachable.append(path)
+                else:
+                    if path != inside + name:
+                        odd[path] = Path(place)
+                    yield Entry(path, status.st_size, str(status.st_mtime_ns))
+
+    listing = Listing.collect(_counted(entries(), on_files))
+    return Found(origin=LocalOrigin(root, odd), files=listing, folders=tuple(folders), unreachable=tuple(unreachable))
+
+
+def list_bucket(store: ObjectStore, prefix: str, on_files: OnFiles) -> Found:
+    """Lists what a bucket holds under a prefix, hidden files and folders left out.
+
+    A key that ends in `/` stands for a folder, as S3's console makes one.
+
+    Raises:
+        ServiceError: the store failed.
+    """
+    prefix = prefix.rstrip("/") + "/" if prefix.strip("/") else ""
+
+    folders: list[str] = []
+    unreachable: list[str] = []
+
+    def entries() -> Iterator[Entry]:
+        for info in store.list(prefix):
+            path = info.key.removeprefix(prefix)
+            parts = [part for part in path.split("/") if part]
+            if not parts or any(map(_is_hidden, parts)):
+                continue
+            if path == "/".join(parts):
+                yield Entry(path, info.size, info.etag)
+            elif path == "/".join(parts) + "/" and not info.size:
+                folders.append(path)
+            else:
+                unreachable.append("/".join(parts))
+
+    files = Listing.collect(_counted(entries(), on_files))
+    return Found(
+        origin=BucketOrigin(store, prefix), files=files, folders=tuple(folders), unreachable=tuple(unreachable)
+    )
+
+
+def _changed(where: str) -> UsageError:
+    return UsageError(f"{where} has changed since the folder was listed; start again when nobody writes to it")
+
+
+def _counted(entries: Iterator[Entry], on_files: OnFiles) -> Iterator[Entry]:
+    """The same; `on_files` is told of every `BATCH`."""
+    for number, entry in enumerate(entries, start=1):
+        yield entry
+        if number % BATCH == 0:
+            on_files(BATCH)
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yields every folder below with the names of its files, also by each link to it, but not in circles.
+
+    Two links to one folder are two folders, as for every other program: `val` may be a link to `test`.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    above: list[tuple[str, tuple[int, int]]] = []  # the folders around this one, and what they are to the system
+    for folder, inner, names in os.walk(root, followlinks=True, onerror=refuse):
+        while above and not folder.startswith(above[-1][0]):
+            above.pop()
+        status = os.stat(folder)
+        identity = status.st_dev, status.st_ino
+        if any(identity == each for _, each in above):
+            inner.clear()
+            continue
+        above.append((os.path.join(folder, ""), identity))
+        inner[:] = sorted(name for name in inner if not _is_hidden(name))
+        yield Path(folder), [name for name in names if not _is_hidden(name)]
+
+
+def _is_hidden(name: str) -> bool:
+    """Returns whether a name is hidden, or that of a file that another system leaves behind."""
+    return name.startswith(".") or name in {"__MACOSX", "Thumbs.db"}
+
+
+def _regular(place: str) -> os.stat_result | None:
+    """What the system knows of a file; None if it is none, or a link to nowhere."""
+    try:
+        status = os.stat(place)
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _text(path: str) -> str:
+    """A path as text, also where a name is not valid UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")

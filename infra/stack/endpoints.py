@@ -1,0 +1,107 @@
+"""Where the servers are, and the environment variables that tell every client so."""
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, SecretStr
+
+from infra.web_settings import loopback_without_proxy, without_web
+
+QUIET = {
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+REGION = "us-east-1"  # any will do for SeaweedFS, but signatures need one
+
+
+class Endpoints(BaseModel):
+    """Addresses of the three servers, and the keys of a local object store.
+
+    Attributes:
+        home: the state folder.
+        bucket: the bucket that holds every byte.
+        s3_access_key_id, s3_secret_access_key: None for an external store: the user's own AWS settings apply.
+        prefect_ui_url: what people open in a browser.
+        mlflow_is_local, prefect_is_local: whether the server is one of the local stack.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    home: Path
+    bucket: str
+    s3_endpoint_url: str
+    s3_access_key_id: SecretStr | None
+    s3_secret_access_key: SecretStr | None
+    mlflow_tracking_uri: str
+    mlflow_is_local: bool
+    prefect_api_url: str
+    prefect_ui_url: str
+    prefect_is_local: bool
+
+    def apply(self) -> None:
+        """Makes the clients of this process, and of all that it starts, use these servers.
+
+        To be called before a client library is imported. What the user has set up for other servers (credentials,
+        certificates, regions, time limits) is removed where a local server is used in their place; where all servers
+        are local, so are proxies and certificates. Fetches from the web still use these: see `infra.web_settings`.
+        """
+        kept = {name: value for name, value in os.environ.items() if not self._leads_astray(name)}
+        if self.s3_is_local and self.mlflow_is_local and self.prefect_is_local:
+            kept = without_web(kept)
+        kept |= self.environment()
+        for name in os.environ.keys() - kept.keys():
+            del os.environ[name]
+        os.environ.update(kept)
+
+    @property
+    def s3_is_local(self) -> bool:
+        """Whether the object store is one of the local stack."""
+        return self.s3_access_key_id is not None
+
+    def _leads_astray(self, name: str) -> bool:
+        """Returns whether a variable is about another server than the local one that its clients are to use."""
+        prefixes = {"AWS_": self.s3_is_local, "MLFLOW_": self.mlflow_is_local, "PREFECT_": self.prefect_is_local}
+        return any(is_local and name.startswith(prefix) for prefix, is_local in prefixes.items())
+
+    def environment(self) -> dict[str, str]:
+        """Returns the standard variables that every client reads, and those that keep clients quiet and off pickle.
+
+        They suffice in a shell that sets no others; `apply` also removes others that would mislead.
+        """
+        variables = {
+            **QUIET,
+            **loopback_without_proxy(),
+            "CONVOY_HOME": str(self.home),
+            "CONVOY_BUCKET": self.bucket,
+            "GIT_PYTHON_REFRESH": "quiet",
+            "MLFLOW_TRACKING_URI": self.mlflow_tracking_uri,
+            "PREFECT_API_URL": self.prefect_api_url,
+            "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+            **self.s3_environment(),
+        }
+        if self.mlflow_is_local:
+            variables["MLFLOW_REGISTRY_URI"] = self.mlflow_tracking_uri
+        if self.prefect_is_local:
+            variables |= {
+                "PREFECT_HOME": str(self.home / "prefect"),
+                "PREFECT_PROFILE": "local",
+                "PREFECT_UI_URL": self.prefect_ui_url,
+            }
+        return variables
+
+    def s3_environment(self) -> dict[str, str]:
+        """Variables of a local object store; none for an external one, whose variables are the user's."""
+        if self.s3_access_key_id is None or self.s3_secret_access_key is None:
+            return {}
+        return {
+            "AWS_ENDPOINT_URL": self.s3_endpoint_url,
+            "AWS_ACCESS_KEY_ID": self.s3_access_key_id.get_secret_value(),
+            "AWS_SECRET_ACCESS_KEY": self.s3_secret_access_key.get_secret_value(),
+            "AWS_SESSION_TOKEN": "",
+            "AWS_DEFAULT_REGION": REGION,
+            # A profile that is chosen must exist in the files that are read, so all of them are replaced.
+            "AWS_PROFILE": "default",
+            "AWS_CONFIG_FILE": str(self.home / "stack" / "aws-config"),
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }

@@ -1,0 +1,177 @@
+"""The local stack's part of the state folder: what it remembers, and the servers that follow from it."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Literal, get_args
+
+import psutil
+from pydantic import ValidationError
+
+from infra.errors import UsageError
+from infra.machine.files import wait_for_lock
+from infra.settings import DEFAULT_HOME, Settings
+from infra.stack import ports, processes, servers
+from infra.stack.credentials import Credentials, ensure_certificate, load_or_create
+from infra.stack.endpoints import Endpoints
+from infra.stack.processes import Record, Server
+
+ServerName = Literal["seaweedfs", "mlflow", "prefect"]
+NAMES: tuple[ServerName, ...] = get_args(ServerName)
+HEALTH: dict[ServerName, str] = {"seaweedfs": "/healthz", "mlflow": "/health", "prefect": "/api/health"}
+
+
+class StackFolder:
+    """`<home>/stack`: credentials, certificate, ports, and a record of each server's start.
+
+    Raises:
+        UsageError: this user may not use it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.root = settings.home / "stack"
+        if os.path.isdir(self.root) and not os.access(self.root, os.R_OK | os.W_OK | os.X_OK):
+            raise UsageError(
+                f"{self.root} is another user's, or closed; set CONVOY_HOME to a folder of yours, "
+                "or name their servers (MLFLOW_TRACKING_URI, …)"
+            )
+        self.ports = self._read_ports()
+
+    @contextmanager
+    def locked(self, on_event: Callable[[str], None] = lambda event: None) -> Iterator[None]:
+        """Keep other commands from starting or stopping servers; the lock of a killed command is gone."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (self.root / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_event("another command is starting or stopping the servers: waiting for it")
+                wait_for_lock(lock.fileno())
+            self.ports = self._read_ports()
+            yield
+
+    def prepare(self, on_event: Callable[[str], None]) -> None:
+        """Make credentials unless there are some, and choose ports; those of running servers stay."""
+        self._make_private()
+        ensure_certificate(self._certificate, self._key)
+        (self.root / "aws-config").write_text("[default]\n")
+        kept: list[str] = []
+        for name in NAMES:
+            if (record := self.record(name)) and record.process(self.mark(name)):
+                kept.extend(ports.SEAWEEDFS if name == "seaweedfs" else [name])
+            else:
+                processes.stop(partial(self.members, name))  # what a killed server has left
+        asked = {
+            "s3": self.settings.s3_port,
+            "mlflow": self.settings.mlflow_port,
+            "prefect": self.settings.prefect_port,
+        }
+        preferred = {name: port for name, port in asked.items() if port}
+        self.ports = ports.choose(self.ports, kept=kept, preferred=preferred)
+        for purpose, port in preferred.items():
+            if port != getattr(self.ports, purpose):
+                why = "it already runs on another" if purpose in kept else "another program has it"
+                on_event(f"port {port} is not used for {purpose}: {why}")
+        (self.root / "ports.json").write_text(self.ports.model_dump_json())
+
+    def _make_private(self) -> None:
+        """Keeps other users of the machine from the data: those of the cache are as confidential as their source.
+
+        A state folder that the user has named may hold other things too, or be shared on purpose, so only one of the
+        default name is closed itself.
+        """
+        ours = [self.settings.cache, self.settings.runs, self.settings.logs]
+        if self.settings.home.name == DEFAULT_HOME:
+            ours.append(self.settings.home)
+        for folder in ours:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not folder.is_symlink():  # a link leads to a place that is not only ours
+                with suppress(OSError):  # it is another user's, or on a disk without modes
+                    folder.chmod(0o700)
+
+    def external(self) -> list[tuple[ServerName, str, str]]:
+        """Servers to use instead of local ones: name, the variable that says so, address."""
+        candidates: tuple[tuple[ServerName, str, str | None], ...] = (
+            ("seaweedfs", "AWS_ENDPOINT_URL", self.settings.s3_url),
+            ("mlflow", "MLFLOW_TRACKING_URI", self.settings.mlflow_uri),
+            ("prefect", "PREFECT_API_URL", self.settings.prefect_api_url),
+        )
+        return [(name, variable, address) for name, variable, address in candidates if address]
+
+    def record_file(self, name: ServerName) -> Path:
+        """File of the record of a server's last start."""
+        return self.root / f"{name}.json"
+
+    def record(self, name: ServerName) -> Record | None:
+        """Record of a server's last start, or None if it was never started or was stopped."""
+        return Record.read(self.record_file(name))
+
+    def log(self, name: ServerName) -> Path:
+        """Log of a server's last start."""
+        return self.settings.logs / f"{name}.log"
+
+    def mark(self, name: ServerName) -> str:
+        """What the environment of a server's processes says."""
+        return f"{name}@{os.path.realpath(self.settings.home)}"
+
+    def members(self, name: ServerName) -> set[psutil.Process]:
+        """The living processes of a server."""
+        return processes.members(self.mark(name), self.record(name))
+
+    def port(self, name: ServerName) -> int:
+        """Port for a local server's clients."""
+        return {"seaweedfs": self.ports.s3, "mlflow": self.ports.mlflow, "prefect": self.ports.prefect}[name]
+
+    def url(self, name: ServerName) -> str:
+        """Address of a local server."""
+        return f"http://{servers.HOST}:{self.port(name)}"
+
+    def server(self, name: ServerName) -> Server:
+        """Definition of a local server on the chosen ports."""
+        if name == "seaweedfs":
+            tls = (self._certificate, self._key)
+            return servers.seaweedfs(self.settings, self.ports, self.credentials, *tls)
+        if name == "mlflow":
+            return servers.mlflow(self.settings, self.ports, self.endpoints().s3_environment())
+        return servers.prefect(self.settings, self.ports)
+
+    def endpoints(self) -> Endpoints:
+        """Addresses for clients, local or external."""
+        settings = self.settings
+        api = settings.prefect_api_url
+        ui = api.removesuffix("/api") if api else self.url("prefect")
+        return Endpoints(
+            home=settings.home,
+            bucket=settings.bucket,
+            s3_endpoint_url=settings.s3_url or self.url("seaweedfs"),
+            s3_access_key_id=None if settings.s3_url else self.credentials.access_key_id,
+            s3_secret_access_key=None if settings.s3_url else self.credentials.secret_access_key,
+            mlflow_tracking_uri=settings.mlflow_uri or self.url("mlflow"),
+            mlflow_is_local=settings.mlflow_uri is None,
+            prefect_api_url=api or f"{self.url('prefect')}/api",
+            prefect_ui_url=settings.prefect_ui_url or ui,
+            prefect_is_local=api is None,
+        )
+
+    @cached_property
+    def credentials(self) -> Credentials:
+        """The local object store's keys; made at first use, so to be read under the lock."""
+        return load_or_create(self.root / "credentials.json")
+
+    @property
+    def _certificate(self) -> Path:
+        return self.root / "certificate.pem"
+
+    @property
+    def _key(self) -> Path:
+        return self.root / "key.pem"
+
+    def _read_ports(self) -> ports.Ports:
+        try:
+            return ports.Ports.model_validate_json((self.root / "ports.json").read_bytes())
+        except (OSError, ValidationError):
+            return ports.Ports()

@@ -1,0 +1,81 @@
+"""Where a run's code came from: commit, lock file, versions of the libraries that decide the result."""
+
+import hashlib
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from infra.tracking.tags import GIT_DIRTY, LIBRARY, LOCK_SHA256, SOURCE_COMMIT
+
+LIBRARIES = ("torch", "torchvision", "mlflow", "prefect")
+CODE = Path(__file__).resolve().parents[1] / "__init__.py"
+
+
+class Provenance(BaseModel):
+    """What must be equal for a run to give the same weights again, apart from data and configuration."""
+
+    model_config = ConfigDict(frozen=True)
+
+    git_commit: str | None
+    """Commit of the repository that holds the code; None if it was installed from elsewhere."""
+
+    git_dirty: bool | None
+    """Whether files differ from that commit; None without one."""
+
+    lock_sha256: str | None
+    """SHA-256 of `requirements.lock`; None if it is not there."""
+
+    versions: dict[str, str]
+    """Python's and the libraries' versions."""
+
+    def as_tags(self) -> dict[str, str]:
+        """As tags of an MLflow run, without what is unknown; MLflow's pages show the commit."""
+        tags = {f"{LIBRARY}{name}": found for name, found in self.versions.items()}
+        if self.git_commit is not None:
+            tags[SOURCE_COMMIT] = self.git_commit
+            tags[GIT_DIRTY] = str(self.git_dirty).lower()
+        if self.lock_sha256 is not None:
+            tags[LOCK_SHA256] = self.lock_sha256
+        return tags
+
+
+def provenance(code: Path = CODE) -> Provenance:
+    """Look at the environment, and at the repository of `code`, a file two levels below its top."""
+    root = code.parent.parent
+    # Installed code often lies inside somebody else's repository, which does not track it.
+    commit = _git(root, "rev-parse", "HEAD") if _git(root, "ls-files", "--error-unmatch", str(code)) else None
+    changes = _git(root, "status", "--porcelain") if commit else None
+    return Provenance(
+        git_commit=commit,
+        git_dirty=None if changes is None else changes != "",
+        lock_sha256=_lock_digest(root),
+        versions={"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
+    )
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git says; None if it cannot answer."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _lock_digest(root: Path) -> str | None:
+    try:
+        return hashlib.sha256((root / "requirements.lock").read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "missing"

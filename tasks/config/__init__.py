@@ -1,0 +1,1 @@
+"""Everything that a user may set, read and checked without loading torch."""

@@ -1,0 +1,1 @@
+"""Brings a data set from its source to a checked dataset version, and opens it."""

@@ -1,0 +1,109 @@
+"""The raw files of a data set, verified, in the bucket."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from rich.filesize import decimal
+
+from cnn.errors import InputError
+from cnn.formats.layout import arrange
+from infra.errors import ServiceError, UsageError
+from infra.settings import Settings
+from infra.sources.base import Source, Workplace, reusable
+from infra.sources.find import find_source
+from infra.sources.folder import FolderSource
+from infra.sources.location import OnFiles
+from infra.sources.mirrors import Mirrors
+from infra.sources.raw_data import RawSource
+from infra.storage.cache import Cache
+from infra.storage.object_store import ObjectStore
+from tasks.data.prune_mark import wait_for_prune
+from tasks.orchestration.cancellation import stop_if_cancelled
+from tasks.orchestration.progress import Advance, progress, run_logger
+from tasks.orchestration.retries import RETRIED
+
+
+@task(name="download", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+def download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = None) -> RawSource:
+    """Bring a data set into the bucket; what is there already is not fetched again.
+
+    Args:
+        dataset: a catalogue name, a folder, an archive, or an `s3://` or `https://` address of one.
+        refresh: fetch everything anew.
+        keep_raw: `PreprocessConfig.keep_raw`; if not, of a folder only a listing is stored.
+
+    Raises:
+        UsageError: there is no such data set, or it is no collection of labelled images.
+        ServiceError: a mirror, a server or the bucket failed, refused or could not be reached.
+    """
+    stop_if_cancelled()
+    settings = Settings()
+    store = ObjectStore.connect(settings.bucket)
+    wait_for_prune(store)
+    try:
+        raw = _download(dataset, settings, store, refresh, keep_raw)
+    except OSError as error:  # a full disk, say; what the user's own files do wrong is a UsageError already
+        where = error.filename or settings.cache
+        raise ServiceError(f"{where}: {error.strerror or error}; CONVOY_HOME chooses another place") from error
+    run_logger().info(_summary(raw))
+    return raw
+
+
+def _download(dataset: str, settings: Settings, store: ObjectStore, refresh: bool, keep_raw: bool | None) -> RawSource:
+    with Mirrors(settings.cache / "partial") as mirrors:
+        place = Workplace(mirrors=mirrors, store=store, cache=Cache(settings.cache, store))
+        source: Source
+        with _listing(dataset) as on_files:
+            source = find_source(dataset, mirrors, own_mirror=settings.mirror, on_files=on_files)
+        if isinstance(source, FolderSource):
+            source = images_of(source, dataset)
+            if keep_raw is False or (keep_raw is None and source.is_large):
+                return source.refer(place, refresh=refresh)
+        elif keep_raw is False:
+            raise UsageError(f"{dataset}: data.keep_raw=false is for folders; what has to be fetched is kept")
+        raw = None if refresh else reusable(source, place)
+        if raw is None:
+            with progress(f"Downloading {source.name}", source.size, unit="bytes", artifact="download") as advance:
+                raw = source.fetch(place, advance, refresh=refresh)
+    return raw
+
+
+@contextmanager
+def _listing(dataset: str) -> Iterator[OnFiles]:
+    """Progress of a listing, shown once it turns out to be a long one."""
+    with ExitStack() as stack:
+        advance: Advance | None = None
+
+        def on_files(count: int) -> None:
+            nonlocal advance
+            advance = advance or stack.enter_context(progress(f"Listing {dataset}", None, unit="files"))
+            advance(count)
+
+        yield on_files
+
+
+def images_of(folder: FolderSource, dataset: str) -> FolderSource:
+    """Returns the folder with its images only, and what is said of the rest: nothing is uploaded that cannot be used.
+
+    Raises:
+        UsageError: the images do not lie in class folders.
+    """
+    try:
+        layout = arrange(folder.files.paths, folder.folders, folder.unreachable)
+    except InputError as error:
+        raise UsageError(f"{dataset}: {error}") from error
+    return folder.only(layout.chosen, layout.left_out.remarks, layout.left_out.classes)
+
+
+def _summary(raw: RawSource) -> str:
+    if raw.listing:
+        listed = "as before" if raw.reused else "listed anew"
+        return (
+            f"{raw.name}: {raw.listing.count} files, {decimal(raw.listing.bytes)}, {listed}; in {raw.listing.address}"
+        )
+    size = decimal(sum(file.size for file in raw.files))
+    origins = {origin.removesuffix(f"/{path}.gz").removesuffix(f"/{path}") for path, origin in raw.served_by.items()}
+    done = "in the bucket already" if raw.reused else "stored in the bucket"
+    return f"{raw.name}: {len(raw.files)} files, {size}, {done}; from {', '.join(sorted(origins))}"

@@ -1,0 +1,198 @@
+"""The preprocess task: from raw files in the bucket to a dataset version there, or finding an earlier one."""
+
+import hashlib
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cnn.code_digest import code_digest
+from cnn.config.training import PreprocessConfig
+from cnn.data.manifest import Manifest, canonical_json
+from cnn.errors import InputError
+from cnn.formats import open_source
+from cnn.formats.decode import decoder_versions
+from cnn.formats.files import Files
+from cnn.formats.layout import LeftOut
+from cnn.preprocessing.pack import code_files, pack
+from cnn.preprocessing.survey import survey
+from infra.machine.files import locked
+from infra.machine.threads import in_parallel
+from infra.settings import Settings
+from infra.sources.listing import Listing
+from infra.sources.location import ListedFiles, open_origin
+from infra.sources.raw_data import ListingRef, RawSource
+from infra.storage import bucket_layout
+from infra.storage.cache import Cache
+from infra.storage.object_store import ObjectMissing, ObjectStore
+from tasks.data.dataset import DatasetRef, is_whole, load_manifest
+from tasks.data.preprocessing_journal import Journal
+from tasks.data.shard_uploads import ShardStore, fits_cache
+from tasks.orchestration.cancellation import stop_if_cancelled
+from tasks.orchestration.progress import progress, run_logger
+from tasks.orchestration.retries import RETRIED
+
+__all__ = ["DatasetRef", "preprocess"]
+
+
+class StepRecord(BaseModel):
+    """What an earlier run of the step made of the same input."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset_version: str
+
+
+@task(name="preprocess", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = False) -> DatasetRef:
+    """Pack a source into a dataset version, unless that was done before.
+
+    What an interrupted run has done, on whatever machine, is not done again; see
+    `tasks.data.preprocessing_journal`. Prefect's own cache is not used: it knows neither our code nor what the bucket
+    still holds.
+
+    Args:
+        refresh: compute and store everything anew, even if it is there.
+
+    Raises:
+        InputError: the images cannot be used.
+        UsageError: a file of a folder that is read in place has changed.
+        ServiceError: the object store failed.
+    """
+    stop_if_cancelled()
+    settings = Settings()
+    store = ObjectStore.connect(settings.bucket)
+    cache = Cache(settings.cache, store)
+    key = step_key(raw, config)
+    with locked(settings.cache / "locks" / f"preprocess-{key}"):  # whoever waits here finds the result
+        if not refresh and (version := _find(store, key)):
+            _warn(raw.name, load_manifest(store, version))
+            return DatasetRef(version=version, name=raw.name, reused=True)
+        journal = Journal(store, key)
+        if refresh:
+            journal.clear()
+        files = _in_place(raw.listing, cache) if raw.listing else _fetch(raw, cache)
+        with _workspace(settings.home / "work" / f"preprocess-{key}") as out:
+            try:
+                manifest = _pack(raw, files, config, out, cache, journal, refresh=refresh)
+            except InputError as error:
+                raise InputError(f"{raw.name}: {error}") from error
+        version = manifest.version
+        _commit(store, bucket_layout.dataset_manifest(version), manifest.to_bytes())
+        _commit(
+            store, bucket_layout.preprocess_record(key), StepRecord(dataset_version=version).model_dump_json().encode()
+        )
+        journal.clear()
+    _tell(raw.name, manifest)
+    return DatasetRef(version=version, name=raw.name)
+
+
+def step_key(raw: RawSource, config: PreprocessConfig) -> str:
+    """Digest of all that decides the outcome: raw data, parameters, code, and the image decoders used."""
+    content = {
+        "raw": raw.digest,
+        "classes": raw.classes,
+        "config": config.model_dump(mode="json", exclude={"keep_raw"}),  # where a file is read makes no difference
+        "code": code_digest(code_files()),
+        "decoders": decoder_versions(),
+    }
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def _find(store: ObjectStore, step: str) -> str | None:
+    """The dataset version of an earlier run, if all of it is still there."""
+    try:
+        version = StepRecord.model_validate_json(store.get_bytes(bucket_layout.preprocess_record(step))).dataset_version
+    except (ObjectMissing, ValidationError):
+        return None
+    return version if is_whole(store, version) else None
+
+
+def _in_place(listing: ListingRef, cache: Cache) -> ListedFiles:
+    path = cache.fetch(listing.key, listing.sha256)
+    return ListedFiles(Listing.load(path), open_origin(listing.address))
+
+
+def _fetch(raw: RawSource, cache: Cache) -> dict[str, Path]:
+    """Local paths of the raw files by their paths in the source."""
+    missing = sum(file.size for file in raw.files if not cache.holds(file.sha256, file.size))
+    if not missing:
+        return {file.path: cache.path(file.sha256) for file in raw.files}
+    with progress(f"Fetching {raw.name}", missing, unit="bytes") as advance:
+        paths = in_parallel(
+            lambda file: cache.fetch(file.key, file.sha256, size=file.size, on_progress=advance),
+            raw.files,
+            threading.Event(),
+        )
+    return {file.path: path for file, path in zip(raw.files, paths, strict=True)}
+
+
+@contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """An empty folder, removed afterwards; a killed run's leavings too, since the step's lock is held."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _pack(
+    raw: RawSource,
+    files: Mapping[str, Path] | Files,
+    config: PreprocessConfig,
+    out: Path,
+    cache: Cache,
+    journal: Journal,
+    *,
+    refresh: bool,
+) -> Manifest:
+    """Both passes; the shards are in the bucket afterwards."""
+    source = open_source(
+        raw.format, files, raw.classes or None, LeftOut(raw.remarks, raw.left_out) if raw.remarks else None
+    )
+    surveyed, packed = journal.survey_parts(), journal.shards()
+    if surveyed:
+        count = sum(each.shard.count for each in packed)
+        run_logger().info(
+            "%s: going on with an interrupted run: %d images surveyed, %d packed", raw.name, surveyed[-1].stop, count
+        )
+    with progress(f"Reading {raw.name}", len(source), unit="images") as advance:
+        plan = survey(source, config, advance, done=surveyed, on_part=journal.note_part)
+    with (
+        progress(f"Packing {raw.name}", plan.count, unit="images", artifact="preprocess") as advance,
+        ShardStore(cache, journal, keep=fits_cache(plan, cache), refresh=refresh) as shards,
+    ):
+        return pack(source, plan, config, out, advance, done=packed, on_shard=shards.add)
+
+
+def _commit(store: ObjectStore, key: str, data: bytes) -> None:
+    """Write a commit object; one that is there with other content is damaged or outdated, and is replaced."""
+    if not store.put_if_absent(key, data) and store.get_bytes(key) != data:
+        store.put_bytes(key, data)
+
+
+def _tell(name: str, manifest: Manifest) -> None:
+    counts = ", ".join(f"{split} {info.count}" for split, info in manifest.splits.items())
+    size = manifest.image_size
+    run_logger().info(
+        "%s: %d classes, %d x %d x %d pixels, %s images",
+        name,
+        len(manifest.classes),
+        manifest.channels,
+        size,
+        size,
+        counts,
+    )
+    _warn(name, manifest)
+
+
+def _warn(name: str, manifest: Manifest) -> None:
+    for warning in manifest.report.warnings:
+        run_logger().warning("%s: %s", name, warning)

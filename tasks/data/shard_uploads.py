@@ -1,0 +1,74 @@
+"""Finished shards on their way into the bucket, while the next ones are being packed."""
+
+import shutil
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from cnn.preprocessing.resume_records import PackedShard
+from cnn.preprocessing.survey import Plan
+from infra.storage import bucket_layout
+from infra.storage.cache import Cache
+from tasks.data.dataset import is_stored
+from tasks.data.preprocessing_journal import Journal
+
+UPLOADS = 2  # side by side
+WAITING = 4  # shards on this machine that are not in the bucket yet; the packing waits for the oldest then
+CACHE_SHARE = 0.5  # of the free disk: a larger dataset version does not go into this machine's cache
+
+
+class ShardStore:
+    """Uploads shards in the background and notes each in the journal once it is there.
+
+    Args:
+        keep: whether the shards go into the cache too, for the training that follows on this machine.
+        refresh: upload what the bucket has already, too.
+    """
+
+    def __init__(self, cache: Cache, journal: Journal, *, keep: bool, refresh: bool) -> None:
+        self._cache, self._journal = cache, journal
+        self._keep, self._refresh = keep, refresh
+        self._pool = ThreadPoolExecutor(UPLOADS, thread_name_prefix="shards")
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """All shards are in the bucket, unless there is an error already."""
+        self._pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            self._wait(0)
+
+    def add(self, packed: PackedShard, path: Path) -> None:
+        """Take a shard over; its file is moved or removed.
+
+        Raises:
+            ServiceError: an earlier one could not be stored.
+        """
+        self._wait(WAITING - 1)
+        own = path.rename(path.with_name(f"{packed.split}-{packed.number}"))  # equal shards have one name
+        self._pending.append(self._pool.submit(self._store, packed, own))
+
+    def _wait(self, most: int) -> None:
+        while len(self._pending) > most or (self._pending and self._pending[0].done()):
+            self._pending.popleft().result()
+
+    def _store(self, packed: PackedShard, path: Path) -> None:
+        shard, store = packed.shard, self._cache.store
+        if self._refresh or not is_stored(store, shard):
+            store.put_file(bucket_layout.shard(shard.sha256), path, sha256=shard.sha256)
+        self._journal.note_shard(packed)
+        if self._keep:
+            self._cache.add_file(path)
+        path.unlink()
+
+
+def fits_cache(plan: Plan, cache: Cache) -> bool:
+    """Whether this machine has room for the whole dataset version."""
+    cache.root.mkdir(parents=True, exist_ok=True)
+    return plan.pixel_bytes <= CACHE_SHARE * shutil.disk_usage(cache.root).free

@@ -1,0 +1,1 @@
+"""How the trained weights do, as numbers, pictures and a page."""

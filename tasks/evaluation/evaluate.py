@@ -1,0 +1,134 @@
+"""The evaluate task: how the trained weights do on the test split, and what their probabilities are worth."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from cnn.config.training import TrainConfig
+from cnn.data.manifest import Manifest
+from cnn.distributed.process_group import local_device
+from cnn.evaluation.calibration import fit_temperature
+from cnn.evaluation.evaluate import predict_logits
+from cnn.networks.weights import load_weights, weights_sha256
+from cnn.networks.wrappers import Normalise, predictor
+from cnn.training.trainer import build
+from infra.errors import ServiceError
+from infra.settings import Settings
+from infra.storage import bucket_layout
+from infra.storage.object_store import ObjectStore
+from tasks.data.dataset import DatasetRef, load_manifest, open_cache, open_split
+from tasks.evaluation.publish import publish_evaluation
+from tasks.evaluation.reference_images import store_reference
+from tasks.evaluation.report import EvaluationReport, evaluation_report, measure_footprint
+from tasks.evaluation.split_predictions import store_predictions
+from tasks.orchestration.cancellation import stop_if_cancelled
+from tasks.orchestration.progress import progress, run_logger
+from tasks.orchestration.retries import RETRIED
+from tasks.training.train import TrainResult
+
+REFERENCE_IMAGES = 64
+
+
+class Evaluation(BaseModel):
+    """A finished evaluation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    report: EvaluationReport
+
+    device: str
+    """`cpu` or `cuda`: what the network ran on."""
+
+    reference_key: str
+    """Key of the first test images with the probabilities found for them (tasks/evaluation/reference_images.py)."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the test images that were classified correctly."""
+        return self.report.accuracy
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by for calibrated probabilities; fitted on the validation split."""
+        return self.report.calibration.temperature
+
+
+@task(name="evaluate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> Evaluation:
+    """Score the trained weights on the test split, each image once; a temperature is fitted on the validation split.
+
+    What was predicted is kept for the quality gate.
+
+    Raises:
+        Cancelled: the flow run was cancelled.
+        ServiceError: a server failed, or the bucket has other weights than the training left.
+    """
+    stop_if_cancelled()
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    manifest = load_manifest(store, dataset.version)
+    cache = open_cache(store)
+    validation, test = (open_split(cache, manifest, name) for name in ("val", "test"))
+    device = local_device()
+    trained_part = trained_network(store, config, manifest, trained).to(memory_format=torch.channels_last)
+    network = nn.Sequential(Normalise(manifest.mean, manifest.std), predictor(trained_part, config)).to(device).eval()
+    with progress("Evaluating", len(validation) + len(test), unit="images") as advance:
+        temperature = fit_temperature(
+            predict_logits(network, validation, device, on_progress=advance), validation.labels
+        )
+        logits = predict_logits(network, test, device, on_progress=advance)
+    images, _ = test.slice(0, REFERENCE_IMAGES)
+    footprint = measure_footprint(network, images, device)
+    report = evaluation_report(
+        "test", logits, test.labels, manifest.classes, temperature=temperature, footprint=footprint
+    )
+
+    key = bucket_layout.reference_images(trained.run_id)
+    store_reference(store, key, images, logits[: len(images)].softmax(1))
+    store_predictions(store, trained.run_id, logits.argmax(1), manifest.classes, manifest, trained.weights_sha256)
+    run_logger().info(
+        "test accuracy %.2f %%, cross-entropy %.4f, %d images",
+        100 * report.accuracy,
+        report.loss,
+        report.images,
+    )
+    return Evaluation(run_id=trained.run_id, report=report, device=device.type, reference_key=key)
+
+
+@task(name="publish-evaluation", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+def publish(dataset: DatasetRef, evaluated: Evaluation) -> None:
+    """Puts the report into the MLflow run (`report/`, metrics `test/...`) and, as a page, into Prefect.
+
+    Raises:
+        Cancelled: the flow run was cancelled.
+        ServiceError: a server failed.
+    """
+    stop_if_cancelled()
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    test = open_split(open_cache(store), load_manifest(store, dataset.version), "test")
+    publish_evaluation(evaluated.run_id, evaluated.report, test)
+
+
+def trained_network(store: ObjectStore, config: TrainConfig, manifest: Manifest, trained: TrainResult) -> nn.Module:
+    """The network with the weights that a training committed, verified; on the CPU, in evaluation mode.
+
+    Raises:
+        ServiceError: the weights in the bucket are not those of the training.
+    """
+    network = build(config, manifest)
+    with TemporaryDirectory() as temporary:
+        file = Path(temporary) / "weights.safetensors"
+        store.get_file(trained.weights_key, file, sha256=None)
+        load_weights(network, file)
+    found = weights_sha256(network.state_dict())
+    if found != trained.weights_sha256:
+        raise ServiceError(
+            f"{store.uri(trained.weights_key)} holds other weights than the training left: "
+            f"their SHA-256 is {found}, expected {trained.weights_sha256}"
+        )
+    return network.eval()

@@ -1,0 +1,133 @@
+"""The pictures of an evaluation, by matplotlib: confusion matrix, reliability, galleries of images."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from cnn.data.split_reader import SplitReader
+from cnn.evaluation.calibration import Reliability
+from tasks.evaluation.report import EvaluationReport, Example
+from tasks.reporting.drawing import CELL, COLUMNS, images_at, section, section_height, short
+
+COUNTED_CLASSES = 20  # up to so many, the confusion matrix has the number in each cell; more would be unreadable
+
+DARK, BLUE, ORANGE = "#1b2a41", "#2f6db5", "#d9822b"
+
+
+def confusion_figure(report: EvaluationReport) -> Figure:
+    """Draw the confusion matrix: the colour is the share of the true class, the number counts images.
+
+    The colour scale is a square root, so that a confusion of one image in a hundred can still be seen.
+    """
+    counts = np.array(report.confusion)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    size = len(counts)
+    counted = size <= COUNTED_CLASSES
+    side = max(5.0, 0.62 * size) if counted else min(24.0, 4.0 + 0.16 * size)
+    figure = Figure(figsize=(side + 1.6, side + 0.8), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    names = [short(scores.name) for scores in report.classes]
+    letters = 9 if counted else 6
+    axes.set_xticks(range(size), names, rotation=45 if counted else 90, fontsize=letters)
+    if counted:
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+        for (true, predicted), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if shares[true, predicted] > 0.3 else DARK
+                axes.text(predicted, true, f"{count}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_yticks(range(size), names, fontsize=letters)
+    axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1 if counted else 0.3)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(f"{report.split}: {report.accuracy:.2%} of {report.images:,} images right")
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])
+    bar.ax.set_yticklabels(["0", "1 %", "5 %", "20 %", "50 %", "100 %"])
+    bar.set_label("share of the true class")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def reliability_figure(report: EvaluationReport) -> Figure:
+    """Draw accuracy over confidence, before and after the temperature, and how many images each bin has.
+
+    On the diagonal a network keeps its word; below, it is too sure of itself.
+    """
+    calibration = report.calibration
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, height_ratios=(3, 1))
+    columns = (
+        ("as trained", calibration.before, calibration.ece_before),
+        (f"temperature {calibration.temperature:.3f}", calibration.after, calibration.ece_after),
+    )
+    for column, (title, found, ece) in enumerate(columns):
+        _reliability(axes[0, column], axes[1, column], found)
+        axes[0, column].set_title(f"{report.split}, {title}: ECE {ece:.2%}")
+    axes[0, 0].set_ylabel("accuracy")
+    axes[1, 0].set_ylabel("images")
+    axes[0, 0].legend(loc="upper left", frameon=False)
+    return figure
+
+
+def _reliability(upper: Axes, lower: Axes, found: Reliability) -> None:
+    bins = len(found.counts)
+    left = np.arange(bins) / bins
+    filled = np.array(found.counts) > 0
+    accuracy, confidence = np.array(found.accuracy)[filled], np.array(found.confidence)[filled]
+    upper.bar(left[filled], accuracy, 1 / bins, align="edge", color=BLUE, edgecolor="white", label="accuracy")
+    upper.plot(confidence, confidence, "o", color=ORANGE, markersize=4, label="mean confidence")
+    upper.plot([0, 1], [0, 1], "--", color=DARK, linewidth=1)
+    upper.set(xlim=(0, 1), ylim=(0, 1))
+    lower.bar(left, found.counts, 1 / bins, align="edge", color="#9db4d0", edgecolor="white")
+    lower.set_xlabel("confidence: probability of the predicted class")
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def gallery_figure(report: EvaluationReport, split: SplitReader) -> Figure:
+    """Show the most confidently wrong and the hardest images of a report, each with what it is and was taken for.
+
+    Args:
+        split: the one that the report is about.
+    """
+    names = [scores.name for scores in report.classes]
+
+    def caption(example: Example) -> str:
+        said = f"said {short(names[example.predicted])} ({example.probability:.0%})"
+        return f"{said}\ntrue {short(names[example.label])} ({example.true_probability:.0%})"
+
+    sections = [
+        (
+            f"{title} ({report.split} split)",
+            images_at(split, [e.index for e in examples]),
+            [caption(e) for e in examples],
+        )
+        for title, examples in (
+            ("Most confidently wrong", report.confidently_wrong),
+            ("Hardest to decide: the two likeliest classes are closest", report.hardest),
+        )
+        if examples
+    ]
+    return _gallery(sections)
+
+
+def _gallery(sections: Sequence[tuple[str, Tensor, Sequence[str]]]) -> Figure:
+    """Titled groups of uint8 images n×C×H×W, each with a caption."""
+    heights = [section_height(len(images)) for _, images, _ in sections]
+    figure = Figure(figsize=(COLUMNS * CELL[0], max(1.0, sum(heights))), layout="constrained")
+    if not sections:
+        figure.text(0.5, 0.5, "no image to show", ha="center", va="center")
+        return figure
+    parts = figure.subfigures(len(sections), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, (title, images, captions) in zip(parts, sections, strict=True):
+        section(part, title, images, captions)
+    return figure

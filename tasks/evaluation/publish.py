@@ -1,0 +1,99 @@
+"""Publishes an evaluation: numbers, pictures and a page, in MLflow and Prefect."""
+
+from collections.abc import Iterable
+
+import torch
+from prefect.artifacts import create_markdown_artifact
+from rich.filesize import decimal
+
+from cnn.data.split_reader import SplitReader
+from infra.tracking import mlflow_runs
+from infra.tracking.tags import TEMPERATURE
+from tasks.evaluation.figures import confusion_figure, gallery_figure, reliability_figure
+from tasks.evaluation.report import EvaluationReport
+from tasks.reporting.markdown import plain
+
+LISTED_CLASSES = 40  # up to so many, the table lists every class; else the worst ones
+LISTED_SLICES = 10  # of each column, the worst ones
+
+
+def publish_evaluation(run_id: str, report: EvaluationReport, split: SplitReader) -> None:
+    """Put a report into an MLflow run (`report/`, metrics, tag `convoy.temperature`) and on a page in Prefect.
+
+    Args:
+        split: the one that the report is about.
+
+    Raises:
+        ServiceError: MLflow cannot be reached, or refuses.
+    """
+    mlflow_runs.log_metrics(run_id, report.metrics())
+    mlflow_runs.set_tags(run_id, {TEMPERATURE: str(report.calibration.temperature)})
+    mlflow_runs.log_text(run_id, "report/evaluation.json", report.model_dump_json(indent=2))
+    mlflow_runs.log_text(run_id, "report/evaluation.md", report_markdown(report))
+    mlflow_runs.log_text(run_id, "report/confusion_matrix.json", report.confusion_json())
+    mlflow_runs.log_figure(run_id, "report/confusion_matrix.png", confusion_figure(report))
+    mlflow_runs.log_figure(run_id, "report/reliability.png", reliability_figure(report))
+    mlflow_runs.log_figure(run_id, "report/gallery.png", gallery_figure(report, split))
+    create_markdown_artifact(report_markdown(report), key="evaluation", description=f"Test split, MLflow run {run_id}")
+
+
+def report_markdown(report: EvaluationReport) -> str:
+    """The report as a page: headline, classes, the hardest first, the commonest mistakes, the worst slices."""
+    ordered = sorted(report.classes, key=lambda scores: scores.f1)
+    listed = ordered[:LISTED_CLASSES]
+    lines = [
+        f"**{report.accuracy:.2%}** of {report.images:,} {report.split} images right, "
+        f"cross-entropy {report.loss:.4f}, macro F1 {report.macro.f1:.4f}",
+        "",
+        *_facts(report),
+        "",
+        "| class | precision | recall | F1 | images |",
+        "|:--|--:|--:|--:|--:|",
+        *(f"| {plain(s.name)} | {s.precision:.3f} | {s.recall:.3f} | {s.f1:.3f} | {s.support:,} |" for s in listed),
+        *(
+            f"| *{name}* | {s.precision:.3f} | {s.recall:.3f} | {s.f1:.3f} | {report.images:,} |"
+            for name, s in (("macro mean", report.macro), ("weighted mean", report.weighted))
+        ),
+    ]
+    if len(listed) < len(ordered):
+        lines += ["", f"The {len(listed)} hardest of {len(ordered)} classes."]
+    if mistakes := _mistakes(report):
+        lines += ["", "| true | taken for | images |", "|:--|:--|--:|", *mistakes]
+    for name, scores in report.slices.items():
+        if name != "class":
+            lines += ["", f"| {plain(name)} | accuracy | 95 % | images |", "|:--|--:|:-:|--:|"]
+            lines += [
+                f"| {plain(s.value)} | {s.accuracy:.2%} | {_range(s.interval)} | {s.images:,} |"
+                for s in sorted(scores, key=lambda s: s.accuracy)[:LISTED_SLICES]
+            ]
+    return "\n".join(lines)
+
+
+def _facts(report: EvaluationReport) -> Iterable[str]:
+    yield f"- accuracy, 95 % interval (Wilson): {_range(report.accuracy_interval)}"
+    if report.top_k:
+        yield "- " + ", ".join(f"top-{k} {share:.2%}" for k, share in report.top_k.items())
+    found = report.calibration
+    yield (
+        f"- calibration error (ECE): {found.ece_before:.2%} as trained, {found.ece_after:.2%} at temperature "
+        f"{found.temperature:.3f} (cross-entropy {found.loss_after:.4f})" + f"; {found.remark}" * bool(found.remark)
+    )
+    if report.footprint:
+        each = ", ".join(f"{ms:.2f} ms (batch {size})" for size, ms in report.footprint.latency_ms.items())
+        place = f"{report.footprint.device}, {report.footprint.threads} threads"
+        yield f"- {decimal(report.footprint.size_bytes)} of weights; {each} an image on {place}"
+
+
+def _mistakes(report: EvaluationReport, most: int = 8) -> list[str]:
+    counts = torch.tensor(report.confusion).fill_diagonal_(0)
+    found = counts.flatten().topk(min(most, counts.numel()))
+    rows = []
+    for count, place in zip(found.values.tolist(), found.indices.tolist(), strict=True):
+        true, predicted = (report.classes[number].name for number in divmod(place, len(counts)))
+        if count:
+            rows.append(f"| {plain(true)} | {plain(predicted)} | {count:,} |")
+    return rows
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.2%} … {interval[1]:.2%}"

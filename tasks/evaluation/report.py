@@ -1,0 +1,326 @@
+"""What an evaluation found, as numbers."""
+
+import json
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnn.errors import InputError
+from cnn.evaluation.calibration import Reliability, reliability, remark
+from tasks.evaluation.binomial import wilson_interval
+
+Labels = NDArray[np.int64]
+
+EXAMPLES = 24  # images of each kind in the gallery
+TOP_K = (3, 5)
+CONFIDENCE = 0.95  # of intervals
+BATCH_SIZES = (1, 64)
+WARM_UP, REPEATS = 2, 10  # calls that are not measured, and that are
+NO_SLICES: Mapping[str, Sequence[object]] = MappingProxyType({})
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+
+class Scores(_Record):
+    """Precision, recall and their harmonic mean; 0 where nothing was predicted, or nothing is there."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+class ClassScores(Scores):
+    """Scores of one class, one against the rest."""
+
+    name: str
+
+    support: int
+    """Images of this class."""
+
+
+class SliceScores(_Record):
+    """Accuracy on the images that share a value."""
+
+    value: str
+    images: int
+    accuracy: float
+    interval: tuple[float, float]
+    """Of the accuracy: Wilson's, 95 %."""
+
+
+class Calibration(_Record):
+    """What the network's probabilities are worth, as trained and with logits divided by a temperature."""
+
+    temperature: float
+    """Fitted on other images than those of the report; 1 changes nothing."""
+
+    ece_before: float
+    """Expected calibration error in 15 bins (Guo et al., 2017)."""
+
+    ece_after: float
+    loss_after: float
+    """Mean cross-entropy in nats, with the temperature."""
+
+    before: Reliability
+    after: Reliability
+
+    remark: str = ""
+    """What a reader should know about the temperature."""
+
+
+class Example(_Record):
+    """An image, and what was said of it; probabilities are as trained."""
+
+    index: int
+    """Its place in the split."""
+
+    label: int
+    predicted: int
+    probability: float
+    """Of the predicted class."""
+
+    true_probability: float
+
+
+class Footprint(_Record):
+    """What a network takes to run."""
+
+    device: str
+    """`cpu` or `cuda`."""
+
+    threads: int
+    """Of PyTorch, on the CPU."""
+
+    size_bytes: int
+    """Parameters and buffers."""
+
+    latency_ms: dict[int, float]
+    """Milliseconds an image, by batch size: the median of ten calls."""
+
+
+class EvaluationReport(_Record):
+    """How a network does on a split."""
+
+    split: str
+    images: int
+
+    accuracy: float
+    """Share of the images whose most probable class is right."""
+
+    accuracy_interval: tuple[float, float]
+    """Wilson's, 95 %."""
+
+    top_k: dict[int, float]
+    """Share of the images whose class is among the k most probable, for k below the number of classes."""
+
+    loss: float
+    """Mean cross-entropy in nats, without label smoothing or class weights."""
+
+    macro: Scores
+    """Unweighted mean over the classes that occur, as label or as prediction."""
+
+    weighted: Scores
+    """Mean over the classes, weighted by support."""
+
+    classes: tuple[ClassScores, ...]
+
+    confusion: tuple[tuple[int, ...], ...]
+    """Images by [true class][predicted class]."""
+
+    calibration: Calibration
+
+    slices: dict[str, tuple[SliceScores, ...]]
+    """By `class`, and by each column of metadata that was given."""
+
+    confidently_wrong: tuple[Example, ...]
+    """Wrong ones, the highest probability of the predicted class first."""
+
+    hardest: tuple[Example, ...]
+    """Others, right or wrong, the smallest gap between the two most probable classes first."""
+
+    footprint: Footprint | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """The figures that MLflow compares runs by; those of a group share a chart section there."""
+        found = {
+            "accuracy": self.accuracy,
+            "accuracy_low": self.accuracy_interval[0],
+            "accuracy_high": self.accuracy_interval[1],
+            "loss": self.loss,
+            "macro_f1": self.macro.f1,
+            "macro_precision": self.macro.precision,
+            "macro_recall": self.macro.recall,
+            "weighted_f1": self.weighted.f1,
+            **{f"top_{k}_accuracy": share for k, share in self.top_k.items()},
+            "temperature": self.calibration.temperature,
+            "ece": self.calibration.ece_before,
+            "ece_calibrated": self.calibration.ece_after,
+            "loss_calibrated": self.calibration.loss_after,
+        }
+        if self.footprint:
+            found["size_bytes"] = self.footprint.size_bytes
+            found |= {f"latency_ms_batch_{n}": value for n, value in self.footprint.latency_ms.items()}
+        return {f"{self.split}/{name}": value for name, value in found.items()}
+
+    def confusion_json(self) -> str:
+        """The confusion matrix alone, with the names of its rows and columns."""
+        names = [scores.name for scores in self.classes]
+        return json.dumps({"classes": names, "counts": self.confusion})
+
+
+def evaluation_report(
+    split: str,
+    logits: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    slices: Mapping[str, Sequence[object]] = NO_SLICES,
+    footprint: Footprint | None = None,
+) -> EvaluationReport:
+    """Compare predictions with labels.
+
+    Args:
+        split: name of the split, for example `test`.
+        logits: float32 [N, classes], N ≥ 1.
+        labels: int64 [N].
+        classes: names, by label.
+        temperature: from `cnn.evaluation.calibration.fit_temperature` on another split's logits.
+        slices: columns of metadata by name, each with a value for every image.
+        footprint: from `measure_footprint`.
+
+    Raises:
+        InputError: a column has not one value for every image.
+    """
+    truth, predicted = labels.numpy(), logits.argmax(1).numpy()
+    right = truth == predicted
+    confusion = np.bincount(truth * len(classes) + predicted, minlength=len(classes) ** 2).reshape(len(classes), -1)
+    scores, support = _scores(confusion), confusion.sum(1)
+    occurring = (support + confusion.sum(0) > 0).astype(np.float64)
+    likeliest = logits.topk(min(max(TOP_K), len(classes)), dim=1).indices == labels[:, None]
+    columns = {**slices, "class": np.asarray(list(classes))[truth]}
+    wrong, hardest = _examples(logits, labels)
+    return EvaluationReport(
+        split=split,
+        images=len(labels),
+        accuracy=float(right.mean()),
+        accuracy_interval=_interval(int(right.sum()), len(labels)),
+        top_k={k: float(likeliest[:, :k].any(1).double().mean()) for k in TOP_K if k < len(classes)},
+        loss=float(F.cross_entropy(logits.double(), labels)),
+        macro=_average(scores, occurring),
+        weighted=_average(scores, support),
+        classes=tuple(
+            ClassScores(name=name, precision=precision, recall=recall, f1=f1, support=images)
+            for name, (precision, recall, f1), images in zip(classes, scores.tolist(), support.tolist(), strict=True)
+        ),
+        confusion=tuple(map(tuple, confusion.tolist())),
+        calibration=_calibration(logits, labels, temperature),
+        slices={name: tuple(_sliced(name, values, right)) for name, values in columns.items()},
+        confidently_wrong=wrong,
+        hardest=hardest,
+        footprint=footprint,
+    )
+
+
+def _scores(confusion: Labels) -> NDArray[np.float64]:
+    """Returns precision, recall and F1 of each class [classes, 3]; 0 where there is nothing to divide by."""
+    right, predicted, there = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
+    parts, wholes = np.stack([right, right, 2 * right], 1), np.stack([predicted, there, predicted + there], 1)
+    scores: NDArray[np.float64] = parts / np.maximum(wholes, 1)
+    return scores
+
+
+def _average(scores: NDArray[np.float64], weights: NDArray[Any]) -> Scores:
+    precision, recall, f1 = np.average(scores, axis=0, weights=weights).tolist()
+    return Scores(precision=precision, recall=recall, f1=f1)
+
+
+def _interval(right: int, images: int) -> tuple[float, float]:
+    return wilson_interval(right, images, CONFIDENCE)
+
+
+def _calibration(logits: Tensor, labels: Tensor, temperature: float) -> Calibration:
+    cooled = logits.double() / temperature
+    before, after = reliability(logits.double().softmax(1), labels), reliability(cooled.softmax(1), labels)
+    return Calibration(
+        temperature=temperature,
+        ece_before=before.ece,
+        ece_after=after.ece,
+        loss_after=float(F.cross_entropy(cooled, labels)),
+        before=before,
+        after=after,
+        remark=remark(temperature),
+    )
+
+
+def _sliced(name: str, values: Sequence[object] | NDArray[np.str_], right: NDArray[np.bool_]) -> Iterable[SliceScores]:
+    if len(values) != len(right):
+        raise InputError(f"the slice column {name!r} has {len(values)} values for {len(right)} images")
+    found, places = np.unique(np.asarray([str(value) for value in values]), return_inverse=True)
+    counts, hits = np.bincount(places), np.bincount(places, weights=right)
+    for value, images, hit in zip(found.tolist(), counts.tolist(), hits.tolist(), strict=True):
+        yield SliceScores(value=value, images=images, accuracy=hit / images, interval=_interval(int(hit), images))
+
+
+def _examples(logits: Tensor, labels: Tensor) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The most confidently wrong images, and of the others those that were hardest to decide."""
+    probabilities = logits.double().softmax(1)
+    best = probabilities.topk(min(2, logits.shape[1]), dim=1)
+    predicted, gap = best.indices[:, 0], best.values[:, 0] - best.values[:, -1]
+    wrong = (predicted != labels).nonzero().squeeze(1)
+    wrong = wrong[best.values[wrong, 0].argsort(descending=True, stable=True)][:EXAMPLES]
+    gap[wrong] = torch.inf
+    hardest = gap.argsort(stable=True)[: min(EXAMPLES, len(labels) - len(wrong))]
+
+    def examples(chosen: Tensor) -> tuple[Example, ...]:
+        return tuple(
+            Example(
+                index=index,
+                label=int(labels[index]),
+                predicted=int(predicted[index]),
+                probability=float(best.values[index, 0]),
+                true_probability=float(probabilities[index, labels[index]]),
+            )
+            for index in chosen.tolist()
+        )
+
+    return examples(wrong), examples(hardest)
+
+
+def measure_footprint(network: nn.Module, images: Tensor, device: torch.device) -> Footprint:
+    """Measure how large a network is, and how long it takes for an image, alone and in a batch of 64.
+
+    Args:
+        network: on the device, in evaluation mode; takes what `images` are, normalisation included.
+        images: uint8 N×C×H×W, N ≥ 1; repeated where a batch needs more.
+    """
+    tensors = [*network.parameters(), *network.buffers()]
+    latency = {}
+    with torch.inference_mode():
+        for size in BATCH_SIZES:
+            batch = images[torch.arange(size) % len(images)].to(device)
+            seconds = [_seconds(network, batch) for _ in range(WARM_UP + REPEATS)][WARM_UP:]
+            latency[size] = 1000 * statistics.median(seconds) / size
+    return Footprint(
+        device=device.type,
+        threads=torch.get_num_threads(),
+        size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        latency_ms=latency,
+    )
+
+
+def _seconds(network: nn.Module, batch: Tensor) -> float:
+    began = time.perf_counter()
+    network(batch).cpu()  # a GPU has finished when its answer is here
+    return time.perf_counter() - began

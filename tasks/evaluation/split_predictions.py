@@ -1,0 +1,57 @@
+"""What a run's weights predicted for a test split: an object in the bucket, so that no gate has to predict it again.
+
+runs/<run>/test-predictions.safetensors; it counts when the test split and the weights are the same.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cnn.data.manifest import Manifest
+from infra.storage import bucket_layout
+from infra.storage.object_store import ObjectMissing, ObjectStore
+
+
+def store_predictions(
+    store: ObjectStore, run_id: str, predicted: Tensor, classes: Sequence[str], manifest: Manifest, weights_sha256: str
+) -> None:
+    """Keep what a run's weights predicted for the test split, in place of an earlier split's.
+
+    Args:
+        predicted: int64 [N], positions in `classes`.
+        classes: names, as the network was trained.
+        manifest: of the dataset version that the test split belongs to.
+    """
+    marks = {"of": _mark(manifest, weights_sha256), "classes": json.dumps(list(classes))}
+    with TemporaryDirectory() as temporary:
+        file = Path(temporary) / "predictions.safetensors"
+        save_file({"predicted": predicted.to(torch.int64).contiguous()}, file, metadata=marks)
+        store.put_file(bucket_layout.test_predictions(run_id), file)
+
+
+def load_predictions(
+    store: ObjectStore, run_id: str, manifest: Manifest, weights_sha256: str
+) -> tuple[Tensor, tuple[str, ...]] | None:
+    """Predictions int64 [N] and the classes that they count in; None if there are none of this test split."""
+    with TemporaryDirectory() as temporary:
+        file = Path(temporary) / "predictions.safetensors"
+        try:
+            store.get_file(bucket_layout.test_predictions(run_id), file)
+        except ObjectMissing:
+            return None
+        with safe_open(file, framework="pt") as opened:
+            marks = opened.metadata()
+            if marks["of"] != _mark(manifest, weights_sha256):
+                return None
+            return opened.get_tensor("predicted"), tuple(json.loads(marks["classes"]))
+
+
+def _mark(manifest: Manifest, weights_sha256: str) -> str:
+    """What predictions depend on: the weights, and the images in their order."""
+    return " ".join([weights_sha256, *(shard.sha256 for shard in manifest.splits["test"].shards)])

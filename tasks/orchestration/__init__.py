@@ -1,0 +1,1 @@
+"""What every task needs of Prefect: retries, progress, cancelling, leases and notifications."""

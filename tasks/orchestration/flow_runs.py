@@ -1,0 +1,117 @@
+"""Finds flow runs of trainings, and those of this machine whose process was killed, of which it tells Prefect.
+
+<home>/flows/<flow run>      a lock that the flow's process holds; the kernel frees it when that ends, however that is
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from uuid import UUID
+
+from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import SetStateStatus
+from prefect.context import FlowRunContext
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
+from prefect.states import Crashed
+
+from infra.machine.files import locked
+from infra.machine.locks import left_behind
+from infra.settings import Settings
+
+TRAINING_FLOWS = ("train", "retrain")
+PAGE = 200  # what Prefect gives at a time
+
+
+@contextmanager
+def flow_is_alive() -> Iterator[None]:
+    """Shows, while the block runs, that the process of this flow run lives."""
+    with locked(_folder() / str(flow_run.id)):
+        yield
+
+
+def training_flow_runs(
+    client: SyncPrefectClient, states: Collection[StateType], *, after: datetime | None = None
+) -> Iterator[FlowRun]:
+    """Yields the flow runs of trainings in any of these states, page by page.
+
+    Args:
+        after: leaves out those that were to start earlier.
+    """
+    flows = FlowFilter(name=FlowFilterName(any_=list(TRAINING_FLOWS)))
+    wanted = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
+        expected_start_time=FlowRunFilterExpectedStartTime(after_=after) if after else None,
+    )
+    seen = 0
+    while page := client.read_flow_runs(flow_filter=flows, flow_run_filter=wanted, limit=PAGE, offset=seen):
+        yield from page
+        seen += len(page)
+
+
+def killed_flow_runs() -> Iterator[FlowRun]:
+    """Yields the flow runs whose process on this machine was killed, and which Prefect takes for unfinished.
+
+    One that is scheduled is left out: a worker will take it up again.
+    """
+    for lock in sorted(_folder().glob("*")):
+        if left_behind(lock) is None:
+            continue
+        found = read_flow_run(lock.name)
+        if found is None or found.state is None or found.state.is_final():
+            lock.unlink(missing_ok=True)
+        elif found.state_type != StateType.SCHEDULED:
+            yield found
+
+
+def settle_killed_flow_runs() -> list[FlowRun]:
+    """Tells Prefect of the flow runs whose process on this machine was killed; returns them as they were."""
+    killed = list(killed_flow_runs())
+    for each in killed:
+        mark_crashed(str(each.id))
+    return killed
+
+
+def label_flow_run(labels: dict[str, str]) -> None:
+    """Adds labels to this flow run, or changes them; does nothing outside of one."""
+    if context := FlowRunContext.get():
+        assert context.flow_run
+        with get_client(sync_client=True) as client:
+            client.update_flow_run_labels(context.flow_run.id, dict(labels))
+
+
+def read_flow_run(flow_run_id: str) -> FlowRun | None:
+    """Returns the flow run of an id; None if Prefect has none."""
+    try:
+        with get_client(sync_client=True) as client:
+            return client.read_flow_run(UUID(flow_run_id))
+    except (ValueError, ObjectNotFound):
+        return None
+
+
+def mark_crashed(flow_run_id: str) -> None:
+    """Tells Prefect that a flow run was killed, if Prefect does not know how it ended."""
+    found = read_flow_run(flow_run_id)
+    if found is None or found.state is None or found.state.is_final():
+        return
+    state: State[None] = Crashed(message="its process was killed")
+    with get_client(sync_client=True) as client:
+        # Asked rather than ordered, Prefect frees what the flow run held.
+        answer = client.set_flow_run_state(found.id, state)
+        if answer.status != SetStateStatus.ACCEPT:
+            client.set_flow_run_state(found.id, state, force=True)
+
+
+def _folder() -> Path:
+    return Settings().home / "flows"

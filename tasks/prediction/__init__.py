@@ -1,0 +1,1 @@
+"""Uses a registered version: predicts images, and exports it to a file."""

@@ -1,0 +1,121 @@
+"""A registered version as a file for use elsewhere."""
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, get_args
+
+import mlflow.pyfunc
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from cnn.data.manifest import Manifest
+from cnn.networks.weights import load_weights, weights_sha256
+from cnn.serving.export import Description, check_onnx, export_onnx, export_pt2, export_weights
+from infra.errors import ServiceError, UsageError
+from infra.machine.files import file_digest
+from infra.settings import Settings
+from infra.storage.object_store import ObjectStore
+from infra.tracking.model_registry import RegisteredVersion
+from infra.tracking.model_versions import download_version, find_version
+from tasks.data.dataset import load_manifest
+from tasks.evaluation.reference_images import load_reference
+from tasks.training.runs.run_record import read_record
+
+Format = Literal["pt2", "onnx", "safetensors"]
+
+
+class Exported(BaseModel):
+    """A file that was written."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    """`models:/name/version`."""
+
+    out: Path
+    format: Format
+    bytes: int
+    sha256: str
+    largest_difference: float
+    """Of a probability, from the registered model's."""
+
+    images: int
+    """That were compared."""
+
+
+def export(model: str, format: Format, out: Path) -> Exported:
+    """Write a registered version to a file, after comparing what the file gives with what the version gives.
+
+    `pt2` and `onnx` take raw images and give probabilities; `safetensors` is for `cnn.serving.export.load_classifier`.
+
+    Args:
+        model: `name`, which means its champion, `name@alias` or `name/version`.
+        out: replaced if it is there.
+
+    Raises:
+        UsageError: no such version, no such format, or nothing can be written there.
+        InputError: packages are missing that ONNX takes.
+        ExportDiffers: the file would give something else; nothing is written.
+        ServiceError: MLflow or the object store failed.
+    """
+    if format not in get_args(Format):
+        raise UsageError(f"--format {format}: choose one of {', '.join(get_args(Format))}")
+    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+        raise UsageError(f"--out {out}: cannot write there; name a file in a folder that exists")
+    if format == "onnx":
+        check_onnx()
+    version = find_version(model)
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    images = _reference_images(store, version)
+    with TemporaryDirectory() as temporary:
+        folder = download_version(version, Path(temporary))
+        expected = torch.from_numpy(mlflow.pyfunc.load_model(str(folder)).predict(images.numpy()))
+        if format == "safetensors":
+            worst = _weights(store, version, out, images, expected)
+        else:
+            program = torch.export.load(folder / "data" / "model.pt2")
+            if format == "pt2":
+                worst = export_pt2(program, out, images, expected)
+            else:
+                worst = export_onnx(program, _manifest(store, version).classes, out, images, expected)
+    return Exported(
+        model=version.uri,
+        out=out,
+        format=format,
+        bytes=out.stat().st_size,
+        sha256=file_digest(out),
+        largest_difference=worst,
+        images=len(images),
+    )
+
+
+def _reference_images(store: ObjectStore, version: RegisteredVersion) -> Tensor:
+    return load_reference(store, version.required("reference_key"))["images"]
+
+
+def _weights(store: ObjectStore, version: RegisteredVersion, out: Path, images: Tensor, expected: Tensor) -> float:
+    digest, key = version.required("weights_sha256"), version.required("weights_key")
+    manifest = _manifest(store, version)
+    description = Description(
+        config=read_record(version.run_id).config.training().model_copy(update={"pretrained": None}),
+        classes=manifest.classes,
+        channels=manifest.channels,
+        image_size=manifest.image_size,
+        mean=manifest.mean,
+        std=manifest.std,
+        weights_sha256=digest,
+    )
+    network, _ = description.classifier()
+    with TemporaryDirectory() as temporary:
+        file = Path(temporary, "weights.safetensors")
+        store.get_file(key, file)
+        load_weights(network, file)
+    if (found := weights_sha256(network.state_dict())) != digest:
+        raise ServiceError(f"{store.uri(key)} holds other weights than {version.uri}: their SHA-256 is {found}")
+    return export_weights(network, description, out, images, expected)
+
+
+def _manifest(store: ObjectStore, version: RegisteredVersion) -> Manifest:
+    return load_manifest(store, version.required("dataset_version"))

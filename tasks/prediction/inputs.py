@@ -1,0 +1,91 @@
+"""The image files that a person means by names of files, folders and prefixes in a bucket; none is read here."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from cnn.formats.layout import SUFFIXES
+from infra.errors import UsageError
+from infra.storage.object_store import ObjectStore
+
+KINDS = "PNG, JPEG, WebP or BMP"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file that has not been read yet."""
+
+    name: str
+    size: int
+    """Bytes."""
+
+    read: Callable[[], bytes]
+
+
+def pictures(inputs: Iterable[str]) -> Iterator[Picture]:
+    """The files that inputs mean: those named themselves, whatever they are called, and the images below folders.
+
+    Raises:
+        UsageError: there is no such file, or no image in a folder.
+        ServiceError: the object store failed.
+    """
+    for given in inputs:
+        found = False
+        for picture in _in_bucket(given) if given.startswith("s3://") else _on_disk(given):
+            found = True
+            yield picture
+        if not found:
+            raise UsageError(f"{given}: no {KINDS} image there")
+
+
+def _on_disk(given: str) -> Iterator[Picture]:
+    root = Path(given)
+    if root.is_file():
+        yield _file(root)
+    elif root.is_dir():
+        for folder, inner, names in os.walk(root):
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            for name in sorted(names):
+                path = Path(folder, name)
+                if _is_image(name) and path.is_file():
+                    yield _file(path)
+    elif "://" in given:
+        raise UsageError(f"{given}: name files, a folder, or an s3:// address")
+    else:
+        raise UsageError(f"{given}: no such file or folder")
+
+
+def _file(path: Path) -> Picture:
+    name = os.fsencode(path).decode(errors="backslashreplace")  # also where it is not valid UTF-8
+    return Picture(name, path.stat().st_size, path.read_bytes)
+
+
+def _in_bucket(address: str) -> Iterator[Picture]:
+    bucket, key = bucket_and_key(address)
+    store = ObjectStore.connect(bucket, create=False)
+
+    def picture(key: str, size: int) -> Picture:
+        return Picture(store.uri(key), size, lambda: store.get_bytes(key))
+
+    if key and not key.endswith("/") and (info := store.head(key)):
+        yield picture(key, info.size)
+        return
+    prefix = key.rstrip("/") + "/" if key else ""
+    for info in store.list(prefix):
+        path = info.key.removeprefix(prefix)
+        if _is_image(path) and not any(part.startswith(".") for part in path.split("/")):
+            yield picture(info.key, info.size)
+
+
+def bucket_and_key(address: str) -> tuple[str, str]:
+    """The parts of an `s3://bucket/key` address; the key may be empty."""
+    parts = urlsplit(address, allow_fragments=False)
+    if not parts.netloc:
+        raise UsageError(f"{address} names no bucket; write s3://BUCKET/KEY")
+    return parts.netloc, address.removeprefix(f"s3://{parts.netloc}").removeprefix("/")
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES and not name.startswith(".")

@@ -1,0 +1,1 @@
+"""From weights to champion: decide, register, try, judge, approve, promote, describe."""

@@ -1,0 +1,261 @@
+"""The quality gate: a version and the champion predict the same test split, and a verdict is given and published.
+
+models/<name>/verdicts/<SHA-256>.json in the bucket holds each verdict.
+"""
+
+import hashlib
+import statistics
+import threading
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlflow.pyfunc
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from pydantic import ValidationError
+from torch import Tensor
+
+from cnn.data.checks import pixel_digests
+from cnn.data.manifest import Manifest
+from cnn.data.split_reader import SplitReader
+from cnn.evaluation.evaluate import EVAL_BATCH
+from infra.errors import GateRefused
+from infra.machine.threads import in_parallel
+from infra.settings import Settings
+from infra.storage import bucket_layout
+from infra.storage.cache import Cache
+from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.tracking import mlflow_runs
+from infra.tracking.client import mlflow_client
+from infra.tracking.model_registry import ModelVersion, RegisteredVersion, tag_version
+from infra.tracking.model_versions import download_version, find_version
+from infra.tracking.promotion_history import standing_champion
+from infra.tracking.tags import NO_CHAMPION, VersionRecord
+from tasks.config.gates import GateConfig
+from tasks.data.dataset import DatasetDamaged, load_manifest, open_cache, open_split
+from tasks.evaluation.split_predictions import load_predictions, store_predictions
+from tasks.orchestration.cancellation import stop_if_cancelled
+from tasks.orchestration.progress import progress, run_logger
+from tasks.orchestration.retries import RETRIED
+from tasks.release.verdict import Scored, Verdict, judge
+
+LATENCY_CALLS, WARM_UP = 30, 5  # calls with one image
+
+
+class QualityRefused(GateRefused):
+    """The quality gate did not pass the version; the verdict is published."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(f"the quality gate {verdict.summary}")
+        self.verdict = verdict
+
+
+@task(name="quality-gate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+def quality_gate(registered: ModelVersion, config: GateConfig) -> Verdict:
+    """Judge a version against the present champion, on the test split of the version's own dataset.
+
+    The verdict goes to the bucket, to the version's MLflow run (`report/verdict.*`), to the version's tags
+    (`convoy.verdict*`) and, as a page, to Prefect: whether it passed or not.
+
+    Raises:
+        Cancelled: the flow run was cancelled.
+        QualityRefused: it may not become champion.
+        ServiceError: a server failed.
+    """
+    stop_if_cancelled()
+    verdict = judge_version(registered, config)
+    publish(registered, verdict)
+    create_markdown_artifact(verdict.markdown(), key="quality-gate", description=verdict.summary)
+    run_logger().info("quality gate %s", verdict.summary)
+    if not verdict.passed:
+        raise QualityRefused(verdict)
+    return verdict
+
+
+def judge_version(version: ModelVersion, config: GateConfig) -> Verdict:
+    """Returns the verdict on a version against the present champion of its name; publishes nothing.
+
+    A champion that the registry lacks cannot be compared with: a note says what took its place.
+    """
+    standing = standing_champion(ObjectStore.connect(Settings().bucket, create=False), version.name)
+    verdict = compare(version, standing.version, config)
+    if not standing.note:
+        return verdict
+    run_logger().warning("%s", standing.note)
+    return verdict.model_copy(update={"notes": (*verdict.notes, standing.note)})
+
+
+def compare(challenger: ModelVersion, champion: ModelVersion | None, config: GateConfig) -> Verdict:
+    """The verdict on any version against any other, or none, on the test split of the first one's dataset.
+
+    Raises:
+        UsageError: there is no such version.
+        ServiceError: a server failed.
+    """
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    found = find_version(challenger.address)
+    dataset_version = found.required("dataset_version")
+    manifest = load_manifest(store, dataset_version)
+    split = open_split(open_cache(store), manifest, "test")
+    timed = config.max_latency_ms is not None
+    against = find_version(champion.address) if champion else None
+    ours = score(store, found, manifest, split, timed=timed)
+    theirs = score(store, against, manifest, split) if against else None
+    test = test_digest(manifest)
+    return judge(
+        ours,
+        theirs,
+        config,
+        labels=split.labels.numpy(),
+        classes=manifest.classes,
+        dataset_version=dataset_version,
+        test_sha256=test,
+        learned=_only_theirs(open_cache(store), manifest, split, against) if against else None,
+        judged_before=judged_before(store, found, test, dataset_version),
+    )
+
+
+def test_digest(manifest: Manifest) -> str:
+    """Returns a digest of a test split, equal for dataset versions with the same test images in the same order."""
+    shards = " ".join(shard.sha256 for shard in manifest.splits["test"].shards)
+    return hashlib.sha256(shards.encode()).hexdigest()
+
+
+def judged_before(store: ObjectStore, version: RegisteredVersion, test_sha256: str, dataset_version: str) -> int:
+    """Returns how many other versions of a model the same test split has judged, by the verdicts in the bucket."""
+    keys = [info.key for info in store.list(bucket_layout.verdicts(version.name))]
+    judged = set()
+    for data in in_parallel(store.get_bytes, keys, threading.Event()):
+        try:
+            verdict = Verdict.model_validate_json(data)
+        except ValidationError:  # damaged, or of newer code
+            continue
+        same = verdict.test_sha256 == test_sha256 if verdict.test_sha256 else verdict.dataset_version == dataset_version
+        if same:
+            judged.add(verdict.challenger)
+    return len(judged - {version.address})
+
+
+def _only_theirs(
+    cache: Cache, manifest: Manifest, split: SplitReader, champion: RegisteredVersion
+) -> NDArray[np.bool_] | None:
+    """Returns a mask of the test images that only the champion was trained on; None if none are, or none are known."""
+    version = champion.record.dataset_version
+    if version is None or version == manifest.version:
+        return None
+    try:
+        learned = pixel_digests(open_split(cache, load_manifest(cache.store, version), "train"))
+    except (ObjectMissing, DatasetDamaged) as error:
+        run_logger().warning(
+            "the test images that %s was trained on, if any, are compared too, since its data cannot be read: %s",
+            champion.address,
+            error,
+        )
+        return None
+    test = pixel_digests(split)
+    mask = np.isin(test, learned)
+    if mask.any():  # images of both training splits give neither an advantage
+        mask &= ~np.isin(test, pixel_digests(open_split(cache, manifest, "train")))
+    return mask
+
+
+def publish(version: ModelVersion, verdict: Verdict) -> None:
+    """Store a verdict, and show it in the version's run and tags. The tags come last: they make it count."""
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    store.put_bytes(bucket_layout.verdict(version.name, verdict.sha256), verdict.to_bytes())
+    run_id = find_version(version.address).run_id
+    mlflow_runs.log_text(run_id, "report/verdict.json", verdict.to_bytes().decode())
+    mlflow_runs.log_text(run_id, "report/verdict.md", verdict.markdown())
+    record = VersionRecord(
+        verdict="passed" if verdict.passed else "refused",
+        verdict_summary=verdict.summary,
+        verdict_champion=verdict.champion or NO_CHAMPION,
+        verdict_sha256=verdict.sha256,
+    )
+    tag_version(version, record.to_tags())
+
+
+def score(
+    store: ObjectStore, version: RegisteredVersion, manifest: Manifest, split: SplitReader, *, timed: bool = False
+) -> Scored:
+    """Which images of the test split a version has right; from its last predictions, if they were of this split.
+
+    Classes are compared by name, so a champion of other or reordered classes has those images right that it can.
+
+    Args:
+        manifest: of the split's dataset version.
+        timed: measure the latency too, which loads the model.
+    """
+    predictor = _LoadedOnce(version)
+    weights = version.record.weights_sha256 or ""
+    found = load_predictions(store, version.run_id, manifest, weights)
+    if found is None:
+        _, channels, height, width = predictor.shape
+        if (channels, height, width) != split.shape:
+            return Scored(
+                address=version.address,
+                correct=np.zeros(len(split), dtype=np.bool_),
+                obstacle=f"{version.address} takes {channels}×{height}×{width} images, those of the test split are "
+                f"{'×'.join(map(str, split.shape))}: they cannot be compared",
+            )
+        found = predictor.predict(split), predictor.classes
+        store_predictions(store, version.run_id, found[0], found[1], manifest, weights)
+    predicted, classes = found
+    number = {name: label for label, name in enumerate(manifest.classes)}
+    as_ours = torch.tensor([number.get(name, -1) for name in classes])
+    info = store.head(version.record.weights_key) if version.record.weights_key else None
+    return Scored(
+        address=version.address,
+        correct=(as_ours[predicted] == split.labels).numpy(),
+        size_bytes=info.size if info else None,
+        latency_ms=predictor.latency_ms(split) if timed else None,
+    )
+
+
+class _LoadedOnce:
+    """The model as it is served, loaded when it is first needed."""
+
+    def __init__(self, version: RegisteredVersion) -> None:
+        self._version = version
+        self._model: Any = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self._loaded.metadata.metadata["classes"])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a batch: (-1, C, H, W)."""
+        return tuple(self._loaded.metadata.signature.inputs.inputs[0].shape)
+
+    def predict(self, split: SplitReader) -> Tensor:
+        """Most probable class of each image, int64 [N]."""
+        parts = []
+        with progress(f"Scoring {self._version.address}", len(split), unit="images") as advance:
+            for images, _ in split.blocks(EVAL_BATCH):
+                parts.append(torch.from_numpy(self._loaded.predict(images.numpy())).argmax(1))
+                advance(len(images))
+        return torch.cat(parts)
+
+    def latency_ms(self, split: SplitReader) -> float:
+        """Median time for one image on the CPU, in milliseconds."""
+        image = split.slice(0, 1)[0].numpy()
+        seconds = []
+        for _ in range(WARM_UP + LATENCY_CALLS):
+            began = time.perf_counter()
+            self._loaded.predict(image)
+            seconds.append(time.perf_counter() - began)
+        return 1000 * statistics.median(seconds[WARM_UP:])
+
+    @property
+    def _loaded(self) -> Any:
+        if self._model is None:
+            with TemporaryDirectory() as temporary, mlflow_client(f"load {self._version.uri}"):
+                self._model = mlflow.pyfunc.load_model(str(download_version(self._version, Path(temporary))))
+        return self._model

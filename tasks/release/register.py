@@ -1,0 +1,87 @@
+"""The register task: the model that is served goes to MLflow, and becomes a version of its name."""
+
+from importlib.metadata import version
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
+
+from cnn.config.training import TrainConfig
+from cnn.networks.wrappers import predictor
+from cnn.serving.classifier import ServedClassifier
+from infra.settings import Settings
+from infra.storage.object_store import ObjectStore
+from infra.tracking.model_registry import ModelVersion, check_model_name, create_version, log_model, version_of
+from infra.tracking.provenance import provenance
+from infra.tracking.tags import VersionRecord
+from tasks.data.dataset import DatasetRef, load_manifest
+from tasks.evaluation.evaluate import Evaluation, trained_network
+from tasks.evaluation.reference_images import load_reference
+from tasks.orchestration.cancellation import stop_if_cancelled
+from tasks.orchestration.progress import run_logger
+from tasks.orchestration.retries import RETRIED
+from tasks.training.train import TrainResult
+
+REQUIREMENTS = ("torch", "numpy")  # what loading and calling the model take, MLflow itself apart
+
+
+@task(name="register", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+def register(
+    name: str, config: TrainConfig, dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation
+) -> ModelVersion:
+    """Store the served model with its run and create the next version of `name`, which has no alias yet.
+
+    The version is created last: whatever fails before leaves the registry as it was.
+
+    Raises:
+        Cancelled: the flow run was cancelled.
+        UsageError: not a name for a model.
+        ServiceError: a server failed.
+    """
+    stop_if_cancelled()
+    check_model_name(name)
+    if found := version_of(name, trained.run_id):
+        run_logger().info("version %s of model %s was registered before", found.version, found.name)
+        return found
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    manifest = load_manifest(store, dataset.version)
+    served = ServedClassifier(
+        predictor(trained_network(store, config, manifest, trained), config), manifest.mean, manifest.std
+    )
+    example = load_reference(store, evaluated.reference_key)["images"][:2]
+    example = example.expand(2, -1, -1, -1).contiguous() if len(example) == 1 else example
+    with torch.inference_mode():
+        outputs = served(example)
+    model_id = log_model(
+        trained.run_id,
+        served,
+        images=example.numpy(),
+        outputs=outputs.numpy(),
+        requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
+        metadata={
+            "classes": list(manifest.classes),
+            "dataset_version": dataset.version,
+            "weights_sha256": trained.weights_sha256,
+        },
+    )
+    tags = _record(dataset, trained, evaluated).to_tags()
+    registered = create_version(name, model_id, run_id=trained.run_id, tags=tags)
+    run_logger().info("registered version %s of model %s", registered.version, registered.name)
+    return registered
+
+
+def _record(dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation) -> VersionRecord:
+    flow = FlowRunContext.get()
+    return VersionRecord(
+        dataset=dataset.name,
+        dataset_version=dataset.version,
+        weights_sha256=trained.weights_sha256,
+        weights_key=trained.weights_key,
+        reference_key=evaluated.reference_key,
+        test_accuracy=str(evaluated.accuracy),
+        temperature=str(evaluated.temperature),
+        serving="pending",
+        git_commit=provenance().git_commit,
+        flow_run=str(flow.flow_run.id) if flow and flow.flow_run else None,
+    )

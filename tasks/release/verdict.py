@@ -1,0 +1,428 @@
+"""Decides whether a version may replace the champion: both on the same images, paired, each check with its numbers."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from tasks.config.gates import GateConfig
+from tasks.evaluation.binomial import at_most, normal_score, sign_test, wilson_interval
+from tasks.evaluation.paired import lower_bound, p_no_worse, p_worse
+from tasks.reporting.markdown import plain
+
+Mask = NDArray[np.bool_]
+
+DROP_ALPHA = 0.2
+"""Probability of refusing a version for the drop of a class although none fell by more than the limit; versions that
+are as good as the champion are hardly ever refused. At 0.05 twice as many real drops of 15 points, of 100 images each,
+would pass."""
+
+INTERVAL = 0.95
+NAMED = 5  # classes in a sentence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What a version made of the test split."""
+
+    address: str
+    """`name/version`."""
+
+    correct: Mask
+    """[N], in the order of the split."""
+
+    size_bytes: int | None = None
+    """Of the weights."""
+
+    latency_ms: float | None = None
+    """Median time for one image; None if it was not measured."""
+
+    obstacle: str = ""
+    """Why it cannot be scored on this split at all; `correct` is then all false."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images."""
+        return float(self.correct.mean())
+
+
+class Check(BaseModel):
+    """One condition. `value` is None where there is nothing to measure."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    value: float | None
+    threshold: float
+    passed: bool
+    detail: str
+    """What was compared, in a sentence."""
+
+    tested: bool = True
+    """False if there was nothing to test, for want of images say; `passed` is then true."""
+
+    @property
+    def outcome(self) -> str:
+        """`passed`, `failed` or `not tested`."""
+        return "failed" if not self.passed else "passed" if self.tested else "not tested"
+
+
+class Verdict(BaseModel):
+    """The quality gate's decision, and what it rests on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    challenger: str
+    champion: str | None
+    """`name/version`; None if there was none."""
+
+    passed: bool
+    images: int
+    """Of the test split."""
+
+    accuracy: float
+    interval: tuple[float, float]
+    """Of the accuracy: 95 %, Wilson (1927)."""
+
+    champion_accuracy: float | None
+    """On the same images; None without a champion, or if it cannot take them."""
+
+    only_challenger: int
+    """Images that only the challenger has right."""
+
+    only_champion: int
+    p_value: float | None
+    """McNemar's exact test (1947), one-sided: how probable so many wins are if both are equally good."""
+
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+    """What limits the verdict."""
+
+    dataset_version: str = ""
+    """Whose test split it was."""
+
+    test_sha256: str = ""
+    """Digest of the test split, which several dataset versions may share; empty in verdicts of older code."""
+
+    left_out: int = 0
+    """Images that were not compared, since the champion was trained on them."""
+
+    judged_before: int | None = None
+    """Other versions of the model that this test split has judged before; None if that was not counted."""
+
+    config: GateConfig
+
+    @property
+    def sha256(self) -> str:
+        """Digest of its JSON."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """As JSON."""
+        return self.model_dump_json(indent=2).encode()
+
+    @property
+    def summary(self) -> str:
+        """One line: the decision, and what decided it."""
+        head = f"{self.challenger} {self.accuracy:.2%}"
+        against = f" against {self.champion}" if self.champion else ", no champion"
+        if self.champion_accuracy is not None:
+            against += f" {self.champion_accuracy:.2%}"
+        failed = "; ".join(f"{check.name}: {check.detail}" for check in self.checks if not check.passed)
+        return f"{'passed' if self.passed else 'refused'}: {head}{against}" + (f"; {failed}" if failed else "")
+
+    def markdown(self) -> str:
+        """As a page, for MLflow and Prefect."""
+        low, high = self.interval
+        lines = [
+            f"**{'Passed' if self.passed else 'Refused'}**: {plain(self.challenger)} against "
+            + plain(self.champion or "no champion"),
+            "",
+            "| | accuracy | only this one right |",
+            "|:--|--:|--:|",
+            f"| {plain(self.challenger)} | {self.accuracy:.2%} ({low:.2%} to {high:.2%}) | {self.only_challenger:,} |",
+        ]
+        if self.champion and self.champion_accuracy is not None:
+            lines.append(f"| {plain(self.champion)} | {self.champion_accuracy:.2%} | {self.only_champion:,} |")
+        basis = f"{self.images:,} test images"
+        if self.dataset_version:
+            basis += f", dataset version `{self.dataset_version[:12]}`"
+        if self.p_value is not None:
+            basis += f", McNemar exact p = {self.p_value:.3g} (one-sided)"
+        lines += ["", basis]
+        lines += ["", "| check | value | threshold | | |", "|:--|--:|--:|:--|:--|"]
+        for check in self.checks:
+            value = "" if check.value is None else f"{check.value:.5g}"
+            said = check.outcome if check.passed else f"**{check.outcome}**"
+            lines.append(f"| {check.name} | {value} | {check.threshold:.5g} | {said} | {plain(check.detail)} |")
+        return "\n".join([*lines, "", *(f"- {plain(note)}" for note in self.notes)]).rstrip() + "\n"
+
+
+def judge(
+    challenger: Scored,
+    champion: Scored | None,
+    config: GateConfig,
+    *,
+    labels: NDArray[np.int64],
+    classes: tuple[str, ...],
+    slices: Mapping[str, Mask] | None = None,
+    dataset_version: str = "",
+    test_sha256: str = "",
+    learned: Mask | None = None,
+    judged_before: int | None = None,
+) -> Verdict:
+    """Decides whether the challenger may replace the champion. Without one, floor, recall and limits alone decide.
+
+    Superior: the observed gain reaches the margin, and McNemar's exact test, one-sided, is significant at `alpha`.
+    Non-inferior: the lower 1 − alpha confidence bound of the difference (Tango, 1998: see tasks/evaluation/paired.py)
+    is not below −margin, and the test split is large enough to show that margin at all.
+
+    Args:
+        labels: int64 [N], of the same images in the same order.
+        classes: names, by label.
+        slices: further groups of images, each a mask [N], that may not get worse either; by name.
+        learned: mask [N] of images that the champion was trained on and the challenger was not. They are not compared.
+        judged_before: other versions that this test split has judged.
+    """
+    checks = [_floor(challenger, labels, config)]
+    notes: list[str] = []
+    if config.min_class_recall:
+        checks.append(_class_recall(challenger, labels, classes, config))
+    wins = losses = left_out = 0
+    p_value = champion_accuracy = None
+    if champion and champion.obstacle:
+        checks.append(Check(name=config.mode, value=None, threshold=0, passed=False, detail=champion.obstacle))
+    elif champion:
+        compared = np.ones(len(labels), dtype=np.bool_) if learned is None else ~learned
+        images, left_out = int(compared.sum()), int((~compared).sum())
+        wins = int((challenger.correct & ~champion.correct & compared).sum())
+        losses = int((champion.correct & ~challenger.correct & compared).sum())
+        p_value = sign_test(wins, losses)
+        if images:
+            champion_accuracy = float(champion.correct[compared].mean())
+            checks.append(_comparison(wins, losses, images, p_value, config))
+            if small := _too_small(wins, losses, images, config):
+                notes.append(f"{small}; a refusal may be for want of images")
+        else:
+            detail = "the champion was trained on every test image, so none can be compared"
+            checks.append(Check(name=config.mode, value=None, threshold=0, passed=False, detail=detail))
+        groups = {f"class {name}": labels == label for label, name in enumerate(classes)} | dict(slices or {})
+        groups = {name: mask & compared for name, mask in groups.items()}
+        drop, said = _largest_drop(challenger, champion, groups, config)
+        checks.append(drop)
+        notes += said
+        if left_out:
+            note = f"{left_out:,} of {len(labels):,} test images were left out, since the champion was trained on them"
+            if images:
+                note += f"; of the others the challenger has {challenger.correct[compared].mean():.2%} right"
+            notes.append(note)
+    if judged_before:
+        notes.append(
+            f"this test split has judged {judged_before:,} other version{'s' * (judged_before > 1)} of the model, each "
+            f"with a probability of up to {config.alpha:.2g} that a worse one passes: replace its images from time "
+            "to time"
+        )
+    if config.max_size_bytes is not None:
+        checks.append(_limit("size", challenger.size_bytes, config.max_size_bytes, "bytes of weights"))
+    if config.max_latency_ms is not None:
+        checks.append(_limit("latency", challenger.latency_ms, config.max_latency_ms, "ms for one image, median"))
+    return Verdict(
+        challenger=challenger.address,
+        champion=champion.address if champion else None,
+        passed=all(check.passed for check in checks),
+        images=len(labels),
+        accuracy=challenger.accuracy,
+        interval=_interval(challenger),
+        champion_accuracy=champion_accuracy,
+        only_challenger=wins,
+        only_champion=losses,
+        p_value=p_value,
+        checks=tuple(checks),
+        notes=tuple(notes),
+        dataset_version=dataset_version,
+        test_sha256=test_sha256,
+        left_out=left_out,
+        judged_before=judged_before,
+        config=config,
+    )
+
+
+def images_needed(wins: int, losses: int, images: int, config: GateConfig) -> int:
+    """Paired images for the wanted power, when the two disagree on as large a share of images as here.
+
+    Connor, Sample size for testing differences in proportions for the paired-sample design, Biometrics 43 (1987).
+    Where they agree on all, the share is at most 3 in N, with 95 % confidence (the rule of three).
+    """
+    effect = _effect(images, config)
+    disagree = max((wins + losses or min(3, images)) / images, effect)
+    if config.mode == "superior":
+        return _connor(disagree, effect, config)
+    z_alpha, z_power = normal_score(config.alpha), normal_score(1 - config.power)
+    needed = (z_alpha + z_power) ** 2 * disagree / effect**2  # both are taken to be equally good
+    return math.ceil(max(float(needed), config.smallest_margin(1) / effect))
+
+
+def _connor(disagree: float, effect: float, config: GateConfig) -> int:
+    """Paired images that show a gain of `effect`, if the two disagree on the share `disagree`, at least as large."""
+    z_alpha, z_power = normal_score(config.alpha), normal_score(1 - config.power)
+    spread = z_alpha * math.sqrt(disagree) + z_power * math.sqrt(max(disagree - effect**2, 0))
+    return math.ceil(float(spread**2 / effect**2))
+
+
+def _effect(images: int, config: GateConfig) -> float:
+    margin = config.margin_on(images)
+    return max(margin, config.detectable) if config.mode == "superior" else margin or config.detectable
+
+
+def _interval(scored: Scored) -> tuple[float, float]:
+    return wilson_interval(int(scored.correct.sum()), len(scored.correct), INTERVAL)
+
+
+def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) -> Check:
+    """The lower end of the accuracy's interval against the floor; without one, McNemar's test against a constant."""
+    accuracy, images = challenger.accuracy, len(labels)
+    if (floor := config.floor) is not None:
+        low, _ = _interval(challenger)
+        passed = low >= floor
+        told, bound, limit = _apart(accuracy, low, floor)
+        detail = f"accuracy {told}, with {INTERVAL:.0%} confidence above {bound}; "
+        detail += f"{'at least' if passed else 'less than'} {limit}"
+        if not passed and accuracy > floor:
+            needed = normal_score((1 - INTERVAL) / 2) ** 2 * floor * (1 - floor) / (accuracy - floor) ** 2
+            detail += f"; the test split is too small: {images:,} images, but {math.ceil(needed):,} are needed"
+        return Check(name="floor", value=low, threshold=floor, passed=passed, detail=detail)
+    constant = labels == np.bincount(labels).argmax()
+    wins, losses = (int(mask.sum()) for mask in (challenger.correct & ~constant, constant & ~challenger.correct))
+    gain = (wins - losses) / images
+    p = sign_test(wins, losses)
+    passed = p <= config.alpha
+    told, limit = _apart(accuracy, float(constant.mean()))
+    detail = f"accuracy {told}, {'' if passed else 'not '}above {limit}, the share of the largest class"
+    if not passed and gain > 0:
+        needed = _connor((wins + losses) / images, gain, config)
+        detail += (
+            f", beyond chance (p = {p:.3g}, at most {config.alpha:g}); the test split is too small: {images:,} images, "
+            f"but {needed:,} are needed"
+        )
+    return Check(name="floor", value=accuracy, threshold=float(constant.mean()), passed=passed, detail=detail)
+
+
+def _class_recall(challenger: Scored, labels: NDArray[np.int64], classes: tuple[str, ...], config: GateConfig) -> Check:
+    """Whether a class is shown to be recognised less often than `min_class_recall`: exact binomial test per class."""
+    limit = config.min_class_recall
+    least = math.ceil(math.log(config.alpha) / math.log1p(-limit))  # with fewer, no wrong one would show it
+    counts = np.bincount(labels, minlength=len(classes))
+    right = np.bincount(labels[challenger.correct], minlength=len(classes))
+    tested = np.flatnonzero(counts >= least)
+    if not len(tested):
+        detail = f"no class has the {least:,} images that can show a recall below {limit:.4g}"
+        return Check(name="class recall", value=None, threshold=limit, passed=True, tested=False, detail=detail)
+    recall = right[tested] / counts[tested]
+    low = tested[at_most(right[tested], counts[tested], limit) <= config.alpha]
+    detail = f"the lowest of {len(tested)} classes is {classes[tested[recall.argmin()]]}: {recall.min():.2%}"
+    if len(low):
+        worst = low[np.argsort(right[low] / counts[low], kind="stable")]
+        named = ", ".join(f"{classes[label]} {right[label]:,} of {counts[label]:,}" for label in worst[:NAMED])
+        more = f" and {len(worst) - NAMED} more" if len(worst) > NAMED else ""
+        detail = f"{len(low)} of {len(tested)} classes have a recall below {limit:.4g}, beyond chance: {named}{more}"
+    if untested := len(classes) - len(tested):
+        detail += f"; not tested: {untested} with fewer than {least:,} images"
+    return Check(name="class recall", value=float(recall.min()), threshold=limit, passed=not len(low), detail=detail)
+
+
+def _comparison(wins: int, losses: int, images: int, p_value: float, config: GateConfig) -> Check:
+    gain, margin = (wins - losses) / images, config.margin_on(images)
+    if config.mode == "superior":
+        value, threshold = gain, margin
+        enough, significant = gain >= margin, p_value <= config.alpha
+        passed = enough and significant
+        told, limit = _apart(gain, margin, sign="+")
+        detail = f"gain {told}, {'at least' if enough else 'less than'} {limit}"
+        detail += f"; p = {p_value:.3g}, {'at most' if significant else 'more than'} {config.alpha:g}"
+    else:
+        value, threshold = lower_bound(wins, losses, images, config.alpha), 0.0 - margin
+        passed = config.can_pass(images) and bool(p_worse(wins, losses, images, margin) <= config.alpha)
+        low, limit = _apart(value, threshold, sign="+")
+        relation = "at least" if value >= threshold else "less than"
+        detail = f"gain {gain:+.2%}, with {1 - config.alpha:.0%} confidence above {low}; {relation} {limit}"
+        if not config.can_pass(images):
+            detail += f"; {config.why_never(images)}"
+    if not passed and config.can_pass(images) and (small := _too_small(wins, losses, images, config)):
+        detail += f"; {small}"
+    return Check(name=config.mode, value=value, threshold=threshold, passed=passed, detail=detail)
+
+
+def _too_small(wins: int, losses: int, images: int, config: GateConfig) -> str:
+    """How many images the test split would need, if it has fewer and has not shown the challenger to be worse."""
+    needed = images_needed(wins, losses, images, config)
+    worse = sign_test(losses, wins) <= config.alpha
+    if images >= needed or worse:
+        return ""
+    return (
+        f"the test split is too small: {images:,} images, but {needed:,} are needed to find a "
+        f"{'gain' if config.mode == 'superior' else 'loss'} of {_effect(images, config):.2%} with probability "
+        f"{config.power:.0%}"
+    )
+
+
+def _largest_drop(
+    challenger: Scored, champion: Scored, groups: Mapping[str, Mask], config: GateConfig
+) -> tuple[Check, list[str]]:
+    """Whether a class or slice is shown to have lost more than allowed: Tango's test for each, by Bonferroni; notes."""
+    limit = config.max_class_drop
+    counted = {name: mask for name, mask in groups.items() if mask.sum() >= config.min_support}
+    notes = []
+    if len(counted) < len(groups):
+        notes.append(
+            f"{len(groups) - len(counted)} of {len(groups)} classes and slices have fewer than {config.min_support} "
+            "images and were not compared on their own"
+        )
+    if not counted:
+        detail = f"no class or slice has {config.min_support} images"
+        return Check(name="class drop", value=None, threshold=limit, passed=True, tested=False, detail=detail), notes
+    drops, ps = {}, {}
+    for name, mask in counted.items():
+        now, was = challenger.correct[mask], champion.correct[mask]
+        wins, losses = int((now & ~was).sum()), int((was & ~now).sum())
+        drops[name] = (losses - wins) / len(now)
+        ps[name] = float(p_no_worse(wins, losses, len(now), limit))
+    alpha = DROP_ALPHA / len(counted)
+    surest = min(ps, key=ps.__getitem__)
+    passed = ps[surest] > alpha
+    named = max(drops, key=drops.__getitem__) if passed else surest
+    mask, drop = counted[named], drops[named]
+    told, most = _apart(drop, limit)
+    detail = (
+        f"{named}: {champion.correct[mask].mean():.2%} → {challenger.correct[mask].mean():.2%} of {mask.sum():,} images"
+    )
+    if drop <= limit:
+        detail = f"the largest is {detail}; at most {most} lost"
+    else:
+        detail += (
+            f", {told} lost, more than {most}, {'not ' if passed else ''}beyond chance (p = {ps[named]:.3g}, at most "
+            f"{alpha:.3g} for one of {len(counted)})"
+        )
+        if passed:
+            notes.append(f"the largest observed drop of a class or slice is above the limit: {detail}")
+    return Check(name="class drop", value=drop, threshold=limit, passed=passed, detail=detail), notes
+
+
+def _apart(*shares: float, sign: str = "") -> list[str]:
+    """Shares as percentages, with as many digits as tell apart those that are not equal."""
+    for digits in range(2, 8):
+        texts = [f"{share:{sign}.{digits}%}" for share in shares]
+        if len(set(texts)) == len(set(shares)):
+            break
+    return texts
+
+
+def _limit(name: str, value: float | None, limit: float, unit: str) -> Check:
+    if value is None:
+        return Check(name=name, value=None, threshold=limit, passed=False, detail="it was not measured")
+    return Check(
+        name=name, value=value, threshold=limit, passed=value <= limit, detail=f"{value:,.5g} {unit}, at most {limit:,}"
+    )

@@ -1,0 +1,1 @@
+"""Markdown and grids of images, for all reports."""

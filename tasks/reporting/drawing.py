@@ -1,0 +1,61 @@
+"""Draws grids of images with captions, for figures of reports."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure, SubFigure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cnn.data.split_reader import SplitReader
+
+COLUMNS = 8  # images side by side in a gallery
+CELL, SIDE = (1.25, 1.6), 1.15  # inches: an image with its caption and the space around, and the image's side
+NAME_LETTERS = 20
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def section_height(images: int) -> float:
+    """The height of a section with so many images, in inches."""
+    return 0.5 + CELL[1] * -(-images // COLUMNS)
+
+
+def section(part: SubFigure, title: str, images: Tensor, captions: Sequence[str]) -> None:
+    """Fill a part of a figure with uint8 images n×C×H×W, side by side, below a title; each has a caption."""
+    part.suptitle(title)
+    axes = part.add_subplot()  # one for all: matplotlib takes seconds to lay out a pair of axes per image
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = CELL[0] * (number % COLUMNS), CELL[1] * (number // COLUMNS)
+        axes.imshow(
+            rgb(image.numpy()),
+            interpolation="nearest",
+            vmin=0,
+            vmax=255,
+            extent=(left, left + SIDE, top + CELL[1], top + CELL[1] - SIDE),
+        )
+        axes.text(left + SIDE / 2, top + CELL[1] - SIDE - 0.03, caption, fontsize=6, ha="center", va="bottom")
+    axes.axis("off")
+    axes.set(xlim=(0, CELL[0] * COLUMNS), ylim=(CELL[1] * -(-len(images) // COLUMNS), 0))
+
+
+def rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """C×H×W, grey or RGB, to H×W×3."""
+    return np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3))
+
+
+def images_at(split: SplitReader, indices: Sequence[int]) -> Tensor:
+    """The images at some places of a split."""
+    return split.gather(torch.tensor(indices, dtype=torch.int64))[0]
+
+
+def short(name: str) -> str:
+    """A name, cut to what fits beside an image."""
+    return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"

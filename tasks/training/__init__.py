@@ -1,0 +1,1 @@
+"""One training: its order, its processes and its checkpoints."""

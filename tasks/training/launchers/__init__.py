@@ -1,0 +1,1 @@
+"""Where the ranks of a training run: one module per launcher."""

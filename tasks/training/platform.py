@@ -1,0 +1,59 @@
+"""What decides the bits of a result beside data and configuration: code, libraries, and the kind of processor."""
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+import cnn
+from cnn.code_digest import code_digest
+from infra.tracking.provenance import Provenance, provenance
+
+
+class Platform(BaseModel):
+    """Machines that are equal in all of it give equal weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    code_digest: str
+    """Of `cnn`, without comments and formatting."""
+
+    lock_sha256: str | None
+    torch: str
+    device: str
+    """`cpu` or `cuda`."""
+
+    instruction_set: str
+    """Of the CPU or GPU: other instructions round differently."""
+
+    threads_per_rank: int
+
+
+def this_platform(code: Provenance | None = None) -> Platform:
+    """This process's.
+
+    Args:
+        code: where the code came from, if that is known already.
+    """
+    import torch  # only here: what only reads records does without
+
+    from cnn.distributed.process_group import THREADS_PER_RANK, local_device
+
+    device = local_device().type
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return Platform(
+        code_digest=code_digest(sorted(Path(cnn.__path__[0]).rglob("*.py"))),
+        lock_sha256=(code or provenance()).lock_sha256,
+        torch=torch.__version__,
+        device=device,
+        instruction_set=gpu or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        threads_per_rank=THREADS_PER_RANK,
+    )
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Which values differ, by key, for people: `torch was 2.14.1, is 2.15.0`."""
+    keys = sorted(was.keys() | now.keys())
+    return [f"{key} was {was.get(key)}, is {now.get(key)}" for key in keys if was.get(key) != now.get(key)]

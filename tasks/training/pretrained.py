@@ -1,0 +1,51 @@
+"""Weights to start from: into the bucket under their digest, and checked against the network before a run exists."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from cnn.networks.weights import load_pretrained
+from cnn.training.trainer import build
+from infra.errors import UsageError
+from infra.settings import Settings
+from infra.storage import bucket_layout
+from infra.storage.cache import Cache
+from infra.storage.object_store import ObjectMissing, ObjectStore
+from tasks.config.run import RunConfig
+from tasks.data.dataset import DatasetRef, load_manifest
+from tasks.orchestration.cancellation import stop_if_cancelled
+from tasks.orchestration.progress import run_logger
+
+
+@task(name="pretrained", cache_policy=NO_CACHE, persist_result=False)
+def pretrained(config: RunConfig, dataset: DatasetRef) -> RunConfig:
+    """Keep the weights that `config.pretrained` names, and name them by their digest.
+
+    Raises:
+        UsageError: there is no such file.
+        InputError: it holds the weights of another network.
+        ServiceError: the storage failed.
+    """
+    stop_if_cancelled()
+    assert config.pretrained
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    with TemporaryDirectory() as temporary:
+        file = Path(config.pretrained)
+        if config.pretrained.startswith("s3://"):
+            bucket, _, key = config.pretrained.removeprefix("s3://").partition("/")
+            file = Path(temporary) / "weights.safetensors"
+            try:
+                ObjectStore.connect(bucket, create=False).get_file(key, file)
+            except ObjectMissing:
+                raise UsageError(f"pretrained: there is no {config.pretrained}") from None
+        if not file.is_file():
+            raise UsageError(f"pretrained: there is no file {config.pretrained}")
+        network = build(config.training(), load_manifest(store, dataset.version))
+        fresh = load_pretrained(network, file)
+        cache = Cache(Settings().cache, store)
+        sha256 = cache.add_file(file)
+        store.put_file(bucket_layout.pretrained_weights(sha256), cache.path(sha256), sha256=sha256)
+    run_logger().info("starting from %s%s", config.pretrained, f", except {', '.join(fresh)}" if fresh else "")
+    return config.model_copy(update={"pretrained_sha256": sha256})

@@ -1,0 +1,1 @@
+"""What the processes of a training tell each other, and how long they wait for each other."""

@@ -1,0 +1,368 @@
+"""The program that every rank of a training runs; torchrun starts it (see tasks/training/supervisor.py).
+
+    python -m tasks.training.torchrun ... -m tasks.training.rank FOLDER [MEETING]
+
+FOLDER holds the job (tasks/training/protocol/job.py); MEETING is a path where the ranks of this start find each other,
+if they are all on this machine; else they meet at torchrun's own store. The training goes on from its newest
+checkpoint, if it has one.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from cnn.distributed.process_group import make_deterministic, process_group
+from cnn.training.reports import EpochReport, StepReport, StragglerWatch
+from cnn.training.trainer import Trainer, fit
+from infra.machine.lifeline import TORCHRUN_PID, die_with_parent, name_process
+from infra.machine.output import outlive_readers
+from infra.settings import Settings
+from infra.storage import bucket_layout
+from infra.storage.object_store import ObjectStore
+from tasks.data.dataset import load_manifest, open_cache, open_split
+from tasks.data.training_split import open_training_split
+from tasks.orchestration.outage import through_outage
+from tasks.training.checkpoints import CheckpointWriter, Snapshot, commit_weights, newest_checkpoint
+from tasks.training.protocol.board import Board
+from tasks.training.protocol.job import Event, Job, JobFolder, Outcome, say
+from tasks.training.protocol.patience import AT_MOST, FLUSH, REACH_STOP, SLACK
+
+SPEED_OVER = 0.5  # seconds that a figure of speed covers at least
+
+
+class StopSignal:
+    """Remembers a SIGTERM, for the ranks to agree on a step to stop at; ends a process that cannot get there.
+
+    Before the ranks have met there is nothing to lose, nor anyone to agree with: then the process ends at once. A
+    thread receives the signal: Python runs no handler while the main thread waits, inside PyTorch, for a rank that is
+    gone.
+    """
+
+    def __init__(self) -> None:
+        self._received, self._ends_by, self._met = False, 0.0, False
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        threading.Thread(target=self._watch, args=(reader,), name="stop-signal", daemon=True).start()
+
+    def __call__(self) -> bool:
+        return self._received
+
+    def ranks_have_met(self) -> None:
+        """Has a SIGTERM from now on leave the ranks time to agree."""
+        self._met = True
+
+    def give(self, seconds: float) -> None:
+        """Sets the seconds that this process may still live if a SIGTERM comes, or has come."""
+        self._ends_by = time.monotonic() + seconds
+
+    def _watch(self, reader: int) -> None:
+        while os.read(reader, 1) != bytes([signal.SIGTERM]):
+            pass
+        self._received = True
+        if self._met:
+            self._ends_by = max(self._ends_by, time.monotonic() + REACH_STOP)
+        while (left := self._ends_by - time.monotonic()) > 0:
+            time.sleep(min(left, 0.5))
+        os._exit(1)
+
+
+class Speed:
+    """Images per second of all ranks together, over stretches of steps; what lies between stretches is not counted."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._step, self._since = 0, time.perf_counter()
+        self._images, self._seconds = 0, 0.0
+
+    def begin(self, step: int) -> None:
+        """A stretch begins after so many steps."""
+        self._step, self._since = step, time.perf_counter()
+
+    def measure(self, step: int, *, at_least: float) -> float | None:
+        """Speed since the last measurement; None if that is less than so many seconds ago, or nothing was done."""
+        seconds, images = time.perf_counter() - self._since, (step - self._step) * self._batch_size
+        if seconds < at_least or not images:
+            return None
+        self._images += images
+        self._seconds += seconds
+        self.begin(step)
+        return images / seconds
+
+    @property
+    def mean(self) -> float:
+        """Of all that was measured; 0.0 if nothing was."""
+        return self._images / self._seconds if self._seconds else 0.0
+
+
+class Told(logging.Handler):
+    """Passes warnings of `infra`, such as those of damaged files, on to the log and to the train task."""
+
+    def __init__(self, folder: JobFolder) -> None:
+        super().__init__(logging.WARNING)
+        self._folder = folder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(record.getMessage(), file=sys.stderr)
+            self._folder.write_event(Event(warning=record.getMessage()))
+        except OSError:  # a full disk is no reason to end what warned
+            self.handleError(record)
+
+
+class Silent:
+    """Reporter of the ranks that are not the first."""
+
+    def on_step(self, report: StepReport) -> None: ...
+
+    def on_epoch(self, report: EpochReport) -> None: ...
+
+    def after_step(self, trainer: Trainer, *, milestone: bool) -> None: ...
+
+
+class RankZero:
+    """Reporter of rank 0: to the tracking server and to the train task; and keeper of the checkpoints."""
+
+    def __init__(self, job: Job, folder: JobFolder, store: ObjectStore) -> None:
+        # They take seconds to import, and only rank 0 needs them.
+        from infra.tracking import metric_log, system_metrics
+
+        os.environ.update(metric_log.ONE_TRY_A_REQUEST)
+        self._job, self._folder, self._store = job, folder, store
+        self._metriclog, self._systemmetrics = metric_log, system_metrics
+        self._watch = StragglerWatch()
+        self._seconds_before = 0.0
+        self._began = time.perf_counter()
+        self._speed = Speed(job.config.batch_size)
+
+    def resume(self) -> dict[str, Tensor] | None:
+        """The state to go on from, if there is one; opens the metrics where they were left."""
+        found = newest_checkpoint(
+            self._store, self._job.run_id, self._job.manifest_digest, self.warn, self._folder.path
+        )
+        backlog: tuple[dict[str, Any], ...] = ()
+        if found:
+            self._seconds_before, backlog = found[0].train_seconds, found[0].metrics
+        rows = [self._metriclog.MetricRow.model_validate(row) for row in backlog]
+        # An earlier start of the ranks may have logged steps without leaving a checkpoint.
+        self._metrics = self._metriclog.MetricLogger(
+            self._job.run_id, backlog=rows, resumed=True, is_current=self._is_current
+        )
+        self._system = self._systemmetrics.SystemMetrics(self._metrics)
+        self._system.start()
+        self._writer = CheckpointWriter(
+            self._store,
+            self._job,
+            self._folder.path,
+            self._job.checkpoints,
+            on_trouble=self.warn,
+            resumed=found[0].step if found else 0,
+        )
+        return found[1] if found else None
+
+    def start(self, trainer: Trainer) -> None:
+        """Training begins now."""
+        self._trainer = trainer
+        self._began = time.perf_counter()
+        self._speed.begin(trainer.step)
+
+    def store_last(self, step: int, stop: StopSignal) -> int:
+        """Stores the checkpoint of a stop; returns the step that a resume goes on from, which is earlier if it fails.
+
+        Args:
+            step: that the ranks have stopped at.
+            stop: gives the process the time for it.
+        """
+        patience = self._writer.patience
+        stop.give(patience + FLUSH + SLACK)
+        self._folder.mark_stopped()
+        if not self._writer.close(patience):
+            kept = f"the last one is of step {self._writer.committed}"
+            self.warn(f"the checkpoint of step {step} could not be stored within {patience:.0f} s; {kept}")
+        return self._writer.committed
+
+    def close(self) -> tuple[dict[str, Any], ...]:
+        """Sends the metrics that are waiting; returns rows that the tracking server did not take."""
+        self._system.stop()
+        rows = self._metrics.close(FLUSH)
+        if rows:
+            say(f"{len(rows)} rows of metrics did not reach the tracking server yet")
+        return tuple(row.model_dump(mode="json") for row in rows)
+
+    @property
+    def train_seconds(self) -> float:
+        """Of this and of earlier processes of the training."""
+        return self._seconds_before + time.perf_counter() - self._began
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all ranks together, validation not counted."""
+        return self._speed.mean
+
+    def warn(self, message: str) -> None:
+        """Tell the log, and the people at the train task."""
+        say(message)
+        self._folder.write_event(Event(warning=message))
+
+    def on_step(self, report: StepReport) -> None:
+        epoch_ends = report.step % self._trainer.steps_per_epoch == 0  # what follows is validation, not steps
+        measured = self._speed.measure(self._trainer.step, at_least=SPEED_OVER / 10 if epoch_ends else SPEED_OVER)
+        speed = {} if measured is None else {"images_per_second": measured}
+        figures = {
+            "train/loss": report.loss,
+            "train/accuracy": report.accuracy,
+            "train/learning_rate": report.learning_rate,
+            "train/gradient_norm": report.gradient_norm,
+            **{f"train/{name}": value for name, value in speed.items()},
+        }
+        if times := sorted(report.rank_seconds):
+            figures |= {
+                "train/rank_seconds_min": times[0],
+                "train/rank_seconds_median": times[(len(times) - 1) // 2],
+                "train/rank_seconds_max": times[-1],
+            }
+            for rank in self._watch.look(report):
+                self.warn(f"rank {rank} is slow: {report.rank_seconds[rank]:.3f} s a step, others {times[0]:.3f} s")
+        self._metrics.log(report.step, figures)
+        self._event(report.step, loss=report.loss, **speed)
+
+    def on_epoch(self, report: EpochReport) -> None:
+        figures = {
+            "val/loss": report.val.loss,
+            "val/accuracy": report.val.accuracy,
+            "epoch": float(report.epoch),
+        }
+        self._metrics.log(report.step, figures, keep=True)
+        self._event(report.step, val_accuracy=report.val.accuracy)
+        self._speed.begin(report.step)
+
+    def after_step(self, trainer: Trainer, *, milestone: bool) -> None:
+        if not (milestone or self._writer.is_due()):
+            return
+        for report in trainer.reports(until=trainer.step):
+            self.on_step(report)
+        if trainer.is_broken(trainer.step):  # all ranks find out in a moment
+            return
+        self._writer.save(
+            Snapshot(
+                step=trainer.step,
+                state=trainer.state(),
+                val_accuracy=trainer.history[-1].accuracy if trainer.history else None,
+                train_seconds=self.train_seconds,
+                metrics=tuple(row.model_dump(mode="json") for row in self._metrics.unacknowledged()),
+            )
+        )
+
+    def _is_current(self) -> bool:
+        return self._job.launcher == "local" or is_current(Board(self._store, self._job.run_id))
+
+    def _event(self, step: int, **values: float) -> None:
+        epoch = (step - 1) // self._trainer.steps_per_epoch + 1
+        self._folder.write_event(Event(step=step, total_steps=self._trainer.total_steps, epoch=epoch, **values))
+
+
+def is_current(board: Board) -> bool:
+    """Tells whether the generation of this rank is the one that trains: behind a cut link it may have been given up.
+
+    Raises:
+        ServiceError: the storage failed.
+    """
+    order = board.order()
+    return order is not None and order.generation == os.environ["TORCHELASTIC_RUN_ID"]
+
+
+def main() -> int:
+    name_process(f"rank-{os.environ.get('RANK', 0)}")
+    die_with_parent(int(os.environ[TORCHRUN_PID]))
+    stop = StopSignal()
+    folder = JobFolder(Path(sys.argv[1]))
+    job = folder.read_job()
+    logging.getLogger("infra").addHandler(Told(folder))
+    try:
+        train(job, folder, _meeting(sys.argv[2:]), stop)
+    except Exception as error:
+        if status := getattr(error, "exit_status", None):
+            kind = getattr(error, "status", "failed")
+            folder.write_outcome(Outcome(status=kind, error=str(error), exit_status=status))
+        else:
+            folder.write_outcome(Outcome(status="crashed", error=f"{type(error).__name__}: {error}", exit_status=1))
+            say(traceback.format_exc())
+        os._exit(1)  # nothing is torn down: that might wait for ranks that wait for this one
+    return 0
+
+
+def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSignal) -> None:
+    """Train to the end, or until the ranks agree to stop; rank 0 stores the weights and leaves the outcome."""
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    cache = open_cache(store)
+    manifest = load_manifest(store, job.dataset_version)
+    train_split = open_training_split(cache, manifest, job.config, _world_size())
+    val_split = open_split(cache, manifest, "val")
+
+    weights = job.config.pretrained_sha256
+    make_deterministic()
+    with process_group(meeting) as (device, exchange):
+        stop.ranks_have_met()
+        first = RankZero(job, folder, store) if exchange.rank == 0 else None
+        state = first.resume() if first else None
+        trainer = Trainer(
+            job.config,
+            manifest=manifest,
+            train=train_split,
+            val=val_split,
+            device=device,
+            exchange=exchange,
+            pretrained=cache.fetch(bucket_layout.pretrained_weights(weights), weights) if weights else None,
+            stop_requested=stop,
+        )
+        trainer.restore(state)
+        if first is None:
+            if not fit(trainer, Silent()):
+                stop.give(AT_MOST + FLUSH + SLACK)  # the first rank stores a checkpoint, and NCCL waits for it
+            return
+        first.start(trainer)
+        try:
+            finished = fit(trainer, first)
+        except BaseException:
+            first.close()
+            raise
+        outcome = Outcome(
+            status="finished" if finished else "interrupted",
+            steps=trainer.step if finished else first.store_last(trainer.step, stop),
+            world_size=exchange.world_size,
+            train_seconds=first.train_seconds,
+            images_per_second=first.images_per_second,
+        )
+        if finished:
+            outcome = outcome.model_copy(
+                update={"val_accuracy": trainer.selected.accuracy, "val_loss": trainer.selected.loss}
+            )
+        rows = first.close()
+        if finished:
+            state = trainer.weights()
+            unplaced = outcome.model_copy(update={"metrics": rows})  # a checkpoint carries those of a stop
+            outcome = through_outage(lambda: commit_weights(store, job, state, folder.weights, unplaced), first.warn)
+        folder.write_outcome(outcome)
+
+
+def _meeting(arguments: list[str]) -> dist.Store | None:
+    return dist.FileStore(arguments[0], _world_size()) if arguments else None
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))  # as torchrun has set it
+
+
+if __name__ == "__main__":
+    with outlive_readers("stdout", "stderr"):  # a disk without room for the log
+        sys.exit(main())

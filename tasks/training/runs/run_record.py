@@ -1,0 +1,84 @@
+"""What a training was started with, as a resume needs to know it: runs/<run>/run.json in the bucket.
+
+Nothing here loads torch or Prefect.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cnn.data.manifest import canonical_json
+from infra.errors import UsageError
+from infra.settings import Settings
+from infra.storage import bucket_layout
+from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.tracking import mlflow_runs
+from tasks.config.run import RunConfig
+from tasks.data.dataset import DatasetRef
+from tasks.training.platform import Platform
+
+
+class RunManifest(Platform):
+    """What the weights are a function of. Its digest names the training; equal digests promise equal weights."""
+
+    dataset_version: str
+    config: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return hashlib.sha256(canonical_json(self.model_dump())).hexdigest()
+
+
+class RunRecord(BaseModel):
+    """What a run was started with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: RunConfig
+    dataset: DatasetRef
+    manifest: RunManifest
+
+
+def read_record(run_id: str) -> RunRecord:
+    """What a run was started with.
+
+    Raises:
+        UsageError: there is no such run of ours.
+    """
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    try:
+        if "/" in run_id:  # that would be another key
+            raise ObjectMissing(run_id)
+        return RunRecord.model_validate_json(store.get_bytes(bucket_layout.run_record(run_id)))
+    except ObjectMissing:
+        raise UsageError(f"no run {run_id} in bucket {store.bucket}; `convoy runs` lists them") from None
+    except ValidationError as error:
+        raise UsageError(f"run {run_id} was made by another version of Convoy: {error.errors()[0]['msg']}") from None
+
+
+def check_resumable(run_id: str) -> RunConfig:
+    """Returns the configuration of an unfinished run.
+
+    To be called again once the model's lease is held, since the run may finish while its resume waits for that.
+
+    Raises:
+        UsageError: there is no such run of ours, or it has finished.
+    """
+    record = read_record(run_id)
+    if mlflow_runs.run_status(run_id) == "FINISHED":
+        raise UsageError(f"run {run_id} has finished; there is nothing to resume")
+    return record.config
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys in dotted form, as in `--set`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,211 @@
+"""The MLflow run of a training: opened before the ranks start, closed with the flow, however it ends."""
+
+import contextlib
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import httpx
+from prefect.context import FlowRunContext
+from prefect.exceptions import TerminationSignal
+from prefect.utilities.urls import url_for
+from pydantic import BaseModel, ConfigDict
+
+from cnn.data.manifest import Manifest
+from cnn.training.order import mixing, shuffle_window
+from cnn.training.trainer import check_fits
+from infra.errors import ServiceError, UsageError
+from infra.machine.stopping import Stopped
+from infra.settings import Settings
+from infra.storage import bucket_layout
+from infra.storage.object_store import ObjectStore
+from infra.tracking import mlflow_runs, tags
+from infra.tracking.provenance import Provenance, provenance
+from tasks.config.run import RunConfig
+from tasks.data.dataset import DatasetRef, is_whole, load_manifest
+from tasks.data.prune_mark import wait_for_prune
+from tasks.orchestration.cancellation import Cancelled
+from tasks.orchestration.flow_runs import label_flow_run
+from tasks.orchestration.progress import run_logger
+from tasks.orchestration.retries import outlast
+from tasks.training.liveness import holding
+from tasks.training.platform import differences, this_platform
+from tasks.training.runs.run_record import RunManifest, RunRecord, check_resumable, flatten, read_record
+
+
+class Interrupted(RuntimeError):
+    """The ranks were asked to stop, and stored a checkpoint."""
+
+    exit_status = 75
+
+
+class TrackedRun(BaseModel):
+    """An open MLflow run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    url: str
+    manifest_digest: str
+    checkpoint_prefix: str
+
+
+def recorded_dataset(record: RunRecord) -> DatasetRef:
+    """The dataset version of a run to be resumed.
+
+    Raises:
+        UsageError: it is not in the bucket any more.
+    """
+    version = record.dataset.version
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    wait_for_prune(store)
+    if not is_whole(store, version):
+        raise UsageError(f"dataset version {version} is not whole in the bucket any more: the run cannot go on")
+    return record.dataset.model_copy(update={"reused": True})
+
+
+def fitted(config: RunConfig, dataset: DatasetRef) -> RunConfig:
+    """The configuration with what depends on the size of the training split filled in."""
+    manifest = load_manifest(ObjectStore.connect(Settings().bucket, create=False), dataset.version)
+    return config.for_images(manifest.splits["train"].count)
+
+
+@contextmanager
+def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = None) -> Iterator[TrackedRun]:
+    """Opens the run, and closes it as FINISHED, KILLED (cancelled, interrupted) or FAILED.
+
+    A run that has finished stays so: it is never opened again.
+
+    Args:
+        resume: id of an earlier run to go on with. If this flow run has one already, because Prefect runs it again,
+            that is resumed unasked; a finished one is only read, for the rest of the flow.
+
+    Raises:
+        ServiceError: the tracking server cannot be reached.
+        InputError: the configuration does not fit the dataset; no run is opened.
+        UsageError: the run to be resumed was made from other code, data or configuration, has finished, or a process
+            goes on with it.
+    """
+    settings = Settings()
+    store = ObjectStore.connect(settings.bucket, create=False)
+    data = load_manifest(store, dataset.version)
+    check_fits(config.training(), data)
+    code = provenance()
+    manifest = run_manifest(config, dataset, code)
+    asked, resume = resume, resume or _run_of_this_flow_run(store)
+    finished = False
+    flow_run = _flow_tags().get(tags.FLOW_RUN, "")
+    with contextlib.ExitStack() as alive:
+        if resume:
+            _check_equal(resume, read_record(resume).manifest, manifest)
+            run_id = resume
+            alive.enter_context(holding(run_id, flow_run))
+            if asked:
+                check_resumable(run_id)  # again: until now another process may have gone on with it
+            finished = mlflow_runs.run_status(run_id) == "FINISHED"
+            if not finished:
+                mlflow_runs.reopen_run(run_id)
+                mlflow_runs.set_tags(run_id, _flow_tags())
+        else:
+            run_id = mlflow_runs.start_run(
+                experiment=dataset.name,
+                run_name=f"{config.model} {config.epochs} epochs",
+                params=flatten({"dataset": config.dataset, "data": config.data.model_dump(), **manifest.config}),
+                tags=_tags(config, dataset, manifest, code),
+            )
+            alive.enter_context(holding(run_id, flow_run))
+        try:
+            with contextlib.suppress(httpx.HTTPError):  # for `convoy retrain --wait` only
+                label_flow_run({tags.MLFLOW_RUN: run_id})
+            prefix = f"s3://{settings.bucket}/{bucket_layout.checkpoints(run_id)}"
+            if not resume:
+                mlflow_runs.set_tags(run_id, {tags.CHECKPOINT_PREFIX: prefix, **_mixing_tags(config, data)})
+                source = f"s3://{settings.bucket}/{bucket_layout.dataset_manifest(dataset.version)}"
+                mlflow_runs.log_dataset(run_id, dataset.name, dataset.version, source)
+                mlflow_runs.log_text(run_id, "manifest.json", manifest.model_dump_json(indent=2))
+                record = RunRecord(config=config, dataset=dataset, manifest=manifest)
+                store.put_if_absent(bucket_layout.run_record(run_id), record.model_dump_json().encode())
+            yield TrackedRun(
+                run_id=run_id,
+                url=mlflow_runs.run_url(run_id),
+                manifest_digest=manifest.digest,
+                checkpoint_prefix=prefix,
+            )
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
+            with contextlib.suppress(ServiceError):  # the server may be what failed, and the first error says more
+                if not finished:
+                    mlflow_runs.end_run(run_id, "KILLED" if stopped else "FAILED")
+            raise
+        if not finished:
+            outlast(partial(mlflow_runs.end_run, run_id, "FINISHED"))
+
+
+def _mixing_tags(config: RunConfig, data: Manifest) -> dict[str, str]:
+    """How well batches are mixed, if not all images are mixed at a time."""
+    train = data.splits["train"]
+    window = shuffle_window(config.training(), train)
+    if window is None:
+        return {}
+    uneven = mixing(train, window, batch_size=config.batch_size, lanes=config.lanes)
+    run_logger().info(
+        "%d of %d images are mixed at a time: a class's share of a batch varies at worst %.2f times as at random",
+        window,
+        train.count,
+        uneven,
+    )
+    return {tags.SHUFFLE_WINDOW: str(window), tags.MIXING: f"{uneven:.4g}"}
+
+
+def run_manifest(config: RunConfig, dataset: DatasetRef, code: Provenance) -> RunManifest:
+    """The manifest of a training on this machine's kind of device."""
+    return RunManifest(
+        **this_platform(code).model_dump(),
+        dataset_version=dataset.version,
+        config=config.training().model_dump(mode="json", exclude={"pretrained"}),  # its digest says what it was
+    )
+
+
+def log_cost(run_id: str, step_seconds: Mapping[str, float], rank_hours: float) -> None:
+    """What a training took, as metrics `cost/...`: seconds of each step, hours of all ranks, and memory.
+
+    `peak_memory_bytes` is the most that one process of those that this one has started had resident: in general a rank,
+    with the pages of the data set that it shares with others.
+    """
+    seconds = {f"cost/{step.replace('-', '_')}_seconds": value for step, value in step_seconds.items()}
+    memory = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    figures = {**seconds, "cost/rank_hours": rank_hours, "cost/peak_memory_bytes": memory}
+    outlast(partial(mlflow_runs.log_metrics, run_id, figures))
+
+
+def _check_equal(run_id: str, theirs: RunManifest, ours: RunManifest) -> None:
+    """Refuse to go on with weights that would be neither the old manifest's nor the new one's."""
+    if differing := differences(flatten(theirs.model_dump()), flatten(ours.model_dump())):
+        raise UsageError(f"run {run_id} cannot go on here, because its weights would differ: {'; '.join(differing)}")
+
+
+def _run_of_this_flow_run(store: ObjectStore) -> str | None:
+    flow_run = _flow_tags().get(tags.FLOW_RUN)
+    runs = mlflow_runs.list_runs(tags.FLOW_RUN, flow_run, limit=1) if flow_run else []
+    # One without a record ended before it began.
+    return runs[0].run_id if runs and store.head(bucket_layout.run_record(runs[0].run_id)) else None
+
+
+def _flow_tags() -> dict[str, str]:
+    flow = FlowRunContext.get()
+    if not (flow and flow.flow_run):
+        return {}
+    url = url_for("flow-run", obj_id=flow.flow_run.id) or ""
+    return {tags.FLOW_RUN: str(flow.flow_run.id), tags.FLOW_RUN_URL: url}
+
+
+def _tags(config: RunConfig, dataset: DatasetRef, manifest: RunManifest, code: Provenance) -> dict[str, str]:
+    return {
+        tags.MODEL: config.name or dataset.name,
+        tags.DATASET_VERSION: dataset.version,
+        tags.CODE_DIGEST: manifest.code_digest,
+        tags.MANIFEST_DIGEST: manifest.digest,
+        **code.as_tags(),
+        **_flow_tags(),
+    }

@@ -1,0 +1,239 @@
+"""The train task: starts the ranks through the supervisor, shows how they do, and ends with them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, ConfigDict
+
+from cnn.distributed.process_group import device_count
+from cnn.distributed.world_size import default_world_size
+from infra.machine import stopping
+from infra.settings import Settings
+from infra.storage.object_store import ObjectStore
+from infra.tracking import mlflow_runs
+from infra.tracking.model_registry import rehearsal
+from infra.tracking.tags import WEIGHTS_SHA256, WORLD_SIZE
+from tasks.config.run import RunConfig
+from tasks.data.dataset import DatasetRef
+from tasks.orchestration.cancellation import Cancelled, CancelWatch, stop_if_cancelled, stop_if_told
+from tasks.orchestration.progress import Advance, progress, run_logger
+from tasks.orchestration.retries import outlast
+from tasks.training import liveness
+from tasks.training.checkpoints import finished_outcome
+from tasks.training.protocol.job import Event, Job, JobFolder, Outcome, Restarts, spare_outcome
+from tasks.training.protocol.patience import FLOW
+from tasks.training.runs.tracked_run import Interrupted, TrackedRun
+
+WATCH_EVERY = 0.1  # seconds between looks at the supervisor and its news
+
+
+class TrainingFailed(RuntimeError):
+    """The ranks did not finish. `exit_status` is 2 where the user's input was at fault, else 1."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+class TrainResult(BaseModel):
+    """A finished training."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    weights_key: str
+    """Key of the safetensors weights in the bucket."""
+
+    weights_sha256: str
+    """Over the tensors in sorted name order (`cnn.networks.weights.weights_sha256`)."""
+
+    world_size: int
+    steps: int
+    train_seconds: float
+    images_per_second: float
+    """Of all ranks together, validation not counted."""
+
+    val_accuracy: float
+    val_loss: float
+
+
+@task(name="train", cache_policy=NO_CACHE, persist_result=False)
+def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResult:
+    """Trains on this machine's GPUs or cores and returns the committed weights; goes on where the run was left.
+
+    Raises:
+        TrainingFailed: with what the ranks say was wrong.
+        Cancelled: the flow run was cancelled; a checkpoint is stored, and no rank is left.
+        Stopped: this process was asked to stop by a signal; likewise.
+        Interrupted: a rank was; likewise.
+    """
+    stop_if_cancelled()
+    folder = JobFolder(Settings().runs / run.run_id)
+    await_earlier_start(folder)
+    store = ObjectStore.connect(Settings().bucket, create=False)
+    outcome = finished_outcome(store, run.run_id)
+    if outcome:
+        run_logger().info("training of run %s has finished before", run.run_id)
+        store.get_file(outcome.weights_key, folder.weights)
+        return _publish(run, outcome, folder)
+    world_size = _world_size(config)
+    folder.write_job(
+        Job(
+            run_id=run.run_id,
+            config=config.training(),
+            dataset_version=dataset.version,
+            world_size=world_size,
+            launcher=config.launcher,
+            # Schedulers choose the nodes, and this machine is none of them unless they say so.
+            nodes=config.nodes.model_copy(update={"here": config.nodes.here and config.launcher == "nodes"}),
+            ray=config.ray,
+            kubernetes=config.kubernetes,
+            manifest_digest=run.manifest_digest,
+            checkpoints=config.checkpoints,
+            restarts=config.restarts,
+        )
+    )
+    total = float(config.epochs)
+    where = f"{world_size} ranks" if config.launcher == "local" else f"up to {world_size} ranks of several nodes"
+    with (
+        rehearsal(folder.path),
+        spare_outcome(),
+        progress(f"Training on {where}", total, unit="epochs", artifact="training") as advance,
+    ):
+        outcome = _run(folder, _Display(advance, config.epochs))
+    if not folder.weights.exists():  # the first rank was elsewhere
+        outlast(partial(store.get_file, outcome.weights_key, folder.weights))
+    return _publish(run, outcome, folder)
+
+
+def await_earlier_start(folder: JobFolder) -> None:
+    """Waits until no process of an earlier start is left on this machine.
+
+    When a flow is killed, its ranks still store a checkpoint. They would leave their outcome as the next start's, and
+    write to the same files.
+
+    Raises:
+        Stopped, TerminationSignal: a signal asked this process to end meanwhile.
+    """
+    if liveness.processes_of(folder.path):
+        run_logger().info("waiting for the processes of an earlier start of run %s to end", folder.path.name)
+    while liveness.processes_of(folder.path):
+        stop_if_told()
+        stopping.wait(WATCH_EVERY)
+
+
+def _world_size(config: RunConfig) -> int:
+    """Ranks to train with: on this machine exactly so many, on several nodes at most."""
+    if config.launcher != "local":
+        return config.ranks or config.lanes
+    devices = device_count()
+    world_size = config.ranks or default_world_size(config.lanes, devices)
+    if (idle := devices - world_size) > 0:
+        run_logger().warning(
+            "%d of %d devices stay idle: %d ranks share %d lanes", idle, devices, world_size, config.lanes
+        )
+    return world_size
+
+
+def _publish(run: TrackedRun, outcome: Outcome, folder: JobFolder) -> TrainResult:
+    """Puts the weights and the last metrics into the MLflow run, also after an outage or a crash in between."""
+    rows = [mlflow_runs.MetricRow.model_validate(row) for row in outcome.metrics]
+    if rows:
+        run_logger().info("sending %d rows of metrics that MLflow has not acknowledged", len(rows))
+        outlast(partial(mlflow_runs.deliver, run.run_id, rows))
+    outlast(partial(mlflow_runs.log_file, run.run_id, folder.weights, "weights"))
+    told = {WEIGHTS_SHA256: outcome.weights_sha256, WORLD_SIZE: str(outcome.world_size)}
+    outlast(partial(mlflow_runs.set_tags, run.run_id, told))
+    return TrainResult(
+        run_id=run.run_id,
+        **outcome.model_dump(exclude={"status", "error", "exit_status", "metrics"}),
+    )
+
+
+def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
+    """Runs the supervisor to its end, and another one if it was killed; returns how the training finished.
+
+    Raises:
+        TrainingFailed: the ranks failed.
+        Interrupted: they stopped.
+        Cancelled: the flow run was cancelled.
+    """
+    restarts = Restarts(folder)
+    while True:
+        status = _supervise(folder, show)
+        outcome = folder.read_outcome()
+        if status >= 0 or (outcome and outcome.status != "crashed") or not restarts.take():
+            break
+        await_earlier_start(folder)  # the kernel kills the ranks after their supervisor
+        show(Event(warning=f"the supervisor was killed by signal {-status}; starting again from the last checkpoint"))
+        folder.start_again()
+    if outcome and outcome.status == "finished":
+        return outcome
+    if outcome and outcome.status == "interrupted":
+        reason = outcome.error or "interrupted"
+        raise Interrupted(f"{reason} at step {outcome.steps}; `convoy resume {folder.path.name}` goes on")
+    killed = folder.killed()
+    if outcome is None or (outcome.status == "crashed" and killed):
+        raise TrainingFailed(f"the ranks died (see {folder.log}): {killed or folder.log_end()}", exit_status=1)
+    raise TrainingFailed(outcome.error, outcome.exit_status)
+
+
+def _supervise(folder: JobFolder, show: Callable[[Event], None]) -> int:
+    """Runs one supervisor to its end; returns its status. However this is left, the supervisor ends all ranks."""
+    cancelled = CancelWatch()
+    # Its own session keeps a Ctrl-C of the terminal from it: it hears of the end by its standard input.
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", "tasks.training.supervisor", str(folder.path)],
+        env=os.environ | {"PYTHONSAFEPATH": "1"},  # else `-m` looks for our modules in the user's folder first
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert supervisor.stdin is not None
+    try:
+        while supervisor.poll() is None:
+            for event in folder.new_events():
+                show(event)
+            if cancelled():
+                raise Cancelled("the flow run was cancelled; every rank is stopped")
+            stopping.wait(WATCH_EVERY)
+        for event in folder.new_events():
+            show(event)
+    finally:
+        supervisor.stdin.close()
+        try:
+            supervisor.wait(FLOW)
+        except subprocess.TimeoutExpired:
+            supervisor.kill()  # torchrun and the ranks die with it
+            supervisor.wait()
+    return supervisor.returncode
+
+
+class _Display:
+    """Turns events into an amount done and a note."""
+
+    def __init__(self, advance: Advance, epochs: int) -> None:
+        self._advance, self._epochs, self._done = advance, epochs, 0.0
+        self._parts: dict[str, str] = {}
+
+    def __call__(self, event: Event) -> None:
+        if event.warning:
+            run_logger().warning("%s", event.warning)
+        if event.note:
+            run_logger().info("%s", event.note)
+        if not event.step:
+            return
+        self._parts["epoch"] = f"epoch {event.epoch}/{self._epochs}"
+        if event.loss is not None:
+            self._parts["loss"] = f"loss {event.loss:.3f}"
+        if event.val_accuracy is not None:
+            self._parts["val"] = f"val {event.val_accuracy:.2%}"
+        if event.images_per_second is not None:
+            self._parts["speed"] = f"{event.images_per_second:,.0f} images/s"
+        done = self._epochs * event.step / event.total_steps
+        self._advance(done - self._done, " · ".join(self._parts.values()))
+        self._done = done

@@ -1,0 +1,115 @@
+"""Finds what in the bucket is in use: by a running training, an alias, or a champion that a rollback can restore."""
+
+from collections.abc import Collection, Iterable
+from itertools import islice
+
+from pydantic import BaseModel, ConfigDict
+
+from infra.errors import ServiceError
+from infra.machine.locks import is_held
+from infra.settings import Settings
+from infra.storage.object_store import ObjectStore
+from infra.tracking import mlflow_runs
+from infra.tracking.model_registry import every_version
+from infra.tracking.promotion_history import Lineage, champions, history, lineage_of, names_with_history
+from infra.tracking.tags import DATASET_VERSION, FLOW_RUN, MANIFEST_DIGEST
+from tasks.training.liveness import lock_file, orphaned, processes_of
+from tasks.training.runs.lineage import run_lineage, version_lineage
+
+NAMED = 5  # of what MLflow does not know, in a message
+
+
+class References(BaseModel):
+    """Who needs what."""
+
+    model_config = ConfigDict(frozen=True)
+
+    statuses: dict[str, str]
+    """Of MLflow's runs that are ours."""
+
+    running: frozenset[str]
+    """Runs that are at work, as MLflow or this machine's processes say."""
+
+    in_force: frozenset[str]
+    """Runs of versions that have an alias, or that are or can again be champion."""
+
+    registered: frozenset[str]
+    """Runs of any version."""
+
+    lineages: tuple[Lineage, ...]
+    """Of the runs at work and in force; several of one run say the same, or one says more."""
+
+    datasets: frozenset[str]
+    """Dataset versions of the runs at work and in force."""
+
+    flow_runs: frozenset[str]
+    """Of the runs at work."""
+
+
+def references(store: ObjectStore, stored: Collection[str], *, forget_unknown: bool = False) -> References:
+    """Asks the promotion histories, the registry, MLflow and this machine.
+
+    Args:
+        stored: runs that have something in the bucket.
+        forget_unknown: go on if MLflow does not know some of them, or versions that the histories name. What the
+            histories say of these stays in force all the same.
+
+    Raises:
+        ServiceError: a server failed, a history is damaged, or MLflow does not know what it should: then it may not be
+            the one that the bucket belongs to, and nothing may go.
+    """
+    versions = {(version.name, version.version): version for version in every_version()}
+    runs = {run.run_id: run for run in mlflow_runs.every_run(MANIFEST_DIGEST)}
+    standing = _standing(store)
+    if not forget_unknown:
+        _check_known(sorted(standing.keys() - versions.keys()), sorted(set(stored) - runs.keys()))
+    in_force = [version for key, version in versions.items() if version.aliases or key in standing]
+    running = {run.run_id for run in runs.values() if run.status == "RUNNING"} | _alive(runs)
+    lineages = [
+        *standing.values(),  # MLflow may not know them
+        *(version_lineage(store, version) for version in in_force),
+        *(run_lineage(store, run_id) for run_id in sorted(running)),
+    ]
+    datasets = {lineage.dataset_version for lineage in lineages}
+    # A run that has just begun has this tag before it has a record.
+    datasets |= {runs[run_id].tags.get(DATASET_VERSION) for run_id in running if run_id in runs}
+    return References(
+        statuses={run.run_id: run.status for run in runs.values()},
+        running=frozenset(running),
+        in_force=frozenset(lineage.run_id for lineage in lineages if lineage.run_id and lineage.run_id not in running),
+        registered=frozenset(version.run_id for version in versions.values()),
+        lineages=tuple(lineages),
+        datasets=frozenset(version for version in datasets if version),
+        flow_runs=frozenset(runs[run_id].tags.get(FLOW_RUN, "") for run_id in running if run_id in runs),
+    )
+
+
+def _standing(store: ObjectStore) -> dict[tuple[str, str], Lineage]:
+    """Returns what each champion that a rollback can restore was made of, by name and version, by the histories."""
+    histories = {name: history(store, name) for name in names_with_history(store)}
+    return {
+        (name, version): lineage_of(entries, version)
+        for name, entries in histories.items()
+        for version in champions(entries)
+    }
+
+
+def _check_known(versions: list[tuple[str, str]], runs: list[str]) -> None:
+    """Raises ServiceError if any of them is unknown to MLflow; runs that were deleted there are known."""
+    unknown = list(islice((run_id for run_id in runs if not mlflow_runs.run_tags(run_id)), NAMED))
+    if not versions and not unknown:
+        return
+    kinds = {"promoted versions": ["/".join(each) for each in versions[:NAMED]], "runs": unknown}
+    named = " and ".join(f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names)
+    raise ServiceError(
+        f"MLflow at {mlflow_runs.tracking_uri()} does not know {named}, of which the bucket holds data: is it the one "
+        "that they were made with? Nothing was removed; if they were deleted, use `convoy prune --forget-unknown`"
+    )
+
+
+def _alive(runs: Iterable[str]) -> set[str]:
+    """Runs of this machine that have a process, whatever MLflow says."""
+    folder = Settings().runs
+    working = (process for process in processes_of(folder) if not orphaned(process))
+    said = {name for process in working for name in process.cmdline() if name.startswith(str(folder))}
+    return {run_id for run_id in runs if is_held(lock_file(run_id)) or str(folder / run_id) in said}
