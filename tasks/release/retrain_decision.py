@@ -23,7 +23,12 @@ from tasks.release.promote import repaired_champion, verdict_on
 from tasks.training.runs.run_record import flatten, read_record
 from tasks.training.runs.tracked_run import run_manifest
 
-INPUTS = {"dataset_version": "data", "code_digest": "code", "lock_sha256": "lock file"}
+INPUTS = {
+    "dataset_version": "data",
+    "code_digest": "code",
+    "digest_format": "Convoy, which records code in another way now",
+    "lock_sha256": "lock file",
+}
 """Keys of a run's manifest that are inputs, with their names for people; so is all below `config`. The rest says what
 machine it was: another worker is no reason to train again."""
 
@@ -91,6 +96,8 @@ def _decide(
     if theirs is None:
         return True, f"what the champion, version {champion.version}, was made of is not known", None
     differing = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    if "digest_format" in differing:  # then digests of the same code differ
+        differing.remove("code_digest")
     changed = "; ".join(_said(key, theirs.get(key), ours.get(key)) for key in differing)
     if force:
         return True, f"it was asked for; {'changed: ' + changed if changed else 'nothing has changed'}", None

@@ -11,14 +11,23 @@ import cnn
 from cnn.code_digest import code_digest
 from infra.tracking.provenance import Provenance, provenance
 
+DIGEST_FORMAT = 2
+"""How `code_digest` is made. 1: of all files of `cnn`, by their places before they stood in packages."""
+
+NOT_IN_WEIGHTS = ("formats/", "preprocessing/", "serving/", "data/checks.py")
+"""Parts of `cnn` that decide no weights: what they read and pack is in the dataset version already."""
+
 
 class Platform(BaseModel):
     """Machines that are equal in all of it give equal weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    digest_format: int = 1
+    """`DIGEST_FORMAT` of the code that made this record."""
+
     code_digest: str
-    """Of `cnn`, without comments and formatting."""
+    """Of the parts of `cnn` that decide weights, without comments and formatting."""
 
     lock_sha256: str | None
     torch: str
@@ -29,6 +38,16 @@ class Platform(BaseModel):
     """Of the CPU or GPU: other instructions round differently."""
 
     threads_per_rank: int
+
+
+def weight_files() -> list[Path]:
+    """Returns the files of `cnn` that decide weights."""
+    package = Path(cnn.__path__[0])
+    return [
+        file
+        for file in sorted(package.rglob("*.py"))
+        if not file.relative_to(package).as_posix().startswith(NOT_IN_WEIGHTS)
+    ]
 
 
 def this_platform(code: Provenance | None = None) -> Platform:
@@ -44,7 +63,8 @@ def this_platform(code: Provenance | None = None) -> Platform:
     device = local_device().type
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return Platform(
-        code_digest=code_digest(sorted(Path(cnn.__path__[0]).rglob("*.py"))),
+        digest_format=DIGEST_FORMAT,
+        code_digest=code_digest(weight_files()),
         lock_sha256=(code or provenance()).lock_sha256,
         torch=torch.__version__,
         device=device,

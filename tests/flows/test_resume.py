@@ -299,6 +299,13 @@ def test_a_run_that_was_made_differently_is_refused_with_what_differs(
     assert "torch was 0.0.1, is " in told
     assert f"code_digest was {'c' * 64}, is " in told
     assert "batch_size" not in told  # only what differs
+    older = manifest.model_copy(update={"digest_format": 1})
+    record = RunRecord(config=record.config, dataset=record.dataset, manifest=older)
+    bucket.put_bytes(f"runs/{unfinished}/run.json", record.model_dump_json(exclude_defaults=True).encode())
+    done = convoy("resume", unfinished)
+    assert done.status == 2
+    assert done.complaint.startswith(f"run {unfinished} cannot go on here: another version of Convoy started it")
+    bucket.put_bytes(f"runs/{unfinished}/run.json", changed.model_dump_json().encode())
     assert MlflowClient().get_run(unfinished).info.status == "FAILED"
 
 

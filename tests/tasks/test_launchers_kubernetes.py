@@ -68,6 +68,9 @@ def test_own_template_keeps_what_it_says(tmp_path: Path) -> None:
         TEMPLATE.read_text().replace("restartPolicy: Never", "restartPolicy: Never\n      priorityClassName: p")
     )
     assert training_job(order(template=own), None)["spec"]["template"]["spec"]["priorityClassName"] == "p"
+    own.write_text(TEMPLATE.read_text().replace("[convoy, join]", "[python, -m, tasks.nodes.agent]"))
+    (agent,) = training_job(order(template=own), None)["spec"]["template"]["spec"]["containers"]
+    assert agent["command"] == ["convoy", "join"]  # the module that copies of an older template name has moved
     own.write_text("kind: Pod")
     with pytest.raises(UsageError, match=r"is no Job like training-job\.yaml"):
         training_job(order(template=own), None)

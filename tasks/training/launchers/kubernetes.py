@@ -76,6 +76,8 @@ def training_job(job: Job, flow_pod: str | None) -> dict[str, Any]:
         pod["spec"]["serviceAccountName"] = config.service_account
         secret["secretRef"]["name"] = config.secret
         environment.append({"name": "CONVOY_SLOTS", "value": str(config.ranks_per_pod)})
+        if "tasks.nodes.agent" in agent.get("command", ()):  # as in copies of the template of Convoy 0.1
+            agent["command"] = ["convoy", "join"]
         agent |= {"image": config.image, "args": [job.run_id], "resources": _resources(config)}
     except OSError as error:
         raise UsageError(f"kubernetes.template {template}: {error.strerror}") from None

@@ -180,7 +180,12 @@ def log_cost(run_id: str, step_seconds: Mapping[str, float], rank_hours: float) 
 
 
 def _check_equal(run_id: str, theirs: RunManifest, ours: RunManifest) -> None:
-    """Refuse to go on with weights that would be neither the old manifest's nor the new one's."""
+    """Refuses to go on with weights that would be neither the old manifest's nor the new one's."""
+    if theirs.digest_format != ours.digest_format:
+        raise UsageError(
+            f"run {run_id} cannot go on here: another version of Convoy started it, whose record of the code this one "
+            "cannot compare; go on with that version, or train anew"
+        )
     if differing := differences(flatten(theirs.model_dump()), flatten(ours.model_dump())):
         raise UsageError(f"run {run_id} cannot go on here, because its weights would differ: {'; '.join(differing)}")
 
