@@ -16,6 +16,7 @@ from infra.sources.base import Workplace, slug, source_key
 from infra.sources.listing import Entry, Listing
 from infra.sources.location import LocalOrigin, OnFiles, Origin, list_bucket, list_local
 from infra.sources.raw_data import ListingRef, RawBucket, RawFile, RawSource, write_record
+from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
 
 KEEP_FILES, KEEP_BYTES = 50_000, 16 * 2**30
@@ -113,7 +114,7 @@ class FolderSource:
         if unmarked := next((file.path for file in self.files if not file.version), None):
             raise UsageError(f"{unmarked}: the store gives it no ETag to know it by; set data.keep_raw=true")
         digest = source_key("listing", self.origin.address, self.files.digest)
-        key = f"listings/{digest}.parquet"
+        key = bucket_layout.listing(digest)
         stored = None if refresh else place.store.head(key)
         sha256 = stored.sha256 if stored else None
         if sha256 is None:

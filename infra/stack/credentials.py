@@ -25,7 +25,7 @@ class Credentials(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    access_key_id: SecretStr = Field(default_factory=lambda: SecretStr("CONVOY" + secrets.token_hex(7).upper()))
+    access_key_id: SecretStr = Field(default_factory=_access_key)
     secret_access_key: SecretStr = Field(default_factory=lambda: SecretStr(secrets.token_urlsafe(30)))
     filer_write: SecretStr = Field(default_factory=_secret)
     filer_read: SecretStr = Field(default_factory=_secret)

@@ -30,12 +30,22 @@ class Place:
 
 
 LAYOUT = (
-    Place("sources/<source>.json", "which raw files, or which listing, make up a source", goes="raw_days, unused"),
+    Place("sources/<source>.json", "which raw files make up a source", goes="raw_days, unused"),
     Place("raw/<sha256>", "a raw file", "its source's record", "no record names it"),
-    Place("listings/<digest>.parquet", "paths of a folder that is read in place", "its source's record", "raw_days"),
-    Place("steps/preprocess/<step>.json", "the dataset version that a preprocessing gave", goes="with the version"),
-    Place("journals/<step>/survey/<first>.npz", "what a preprocessing has measured so far", goes="with its end"),
-    Place("journals/<step>/shards/<split>/<number>.json", "a shard that it has packed", goes="with its end"),
+    Place("listings/<digest>.parquet", "paths of a folder that is read in place", goes="raw_days"),
+    Place(
+        "steps/preprocess/<step>.json",
+        "the dataset version that a preprocessing gave",
+        goes="with the version, steps_days",
+    ),
+    Place(
+        "journals/<step>/survey/<first>.npz",
+        "what a preprocessing has measured so far",
+        goes="with its end, journals_days",
+    ),
+    Place(
+        "journals/<step>/shards/<split>/<number>.json", "a shard that it has packed", goes="with its end, journals_days"
+    ),
     Place("datasets/<version>/manifest.json", "a dataset version", goes="datasets_keep, datasets_days"),
     Place("shards/<sha256>.safetensors", "packed images", "the version's manifest", "no version names it"),
     Place("reports/data/<version>/<digest>/<file>", "a report of the data gate", "`data.json`", "reports_days"),

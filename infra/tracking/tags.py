@@ -94,7 +94,7 @@ class VersionRecord(BaseModel):
     @classmethod
     def from_tags(cls, tags: Mapping[str, str]) -> Self:
         """Returns what a version's tags say; others' tags are passed over."""
-        return cls.model_validate(tags)
+        return cls.model_validate(tags, by_alias=True, by_name=False)
 
     def to_tags(self) -> dict[str, str]:
         """Returns the tags that say this."""
