@@ -229,7 +229,7 @@ def loaded_by(code: str, *arguments: str, folder: Path) -> str:
 
 
 # The command line leaves by os._exit, once it listens to signals: it is told not to end before we have looked.
-COMMAND = "from flows.cli import app as cli\nfrom infra import stopping\nstopping.end = sys.exit\ncli.main()"
+COMMAND = "from flows.cli import app as cli\nfrom infra.machine import stopping\nstopping.end = sys.exit\ncli.main()"
 
 
 @pytest.mark.parametrize(
