@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import UUID
 
@@ -57,8 +58,10 @@ def deploy(file: Path) -> Iterator[str]:
     entries = _entries(file)
     for pool in sorted({entry["work_pool"]["name"] for entry in entries}):
         ensure_pool(pool)
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    command += ["--prefect-file", str(file.absolute())]
+    with TemporaryDirectory() as empty:  # Prefect looks for flows in the working folder first, which may have its own
+        done = subprocess.run(command, cwd=empty, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
         raise ServiceError(f"Prefect did not take the deployments of {file}: {said[-400:]}")
