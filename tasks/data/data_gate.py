@@ -8,9 +8,7 @@ import hashlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from cnn.config.training import DataGateConfig
@@ -29,7 +27,7 @@ from tasks.data.contact_sheet import contact_sheet
 from tasks.data.dataset import DatasetDamaged, DatasetRef, load_manifest, open_cache, open_split
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.reporting.drawing import png
 from tasks.reporting.markdown import plain
 
@@ -54,7 +52,7 @@ class DataReport(BaseModel):
     """Of its objects in the bucket, with a slash at the end."""
 
 
-@task(name="data-gate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("data-gate")
 def data_gate(
     dataset: DatasetRef,
     config: DataGateConfig,

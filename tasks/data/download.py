@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from rich.filesize import decimal
 
 from cnn.errors import InputError
@@ -22,10 +20,10 @@ from infra.storage.object_store import ObjectStore
 from tasks.data.prune_mark import wait_for_prune
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import Advance, progress, run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 
 
-@task(name="download", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("download")
 def download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = None) -> RawSource:
     """Bring a data set into the bucket; what is there already is not fetched again.
 

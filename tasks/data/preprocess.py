@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cnn.code_digest import code_digest
@@ -35,7 +33,7 @@ from tasks.data.preprocessing_journal import Journal
 from tasks.data.shard_uploads import ShardStore, fits_cache
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 
 __all__ = ["DatasetRef", "preprocess"]
 
@@ -48,13 +46,11 @@ class StepRecord(BaseModel):
     dataset_version: str
 
 
-@task(name="preprocess", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("preprocess")
 def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = False) -> DatasetRef:
     """Pack a source into a dataset version, unless that was done before.
 
-    What an interrupted run has done, on whatever machine, is not done again; see
-    `tasks.data.preprocessing_journal`. Prefect's own cache is not used: it knows neither our code nor what the bucket
-    still holds.
+    What an interrupted run has done, on whatever machine, is not done again; see `tasks.data.preprocessing_journal`.
 
     Args:
         refresh: compute and store everything anew, even if it is there.

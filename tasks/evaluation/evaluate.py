@@ -4,8 +4,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
@@ -28,7 +26,7 @@ from tasks.evaluation.report import EvaluationReport, evaluation_report, measure
 from tasks.evaluation.split_predictions import store_predictions
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.training.train import TrainResult
 
 REFERENCE_IMAGES = 64
@@ -59,7 +57,7 @@ class Evaluation(BaseModel):
         return self.report.calibration.temperature
 
 
-@task(name="evaluate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("evaluate")
 def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> Evaluation:
     """Score the trained weights on the test split, each image once; a temperature is fitted on the validation split.
 
@@ -100,7 +98,7 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
     return Evaluation(run_id=trained.run_id, report=report, device=device.type, reference_key=key)
 
 
-@task(name="publish-evaluation", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("publish-evaluation")
 def publish(dataset: DatasetRef, evaluated: Evaluation) -> None:
     """Puts the report into the MLflow run (`report/`, metrics `test/...`) and, as a page, into Prefect.
 

@@ -10,10 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from mlflow.pyfunc import PyFuncModel, load_model
 from numpy.typing import NDArray
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext
 from pydantic import BaseModel, ConfigDict
 from scipy.special import softmax
 
@@ -27,7 +24,9 @@ from infra.tracking.model_registry import RegisteredVersion
 from infra.tracking.model_versions import download_version, find_version
 from infra.tracking.tags import TEMPERATURE
 from tasks.data.dataset import load_manifest
+from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.progress import progress, run_logger
+from tasks.orchestration.step import step
 from tasks.prediction.inputs import Picture, pictures
 from tasks.prediction.table import Batch, Unread, check_out, result_file, table_writer
 from tasks.reporting.markdown import plain
@@ -75,7 +74,7 @@ class Predictions(BaseModel):
         return "\n".join([*lines, ""])
 
 
-@task(name="predict", cache_policy=NO_CACHE, persist_result=False)
+@step("predict", retried=False)
 def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
     """Predict the class of every image and write a table with a row for each file, in the inputs' order.
 
@@ -122,7 +121,7 @@ def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
         classes=dict(classes.most_common()),
         temperature=served.temperature,
     )
-    if FlowRunContext.get():
+    if flow_run_id():
         create_markdown_artifact(result.markdown(), key="predictions", description=f"Predictions by {result.model}")
     run_logger().info("%s images predicted, %s unreadable; %s", f"{done - unread_count:,}", f"{unread_count:,}", out)
     return result

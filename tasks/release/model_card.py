@@ -7,8 +7,6 @@ import json
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from prefect.utilities.urls import url_for
 from pydantic import BaseModel, ConfigDict
 
@@ -26,7 +24,7 @@ from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.evaluation.binomial import wilson_interval
 from tasks.evaluation.evaluate import Evaluation
 from tasks.evaluation.report import EvaluationReport
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.reporting.markdown import plain
 from tasks.training.runs.run_record import flatten
 from tasks.training.train import TrainResult
@@ -48,7 +46,7 @@ class Origin(BaseModel):
     code: Provenance
 
 
-@task(name="model-card", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("model-card")
 def write_model_card(
     registered: ModelVersion, config: RunConfig, dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation
 ) -> None:

@@ -15,9 +15,7 @@ import mlflow.pyfunc
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -42,7 +40,7 @@ from tasks.data.dataset import DatasetDamaged, load_manifest, open_cache, open_s
 from tasks.evaluation.split_predictions import load_predictions, store_predictions
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.release.verdict import Scored, Verdict, judge
 
 LATENCY_CALLS, WARM_UP = 30, 5  # calls with one image
@@ -56,7 +54,7 @@ class QualityRefused(GateRefused):
         self.verdict = verdict
 
 
-@task(name="quality-gate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("quality-gate")
 def quality_gate(registered: ModelVersion, config: GateConfig) -> Verdict:
     """Judge a version against the present champion, on the test split of the version's own dataset.
 

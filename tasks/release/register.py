@@ -3,9 +3,6 @@
 from importlib.metadata import version
 
 import torch
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext
 
 from cnn.config.training import TrainConfig
 from cnn.networks.wrappers import predictor
@@ -19,14 +16,15 @@ from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.evaluation.evaluate import Evaluation, trained_network
 from tasks.evaluation.reference_images import load_reference
 from tasks.orchestration.cancellation import stop_if_cancelled
+from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.progress import run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.training.train import TrainResult
 
 REQUIREMENTS = ("torch", "numpy")  # what loading and calling the model take, MLflow itself apart
 
 
-@task(name="register", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("register")
 def register(
     name: str, config: TrainConfig, dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation
 ) -> ModelVersion:
@@ -72,7 +70,7 @@ def register(
 
 
 def _record(dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation) -> VersionRecord:
-    flow = FlowRunContext.get()
+    flow = flow_run_id()
     return VersionRecord(
         dataset=dataset.name,
         dataset_version=dataset.version,
@@ -83,5 +81,5 @@ def _record(dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation) ->
         temperature=str(evaluated.temperature),
         serving="pending",
         git_commit=provenance().git_commit,
-        flow_run=str(flow.flow_run.id) if flow and flow.flow_run else None,
+        flow_run=str(flow) if flow else None,
     )

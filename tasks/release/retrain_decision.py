@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
@@ -18,7 +16,7 @@ from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.release.promote import repaired_champion, verdict_on
 from tasks.training.runs.run_record import flatten, read_record
 from tasks.training.runs.tracked_run import run_manifest
@@ -53,7 +51,7 @@ class Decision(BaseModel):
     ones, so it is to be judged by these."""
 
 
-@task(name="what-changed", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("what-changed")
 def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bool = False) -> Decision:
     """Compares what a training would rest on with what the champion rests on.
 

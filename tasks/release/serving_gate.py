@@ -8,9 +8,7 @@ from threading import Event
 
 import httpx
 import torch
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -25,7 +23,7 @@ from tasks.evaluation.evaluate import Evaluation
 from tasks.evaluation.reference_images import load_reference
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.release.serving.clients import Consumer, ConsumerFailed, Server, batch_sizes, http_server, post_images
 from tasks.reporting.markdown import plain
 
@@ -75,7 +73,7 @@ class ServingRefused(GateRefused):
     """The registered version does not serve what was evaluated."""
 
 
-@task(name="serving-gate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("serving-gate")
 def serving_gate(
     registered: ModelVersion,
     evaluated: Evaluation,

@@ -3,9 +3,6 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from cnn.networks.weights import load_pretrained
 from cnn.training.trainer import build
 from infra.errors import UsageError
@@ -17,9 +14,10 @@ from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import run_logger
+from tasks.orchestration.step import step
 
 
-@task(name="pretrained", cache_policy=NO_CACHE, persist_result=False)
+@step("pretrained", retried=False)
 def pretrained(config: RunConfig, dataset: DatasetRef) -> RunConfig:
     """Keep the weights that `config.pretrained` names, and name them by their digest.
 

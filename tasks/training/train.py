@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from cnn.distributed.process_group import device_count
@@ -23,6 +21,7 @@ from tasks.data.dataset import DatasetRef
 from tasks.orchestration.cancellation import Cancelled, CancelWatch, stop_if_cancelled, stop_if_told
 from tasks.orchestration.progress import Advance, progress, run_logger
 from tasks.orchestration.retries import outlast
+from tasks.orchestration.step import step
 from tasks.training import liveness
 from tasks.training.checkpoints import finished_outcome
 from tasks.training.protocol.job import Event, Job, JobFolder, Outcome, Restarts, spare_outcome
@@ -62,7 +61,7 @@ class TrainResult(BaseModel):
     val_loss: float
 
 
-@task(name="train", cache_policy=NO_CACHE, persist_result=False)
+@step("train", retried=False)
 def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResult:
     """Trains on this machine's GPUs or cores and returns the committed weights; goes on where the run was left.
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from prefect import get_client, task
+from prefect import get_client
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import StateType
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.filesize import decimal
@@ -35,6 +34,7 @@ from tasks.data.preprocessing_journal import noted_shards
 from tasks.data.prune_mark import marked
 from tasks.orchestration.flow_runs import training_flow_runs
 from tasks.orchestration.progress import run_logger
+from tasks.orchestration.step import step
 from tasks.training.runs.lineage import RecordDamaged, run_lineage
 from tasks.upkeep.in_use import References, references
 
@@ -84,7 +84,7 @@ class _Batch:
     """A training that prepares its data may be about to rely on them."""
 
 
-@task(name="prune", cache_policy=NO_CACHE, persist_result=False)
+@step("prune", retried=False)
 def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: bool = False) -> Pruned:
     """Remove what nothing rests on and is older than its age, from the bucket and from this machine.
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import httpx
-from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.utilities.urls import url_for
 from pydantic import BaseModel, ConfigDict
@@ -26,7 +25,7 @@ from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, is_whole, load_manifest
 from tasks.data.prune_mark import wait_for_prune
 from tasks.orchestration.cancellation import Cancelled
-from tasks.orchestration.flow_runs import label_flow_run
+from tasks.orchestration.flow_runs import flow_run_id, label_flow_run
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.retries import outlast
 from tasks.training.liveness import holding
@@ -198,11 +197,9 @@ def _run_of_this_flow_run(store: ObjectStore) -> str | None:
 
 
 def _flow_tags() -> dict[str, str]:
-    flow = FlowRunContext.get()
-    if not (flow and flow.flow_run):
+    if not (flow := flow_run_id()):
         return {}
-    url = url_for("flow-run", obj_id=flow.flow_run.id) or ""
-    return {tags.FLOW_RUN: str(flow.flow_run.id), tags.FLOW_RUN_URL: url}
+    return {tags.FLOW_RUN: str(flow), tags.FLOW_RUN_URL: url_for("flow-run", obj_id=flow) or ""}
 
 
 def _tags(config: RunConfig, dataset: DatasetRef, manifest: RunManifest, code: Provenance) -> dict[str, str]:
