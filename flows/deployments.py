@@ -22,10 +22,10 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.states import Cancelling
 from prefect.utilities.urls import url_for
-from pydantic import BaseModel, ConfigDict
 
 from flows.summary import Summary
 from infra.errors import ServiceError, UsageError
+from infra.records import Record
 from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN
 from tasks.config.run import load_config
 
@@ -38,10 +38,8 @@ DATA_CHANGED = "convoy.data.changed"
 PAGES = ("quality-gate", "evaluation")  # artifacts that belong into a report, in this order
 
 
-class Started(BaseModel):
+class Started(Record):
     """A flow run that was asked for."""
-
-    model_config = ConfigDict(frozen=True)
 
     id: UUID
     url: str

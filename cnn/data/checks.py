@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict
 
 from cnn.config.training import DataGateConfig, Level
-from cnn.data.manifest import Manifest, Spread
+from cnn.data.manifest import Manifest, Record, Spread
 from cnn.data.splits import SPLITS, Split
 
 if TYPE_CHECKING:
@@ -36,11 +35,7 @@ EXAMPLES = 8  # offenders named for each check
 SMALLEST_SHARE = 1e-4  # what an empty bin counts as in a PSI, which would be infinite else
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Check(_Record):
+class Check(Record, extra="forbid"):
     """What one check found."""
 
     name: str
@@ -54,7 +49,7 @@ class Check(_Record):
     """What the value is made of, for people."""
 
 
-class Offender(_Record):
+class Offender(Record, extra="forbid"):
     """An image that a check complains of."""
 
     check: str
@@ -66,7 +61,7 @@ class Offender(_Record):
     note: str
 
 
-class SplitFacts(_Record):
+class SplitFacts(Record, extra="forbid"):
     """What a split holds."""
 
     images: int
@@ -84,7 +79,7 @@ class SplitFacts(_Record):
     blank: int
 
 
-class DataChecks(_Record):
+class DataChecks(Record, extra="forbid"):
     """All that was found out about a dataset version."""
 
     dataset_version: str

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 import httpx
-from pydantic import BaseModel, ConfigDict
 
 from infra.errors import ServiceError
 from infra.machine import stopping
+from infra.records import Record
 from infra.settings import Settings
 from infra.stack import migrations, processes
 from infra.stack.endpoints import Endpoints
@@ -43,10 +43,8 @@ ATTEMPTS = 3  # at finding ports that nobody else takes in the meantime
 OnEvent = Callable[[str], None]
 
 
-class ServerStatus(BaseModel):
+class ServerStatus(Record):
     """State of one server: `dead` is one that was started, but is gone or does not answer."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: ServerName
     url: str

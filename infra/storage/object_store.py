@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 
 from boto3.s3.transfer import S3Transfer, TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
-from pydantic import BaseModel, ConfigDict
 
 from infra.errors import ServiceError
 from infra.machine.files import OnBytes, atomic_file, file_digest
+from infra.records import Record
 from infra.storage.s3_client import CONCURRENCY, TRIES, ObjectMissing, error_code, open_client, translated
 
 __all__ = ["ObjectChanged", "ObjectInfo", "ObjectMissing", "ObjectStore", "Upload"]
@@ -34,10 +34,8 @@ class ObjectChanged(ServiceError):
     """An object is not the version that was asked for."""
 
 
-class ObjectInfo(BaseModel):
+class ObjectInfo(Record):
     """What the store knows of one object."""
-
-    model_config = ConfigDict(frozen=True)
 
     key: str
     size: int
@@ -53,10 +51,8 @@ class ObjectInfo(BaseModel):
     """When it was written, by the store's clock; in a listing only."""
 
 
-class Upload(BaseModel):
+class Upload(Record):
     """A multipart upload that was neither completed nor aborted."""
-
-    model_config = ConfigDict(frozen=True)
 
     key: str
     id: str

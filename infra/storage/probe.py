@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
-from pydantic import BaseModel, ConfigDict
 
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.object_store import PART, ObjectStore
@@ -28,10 +28,8 @@ WHERE = {"path": "path of an address", "virtual": "host name"}
 BODY = b"what Convoy's probe wrote"
 
 
-class Capability(BaseModel):
+class Capability(Record):
     """One thing that a store can do, or not."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     honoured: bool

@@ -16,9 +16,9 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
-from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
+from infra.records import Record
 from infra.tracking.client import check_server, is_missing, mlflow_client, tracking_uri
 from infra.tracking.metric_log import MetricLogger, MetricRow, deliver
 from infra.tracking.names import filter_of
@@ -135,10 +135,8 @@ def run_tags(run_id: str) -> dict[str, str]:
             return {}
 
 
-class RunInfo(BaseModel):
+class RunInfo(Record):
     """A run, as lists show it."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str
     status: str
@@ -177,10 +175,8 @@ def _experiments(client: mlflow.MlflowClient) -> list[str]:
             return found
 
 
-class TaggedRun(BaseModel):
+class TaggedRun(Record):
     """A run's state and tags."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str
     status: str

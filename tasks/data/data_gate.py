@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from prefect.artifacts import create_markdown_artifact
-from pydantic import BaseModel, ConfigDict
 
 from cnn.config.training import DataGateConfig
 from cnn.data.checks import COMPARISONS, SLOW, Check, DataChecks, check_dataset
@@ -17,6 +16,7 @@ from cnn.data.manifest import Manifest
 from cnn.data.split_reader import SplitReader
 from cnn.data.splits import SPLITS
 from infra.errors import GateRefused
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
@@ -40,10 +40,8 @@ class DataRefused(GateRefused):
     """The data are not fit to be trained on; nothing was trained."""
 
 
-class DataReport(BaseModel):
+class DataReport(Record):
     """A published report on a dataset version."""
-
-    model_config = ConfigDict(frozen=True)
 
     dataset: DatasetRef
     checks: DataChecks

@@ -11,13 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from cnn.data.manifest import Manifest, Shard
 from cnn.data.splits import Split
 from cnn.errors import InputError
 from infra.errors import ServiceError
 from infra.machine.threads import in_parallel
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
@@ -38,10 +37,8 @@ class DatasetDamaged(ServiceError):
     """A dataset version in the bucket is not what its digest says."""
 
 
-class DatasetRef(BaseModel):
+class DatasetRef(Record):
     """A dataset version in the bucket."""
-
-    model_config = ConfigDict(frozen=True)
 
     version: str
     """SHA-256 of its manifest."""

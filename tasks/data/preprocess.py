@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from cnn.code_digest import code_digest
 from cnn.config.training import PreprocessConfig
@@ -21,6 +21,7 @@ from cnn.preprocessing.pack import code_files, pack
 from cnn.preprocessing.survey import survey
 from infra.machine.files import locked
 from infra.machine.threads import in_parallel
+from infra.records import Record
 from infra.settings import Settings
 from infra.sources.listing import Listing
 from infra.sources.location import ListedFiles, open_origin
@@ -38,10 +39,8 @@ from tasks.orchestration.step import step
 __all__ = ["DatasetRef", "preprocess"]
 
 
-class StepRecord(BaseModel):
+class StepRecord(Record, extra="forbid"):
     """What an earlier run of the step made of the same input."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset_version: str
 

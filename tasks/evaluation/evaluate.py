@@ -4,7 +4,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from cnn.config.training import TrainConfig
@@ -16,6 +15,7 @@ from cnn.networks.weights import load_weights, weights_sha256
 from cnn.networks.wrappers import Normalise, predictor
 from cnn.training.trainer import build
 from infra.errors import ServiceError
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
@@ -32,10 +32,8 @@ from tasks.training.train import TrainResult
 REFERENCE_IMAGES = 64
 
 
-class Evaluation(BaseModel):
+class Evaluation(Record):
     """A finished evaluation."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str
     report: EvaluationReport

@@ -7,7 +7,6 @@ from typing import Literal, get_args
 
 import mlflow.pyfunc
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from cnn.data.manifest import Manifest
@@ -15,6 +14,7 @@ from cnn.networks.weights import load_weights, weights_sha256
 from cnn.serving.export import Description, check_onnx, export_onnx, export_pt2, export_weights
 from infra.errors import ServiceError, UsageError
 from infra.machine.files import file_digest
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking.model_registry import RegisteredVersion
@@ -26,10 +26,8 @@ from tasks.training.runs.run_record import read_record
 Format = Literal["pt2", "onnx", "safetensors"]
 
 
-class Exported(BaseModel):
+class Exported(Record):
     """A file that was written."""
-
-    model_config = ConfigDict(frozen=True)
 
     model: str
     """`models:/name/version`."""

@@ -11,13 +11,13 @@ import numpy as np
 from mlflow.pyfunc import PyFuncModel, load_model
 from numpy.typing import NDArray
 from prefect.artifacts import create_markdown_artifact
-from pydantic import BaseModel, ConfigDict
 from scipy.special import softmax
 
 from cnn.formats.archive import MAX_MEMBER
 from cnn.formats.decode import Target, decode_image, look_at, reason_of
 from cnn.threads import in_order
 from infra.errors import ServiceError, UsageError
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking.model_registry import RegisteredVersion
@@ -37,10 +37,8 @@ GREY_SPREAD = 8  # levels by which a grey photograph's colour channels may diffe
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I"})
 
 
-class Predictions(BaseModel):
+class Predictions(Record):
     """What a prediction gave."""
-
-    model_config = ConfigDict(frozen=True)
 
     model: str
     """`models:/name/version`."""

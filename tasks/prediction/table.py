@@ -13,20 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
 from infra.machine.files import publish
+from infra.records import Record
 from infra.storage.object_store import ObjectStore
 from tasks.prediction.inputs import bucket_and_key
 
 ROWS = 8192  # of a row group of Parquet
 
 
-class Unread(BaseModel):
+class Unread(Record):
     """A file that could not be used."""
-
-    model_config = ConfigDict(frozen=True)
 
     file: str
     reason: str

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 from prefect.utilities.urls import url_for
-from pydantic import BaseModel, ConfigDict
 
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
@@ -34,10 +34,8 @@ ALWAYS_SHOWN = ("model", "epochs", "seed")  # configuration keys, whether they h
 FEW = 100  # images of a class, below which its scores mean little
 
 
-class Origin(BaseModel):
+class Origin(Record):
     """Where a version came from: addresses of the things it was made of and by."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_url: str
     flow_run_url: str | None

@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from infra.errors import UsageError
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion
@@ -31,10 +30,8 @@ INPUTS = {
 machine it was: another worker is no reason to train again."""
 
 
-class Decision(BaseModel):
+class Decision(Record):
     """Whether to train."""
-
-    model_config = ConfigDict(frozen=True)
 
     train: bool
     why: str

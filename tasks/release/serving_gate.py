@@ -9,10 +9,10 @@ from threading import Event
 import httpx
 import torch
 from prefect.artifacts import create_markdown_artifact
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from infra.errors import GateRefused
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
@@ -32,10 +32,8 @@ TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}
 """Largest difference of a probability, by the device of the evaluation: round-off, with TF32's on a GPU."""
 
 
-class ServingCheck(BaseModel):
+class ServingCheck(Record):
     """One thing that was tried."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     passed: bool
@@ -43,10 +41,8 @@ class ServingCheck(BaseModel):
     """The numbers, or the model's own words."""
 
 
-class ServingReport(BaseModel):
+class ServingReport(Record):
     """What the gate found."""
-
-    model_config = ConfigDict(frozen=True)
 
     model: str
     """`models:/name/version`."""

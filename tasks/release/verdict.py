@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
+from infra.records import Record
 from tasks.config.gates import GateConfig
 from tasks.evaluation.binomial import at_most, normal_score, sign_test, wilson_interval
 from tasks.evaluation.paired import lower_bound, p_no_worse, p_worse
@@ -50,10 +50,8 @@ class Scored:
         return float(self.correct.mean())
 
 
-class Check(BaseModel):
+class Check(Record):
     """One condition. `value` is None where there is nothing to measure."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     value: float | None
@@ -71,10 +69,8 @@ class Check(BaseModel):
         return "failed" if not self.passed else "passed" if self.tested else "not tested"
 
 
-class Verdict(BaseModel):
+class Verdict(Record):
     """The quality gate's decision, and what it rests on."""
-
-    model_config = ConfigDict(frozen=True)
 
     challenger: str
     champion: str | None

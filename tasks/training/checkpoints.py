@@ -16,11 +16,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from infra.errors import ServiceError
 from infra.machine.files import file_digest
+from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
 from infra.storage.object_store import ObjectMissing, ObjectStore
@@ -53,10 +54,8 @@ class Unsaved(CheckpointFailed):
     status: Status = "unsaved"
 
 
-class Commit(BaseModel):
+class Commit(Record, extra="forbid"):
     """Says that a checkpoint is whole, how to verify it, and what is not in its tensors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: int
     manifest_digest: str

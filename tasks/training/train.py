@@ -6,11 +6,10 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from pydantic import BaseModel, ConfigDict
-
 from cnn.distributed.process_group import device_count
 from cnn.distributed.world_size import default_world_size
 from infra.machine import stopping
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
@@ -39,10 +38,8 @@ class TrainingFailed(RuntimeError):
         self.exit_status = exit_status
 
 
-class TrainResult(BaseModel):
+class TrainResult(Record):
     """A finished training."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str
     weights_key: str

@@ -13,9 +13,9 @@ from typing import Literal
 
 import psutil
 from prefect.client.schemas.objects import StateType
-from pydantic import BaseModel, ConfigDict
 
 from infra.machine.locks import is_held, try_locked
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
@@ -37,10 +37,8 @@ ENDS_WITHIN = OWNER + 10  # seconds that a supervisor takes at most to end its r
 Kind = Literal["process", "run", "flow", "lease", "upload", "checkpoint", "files", "alias"]
 
 
-class Finding(BaseModel):
+class Finding(Record):
     """Something that was left behind."""
-
-    model_config = ConfigDict(frozen=True)
 
     kind: Kind
     what: str

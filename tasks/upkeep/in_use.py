@@ -3,10 +3,9 @@
 from collections.abc import Collection, Iterable
 from itertools import islice
 
-from pydantic import BaseModel, ConfigDict
-
 from infra.errors import ServiceError
 from infra.machine.locks import is_held
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
@@ -19,10 +18,8 @@ from tasks.training.runs.lineage import run_lineage, version_lineage
 NAMED = 5  # of what MLflow does not know, in a message
 
 
-class References(BaseModel):
+class References(Record):
     """Who needs what."""
-
-    model_config = ConfigDict(frozen=True)
 
     statuses: dict[str, str]
     """Of MLflow's runs that are ours."""

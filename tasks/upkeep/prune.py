@@ -17,10 +17,11 @@ from pathlib import Path
 from prefect import get_client
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import StateType
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from rich.filesize import decimal
 
 from infra.machine.threads import in_parallel
+from infra.records import Record
 from infra.settings import Settings
 from infra.sources.raw_data import RawSource
 from infra.storage import bucket_layout
@@ -41,10 +42,8 @@ from tasks.upkeep.in_use import References, references
 PREPARATION = timedelta(days=7)  # longer than any; a flow run that is said to run, but was killed, is passed over then
 
 
-class Freed(BaseModel):
+class Freed(Record):
     """What went of one kind, or would go."""
-
-    model_config = ConfigDict(frozen=True)
 
     kind: str
     count: int
@@ -53,10 +52,8 @@ class Freed(BaseModel):
     bytes: int
 
 
-class Pruned(BaseModel):
+class Pruned(Record):
     """What went, or would go in a dry run."""
-
-    model_config = ConfigDict(frozen=True)
 
     dry_run: bool
     freed: tuple[Freed, ...]

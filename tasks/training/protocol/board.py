@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
+from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectMissing, ObjectStore
 from tasks.training.platform import Platform
@@ -22,8 +23,8 @@ BEAT = 1.0  # seconds between two looks at the board
 ANSWERS_WITHIN = 5.0  # seconds that the storage has for an answer: whoever waits for it is silent
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Message(Record, extra="forbid"):
+    """What an agent of another version wrote is refused rather than half understood."""
 
 
 Message = TypeVar("Message", bound=_Message)
@@ -42,7 +43,7 @@ class Order(_Message):
     generation: str = ""
     """Its id; empty while there is none."""
 
-    members: dict[str, int] = {}
+    members: dict[str, int] = Field(default_factory=dict)
     """Ranks of each node of this generation."""
 
     leader: str = ""

@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, ValidationError
 
 from cnn.config.training import TrainConfig
+from infra.records import Record
 from tasks.config.launchers import KubernetesConfig, Launcher, NodesConfig, RayConfig
 from tasks.config.run import CheckpointConfig
 from tasks.training.protocol.memory_file import memory_file
@@ -37,11 +38,7 @@ KILLED_FIRST = re.compile(KILLED % r"(?!SIGTERM)SIG\w+")
 TERMINATED = re.compile(r"Root Cause.*\n.*\n.*\n.*\n *" + KILLED % "SIGTERM")  # torchrun then sends it to the others
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Job(_Record):
+class Job(Record, extra="forbid"):
     """An order to train."""
 
     run_id: str
@@ -59,7 +56,7 @@ class Job(_Record):
     restarts: int
 
 
-class Event(_Record):
+class Event(Record, extra="forbid"):
     """Where the training is: after `step` of `total_steps` steps, in `epoch`, both counted from 1; or a warning."""
 
     step: int = 0
@@ -75,7 +72,7 @@ class Event(_Record):
     """What happens now."""
 
 
-class Outcome(_Record):
+class Outcome(Record, extra="forbid"):
     """How a training ended. `exit_status` and `error` are those that the command line should end with."""
 
     status: Status

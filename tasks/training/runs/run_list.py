@@ -2,9 +2,8 @@
 
 from datetime import datetime
 
-from pydantic import BaseModel, ConfigDict
-
 from infra.errors import UsageError
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
@@ -15,10 +14,8 @@ from tasks.training.runs.run_record import read_record
 SPARE = 100  # runs that are looked at in place of those that are left out
 
 
-class Training(BaseModel):
+class Training(Record):
     """One training, as a list shows it."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str
     started: datetime

@@ -7,10 +7,11 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from cnn.data.manifest import canonical_json
 from infra.errors import UsageError
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectMissing, ObjectStore
@@ -32,10 +33,8 @@ class RunManifest(Platform):
         return hashlib.sha256(canonical_json(self.model_dump())).hexdigest()
 
 
-class RunRecord(BaseModel):
+class RunRecord(Record, extra="forbid"):
     """What a run was started with."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: RunConfig
     dataset: DatasetRef

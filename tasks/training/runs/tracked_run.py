@@ -9,13 +9,13 @@ from functools import partial
 import httpx
 from prefect.exceptions import TerminationSignal
 from prefect.utilities.urls import url_for
-from pydantic import BaseModel, ConfigDict
 
 from cnn.data.manifest import Manifest
 from cnn.training.order import mixing, shuffle_window
 from cnn.training.trainer import check_fits
 from infra.errors import ServiceError, UsageError
 from infra.machine.stopping import Stopped
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
@@ -39,10 +39,8 @@ class Interrupted(RuntimeError):
     exit_status = 75
 
 
-class TrackedRun(BaseModel):
+class TrackedRun(Record):
     """An open MLflow run."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str
     url: str
