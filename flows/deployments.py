@@ -24,7 +24,7 @@ from prefect.states import Cancelling
 from prefect.utilities.urls import url_for
 
 from flows.summary import Summary
-from infra.errors import ServiceError, UsageError
+from infra.errors import ServiceError, UsageError, one_line
 from infra.records import Record
 from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN
 from tasks.config.run import load_config
@@ -58,7 +58,7 @@ def deploy(file: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
+        said = one_line(done.stderr or done.stdout)
         raise ServiceError(f"Prefect did not take the deployments of {file}: {said[-400:]}")
     with get_client(sync_client=True) as client:
         for entry in entries:
@@ -87,7 +87,7 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     try:
         entries = yaml.safe_load(file.read_text())["deployments"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} is no file of deployments: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{file} is no file of deployments: {one_line(error)}") from None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UsageError(f"{file}: `deployments` must be a list, each with name, entrypoint and work_pool")
     for entry in entries:

@@ -20,10 +20,10 @@ from rich.text import Text
 
 from flows.cli import models, notify, prediction, service, upkeep
 from flows.cli.console import (
+    describe,
     exit_status,
     foreseen,
     loading,
-    one_line,
     print_pairs,
     say,
     servers_up,
@@ -302,7 +302,7 @@ def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | No
         error = foreseen(raised)
         status = exit_status(error)
         kind = "interrupted" if status in (INTERRUPTED, CTRL_C) else "failed"
-        result = result.model_copy(update={"status": kind, "error": one_line(error), "exit_status": status})
+        result = result.model_copy(update={"status": kind, "error": describe(error), "exit_status": status})
         raise
     finally:
         if file:
@@ -367,6 +367,6 @@ def main() -> None:
             error = foreseen(raised)
             if not hasattr(error, "exit_status"):
                 raise
-            say(f"convoy: {one_line(error)}", error=True)
+            say(f"convoy: {describe(error)}", error=True)
             status = exit_status(error)
     stopping.end(status)

@@ -11,7 +11,7 @@ from infra.errors import UsageError
 from infra.machine.files import temporary_file
 from infra.sources.listing import BATCH, Entry, Listing
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectChanged, ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectChanged, ObjectMissing, ObjectStore, parse_s3
 
 OnFiles = Callable[[int], object]
 """Called with a number of files just found."""
@@ -131,7 +131,7 @@ def open_origin(address: str) -> Origin:
     """The place that an origin's address names."""
     if address.startswith("file:"):
         return LocalOrigin(Path(address.removeprefix("file:")))
-    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    bucket, prefix = parse_s3(address)
     return BucketOrigin(ObjectStore.connect(bucket, create=False), prefix)
 
 

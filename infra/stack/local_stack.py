@@ -8,7 +8,6 @@ password; see `infra.stack.servers`.
 """
 
 import os
-import re
 import shutil
 import subprocess
 import time
@@ -19,7 +18,7 @@ from typing import Literal
 
 import httpx
 
-from infra.errors import ServiceError
+from infra.errors import ServiceError, without_login
 from infra.machine import stopping
 from infra.records import Record
 from infra.settings import Settings
@@ -108,7 +107,7 @@ def down(settings: Settings) -> list[str]:
 def status(settings: Settings) -> list[ServerStatus]:
     """Look at each server once."""
     folder = StackFolder(settings)
-    external = {name: _without_login(address) for name, _, address in folder.external()}
+    external = {name: without_login(address) for name, _, address in folder.external()}
     found = []
     with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_PATIENCE) as client:
         for name in NAMES:
@@ -223,7 +222,7 @@ def _check_external(variable: str, address: str) -> None:
     """
     if not address.startswith(("http://", "https://")):  # MLflow also takes databases and folders
         return
-    url = _without_login(address)
+    url = without_login(address)
     way = proxy_of(url)
     try:
         answer = httpx.get(url, proxy=way[1] if way else None, timeout=10, verify=False, trust_env=False)
@@ -232,8 +231,3 @@ def _check_external(variable: str, address: str) -> None:
         raise ServiceError(f"{variable} names {url}, which does not answer ({error}): {advice}") from None
     if answer.is_server_error:
         raise ServiceError(f"{variable} names {url}, which answers with status {answer.status_code}")
-
-
-def _without_login(address: str) -> str:
-    """The address without user and password, to be shown."""
-    return re.sub(r"//[^/]*@", "//", address)

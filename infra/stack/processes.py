@@ -21,6 +21,7 @@ from typing import Self
 import psutil
 from pydantic import ValidationError
 
+from infra.errors import one_line
 from infra.records import Record
 from infra.web_settings import is_web, loopback_without_proxy, usable_web_environment
 
@@ -158,7 +159,7 @@ def log_end(path: Path, lines: int = 3, characters: int = 600) -> str:
             text = log.read().decode(errors="replace")
     except OSError:
         return "(no log)"
-    said = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    said = [one_line(line) for line in text.splitlines() if line.strip()]
     if crash := next((line for line in said if GO_CRASH.match(line)), None):  # all its threads' stacks follow
         return crash[:characters]
     return " | ".join(said[-lines:])[-characters:] or "(empty)"

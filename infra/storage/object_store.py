@@ -18,9 +18,10 @@ from urllib.parse import urlsplit
 from boto3.s3.transfer import S3Transfer, TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
-from infra.errors import ServiceError
+from infra.errors import ServiceError, UsageError
 from infra.machine.files import OnBytes, atomic_file, file_digest
 from infra.records import Record
+from infra.settings import Settings
 from infra.storage.s3_client import CONCURRENCY, TRIES, ObjectMissing, error_code, open_client, translated
 
 __all__ = ["ObjectChanged", "ObjectInfo", "ObjectMissing", "ObjectStore", "Upload"]
@@ -32,6 +33,23 @@ SHA256 = "sha256"  # name of the object's metadata entry
 
 class ObjectChanged(ServiceError):
     """An object is not the version that was asked for."""
+
+
+def open_bucket(*, create: bool = False, timeout: float | None = None) -> "ObjectStore":
+    """Opens the bucket that the settings name, as `ObjectStore.connect` does."""
+    return ObjectStore.connect(Settings().bucket, create=create, timeout=timeout)
+
+
+def parse_s3(address: str) -> tuple[str, str]:
+    """Returns bucket and key of `s3://bucket/key`; the key may be empty.
+
+    Raises:
+        UsageError: it names no bucket.
+    """
+    bucket, _, key = address.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise UsageError(f"{address} names no bucket; write s3://BUCKET/KEY")
+    return bucket, key
 
 
 class ObjectInfo(Record):

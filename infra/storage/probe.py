@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from infra.errors import one_line
 from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
@@ -76,7 +77,7 @@ def _try(name: str, attempt: Callable[[], None], needed: bool, without: str) -> 
     except ClientError as error:
         answer = f"refused: {error_code(error)}"
     except BotoCoreError as error:
-        answer = " ".join(str(error).split())
+        answer = one_line(error)
     return Capability(name=name, honoured=not answer, needed=needed, without=without, answer=answer)
 
 

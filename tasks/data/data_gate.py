@@ -17,10 +17,9 @@ from cnn.data.split_reader import SplitReader
 from cnn.data.splits import SPLITS
 from infra.errors import GateRefused
 from infra.records import Record
-from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectMissing, ObjectStore, open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.tags import DATA_GATE
 from tasks.data.contact_sheet import contact_sheet
@@ -76,7 +75,7 @@ def data_gate(
         ServiceError: the object store failed.
     """
     stop_if_cancelled()
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     cache = open_cache(store)
     manifest = load_manifest(store, dataset.version)
     splits = {name: open_split(cache, manifest, name) for name in SPLITS}
@@ -116,7 +115,7 @@ def log_data_report(run_id: str, report: DataReport) -> None:
     """
     if DATA_GATE in mlflow_runs.run_tags(run_id):
         return
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     with TemporaryDirectory() as temporary:
         for name in (JSON, PAGE, SHEET):
             file = Path(temporary) / name

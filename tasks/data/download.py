@@ -16,7 +16,7 @@ from infra.sources.location import OnFiles
 from infra.sources.mirrors import Mirrors
 from infra.sources.raw_data import RawSource
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
 from tasks.data.prune_mark import wait_for_prune
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import Advance, progress, run_logger
@@ -38,7 +38,7 @@ def download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = Non
     """
     stop_if_cancelled()
     settings = Settings()
-    store = ObjectStore.connect(settings.bucket)
+    store = open_bucket(create=True)
     wait_for_prune(store)
     try:
         raw = _download(dataset, settings, store, refresh, keep_raw)

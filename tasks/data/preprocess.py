@@ -28,7 +28,7 @@ from infra.sources.location import ListedFiles, open_origin
 from infra.sources.raw_data import ListingRef, RawSource
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectMissing, ObjectStore, open_bucket
 from tasks.data.dataset import DatasetRef, is_whole, load_manifest
 from tasks.data.preprocessing_journal import Journal
 from tasks.data.shard_uploads import ShardStore, fits_cache
@@ -61,7 +61,7 @@ def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = Fals
     """
     stop_if_cancelled()
     settings = Settings()
-    store = ObjectStore.connect(settings.bucket)
+    store = open_bucket(create=True)
     cache = Cache(settings.cache, store)
     key = step_key(raw, config)
     with locked(settings.cache / "locks" / f"preprocess-{key}"):  # whoever waits here finds the result

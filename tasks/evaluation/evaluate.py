@@ -16,9 +16,8 @@ from cnn.networks.wrappers import Normalise, predictor
 from cnn.training.trainer import build
 from infra.errors import ServiceError
 from infra.records import Record
-from infra.settings import Settings
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
 from tasks.data.dataset import DatasetRef, load_manifest, open_cache, open_split
 from tasks.evaluation.publish import publish_evaluation
 from tasks.evaluation.reference_images import store_reference
@@ -66,7 +65,7 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
         ServiceError: a server failed, or the bucket has other weights than the training left.
     """
     stop_if_cancelled()
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     manifest = load_manifest(store, dataset.version)
     cache = open_cache(store)
     validation, test = (open_split(cache, manifest, name) for name in ("val", "test"))
@@ -105,7 +104,7 @@ def publish(dataset: DatasetRef, evaluated: Evaluation) -> None:
         ServiceError: a server failed.
     """
     stop_if_cancelled()
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     test = open_split(open_cache(store), load_manifest(store, dataset.version), "test")
     publish_evaluation(evaluated.run_id, evaluated.report, test)
 

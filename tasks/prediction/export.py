@@ -15,8 +15,7 @@ from cnn.serving.export import Description, check_onnx, export_onnx, export_pt2,
 from infra.errors import ServiceError, UsageError
 from infra.machine.files import file_digest
 from infra.records import Record
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking.model_registry import RegisteredVersion
 from infra.tracking.model_versions import download_version, find_version
 from tasks.data.dataset import load_manifest
@@ -65,7 +64,7 @@ def export(model: str, format: Format, out: Path) -> Exported:
     if format == "onnx":
         check_onnx()
     version = find_version(model)
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     images = _reference_images(store, version)
     with TemporaryDirectory() as temporary:
         folder = download_version(version, Path(temporary))

@@ -16,10 +16,9 @@ from scipy.special import softmax
 from cnn.formats.archive import MAX_MEMBER
 from cnn.formats.decode import Target, decode_image, look_at, reason_of
 from cnn.threads import in_order
-from infra.errors import ServiceError, UsageError
+from infra.errors import ServiceError, UsageError, one_line
 from infra.records import Record
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import open_bucket
 from infra.tracking.model_registry import RegisteredVersion
 from infra.tracking.model_versions import download_version, find_version
 from infra.tracking.tags import TEMPERATURE
@@ -155,7 +154,7 @@ def load_served(version: RegisteredVersion) -> Served:
         try:
             model = load_model(str(folder))
         except Exception as error:  # of torch, of MLflow, of a missing package
-            raise UsageError(f"{version.uri} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+            raise UsageError(f"{version.uri} cannot be loaded: {one_line(error)[:300]}") from error
     metadata = model.metadata.metadata or {}
     shape = _input_shape(model)
     if "classes" not in metadata or shape is None:
@@ -181,7 +180,7 @@ def _input_shape(model: PyFuncModel) -> tuple[int, int, int] | None:
 def _trained_on_colour(dataset_version: str) -> bool:
     """Whether colour images were made grey for the training: then it is clear what to do with them."""
     try:
-        manifest = load_manifest(ObjectStore.connect(Settings().bucket, create=False), dataset_version)
+        manifest = load_manifest(open_bucket(), dataset_version)
     except ServiceError:  # the data may be gone, and the model still of use
         return False
     return not set(manifest.report.modes) <= GREY_MODES | {"P"}

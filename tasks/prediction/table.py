@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from infra.errors import UsageError
 from infra.machine.files import publish
 from infra.records import Record
-from infra.storage.object_store import ObjectStore
-from tasks.prediction.inputs import bucket_and_key
+from infra.storage.object_store import ObjectStore, parse_s3
 
 ROWS = 8192  # of a row group of Parquet
 
@@ -60,7 +59,7 @@ def check_out(out: str) -> None:
     if PurePosixPath(out).suffix.lower() not in (".parquet", ".csv", ".json", ".jsonl"):
         raise UsageError(f"--out {out}: its name must end with .parquet, .csv or .json")
     if out.startswith("s3://"):
-        bucket_and_key(out)
+        parse_s3(out)
     elif Path(out).is_dir() or not os.access(Path(out).absolute().parent, os.W_OK):
         raise UsageError(f"--out {out}: cannot write there; name a file in a folder that exists")
 
@@ -75,7 +74,7 @@ def result_file(out: str) -> Iterator[Path]:
         if local:
             publish(file, local)
         else:
-            bucket, key = bucket_and_key(out)
+            bucket, key = parse_s3(out)
             ObjectStore.connect(bucket, create=False).put_file(key, file)
 
 

@@ -12,9 +12,8 @@ from prefect.utilities.urls import url_for
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest
 from infra.records import Record
-from infra.settings import Settings
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, describe_version
 from infra.tracking.model_versions import find_version
@@ -53,7 +52,7 @@ def write_model_card(
     Raises:
         ServiceError: a server failed.
     """
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     flow_run = find_version(registered.address).record.flow_run
     origin = Origin(
         run_url=mlflow_runs.run_url(trained.run_id),

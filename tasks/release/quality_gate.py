@@ -25,10 +25,9 @@ from cnn.data.split_reader import SplitReader
 from cnn.evaluation.evaluate import EVAL_BATCH
 from infra.errors import GateRefused
 from infra.machine.threads import in_parallel
-from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectMissing, ObjectStore, open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.client import mlflow_client
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion, tag_version
@@ -81,7 +80,7 @@ def judge_version(version: ModelVersion, config: GateConfig) -> Verdict:
 
     A champion that the registry lacks cannot be compared with: a note says what took its place.
     """
-    standing = standing_champion(ObjectStore.connect(Settings().bucket, create=False), version.name)
+    standing = standing_champion(open_bucket(), version.name)
     verdict = compare(version, standing.version, config)
     if not standing.note:
         return verdict
@@ -96,7 +95,7 @@ def compare(challenger: ModelVersion, champion: ModelVersion | None, config: Gat
         UsageError: there is no such version.
         ServiceError: a server failed.
     """
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     found = find_version(challenger.address)
     dataset_version = found.required("dataset_version")
     manifest = load_manifest(store, dataset_version)
@@ -165,7 +164,7 @@ def _only_theirs(
 
 def publish(version: ModelVersion, verdict: Verdict) -> None:
     """Store a verdict, and show it in the version's run and tags. The tags come last: they make it count."""
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     store.put_bytes(bucket_layout.verdict(version.name, verdict.sha256), verdict.to_bytes())
     run_id = find_version(version.address).run_id
     mlflow_runs.log_text(run_id, "report/verdict.json", verdict.to_bytes().decode())

@@ -7,8 +7,7 @@ import torch
 from cnn.config.training import TrainConfig
 from cnn.networks.wrappers import predictor
 from cnn.serving.classifier import ServedClassifier
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import open_bucket
 from infra.tracking.model_registry import ModelVersion, check_model_name, create_version, log_model, version_of
 from infra.tracking.provenance import provenance
 from infra.tracking.tags import VersionRecord
@@ -42,7 +41,7 @@ def register(
     if found := version_of(name, trained.run_id):
         run_logger().info("version %s of model %s was registered before", found.version, found.name)
         return found
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     manifest = load_manifest(store, dataset.version)
     served = ServedClassifier(
         predictor(trained_network(store, config, manifest, trained), config), manifest.mean, manifest.std

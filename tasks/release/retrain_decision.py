@@ -5,8 +5,7 @@ from typing import Any
 
 from infra.errors import UsageError
 from infra.records import Record
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion
 from infra.tracking.model_versions import list_versions
 from infra.tracking.promotion_history import Standing
@@ -64,7 +63,7 @@ def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bo
         ServiceError: a server failed.
     """
     stop_if_cancelled()
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     standing = repaired_champion(store, name)
     champion = standing.version
     train, why, judge = _decide(store, config, dataset, standing, force=force)

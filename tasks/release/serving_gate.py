@@ -11,10 +11,9 @@ import torch
 from prefect.artifacts import create_markdown_artifact
 from torch import Tensor
 
-from infra.errors import GateRefused
+from infra.errors import GateRefused, one_line
 from infra.records import Record
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, set_alias, tag_version
 from infra.tracking.tags import SERVING
@@ -93,7 +92,7 @@ def serving_gate(
         ServiceError: a server failed.
     """
     stop_if_cancelled()
-    reference = load_reference(ObjectStore.connect(Settings().bucket, create=False), evaluated.reference_key)
+    reference = load_reference(open_bucket(), evaluated.reference_key)
     tolerance = config.tolerance or TOLERANCE[evaluated.device]
     with ExitStack() as started:
         if consumer is None or not consumer.is_waiting:
@@ -196,7 +195,7 @@ def _over_http(
             answer = ask(images[:1].tolist())
             yield _compared("HTTP, after wrong inputs", _predictions(answer), expected[:1], tolerance)
     except (ConsumerFailed, httpx.HTTPError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = one_line(error) or type(error).__name__
         yield ServingCheck(name="answers over HTTP", passed=False, detail=said)
 
 
@@ -245,5 +244,5 @@ def _said(answer: httpx.Response) -> str:
     if answer.headers.get("content-type", "").startswith("application/json"):
         content = answer.json()
         text = str(content.get("message", text)) if isinstance(content, dict) else text
-    text = " ".join(text.rpartition("Error: ")[2].split())
+    text = one_line(text.rpartition("Error: ")[2])
     return f"HTTP {answer.status_code}: {text[:300]}"

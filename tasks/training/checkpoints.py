@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from infra.errors import ServiceError
+from infra.errors import ServiceError, one_line
 from infra.machine.files import file_digest
 from infra.records import Record
 from infra.storage import bucket_layout
@@ -45,7 +45,7 @@ class CheckpointFailed(RuntimeError):
     status: Status = "failed"
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))  # one line, whatever a library's error has
+        super().__init__(one_line(message))  # whatever a library's error has
 
 
 class Unsaved(CheckpointFailed):

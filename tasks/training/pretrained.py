@@ -9,7 +9,7 @@ from infra.errors import UsageError
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectMissing, ObjectStore, open_bucket, parse_s3
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.orchestration.cancellation import stop_if_cancelled
@@ -28,11 +28,11 @@ def pretrained(config: RunConfig, dataset: DatasetRef) -> RunConfig:
     """
     stop_if_cancelled()
     assert config.pretrained
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     with TemporaryDirectory() as temporary:
         file = Path(config.pretrained)
         if config.pretrained.startswith("s3://"):
-            bucket, _, key = config.pretrained.removeprefix("s3://").partition("/")
+            bucket, key = parse_s3(config.pretrained)
             file = Path(temporary) / "weights.safetensors"
             try:
                 ObjectStore.connect(bucket, create=False).get_file(key, file)

@@ -11,7 +11,7 @@ from cnn.distributed.world_size import default_world_size
 from infra.machine import stopping
 from infra.records import Record
 from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import rehearsal
 from infra.tracking.tags import WEIGHTS_SHA256, WORLD_SIZE
@@ -71,7 +71,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     stop_if_cancelled()
     folder = JobFolder(Settings().runs / run.run_id)
     await_earlier_start(folder)
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     outcome = finished_outcome(store, run.run_id)
     if outcome:
         run_logger().info("training of run %s has finished before", run.run_id)

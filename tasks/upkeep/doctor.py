@@ -19,7 +19,7 @@ from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
-from infra.storage.object_store import ObjectInfo, ObjectStore
+from infra.storage.object_store import ObjectInfo, ObjectStore, open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.mlflow_runs import TaggedRun
 from infra.tracking.promotion_history import misplaced_aliases, names_with_history, repair_aliases
@@ -90,7 +90,7 @@ Ender = Callable[[str], bool]
 
 def _kinds(grace: timedelta) -> dict[Kind, tuple[Finder, Ender]]:
     """For each kind, how to find and how to end; processes come first, since they keep their runs alive."""
-    store = ObjectStore.connect(Settings().bucket)
+    store = open_bucket(create=True)
     young = datetime.now(UTC) - grace
     return {
         "process": (_processes, _end_process),

@@ -26,7 +26,7 @@ from infra.settings import Settings
 from infra.sources.raw_data import RawSource
 from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
-from infra.storage.object_store import ObjectInfo, ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectInfo, ObjectMissing, ObjectStore, open_bucket
 from infra.tracking.promotion_history import Lineage
 from tasks.config.retention import RetentionConfig
 from tasks.data.dataset import DatasetDamaged, load_manifest, shards_of
@@ -93,7 +93,7 @@ def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: boo
             and nothing is half there.
     """
     settings = Settings()
-    store = ObjectStore.connect(settings.bucket, create=False)
+    store = open_bucket()
     mark: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None) if dry_run else marked(store)
     with mark as check:
         under_way = trainings_under_way()  # those that begin from now on wait

@@ -24,7 +24,7 @@ from infra.errors import ServiceError, UsageError
 from infra.machine.lifeline import adopt_orphans, end_descendants
 from infra.machine.network import address_towards, free_port, interface_of
 from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
 from tasks.training.platform import Platform, this_platform
 from tasks.training.protocol.board import ANSWERS_WITHIN, BEAT, Board, Order, Pulse, Report, invited
 from tasks.training.protocol.job import Event, Job, JobFolder, spare_outcome
@@ -243,7 +243,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, on_signal)
     settings = Settings()
     try:
-        store = ObjectStore.connect(settings.bucket, create=False, timeout=ANSWERS_WITHIN)
+        store = open_bucket(timeout=ANSWERS_WITHIN)
         node = Node.this_machine(settings, store)
         say = partial(print, flush=True)
         with spare_outcome():

@@ -5,8 +5,7 @@ import uuid
 from collections.abc import Callable, Mapping
 
 from infra.errors import ServiceError
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import open_bucket
 from tasks.training.nodes.plan import plan
 from tasks.training.platform import Platform, differences, this_platform
 from tasks.training.protocol.board import ANSWERS_WITHIN, BEAT, Board, Invitation, Order, Pulse, Report
@@ -26,7 +25,7 @@ class Coordinator:
 
     def __init__(self, folder: JobFolder) -> None:
         self._folder, self._job = folder, folder.read_job()
-        store = ObjectStore.connect(Settings().bucket, create=False, timeout=ANSWERS_WITHIN)
+        store = open_bucket(timeout=ANSWERS_WITHIN)
         self._board = Board(store, self._job.run_id)
         self._order = Order(beat=0)
         self._reports: dict[str, Report] = {}

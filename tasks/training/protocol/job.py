@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ValidationError
 
 from cnn.config.training import TrainConfig
+from infra.errors import one_line
 from infra.records import Record
 from tasks.config.launchers import KubernetesConfig, Launcher, NodesConfig, RayConfig
 from tasks.config.run import CheckpointConfig
@@ -28,7 +29,7 @@ SPARE_OUTCOME = "CONVOY_SPARE_OUTCOME"  # path of the memory file of `spare_outc
 
 Status = Literal["finished", "interrupted", "failed", "unsaved", "crashed"]
 
-Line = Annotated[str, AfterValidator(lambda text: " ".join(text.split()))]
+Line = Annotated[str, AfterValidator(one_line)]
 """Text for people, made one line: libraries' errors, PyTorch's above all, have several."""
 
 KILLED = r"rank +: (\d+) .*\n *exitcode +: -\d+ \(pid: \d+\) +\((%s)\)"

@@ -4,8 +4,7 @@ from datetime import datetime
 
 from infra.errors import UsageError
 from infra.records import Record
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.tags import MANIFEST_DIGEST
 from tasks.training.checkpoints import commits_of
@@ -44,7 +43,7 @@ class Training(Record):
 
 def list_trainings(limit: int) -> list[Training]:
     """The newest trainings, the newest first; without those that ended before they began, or are not of our kind."""
-    store = ObjectStore.connect(Settings().bucket)
+    store = open_bucket(create=True)
     found: list[Training] = []
     for run in mlflow_runs.list_runs(MANIFEST_DIGEST, limit=limit + SPARE):
         if len(found) == limit:

@@ -12,9 +12,8 @@ from pydantic import ValidationError
 from cnn.data.manifest import canonical_json
 from infra.errors import UsageError
 from infra.records import Record
-from infra.settings import Settings
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectMissing, open_bucket
 from infra.tracking import mlflow_runs
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
@@ -47,7 +46,7 @@ def read_record(run_id: str) -> RunRecord:
     Raises:
         UsageError: there is no such run of ours.
     """
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     try:
         if "/" in run_id:  # that would be another key
             raise ObjectMissing(run_id)

@@ -18,7 +18,7 @@ from infra.machine.stopping import Stopped
 from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking import mlflow_runs, tags
 from infra.tracking.provenance import Provenance, provenance
 from tasks.config.run import RunConfig
@@ -55,7 +55,7 @@ def recorded_dataset(record: RunRecord) -> DatasetRef:
         UsageError: it is not in the bucket any more.
     """
     version = record.dataset.version
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     wait_for_prune(store)
     if not is_whole(store, version):
         raise UsageError(f"dataset version {version} is not whole in the bucket any more: the run cannot go on")
@@ -64,7 +64,7 @@ def recorded_dataset(record: RunRecord) -> DatasetRef:
 
 def fitted(config: RunConfig, dataset: DatasetRef) -> RunConfig:
     """The configuration with what depends on the size of the training split filled in."""
-    manifest = load_manifest(ObjectStore.connect(Settings().bucket, create=False), dataset.version)
+    manifest = load_manifest(open_bucket(), dataset.version)
     return config.for_images(manifest.splits["train"].count)
 
 
@@ -85,7 +85,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
             goes on with it.
     """
     settings = Settings()
-    store = ObjectStore.connect(settings.bucket, create=False)
+    store = open_bucket()
     data = load_manifest(store, dataset.version)
     check_fits(config.training(), data)
     code = provenance()
