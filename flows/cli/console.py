@@ -27,7 +27,8 @@ def servers_up(*, only: "Collection[ServerName] | None" = None) -> None:
     Args:
         only: those that are needed; None for all.
     """
-    from infra.stack.local_stack import NAMES, up
+    from infra.stack.local_stack import up
+    from infra.stack.state import NAMES
 
     console = terminal(error=True)
     endpoints = up(Settings(), lambda event: console.print(event, style="dim"), only=NAMES if only is None else only)

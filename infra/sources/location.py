@@ -11,7 +11,8 @@ from infra.errors import UsageError
 from infra.machine.files import temporary_file
 from infra.sources.listing import BATCH, Entry, Listing
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectChanged, ObjectMissing, ObjectStore, parse_s3
+from infra.storage.object_store import ObjectChanged, ObjectStore, parse_s3
+from infra.storage.s3_client import ObjectMissing
 
 OnFiles = Callable[[int], object]
 """Called with a number of files just found."""

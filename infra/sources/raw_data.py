@@ -13,7 +13,8 @@ from infra.records import Record
 from infra.sources.entries import Format, Sha256
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 
 LIST_FROM = 200  # files from which one listing of the bucket is quicker than a question for each
 

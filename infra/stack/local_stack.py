@@ -29,8 +29,6 @@ from infra.stack.ports import is_free
 from infra.stack.state import HEALTH, NAMES, ServerName, StackFolder
 from infra.web_settings import check_web_environment, proxy_of
 
-__all__ = ["NAMES", "Endpoints", "ServerName", "ServerStatus", "down", "status", "up"]
-
 START_PATIENCE = 180.0  # seconds until a server is ready; a cold start on two busy cores takes under a minute
 BUSY_PATIENCE = 30.0  # seconds for a running server to answer, however busy the machine is
 STORE_PATIENCE = 10.0  # seconds for a running object store to take what is written

@@ -24,8 +24,6 @@ from infra.records import Record
 from infra.settings import Settings
 from infra.storage.s3_client import CONCURRENCY, TRIES, ObjectMissing, error_code, open_client, translated
 
-__all__ = ["ObjectChanged", "ObjectInfo", "ObjectMissing", "ObjectStore", "Upload"]
-
 PART = 64 << 20  # bytes; larger files go up and come down in parts of this size, several at a time
 UNSAFE = ", so commits are not safe; use a store with conditional writes, see `convoy doctor`"
 SHA256 = "sha256"  # name of the object's metadata entry

@@ -19,7 +19,8 @@ from infra.errors import GateRefused
 from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore, open_bucket
+from infra.storage.object_store import ObjectStore, open_bucket
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking import mlflow_runs
 from infra.tracking.tags import DATA_GATE
 from tasks.data.contact_sheet import contact_sheet
@@ -29,8 +30,6 @@ from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
 from tasks.reporting.drawing import png
 from tasks.reporting.markdown import plain
-
-__all__ = ["DataRefused", "DataReport", "data_gate", "data_markdown", "log_data_report"]
 
 JSON, PAGE, SHEET = "data.json", "data.md", "data_samples.png"
 

@@ -21,7 +21,8 @@ from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
 from infra.storage.cache_limit import disk_limit
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 
 if TYPE_CHECKING:
     from cnn.data.shard_reader import RawShard

@@ -28,15 +28,14 @@ from infra.sources.location import ListedFiles, open_origin
 from infra.sources.raw_data import ListingRef, RawSource
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore, open_bucket
+from infra.storage.object_store import ObjectStore, open_bucket
+from infra.storage.s3_client import ObjectMissing
 from tasks.data.dataset import DatasetRef, is_whole, load_manifest
 from tasks.data.preprocessing_journal import Journal
 from tasks.data.shard_uploads import ShardStore, fits_cache
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
-
-__all__ = ["DatasetRef", "preprocess"]
 
 
 class StepRecord(Record, extra="forbid"):

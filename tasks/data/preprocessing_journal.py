@@ -18,7 +18,8 @@ from cnn.data.splits import SPLITS
 from cnn.preprocessing.resume_records import PackedShard, SurveyPart
 from infra.machine.threads import in_parallel
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 from tasks.data.dataset import is_stored
 
 

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from infra.errors import GateRefused, UsageError
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectMissing, ObjectStore, open_bucket
+from infra.storage.object_store import ObjectStore, open_bucket
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion
 from infra.tracking.model_versions import find_version, list_versions
 from infra.tracking.promotion_history import (

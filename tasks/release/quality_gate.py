@@ -27,7 +27,8 @@ from infra.errors import GateRefused
 from infra.machine.threads import in_parallel
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore, open_bucket
+from infra.storage.object_store import ObjectStore, open_bucket
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking import mlflow_runs
 from infra.tracking.client import mlflow_client
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion, tag_version

@@ -24,7 +24,8 @@ from infra.machine.files import file_digest
 from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 from tasks.config.run import CheckpointConfig
 from tasks.training.protocol.job import Job, Outcome, Status
 from tasks.training.protocol.patience import last_checkpoint

@@ -9,7 +9,8 @@ from infra.errors import UsageError
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore, open_bucket, parse_s3
+from infra.storage.object_store import ObjectStore, open_bucket, parse_s3
+from infra.storage.s3_client import ObjectMissing
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.orchestration.cancellation import stop_if_cancelled

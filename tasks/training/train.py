@@ -13,6 +13,7 @@ from infra.records import Record
 from infra.settings import Settings
 from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
+from infra.tracking.metric_log import MetricRow, deliver
 from infra.tracking.model_registry import rehearsal
 from infra.tracking.tags import WEIGHTS_SHA256, WORLD_SIZE
 from tasks.config.run import RunConfig
@@ -138,10 +139,10 @@ def _world_size(config: RunConfig) -> int:
 
 def _publish(run: TrackedRun, outcome: Outcome, folder: JobFolder) -> TrainResult:
     """Puts the weights and the last metrics into the MLflow run, also after an outage or a crash in between."""
-    rows = [mlflow_runs.MetricRow.model_validate(row) for row in outcome.metrics]
+    rows = [MetricRow.model_validate(row) for row in outcome.metrics]
     if rows:
         run_logger().info("sending %d rows of metrics that MLflow has not acknowledged", len(rows))
-        outlast(partial(mlflow_runs.deliver, run.run_id, rows))
+        outlast(partial(deliver, run.run_id, rows))
     outlast(partial(mlflow_runs.log_file, run.run_id, folder.weights, "weights"))
     told = {WEIGHTS_SHA256: outcome.weights_sha256, WORLD_SIZE: str(outcome.world_size)}
     outlast(partial(mlflow_runs.set_tags, run.run_id, told))

@@ -26,7 +26,8 @@ from infra.settings import Settings
 from infra.sources.raw_data import RawSource
 from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
-from infra.storage.object_store import ObjectInfo, ObjectMissing, ObjectStore, open_bucket
+from infra.storage.object_store import ObjectInfo, ObjectStore, open_bucket
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking.promotion_history import Lineage
 from tasks.config.retention import RetentionConfig
 from tasks.data.dataset import DatasetDamaged, load_manifest, shards_of

@@ -16,7 +16,8 @@ from infra.errors import ServiceError
 from infra.machine.files import atomic_file, locked
 from infra.storage.cache import Cache
 from infra.storage.cache_limit import Room, disk_limit
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 
 DATA = b"some content" * 1000
 DIGEST = hashlib.sha256(DATA).hexdigest()

@@ -22,7 +22,8 @@ from infra.errors import UsageError
 from infra.machine.files import locked
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 from tasks.data import dataset
 from tasks.data.dataset import DatasetRef, is_whole, open_cache, open_split, shards_of
 from tasks.data.training_split import bytes_at_a_time, open_training_split

@@ -15,7 +15,8 @@ from pydantic import Field, ValidationError
 
 from infra.records import Record
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 from tasks.training.platform import Platform
 from tasks.training.protocol.job import Event, Job, Outcome
 

@@ -13,7 +13,8 @@ from cnn.data.manifest import canonical_json
 from infra.errors import UsageError
 from infra.records import Record
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectMissing, open_bucket
+from infra.storage.object_store import open_bucket
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking import mlflow_runs
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
