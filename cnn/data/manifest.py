@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cnn.config.training import Encoding
 from cnn.data.splits import Split
 from cnn.errors import InputError
 
@@ -112,7 +113,7 @@ class Manifest(Record, extra="forbid"):
     std: tuple[float, ...]
     """Of each channel of the training split, on the scale 0..1."""
 
-    encoding: Literal["raw", "jpeg", "webp"] = "raw"
+    encoding: Encoding = "raw"
     """How images lie in the shards; see `cnn.data.shard_writer`."""
 
     report: DataReport

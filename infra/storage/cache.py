@@ -116,10 +116,6 @@ class Cache:
                 self._note_verified(sha256)
         return path
 
-    def drop(self, sha256: str) -> None:
-        """Forget a file."""
-        self.path(sha256).unlink(missing_ok=True)
-
     def _use(self, sha256: str, size: int | None) -> bool:
         """Returns whether the file is here and undamaged; if so, it counts as used now."""
         path = self.path(sha256)

@@ -5,8 +5,6 @@ Only opening loads torch.
 
 import hashlib
 import os
-import threading
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -83,7 +81,7 @@ def is_whole(store: ObjectStore, version: str) -> bool:
         return False
     shards = shards_of(manifest)
     if len(shards) <= ASKED_ONE_BY_ONE:
-        return all(_each(lambda shard: is_stored(store, shard), shards))
+        return all(in_parallel(lambda shard: is_stored(store, shard), shards))
     sizes = {info.key: info.size for info in store.list(bucket_layout.SHARDS)}
     return all(sizes.get(bucket_layout.shard(shard.sha256)) == shard.bytes for shard in shards)
 
@@ -116,7 +114,7 @@ def open_split(cache: Cache, manifest: Manifest, split: Split) -> "SplitReader":
     if manifest.encoding == "raw" and fits(cache, manifest):
         from cnn.data.mapped_split import PackedSplit
 
-        return PackedSplit(_each(partial(_map, cache, _shape(manifest)), manifest.splits[split].shards))
+        return PackedSplit(in_parallel(partial(_map, cache, _shape(manifest)), manifest.splits[split].shards))
     return stream_split(cache, manifest, split)
 
 
@@ -154,7 +152,3 @@ def _map(cache: Cache, shape: tuple[int, int, int], shard: Shard) -> "RawShard":
     mapped = fetch_and_open(shard, partial(_fetch, cache), shape=shape, encoding="raw")
     assert isinstance(mapped, RawShard)
     return mapped
-
-
-def _each(work: Callable[[Shard], T], shards: Iterable[Shard]) -> list[T]:
-    return in_parallel(work, shards, threading.Event())

@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,7 +120,6 @@ def _fetch(raw: RawSource, cache: Cache) -> dict[str, Path]:
         paths = in_parallel(
             lambda file: cache.fetch(file.key, file.sha256, size=file.size, on_progress=advance),
             raw.files,
-            threading.Event(),
         )
     return {file.path: path for file, path in zip(raw.files, paths, strict=True)}
 

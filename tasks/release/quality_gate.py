@@ -5,7 +5,6 @@ models/<name>/verdicts/<SHA-256>.json in the bucket holds each verdict.
 
 import hashlib
 import statistics
-import threading
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -129,7 +128,7 @@ def judged_before(store: ObjectStore, version: RegisteredVersion, test_sha256: s
     """Returns how many other versions of a model the same test split has judged, by the verdicts in the bucket."""
     keys = [info.key for info in store.list(bucket_layout.verdicts(version.name))]
     judged = set()
-    for data in in_parallel(store.get_bytes, keys, threading.Event()):
+    for data in in_parallel(store.get_bytes, keys):
         try:
             verdict = Verdict.model_validate_json(data)
         except ValidationError:  # damaged, or of newer code

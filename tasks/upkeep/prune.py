@@ -6,7 +6,6 @@ a training runs, no data are removed, and one that begins meanwhile waits (`task
 """
 
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -333,7 +332,7 @@ def _commits_first(objects: Sequence[ObjectInfo], commit: str) -> tuple[list[Obj
 
 
 def _delete(store: ObjectStore, objects: Iterable[ObjectInfo]) -> None:
-    in_parallel(lambda info: store.delete(info.key), objects, threading.Event())
+    in_parallel(lambda info: store.delete(info.key), objects)
 
 
 def _prune_machine(settings: Settings, needed: References, config: RetentionConfig, *, dry_run: bool) -> list[Freed]:
