@@ -23,7 +23,7 @@ from infra.machine.threads import in_parallel
 from infra.records import Record
 from infra.settings import Settings
 from infra.sources.listing import Listing
-from infra.sources.location import ListedFiles, open_origin
+from infra.sources.location import ListedFiles, open_location
 from infra.sources.raw_data import ListingRef, RawSource
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
@@ -108,7 +108,7 @@ def _find(store: ObjectStore, step: str) -> str | None:
 
 def _in_place(listing: ListingRef, cache: Cache) -> ListedFiles:
     path = cache.fetch(listing.key, listing.sha256)
-    return ListedFiles(Listing.load(path), open_origin(listing.address))
+    return ListedFiles(Listing.load(path), open_location(listing.address))
 
 
 def _fetch(raw: RawSource, cache: Cache) -> dict[str, Path]:
