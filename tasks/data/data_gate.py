@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from prefect.artifacts import create_markdown_artifact
 
 from cnn.config.training import DataGateConfig
-from cnn.data.checks import COMPARISONS, SLOW, Check, DataChecks, check_dataset
+from cnn.data.checks import COMPARISONS, SLOW, DataCheck, DataChecks, check_dataset
 from cnn.data.manifest import Manifest
 from cnn.data.split_reader import SplitReader
 from cnn.data.splits import SPLITS
@@ -200,11 +200,11 @@ def _count(checks: DataChecks) -> str:
     return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in sorted(set(outcomes)))
 
 
-def _said(check: Check) -> str:
+def _said(check: DataCheck) -> str:
     return f"{check.name} is {_number(check.value)}, limit {_number(check.limit)} ({check.note})"
 
 
-def _row(check: Check) -> str:
+def _row(check: DataCheck) -> str:
     mark = f"**{check.outcome}**" if check.outcome in ("failed", "warned") else check.outcome
     return f"| {check.name} | {mark} | {_number(check.value)} | {_number(check.limit)} | {plain(check.note)} |"
 

@@ -50,7 +50,7 @@ class Scored:
         return float(self.correct.mean())
 
 
-class Check(Record):
+class QualityCheck(Record):
     """One condition. `value` is None where there is nothing to measure."""
 
     name: str
@@ -94,7 +94,7 @@ class Verdict(Record):
     p_value: float | None
     """McNemar's exact test (1947), one-sided: how probable so many wins are if both are equally good."""
 
-    checks: tuple[Check, ...]
+    checks: tuple[QualityCheck, ...]
     notes: tuple[str, ...]
     """What limits the verdict."""
 
@@ -191,7 +191,7 @@ def judge(
     wins = losses = left_out = 0
     p_value = champion_accuracy = None
     if champion and champion.obstacle:
-        checks.append(Check(name=config.mode, value=None, threshold=0, passed=False, detail=champion.obstacle))
+        checks.append(QualityCheck(name=config.mode, value=None, threshold=0, passed=False, detail=champion.obstacle))
     elif champion:
         compared = np.ones(len(labels), dtype=np.bool_) if learned is None else ~learned
         images, left_out = int(compared.sum()), int((~compared).sum())
@@ -205,7 +205,7 @@ def judge(
                 notes.append(f"{small}; a refusal may be for want of images")
         else:
             detail = "the champion was trained on every test image, so none can be compared"
-            checks.append(Check(name=config.mode, value=None, threshold=0, passed=False, detail=detail))
+            checks.append(QualityCheck(name=config.mode, value=None, threshold=0, passed=False, detail=detail))
         groups = {f"class {name}": labels == label for label, name in enumerate(classes)} | dict(slices or {})
         groups = {name: mask & compared for name, mask in groups.items()}
         drop, said = _largest_drop(challenger, champion, groups, config)
@@ -278,7 +278,7 @@ def _interval(scored: Scored) -> tuple[float, float]:
     return wilson_interval(int(scored.correct.sum()), len(scored.correct), INTERVAL)
 
 
-def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) -> Check:
+def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) -> QualityCheck:
     """The lower end of the accuracy's interval against the floor; without one, McNemar's test against a constant."""
     accuracy, images = challenger.accuracy, len(labels)
     if (floor := config.floor) is not None:
@@ -290,7 +290,7 @@ def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) ->
         if not passed and accuracy > floor:
             needed = normal_score((1 - INTERVAL) / 2) ** 2 * floor * (1 - floor) / (accuracy - floor) ** 2
             detail += f"; the test split is too small: {images:,} images, but {math.ceil(needed):,} are needed"
-        return Check(name="floor", value=low, threshold=floor, passed=passed, detail=detail)
+        return QualityCheck(name="floor", value=low, threshold=floor, passed=passed, detail=detail)
     constant = labels == np.bincount(labels).argmax()
     wins, losses = (int(mask.sum()) for mask in (challenger.correct & ~constant, constant & ~challenger.correct))
     gain = (wins - losses) / images
@@ -304,10 +304,12 @@ def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) ->
             f", beyond chance (p = {p:.3g}, at most {config.alpha:g}); the test split is too small: {images:,} images, "
             f"but {needed:,} are needed"
         )
-    return Check(name="floor", value=accuracy, threshold=float(constant.mean()), passed=passed, detail=detail)
+    return QualityCheck(name="floor", value=accuracy, threshold=float(constant.mean()), passed=passed, detail=detail)
 
 
-def _class_recall(challenger: Scored, labels: NDArray[np.int64], classes: tuple[str, ...], config: GateConfig) -> Check:
+def _class_recall(
+    challenger: Scored, labels: NDArray[np.int64], classes: tuple[str, ...], config: GateConfig
+) -> QualityCheck:
     """Whether a class is shown to be recognised less often than `min_class_recall`: exact binomial test per class."""
     limit = config.min_class_recall
     least = math.ceil(math.log(config.alpha) / math.log1p(-limit))  # with fewer, no wrong one would show it
@@ -316,7 +318,7 @@ def _class_recall(challenger: Scored, labels: NDArray[np.int64], classes: tuple[
     tested = np.flatnonzero(counts >= least)
     if not len(tested):
         detail = f"no class has the {least:,} images that can show a recall below {limit:.4g}"
-        return Check(name="class recall", value=None, threshold=limit, passed=True, tested=False, detail=detail)
+        return QualityCheck(name="class recall", value=None, threshold=limit, passed=True, tested=False, detail=detail)
     recall = right[tested] / counts[tested]
     low = tested[at_most(right[tested], counts[tested], limit) <= config.alpha]
     detail = f"the lowest of {len(tested)} classes is {classes[tested[recall.argmin()]]}: {recall.min():.2%}"
@@ -327,10 +329,12 @@ def _class_recall(challenger: Scored, labels: NDArray[np.int64], classes: tuple[
         detail = f"{len(low)} of {len(tested)} classes have a recall below {limit:.4g}, beyond chance: {named}{more}"
     if untested := len(classes) - len(tested):
         detail += f"; not tested: {untested} with fewer than {least:,} images"
-    return Check(name="class recall", value=float(recall.min()), threshold=limit, passed=not len(low), detail=detail)
+    return QualityCheck(
+        name="class recall", value=float(recall.min()), threshold=limit, passed=not len(low), detail=detail
+    )
 
 
-def _comparison(wins: int, losses: int, images: int, p_value: float, config: GateConfig) -> Check:
+def _comparison(wins: int, losses: int, images: int, p_value: float, config: GateConfig) -> QualityCheck:
     gain, margin = (wins - losses) / images, config.margin_on(images)
     if config.mode == "superior":
         value, threshold = gain, margin
@@ -349,7 +353,7 @@ def _comparison(wins: int, losses: int, images: int, p_value: float, config: Gat
             detail += f"; {config.why_never(images)}"
     if not passed and config.can_pass(images) and (small := _too_small(wins, losses, images, config)):
         detail += f"; {small}"
-    return Check(name=config.mode, value=value, threshold=threshold, passed=passed, detail=detail)
+    return QualityCheck(name=config.mode, value=value, threshold=threshold, passed=passed, detail=detail)
 
 
 def _too_small(wins: int, losses: int, images: int, config: GateConfig) -> str:
@@ -367,7 +371,7 @@ def _too_small(wins: int, losses: int, images: int, config: GateConfig) -> str:
 
 def _largest_drop(
     challenger: Scored, champion: Scored, groups: Mapping[str, Mask], config: GateConfig
-) -> tuple[Check, list[str]]:
+) -> tuple[QualityCheck, list[str]]:
     """Whether a class or slice is shown to have lost more than allowed: Tango's test for each, by Bonferroni; notes."""
     limit = config.max_class_drop
     counted = {name: mask for name, mask in groups.items() if mask.sum() >= config.min_support}
@@ -379,7 +383,9 @@ def _largest_drop(
         )
     if not counted:
         detail = f"no class or slice has {config.min_support} images"
-        return Check(name="class drop", value=None, threshold=limit, passed=True, tested=False, detail=detail), notes
+        return QualityCheck(
+            name="class drop", value=None, threshold=limit, passed=True, tested=False, detail=detail
+        ), notes
     drops, ps = {}, {}
     for name, mask in counted.items():
         now, was = challenger.correct[mask], champion.correct[mask]
@@ -404,7 +410,7 @@ def _largest_drop(
         )
         if passed:
             notes.append(f"the largest observed drop of a class or slice is above the limit: {detail}")
-    return Check(name="class drop", value=drop, threshold=limit, passed=passed, detail=detail), notes
+    return QualityCheck(name="class drop", value=drop, threshold=limit, passed=passed, detail=detail), notes
 
 
 def _apart(*shares: float, sign: str = "") -> list[str]:
@@ -416,9 +422,9 @@ def _apart(*shares: float, sign: str = "") -> list[str]:
     return texts
 
 
-def _limit(name: str, value: float | None, limit: float, unit: str) -> Check:
+def _limit(name: str, value: float | None, limit: float, unit: str) -> QualityCheck:
     if value is None:
-        return Check(name=name, value=None, threshold=limit, passed=False, detail="it was not measured")
-    return Check(
+        return QualityCheck(name=name, value=None, threshold=limit, passed=False, detail="it was not measured")
+    return QualityCheck(
         name=name, value=value, threshold=limit, passed=value <= limit, detail=f"{value:,.5g} {unit}, at most {limit:,}"
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cnn.config.training import DataGateConfig
-from cnn.data.checks import BLOCK_BYTES, Check, DataChecks, check_dataset, population_stability_index
+from cnn.data.checks import BLOCK_BYTES, DataCheck, DataChecks, check_dataset, population_stability_index
 from cnn.data.manifest import Losses, Manifest, SplitInfo, Spread, Unreadable
 from cnn.data.mapped_split import PackedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
@@ -72,7 +72,7 @@ def check(digits: Packed, tmp_path: Path) -> Callable[..., DataChecks]:
     return run
 
 
-def found(checks: DataChecks, name: str) -> Check:
+def found(checks: DataChecks, name: str) -> DataCheck:
     (check,) = (check for check in checks.checks if check.name == name)
     return check
 
