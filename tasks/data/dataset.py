@@ -112,9 +112,9 @@ def open_split(cache: Cache, manifest: Manifest, split: Split) -> "SplitReader":
         ObjectMissing: a shard is neither here nor in the bucket; when it is needed, if they come then.
     """
     if manifest.encoding == "raw" and fits(cache, manifest):
-        from cnn.data.mapped_split import PackedSplit
+        from cnn.data.mapped_split import MappedSplit
 
-        return PackedSplit(in_parallel(partial(_map, cache, _shape(manifest)), manifest.splits[split].shards))
+        return MappedSplit(in_parallel(partial(_map, cache, _shape(manifest)), manifest.splits[split].shards))
     return stream_split(cache, manifest, split)
 
 
