@@ -27,7 +27,7 @@ from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
 from tasks.prediction.inputs import Picture, pictures
-from tasks.prediction.table import Batch, Unread, check_out, result_file, table_writer
+from tasks.prediction.table import PredictedBatch, Unread, check_out, result_file, table_writer
 from tasks.reporting.markdown import plain
 
 BATCH_IMAGES, BATCH_BYTES = 64, 8 << 20  # of decoded images; what is smaller
@@ -206,7 +206,7 @@ def calibrated(probabilities: NDArray[np.float32], temperature: float) -> NDArra
     return np.asarray(softmax(scaled, axis=1), dtype=np.float32)
 
 
-def predict_pictures(served: Served, files: Iterable[Picture]) -> Iterator[tuple[Batch, NDArray[np.float32]]]:
+def predict_pictures(served: Served, files: Iterable[Picture]) -> Iterator[tuple[PredictedBatch, NDArray[np.float32]]]:
     """Batches with the probabilities of their readable images, in the files' order; decoded on threads, ahead."""
     size = max(1, min(BATCH_IMAGES, BATCH_BYTES // int(np.prod(served.target.shape))))
     for batch in in_order(lambda part: _decode(part, served), _parts(files, size)):
@@ -222,7 +222,7 @@ def _parts(files: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
         yield part
 
 
-def _decode(part: Sequence[Picture], served: Served) -> Batch:
+def _decode(part: Sequence[Picture], served: Served) -> PredictedBatch:
     images, unread = [], []
     for picture in part:
         try:
@@ -234,7 +234,7 @@ def _decode(part: Sequence[Picture], served: Served) -> Batch:
         except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything
             unread.append(Unread(file=picture.name, reason=reason_of(error)))
     stack = np.stack(images) if images else np.empty((0, *served.target.shape), dtype=np.uint8)
-    return Batch(tuple(picture.name for picture in part), stack, tuple(unread))
+    return PredictedBatch(tuple(picture.name for picture in part), stack, tuple(unread))
 
 
 def _pixels(picture: Picture, served: Served) -> NDArray[np.uint8]:

@@ -29,7 +29,7 @@ class Unread(Record):
     reason: str
 
 
-class Batch(NamedTuple):
+class PredictedBatch(NamedTuple):
     """Some files, decoded."""
 
     names: tuple[str, ...]
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 class TableWriter(Protocol):
     """Takes predictions, batch by batch."""
 
-    def add(self, batch: Batch, answers: NDArray[np.float32]) -> None:
+    def add(self, batch: PredictedBatch, answers: NDArray[np.float32]) -> None:
         """Append a row for each file of the batch.
 
         Args:
@@ -91,7 +91,7 @@ def table_writer(file: Path, classes: Sequence[str]) -> Iterator[TableWriter]:
                 yield _JsonLines(stack.enter_context(file.open("w", encoding="utf-8")), classes)
 
 
-def _rows(batch: Batch, answers: NDArray[np.float32], classes: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+def _rows(batch: PredictedBatch, answers: NDArray[np.float32], classes: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Values of all columns, in order."""
     reasons = {each.file: each.reason for each in batch.unread}
     best, readable = answers.argmax(1), 0
@@ -114,7 +114,7 @@ class _Csv:
         self._writer, self._classes = csv.writer(stream), classes
         self._writer.writerow(columns(classes))
 
-    def add(self, batch: Batch, answers: NDArray[np.float32]) -> None:
+    def add(self, batch: PredictedBatch, answers: NDArray[np.float32]) -> None:
         self._writer.writerows(_rows(batch, answers, self._classes))
 
 
@@ -122,7 +122,7 @@ class _JsonLines:
     def __init__(self, stream: Any, classes: Sequence[str]) -> None:
         self._stream, self._classes = stream, classes
 
-    def add(self, batch: Batch, answers: NDArray[np.float32]) -> None:
+    def add(self, batch: PredictedBatch, answers: NDArray[np.float32]) -> None:
         names = columns(self._classes)
         for row in _rows(batch, answers, self._classes):
             self._stream.write(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n")
@@ -136,7 +136,7 @@ class _Parquet:
         self._writer = pq.ParquetWriter(file, self._schema)
         self._waiting: list[tuple[Any, ...]] = []
 
-    def add(self, batch: Batch, answers: NDArray[np.float32]) -> None:
+    def add(self, batch: PredictedBatch, answers: NDArray[np.float32]) -> None:
         self._waiting += _rows(batch, answers, self._classes)
         if len(self._waiting) >= ROWS:
             self._flush()
