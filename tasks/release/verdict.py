@@ -15,6 +15,7 @@ from tasks.evaluation.paired import lower_bound, p_no_worse, p_worse
 from tasks.reporting.markdown import plain
 
 Mask = NDArray[np.bool_]
+Labels = NDArray[np.int64]
 
 DROP_ALPHA = 0.2
 """Probability of refusing a version for the drop of a class although none fell by more than the limit; versions that
@@ -54,7 +55,7 @@ class QualityCheck(Record):
     """One condition. `value` is None where there is nothing to measure."""
 
     name: str
-    value: float | None
+    value: float | None = None
     threshold: float
     passed: bool
     detail: str
@@ -163,7 +164,7 @@ def judge(
     champion: Scored | None,
     config: GateConfig,
     *,
-    labels: NDArray[np.int64],
+    labels: Labels,
     classes: tuple[str, ...],
     slices: Mapping[str, Mask] | None = None,
     dataset_version: str = "",
@@ -191,7 +192,7 @@ def judge(
     wins = losses = left_out = 0
     p_value = champion_accuracy = None
     if champion and champion.obstacle:
-        checks.append(QualityCheck(name=config.mode, value=None, threshold=0, passed=False, detail=champion.obstacle))
+        checks.append(QualityCheck(name=config.mode, threshold=0, passed=False, detail=champion.obstacle))
     elif champion:
         compared = np.ones(len(labels), dtype=np.bool_) if learned is None else ~learned
         images, left_out = int(compared.sum()), int((~compared).sum())
@@ -205,7 +206,7 @@ def judge(
                 notes.append(f"{small}; a refusal may be for want of images")
         else:
             detail = "the champion was trained on every test image, so none can be compared"
-            checks.append(QualityCheck(name=config.mode, value=None, threshold=0, passed=False, detail=detail))
+            checks.append(QualityCheck(name=config.mode, threshold=0, passed=False, detail=detail))
         groups = {f"class {name}": labels == label for label, name in enumerate(classes)} | dict(slices or {})
         groups = {name: mask & compared for name, mask in groups.items()}
         drop, said = _largest_drop(challenger, champion, groups, config)
@@ -278,7 +279,7 @@ def _interval(scored: Scored) -> tuple[float, float]:
     return wilson_interval(int(scored.correct.sum()), len(scored.correct), INTERVAL)
 
 
-def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) -> QualityCheck:
+def _floor(challenger: Scored, labels: Labels, config: GateConfig) -> QualityCheck:
     """The lower end of the accuracy's interval against the floor; without one, McNemar's test against a constant."""
     accuracy, images = challenger.accuracy, len(labels)
     if (floor := config.floor) is not None:
@@ -307,9 +308,7 @@ def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) ->
     return QualityCheck(name="floor", value=accuracy, threshold=float(constant.mean()), passed=passed, detail=detail)
 
 
-def _class_recall(
-    challenger: Scored, labels: NDArray[np.int64], classes: tuple[str, ...], config: GateConfig
-) -> QualityCheck:
+def _class_recall(challenger: Scored, labels: Labels, classes: tuple[str, ...], config: GateConfig) -> QualityCheck:
     """Whether a class is shown to be recognised less often than `min_class_recall`: exact binomial test per class."""
     limit = config.min_class_recall
     least = math.ceil(math.log(config.alpha) / math.log1p(-limit))  # with fewer, no wrong one would show it
@@ -318,7 +317,7 @@ def _class_recall(
     tested = np.flatnonzero(counts >= least)
     if not len(tested):
         detail = f"no class has the {least:,} images that can show a recall below {limit:.4g}"
-        return QualityCheck(name="class recall", value=None, threshold=limit, passed=True, tested=False, detail=detail)
+        return QualityCheck(name="class recall", threshold=limit, passed=True, tested=False, detail=detail)
     recall = right[tested] / counts[tested]
     low = tested[at_most(right[tested], counts[tested], limit) <= config.alpha]
     detail = f"the lowest of {len(tested)} classes is {classes[tested[recall.argmin()]]}: {recall.min():.2%}"
@@ -383,9 +382,7 @@ def _largest_drop(
         )
     if not counted:
         detail = f"no class or slice has {config.min_support} images"
-        return QualityCheck(
-            name="class drop", value=None, threshold=limit, passed=True, tested=False, detail=detail
-        ), notes
+        return QualityCheck(name="class drop", threshold=limit, passed=True, tested=False, detail=detail), notes
     drops, ps = {}, {}
     for name, mask in counted.items():
         now, was = challenger.correct[mask], champion.correct[mask]
@@ -424,7 +421,7 @@ def _apart(*shares: float, sign: str = "") -> list[str]:
 
 def _limit(name: str, value: float | None, limit: float, unit: str) -> QualityCheck:
     if value is None:
-        return QualityCheck(name=name, value=None, threshold=limit, passed=False, detail="it was not measured")
+        return QualityCheck(name=name, threshold=limit, passed=False, detail="it was not measured")
     return QualityCheck(
         name=name, value=value, threshold=limit, passed=value <= limit, detail=f"{value:,.5g} {unit}, at most {limit:,}"
     )
