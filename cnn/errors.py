@@ -3,7 +3,7 @@
 from unicodedata import category
 
 
-def one_line(text: str) -> str:
+def escaped(text: str) -> str:
     """Returns the text with line breaks and control characters escaped: names of files may hold them."""
     hidden = {"Cc", "Cs", "Zl", "Zp"}
     return "".join(c.encode("unicode_escape").decode() if category(c) in hidden else c for c in text)
@@ -19,7 +19,7 @@ class InputError(ValueError):
     exit_status = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        super().__init__(escaped(message))
 
 
 class NotAvailable(RuntimeError):

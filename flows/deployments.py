@@ -23,10 +23,10 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.states import Cancelling
 from prefect.utilities.urls import url_for
-from pydantic import BaseModel, ConfigDict
 
 from flows.summary import Summary
-from infra.errors import ServiceError, UsageError
+from infra.errors import ServiceError, UsageError, one_line
+from infra.records import Record
 from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN
 from tasks.config.run import load_config
 
@@ -39,10 +39,8 @@ DATA_CHANGED = "convoy.data.changed"
 PAGES = ("quality-gate", "evaluation")  # artifacts that belong into a report, in this order
 
 
-class Started(BaseModel):
+class Started(Record):
     """A flow run that was asked for."""
-
-    model_config = ConfigDict(frozen=True)
 
     id: UUID
     url: str
@@ -63,7 +61,7 @@ def deploy(file: Path) -> Iterator[str]:
     with TemporaryDirectory() as empty:  # Prefect looks for flows in the working folder first, which may have its own
         done = subprocess.run(command, cwd=empty, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
+        said = one_line(done.stderr or done.stdout)
         raise ServiceError(f"Prefect did not take the deployments of {file}: {said[-400:]}")
     with get_client(sync_client=True) as client:
         for entry in entries:
@@ -92,7 +90,7 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     try:
         entries = yaml.safe_load(file.read_text())["deployments"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} is no file of deployments: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{file} is no file of deployments: {one_line(error)}") from None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UsageError(f"{file}: `deployments` must be a list, each with name, entrypoint and work_pool")
     for entry in entries:

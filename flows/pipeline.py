@@ -16,7 +16,7 @@ from flows.summary import Summary
 from infra.errors import GateRefused
 from infra.machine import stopping
 from infra.machine.output import outlive_readers
-from infra.tracking import mlflow_runs
+from infra.tracking.client import check_server, tracking_uri
 from infra.tracking.model_registry import ModelVersion
 from infra.tracking.model_versions import find_version
 from tasks.config.launchers import check_installed
@@ -75,7 +75,7 @@ def _train_and_release(
     stopping.overhear()  # in a worker's process; see tasks.orchestration.cancellation.stop_if_told
     laps = _Laps()
     check_installed(config.launcher)  # before hours of work, rather than after
-    mlflow_runs.check_server()
+    check_server()
     reused: tuple[str, ...]
     if resume:
         dataset, reused = recorded_dataset(read_record(resume)), ("download", "preprocess")
@@ -222,7 +222,7 @@ def _with_version(
             "world_size": trained.world_size,
             "train_seconds": round(trained.train_seconds, 3),
             "images_per_second": round(trained.images_per_second, 1),
-            "mlflow_tracking_uri": mlflow_runs.tracking_uri(),
+            "mlflow_tracking_uri": tracking_uri(),
             "mlflow_run_id": run.run_id,
             "mlflow_run_url": run.url,
             "checkpoint_prefix": run.checkpoint_prefix,

@@ -7,16 +7,15 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from infra.errors import UsageError
+from infra.records import Record
 from tasks.reporting.markdown import plain, shown
 
 
-class Summary(BaseModel):
+class Summary(Record):
     """What `convoy train` found. Scripts and CI depend on these names; values that never came to be are left out."""
-
-    model_config = ConfigDict(frozen=True)
 
     status: Literal["done", "unchanged", "refused", "failed", "interrupted"]
     """`unchanged`: there was nothing to retrain for; `refused`: a gate did not let the data or the model pass."""
@@ -56,7 +55,7 @@ class Summary(BaseModel):
     reused: tuple[str, ...] = ()
     """Steps whose output was there already."""
 
-    step_seconds: dict[str, float] = {}
+    step_seconds: dict[str, float] = Field(default_factory=dict)
 
     @property
     def headline(self) -> str:

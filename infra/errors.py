@@ -1,12 +1,23 @@
 """What `infra` raises; the command line prints the message as one line and exits with `exit_status`."""
 
+import re
 from unicodedata import category
 
 
-def one_line(text: str) -> str:
+def escaped(text: str) -> str:
     """Returns the text with line breaks and control characters escaped: names of files may hold them."""
     hidden = {"Cc", "Cs", "Zl", "Zp"}
     return "".join(c.encode("unicode_escape").decode() if category(c) in hidden else c for c in text)
+
+
+def one_line(text: object) -> str:
+    """Returns what is said, an error perhaps, with its line breaks and runs of blanks made single blanks."""
+    return " ".join(str(text).split())
+
+
+def without_login(address: str) -> str:
+    """Returns the address without user and password, fit to be shown."""
+    return re.sub(r"^([^/]*//)[^/]*@", r"\1", address)
 
 
 class UsageError(ValueError):
@@ -15,7 +26,7 @@ class UsageError(ValueError):
     exit_status = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        super().__init__(escaped(message))
 
 
 class GateRefused(RuntimeError):

@@ -105,7 +105,7 @@ class Settings(BaseSettings):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise UsageError(_one_line(error)) from None
+            raise UsageError(_complaints(error)) from None
 
     @property
     def cache(self) -> Path:
@@ -123,7 +123,7 @@ class Settings(BaseSettings):
         return self.home / "runs"
 
 
-def _one_line(error: ValidationError) -> str:
+def _complaints(error: ValidationError) -> str:
     """Name each variable that is wrong, and why; an address is not repeated, since it may hold a password."""
     complaints = []
     for detail in error.errors(include_url=False):

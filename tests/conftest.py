@@ -20,7 +20,8 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from infra.settings import Settings
-from infra.stack.local_stack import Endpoints, down, up
+from infra.stack.endpoints import Endpoints
+from infra.stack.local_stack import down, up
 from infra.stack.ports import CHOICE
 
 if TYPE_CHECKING:

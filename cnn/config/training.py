@@ -27,6 +27,9 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
+Encoding = Literal["raw", "jpeg", "webp"]
+
+
 class PreprocessConfig(Config):
     """How source images become a dataset version (`data.*`)."""
 
@@ -51,7 +54,7 @@ class PreprocessConfig(Config):
     limit: int | None = Field(None, ge=1)
     """For a trial run: keep at most this many images of each split, spread evenly over the source."""
 
-    encoding: Literal["raw", "jpeg", "webp"] = "raw"
+    encoding: Encoding = "raw"
     """How packed images are stored: as pixels, which are read fastest, or compressed with losses. webp: colour only."""
 
     quality: int = Field(90, ge=1, le=100)

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict
 
 from cnn.config.training import DataGateConfig, Level
-from cnn.data.manifest import Manifest, Spread
+from cnn.data.manifest import Manifest, Record, Spread
 from cnn.data.splits import SPLITS, Split
 
 if TYPE_CHECKING:
@@ -36,11 +35,7 @@ EXAMPLES = 8  # offenders named for each check
 SMALLEST_SHARE = 1e-4  # what an empty bin counts as in a PSI, which would be infinite else
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Check(_Record):
+class DataCheck(Record, extra="forbid"):
     """What one check found."""
 
     name: str
@@ -54,7 +49,7 @@ class Check(_Record):
     """What the value is made of, for people."""
 
 
-class Offender(_Record):
+class Offender(Record, extra="forbid"):
     """An image that a check complains of."""
 
     check: str
@@ -66,7 +61,7 @@ class Offender(_Record):
     note: str
 
 
-class SplitFacts(_Record):
+class SplitFacts(Record, extra="forbid"):
     """What a split holds."""
 
     images: int
@@ -84,7 +79,7 @@ class SplitFacts(_Record):
     blank: int
 
 
-class DataChecks(_Record):
+class DataChecks(Record, extra="forbid"):
     """All that was found out about a dataset version."""
 
     dataset_version: str
@@ -94,11 +89,11 @@ class DataChecks(_Record):
     pixels: tuple[tuple[float, ...], ...]
     """Shares of the training split's pixel values, by channel and bin of 16 grey levels."""
 
-    checks: tuple[Check, ...]
+    checks: tuple[DataCheck, ...]
     offenders: tuple[Offender, ...]
     """The first few of each check."""
 
-    def having(self, outcome: Outcome) -> tuple[Check, ...]:
+    def having(self, outcome: Outcome) -> tuple[DataCheck, ...]:
         """The checks that ended so."""
         return tuple(check for check in self.checks if check.outcome == outcome)
 
@@ -286,21 +281,25 @@ def _offenders(
             yield Offender(check=kind, split=name, index=index, label=int(scans[name].labels[index]), note=note)
 
 
-def _at_most(config: DataGateConfig, name: str, value: float | None, note: str) -> Check:
+def _at_most(config: DataGateConfig, name: str, value: float | None, note: str) -> DataCheck:
     """Judge by the level `name` and the limit `max_<name>`; None: there is nothing to judge."""
     limit = float(getattr(config, f"max_{name}"))
     return _judged(config, name, value, limit, note, good=value is None or value <= limit)
 
 
-def _judged(config: DataGateConfig, name: str, value: float | None, limit: float, note: str, *, good: bool) -> Check:
+def _judged(
+    config: DataGateConfig, name: str, value: float | None, limit: float, note: str, *, good: bool
+) -> DataCheck:
     level: Level = getattr(config, name)
     wrong: Outcome = "failed" if level == "fail" else "warned"
     found: Outcome = "skipped" if value is None else "passed" if good else wrong
     outcome: Outcome = "off" if level == "off" else found
-    return Check(name=name, level=level, outcome=outcome, value=value, limit=limit, note=note)
+    return DataCheck(name=name, level=level, outcome=outcome, value=value, limit=limit, note=note)
 
 
-def _content_checks(manifest: Manifest, facts: Mapping[Split, SplitFacts], config: DataGateConfig) -> Iterator[Check]:
+def _content_checks(
+    manifest: Manifest, facts: Mapping[Split, SplitFacts], config: DataGateConfig
+) -> Iterator[DataCheck]:
     """The checks that need no champion."""
     counts = facts["train"].class_counts
     least, most = min(counts), max(counts)
@@ -350,7 +349,7 @@ _Theirs = tuple[Manifest, NDArray[np.int64], NDArray[np.uint64]]
 
 def _comparisons(
     manifest: Manifest, pixels: NDArray[np.int64], champion: _Theirs | None, config: DataGateConfig
-) -> Iterator[Check]:
+) -> Iterator[DataCheck]:
     """Yields the checks against the champion's training data, except the one for images that both versions have."""
     if champion is None:
         for name in ("missing_classes", "new_classes"):
@@ -370,7 +369,7 @@ def _drift(
     champion: _Theirs | None,
     config: DataGateConfig,
     names: tuple[str, str],
-) -> Iterator[Check]:
+) -> Iterator[DataCheck]:
     """Yields the drift of classes and of pixels against a champion's data, as checks of these names."""
     if champion is None:
         for name in names:
@@ -390,14 +389,14 @@ def _drift(
     yield _at_most(config, names[1], max(each), note + ", ".join(f"{psi:.3f}" for psi in each))
 
 
-def _trained_on(learned: NDArray[np.bool_] | None, config: DataGateConfig) -> Check:
+def _trained_on(learned: NDArray[np.bool_] | None, config: DataGateConfig) -> DataCheck:
     if learned is None:
         return _at_most(config, "trained_on", None, NO_CHAMPION)
     note = f"the champion was trained on {int(learned.sum()):,} of {len(learned):,} test images"
     return _at_most(config, "trained_on", float(learned.mean()) if len(learned) else 0.0, note)
 
 
-def _test_images(images: int, images_for_margin: int, config: DataGateConfig) -> Check:
+def _test_images(images: int, images_for_margin: int, config: DataGateConfig) -> DataCheck:
     limit = max(config.min_test_images, images_for_margin)
     note = f"the smallest loss that they can rule out is {min(3 / max(images, 1), 1):.2%}"
     if images < images_for_margin:

@@ -6,15 +6,13 @@ which are those that torchvision's decoders give a reader.
 
 from collections.abc import Iterable
 from io import BytesIO
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cnn.config.training import Encoding
 from cnn.errors import InputError
-
-Encoding = Literal["raw", "jpeg", "webp"]
 
 
 def check_encoding(encoding: Encoding, channels: int) -> None:

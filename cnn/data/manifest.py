@@ -10,15 +10,18 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cnn.config.training import Encoding
 from cnn.data.splits import Split
 from cnn.errors import InputError
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+class Record(BaseModel):
+    """A value that never changes; a class that refuses unknown keys says so itself (`extra="forbid"`)."""
+
+    model_config = ConfigDict(frozen=True)
 
 
-class Shard(_Record):
+class Shard(Record, extra="forbid"):
     """One safetensors file of packed images, all of one split."""
 
     sha256: str
@@ -31,7 +34,7 @@ class Shard(_Record):
     """Size of the file."""
 
 
-class SplitInfo(_Record):
+class SplitInfo(Record, extra="forbid"):
     """One split of the dataset."""
 
     count: int
@@ -42,14 +45,14 @@ class SplitInfo(_Record):
     """In reading order."""
 
 
-class Unreadable(_Record):
+class Unreadable(Record, extra="forbid"):
     """An image that could not be decoded and was left out."""
 
     name: str
     reason: str
 
 
-class Spread(_Record):
+class Spread(Record, extra="forbid"):
     """Smallest, median and largest of a number over all images."""
 
     min: int
@@ -57,7 +60,7 @@ class Spread(_Record):
     max: int
 
 
-class Losses(_Record):
+class Losses(Record, extra="forbid"):
     """Counts of files in a class folder."""
 
     images: int
@@ -65,7 +68,7 @@ class Losses(_Record):
     """Files that are no images, by their names, or cannot be reached."""
 
 
-class DataReport(_Record):
+class DataReport(Record, extra="forbid"):
     """What preprocessing found in the source."""
 
     images: int
@@ -91,7 +94,7 @@ class DataReport(_Record):
     """By class, of the classes that lost files."""
 
 
-class Manifest(_Record):
+class Manifest(Record, extra="forbid"):
     """A dataset version."""
 
     format: Literal[1] = 1
@@ -110,7 +113,7 @@ class Manifest(_Record):
     std: tuple[float, ...]
     """Of each channel of the training split, on the scale 0..1."""
 
-    encoding: Literal["raw", "jpeg", "webp"] = "raw"
+    encoding: Encoding = "raw"
     """How images lie in the shards; see `cnn.data.shard_writer`."""
 
     report: DataReport

@@ -11,7 +11,7 @@ from cnn.data.split_reader import Batch
 from cnn.errors import InputError
 
 
-class PackedSplit:
+class MappedSplit:
     """One split of a dataset version, N images of one shape, every shard of it here; see `cnn.data.split_reader`.
 
     The images stay on disk and are paged in as they are touched; processes on one machine share the pages.

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cnn.config.training import Encoding
 from cnn.data.manifest import Shard
 from cnn.errors import InputError, NotAvailable
-
-Encoding = Literal["raw", "jpeg", "webp"]
 
 TRIES = 20  # a cache shared with others may drop a file between fetching and opening it
 

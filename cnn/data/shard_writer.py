@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from cnn.data.encoding import Encoding
+from cnn.config.training import Encoding
 from cnn.data.manifest import Shard
 from cnn.data.splits import Pixels
 

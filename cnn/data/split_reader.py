@@ -12,7 +12,7 @@ Batch = tuple[Tensor, Tensor]
 class SplitReader(Protocol):
     """One split of a dataset version, N images of one shape.
 
-    All readers of a split give the same bits. `PackedSplit` has every shard here and mapped; `StreamedSplit` brings
+    All readers of a split give the same bits. `MappedSplit` has every shard here and mapped; `StreamedSplit` brings
     them when they are needed.
     """
 

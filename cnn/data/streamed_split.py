@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cnn.config.training import Encoding
 from cnn.data.manifest import Shard
 from cnn.data.read_ahead import read_ahead
 from cnn.data.shard_prefetch import Prefetch
-from cnn.data.shard_reader import Encoding, OpenShard, RawShard, fetch_and_open
+from cnn.data.shard_reader import OpenShard, RawShard, fetch_and_open
 from cnn.data.split_reader import Batch
 from cnn.errors import InputError
 

@@ -6,10 +6,10 @@ Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", ICM
 import math
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
+from cnn.data.manifest import Record
 from cnn.errors import InputError
 
 BINS = 15
@@ -99,10 +99,8 @@ def _inverse(scores: Tensor, labels: Tensor) -> float:
     return inverse
 
 
-class Reliability(BaseModel):
+class Reliability(Record):
     """Images in bins of equal width by the probability of their predicted class; 0.0 in bins without any."""
-
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     counts: tuple[int, ...]
     confidence: tuple[float, ...]

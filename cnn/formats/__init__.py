@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from cnn.formats.archive import ArchiveSource
-from cnn.formats.block import Source
-from cnn.formats.cifar import CifarSource
-from cnn.formats.digits import DigitsSource
+from cnn.formats.archive import ArchiveImages
+from cnn.formats.block import LabelledImages
+from cnn.formats.cifar import CifarImages
+from cnn.formats.digits import DigitsImages
 from cnn.formats.files import Files, LocalFiles
-from cnn.formats.folder import FolderSource
-from cnn.formats.idx import IdxSource
+from cnn.formats.folder import FolderImages
+from cnn.formats.idx import IdxImages
 from cnn.formats.layout import LeftOut
 
 Format = Literal["idx", "cifar", "digits", "folder", "archive"]
@@ -21,7 +21,7 @@ def open_source(
     files: Mapping[str, Path] | Files,
     classes: Sequence[str] | None = None,
     left_out: LeftOut | None = None,
-) -> Source:
+) -> LabelledImages:
     """Opens and checks a source.
 
     Args:
@@ -34,15 +34,15 @@ def open_source(
         InputError: the source is damaged or is no labelled collection of images.
     """
     if format == "folder":
-        return FolderSource(LocalFiles(files) if isinstance(files, Mapping) else files, left_out)
+        return FolderImages(LocalFiles(files) if isinstance(files, Mapping) else files, left_out)
     if not isinstance(files, Mapping):
         raise TypeError(f"files of format {format} must be local")
     match format:
         case "idx":
-            return IdxSource(files, classes)
+            return IdxImages(files, classes)
         case "cifar":
-            return CifarSource(files)
+            return CifarImages(files)
         case "digits":
-            return DigitsSource(files)
+            return DigitsImages(files)
         case "archive":
-            return ArchiveSource(files)
+            return ArchiveImages(files)

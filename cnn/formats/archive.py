@@ -45,7 +45,7 @@ class Member(NamedTuple):
     is_file: bool  # a regular file
 
 
-class ArchiveSource:
+class ArchiveImages:
     """One archive; its kind is recognised by its content, whatever the local file is called.
 
     Raises:

@@ -61,7 +61,7 @@ class Block(Protocol):
         """The wanted images as the target says; unreadable ones are named instead."""
 
 
-class Source(Protocol):
+class LabelledImages(Protocol):
     """A labelled collection of images."""
 
     @property

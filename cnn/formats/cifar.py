@@ -30,7 +30,7 @@ _CIFAR10 = _Layout("batches.meta.txt", 1)
 _CIFAR100 = _Layout("fine_label_names.txt", 2)  # coarse label, fine label
 
 
-class CifarSource:
+class CifarImages:
     """A tar archive, compressed or not, of the binary version; members are read straight from its stream.
 
     Raises:

@@ -17,7 +17,7 @@ from cnn.formats.layout import LeftOut
 _SIDE, _MAX = 8, 16
 
 
-class DigitsSource:
+class DigitsImages:
     """One uncompressed file; a line has 64 values of 0..16, scaled here to 0..255, and the label 0..9.
 
     Raises:

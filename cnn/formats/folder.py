@@ -11,7 +11,7 @@ BLOCK_IMAGES = 32
 BLOCK_BYTES = 4 * 2**20  # of files; a block ends before it has more, or at that many images
 
 
-class FolderSource:
+class FolderImages:
     """Image files by their paths in the folder.
 
     Args:

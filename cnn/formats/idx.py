@@ -24,7 +24,7 @@ class _Part(NamedTuple):
     labels: NDArray[np.int64]
 
 
-class IdxSource:
+class IdxImages:
     """Pairs of files named like `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, or with `t10k`.
 
     The files are uncompressed and memory-mapped.

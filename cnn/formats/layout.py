@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnn.data.splits import TEST, TRAIN, UNDECIDED, VAL
-from cnn.errors import InputError, one_line
+from cnn.errors import InputError, escaped
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp"})
 
@@ -299,7 +299,7 @@ def _nothing_found(others: _Others, broken: _Others) -> str:
         count = broken.folders.total()
         return f"{found} and {count} broken links, for example {broken.example}; fetch what they point to first"
     example = f", for example {others.example}" if others.example else ""
-    return one_line(f"{found}{example}; put images into one folder per class")
+    return escaped(f"{found}{example}; put images into one folder per class")
 
 
 def _losses(others: _Others, roots: Roots) -> Counter[str]:
@@ -317,4 +317,4 @@ def _remark(others: _Others, lost: Counter[str]) -> str:
     named = ", ".join(f"{name} {count}" for name, count in most[:_NAMED])
     more = f" and {len(most) - _NAMED} more classes" if len(most) > _NAMED else ""
     per_class = f" ({named}{more})" if named else ""
-    return one_line(f"{others.folders.total()} {others.kind} were left out{per_class}, for example {others.example}")
+    return escaped(f"{others.folders.total()} {others.kind} were left out{per_class}, for example {others.example}")

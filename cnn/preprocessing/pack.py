@@ -20,7 +20,7 @@ from cnn.data.shard_writer import SHARD_BYTES, Images, ShardWriter
 from cnn.data.splits import SPLITS, TEST, TRAIN, UNDECIDED, VAL
 from cnn.errors import InputError
 from cnn.formats import Format, open_source
-from cnn.formats.block import Block, Source
+from cnn.formats.block import Block, LabelledImages
 from cnn.preprocessing.pixel_statistics import Moments, moments
 from cnn.preprocessing.resume_records import PackedShard
 from cnn.preprocessing.split_packer import EXAMPLES, Failure, OnShard, SplitPacker
@@ -58,7 +58,7 @@ def preprocess(
 
 
 def pack(
-    source: Source,
+    source: LabelledImages,
     plan: Plan,
     config: PreprocessConfig,
     out: Path,
@@ -170,7 +170,7 @@ class _Prepared(NamedTuple):
     """Of the unreadable ones in their block."""
 
 
-def _pieces(source: Source, plan: Plan, starts: NDArray[np.int64]) -> Iterator[_Piece]:
+def _pieces(source: LabelledImages, plan: Plan, starts: NDArray[np.int64]) -> Iterator[_Piece]:
     """The images of each split from a position on."""
     most = max(1, PIECE_BYTES // int(np.prod(plan.target.shape)))
     offset = 0
@@ -222,7 +222,7 @@ def _examples(failures: Sequence[Failure]) -> tuple[Unreadable, ...]:
     return tuple(failure.image for failure in failures[:EXAMPLES] if failure.image)
 
 
-def _report(source: Source, plan: Plan, counts: NDArray[np.int64], failures: Sequence[Failure]) -> DataReport:
+def _report(source: LabelledImages, plan: Plan, counts: NDArray[np.int64], failures: Sequence[Failure]) -> DataReport:
     widths, heights, modes = Counter[int](), Counter[int](), Counter[str]()
     for look, count in plan.looks.items():
         widths[look.width] += count
@@ -242,13 +242,13 @@ def _report(source: Source, plan: Plan, counts: NDArray[np.int64], failures: Seq
     )
 
 
-def _losses(source: Source, plan: Plan) -> dict[str, Losses]:
+def _losses(source: LabelledImages, plan: Plan) -> dict[str, Losses]:
     images = np.bincount(plan.labels, minlength=len(source.classes)).tolist()
     counts = dict(zip(source.classes, images, strict=True))
     return {name: Losses(images=counts[name], left_out=lost) for name, lost in source.left_out.classes.items()}
 
 
-def _warnings(source: Source, plan: Plan, counts: NDArray[np.int64], bad_count: int) -> Iterator[str]:
+def _warnings(source: LabelledImages, plan: Plan, counts: NDArray[np.int64], bad_count: int) -> Iterator[str]:
     yield from source.left_out.remarks
     for split in (VAL, TEST):
         missing = [name for name, count in zip(source.classes, counts[split], strict=True) if not count]

@@ -2,7 +2,8 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+
+from cnn.data.manifest import Record
 
 Moments = NDArray[np.int64]
 """[n, C, 2]: for each image and channel the sum of its values, and of their squares."""
@@ -19,10 +20,8 @@ def moments(images: NDArray[np.uint8]) -> Moments:
     return np.stack(sums, axis=2)
 
 
-class PixelSums(BaseModel):
+class PixelSums(Record, extra="forbid"):
     """Sums over some images; those of two sets of images add up to those of both."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     pixels: int = 0
     """Pixels of one channel, over all images."""

@@ -11,9 +11,8 @@ from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
-from cnn.data.manifest import Shard, Unreadable
+from cnn.data.manifest import Record, Shard, Unreadable
 from cnn.data.splits import Split
 from cnn.formats.decode import Look
 from cnn.preprocessing.pixel_statistics import PixelSums
@@ -69,10 +68,8 @@ class SurveyPart:
             )
 
 
-class PackedShard(BaseModel):
+class PackedShard(Record, extra="forbid"):
     """A finished shard of one split, with what the manifest has to know of its images."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     split: Split
     number: int

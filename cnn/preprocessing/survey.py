@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cnn.config.training import PreprocessConfig
 from cnn.data.splits import SPLITS, TEST, TRAIN, UNDECIDED, VAL, assign, content_keys, thin_out
 from cnn.errors import InputError
-from cnn.formats.block import Block, Source
+from cnn.formats.block import Block, LabelledImages
 from cnn.formats.decode import Look, Target
 from cnn.preprocessing.resume_records import SurveyPart
 from cnn.threads import READERS, in_order
@@ -58,7 +58,7 @@ class Plan:
 
 
 def survey(
-    source: Source,
+    source: LabelledImages,
     config: PreprocessConfig,
     on_progress: OnImages = lambda count: None,
     *,
@@ -83,7 +83,7 @@ def survey(
     return _plan(source, config, parts)
 
 
-def _parts(source: Source, config: PreprocessConfig, start: int, on_progress: OnImages) -> Iterator[SurveyPart]:
+def _parts(source: LabelledImages, config: PreprocessConfig, start: int, on_progress: OnImages) -> Iterator[SurveyPart]:
     """What is found from a position on, in stretches of about `PART` images."""
 
     def look_at(block: Block) -> SurveyPart:
@@ -106,7 +106,7 @@ def _parts(source: Source, config: PreprocessConfig, start: int, on_progress: On
         yield _join(waiting, start)
 
 
-def _blocks_from(source: Source, start: int) -> Iterator[Block]:
+def _blocks_from(source: LabelledImages, start: int) -> Iterator[Block]:
     """The source's blocks from one that begins at the position."""
     position = 0
     for block in source.blocks():
@@ -125,7 +125,7 @@ def _join(parts: Sequence[SurveyPart], start: int) -> SurveyPart:
     )
 
 
-def _plan(source: Source, config: PreprocessConfig, parts: Sequence[SurveyPart]) -> Plan:
+def _plan(source: LabelledImages, config: PreprocessConfig, parts: Sequence[SurveyPart]) -> Plan:
     if not any(part.looks for part in parts):
         raise InputError(_nothing_readable(source))
     found = _join(parts, 0)
@@ -144,7 +144,7 @@ def _plan(source: Source, config: PreprocessConfig, parts: Sequence[SurveyPart])
     )
 
 
-def _nothing_readable(source: Source) -> str:
+def _nothing_readable(source: LabelledImages) -> str:
     block = next(iter(source.blocks())).loaded()
     first = np.arange(len(block.labels)) == 0
     named = "; ".join(f"{each.name}: {each.reason}" for each in block.decode(first, Target(1, 3)).unreadable)

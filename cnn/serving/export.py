@@ -12,13 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from cnn.config.training import TrainConfig
+from cnn.data.manifest import Record
 from cnn.errors import InputError
 from cnn.networks.build import build_network
 from cnn.networks.weights import weights_sha256
@@ -41,10 +42,8 @@ class ExportDiffers(RuntimeError):
     exit_status = 1
 
 
-class Description(BaseModel):
+class Description(Record):
     """What turns a file of weights into a classifier."""
-
-    model_config = ConfigDict(frozen=True)
 
     config: TrainConfig
     classes: tuple[str, ...]

@@ -123,7 +123,7 @@ class Trainer:
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         check_fits(config, manifest)
-        self.config, self.train, self.val, self.device, self.exchange = config, train, val, device, exchange
+        self.config, self.train_split, self.val_split, self.device, self.exchange = config, train, val, device, exchange
         self.step = 0
         self.order = Order(config, manifest.splits["train"])
         self.steps_per_epoch = self.order.steps_per_epoch
@@ -158,7 +158,8 @@ class Trainer:
         """One optimizer step on one global batch."""
         self._clock.start()
         if self._batches is None:
-            self._batches = self.train.batches(_orders(self.order, self.lanes.lanes_here, self.step, self.total_steps))
+            orders = _orders(self.order, self.lanes.lanes_here, self.step, self.total_steps)
+            self._batches = self.train_split.batches(orders)
         rate = learning_rate(self.config, self.step, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
         for lane in self.lanes.lanes_here:
@@ -226,7 +227,7 @@ class Trainer:
         """Score the validation split, and remember it as this epoch's."""
         kept = self.average or self.network
         network = nn.Sequential(self.normalise, predictor(kept, self.config))
-        self.history.append(evaluate(network, self.val, self.device, self.exchange))
+        self.history.append(evaluate(network, self.val_split, self.device, self.exchange))
         if self.config.select == "best" and self.best_epoch == len(self.history):
             self._best = _copy(kept.state_dict())
         return self.history[-1]
@@ -304,7 +305,7 @@ class Trainer:
         bad = torch.zeros(self.config.lanes, dtype=torch.float64, device=self.device)
         for lane in self.lanes.lanes_here:
             self.optimizer.zero_grad(set_to_none=True)
-            again = self.train.gather(samples[lane])
+            again = self.train_split.gather(samples[lane])
             loss, _ = self._lane(self.network, step=step - 1, lane=lane, batches=iter([again]))
             loss.backward()  # type: ignore[no-untyped-call]
             norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])

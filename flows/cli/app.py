@@ -9,9 +9,11 @@ import os
 import signal
 from collections.abc import Callable
 from enum import StrEnum
+from functools import partial, wraps
 from importlib.metadata import version
+from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -20,10 +22,10 @@ from rich.text import Text
 
 from flows.cli import models, notify, prediction, service, upkeep
 from flows.cli.console import (
+    describe,
     exit_status,
     foreseen,
     loading,
-    one_line,
     print_pairs,
     say,
     servers_up,
@@ -113,8 +115,7 @@ SummaryOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write 
 LimitOption = Annotated[int | None, typer.Option(help="Trial run on at most this many images of each split.")]
 
 
-@app.command()
-def train(
+def _config(
     dataset: DatasetOption = None,
     model: ModelOption = None,
     epochs: EpochsOption = None,
@@ -124,6 +125,29 @@ def train(
     settings: SetOption = None,
     config_file: ConfigOption = None,
     recipe: RecipeOption = None,
+) -> RunConfig:
+    settings = [*(settings or []), *([f"data.limit={limit}"] if limit is not None else [])]
+    options = {"dataset": dataset, "model": model, "epochs": epochs, "ranks": ranks, "name": name}
+    return load_config(config_file, settings, options, recipe=recipe)
+
+
+def configured(command: Callable[..., None]) -> Callable[..., None]:
+    """Puts the options of `_config` before the command's own; its first argument is `_config` with what they say."""
+    shared, (_, *own) = signature(_config).parameters, signature(command).parameters.values()
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        command(partial(_config, **{name: given.pop(name) for name in shared}), **given)
+
+    run.__dict__["__signature__"] = Signature([*shared.values(), *own])
+    run.__annotations__ = {each.name: each.annotation for each in (*shared.values(), *own)}
+    return run
+
+
+@app.command()
+@configured
+def train(
+    read: partial[RunConfig],
     refresh: Annotated[list[Step] | None, typer.Option(help="Do a step anew although its output exists.")] = None,
     summary: SummaryOption = None,
 ) -> None:
@@ -138,7 +162,7 @@ def train(
     def run() -> Summary:
         from infra.sources.entries import check_dataset, is_catalogued
 
-        config = _config(dataset, model, epochs, ranks, name, limit, settings, config_file, recipe)
+        config = read()
         check_dataset(config.dataset)  # a wrong name should not have to wait for servers
         if os.path.isdir(config.dataset) and is_catalogued(config.dataset):
             say(
@@ -147,7 +171,7 @@ def train(
             )
         return _train(config, refresh or [])
 
-    _summarised(run, summary, dataset)
+    _summarised(run, summary, read.keywords["dataset"])
 
 
 @app.command()
@@ -212,20 +236,10 @@ for panel, commands in MORE.items():
 
 
 @app.command()
-def config(
-    dataset: DatasetOption = None,
-    model: ModelOption = None,
-    epochs: EpochsOption = None,
-    ranks: RanksOption = None,
-    name: NameOption = None,
-    limit: LimitOption = None,
-    settings: SetOption = None,
-    config_file: ConfigOption = None,
-    recipe: RecipeOption = None,
-) -> None:
+@configured
+def config(read: partial[RunConfig]) -> None:
     """Print the configuration that `convoy train` would use with the same options, as YAML for --config."""
-    resolved = _config(dataset, model, epochs, ranks, name, limit, settings, config_file, recipe).resolved()
-    typer.echo(yaml.safe_dump(resolved, sort_keys=False).rstrip())
+    typer.echo(yaml.safe_dump(read().resolved(), sort_keys=False).rstrip())
 
 
 @app.command()
@@ -272,22 +286,6 @@ def env() -> None:
     status()
 
 
-def _config(
-    dataset: str | None,
-    model: str | None,
-    epochs: int | None,
-    ranks: int | None,
-    name: str | None,
-    limit: int | None,
-    settings: list[str] | None,
-    config_file: Path | None,
-    recipe: str | None,
-) -> RunConfig:
-    settings = [*(settings or []), *([f"data.limit={limit}"] if limit is not None else [])]
-    options = {"dataset": dataset, "model": model, "epochs": epochs, "ranks": ranks, "name": name}
-    return load_config(config_file, settings, options, recipe=recipe)
-
-
 def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | None = None) -> None:
     """Run something, and write how it went, also when it fails."""
     if file:
@@ -302,7 +300,7 @@ def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | No
         error = foreseen(raised)
         status = exit_status(error)
         kind = "interrupted" if status in (INTERRUPTED, CTRL_C) else "failed"
-        result = result.model_copy(update={"status": kind, "error": one_line(error), "exit_status": status})
+        result = result.model_copy(update={"status": kind, "error": describe(error), "exit_status": status})
         raise
     finally:
         if file:
@@ -367,6 +365,6 @@ def main() -> None:
             error = foreseen(raised)
             if not hasattr(error, "exit_status"):
                 raise
-            say(f"convoy: {one_line(error)}", error=True)
+            say(f"convoy: {describe(error)}", error=True)
             status = exit_status(error)
     stopping.end(status)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from infra.errors import Outage, ServiceError, UsageError
+from infra.errors import Outage, ServiceError, UsageError, one_line, without_login
 from infra.settings import Settings
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def servers_up(*, only: "Collection[ServerName] | None" = None) -> None:
     Args:
         only: those that are needed; None for all.
     """
-    from infra.stack.local_stack import NAMES, up
+    from infra.stack.local_stack import up
+    from infra.stack.state import NAMES
 
     console = terminal(error=True)
     endpoints = up(Settings(), lambda event: console.print(event, style="dim"), only=NAMES if only is None else only)
@@ -81,13 +82,13 @@ def foreseen(error: BaseException) -> BaseException:
             reason = f"{each.title}, {'.'.join(map(str, first['loc']))}: {first['msg']}"
         if reason:
             return UsageError(
-                f"Prefect cannot use its settings ({' '.join(reason.split())}); they are in PREFECT_ variables, its "
+                f"Prefect cannot use its settings ({one_line(reason)}); they are in PREFECT_ variables, its "
                 "profile, and .env, prefect.toml and pyproject.toml of the working folder"
             )
         if isinstance(each, TransportError):
-            address = os.environ.get("PREFECT_API_URL", "").rpartition("@")[2] or "its address"
+            address = without_login(os.environ.get("PREFECT_API_URL", "")) or "its address"
             return Outage(
-                f"Prefect at {address} does not answer ({one_line(each)}); "
+                f"Prefect at {address} does not answer ({describe(each)}); "
                 "start it with `convoy up`, or correct PREFECT_API_URL"
             )
         if any(words in str(each) for words in FULL_DISK):
@@ -117,7 +118,7 @@ def _refusal(error: "HTTPStatusError") -> str:
         said = said.get("exception_message") or said.get("detail") or said
     except (ValueError, AttributeError):
         said = error.response.text
-    said = " ".join(str(said).split())
+    said = one_line(said)
     return f"{server} answered {asked.path} with status {status}: {said[:SAID]}{'…' if len(said) > SAID else ''}"
 
 
@@ -126,8 +127,8 @@ def exit_status(error: BaseException) -> int:
     return int(getattr(error, "exit_status", 1))
 
 
-def one_line(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """The error as one line."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     known = hasattr(error, "exit_status")
     return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")

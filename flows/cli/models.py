@@ -7,6 +7,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from flows.cli.console import loading, say, servers_up, terminal
+from infra.storage.object_store import open_bucket
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a registered model.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="Number, or @alias.")]
@@ -36,15 +37,13 @@ def promote(
     [dim]convoy promote fashion-mnist 4 --force --reason "the only one that knows the new sizes"[/]
     """
     servers_up()
-    from infra.settings import Settings
-    from infra.storage.object_store import ObjectStore
     from infra.tracking.model_versions import find_version
     from infra.tracking.promotion_history import standing_champion
     from tasks.release.promote import promote_version
 
     separator = "" if version.startswith("@") else "/"
     found = find_version(f"{name}{separator}{version}")
-    if judge and found != standing_champion(ObjectStore.connect(Settings().bucket), name).version:  # not against itself
+    if judge and found != standing_champion(open_bucket(create=True), name).version:  # not against itself
         with loading():
             from tasks.config.gates import load_gate
             from tasks.release.quality_gate import judge_version, publish
@@ -63,23 +62,19 @@ def rollback(name: NameArgument, reason: ReasonOption = "") -> None:
     [dim]convoy rollback fashion-mnist[/]
     """
     servers_up()
-    from infra.settings import Settings
-    from infra.storage.object_store import ObjectStore
     from infra.tracking.promotion_history import rollback as roll_back
 
-    say(f"{name} was {roll_back(ObjectStore.connect(Settings().bucket), name, reason=reason)}")
+    say(f"{name} was {roll_back(open_bucket(create=True), name, reason=reason)}")
 
 
 def history(name: NameArgument) -> None:
     """List every change of a model's champion, the newest first, and repair the registry's aliases if they differ."""
     servers_up()
-    from infra.settings import Settings
-    from infra.storage.object_store import ObjectStore
     from infra.tracking.model_registry import check_model_exists
     from infra.tracking.promotion_history import history as changes
     from infra.tracking.promotion_history import repair_aliases
 
-    store = ObjectStore.connect(Settings().bucket)
+    store = open_bucket(create=True)
     entries = changes(store, name)
     if not entries:
         check_model_exists(name)

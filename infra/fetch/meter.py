@@ -5,7 +5,7 @@ import threading
 from infra.machine.files import OnBytes
 
 
-class Stopped(Exception):
+class Unwanted(Exception):
     """Another thread failed, or the user interrupted: this one's work is no longer wanted."""
 
 
@@ -23,10 +23,10 @@ class Meter:
         """This share of the file is here (0..1); going back is not reported.
 
         Raises:
-            Stopped: the work is no longer wanted.
+            Unwanted: the work is no longer wanted.
         """
         if self._stop.is_set():
-            raise Stopped
+            raise Unwanted
         position = int(self._size * min(share, 1.0))
         with self._lock:
             if position > self._reported:

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx
 
-from infra.errors import ServiceError, UsageError
+from infra.errors import ServiceError, UsageError, one_line, without_login
 from infra.fetch.meter import Meter
 from infra.machine.files import locked
 from infra.web_settings import WebTransport, certificates, proxy_of
@@ -28,8 +28,7 @@ def display(url: str) -> str:
     """The address as people and logs may see it: without user, password and signed parameters."""
     if not url.startswith(("http:", "https:")):
         return url
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return urlunsplit(urlsplit(without_login(url))._replace(query="", fragment=""))
 
 
 def file_name(url: str) -> str:
@@ -240,4 +239,4 @@ def _size(path: Path) -> int:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__

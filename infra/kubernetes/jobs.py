@@ -10,7 +10,7 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
 from urllib3.exceptions import HTTPError
 
-from infra.errors import Outage, ServiceError, UsageError
+from infra.errors import Outage, ServiceError, UsageError, one_line
 
 ANSWERS_WITHIN = (5.0, 15.0)  # seconds to connect, and for an answer
 NOT_FOUND = 404
@@ -78,13 +78,13 @@ class Jobs:
             kind = Outage if error.status == 429 or error.status >= 500 else ServiceError
             raise kind(said + _message(error)) from error
         except HTTPError as error:
-            raise Outage(f"the Kubernetes API does not answer: {' '.join(str(error).split())[:200]}") from error
+            raise Outage(f"the Kubernetes API does not answer: {one_line(error)[:200]}") from error
 
 
 def _message(error: ApiException) -> str:
     """What the server says beside the status, shortened."""
     body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else error.body or ""
-    return f" ({' '.join(body.split())[:300]})" if body else ""
+    return f" ({one_line(body)[:300]})" if body else ""
 
 
 def _troubles(status: Any) -> Iterator[str]:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from infra.errors import UsageError
+from infra.records import Record
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
 """How the name of an archive ends."""
@@ -21,10 +22,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
-class CatalogueFile(BaseModel):
+class CatalogueFile(Record, extra="forbid"):
     """One published file. A `.gz` is kept unpacked: mirrors compress differently, the content is equal."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     """As published."""
@@ -55,10 +54,8 @@ class CatalogueFile(BaseModel):
         return self.name.removesuffix(".gz") if self.packed else self.name
 
 
-class CatalogueEntry(BaseModel):
+class CatalogueEntry(Record, extra="forbid"):
     """One data set."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     format: Format

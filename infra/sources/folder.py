@@ -14,7 +14,7 @@ from infra.machine.files import OnBytes, file_digest, temporary_file
 from infra.machine.threads import in_parallel
 from infra.sources.base import Workplace, slug, source_key
 from infra.sources.listing import Entry, Listing
-from infra.sources.location import LocalOrigin, OnFiles, Origin, list_bucket, list_local
+from infra.sources.location import FolderLocation, LocalLocation, OnFiles, list_bucket, list_local
 from infra.sources.raw_data import ListingRef, RawBucket, RawFile, RawSource, write_record
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
@@ -27,7 +27,7 @@ KEEP_FILES, KEEP_BYTES = 50_000, 16 * 2**30
 class FolderSource:
     """See `infra.sources.base.Source`."""
 
-    origin: Origin
+    location: FolderLocation
     title: str
     """The folder's own name."""
 
@@ -57,10 +57,10 @@ class FolderSource:
 
     @property
     def key(self) -> str | None:
-        if not self.origin.marks_content or not all(file.version for file in self.files):
+        if not self.location.marks_content or not all(file.version for file in self.files):
             return None
         files = [list(file) for file in self.files]
-        return source_key("folder", self.origin.address, files, *([self.remarks] if self.remarks else []))
+        return source_key("folder", self.location.address, files, *([self.remarks] if self.remarks else []))
 
     def only(
         self, positions: NDArray[np.int64], remarks: tuple[str, ...] = (), left_out: Mapping[str, int] | None = None
@@ -80,7 +80,7 @@ class FolderSource:
         def bring(file: Entry) -> tuple[RawFile, bool]:
             meter = Meter(file.size, on_bytes, stop)
             meter.at(0.0)
-            digest = self.origin.add_to(place.cache, file.path)
+            digest = self.location.add_to(place.cache, file.path)
             raw = RawFile(path=file.path, sha256=digest, size=place.cache.path(digest).stat().st_size)
             present = not refresh and bucket.holds(raw)
             if not present:
@@ -95,7 +95,7 @@ class FolderSource:
             files=tuple(raw for raw, _ in brought),
             remarks=self.remarks,
             left_out=dict(self.left_out),
-            served_by={".": self.origin.address},
+            served_by={".": self.location.address},
             reused=all(present for _, present in brought),
         )
         if self.key:
@@ -109,11 +109,11 @@ class FolderSource:
             ServiceError: the bucket failed.
             UsageError: files that cannot be told apart from changed ones, or be named.
         """
-        if isinstance(self.origin, LocalOrigin) and (odd := next(iter(self.origin.odd), None)):
+        if isinstance(self.location, LocalLocation) and (odd := next(iter(self.location.odd), None)):
             raise UsageError(f"{odd}: its name is not valid UTF-8; rename it, or set data.keep_raw=true")
         if unmarked := next((file.path for file in self.files if not file.version), None):
             raise UsageError(f"{unmarked}: the store gives it no ETag to know it by; set data.keep_raw=true")
-        digest = source_key("listing", self.origin.address, self.files.digest)
+        digest = source_key("listing", self.location.address, self.files.digest)
         key = bucket_layout.listing(digest)
         stored = None if refresh else place.store.head(key)
         sha256 = stored.sha256 if stored else None
@@ -122,7 +122,7 @@ class FolderSource:
                 self.files.save(temporary)
                 sha256 = place.store.put_file(key, temporary, sha256=file_digest(temporary))
         listing = ListingRef(
-            digest=digest, sha256=sha256, address=self.origin.address, count=len(self.files), bytes=self.size
+            digest=digest, sha256=sha256, address=self.location.address, count=len(self.files), bytes=self.size
         )
         return RawSource(
             name=self.name,
@@ -131,7 +131,7 @@ class FolderSource:
             listing=listing,
             remarks=self.remarks,
             left_out=dict(self.left_out),
-            served_by={".": self.origin.address},
+            served_by={".": self.location.address},
             reused=stored is not None,
         )
 
@@ -142,7 +142,7 @@ def local_folder(root: Path, on_files: OnFiles = lambda count: None) -> FolderSo
     absolute = root.absolute()
     title = absolute.resolve().name if absolute.name in {"", ".."} else absolute.name
     return FolderSource(
-        origin=found.origin, title=title, files=found.files, folders=found.folders, unreachable=found.unreachable
+        location=found.location, title=title, files=found.files, folders=found.folders, unreachable=found.unreachable
     )
 
 
@@ -151,5 +151,5 @@ def bucket_folder(store: ObjectStore, prefix: str, on_files: OnFiles = lambda co
     found = list_bucket(store, prefix, on_files)
     title = prefix.rstrip("/").rpartition("/")[2] or store.bucket
     return FolderSource(
-        origin=found.origin, title=title, files=found.files, folders=found.folders, unreachable=found.unreachable
+        location=found.location, title=title, files=found.files, folders=found.folders, unreachable=found.unreachable
     )

@@ -11,13 +11,14 @@ from infra.errors import UsageError
 from infra.machine.files import temporary_file
 from infra.sources.listing import BATCH, Entry, Listing
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectChanged, ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectChanged, ObjectStore, parse_s3
+from infra.storage.s3_client import ObjectMissing
 
 OnFiles = Callable[[int], object]
 """Called with a number of files just found."""
 
 
-class Origin(Protocol):
+class FolderLocation(Protocol):
     """A folder's place."""
 
     @property
@@ -36,7 +37,7 @@ class Origin(Protocol):
 
 
 @dataclass(frozen=True)
-class LocalOrigin:
+class LocalLocation:
     """A folder on this machine."""
 
     root: Path
@@ -77,7 +78,7 @@ class LocalOrigin:
 
 
 @dataclass(frozen=True)
-class BucketOrigin:
+class BucketLocation:
     """What a bucket holds under a prefix, which is empty or ends in `/`."""
 
     store: ObjectStore
@@ -109,8 +110,8 @@ class ListedFiles:
 
     folders: tuple[str, ...] = ()
 
-    def __init__(self, listing: Listing, origin: Origin) -> None:
-        self._listing, self._origin = listing, origin
+    def __init__(self, listing: Listing, location: FolderLocation) -> None:
+        self._listing, self._location = listing, location
         self.paths = listing.paths
 
     def size(self, position: int) -> int:
@@ -124,22 +125,22 @@ class ListedFiles:
             UsageError: the file has changed since it was listed, or cannot be read.
             ServiceError: the store failed.
         """
-        return self._origin.read(self._listing[position])
+        return self._location.read(self._listing[position])
 
 
-def open_origin(address: str) -> Origin:
-    """The place that an origin's address names."""
+def open_location(address: str) -> FolderLocation:
+    """Returns the place that an address names."""
     if address.startswith("file:"):
-        return LocalOrigin(Path(address.removeprefix("file:")))
-    bucket, _, prefix = address.removeprefix("s3://").partition("/")
-    return BucketOrigin(ObjectStore.connect(bucket, create=False), prefix)
+        return LocalLocation(Path(address.removeprefix("file:")))
+    bucket, prefix = parse_s3(address)
+    return BucketLocation(ObjectStore.connect(bucket, create=False), prefix)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """A folder as it was listed."""
 
-    origin: Origin
+    location: FolderLocation
     files: Listing
     folders: tuple[str, ...]
     """Paths of all sub-folders, where they exist without files."""
@@ -175,7 +176,9 @@ def list_local(root: Path, on_files: OnFiles) -> Found:
                     yield Entry(path, status.st_size, str(status.st_mtime_ns))
 
     listing = Listing.collect(_counted(entries(), on_files))
-    return Found(origin=LocalOrigin(root, odd), files=listing, folders=tuple(folders), unreachable=tuple(unreachable))
+    return Found(
+        location=LocalLocation(root, odd), files=listing, folders=tuple(folders), unreachable=tuple(unreachable)
+    )
 
 
 def list_bucket(store: ObjectStore, prefix: str, on_files: OnFiles) -> Found:
@@ -206,7 +209,7 @@ def list_bucket(store: ObjectStore, prefix: str, on_files: OnFiles) -> Found:
 
     files = Listing.collect(_counted(entries(), on_files))
     return Found(
-        origin=BucketOrigin(store, prefix), files=files, folders=tuple(folders), unreachable=tuple(unreachable)
+        location=BucketLocation(store, prefix), files=files, folders=tuple(folders), unreachable=tuple(unreachable)
     )
 
 

@@ -28,7 +28,7 @@ from infra.fetch.web import CONNECT_SECONDS, Web, display
 from infra.machine.files import file_digest
 from infra.sources.entries import CatalogueFile
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, parse_s3
 
 SCHEMES = ("https:", "http:", "s3:", "file:", "deb:", "package:")
 SLACK = 1 << 16  # bytes by which compression may lengthen a file that does not compress
@@ -115,7 +115,7 @@ class Mirrors:
 
     def object(self, address: str) -> tuple[ObjectStore, str]:
         """Bucket and key of `s3://bucket/key`."""
-        bucket, _, key = address.removeprefix("s3://").partition("/")
+        bucket, key = parse_s3(address)
         return self.bucket(bucket), key
 
 

@@ -2,25 +2,24 @@
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterable
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from infra.errors import ServiceError
 from infra.machine.threads import in_parallel
+from infra.records import Record
 from infra.sources.entries import Format, Sha256
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 
 LIST_FROM = 200  # files from which one listing of the bucket is quicker than a question for each
 
 
-class RawFile(BaseModel):
+class RawFile(Record):
     """One source file."""
-
-    model_config = ConfigDict(frozen=True)
 
     path: str
     """Relative, with `/`, as the source has it: `train/cat/001.png`, `train-images-idx3-ubyte`."""
@@ -35,10 +34,8 @@ class RawFile(BaseModel):
         return bucket_layout.raw_file(self.sha256)
 
 
-class ListingRef(BaseModel):
+class ListingRef(Record):
     """The listing in the bucket of a folder that is read where it lies."""
-
-    model_config = ConfigDict(frozen=True)
 
     digest: Sha256
     """Of the folder's address and of each file's path, size and version."""
@@ -61,10 +58,8 @@ class ListingRef(BaseModel):
         return bucket_layout.listing(self.digest)
 
 
-class RawSource(BaseModel):
+class RawSource(Record):
     """The files of one source: all of them in the bucket, or a listing of them."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     """The catalogue's name, or one made of the folder's or archive's name: of `a-z 0-9 - _ .` only."""
@@ -83,7 +78,7 @@ class RawSource(BaseModel):
     remarks: tuple[str, ...] = ()
     """What was left out of a folder, in words; empty for an archive, which is kept whole."""
 
-    left_out: dict[str, int] = {}
+    left_out: dict[str, int] = Field(default_factory=dict)
     """Files left out of each class folder that lost any."""
 
     reused: bool = False
@@ -130,7 +125,7 @@ class RawBucket:
 
     def holds_all(self, files: Iterable[RawFile]) -> bool:
         """`holds`, of all of them, asked side by side."""
-        return all(in_parallel(self.holds, files, threading.Event()))
+        return all(in_parallel(self.holds, files))
 
     def put(self, file: RawFile) -> None:
         """Upload from the cache."""

@@ -7,7 +7,9 @@ import secrets
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError
+
+from infra.records import Record
 
 VALID_FOR = timedelta(days=3650)
 
@@ -20,10 +22,8 @@ def _secret() -> SecretStr:
     return SecretStr(secrets.token_hex(32))
 
 
-class Credentials(BaseModel):
+class Credentials(Record):
     """Keys of the local object store. The first two are for clients, the others for its own parts only."""
-
-    model_config = ConfigDict(frozen=True)
 
     access_key_id: SecretStr = Field(default_factory=_access_key)
     secret_access_key: SecretStr = Field(default_factory=lambda: SecretStr(secrets.token_urlsafe(30)))

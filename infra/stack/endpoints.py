@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, SecretStr
+from pydantic import SecretStr
 
+from infra.records import Record
 from infra.web_settings import loopback_without_proxy, without_web
 
 QUIET = {
@@ -15,7 +16,7 @@ QUIET = {
 REGION = "us-east-1"  # any will do for SeaweedFS, but signatures need one
 
 
-class Endpoints(BaseModel):
+class Endpoints(Record):
     """Addresses of the three servers, and the keys of a local object store.
 
     Attributes:
@@ -25,8 +26,6 @@ class Endpoints(BaseModel):
         prefect_ui_url: what people open in a browser.
         mlflow_is_local, prefect_is_local: whether the server is one of the local stack.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     home: Path
     bucket: str

@@ -8,7 +8,6 @@ password; see `infra.stack.servers`.
 """
 
 import os
-import re
 import shutil
 import subprocess
 import time
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 import httpx
-from pydantic import BaseModel, ConfigDict
 
-from infra.errors import ServiceError
+from infra.errors import ServiceError, without_login
 from infra.machine import stopping
+from infra.records import Record
 from infra.settings import Settings
 from infra.stack import migrations, processes
 from infra.stack.endpoints import Endpoints
@@ -29,8 +28,6 @@ from infra.stack.object_store_ready import make_ready
 from infra.stack.ports import is_free
 from infra.stack.state import HEALTH, NAMES, ServerName, StackFolder
 from infra.web_settings import check_web_environment, proxy_of
-
-__all__ = ["NAMES", "Endpoints", "ServerName", "ServerStatus", "down", "status", "up"]
 
 START_PATIENCE = 180.0  # seconds until a server is ready; a cold start on two busy cores takes under a minute
 BUSY_PATIENCE = 30.0  # seconds for a running server to answer, however busy the machine is
@@ -43,10 +40,8 @@ ATTEMPTS = 3  # at finding ports that nobody else takes in the meantime
 OnEvent = Callable[[str], None]
 
 
-class ServerStatus(BaseModel):
+class ServerStatus(Record):
     """State of one server: `dead` is one that was started, but is gone or does not answer."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: ServerName
     url: str
@@ -110,7 +105,7 @@ def down(settings: Settings) -> list[str]:
 def status(settings: Settings) -> list[ServerStatus]:
     """Look at each server once."""
     folder = StackFolder(settings)
-    external = {name: _without_login(address) for name, _, address in folder.external()}
+    external = {name: without_login(address) for name, _, address in folder.external()}
     found = []
     with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_PATIENCE) as client:
         for name in NAMES:
@@ -225,7 +220,7 @@ def _check_external(variable: str, address: str) -> None:
     """
     if not address.startswith(("http://", "https://")):  # MLflow also takes databases and folders
         return
-    url = _without_login(address)
+    url = without_login(address)
     way = proxy_of(url)
     try:
         answer = httpx.get(url, proxy=way[1] if way else None, timeout=10, verify=False, trust_env=False)
@@ -234,8 +229,3 @@ def _check_external(variable: str, address: str) -> None:
         raise ServiceError(f"{variable} names {url}, which does not answer ({error}): {advice}") from None
     if answer.is_server_error:
         raise ServiceError(f"{variable} names {url}, which answers with status {answer.status_code}")
-
-
-def _without_login(address: str) -> str:
-    """The address without user and password, to be shown."""
-    return re.sub(r"//[^/]*@", "//", address)

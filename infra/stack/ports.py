@@ -4,16 +4,14 @@ import random
 import socket
 from collections.abc import Iterable
 
-from pydantic import BaseModel, ConfigDict
+from infra.records import Record
 
 CHOICE = range(20_000, 30_000)  # below every system's range for outgoing connections, which come and go
 ADMIN_GRPC_OFFSET = 10_000  # SeaweedFS's own worker looks there for it, whatever it is told
 
 
-class Ports(BaseModel):
+class Ports(Record):
     """The ports of the local servers; SeaweedFS opens ten, each of which it would otherwise choose itself."""
-
-    model_config = ConfigDict(frozen=True)
 
     s3: int = 8333
     s3_grpc: int = 0

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Self
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from infra.errors import one_line
+from infra.records import Record
 from infra.web_settings import is_web, loopback_without_proxy, usable_web_environment
 
 MARK = "CONVOY_LOCAL_SERVER"
@@ -31,7 +33,7 @@ POLL = 0.05  # seconds between looks at ending processes
 GO_CRASH = re.compile(r"F\d{4} |panic: |fatal error: ")
 
 
-class Server(BaseModel):
+class Server(Record):
     """What to run as one server of a state folder.
 
     Attributes:
@@ -44,8 +46,6 @@ class Server(BaseModel):
         ports: all ports that it opens.
         version: of its library: a running server is replaced after an upgrade.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     command: tuple[str, ...]
     environment: dict[str, str]
@@ -62,10 +62,8 @@ class Server(BaseModel):
         return sha256(json.dumps([self.command, self.environment, self.version], sort_keys=True).encode()).hexdigest()
 
 
-class Record(BaseModel):
+class StartRecord(Record):
     """A start of a server, as kept in the state folder."""
-
-    model_config = ConfigDict(frozen=True)
 
     pid: int
     created: float
@@ -110,11 +108,11 @@ def start(server: Server, mark: str, record: Path) -> subprocess.Popen[bytes]:
             umask=0o077,
         )
     created = psutil.Process(process.pid).create_time()  # not reaped yet, so there even if it died already
-    record.write_text(Record(pid=process.pid, created=created, digest=server.digest).model_dump_json())
+    record.write_text(StartRecord(pid=process.pid, created=created, digest=server.digest).model_dump_json())
     return process
 
 
-def members(mark: str, record: Record | None) -> set[psutil.Process]:
+def members(mark: str, record: StartRecord | None) -> set[psutil.Process]:
     """Every living process of the server with this mark and record."""
     found: set[psutil.Process] = set()
     if record and (leader := record.process(mark)):
@@ -161,7 +159,7 @@ def log_end(path: Path, lines: int = 3, characters: int = 600) -> str:
             text = log.read().decode(errors="replace")
     except OSError:
         return "(no log)"
-    said = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    said = [one_line(line) for line in text.splitlines() if line.strip()]
     if crash := next((line for line in said if GO_CRASH.match(line)), None):  # all its threads' stacks follow
         return crash[:characters]
     return " | ".join(said[-lines:])[-characters:] or "(empty)"

@@ -17,7 +17,7 @@ from infra.settings import DEFAULT_HOME, Settings
 from infra.stack import ports, processes, servers
 from infra.stack.credentials import Credentials, ensure_certificate, load_or_create
 from infra.stack.endpoints import Endpoints
-from infra.stack.processes import Record, Server
+from infra.stack.processes import Server, StartRecord
 
 ServerName = Literal["seaweedfs", "mlflow", "prefect"]
 NAMES: tuple[ServerName, ...] = get_args(ServerName)
@@ -106,9 +106,9 @@ class StackFolder:
         """File of the record of a server's last start."""
         return self.root / f"{name}.json"
 
-    def record(self, name: ServerName) -> Record | None:
-        """Record of a server's last start, or None if it was never started or was stopped."""
-        return Record.read(self.record_file(name))
+    def record(self, name: ServerName) -> StartRecord | None:
+        """Returns the record of a server's last start, or None if it was never started or was stopped."""
+        return StartRecord.read(self.record_file(name))
 
     def log(self, name: ServerName) -> Path:
         """Log of a server's last start."""

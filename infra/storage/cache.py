@@ -9,7 +9,7 @@ from typing import IO
 
 from infra.errors import ServiceError
 from infra.machine.files import CHUNK, OnBytes, file_digest, locked, publish, temporary_file
-from infra.storage.cache_limit import Room
+from infra.storage.cache_limit import CacheLimit
 from infra.storage.object_store import ObjectStore
 
 READ_ONLY = 0o444  # a file named by its content must not be written to
@@ -39,7 +39,7 @@ class Cache:
         self.root = root
         self.store = store
         self.limit = limit
-        self._room = None if limit is None else Room(root, limit)
+        self._limit = None if limit is None else CacheLimit(root, limit)
         self._verified: dict[str, int] = {}  # SHA-256 → inode of the file that had it
 
     def path(self, sha256: str) -> Path:
@@ -110,15 +110,11 @@ class Cache:
                 if path.exists():
                     logger.warning("%s is damaged, as on a failing disk; it is fetched again", path)
                     path.unlink(missing_ok=True)
-                if self._room and size is not None:
-                    self._room.make(size, lock)
+                if self._limit and size is not None:
+                    self._limit.make_room(size, lock)
                 self.store.get_file(key, path, sha256=sha256, on_progress=on_progress)
                 self._note_verified(sha256)
         return path
-
-    def drop(self, sha256: str) -> None:
-        """Forget a file."""
-        self.path(sha256).unlink(missing_ok=True)
 
     def _use(self, sha256: str, size: int | None) -> bool:
         """Returns whether the file is here and undamaged; if so, it counts as used now."""

@@ -24,7 +24,7 @@ class _File(NamedTuple):
     path: Path
 
 
-class Room:
+class CacheLimit:
     """How much a cache's folder may hold, all processes together.
 
     Files are as old as their modification time, which whoever uses one sets to now. While data are being prepared on
@@ -39,7 +39,7 @@ class Room:
     def __init__(self, root: Path, limit: int) -> None:
         self._root, self.limit = root, limit
 
-    def make(self, size: int, coming: Path) -> None:
+    def make_room(self, size: int, coming: Path) -> None:
         """Have room for a file.
 
         Args:

@@ -17,13 +17,12 @@ from urllib.parse import urlsplit
 
 from boto3.s3.transfer import S3Transfer, TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
-from pydantic import BaseModel, ConfigDict
 
-from infra.errors import ServiceError
+from infra.errors import ServiceError, UsageError
 from infra.machine.files import OnBytes, atomic_file, file_digest
+from infra.records import Record
+from infra.settings import Settings
 from infra.storage.s3_client import CONCURRENCY, TRIES, ObjectMissing, error_code, open_client, translated
-
-__all__ = ["ObjectChanged", "ObjectInfo", "ObjectMissing", "ObjectStore", "Upload"]
 
 PART = 64 << 20  # bytes; larger files go up and come down in parts of this size, several at a time
 UNSAFE = ", so commits are not safe; use a store with conditional writes, see `convoy doctor`"
@@ -34,10 +33,25 @@ class ObjectChanged(ServiceError):
     """An object is not the version that was asked for."""
 
 
-class ObjectInfo(BaseModel):
-    """What the store knows of one object."""
+def open_bucket(*, create: bool = False, timeout: float | None = None) -> "ObjectStore":
+    """Opens the bucket that the settings name, as `ObjectStore.connect` does."""
+    return ObjectStore.connect(Settings().bucket, create=create, timeout=timeout)
 
-    model_config = ConfigDict(frozen=True)
+
+def parse_s3(address: str) -> tuple[str, str]:
+    """Returns bucket and key of `s3://bucket/key`; the key may be empty.
+
+    Raises:
+        UsageError: it names no bucket.
+    """
+    bucket, _, key = address.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise UsageError(f"{address} names no bucket; write s3://BUCKET/KEY")
+    return bucket, key
+
+
+class ObjectInfo(Record):
+    """What the store knows of one object."""
 
     key: str
     size: int
@@ -53,10 +67,8 @@ class ObjectInfo(BaseModel):
     """When it was written, by the store's clock; in a listing only."""
 
 
-class Upload(BaseModel):
+class Upload(Record):
     """A multipart upload that was neither completed nor aborted."""
-
-    model_config = ConfigDict(frozen=True)
 
     key: str
     id: str

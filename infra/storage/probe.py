@@ -15,8 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
-from pydantic import BaseModel, ConfigDict
 
+from infra.errors import one_line
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.object_store import PART, ObjectStore
@@ -28,10 +29,8 @@ WHERE = {"path": "path of an address", "virtual": "host name"}
 BODY = b"what Convoy's probe wrote"
 
 
-class Capability(BaseModel):
+class Capability(Record):
     """One thing that a store can do, or not."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     honoured: bool
@@ -78,7 +77,7 @@ def _try(name: str, attempt: Callable[[], None], needed: bool, without: str) -> 
     except ClientError as error:
         answer = f"refused: {error_code(error)}"
     except BotoCoreError as error:
-        answer = " ".join(str(error).split())
+        answer = one_line(error)
     return Capability(name=name, honoured=not answer, needed=needed, without=without, answer=answer)
 
 

@@ -20,7 +20,7 @@ from botocore.exceptions import (
     PartialCredentialsError,
 )
 
-from infra.errors import Outage, ServiceError, UsageError
+from infra.errors import Outage, ServiceError, UsageError, one_line
 from infra.settings import Settings
 
 REFUSED = {
@@ -78,7 +78,7 @@ def _client(valid_for: object, addressing: str | None, tries: int, timeout: floa
         return boto3.session.Session().client("s3", endpoint_url=settings.s3_url, config=config)
     except (BotoCoreError, ValueError) as error:  # boto3 names the setting, and not where it is
         names = [name for name in sorted(os.environ) if name.startswith("AWS_") and "KEY" not in name]
-        raise UsageError(f"object storage: {_line(error)}; see {', '.join(names) or 'your AWS profile'}") from error
+        raise UsageError(f"object storage: {one_line(error)}; see {', '.join(names) or 'your AWS profile'}") from error
 
 
 def error_code(error: ClientError) -> str:
@@ -98,22 +98,22 @@ def translated(where: str) -> Iterator[None]:
     except S3UploadFailedError as error:  # boto3 wraps the server's answer in it
         if isinstance(error.__context__, ClientError):
             _raise_answer(error.__context__, where)
-        raise Outage(f"{where}: the upload failed: {_line(error)}") from error
+        raise Outage(f"{where}: the upload failed: {one_line(error)}") from error
     except ClientError as error:
         _raise_answer(error, where)
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise ServiceError(f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
     except ParamValidationError as error:
-        reason = _line(error).partition(": Bucket name must match")[0]  # boto3 goes on with regular expressions
+        reason = one_line(error).partition(": Bucket name must match")[0]  # boto3 goes on with regular expressions
         raise UsageError(f"{where}: not a valid name: {reason}") from error
     except EndpointConnectionError as error:
         raise Outage(
             f"{where}: no connection; start the local servers with `convoy up`, or check AWS_ENDPOINT_URL"
         ) from error
     except (ConnectionError, HTTPClientError, RetriesExceededError) as error:
-        raise Outage(f"{where}: the connection failed after several tries: {_line(error)}") from error
+        raise Outage(f"{where}: the connection failed after several tries: {one_line(error)}") from error
     except BotoCoreError as error:
-        raise ServiceError(f"{where}: {_line(error)}") from error
+        raise ServiceError(f"{where}: {one_line(error)}") from error
 
 
 def _raise_answer(error: ClientError, where: str) -> NoReturn:
@@ -132,7 +132,3 @@ def _raise_answer(error: ClientError, where: str) -> NoReturn:
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     kind = Outage if status >= 500 or status == 429 else ServiceError
     raise kind(f"{where}: {code} {message} (tries: {tries})".replace("\n", " ")) from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

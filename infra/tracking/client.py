@@ -3,14 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 import mlflow
 from mlflow.exceptions import MlflowException, RestException
 from requests import RequestException
 
-from infra.errors import Outage, ServiceError
+from infra.errors import Outage, ServiceError, without_login
 from infra.web_settings import check_web_environment
 
 ANSWER_WITHIN = 5.0  # seconds a server has to answer the first request of a run
@@ -59,8 +58,7 @@ def first_line(error: Exception) -> str:
 
 def tracking_uri() -> str:
     """The address of the tracking server, without the name and password that it may hold: fit to be shown."""
-    parts = urlsplit(mlflow.get_tracking_uri())
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+    return without_login(mlflow.get_tracking_uri()).rstrip("/")
 
 
 def check_server() -> None:

@@ -10,9 +10,9 @@ from itertools import islice
 import mlflow
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
-from pydantic import BaseModel, ConfigDict
 
 from infra.errors import Outage
+from infra.records import Record
 from infra.tracking.client import first_line, tracking_uri
 
 logger = logging.getLogger(__name__)
@@ -28,15 +28,13 @@ ONE_TRY_A_REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUES
 """For a rank's environment: its MetricLogger tries again by itself, MLflow's retries would delay it."""
 
 
-class MetricRow(BaseModel):
+class MetricRow(Record, extra="forbid", ser_json_inf_nan="strings"):
     """Metrics logged together.
 
     `timestamp` (milliseconds) is that of the call to `log`, and stays: MLflow stores one row for equal run,
     name, step, value and timestamp, so a row that is sent again, because its acknowledgement was lost or a
     training resumed, is stored once.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     step: int
     timestamp: int

@@ -16,44 +16,15 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
-from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
+from infra.records import Record
 from infra.tracking.client import check_server, is_missing, mlflow_client, tracking_uri
-from infra.tracking.metric_log import MetricLogger, MetricRow, deliver
 from infra.tracking.names import filter_of
-from infra.tracking.system_metrics import SystemMetrics
 from infra.tracking.tags import CONTEXT, DIGEST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = [
-    "MetricLogger",
-    "MetricRow",
-    "RunInfo",
-    "SystemMetrics",
-    "TaggedRun",
-    "check_server",
-    "deliver",
-    "describe_run",
-    "end_run",
-    "every_run",
-    "fetch_artifacts",
-    "list_runs",
-    "log_dataset",
-    "log_figure",
-    "log_file",
-    "log_metrics",
-    "log_text",
-    "reopen_run",
-    "run_status",
-    "run_tags",
-    "run_url",
-    "set_tags",
-    "start_run",
-    "tracking_uri",
-]
 
 PARAMS_A_CALL, PARAM_CHARACTERS = 100, 6000  # MLflow's limits
 DATASET_DIGEST_CHARACTERS = 36  # likewise
@@ -135,10 +106,8 @@ def run_tags(run_id: str) -> dict[str, str]:
             return {}
 
 
-class RunInfo(BaseModel):
+class RunInfo(Record):
     """A run, as lists show it."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str
     status: str
@@ -177,10 +146,8 @@ def _experiments(client: mlflow.MlflowClient) -> list[str]:
             return found
 
 
-class TaggedRun(BaseModel):
+class TaggedRun(Record):
     """A run's state and tags."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str
     status: str

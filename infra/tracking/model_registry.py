@@ -14,10 +14,10 @@ from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.models import Model, infer_signature
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from rich.filesize import decimal
 
 from infra.errors import ServiceError, UsageError
+from infra.records import Record
 from infra.tracking.client import is_missing, mlflow_client, tracking_uri
 from infra.tracking.names import filter_of, model_name_fault
 from infra.tracking.tags import VersionRecord
@@ -28,10 +28,8 @@ MODELS_A_CALL = 100
 SPARE = 16 << 20  # bytes beside its weights that storing a model takes
 
 
-class ModelVersion(BaseModel):
+class ModelVersion(Record):
     """A version of a registered model."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     version: str

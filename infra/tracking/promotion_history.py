@@ -14,10 +14,11 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from infra.errors import Outage, ServiceError, UsageError
 from infra.machine import stopping
+from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
 from infra.tracking.model_registry import (
@@ -41,13 +42,11 @@ class AlreadyChampion(UsageError):
     """The version is the champion; nothing was changed."""
 
 
-class Lineage(BaseModel):
+class Lineage(Record):
     """The run, weights and data that a version rests on: the history protects them, whatever MLflow still knows.
 
     All None in entries of an older Convoy.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str | None = None
     """Its MLflow run, hence `runs/<run_id>/` in the bucket."""
@@ -135,10 +134,8 @@ def champions(entries: Sequence[Promotion]) -> list[str]:
     return standing
 
 
-class Standing(BaseModel):
+class Standing(Record):
     """A model's champion, by its history and the registry together."""
-
-    model_config = ConfigDict(frozen=True)
 
     entries: tuple[Promotion, ...]
     """Its history."""

@@ -6,18 +6,15 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
+from infra.records import Record
 from infra.tracking.tags import GIT_DIRTY, LIBRARY, LOCK_SHA256, SOURCE_COMMIT
 
 LIBRARIES = ("torch", "torchvision", "mlflow", "prefect")
 CODE = Path(__file__).resolve().parents[1] / "__init__.py"
 
 
-class Provenance(BaseModel):
+class Provenance(Record):
     """What must be equal for a run to give the same weights again, apart from data and configuration."""
-
-    model_config = ConfigDict(frozen=True)
 
     git_commit: str | None
     """Commit of the repository that holds the code; None if it was installed from elsewhere."""

@@ -6,7 +6,9 @@ Names of tags are promises to scripts and to earlier versions of Convoy: they ar
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from infra.records import Record
 
 # Of runs
 MANIFEST_DIGEST = "convoy.manifest_digest"
@@ -54,13 +56,11 @@ HELD_LEASE = "convoy.lease"
 """The concurrency limit whose slot the flow run holds."""
 
 
-class VersionRecord(BaseModel):
+class VersionRecord(Record, alias_generator=lambda name: f"convoy.{name}", populate_by_name=True):
     """What a registered version was made of, and how its gates ended; None where its tags do not say.
 
     Earlier versions of Convoy, and people who register by hand, leave tags out.
     """
-
-    model_config = ConfigDict(frozen=True, alias_generator=lambda name: f"convoy.{name}", populate_by_name=True)
 
     dataset: str | None = None
     """Name of the data."""

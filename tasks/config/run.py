@@ -5,26 +5,24 @@ Importing this module loads pydantic only, so that a mistake is refused before t
 
 import difflib
 import json
-import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cnn.config.training import NETWORK_OPTIONS, Config, DataGateConfig, PreprocessConfig, TrainConfig
+from cnn.config.training import Config, DataGateConfig, PreprocessConfig, TrainConfig
 from cnn.distributed.world_size import check_world_size
 from infra.errors import UsageError
 from infra.sources.entries import CATALOGUE
 from infra.tracking.names import model_name_fault
 from tasks.config.gates import GateConfig, ServingConfig
+from tasks.config.key_values import explain, read_settings
 from tasks.config.launchers import KubernetesConfig, Launcher, NodesConfig, RayConfig
 from tasks.config.plain_yaml import read_yaml
 
 STEPS_AN_EPOCH = 20  # at least, where the batch size is ours to choose
-_SHORT = reprlib.Repr()  # of what was given, which may be of any size
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 LONGEST = 100_000  # characters of a configuration as JSON: it is a parameter of flow runs, and tags of MLflow's runs
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -198,17 +196,7 @@ def load_config(
         values = _merge(values, _read(known[recipe]))
     if file:
         values = _merge(values, _read(file))
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise UsageError(f"--set {setting}: write key=value, for example --set lr=0.05")
-        section = values
-        *path, last = key.strip().split(".")
-        for name in path:
-            section = section.setdefault(name, {})
-            if not isinstance(section, dict):
-                raise UsageError(f"--set {setting}: {name} is a value, not a section")
-        section[last] = read_yaml(text, f"--set {setting}: the value")
+    read_settings(settings, values, example="lr=0.05")
     values |= {key: value for key, value in (options or {}).items() if value is not None}
     try:
         config = RunConfig.model_validate(values)
@@ -246,49 +234,3 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{file} must hold keys and values, for example 'epochs: 5'")
     return values
-
-
-def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]) -> str:
-    """Say in one line what is wrong with each key; for an unknown key name the nearest that there is."""
-    complaints = []
-    for detail in error.errors(include_url=False):
-        path = [str(part) for part in detail["loc"]]
-        key = ".".join(path)
-        if detail["type"] == "extra_forbidden":
-            complaints.append(f"unknown key {key!r}; {_nearest(path, model, values)}")
-        else:
-            message = detail["msg"].removeprefix("Value error, ")
-            message = message[:1].lower() + message[1:]
-            given = "" if not path or detail["type"] == "value_error" else f" (given: {_SHORT.repr(detail['input'])})"
-            if detail["type"] == "string_type" and isinstance(detail["input"], int | float):
-                given += "; in YAML, put it into quotes"
-            complaints.append(f"{key}: {message}{given}" if key else message)
-    return "; ".join(complaints)
-
-
-def _nearest(path: list[str], model: type[BaseModel], values: Mapping[str, Any]) -> str:
-    """The key that was probably meant, searched where it was written, then everywhere."""
-    keys = list(known_keys(model, str(values.get("model", model.model_fields["model"].default))))
-    key = ".".join(path)
-    if path[0] == "network" and (
-        others := [name for name, each in NETWORK_OPTIONS.items() if path[-1] in each.model_fields]
-    ):
-        return f"{others[0]} has it: --model {others[0]}"
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if not close:
-        by_last = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
-        close = [by_last[last] for last in difflib.get_close_matches(path[-1], by_last, n=1, cutoff=0.8)]
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(keys)}"
-
-
-def known_keys(model: type[BaseModel], network: str) -> Iterable[str]:
-    """Every key that a configuration may hold, in dotted form."""
-    for name, field in model.model_fields.items():
-        candidates = (field.annotation, *get_args(field.annotation))
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), None)
-        if name == "network":
-            section = NETWORK_OPTIONS.get(network)
-        if section is None:
-            yield name
-        else:
-            yield from (f"{name}.{key}" for key in section.model_fields)

@@ -8,32 +8,28 @@ import hashlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict
 
 from cnn.config.training import DataGateConfig
-from cnn.data.checks import COMPARISONS, SLOW, Check, DataChecks, check_dataset
+from cnn.data.checks import COMPARISONS, SLOW, DataCheck, DataChecks, check_dataset
 from cnn.data.manifest import Manifest
 from cnn.data.split_reader import SplitReader
 from cnn.data.splits import SPLITS
 from infra.errors import GateRefused
-from infra.settings import Settings
+from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking import mlflow_runs
 from infra.tracking.tags import DATA_GATE
 from tasks.data.contact_sheet import contact_sheet
 from tasks.data.dataset import DatasetDamaged, DatasetRef, load_manifest, open_cache, open_split
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.reporting.drawing import png
 from tasks.reporting.markdown import plain
-
-__all__ = ["DataRefused", "DataReport", "data_gate", "data_markdown", "log_data_report"]
 
 JSON, PAGE, SHEET = "data.json", "data.md", "data_samples.png"
 
@@ -42,10 +38,8 @@ class DataRefused(GateRefused):
     """The data are not fit to be trained on; nothing was trained."""
 
 
-class DataReport(BaseModel):
+class DataReport(Record):
     """A published report on a dataset version."""
-
-    model_config = ConfigDict(frozen=True)
 
     dataset: DatasetRef
     checks: DataChecks
@@ -54,7 +48,7 @@ class DataReport(BaseModel):
     """Of its objects in the bucket, with a slash at the end."""
 
 
-@task(name="data-gate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("data-gate")
 def data_gate(
     dataset: DatasetRef,
     config: DataGateConfig,
@@ -80,7 +74,7 @@ def data_gate(
         ServiceError: the object store failed.
     """
     stop_if_cancelled()
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     cache = open_cache(store)
     manifest = load_manifest(store, dataset.version)
     splits = {name: open_split(cache, manifest, name) for name in SPLITS}
@@ -120,7 +114,7 @@ def log_data_report(run_id: str, report: DataReport) -> None:
     """
     if DATA_GATE in mlflow_runs.run_tags(run_id):
         return
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     with TemporaryDirectory() as temporary:
         for name in (JSON, PAGE, SHEET):
             file = Path(temporary) / name
@@ -206,11 +200,11 @@ def _count(checks: DataChecks) -> str:
     return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in sorted(set(outcomes)))
 
 
-def _said(check: Check) -> str:
+def _said(check: DataCheck) -> str:
     return f"{check.name} is {_number(check.value)}, limit {_number(check.limit)} ({check.note})"
 
 
-def _row(check: Check) -> str:
+def _row(check: DataCheck) -> str:
     mark = f"**{check.outcome}**" if check.outcome in ("failed", "warned") else check.outcome
     return f"| {check.name} | {mark} | {_number(check.value)} | {_number(check.limit)} | {plain(check.note)} |"
 

@@ -5,24 +5,22 @@ Only opening loads torch.
 
 import hashlib
 import os
-import threading
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-
-from pydantic import BaseModel, ConfigDict
 
 from cnn.data.manifest import Manifest, Shard
 from cnn.data.splits import Split
 from cnn.errors import InputError
 from infra.errors import ServiceError
 from infra.machine.threads import in_parallel
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
 from infra.storage.cache_limit import disk_limit
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 
 if TYPE_CHECKING:
     from cnn.data.shard_reader import RawShard
@@ -38,10 +36,8 @@ class DatasetDamaged(ServiceError):
     """A dataset version in the bucket is not what its digest says."""
 
 
-class DatasetRef(BaseModel):
+class DatasetRef(Record):
     """A dataset version in the bucket."""
-
-    model_config = ConfigDict(frozen=True)
 
     version: str
     """SHA-256 of its manifest."""
@@ -85,7 +81,7 @@ def is_whole(store: ObjectStore, version: str) -> bool:
         return False
     shards = shards_of(manifest)
     if len(shards) <= ASKED_ONE_BY_ONE:
-        return all(_each(lambda shard: is_stored(store, shard), shards))
+        return all(in_parallel(lambda shard: is_stored(store, shard), shards))
     sizes = {info.key: info.size for info in store.list(bucket_layout.SHARDS)}
     return all(sizes.get(bucket_layout.shard(shard.sha256)) == shard.bytes for shard in shards)
 
@@ -116,9 +112,9 @@ def open_split(cache: Cache, manifest: Manifest, split: Split) -> "SplitReader":
         ObjectMissing: a shard is neither here nor in the bucket; when it is needed, if they come then.
     """
     if manifest.encoding == "raw" and fits(cache, manifest):
-        from cnn.data.mapped_split import PackedSplit
+        from cnn.data.mapped_split import MappedSplit
 
-        return PackedSplit(_each(partial(_map, cache, _shape(manifest)), manifest.splits[split].shards))
+        return MappedSplit(in_parallel(partial(_map, cache, _shape(manifest)), manifest.splits[split].shards))
     return stream_split(cache, manifest, split)
 
 
@@ -156,7 +152,3 @@ def _map(cache: Cache, shape: tuple[int, int, int], shard: Shard) -> "RawShard":
     mapped = fetch_and_open(shard, partial(_fetch, cache), shape=shape, encoding="raw")
     assert isinstance(mapped, RawShard)
     return mapped
-
-
-def _each(work: Callable[[Shard], T], shards: Iterable[Shard]) -> list[T]:
-    return in_parallel(work, shards, threading.Event())

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from rich.filesize import decimal
 
 from cnn.errors import InputError
@@ -18,14 +16,14 @@ from infra.sources.location import OnFiles
 from infra.sources.mirrors import Mirrors
 from infra.sources.raw_data import RawSource
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
 from tasks.data.prune_mark import wait_for_prune
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import Advance, progress, run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 
 
-@task(name="download", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("download")
 def download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = None) -> RawSource:
     """Bring a data set into the bucket; what is there already is not fetched again.
 
@@ -40,7 +38,7 @@ def download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = Non
     """
     stop_if_cancelled()
     settings = Settings()
-    store = ObjectStore.connect(settings.bucket)
+    store = open_bucket(create=True)
     wait_for_prune(store)
     try:
         raw = _download(dataset, settings, store, refresh, keep_raw)

@@ -2,14 +2,11 @@
 
 import hashlib
 import shutil
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from cnn.code_digest import code_digest
 from cnn.config.training import PreprocessConfig
@@ -23,38 +20,34 @@ from cnn.preprocessing.pack import code_files, pack
 from cnn.preprocessing.survey import survey
 from infra.machine.files import locked
 from infra.machine.threads import in_parallel
+from infra.records import Record
 from infra.settings import Settings
 from infra.sources.listing import Listing
-from infra.sources.location import ListedFiles, open_origin
+from infra.sources.location import ListedFiles, open_location
 from infra.sources.raw_data import ListingRef, RawSource
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
+from infra.storage.s3_client import ObjectMissing
 from tasks.data.dataset import DatasetRef, is_whole, load_manifest
 from tasks.data.preprocessing_journal import Journal
 from tasks.data.shard_uploads import ShardStore, fits_cache
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
-from tasks.orchestration.retries import RETRIED
-
-__all__ = ["DatasetRef", "preprocess"]
+from tasks.orchestration.step import step
 
 
-class StepRecord(BaseModel):
+class StepRecord(Record, extra="forbid"):
     """What an earlier run of the step made of the same input."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset_version: str
 
 
-@task(name="preprocess", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("preprocess")
 def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = False) -> DatasetRef:
     """Pack a source into a dataset version, unless that was done before.
 
-    What an interrupted run has done, on whatever machine, is not done again; see
-    `tasks.data.preprocessing_journal`. Prefect's own cache is not used: it knows neither our code nor what the bucket
-    still holds.
+    What an interrupted run has done, on whatever machine, is not done again; see `tasks.data.preprocessing_journal`.
 
     Args:
         refresh: compute and store everything anew, even if it is there.
@@ -66,7 +59,7 @@ def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = Fals
     """
     stop_if_cancelled()
     settings = Settings()
-    store = ObjectStore.connect(settings.bucket)
+    store = open_bucket(create=True)
     cache = Cache(settings.cache, store)
     key = step_key(raw, config)
     with locked(settings.cache / "locks" / f"preprocess-{key}"):  # whoever waits here finds the result
@@ -115,7 +108,7 @@ def _find(store: ObjectStore, step: str) -> str | None:
 
 def _in_place(listing: ListingRef, cache: Cache) -> ListedFiles:
     path = cache.fetch(listing.key, listing.sha256)
-    return ListedFiles(Listing.load(path), open_origin(listing.address))
+    return ListedFiles(Listing.load(path), open_location(listing.address))
 
 
 def _fetch(raw: RawSource, cache: Cache) -> dict[str, Path]:
@@ -127,7 +120,6 @@ def _fetch(raw: RawSource, cache: Cache) -> dict[str, Path]:
         paths = in_parallel(
             lambda file: cache.fetch(file.key, file.sha256, size=file.size, on_progress=advance),
             raw.files,
-            threading.Event(),
         )
     return {file.path: path for file, path in zip(raw.files, paths, strict=True)}
 

@@ -4,9 +4,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from cnn.config.training import TrainConfig
@@ -18,9 +15,9 @@ from cnn.networks.weights import load_weights, weights_sha256
 from cnn.networks.wrappers import Normalise, predictor
 from cnn.training.trainer import build
 from infra.errors import ServiceError
-from infra.settings import Settings
+from infra.records import Record
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
 from tasks.data.dataset import DatasetRef, load_manifest, open_cache, open_split
 from tasks.evaluation.publish import publish_evaluation
 from tasks.evaluation.reference_images import store_reference
@@ -28,16 +25,14 @@ from tasks.evaluation.report import EvaluationReport, evaluation_report, measure
 from tasks.evaluation.split_predictions import store_predictions
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.training.train import TrainResult
 
 REFERENCE_IMAGES = 64
 
 
-class Evaluation(BaseModel):
+class Evaluation(Record):
     """A finished evaluation."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str
     report: EvaluationReport
@@ -59,7 +54,7 @@ class Evaluation(BaseModel):
         return self.report.calibration.temperature
 
 
-@task(name="evaluate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("evaluate")
 def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> Evaluation:
     """Score the trained weights on the test split, each image once; a temperature is fitted on the validation split.
 
@@ -70,7 +65,7 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
         ServiceError: a server failed, or the bucket has other weights than the training left.
     """
     stop_if_cancelled()
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     manifest = load_manifest(store, dataset.version)
     cache = open_cache(store)
     validation, test = (open_split(cache, manifest, name) for name in ("val", "test"))
@@ -100,7 +95,7 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
     return Evaluation(run_id=trained.run_id, report=report, device=device.type, reference_key=key)
 
 
-@task(name="publish-evaluation", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("publish-evaluation")
 def publish(dataset: DatasetRef, evaluated: Evaluation) -> None:
     """Puts the report into the MLflow run (`report/`, metrics `test/...`) and, as a page, into Prefect.
 
@@ -109,7 +104,7 @@ def publish(dataset: DatasetRef, evaluated: Evaluation) -> None:
         ServiceError: a server failed.
     """
     stop_if_cancelled()
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     test = open_split(open_cache(store), load_manifest(store, dataset.version), "test")
     publish_evaluation(evaluated.run_id, evaluated.report, test)
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnn.errors import InputError
 from cnn.evaluation.calibration import Reliability, reliability, remark
+from infra.records import Record
 from tasks.evaluation.binomial import wilson_interval
 
 Labels = NDArray[np.int64]
@@ -28,11 +28,7 @@ WARM_UP, REPEATS = 2, 10  # calls that are not measured, and that are
 NO_SLICES: Mapping[str, Sequence[object]] = MappingProxyType({})
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-
-
-class Scores(_Record):
+class Scores(Record):
     """Precision, recall and their harmonic mean; 0 where nothing was predicted, or nothing is there."""
 
     precision: float
@@ -49,7 +45,7 @@ class ClassScores(Scores):
     """Images of this class."""
 
 
-class SliceScores(_Record):
+class SliceScores(Record):
     """Accuracy on the images that share a value."""
 
     value: str
@@ -59,7 +55,7 @@ class SliceScores(_Record):
     """Of the accuracy: Wilson's, 95 %."""
 
 
-class Calibration(_Record):
+class Calibration(Record):
     """What the network's probabilities are worth, as trained and with logits divided by a temperature."""
 
     temperature: float
@@ -79,7 +75,7 @@ class Calibration(_Record):
     """What a reader should know about the temperature."""
 
 
-class Example(_Record):
+class Example(Record):
     """An image, and what was said of it; probabilities are as trained."""
 
     index: int
@@ -93,7 +89,7 @@ class Example(_Record):
     true_probability: float
 
 
-class Footprint(_Record):
+class Footprint(Record):
     """What a network takes to run."""
 
     device: str
@@ -109,7 +105,7 @@ class Footprint(_Record):
     """Milliseconds an image, by batch size: the median of ten calls."""
 
 
-class EvaluationReport(_Record):
+class EvaluationReport(Record):
     """How a network does on a split."""
 
     split: str

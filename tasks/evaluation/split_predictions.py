@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cnn.data.manifest import Manifest
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 
 
 def store_predictions(

@@ -2,16 +2,15 @@
 
 import signal
 import time
-from uuid import UUID
 
 import httpx
 from prefect import get_client
 from prefect.client.schemas.objects import StateType
-from prefect.context import FlowRunContext
 from prefect.exceptions import PrefectException, TerminationSignal
 from prefect.utilities.engine import is_prefect_sigterm_handler_installed
 
 from infra.machine import stopping
+from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.progress import run_logger
 
 ASK_EVERY = 2.0  # seconds between questions
@@ -42,12 +41,11 @@ class CancelWatch:
 
 def is_cancelled() -> bool:
     """Ask Prefect now; no if this is no flow run, or Prefect does not answer."""
-    flow_run = _flow_run()
-    if flow_run is None:
+    if not (flow := flow_run_id()):
         return False
     try:
         with get_client(sync_client=True) as client:
-            state = client.read_flow_run(flow_run).state
+            state = client.read_flow_run(flow).state
     except (httpx.HTTPError, PrefectException) as error:
         run_logger().debug("cannot ask Prefect about the flow run: %s", error)
         return False
@@ -80,8 +78,3 @@ def stop_if_cancelled() -> None:
     stop_if_told()
     if is_cancelled():
         raise Cancelled("the flow run was cancelled")
-
-
-def _flow_run() -> UUID | None:
-    context = FlowRunContext.get()
-    return context.flow_run.id if context and context.flow_run else None

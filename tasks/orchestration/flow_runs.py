@@ -23,7 +23,6 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
-from prefect.runtime import flow_run
 from prefect.states import Crashed
 
 from infra.machine.files import locked
@@ -34,10 +33,16 @@ TRAINING_FLOWS = ("train", "retrain")
 PAGE = 200  # what Prefect gives at a time
 
 
+def flow_run_id() -> UUID | None:
+    """Returns the id of the flow run that this code is part of; None outside of any."""
+    context = FlowRunContext.get()
+    return context.flow_run.id if context and context.flow_run else None
+
+
 @contextmanager
 def flow_is_alive() -> Iterator[None]:
     """Shows, while the block runs, that the process of this flow run lives."""
-    with locked(_folder() / str(flow_run.id)):
+    with locked(_folder() / str(flow_run_id())):
         yield
 
 
@@ -85,10 +90,9 @@ def settle_killed_flow_runs() -> list[FlowRun]:
 
 def label_flow_run(labels: dict[str, str]) -> None:
     """Adds labels to this flow run, or changes them; does nothing outside of one."""
-    if context := FlowRunContext.get():
-        assert context.flow_run
+    if flow := flow_run_id():
         with get_client(sync_client=True) as client:
-            client.update_flow_run_labels(context.flow_run.id, dict(labels))
+            client.update_flow_run_labels(flow, dict(labels))
 
 
 def read_flow_run(flow_run_id: str) -> FlowRun | None:

@@ -18,13 +18,12 @@ from prefect.client.schemas.objects import ConcurrencyLeaseHolder, StateType
 from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
-from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from infra.machine import stopping
 from infra.tracking.tags import HELD_LEASE
 from tasks.orchestration.cancellation import stop_if_cancelled
-from tasks.orchestration.flow_runs import PAGE, label_flow_run, settle_killed_flow_runs, training_flow_runs
+from tasks.orchestration.flow_runs import PAGE, flow_run_id, label_flow_run, settle_killed_flow_runs, training_flow_runs
 from tasks.orchestration.progress import run_logger
 
 LEASE = 60.0  # seconds after which the lease of a holder that died is free: the least that Prefect takes
@@ -129,8 +128,8 @@ def _unlabel() -> None:
 
 
 def _holder() -> ConcurrencyLeaseHolder | None:
-    context = FlowRunContext.get()
-    return ConcurrencyLeaseHolder(type="flow_run", id=context.flow_run.id) if context and context.flow_run else None
+    flow = flow_run_id()
+    return ConcurrencyLeaseHolder(type="flow_run", id=flow) if flow else None
 
 
 def _is_forgotten(

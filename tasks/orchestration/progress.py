@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.context import FlowRunContext, TaskRunContext
+from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.filesize import decimal
@@ -20,6 +20,7 @@ from rich.table import Column
 from rich.text import Text
 
 from infra.machine import stopping
+from tasks.orchestration.flow_runs import flow_run_id
 
 LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
 WIDE = 100  # columns of a terminal that has room for a bar
@@ -46,7 +47,7 @@ def progress(description: str, total: float | None, *, unit: Unit, artifact: str
     """
     pace = _Pace(total, unit)
     shown = _Bar(description, total, pace) if sys.stderr.isatty() else _LogLines(description)
-    published = _Artifact(artifact, description) if artifact and total and FlowRunContext.get() else None
+    published = _Artifact(artifact, description) if artifact and total and flow_run_id() else None
     lock = threading.Lock()
 
     def advance(amount: float, note: str | None = None) -> None:
@@ -67,7 +68,7 @@ def progress(description: str, total: float | None, *, unit: Unit, artifact: str
 
 def run_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
     """Prefect's logger of the task or flow run that this is, or a plain one outside of any."""
-    if FlowRunContext.get() or TaskRunContext.get():
+    if flow_run_id() or TaskRunContext.get():
         return get_run_logger()
     return logging.getLogger("convoy")
 

@@ -7,7 +7,6 @@ from typing import Literal, get_args
 
 import mlflow.pyfunc
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from cnn.data.manifest import Manifest
@@ -15,8 +14,8 @@ from cnn.networks.weights import load_weights, weights_sha256
 from cnn.serving.export import Description, check_onnx, export_onnx, export_pt2, export_weights
 from infra.errors import ServiceError, UsageError
 from infra.machine.files import file_digest
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.records import Record
+from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking.model_registry import RegisteredVersion
 from infra.tracking.model_versions import download_version, find_version
 from tasks.data.dataset import load_manifest
@@ -26,10 +25,8 @@ from tasks.training.runs.run_record import read_record
 Format = Literal["pt2", "onnx", "safetensors"]
 
 
-class Exported(BaseModel):
+class Exported(Record):
     """A file that was written."""
-
-    model_config = ConfigDict(frozen=True)
 
     model: str
     """`models:/name/version`."""
@@ -67,7 +64,7 @@ def export(model: str, format: Format, out: Path) -> Exported:
     if format == "onnx":
         check_onnx()
     version = find_version(model)
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     images = _reference_images(store, version)
     with TemporaryDirectory() as temporary:
         folder = download_version(version, Path(temporary))

@@ -4,11 +4,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
 
 from cnn.formats.layout import SUFFIXES
 from infra.errors import UsageError
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, parse_s3
 
 KINDS = "PNG, JPEG, WebP or BMP"
 
@@ -63,7 +62,7 @@ def _file(path: Path) -> Picture:
 
 
 def _in_bucket(address: str) -> Iterator[Picture]:
-    bucket, key = bucket_and_key(address)
+    bucket, key = parse_s3(address)
     store = ObjectStore.connect(bucket, create=False)
 
     def picture(key: str, size: int) -> Picture:
@@ -77,14 +76,6 @@ def _in_bucket(address: str) -> Iterator[Picture]:
         path = info.key.removeprefix(prefix)
         if _is_image(path) and not any(part.startswith(".") for part in path.split("/")):
             yield picture(info.key, info.size)
-
-
-def bucket_and_key(address: str) -> tuple[str, str]:
-    """The parts of an `s3://bucket/key` address; the key may be empty."""
-    parts = urlsplit(address, allow_fragments=False)
-    if not parts.netloc:
-        raise UsageError(f"{address} names no bucket; write s3://BUCKET/KEY")
-    return parts.netloc, address.removeprefix(f"s3://{parts.netloc}").removeprefix("/")
 
 
 def _is_image(name: str) -> bool:

@@ -10,26 +10,24 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from mlflow.pyfunc import PyFuncModel, load_model
 from numpy.typing import NDArray
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext
-from pydantic import BaseModel, ConfigDict
 from scipy.special import softmax
 
 from cnn.formats.archive import MAX_MEMBER
 from cnn.formats.decode import Target, decode_image, look_at, reason_of
 from cnn.threads import in_order
-from infra.errors import ServiceError, UsageError
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.errors import ServiceError, UsageError, one_line
+from infra.records import Record
+from infra.storage.object_store import open_bucket
 from infra.tracking.model_registry import RegisteredVersion
 from infra.tracking.model_versions import download_version, find_version
 from infra.tracking.tags import TEMPERATURE
 from tasks.data.dataset import load_manifest
+from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.progress import progress, run_logger
+from tasks.orchestration.step import step
 from tasks.prediction.inputs import Picture, pictures
-from tasks.prediction.table import Batch, Unread, check_out, result_file, table_writer
+from tasks.prediction.table import PredictedBatch, Unread, check_out, result_file, table_writer
 from tasks.reporting.markdown import plain
 
 BATCH_IMAGES, BATCH_BYTES = 64, 8 << 20  # of decoded images; what is smaller
@@ -38,10 +36,8 @@ GREY_SPREAD = 8  # levels by which a grey photograph's colour channels may diffe
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I"})
 
 
-class Predictions(BaseModel):
+class Predictions(Record):
     """What a prediction gave."""
-
-    model_config = ConfigDict(frozen=True)
 
     model: str
     """`models:/name/version`."""
@@ -75,7 +71,7 @@ class Predictions(BaseModel):
         return "\n".join([*lines, ""])
 
 
-@task(name="predict", cache_policy=NO_CACHE, persist_result=False)
+@step("predict", retried=False)
 def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
     """Predict the class of every image and write a table with a row for each file, in the inputs' order.
 
@@ -122,7 +118,7 @@ def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
         classes=dict(classes.most_common()),
         temperature=served.temperature,
     )
-    if FlowRunContext.get():
+    if flow_run_id():
         create_markdown_artifact(result.markdown(), key="predictions", description=f"Predictions by {result.model}")
     run_logger().info("%s images predicted, %s unreadable; %s", f"{done - unread_count:,}", f"{unread_count:,}", out)
     return result
@@ -158,7 +154,7 @@ def load_served(version: RegisteredVersion) -> Served:
         try:
             model = load_model(str(folder))
         except Exception as error:  # of torch, of MLflow, of a missing package
-            raise UsageError(f"{version.uri} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+            raise UsageError(f"{version.uri} cannot be loaded: {one_line(error)[:300]}") from error
     metadata = model.metadata.metadata or {}
     shape = _input_shape(model)
     if "classes" not in metadata or shape is None:
@@ -184,7 +180,7 @@ def _input_shape(model: PyFuncModel) -> tuple[int, int, int] | None:
 def _trained_on_colour(dataset_version: str) -> bool:
     """Whether colour images were made grey for the training: then it is clear what to do with them."""
     try:
-        manifest = load_manifest(ObjectStore.connect(Settings().bucket, create=False), dataset_version)
+        manifest = load_manifest(open_bucket(), dataset_version)
     except ServiceError:  # the data may be gone, and the model still of use
         return False
     return not set(manifest.report.modes) <= GREY_MODES | {"P"}
@@ -210,7 +206,7 @@ def calibrated(probabilities: NDArray[np.float32], temperature: float) -> NDArra
     return np.asarray(softmax(scaled, axis=1), dtype=np.float32)
 
 
-def predict_pictures(served: Served, files: Iterable[Picture]) -> Iterator[tuple[Batch, NDArray[np.float32]]]:
+def predict_pictures(served: Served, files: Iterable[Picture]) -> Iterator[tuple[PredictedBatch, NDArray[np.float32]]]:
     """Batches with the probabilities of their readable images, in the files' order; decoded on threads, ahead."""
     size = max(1, min(BATCH_IMAGES, BATCH_BYTES // int(np.prod(served.target.shape))))
     for batch in in_order(lambda part: _decode(part, served), _parts(files, size)):
@@ -226,7 +222,7 @@ def _parts(files: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
         yield part
 
 
-def _decode(part: Sequence[Picture], served: Served) -> Batch:
+def _decode(part: Sequence[Picture], served: Served) -> PredictedBatch:
     images, unread = [], []
     for picture in part:
         try:
@@ -238,7 +234,7 @@ def _decode(part: Sequence[Picture], served: Served) -> Batch:
         except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything
             unread.append(Unread(file=picture.name, reason=reason_of(error)))
     stack = np.stack(images) if images else np.empty((0, *served.target.shape), dtype=np.uint8)
-    return Batch(tuple(picture.name for picture in part), stack, tuple(unread))
+    return PredictedBatch(tuple(picture.name for picture in part), stack, tuple(unread))
 
 
 def _pixels(picture: Picture, served: Served) -> NDArray[np.uint8]:

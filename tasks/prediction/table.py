@@ -13,26 +13,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from infra.errors import UsageError
 from infra.machine.files import publish
-from infra.storage.object_store import ObjectStore
-from tasks.prediction.inputs import bucket_and_key
+from infra.records import Record
+from infra.storage.object_store import ObjectStore, parse_s3
 
 ROWS = 8192  # of a row group of Parquet
 
 
-class Unread(BaseModel):
+class Unread(Record):
     """A file that could not be used."""
-
-    model_config = ConfigDict(frozen=True)
 
     file: str
     reason: str
 
 
-class Batch(NamedTuple):
+class PredictedBatch(NamedTuple):
     """Some files, decoded."""
 
     names: tuple[str, ...]
@@ -45,7 +42,7 @@ class Batch(NamedTuple):
 class TableWriter(Protocol):
     """Takes predictions, batch by batch."""
 
-    def add(self, batch: Batch, answers: NDArray[np.float32]) -> None:
+    def add(self, batch: PredictedBatch, answers: NDArray[np.float32]) -> None:
         """Append a row for each file of the batch.
 
         Args:
@@ -62,7 +59,7 @@ def check_out(out: str) -> None:
     if PurePosixPath(out).suffix.lower() not in (".parquet", ".csv", ".json", ".jsonl"):
         raise UsageError(f"--out {out}: its name must end with .parquet, .csv or .json")
     if out.startswith("s3://"):
-        bucket_and_key(out)
+        parse_s3(out)
     elif Path(out).is_dir() or not os.access(Path(out).absolute().parent, os.W_OK):
         raise UsageError(f"--out {out}: cannot write there; name a file in a folder that exists")
 
@@ -77,7 +74,7 @@ def result_file(out: str) -> Iterator[Path]:
         if local:
             publish(file, local)
         else:
-            bucket, key = bucket_and_key(out)
+            bucket, key = parse_s3(out)
             ObjectStore.connect(bucket, create=False).put_file(key, file)
 
 
@@ -94,7 +91,7 @@ def table_writer(file: Path, classes: Sequence[str]) -> Iterator[TableWriter]:
                 yield _JsonLines(stack.enter_context(file.open("w", encoding="utf-8")), classes)
 
 
-def _rows(batch: Batch, answers: NDArray[np.float32], classes: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+def _rows(batch: PredictedBatch, answers: NDArray[np.float32], classes: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Values of all columns, in order."""
     reasons = {each.file: each.reason for each in batch.unread}
     best, readable = answers.argmax(1), 0
@@ -117,7 +114,7 @@ class _Csv:
         self._writer, self._classes = csv.writer(stream), classes
         self._writer.writerow(columns(classes))
 
-    def add(self, batch: Batch, answers: NDArray[np.float32]) -> None:
+    def add(self, batch: PredictedBatch, answers: NDArray[np.float32]) -> None:
         self._writer.writerows(_rows(batch, answers, self._classes))
 
 
@@ -125,7 +122,7 @@ class _JsonLines:
     def __init__(self, stream: Any, classes: Sequence[str]) -> None:
         self._stream, self._classes = stream, classes
 
-    def add(self, batch: Batch, answers: NDArray[np.float32]) -> None:
+    def add(self, batch: PredictedBatch, answers: NDArray[np.float32]) -> None:
         names = columns(self._classes)
         for row in _rows(batch, answers, self._classes):
             self._stream.write(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n")
@@ -139,7 +136,7 @@ class _Parquet:
         self._writer = pq.ParquetWriter(file, self._schema)
         self._waiting: list[tuple[Any, ...]] = []
 
-    def add(self, batch: Batch, answers: NDArray[np.float32]) -> None:
+    def add(self, batch: PredictedBatch, answers: NDArray[np.float32]) -> None:
         self._waiting += _rows(batch, answers, self._classes)
         if len(self._waiting) >= ROWS:
             self._flush()

@@ -7,16 +7,13 @@ import json
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from prefect.utilities.urls import url_for
-from pydantic import BaseModel, ConfigDict
 
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest
-from infra.settings import Settings
+from infra.records import Record
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, describe_version
 from infra.tracking.model_versions import find_version
@@ -26,7 +23,7 @@ from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.evaluation.binomial import wilson_interval
 from tasks.evaluation.evaluate import Evaluation
 from tasks.evaluation.report import EvaluationReport
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.reporting.markdown import plain
 from tasks.training.runs.run_record import flatten
 from tasks.training.train import TrainResult
@@ -36,10 +33,8 @@ ALWAYS_SHOWN = ("model", "epochs", "seed")  # configuration keys, whether they h
 FEW = 100  # images of a class, below which its scores mean little
 
 
-class Origin(BaseModel):
+class CardLinks(Record):
     """Where a version came from: addresses of the things it was made of and by."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_url: str
     flow_run_url: str | None
@@ -48,7 +43,7 @@ class Origin(BaseModel):
     code: Provenance
 
 
-@task(name="model-card", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("model-card")
 def write_model_card(
     registered: ModelVersion, config: RunConfig, dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation
 ) -> None:
@@ -57,9 +52,9 @@ def write_model_card(
     Raises:
         ServiceError: a server failed.
     """
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     flow_run = find_version(registered.address).record.flow_run
-    origin = Origin(
+    links = CardLinks(
         run_url=mlflow_runs.run_url(trained.run_id),
         flow_run_url=url_for("flow-run", obj_id=flow_run) if flow_run else None,
         dataset_uri=store.uri(bucket_layout.dataset_manifest(dataset.version)),
@@ -67,7 +62,7 @@ def write_model_card(
         code=provenance(),
     )
     manifest = load_manifest(store, dataset.version)
-    describe_version(registered, model_card(registered, config, dataset, manifest, trained, evaluated.report, origin))
+    describe_version(registered, model_card(registered, config, dataset, manifest, trained, evaluated.report, links))
 
 
 def model_card(
@@ -77,7 +72,7 @@ def model_card(
     manifest: Manifest,
     trained: TrainResult,
     report: EvaluationReport,
-    origin: Origin,
+    links: CardLinks,
 ) -> str:
     """The card as Markdown, with what matters most first, since MLflow keeps 5000 characters.
 
@@ -117,7 +112,7 @@ def model_card(
             "",
             "## Origin",
             "",
-            *_bullets(_origin(dataset, trained, origin)),
+            *_bullets(_origin(dataset, trained, links)),
             "- gates: tags `convoy.serving` and `convoy.verdict` of this version; `report/verdict.md` of the run",
             "",
             "## Data",
@@ -161,15 +156,15 @@ def _limits(config: RunConfig, manifest: Manifest, report: EvaluationReport) -> 
     return limits
 
 
-def _origin(dataset: DatasetRef, trained: TrainResult, origin: Origin) -> list[str]:
-    code = origin.code
+def _origin(dataset: DatasetRef, trained: TrainResult, links: CardLinks) -> list[str]:
+    code = links.code
     commit = f"git commit `{code.git_commit}`" if code.git_commit else "git commit unknown"
     return [
-        f"MLflow run [{trained.run_id}]({origin.run_url})",
-        *([f"Prefect [flow run]({origin.flow_run_url})"] if origin.flow_run_url else []),
-        f"dataset version `{dataset.version}` (`{origin.dataset_uri}`)",
+        f"MLflow run [{trained.run_id}]({links.run_url})",
+        *([f"Prefect [flow run]({links.flow_run_url})"] if links.flow_run_url else []),
+        f"dataset version `{dataset.version}` (`{links.dataset_uri}`)",
         commit + (", with uncommitted changes" if code.git_dirty else ""),
-        f"weights `{origin.weights_uri}`, SHA-256 of their tensors `{trained.weights_sha256}`",
+        f"weights `{links.weights_uri}`, SHA-256 of their tensors `{trained.weights_sha256}`",
         ", ".join(f"{library} {found}" for library, found in code.versions.items()),
     ]
 

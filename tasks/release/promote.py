@@ -10,9 +10,9 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from infra.errors import GateRefused, UsageError
-from infra.settings import Settings
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion
 from infra.tracking.model_versions import find_version, list_versions
 from infra.tracking.promotion_history import (
@@ -47,7 +47,7 @@ def champion_data(name: str) -> ChampionData:
         UsageError: not a name for a model.
         ServiceError: a server failed.
     """
-    standing = repaired_champion(ObjectStore.connect(Settings().bucket), name)
+    standing = repaired_champion(open_bucket(create=True), name)
     if standing.version is None:
         return ChampionData(None, None)
     there = {each.version: each.record.dataset_version for each in list_versions(name)}
@@ -78,7 +78,7 @@ def promotions_of(version: ModelVersion) -> list[Promotion]:
     Raises:
         ServiceError: a server failed.
     """
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     entries = history(store, version.name)
     entries = list(dropwhile(lambda each: (each.action, each.to_version) != ("promote", version.version), entries))
     if entries:
@@ -101,7 +101,7 @@ def promote_version(version: ModelVersion, *, force: bool = False, reason: str =
     """
     if force and not reason.strip():
         raise UsageError("--force wants a --reason, which is kept in the history")
-    store = ObjectStore.connect(Settings().bucket)
+    store = open_bucket(create=True)
     # All that follows is decided on this: a promotion that comes in between makes ours lose.
     standing = standing_champion(store, version.name)
     last = standing.last

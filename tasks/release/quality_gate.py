@@ -5,7 +5,6 @@ models/<name>/verdicts/<SHA-256>.json in the bucket holds each verdict.
 
 import hashlib
 import statistics
-import threading
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,9 +14,7 @@ import mlflow.pyfunc
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -27,10 +24,10 @@ from cnn.data.split_reader import SplitReader
 from cnn.evaluation.evaluate import EVAL_BATCH
 from infra.errors import GateRefused
 from infra.machine.threads import in_parallel
-from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking import mlflow_runs
 from infra.tracking.client import mlflow_client
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion, tag_version
@@ -42,7 +39,7 @@ from tasks.data.dataset import DatasetDamaged, load_manifest, open_cache, open_s
 from tasks.evaluation.split_predictions import load_predictions, store_predictions
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.release.verdict import Scored, Verdict, judge
 
 LATENCY_CALLS, WARM_UP = 30, 5  # calls with one image
@@ -56,7 +53,7 @@ class QualityRefused(GateRefused):
         self.verdict = verdict
 
 
-@task(name="quality-gate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("quality-gate")
 def quality_gate(registered: ModelVersion, config: GateConfig) -> Verdict:
     """Judge a version against the present champion, on the test split of the version's own dataset.
 
@@ -83,7 +80,7 @@ def judge_version(version: ModelVersion, config: GateConfig) -> Verdict:
 
     A champion that the registry lacks cannot be compared with: a note says what took its place.
     """
-    standing = standing_champion(ObjectStore.connect(Settings().bucket, create=False), version.name)
+    standing = standing_champion(open_bucket(), version.name)
     verdict = compare(version, standing.version, config)
     if not standing.note:
         return verdict
@@ -98,7 +95,7 @@ def compare(challenger: ModelVersion, champion: ModelVersion | None, config: Gat
         UsageError: there is no such version.
         ServiceError: a server failed.
     """
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     found = find_version(challenger.address)
     dataset_version = found.required("dataset_version")
     manifest = load_manifest(store, dataset_version)
@@ -131,7 +128,7 @@ def judged_before(store: ObjectStore, version: RegisteredVersion, test_sha256: s
     """Returns how many other versions of a model the same test split has judged, by the verdicts in the bucket."""
     keys = [info.key for info in store.list(bucket_layout.verdicts(version.name))]
     judged = set()
-    for data in in_parallel(store.get_bytes, keys, threading.Event()):
+    for data in in_parallel(store.get_bytes, keys):
         try:
             verdict = Verdict.model_validate_json(data)
         except ValidationError:  # damaged, or of newer code
@@ -167,7 +164,7 @@ def _only_theirs(
 
 def publish(version: ModelVersion, verdict: Verdict) -> None:
     """Store a verdict, and show it in the version's run and tags. The tags come last: they make it count."""
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     store.put_bytes(bucket_layout.verdict(version.name, verdict.sha256), verdict.to_bytes())
     run_id = find_version(version.address).run_id
     mlflow_runs.log_text(run_id, "report/verdict.json", verdict.to_bytes().decode())

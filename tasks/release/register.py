@@ -3,15 +3,11 @@
 from importlib.metadata import version
 
 import torch
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext
 
 from cnn.config.training import TrainConfig
 from cnn.networks.wrappers import predictor
 from cnn.serving.classifier import ServedClassifier
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import open_bucket
 from infra.tracking.model_registry import ModelVersion, check_model_name, create_version, log_model, version_of
 from infra.tracking.provenance import provenance
 from infra.tracking.tags import VersionRecord
@@ -19,14 +15,15 @@ from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.evaluation.evaluate import Evaluation, trained_network
 from tasks.evaluation.reference_images import load_reference
 from tasks.orchestration.cancellation import stop_if_cancelled
+from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.progress import run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.training.train import TrainResult
 
 REQUIREMENTS = ("torch", "numpy")  # what loading and calling the model take, MLflow itself apart
 
 
-@task(name="register", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("register")
 def register(
     name: str, config: TrainConfig, dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation
 ) -> ModelVersion:
@@ -44,7 +41,7 @@ def register(
     if found := version_of(name, trained.run_id):
         run_logger().info("version %s of model %s was registered before", found.version, found.name)
         return found
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     manifest = load_manifest(store, dataset.version)
     served = ServedClassifier(
         predictor(trained_network(store, config, manifest, trained), config), manifest.mean, manifest.std
@@ -72,7 +69,7 @@ def register(
 
 
 def _record(dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation) -> VersionRecord:
-    flow = FlowRunContext.get()
+    flow = flow_run_id()
     return VersionRecord(
         dataset=dataset.name,
         dataset_version=dataset.version,
@@ -83,5 +80,5 @@ def _record(dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation) ->
         temperature=str(evaluated.temperature),
         serving="pending",
         git_commit=provenance().git_commit,
-        flow_run=str(flow.flow_run.id) if flow and flow.flow_run else None,
+        flow_run=str(flow) if flow else None,
     )

@@ -1,18 +1,15 @@
 """The release task: a version that passed its gates becomes champion."""
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext
-
 from infra.tracking.model_registry import ModelVersion
 from infra.tracking.promotion_history import AlreadyChampion
 from tasks.orchestration.cancellation import stop_if_cancelled
+from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.progress import run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.release.promote import promote_version
 
 
-@task(name="release", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("release")
 def release(registered: ModelVersion, reason: str = "") -> None:
     """Make the version the champion; nothing happens if an earlier try of this flow did so.
 
@@ -26,8 +23,7 @@ def release(registered: ModelVersion, reason: str = "") -> None:
         ServiceError: a server failed.
     """
     stop_if_cancelled()
-    flow = FlowRunContext.get()
-    run = f" in Prefect flow run {flow.flow_run.id}" if flow and flow.flow_run else ""
+    run = f" in Prefect flow run {flow}" if (flow := flow_run_id()) else ""
     reason = f"passed its gates{run}" + (f"; approved: {reason}" if reason else "")
     try:
         run_logger().info("%s was %s", registered.name, promote_version(registered, reason=reason))

@@ -9,16 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from markdown_it import MarkdownIt
-from prefect import task
 from prefect.artifacts import create_link_artifact, create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from rich.filesize import decimal
 
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import RegisteredVersion
 from tasks.evaluation.report import EvaluationReport
 from tasks.orchestration.progress import run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.reporting.markdown import plain
 
 PARTS = (
@@ -39,7 +37,7 @@ code { background: #f1f4f8; padding: 0 .25rem }
 """
 
 
-@task(name="report-page", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("report-page")
 def publish_page(version: RegisteredVersion) -> None:
     """Make the page and the description of the run that a version came from, and show both in Prefect.
 

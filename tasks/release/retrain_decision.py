@@ -3,13 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict
-
 from infra.errors import UsageError
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.records import Record
+from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion
 from infra.tracking.model_versions import list_versions
 from infra.tracking.promotion_history import Standing
@@ -18,7 +14,7 @@ from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.release.promote import repaired_champion, verdict_on
 from tasks.training.runs.run_record import flatten, read_record
 from tasks.training.runs.tracked_run import run_manifest
@@ -33,10 +29,8 @@ INPUTS = {
 machine it was: another worker is no reason to train again."""
 
 
-class Decision(BaseModel):
+class Decision(Record):
     """Whether to train."""
-
-    model_config = ConfigDict(frozen=True)
 
     train: bool
     why: str
@@ -53,7 +47,7 @@ class Decision(BaseModel):
     ones, so it is to be judged by these."""
 
 
-@task(name="what-changed", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("what-changed")
 def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bool = False) -> Decision:
     """Compares what a training would rest on with what the champion rests on.
 
@@ -69,7 +63,7 @@ def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bo
         ServiceError: a server failed.
     """
     stop_if_cancelled()
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     standing = repaired_champion(store, name)
     champion = standing.version
     train, why, judge = _decide(store, config, dataset, standing, force=force)

@@ -8,15 +8,12 @@ from threading import Event
 
 import httpx
 import torch
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from infra.errors import GateRefused
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.errors import GateRefused, one_line
+from infra.records import Record
+from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, set_alias, tag_version
 from infra.tracking.tags import SERVING
@@ -25,7 +22,7 @@ from tasks.evaluation.evaluate import Evaluation
 from tasks.evaluation.reference_images import load_reference
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import run_logger
-from tasks.orchestration.retries import RETRIED
+from tasks.orchestration.step import step
 from tasks.release.serving.clients import Consumer, ConsumerFailed, Server, batch_sizes, http_server, post_images
 from tasks.reporting.markdown import plain
 
@@ -34,10 +31,8 @@ TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}
 """Largest difference of a probability, by the device of the evaluation: round-off, with TF32's on a GPU."""
 
 
-class ServingCheck(BaseModel):
+class ServingCheck(Record):
     """One thing that was tried."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     passed: bool
@@ -45,10 +40,8 @@ class ServingCheck(BaseModel):
     """The numbers, or the model's own words."""
 
 
-class ServingReport(BaseModel):
+class ServingReport(Record):
     """What the gate found."""
-
-    model_config = ConfigDict(frozen=True)
 
     model: str
     """`models:/name/version`."""
@@ -75,7 +68,7 @@ class ServingRefused(GateRefused):
     """The registered version does not serve what was evaluated."""
 
 
-@task(name="serving-gate", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
+@step("serving-gate")
 def serving_gate(
     registered: ModelVersion,
     evaluated: Evaluation,
@@ -99,7 +92,7 @@ def serving_gate(
         ServiceError: a server failed.
     """
     stop_if_cancelled()
-    reference = load_reference(ObjectStore.connect(Settings().bucket, create=False), evaluated.reference_key)
+    reference = load_reference(open_bucket(), evaluated.reference_key)
     tolerance = config.tolerance or TOLERANCE[evaluated.device]
     with ExitStack() as started:
         if consumer is None or not consumer.is_waiting:
@@ -202,7 +195,7 @@ def _over_http(
             answer = ask(images[:1].tolist())
             yield _compared("HTTP, after wrong inputs", _predictions(answer), expected[:1], tolerance)
     except (ConsumerFailed, httpx.HTTPError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = one_line(error) or type(error).__name__
         yield ServingCheck(name="answers over HTTP", passed=False, detail=said)
 
 
@@ -251,5 +244,5 @@ def _said(answer: httpx.Response) -> str:
     if answer.headers.get("content-type", "").startswith("application/json"):
         content = answer.json()
         text = str(content.get("message", text)) if isinstance(content, dict) else text
-    text = " ".join(text.rpartition("Error: ")[2].split())
+    text = one_line(text.rpartition("Error: ")[2])
     return f"HTTP {answer.status_code}: {text[:300]}"

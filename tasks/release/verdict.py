@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
+from infra.records import Record
 from tasks.config.gates import GateConfig
 from tasks.evaluation.binomial import at_most, normal_score, sign_test, wilson_interval
 from tasks.evaluation.paired import lower_bound, p_no_worse, p_worse
 from tasks.reporting.markdown import plain
 
 Mask = NDArray[np.bool_]
+Labels = NDArray[np.int64]
 
 DROP_ALPHA = 0.2
 """Probability of refusing a version for the drop of a class although none fell by more than the limit; versions that
@@ -50,13 +51,11 @@ class Scored:
         return float(self.correct.mean())
 
 
-class Check(BaseModel):
+class QualityCheck(Record):
     """One condition. `value` is None where there is nothing to measure."""
 
-    model_config = ConfigDict(frozen=True)
-
     name: str
-    value: float | None
+    value: float | None = None
     threshold: float
     passed: bool
     detail: str
@@ -71,10 +70,8 @@ class Check(BaseModel):
         return "failed" if not self.passed else "passed" if self.tested else "not tested"
 
 
-class Verdict(BaseModel):
+class Verdict(Record):
     """The quality gate's decision, and what it rests on."""
-
-    model_config = ConfigDict(frozen=True)
 
     challenger: str
     champion: str | None
@@ -98,7 +95,7 @@ class Verdict(BaseModel):
     p_value: float | None
     """McNemar's exact test (1947), one-sided: how probable so many wins are if both are equally good."""
 
-    checks: tuple[Check, ...]
+    checks: tuple[QualityCheck, ...]
     notes: tuple[str, ...]
     """What limits the verdict."""
 
@@ -167,7 +164,7 @@ def judge(
     champion: Scored | None,
     config: GateConfig,
     *,
-    labels: NDArray[np.int64],
+    labels: Labels,
     classes: tuple[str, ...],
     slices: Mapping[str, Mask] | None = None,
     dataset_version: str = "",
@@ -195,7 +192,7 @@ def judge(
     wins = losses = left_out = 0
     p_value = champion_accuracy = None
     if champion and champion.obstacle:
-        checks.append(Check(name=config.mode, value=None, threshold=0, passed=False, detail=champion.obstacle))
+        checks.append(QualityCheck(name=config.mode, threshold=0, passed=False, detail=champion.obstacle))
     elif champion:
         compared = np.ones(len(labels), dtype=np.bool_) if learned is None else ~learned
         images, left_out = int(compared.sum()), int((~compared).sum())
@@ -209,7 +206,7 @@ def judge(
                 notes.append(f"{small}; a refusal may be for want of images")
         else:
             detail = "the champion was trained on every test image, so none can be compared"
-            checks.append(Check(name=config.mode, value=None, threshold=0, passed=False, detail=detail))
+            checks.append(QualityCheck(name=config.mode, threshold=0, passed=False, detail=detail))
         groups = {f"class {name}": labels == label for label, name in enumerate(classes)} | dict(slices or {})
         groups = {name: mask & compared for name, mask in groups.items()}
         drop, said = _largest_drop(challenger, champion, groups, config)
@@ -282,7 +279,7 @@ def _interval(scored: Scored) -> tuple[float, float]:
     return wilson_interval(int(scored.correct.sum()), len(scored.correct), INTERVAL)
 
 
-def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) -> Check:
+def _floor(challenger: Scored, labels: Labels, config: GateConfig) -> QualityCheck:
     """The lower end of the accuracy's interval against the floor; without one, McNemar's test against a constant."""
     accuracy, images = challenger.accuracy, len(labels)
     if (floor := config.floor) is not None:
@@ -294,7 +291,7 @@ def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) ->
         if not passed and accuracy > floor:
             needed = normal_score((1 - INTERVAL) / 2) ** 2 * floor * (1 - floor) / (accuracy - floor) ** 2
             detail += f"; the test split is too small: {images:,} images, but {math.ceil(needed):,} are needed"
-        return Check(name="floor", value=low, threshold=floor, passed=passed, detail=detail)
+        return QualityCheck(name="floor", value=low, threshold=floor, passed=passed, detail=detail)
     constant = labels == np.bincount(labels).argmax()
     wins, losses = (int(mask.sum()) for mask in (challenger.correct & ~constant, constant & ~challenger.correct))
     gain = (wins - losses) / images
@@ -308,10 +305,10 @@ def _floor(challenger: Scored, labels: NDArray[np.int64], config: GateConfig) ->
             f", beyond chance (p = {p:.3g}, at most {config.alpha:g}); the test split is too small: {images:,} images, "
             f"but {needed:,} are needed"
         )
-    return Check(name="floor", value=accuracy, threshold=float(constant.mean()), passed=passed, detail=detail)
+    return QualityCheck(name="floor", value=accuracy, threshold=float(constant.mean()), passed=passed, detail=detail)
 
 
-def _class_recall(challenger: Scored, labels: NDArray[np.int64], classes: tuple[str, ...], config: GateConfig) -> Check:
+def _class_recall(challenger: Scored, labels: Labels, classes: tuple[str, ...], config: GateConfig) -> QualityCheck:
     """Whether a class is shown to be recognised less often than `min_class_recall`: exact binomial test per class."""
     limit = config.min_class_recall
     least = math.ceil(math.log(config.alpha) / math.log1p(-limit))  # with fewer, no wrong one would show it
@@ -320,7 +317,7 @@ def _class_recall(challenger: Scored, labels: NDArray[np.int64], classes: tuple[
     tested = np.flatnonzero(counts >= least)
     if not len(tested):
         detail = f"no class has the {least:,} images that can show a recall below {limit:.4g}"
-        return Check(name="class recall", value=None, threshold=limit, passed=True, tested=False, detail=detail)
+        return QualityCheck(name="class recall", threshold=limit, passed=True, tested=False, detail=detail)
     recall = right[tested] / counts[tested]
     low = tested[at_most(right[tested], counts[tested], limit) <= config.alpha]
     detail = f"the lowest of {len(tested)} classes is {classes[tested[recall.argmin()]]}: {recall.min():.2%}"
@@ -331,10 +328,12 @@ def _class_recall(challenger: Scored, labels: NDArray[np.int64], classes: tuple[
         detail = f"{len(low)} of {len(tested)} classes have a recall below {limit:.4g}, beyond chance: {named}{more}"
     if untested := len(classes) - len(tested):
         detail += f"; not tested: {untested} with fewer than {least:,} images"
-    return Check(name="class recall", value=float(recall.min()), threshold=limit, passed=not len(low), detail=detail)
+    return QualityCheck(
+        name="class recall", value=float(recall.min()), threshold=limit, passed=not len(low), detail=detail
+    )
 
 
-def _comparison(wins: int, losses: int, images: int, p_value: float, config: GateConfig) -> Check:
+def _comparison(wins: int, losses: int, images: int, p_value: float, config: GateConfig) -> QualityCheck:
     gain, margin = (wins - losses) / images, config.margin_on(images)
     if config.mode == "superior":
         value, threshold = gain, margin
@@ -353,7 +352,7 @@ def _comparison(wins: int, losses: int, images: int, p_value: float, config: Gat
             detail += f"; {config.why_never(images)}"
     if not passed and config.can_pass(images) and (small := _too_small(wins, losses, images, config)):
         detail += f"; {small}"
-    return Check(name=config.mode, value=value, threshold=threshold, passed=passed, detail=detail)
+    return QualityCheck(name=config.mode, value=value, threshold=threshold, passed=passed, detail=detail)
 
 
 def _too_small(wins: int, losses: int, images: int, config: GateConfig) -> str:
@@ -371,7 +370,7 @@ def _too_small(wins: int, losses: int, images: int, config: GateConfig) -> str:
 
 def _largest_drop(
     challenger: Scored, champion: Scored, groups: Mapping[str, Mask], config: GateConfig
-) -> tuple[Check, list[str]]:
+) -> tuple[QualityCheck, list[str]]:
     """Whether a class or slice is shown to have lost more than allowed: Tango's test for each, by Bonferroni; notes."""
     limit = config.max_class_drop
     counted = {name: mask for name, mask in groups.items() if mask.sum() >= config.min_support}
@@ -383,7 +382,7 @@ def _largest_drop(
         )
     if not counted:
         detail = f"no class or slice has {config.min_support} images"
-        return Check(name="class drop", value=None, threshold=limit, passed=True, tested=False, detail=detail), notes
+        return QualityCheck(name="class drop", threshold=limit, passed=True, tested=False, detail=detail), notes
     drops, ps = {}, {}
     for name, mask in counted.items():
         now, was = challenger.correct[mask], champion.correct[mask]
@@ -408,7 +407,7 @@ def _largest_drop(
         )
         if passed:
             notes.append(f"the largest observed drop of a class or slice is above the limit: {detail}")
-    return Check(name="class drop", value=drop, threshold=limit, passed=passed, detail=detail), notes
+    return QualityCheck(name="class drop", value=drop, threshold=limit, passed=passed, detail=detail), notes
 
 
 def _apart(*shares: float, sign: str = "") -> list[str]:
@@ -420,9 +419,9 @@ def _apart(*shares: float, sign: str = "") -> list[str]:
     return texts
 
 
-def _limit(name: str, value: float | None, limit: float, unit: str) -> Check:
+def _limit(name: str, value: float | None, limit: float, unit: str) -> QualityCheck:
     if value is None:
-        return Check(name=name, value=None, threshold=limit, passed=False, detail="it was not measured")
-    return Check(
+        return QualityCheck(name=name, threshold=limit, passed=False, detail="it was not measured")
+    return QualityCheck(
         name=name, value=value, threshold=limit, passed=value <= limit, detail=f"{value:,.5g} {unit}, at most {limit:,}"
     )

@@ -2,6 +2,8 @@
 
 import re
 
+from infra.errors import one_line
+
 MEANS_SOMETHING = re.compile(r"[\\`*\[\]<|~$]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|^(?:[-+>#=]|\d+(?=[.)]))")
 """What CommonMark, GitHub's tables and strikethrough, or a page's mathematics would take for more than a character."""
 
@@ -11,7 +13,7 @@ def plain(text: str) -> str:
 
     See CommonMark 0.31, section 2.4, for what a backslash does.
     """
-    line = " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", text).split())
+    line = one_line(re.sub(r"[\x00-\x1f\x7f]", " ", text))
     return MEANS_SOMETHING.sub(_escaped, line)
 
 

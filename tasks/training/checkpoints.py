@@ -16,14 +16,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from infra.errors import ServiceError
+from infra.errors import ServiceError, one_line
 from infra.machine.files import file_digest
+from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 from tasks.config.run import CheckpointConfig
 from tasks.training.protocol.job import Job, Outcome, Status
 from tasks.training.protocol.patience import last_checkpoint
@@ -44,7 +46,7 @@ class CheckpointFailed(RuntimeError):
     status: Status = "failed"
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))  # one line, whatever a library's error has
+        super().__init__(one_line(message))  # whatever a library's error has
 
 
 class Unsaved(CheckpointFailed):
@@ -53,10 +55,8 @@ class Unsaved(CheckpointFailed):
     status: Status = "unsaved"
 
 
-class Commit(BaseModel):
+class Commit(Record, extra="forbid"):
     """Says that a checkpoint is whole, how to verify it, and what is not in its tensors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: int
     manifest_digest: str

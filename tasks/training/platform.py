@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 import cnn
 from cnn.code_digest import code_digest
+from infra.records import Record
 from infra.tracking.provenance import Provenance, provenance
 
 DIGEST_FORMAT = 2
@@ -18,10 +17,8 @@ NOT_IN_WEIGHTS = ("formats/", "preprocessing/", "serving/", "data/checks.py")
 """Parts of `cnn` that decide no weights: what they read and pack is in the dataset version already."""
 
 
-class Platform(BaseModel):
+class Platform(Record, extra="forbid"):
     """Machines that are equal in all of it give equal weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     digest_format: int = 1
     """`DIGEST_FORMAT` of the code that made this record."""

@@ -3,23 +3,22 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from cnn.networks.weights import load_pretrained
 from cnn.training.trainer import build
 from infra.errors import UsageError
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket, parse_s3
+from infra.storage.s3_client import ObjectMissing
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import run_logger
+from tasks.orchestration.step import step
 
 
-@task(name="pretrained", cache_policy=NO_CACHE, persist_result=False)
+@step("pretrained", retried=False)
 def pretrained(config: RunConfig, dataset: DatasetRef) -> RunConfig:
     """Keep the weights that `config.pretrained` names, and name them by their digest.
 
@@ -30,11 +29,11 @@ def pretrained(config: RunConfig, dataset: DatasetRef) -> RunConfig:
     """
     stop_if_cancelled()
     assert config.pretrained
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     with TemporaryDirectory() as temporary:
         file = Path(config.pretrained)
         if config.pretrained.startswith("s3://"):
-            bucket, _, key = config.pretrained.removeprefix("s3://").partition("/")
+            bucket, key = parse_s3(config.pretrained)
             file = Path(temporary) / "weights.safetensors"
             try:
                 ObjectStore.connect(bucket, create=False).get_file(key, file)

@@ -25,9 +25,8 @@ from cnn.training.reports import EpochReport, StepReport, StragglerWatch
 from cnn.training.trainer import Trainer, fit
 from infra.machine.lifeline import TORCHRUN_PID, die_with_parent, name_process
 from infra.machine.output import outlive_readers
-from infra.settings import Settings
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
 from tasks.data.dataset import load_manifest, open_cache, open_split
 from tasks.data.training_split import open_training_split
 from tasks.orchestration.outage import through_outage
@@ -303,7 +302,7 @@ def main() -> int:
 
 def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSignal) -> None:
     """Train to the end, or until the ranks agree to stop; rank 0 stores the weights and leaves the outcome."""
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     cache = open_cache(store)
     manifest = load_manifest(store, job.dataset_version)
     train_split = open_training_split(cache, manifest, job.config, _world_size())

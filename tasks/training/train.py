@@ -6,16 +6,14 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict
-
 from cnn.distributed.process_group import device_count
 from cnn.distributed.world_size import default_world_size
 from infra.machine import stopping
+from infra.records import Record
 from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
+from infra.tracking.metric_log import MetricRow, deliver
 from infra.tracking.model_registry import rehearsal
 from infra.tracking.tags import WEIGHTS_SHA256, WORLD_SIZE
 from tasks.config.run import RunConfig
@@ -23,6 +21,7 @@ from tasks.data.dataset import DatasetRef
 from tasks.orchestration.cancellation import Cancelled, CancelWatch, stop_if_cancelled, stop_if_told
 from tasks.orchestration.progress import Advance, progress, run_logger
 from tasks.orchestration.retries import outlast
+from tasks.orchestration.step import step
 from tasks.training import liveness
 from tasks.training.checkpoints import finished_outcome
 from tasks.training.protocol.job import Event, Job, JobFolder, Outcome, Restarts, spare_outcome
@@ -40,10 +39,8 @@ class TrainingFailed(RuntimeError):
         self.exit_status = exit_status
 
 
-class TrainResult(BaseModel):
+class TrainResult(Record):
     """A finished training."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str
     weights_key: str
@@ -62,7 +59,7 @@ class TrainResult(BaseModel):
     val_loss: float
 
 
-@task(name="train", cache_policy=NO_CACHE, persist_result=False)
+@step("train", retried=False)
 def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResult:
     """Trains on this machine's GPUs or cores and returns the committed weights; goes on where the run was left.
 
@@ -75,7 +72,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     stop_if_cancelled()
     folder = JobFolder(Settings().runs / run.run_id)
     await_earlier_start(folder)
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     outcome = finished_outcome(store, run.run_id)
     if outcome:
         run_logger().info("training of run %s has finished before", run.run_id)
@@ -142,10 +139,10 @@ def _world_size(config: RunConfig) -> int:
 
 def _publish(run: TrackedRun, outcome: Outcome, folder: JobFolder) -> TrainResult:
     """Puts the weights and the last metrics into the MLflow run, also after an outage or a crash in between."""
-    rows = [mlflow_runs.MetricRow.model_validate(row) for row in outcome.metrics]
+    rows = [MetricRow.model_validate(row) for row in outcome.metrics]
     if rows:
         run_logger().info("sending %d rows of metrics that MLflow has not acknowledged", len(rows))
-        outlast(partial(mlflow_runs.deliver, run.run_id, rows))
+        outlast(partial(deliver, run.run_id, rows))
     outlast(partial(mlflow_runs.log_file, run.run_id, folder.weights, "weights"))
     told = {WEIGHTS_SHA256: outcome.weights_sha256, WORLD_SIZE: str(outcome.world_size)}
     outlast(partial(mlflow_runs.set_tags, run.run_id, told))

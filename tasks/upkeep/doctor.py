@@ -13,13 +13,13 @@ from typing import Literal
 
 import psutil
 from prefect.client.schemas.objects import StateType
-from pydantic import BaseModel, ConfigDict
 
 from infra.machine.locks import is_held, try_locked
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
-from infra.storage.object_store import ObjectInfo, ObjectStore
+from infra.storage.object_store import ObjectInfo, ObjectStore, open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.mlflow_runs import TaggedRun
 from infra.tracking.promotion_history import misplaced_aliases, names_with_history, repair_aliases
@@ -37,10 +37,8 @@ ENDS_WITHIN = OWNER + 10  # seconds that a supervisor takes at most to end its r
 Kind = Literal["process", "run", "flow", "lease", "upload", "checkpoint", "files", "alias"]
 
 
-class Finding(BaseModel):
+class Finding(Record):
     """Something that was left behind."""
-
-    model_config = ConfigDict(frozen=True)
 
     kind: Kind
     what: str
@@ -92,7 +90,7 @@ Ender = Callable[[str], bool]
 
 def _kinds(grace: timedelta) -> dict[Kind, tuple[Finder, Ender]]:
     """For each kind, how to find and how to end; processes come first, since they keep their runs alive."""
-    store = ObjectStore.connect(Settings().bucket)
+    store = open_bucket(create=True)
     young = datetime.now(UTC) - grace
     return {
         "process": (_processes, _end_process),

@@ -3,13 +3,13 @@
 from collections.abc import Collection, Iterable
 from itertools import islice
 
-from pydantic import BaseModel, ConfigDict
-
 from infra.errors import ServiceError
 from infra.machine.locks import is_held
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
+from infra.tracking.client import tracking_uri
 from infra.tracking.model_registry import every_version
 from infra.tracking.promotion_history import Lineage, champions, history, lineage_of, names_with_history
 from infra.tracking.tags import DATASET_VERSION, FLOW_RUN, MANIFEST_DIGEST
@@ -19,10 +19,8 @@ from tasks.training.runs.lineage import run_lineage, version_lineage
 NAMED = 5  # of what MLflow does not know, in a message
 
 
-class References(BaseModel):
+class References(Record):
     """Who needs what."""
-
-    model_config = ConfigDict(frozen=True)
 
     statuses: dict[str, str]
     """Of MLflow's runs that are ours."""
@@ -102,7 +100,7 @@ def _check_known(versions: list[tuple[str, str]], runs: list[str]) -> None:
     kinds = {"promoted versions": ["/".join(each) for each in versions[:NAMED]], "runs": unknown}
     named = " and ".join(f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names)
     raise ServiceError(
-        f"MLflow at {mlflow_runs.tracking_uri()} does not know {named}, of which the bucket holds data: is it the one "
+        f"MLflow at {tracking_uri()} does not know {named}, of which the bucket holds data: is it the one "
         "that they were made with? Nothing was removed; if they were deleted, use `convoy prune --forget-unknown`"
     )
 

@@ -6,7 +6,6 @@ a training runs, no data are removed, and one that begins meanwhile waits (`task
 """
 
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,19 +13,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from prefect import get_client, task
+from prefect import get_client
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import StateType
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from rich.filesize import decimal
 
 from infra.machine.threads import in_parallel
+from infra.records import Record
 from infra.settings import Settings
 from infra.sources.raw_data import RawSource
 from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
-from infra.storage.object_store import ObjectInfo, ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectInfo, ObjectStore, open_bucket
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking.promotion_history import Lineage
 from tasks.config.retention import RetentionConfig
 from tasks.data.dataset import DatasetDamaged, load_manifest, shards_of
@@ -35,16 +35,15 @@ from tasks.data.preprocessing_journal import noted_shards
 from tasks.data.prune_mark import marked
 from tasks.orchestration.flow_runs import training_flow_runs
 from tasks.orchestration.progress import run_logger
+from tasks.orchestration.step import step
 from tasks.training.runs.lineage import RecordDamaged, run_lineage
 from tasks.upkeep.in_use import References, references
 
 PREPARATION = timedelta(days=7)  # longer than any; a flow run that is said to run, but was killed, is passed over then
 
 
-class Freed(BaseModel):
+class Freed(Record):
     """What went of one kind, or would go."""
-
-    model_config = ConfigDict(frozen=True)
 
     kind: str
     count: int
@@ -53,10 +52,8 @@ class Freed(BaseModel):
     bytes: int
 
 
-class Pruned(BaseModel):
+class Pruned(Record):
     """What went, or would go in a dry run."""
-
-    model_config = ConfigDict(frozen=True)
 
     dry_run: bool
     freed: tuple[Freed, ...]
@@ -84,7 +81,7 @@ class _Batch:
     """A training that prepares its data may be about to rely on them."""
 
 
-@task(name="prune", cache_policy=NO_CACHE, persist_result=False)
+@step("prune", retried=False)
 def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: bool = False) -> Pruned:
     """Remove what nothing rests on and is older than its age, from the bucket and from this machine.
 
@@ -96,7 +93,7 @@ def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: boo
             and nothing is half there.
     """
     settings = Settings()
-    store = ObjectStore.connect(settings.bucket, create=False)
+    store = open_bucket()
     mark: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None) if dry_run else marked(store)
     with mark as check:
         under_way = trainings_under_way()  # those that begin from now on wait
@@ -335,7 +332,7 @@ def _commits_first(objects: Sequence[ObjectInfo], commit: str) -> tuple[list[Obj
 
 
 def _delete(store: ObjectStore, objects: Iterable[ObjectInfo]) -> None:
-    in_parallel(lambda info: store.delete(info.key), objects, threading.Event())
+    in_parallel(lambda info: store.delete(info.key), objects)
 
 
 def _prune_machine(settings: Settings, needed: References, config: RetentionConfig, *, dry_run: bool) -> list[Freed]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cnn.data.manifest import DataReport, Manifest, SplitInfo, Spread
-from cnn.data.mapped_split import PackedSplit
+from cnn.data.mapped_split import MappedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
 
 CLASSES = 10
@@ -26,10 +26,10 @@ def packed_images(images: int = 60_000, size: int = 28) -> Iterator[Path]:
         yield Path(name)
 
 
-def open_packed(folder: Path) -> tuple[Manifest, PackedSplit]:
+def open_packed(folder: Path) -> tuple[Manifest, MappedSplit]:
     """What `packed_images` wrote: the manifest and the training split."""
     manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
-    return manifest, PackedSplit([shard_path(folder, shard.sha256) for shard in manifest.splits["train"].shards])
+    return manifest, MappedSplit([shard_path(folder, shard.sha256) for shard in manifest.splits["train"].shards])
 
 
 def _write_packed(folder: Path, images: int, size: int) -> None:

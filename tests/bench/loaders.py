@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image
 
-from cnn.data.mapped_split import PackedSplit
+from cnn.data.mapped_split import MappedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
 from cnn.distributed.process_group import make_deterministic
 from cnn.training.random_streams import epoch_order
@@ -71,7 +71,7 @@ def _one_pass(loader: Iterable[tuple[Tensor, Tensor]]) -> Callable[[], float]:
 class _Packed:
     """Batches from Convoy's shards, in another order in each pass."""
 
-    def __init__(self, split: PackedSplit) -> None:
+    def __init__(self, split: MappedSplit) -> None:
         self._split, self._epoch = split, 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -103,7 +103,7 @@ def _web_dataset(place: Path, mode: ImageReadMode, kind: str, workers: int) -> D
     return DataLoader(samples, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 
 
-def _write(place: Path, images: Tensor, kind: str) -> PackedSplit:
+def _write(place: Path, images: Tensor, kind: str) -> MappedSplit:
     """The images as files in class folders, as tar shards, and packed."""
     labels = torch.arange(len(images)) % CLASSES
     for label in range(CLASSES):
@@ -120,4 +120,4 @@ def _write(place: Path, images: Tensor, kind: str) -> PackedSplit:
                 tars[number % TARS].addfile(entry, io.BytesIO(data))
     writer = ShardWriter(place, tuple(images.shape[1:]))
     writer.add(images.numpy(), labels.numpy())
-    return PackedSplit([shard_path(place, shard.sha256) for shard in writer.close()])
+    return MappedSplit([shard_path(place, shard.sha256) for shard in writer.close()])

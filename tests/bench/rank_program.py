@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from cnn.data.manifest import Manifest
-from cnn.data.mapped_split import PackedSplit
+from cnn.data.mapped_split import MappedSplit
 from cnn.distributed.process_group import make_deterministic, process_group
 from cnn.networks.wrappers import Normalise
 from cnn.training.augment import augment
@@ -33,7 +33,7 @@ from tests.bench.turns import ADDRESS, Job, Turns
 CPU = torch.device("cpu")
 
 
-def convoy(job: Job, manifest: Manifest, train: PackedSplit) -> None:
+def convoy(job: Job, manifest: Manifest, train: MappedSplit) -> None:
     """Convoy's trainer, as `fit` runs it between validations."""
     make_deterministic()
     with process_group(_store(job)) as (device, exchange):
@@ -51,18 +51,18 @@ def train_step(trainer: Trainer) -> None:
     list(trainer.reports(until=trainer.step - STEPS_LATE))
 
 
-def packed_ddp(job: Job, manifest: Manifest, train: PackedSplit) -> None:
+def packed_ddp(job: Job, manifest: Manifest, train: MappedSplit) -> None:
     """A plain loop on Convoy's packed images and batch augmentation: no lanes, DDP's own all-reduce."""
     _plain_loop(job, manifest, _packed_batches(job, train))
 
 
-def loader_ddp(job: Job, manifest: Manifest, train: PackedSplit) -> None:
+def loader_ddp(job: Job, manifest: Manifest, train: MappedSplit) -> None:
     """A plain loop on a DataLoader."""
     loader = _loader(job, train, sharded=True)
     _plain_loop(job, manifest, _batches(loader))
 
 
-def lightning(job: Job, manifest: Manifest, train: PackedSplit) -> None:
+def lightning(job: Job, manifest: Manifest, train: MappedSplit) -> None:
     """Lightning's Trainer; its `ddp` strategy starts the second rank and shards the loader."""
     import pytorch_lightning
     from pytorch_lightning.strategies import DDPStrategy
@@ -100,7 +100,7 @@ def lightning(job: Job, manifest: Manifest, train: PackedSplit) -> None:
     ).fit(Module(), _loader(job, train))
 
 
-def accelerate(job: Job, manifest: Manifest, train: PackedSplit) -> None:
+def accelerate(job: Job, manifest: Manifest, train: MappedSplit) -> None:
     """A loop with Accelerate's `prepare` and `backward`."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -152,7 +152,7 @@ def _loss(job: Job, network: nn.Module, normalise: Normalise, images: Tensor, la
     return F.cross_entropy(network(normalise(images)), labels, label_smoothing=job.config.label_smoothing)
 
 
-def _packed_batches(job: Job, train: PackedSplit) -> Iterator[tuple[Tensor, Tensor]]:
+def _packed_batches(job: Job, train: MappedSplit) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of each global batch: gathered and augmented at once."""
     size, config = job.config.batch_size, job.config
     random = generator(CPU, "augment", _rank())
@@ -169,7 +169,7 @@ class _Samples(Dataset[tuple[Tensor, int]]):
     On uint8 tensors, which is faster than on Pillow's images; the batch is normalised later, which is faster too.
     """
 
-    def __init__(self, job: Job, train: PackedSplit) -> None:
+    def __init__(self, job: Job, train: MappedSplit) -> None:
         from torchvision.transforms import v2
 
         self._images, self._labels = train.slice(0, len(train))
@@ -183,7 +183,7 @@ class _Samples(Dataset[tuple[Tensor, int]]):
         return self._transform(self._images[index]), int(self._labels[index])
 
 
-def _loader(job: Job, train: PackedSplit, *, sharded: bool = False) -> DataLoader[tuple[Tensor, int]]:
+def _loader(job: Job, train: MappedSplit, *, sharded: bool = False) -> DataLoader[tuple[Tensor, int]]:
     """A DataLoader of this rank's batches; `sharded` if no framework makes it skip the other ranks' images."""
     samples = _Samples(job, train)
     return DataLoader(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cnn.config.training import PreprocessConfig
 from cnn.data.manifest import Manifest, Shard, SplitInfo
-from cnn.data.mapped_split import PackedSplit
+from cnn.data.mapped_split import MappedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
 from cnn.data.streamed_split import StreamedSplit
 from cnn.preprocessing.pack import preprocess
@@ -29,8 +29,8 @@ class Packed:
     folder: Path
     manifest: Manifest
 
-    def split(self, name: str) -> PackedSplit:
-        return PackedSplit([self.folder / f"{shard.sha256}.safetensors" for shard in self.manifest.splits[name].shards])
+    def split(self, name: str) -> MappedSplit:
+        return MappedSplit([self.folder / f"{shard.sha256}.safetensors" for shard in self.manifest.splits[name].shards])
 
 
 class FewFiles:

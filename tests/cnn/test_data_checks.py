@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from cnn.config.training import DataGateConfig
-from cnn.data.checks import BLOCK_BYTES, Check, DataChecks, check_dataset, population_stability_index
+from cnn.data.checks import BLOCK_BYTES, DataCheck, DataChecks, check_dataset, population_stability_index
 from cnn.data.manifest import Losses, Manifest, SplitInfo, Spread, Unreadable
-from cnn.data.mapped_split import PackedSplit
+from cnn.data.mapped_split import MappedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
 from cnn.data.splits import SPLITS, Split
 from tests.cnn.conftest import Packed
@@ -36,7 +36,7 @@ def data(digits: Packed) -> Data:
 def check(digits: Packed, tmp_path: Path) -> Callable[..., DataChecks]:
     """Pack the images and check them, in the company of a champion if there is one."""
 
-    def packed(data: Data, **changes: object) -> tuple[Manifest, dict[Split, PackedSplit]]:
+    def packed(data: Data, **changes: object) -> tuple[Manifest, dict[Split, MappedSplit]]:
         infos, splits = {}, {}
         for name, (images, labels) in data.items():
             writer = ShardWriter(tmp_path, images.shape[1:], shard_bytes=BLOCK_BYTES // 100)
@@ -44,7 +44,7 @@ def check(digits: Packed, tmp_path: Path) -> Callable[..., DataChecks]:
             shards = writer.close()
             counts = np.bincount(labels, minlength=10).tolist()
             infos[name] = SplitInfo(count=len(labels), class_counts=tuple(counts), shards=shards)
-            splits[name] = PackedSplit([shard_path(tmp_path, shard.sha256) for shard in shards])
+            splits[name] = MappedSplit([shard_path(tmp_path, shard.sha256) for shard in shards])
         return digits.manifest.model_copy(update={"splits": infos, **changes}), splits
 
     def run(  # type: ignore[no-untyped-def]
@@ -72,7 +72,7 @@ def check(digits: Packed, tmp_path: Path) -> Callable[..., DataChecks]:
     return run
 
 
-def found(checks: DataChecks, name: str) -> Check:
+def found(checks: DataChecks, name: str) -> DataCheck:
     (check,) = (check for check in checks.checks if check.name == name)
     return check
 
@@ -312,7 +312,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path, digits: Packed) ->
         writer.add(rng.integers(0, 256, (count, 1, 128, 128), dtype=np.uint8), np.zeros(count, dtype=np.int64))
         shards = writer.close()
         infos[name] = SplitInfo(count=count, class_counts=(count, *[0] * 9), shards=shards)
-        splits[name] = PackedSplit([shard_path(tmp_path, shard.sha256) for shard in shards])
+        splits[name] = MappedSplit([shard_path(tmp_path, shard.sha256) for shard in shards])
     manifest = digits.manifest.model_copy(update={"splits": infos})
     tracemalloc.start()
     check_dataset(manifest, splits, DataGateConfig())

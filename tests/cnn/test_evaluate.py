@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnn.config.training import TrainConfig
-from cnn.data.mapped_split import PackedSplit
+from cnn.data.mapped_split import MappedSplit
 from cnn.distributed.lanes import Exchange
 from cnn.evaluation.evaluate import EVAL_BATCH, evaluate, predict_logits
 from cnn.networks.build import build_network
@@ -27,7 +27,7 @@ def network(digits: Packed) -> nn.Module:
     return nn.Sequential(Normalise(digits.manifest.mean, digits.manifest.std), trained_part)
 
 
-def one_by_one(network: nn.Module, split: PackedSplit) -> Tensor:
+def one_by_one(network: nn.Module, split: MappedSplit) -> Tensor:
     network.eval()
     with torch.no_grad():
         return torch.cat([network(split.slice(i, i + 1)[0]) for i in range(len(split))])
@@ -47,7 +47,7 @@ class Recorder(nn.Module):
         return torch.stack([numbers % 2 == 0, numbers % 2 == 1], 1).float()
 
 
-def numbered(count: int, folder: Path) -> PackedSplit:
+def numbered(count: int, folder: Path) -> MappedSplit:
     """Images that carry their number; the label is right for all but every tenth."""
     numbers = torch.arange(count)
     images = torch.zeros(count, 1, 2, 2, dtype=torch.uint8)
@@ -56,7 +56,7 @@ def numbered(count: int, folder: Path) -> PackedSplit:
     paths = [folder / f"{part}.safetensors" for part in range(2)]
     for path, chosen in zip(paths, (slice(0, count // 3), slice(count // 3, count)), strict=True):
         save_file({"images": images[chosen].contiguous(), "labels": labels[chosen].contiguous()}, path)
-    return PackedSplit(paths)
+    return MappedSplit(paths)
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -92,10 +92,10 @@ def test_every_image_counts_once(count: int, tmp_path: Path) -> None:
     assert sum(done) == len(logits) == count
 
 
-def single(folder: Path) -> PackedSplit:
+def single(folder: Path) -> MappedSplit:
     path = folder / "one.safetensors"
     save_file({"images": torch.zeros(1, 1, 2, 2, dtype=torch.uint8), "labels": torch.tensor([1])}, path)
-    return PackedSplit([path])
+    return MappedSplit([path])
 
 
 def test_logits_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_logits_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     network = build_network(TrainConfig.model_validate({"model": "notes"}), channels=1, image_size=28, classes=10)
     images = torch.randint(0, 256, (2 * EVAL_BATCH, 1, 28, 28), dtype=torch.uint8)
     save_file({"images": images, "labels": torch.zeros(len(images), dtype=torch.int64)}, tmp_path / "shard.safetensors")
-    split, before = PackedSplit([tmp_path / "shard.safetensors"]), torch.get_num_threads()
+    split, before = MappedSplit([tmp_path / "shard.safetensors"]), torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
-from cnn.data.mapped_split import PackedSplit
+from cnn.data.mapped_split import MappedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
 from cnn.errors import InputError
 
@@ -24,11 +24,11 @@ def write(folder: Path, *, per_shard: int) -> Sequence[Path]:
 
 
 @pytest.fixture(params=[2000, 500, 7], ids=["one shard", "some shards", "many shards"])
-def split(request: pytest.FixtureRequest, tmp_path: Path) -> PackedSplit:
-    return PackedSplit(write(tmp_path, per_shard=request.param))
+def split(request: pytest.FixtureRequest, tmp_path: Path) -> MappedSplit:
+    return MappedSplit(write(tmp_path, per_shard=request.param))
 
 
-def test_a_gather_gives_images_and_labels_in_the_order_asked_for(split: PackedSplit) -> None:
+def test_a_gather_gives_images_and_labels_in_the_order_asked_for(split: MappedSplit) -> None:
     assert len(split) == 1797
     assert split.shape == (1, 8, 8)
     assert torch.equal(split.labels, LABELS)
@@ -44,12 +44,12 @@ def test_a_gather_gives_images_and_labels_in_the_order_asked_for(split: PackedSp
 
 
 @pytest.mark.parametrize("index", [1797, -1, 10_000])
-def test_an_index_out_of_range_is_an_error(split: PackedSplit, index: int) -> None:
+def test_an_index_out_of_range_is_an_error(split: MappedSplit, index: int) -> None:
     with pytest.raises(IndexError):
         split.gather(torch.tensor([0, index, 1]))
 
 
-def test_slices_cover_the_split_in_order(split: PackedSplit) -> None:
+def test_slices_cover_the_split_in_order(split: MappedSplit) -> None:
     parts = [split.slice(start, start + 250) for start in range(0, len(split), 250)]
     assert torch.equal(torch.cat([images for images, _ in parts]), IMAGES)
     assert torch.equal(torch.cat([labels for _, labels in parts]), LABELS)
@@ -58,7 +58,7 @@ def test_slices_cover_the_split_in_order(split: PackedSplit) -> None:
 
 
 def test_images_are_mapped_and_not_copied(tmp_path: Path) -> None:
-    split = PackedSplit(write(tmp_path, per_shard=2000))
+    split = MappedSplit(write(tmp_path, per_shard=2000))
     images, _ = split.slice(100, 200)
     (mapping,) = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     low, high = (int(end, 16) for end in mapping[0].split("-"))
@@ -80,7 +80,7 @@ def test_opening_a_large_split_takes_no_memory_for_its_images(tmp_path: Path) ->
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     before = resident()
-    split = PackedSplit([path])
+    split = MappedSplit([path])
     split.gather(torch.arange(0, 4096, 512))
     assert resident() - before < path.stat().st_size / 4
 
@@ -90,22 +90,22 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(InputError, match=r"cut\.safetensors is not a whole shard"):
-        PackedSplit([cut])
+        MappedSplit([cut])
     with pytest.raises(InputError, match=r"gone\.safetensors is not a whole shard"):
-        PackedSplit([tmp_path / "gone.safetensors"])
+        MappedSplit([tmp_path / "gone.safetensors"])
     foreign = tmp_path / "foreign.safetensors"
     save_file({"images": torch.zeros(3, 1, 8, 8), "labels": torch.zeros(3, dtype=torch.int64)}, foreign)
     with pytest.raises(InputError, match=r"foreign\.safetensors is not a shard: expected"):
-        PackedSplit([foreign])
+        MappedSplit([foreign])
     save_file({"weight": torch.zeros(3)}, foreign)
     with pytest.raises(InputError, match=r"foreign\.safetensors is not a whole shard"):
-        PackedSplit([foreign])
+        MappedSplit([foreign])
     larger = tmp_path / "larger.safetensors"
     save_file(
         {"images": torch.zeros(3, 1, 9, 9, dtype=torch.uint8), "labels": torch.zeros(3, dtype=torch.int64)},
         larger,
     )
     with pytest.raises(InputError, match=r"larger\.safetensors: its images are \(1, 9, 9\)"):
-        PackedSplit([path, larger])
+        MappedSplit([path, larger])
     with pytest.raises(InputError, match="at least one shard"):
-        PackedSplit([])
+        MappedSplit([])

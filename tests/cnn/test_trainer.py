@@ -136,7 +136,7 @@ def test_balanced_class_weights_are_one_on_the_average_and_equal_for_each_class_
     trainer = lab.trainer(class_weights="balanced")
     weights = trainer._class_weights
     assert weights is not None
-    labels = trainer.train.labels
+    labels = trainer.train_split.labels
     assert float(weights[labels].mean()) == pytest.approx(1)
     shares = torch.bincount(labels, weights=weights[labels].double())
     assert shares.tolist() == pytest.approx([len(labels) / 10] * 10)
@@ -176,14 +176,14 @@ def test_figures_that_are_not_finite_stop_training_and_leave_the_weights_of_the_
 def test_the_lane_and_the_images_to_blame_are_named(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = lab.trainer(lanes=4)
     poisoned = int(trainer._samples(3)[2][5])
-    gather = type(trainer.train).gather
+    gather = type(trainer.train_split).gather
 
     def gather_with_a_bad_image(split: Any, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = gather(split, index)
         return torch.where((index == poisoned).view(-1, 1, 1, 1), torch.nan, images.float()), labels
 
     monkeypatch.setattr("cnn.training.trainer.augment", lambda images, *_: images)
-    monkeypatch.setattr(type(trainer.train), "gather", gather_with_a_bad_image)
+    monkeypatch.setattr(type(trainer.train_split), "gather", gather_with_a_bad_image)
     with pytest.raises(NonFinite, match=f"at step 4, in lane 2 .*training images .*{poisoned}") as stop:
         fit(trainer, History())
     assert (stop.value.step, stop.value.lanes) == (4, [2])

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from rich.table import Table
 
-from flows.cli.console import foreseen, one_line, print_pairs, say, terminal
+from flows.cli.console import describe, foreseen, print_pairs, say, terminal
 from flows.summary import Summary, check_writable, write_summary
 from infra.errors import Outage, ServiceError, UsageError
 from tests.conftest import REPOSITORY
@@ -38,13 +38,13 @@ with outlive_readers("stderr"):
 """
 DEAD_API = """
 from prefect import flow
-from flows.cli.console import foreseen, one_line
+from flows.cli.console import foreseen, describe
 @flow
 def nothing(): pass
 try:
     nothing()
 except Exception as error:
-    print(one_line(foreseen(error)))
+    print(describe(foreseen(error)))
 """
 
 
@@ -114,9 +114,9 @@ def test_errors_that_are_nobodys_bug_are_one_line(error: Exception, kind: type[E
     for each in (error, outer):
         found = foreseen(each)
         assert type(found) is kind
-        assert hint in one_line(found)
-        assert len(one_line(found)) < 500
-        assert "secret" not in one_line(found)
+        assert hint in describe(found)
+        assert len(describe(found)) < 500
+        assert "secret" not in describe(found)
 
 
 def test_a_summary_is_written_to_a_pipe_or_link_and_does_not_replace_it(tmp_path: Path) -> None:
@@ -146,9 +146,9 @@ def test_settings_of_prefects_in_the_working_folder_that_are_wrong_are_one_line(
 ) -> None:
     (tmp_path / file).write_text(content)
     code = (
-        "from flows.cli.console import foreseen, one_line\n"
+        "from flows.cli.console import foreseen, describe\n"
         "try: import prefect.context\n"
-        "except Exception as error: print(one_line(foreseen(error)))"
+        "except Exception as error: print(describe(foreseen(error)))"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.count("\n") == 1

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from infra.settings import Settings
-from infra.stack.local_stack import NAMES, Endpoints, ServerName, ServerStatus, down, status
+from infra.stack.endpoints import Endpoints
+from infra.stack.local_stack import ServerStatus, down, status
 from infra.stack.ports import CHOICE
-from infra.stack.state import StackFolder
+from infra.stack.state import NAMES, ServerName, StackFolder
 
 REPOSITORY = Path(__file__).parents[2]
 S3: list[ServerName] = ["seaweedfs"]

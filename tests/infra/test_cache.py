@@ -15,8 +15,9 @@ import pytest
 from infra.errors import ServiceError
 from infra.machine.files import atomic_file, locked
 from infra.storage.cache import Cache
-from infra.storage.cache_limit import Room, disk_limit
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.cache_limit import CacheLimit, disk_limit
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 
 DATA = b"some content" * 1000
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -219,7 +220,7 @@ def test_processes_that_share_a_limit_keep_to_it_together(store: ObjectStore, tm
 
 
 def _come_and_go(root: Path, seed: int, seconds: float, most: "multiprocessing.Queue[int]") -> None:
-    room, chosen, end, seen = Room(root, 12_000), random.Random(seed), time.monotonic() + seconds, 0
+    room, chosen, end, seen = CacheLimit(root, 12_000), random.Random(seed), time.monotonic() + seconds, 0
     names = [hashlib.sha256(bytes([number])).hexdigest() for number in range(24)]
 
     def fetch_some(_: int) -> None:
@@ -229,7 +230,7 @@ def _come_and_go(root: Path, seed: int, seconds: float, most: "multiprocessing.Q
             path, lock = root / name[:2] / name, root / "locks" / name
             with locked(lock):
                 if not path.exists():
-                    room.make(1000, lock)
+                    room.make_room(1000, lock)
                     with atomic_file(path) as temporary:
                         temporary.write_bytes(bytes(1000))
             with locked(root / "locks" / "room"):  # nothing leaves while files are counted one by one

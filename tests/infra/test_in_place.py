@@ -11,7 +11,7 @@ from infra.sources.base import Workplace
 from infra.sources.find import find_source
 from infra.sources.folder import FolderSource
 from infra.sources.listing import BATCH, Entry, Listing
-from infra.sources.location import ListedFiles, open_origin
+from infra.sources.location import ListedFiles, open_location
 from infra.sources.mirrors import Mirrors
 from infra.sources.raw_data import RawSource
 from infra.storage.cache import Cache
@@ -61,7 +61,7 @@ def refer(place: Workplace, address: str, *, refresh: bool = False) -> RawSource
 def opened(place: Workplace, raw: RawSource) -> ListedFiles:
     assert raw.listing
     path = place.cache.fetch(raw.listing.key, raw.listing.sha256)
-    return ListedFiles(Listing.load(path), open_origin(raw.listing.address))
+    return ListedFiles(Listing.load(path), open_location(raw.listing.address))
 
 
 def test_only_a_listing_is_stored_and_the_files_are_read_where_they_lie(place: Workplace, folder: Folder) -> None:

@@ -17,7 +17,7 @@ from infra.errors import ServiceError, UsageError
 from infra.fetch.meter import Meter
 from infra.sources.entries import CatalogueFile
 from infra.sources.mirrors import Mirrors, addresses, obtain
-from infra.stack.local_stack import Endpoints
+from infra.stack.endpoints import Endpoints
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore
 from tests.infra.webserver import WebServer, web_server

@@ -15,8 +15,9 @@ from botocore.exceptions import ConnectionClosedError
 from urllib3 import HTTPResponse
 
 from infra.errors import ServiceError, UsageError
-from infra.stack.local_stack import Endpoints
-from infra.storage.object_store import PART, ObjectMissing, ObjectStore
+from infra.stack.endpoints import Endpoints
+from infra.storage.object_store import PART, ObjectStore
+from infra.storage.s3_client import ObjectMissing
 
 
 def _sha256(data: bytes) -> str:

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from infra.stack import processes
-from infra.stack.processes import Record, Server
+from infra.stack.processes import Server, StartRecord
 from infra.web_settings import KEPT
 from tests.infra.localstack import until
 
@@ -46,13 +46,13 @@ class Started:
         until(lambda: "started" in self.server.log.read_text())
 
     @property
-    def record(self) -> Record:
-        found = Record.read(self.record_file)
+    def record(self) -> StartRecord:
+        found = StartRecord.read(self.record_file)
         assert found
         return found
 
     def members(self) -> set[psutil.Process]:
-        return processes.members(self.mark, Record.read(self.record_file))
+        return processes.members(self.mark, StartRecord.read(self.record_file))
 
     def stop(self) -> None:
         processes.stop(self.members)
@@ -162,7 +162,7 @@ def test_a_process_id_in_use_by_another_process_is_left_alone(
 def test_a_record_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
     half = tmp_path / "record.json"
     half.write_text('{"pid": 12, "crea')
-    assert Record.read(half) is None
+    assert StartRecord.read(half) is None
 
 
 def test_the_log_of_the_start_before_is_kept(start: Callable[[str], Started]) -> None:

@@ -14,8 +14,9 @@ import pytest
 
 from infra.errors import ServiceError
 from infra.settings import Settings
-from infra.stack.local_stack import NAMES, Endpoints, down, status, up
-from infra.stack.state import StackFolder
+from infra.stack.endpoints import Endpoints
+from infra.stack.local_stack import down, status, up
+from infra.stack.state import NAMES, StackFolder
 from infra.storage.object_store import ObjectStore
 from tests.infra.localstack import REPOSITORY, S3, busy_port, own, own_environment, pids, until, use
 

@@ -13,7 +13,8 @@ import pytest
 from infra.errors import Outage, ServiceError
 from infra.settings import Settings
 from infra.stack import ports
-from infra.stack.local_stack import Endpoints, down, status, up
+from infra.stack.endpoints import Endpoints
+from infra.stack.local_stack import down, status, up
 from infra.stack.ports import Ports
 from infra.stack.state import StackFolder
 from infra.storage.object_store import ObjectStore

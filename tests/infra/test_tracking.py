@@ -18,7 +18,8 @@ from pydantic import TypeAdapter
 
 from infra.errors import ServiceError, UsageError
 from infra.tracking import mlflow_runs
-from infra.tracking.metric_log import MetricLogger, MetricRow
+from infra.tracking.client import check_server, tracking_uri
+from infra.tracking.metric_log import MetricLogger, MetricRow, deliver
 from infra.tracking.system_metrics import SystemMetrics
 
 PATIENCE = 60.0  # seconds until a wait counts as a failure
@@ -77,8 +78,8 @@ def test_run_url_names_experiment_and_run(run_id: str) -> None:
 def test_password_in_the_servers_address_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hidden@127.0.0.1:9")
     with pytest.raises(ServiceError) as failure:
-        mlflow_runs.check_server()
-    assert mlflow_runs.tracking_uri() == "http://127.0.0.1:9"
+        check_server()
+    assert tracking_uri() == "http://127.0.0.1:9"
     assert "hidden" not in str(failure.value)
 
 
@@ -193,7 +194,7 @@ def test_what_another_process_logged_during_an_outage_is_not_logged_again(
 def test_rows_that_a_process_left_behind_are_delivered_once(run_id: str) -> None:
     rows = [MetricRow(step=step, timestamp=step, values={"loss": 1 / step}, keep=step == 2) for step in (1, 2)]
     for _ in range(2):
-        mlflow_runs.deliver(run_id, rows)
+        deliver(run_id, rows)
     assert history(run_id, "loss") == [(1, 1.0), (2, 0.5)]
 
 
@@ -327,7 +328,7 @@ def mlflow_server(address: str, folder: Path) -> Iterator[None]:
 
 def answers() -> bool:
     try:
-        mlflow_runs.check_server()
+        check_server()
     except ServiceError:
         return False
     return True

@@ -8,7 +8,8 @@ import yaml
 
 from cnn.config.training import NETWORK_OPTIONS, TrainConfig
 from infra.errors import UsageError
-from tasks.config.run import RunConfig, known_keys, load_config, recipes
+from tasks.config.key_values import known_keys
+from tasks.config.run import RunConfig, load_config, recipes
 
 
 def refusal(*settings: str, **options: Any) -> str:

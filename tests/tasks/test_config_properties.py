@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from cnn.config.training import NETWORK_OPTIONS
 from infra.errors import UsageError
 from tasks.config.gates import GateConfig
-from tasks.config.key_values import from_settings
+from tasks.config.key_values import from_settings, known_keys
 from tasks.config.retention import RetentionConfig
-from tasks.config.run import RunConfig, known_keys, load_config
+from tasks.config.run import RunConfig, load_config
 
 bounded = settings(max_examples=100, deadline=timedelta(seconds=5), derandomize=True, database=None)
 

@@ -13,7 +13,7 @@ from tasks.config.run import CheckpointConfig
 from tasks.training.nodes import coordinator
 from tasks.training.nodes.coordinator import Coordinator
 from tasks.training.platform import this_platform
-from tasks.training.protocol.board import Board, Order, Report
+from tasks.training.protocol.board import Board, Instruction, NodeReport
 from tasks.training.protocol.job import Job, JobFolder, Outcome
 from tasks.training.rank import is_current
 from tests.flows.program import wait_for
@@ -29,7 +29,7 @@ class Play:
         )  # fmt: skip
         self.folder, self.board, self.over = JobFolder(folder), Board(store, job.run_id), threading.Event()
         self.folder.write_job(job)
-        self._said: dict[str, Report] = {}
+        self._said: dict[str, NodeReport] = {}
         self._thread = threading.Thread(target=Coordinator(self.folder).run, args=(self.over.is_set,), daemon=True)
         self._thread.start()
         wait_for(self.board.invitation, "the invitation")  # after which the coordinator clears nothing more
@@ -37,13 +37,13 @@ class Play:
     def say(self, node: str, **what: object) -> None:
         """Writes the next report of a node."""
         beat = self._said[node].beat + 1 if node in self._said else 0
-        self._said[node] = Report.model_validate({"beat": beat, "slots": 1, "platform": this_platform(), **what})
+        self._said[node] = NodeReport.model_validate({"beat": beat, "slots": 1, "platform": this_platform(), **what})
         self.board.write_report(node, self._said[node])
 
-    def order(self, wanted: Callable[[Order], bool]) -> Order:
+    def order(self, wanted: Callable[[Instruction], bool]) -> Instruction:
         """Returns the first order that is like this; meanwhile the nodes repeat what they said last."""
 
-        def find() -> Order | None:
+        def find() -> Instruction | None:
             for node, said in self._said.items():
                 self.say(node, **said.model_dump(exclude={"beat"}))
             found = self.board.order()

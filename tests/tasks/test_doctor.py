@@ -115,10 +115,10 @@ def test_a_run_whose_flow_has_ended_is_closed(made: Leftovers, end: str) -> None
 LIVE = """
 import sys
 from contextlib import ExitStack
-from types import SimpleNamespace
 from tasks.orchestration import flow_runs
 with ExitStack() as alive:
-    for flow_runs.flow_run in map(lambda each: SimpleNamespace(id=each), sys.argv[1:]):
+    for each in sys.argv[1:]:
+        flow_runs.flow_run_id = lambda: each
         alive.enter_context(flow_runs.flow_is_alive())
     print("held", flush=True)
     sys.stdin.read()

@@ -11,13 +11,13 @@ from infra.tracking.provenance import Provenance
 from tasks.config.run import RunConfig
 from tasks.data.dataset import load_manifest
 from tasks.evaluation.report import evaluation_report
-from tasks.release.model_card import Origin, model_card, write_model_card
+from tasks.release.model_card import CardLinks, model_card, write_model_card
 from tasks.training.runs.run_record import read_record
 from tasks.training.train import TrainResult
 from tests.tasks.registered import Registered, register_digits
 
 SECTIONS = ("Intended use", "How to load", "Limits", "Origin", "Data", "Configuration")
-ORIGIN = Origin(
+ORIGIN = CardLinks(
     run_url="http://mlflow/#/experiments/1/runs/abc",
     flow_run_url=None,
     dataset_uri="s3://convoy/datasets/d/manifest.json",

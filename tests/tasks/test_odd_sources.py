@@ -175,7 +175,7 @@ def packed(dataset: Path, out: Path) -> Manifest:
     if dataset.is_dir():
         folder = images_of(local_folder(dataset), str(dataset))
         left_out = LeftOut(folder.remarks, folder.left_out)
-        source = open_source("folder", ListedFiles(folder.files, folder.origin), left_out=left_out)
+        source = open_source("folder", ListedFiles(folder.files, folder.location), left_out=left_out)
     else:
         source = open_source("archive", {dataset.name: dataset})
     out.mkdir(exist_ok=True)

@@ -19,7 +19,8 @@ from infra.errors import ServiceError, UsageError
 from infra.sources.raw_data import RawFile, RawSource
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 from tasks.data.dataset import DatasetDamaged, DatasetRef, load_manifest, open_split, shards_of
 from tasks.data.download import download
 from tasks.data.preprocess import preprocess, step_key

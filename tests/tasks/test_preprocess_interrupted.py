@@ -19,7 +19,7 @@ import cnn.preprocessing.survey
 from cnn.config.training import PreprocessConfig
 from infra.errors import Outage
 from infra.settings import Settings
-from infra.sources.location import LocalOrigin
+from infra.sources.location import LocalLocation
 from infra.sources.raw_data import RawSource
 from infra.stack.local_stack import down, up
 from infra.stack.ports import CHOICE
@@ -120,8 +120,8 @@ def test_killed_again_and_again_it_gives_the_same_version(
     assert len(shards) >= 5 and not list(store.list("datasets/"))
     machine("third")
     reads: list[str] = []
-    read = LocalOrigin.read
-    monkeypatch.setattr(LocalOrigin, "read", lambda self, entry: reads.append(entry.path) or read(self, entry))
+    read = LocalLocation.read
+    monkeypatch.setattr(LocalLocation, "read", lambda self, entry: reads.append(entry.path) or read(self, entry))
     assert preprocess.fn(raw, CONFIG).version == expected
     assert keep_raw or 0 < len(reads) < IMAGES - 100  # neither surveyed nor packed anew
     assert store.get_bytes(f"datasets/{expected}/manifest.json") == manifest

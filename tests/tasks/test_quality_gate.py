@@ -38,7 +38,7 @@ from tasks.evaluation.split_predictions import load_predictions
 from tasks.release.promote import PromotionRefused, promote_version
 from tasks.release.quality_gate import QualityRefused, compare, judge_version, publish, quality_gate
 from tasks.release.release import release
-from tasks.release.verdict import Check, Scored, Verdict, images_needed, judge
+from tasks.release.verdict import QualityCheck, Scored, Verdict, images_needed, judge
 
 CLASSES = ("a", "b")
 LABELS = np.repeat([0, 1], 500)
@@ -60,7 +60,7 @@ def decide(
     )
 
 
-def check(verdict: Verdict, name: str) -> Check:
+def check(verdict: Verdict, name: str) -> QualityCheck:
     (found,) = [each for each in verdict.checks if each.name == name]
     return found
 

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from cnn.data.mapped_split import PackedSplit
+from cnn.data.mapped_split import MappedSplit
 from cnn.errors import InputError
 from infra.tracking import mlflow_runs
 from tasks.evaluation.figures import confusion_figure, gallery_figure, reliability_figure
@@ -190,16 +190,16 @@ def test_footprint_is_measured_on_batches_of_one_and_of_64() -> None:
 
 
 @pytest.fixture
-def split(tmp_path: Path) -> PackedSplit:
+def split(tmp_path: Path) -> MappedSplit:
     """The first 60 digits."""
     data = load_digits()
     images = torch.from_numpy(data.images[:60] * 15).to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(data.target[:60]).long()
     save_file({"images": images, "labels": labels}, tmp_path / "split.safetensors")
-    return PackedSplit([tmp_path / "split.safetensors"])
+    return MappedSplit([tmp_path / "split.safetensors"])
 
 
-def guesses(split: PackedSplit, temperature: float = 1.0) -> EvaluationReport:
+def guesses(split: MappedSplit, temperature: float = 1.0) -> EvaluationReport:
     """What a network says that is right in about two of three cases."""
     torch.manual_seed(0)
     logits = 3 * torch.randn(len(split), 10)
@@ -207,7 +207,7 @@ def guesses(split: PackedSplit, temperature: float = 1.0) -> EvaluationReport:
     return evaluation_report("test", logits, split.labels, "0123456789", temperature=temperature)
 
 
-def test_gallery_shows_the_images_themselves_with_label_and_prediction(split: PackedSplit) -> None:
+def test_gallery_shows_the_images_themselves_with_label_and_prediction(split: MappedSplit) -> None:
     report = guesses(split)
     figure = gallery_figure(report, split)
     drawn = [axes for part in figure.subfigs for axes in part.axes]
@@ -222,7 +222,7 @@ def test_gallery_shows_the_images_themselves_with_label_and_prediction(split: Pa
     assert png(figure).startswith(b"\x89PNG")
 
 
-def test_reliability_diagram_has_a_bar_for_each_bin_with_images(split: PackedSplit) -> None:
+def test_reliability_diagram_has_a_bar_for_each_bin_with_images(split: MappedSplit) -> None:
     report = guesses(split, temperature=2.5)
     figure = reliability_figure(report)
     for axes, found in zip(figure.axes[:2], (report.calibration.before, report.calibration.after), strict=True):
@@ -231,7 +231,7 @@ def test_reliability_diagram_has_a_bar_for_each_bin_with_images(split: PackedSpl
     assert "temperature 2.500" in figure.axes[1].get_title()
 
 
-def test_published_report_is_whole(stack: object, split: PackedSplit, tmp_path: Path) -> None:
+def test_published_report_is_whole(stack: object, split: MappedSplit, tmp_path: Path) -> None:
     refresh_global_settings_context()  # Prefect was imported before the stack named its server
     report = guesses(split, temperature=2.5)
     run_id = mlflow_runs.start_run("report-tests", "run", {}, {})

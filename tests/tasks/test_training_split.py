@@ -10,7 +10,7 @@ import torch
 
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest, SplitInfo
-from cnn.data.mapped_split import PackedSplit
+from cnn.data.mapped_split import MappedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
 from cnn.data.streamed_split import StreamedSplit
 from cnn.distributed.lanes import Exchange
@@ -22,7 +22,8 @@ from infra.errors import UsageError
 from infra.machine.files import locked
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 from tasks.data import dataset
 from tasks.data.dataset import DatasetRef, is_whole, open_cache, open_split, shards_of
 from tasks.data.training_split import bytes_at_a_time, open_training_split
@@ -158,9 +159,9 @@ def test_a_small_split_is_mapped_and_a_large_or_windowed_one_is_streamed(
     whole = CONFIG.model_copy(update={"shuffle_window": None})
     total = sum(shard.bytes for shard in shards_of(stored))
     roomy, tight = (Cache(tmp_path / "cache", store, limit=limit) for limit in (total, total - 1))
-    assert isinstance(open_training_split(roomy, stored, whole, 1), PackedSplit)
+    assert isinstance(open_training_split(roomy, stored, whole, 1), MappedSplit)
     assert isinstance(open_training_split(roomy, stored, CONFIG, 1), StreamedSplit)
-    assert isinstance(open_split(roomy, stored, "test"), PackedSplit)
+    assert isinstance(open_split(roomy, stored, "test"), MappedSplit)
     assert isinstance(open_split(tight, stored, "test"), StreamedSplit)
     ours, theirs = (open_split(cache, stored, "test").slice(0, 10**6) for cache in (roomy, tight))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

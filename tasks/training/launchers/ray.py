@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from infra.errors import Outage, UsageError
+from infra.errors import Outage, UsageError, one_line
 from infra.machine.lifeline import dying_with_this_process
 from tasks.config.launchers import RayConfig
 from tasks.training.launchers.watch import watching
@@ -129,7 +129,7 @@ def agents(folder: JobFolder) -> Iterator[None]:
             try:
                 said = ray.get(run)
             except RayError as error:
-                said = f"Ray cannot run an agent: {' '.join(str(error).split())[:300]}"
+                said = f"Ray cannot run an agent: {one_line(error)[:300]}"
             if said:
                 yield said
             runs[actor.run.remote(job.run_id, access)] = actor
@@ -175,4 +175,4 @@ def _connect(config: RayConfig) -> None:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return one_line(error)[:300]

@@ -24,9 +24,9 @@ from infra.errors import ServiceError, UsageError
 from infra.machine.lifeline import adopt_orphans, end_descendants
 from infra.machine.network import address_towards, free_port, interface_of
 from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
 from tasks.training.platform import Platform, this_platform
-from tasks.training.protocol.board import ANSWERS_WITHIN, BEAT, Board, Order, Pulse, Report, invited
+from tasks.training.protocol.board import ANSWERS_WITHIN, BEAT, Board, Heartbeat, Instruction, NodeReport, invited
 from tasks.training.protocol.job import Event, Job, JobFolder, spare_outcome
 from tasks.training.protocol.patience import OWNER
 from tasks.training.torchrun import among_nodes, start_torchrun
@@ -82,8 +82,8 @@ class Membership:
 
     def __init__(self, node: Node, board: Board, job: Job, folder: JobFolder, say: Say) -> None:
         self._node, self._board, self._job, self._folder, self._say = node, board, job, folder, say
-        self._pulse = Pulse()
-        self._report = Report(beat=0, slots=node.slots, platform=node.platform)
+        self._heartbeat = Heartbeat()
+        self._report = NodeReport(beat=0, slots=node.slots, platform=node.platform)
         self._torchrun: subprocess.Popen[bytes] | None = None
         self._told_to_stop = False
         self._events: list[Event] = []
@@ -100,29 +100,29 @@ class Membership:
                 if order is None and self._board.invitation() is None:
                     return True
                 if order is not None:
-                    self._pulse.feel(order.beat)
+                    self._heartbeat.beat(order.beat)
                     self._follow(order, leaving=leave())
                 self._look_at_ranks()
                 leaving = leave() and self._torchrun is None
                 self._tell(leaving=leaving)
                 if leaving:
                     return True
-                if self._pulse.silence > self._job.nodes.patience:
+                if self._heartbeat.silence > self._job.nodes.patience:
                     self._say(f"run {self._job.run_id}: the coordinator has been silent for too long")
                     return False
             except ServiceError as error:
                 self._say(f"going on without news: {error}")
-                self._pulse.forgive()
+                self._heartbeat.reset()
                 if leave():  # the caller ends the ranks; those of other nodes agree on the stop with them
                     return True
             time.sleep(BEAT)
 
-    def _follow(self, order: Order, *, leaving: bool) -> None:
+    def _follow(self, order: Instruction, *, leaving: bool) -> None:
         if order.generation != self._report.generation:
             end_descendants(HURRY)
             self._torchrun = None
             self._events.clear()
-            self._report = Report(
+            self._report = NodeReport(
                 beat=self._report.beat,
                 slots=self._node.slots,
                 platform=self._node.platform,
@@ -136,7 +136,7 @@ class Membership:
             self._torchrun.terminate()  # it tells the ranks, which agree on a step
             self._told_to_stop = True
 
-    def _start(self, order: Order, ranks: int) -> None:
+    def _start(self, order: Instruction, ranks: int) -> None:
         """Start torchrun, as soon as it is known where to meet."""
         node = self._node
         leads = order.leader == node.name
@@ -208,7 +208,7 @@ def serve(
         False if the coordinator of the `run` has fallen silent: whoever started this may try again.
     """
     say(f"node {node.name}: {node.slots} ranks at {node.address}; waiting for a training")
-    silent: dict[str, Order | None] = {}  # what was last heard of coordinators that were killed, perhaps
+    silent: dict[str, Instruction | None] = {}  # what was last heard of coordinators that were killed, perhaps
     while not leave():
         try:
             for run_id in [run] if run else list(invited(store)):
@@ -243,7 +243,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, on_signal)
     settings = Settings()
     try:
-        store = ObjectStore.connect(settings.bucket, create=False, timeout=ANSWERS_WITHIN)
+        store = open_bucket(timeout=ANSWERS_WITHIN)
         node = Node.this_machine(settings, store)
         say = partial(print, flush=True)
         with spare_outcome():

@@ -5,11 +5,10 @@ import uuid
 from collections.abc import Callable, Mapping
 
 from infra.errors import ServiceError
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import open_bucket
 from tasks.training.nodes.plan import plan
 from tasks.training.platform import Platform, differences, this_platform
-from tasks.training.protocol.board import ANSWERS_WITHIN, BEAT, Board, Invitation, Order, Pulse, Report
+from tasks.training.protocol.board import ANSWERS_WITHIN, BEAT, Board, Heartbeat, Instruction, Invitation, NodeReport
 from tasks.training.protocol.job import Event, JobFolder, Outcome, Restarts, Status
 from tasks.training.protocol.patience import PAUSE
 
@@ -26,11 +25,11 @@ class Coordinator:
 
     def __init__(self, folder: JobFolder) -> None:
         self._folder, self._job = folder, folder.read_job()
-        store = ObjectStore.connect(Settings().bucket, create=False, timeout=ANSWERS_WITHIN)
+        store = open_bucket(timeout=ANSWERS_WITHIN)
         self._board = Board(store, self._job.run_id)
-        self._order = Order(beat=0)
-        self._reports: dict[str, Report] = {}
-        self._pulses: dict[str, Pulse] = {}
+        self._order = Instruction(beat=0)
+        self._reports: dict[str, NodeReport] = {}
+        self._heartbeats: dict[str, Heartbeat] = {}
         # A machine that only coordinates may have another kind of processor: then the first node decides.
         self._platform: Platform | None = this_platform() if self._job.nodes.here else None
         self._refused: set[str] = set()
@@ -73,14 +72,14 @@ class Coordinator:
             return over
         except ServiceError:
             # The ranks go on meanwhile, and nobody is to blame for a silence in which we could not hear.
-            for pulse in self._pulses.values():
-                pulse.forgive()
+            for heartbeat in self._heartbeats.values():
+                heartbeat.reset()
             return ending and self._paused_for > PAUSE
 
     def _listen(self) -> None:
         self._reports = self._board.reports()
         for node, report in self._reports.items():
-            self._pulses.setdefault(node, Pulse()).feel(report.beat)
+            self._heartbeats.setdefault(node, Heartbeat()).beat(report.beat)
         for node, report in self._members().items():
             for event in report.events[max(0, self._passed_on.get(node, 0) - report.events_before) :]:
                 self._folder.write_event(event)
@@ -96,7 +95,7 @@ class Coordinator:
         outcomes = {report.outcome.status: report.outcome for report in ended.values() if report.outcome}
         all_ended = len(ended) == len(self._order.members)
         patience = self._job.nodes.patience
-        lost = [node for node in self._order.members if node not in self._pulses or self._silence(node) > patience]
+        lost = [node for node in self._order.members if node not in self._heartbeats or self._silence(node) > patience]
         # During a pause, a checkpoint that could not be stored is only lost: the next generation repeats its steps.
         final: list[Status] = ["finished", "failed"]
         if self._paused is None:
@@ -136,7 +135,7 @@ class Coordinator:
         return False
 
     def _dissolve(self) -> None:
-        self._order = Order(beat=self._order.beat)
+        self._order = Instruction(beat=self._order.beat)
         self._paused = None
         self._passed_on.clear()
         self._short_since = None
@@ -158,7 +157,7 @@ class Coordinator:
         if len(self._ready) != job.nodes.max and now - self._changed < SETTLE:
             return False
         self._platform = self._platform or self._reports[next(iter(chosen))].platform
-        self._order = Order(
+        self._order = Instruction(
             beat=self._order.beat, generation=uuid.uuid4().hex, members=chosen, leader=next(iter(chosen))
         )
         self._formed = now
@@ -174,9 +173,9 @@ class Coordinator:
         slots = {node: report.slots for node, report in self._candidates().items()}
         return plan(slots, lanes=self._job.config.lanes, ranks=self._job.world_size, most_nodes=self._job.nodes.max)
 
-    def _candidates(self) -> dict[str, Report]:
+    def _candidates(self) -> dict[str, NodeReport]:
         """Nodes to begin with: alive, here to stay, and sure to compute the same bits as the others."""
-        found: dict[str, Report] = {}
+        found: dict[str, NodeReport] = {}
         for node, report in self._reports.items():
             if report.leaving or self._silence(node) > FRESH:
                 continue
@@ -190,7 +189,7 @@ class Coordinator:
                 self._folder.write_event(Event(warning=f"node {node} is not used, since {reason}"))
         return found
 
-    def _members(self) -> dict[str, Report]:
+    def _members(self) -> dict[str, NodeReport]:
         """What the members of this generation say of it, as far as they do."""
         return {
             node: report
@@ -199,7 +198,7 @@ class Coordinator:
         }
 
     def _silence(self, node: str) -> float:
-        return self._pulses[node].silence
+        return self._heartbeats[node].silence
 
     @property
     def _paused_for(self) -> float:

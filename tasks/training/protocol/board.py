@@ -1,8 +1,8 @@
 """What coordinator and agents tell each other, as small objects in the bucket.
 
 nodes/invitations/<run>            there is a training that nodes may join: an `Invitation`
-runs/<run>/nodes/order             what the coordinator wants: an `Order`, written anew at each beat
-runs/<run>/nodes/report/<node>     how an agent does: a `Report`, likewise
+runs/<run>/nodes/order             what the coordinator wants: an `Instruction`, written anew at each beat
+runs/<run>/nodes/report/<node>     how an agent does: a `NodeReport`, likewise
 
 A writer is alive while its object keeps changing, by the reader's own clock; no two clocks are compared.
 """
@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
+from infra.records import Record
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 from tasks.training.platform import Platform
 from tasks.training.protocol.job import Event, Job, Outcome
 
@@ -22,8 +24,8 @@ BEAT = 1.0  # seconds between two looks at the board
 ANSWERS_WITHIN = 5.0  # seconds that the storage has for an answer: whoever waits for it is silent
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Message(Record, extra="forbid"):
+    """What an agent of another version wrote is refused rather than half understood."""
 
 
 Message = TypeVar("Message", bound=_Message)
@@ -35,14 +37,14 @@ class Invitation(_Message):
     job: Job
 
 
-class Order(_Message):
+class Instruction(_Message):
     """What is to be done."""
 
     beat: int
     generation: str = ""
     """Its id; empty while there is none."""
 
-    members: dict[str, int] = {}
+    members: dict[str, int] = Field(default_factory=dict)
     """Ranks of each node of this generation."""
 
     leader: str = ""
@@ -52,7 +54,7 @@ class Order(_Message):
     """The ranks are to store a checkpoint and end: another generation follows, or none."""
 
 
-class Report(_Message):
+class NodeReport(_Message):
     """How a node does."""
 
     beat: int
@@ -104,19 +106,19 @@ class Board:
         """The training's invitation, if it is still open."""
         return self._read(bucket_layout.invitation(self.run_id), Invitation)
 
-    def write_order(self, order: Order) -> None:
+    def write_order(self, order: Instruction) -> None:
         self._store.put_bytes(bucket_layout.node_order(self.run_id), order.model_dump_json().encode())
 
-    def order(self) -> Order | None:
-        return self._read(bucket_layout.node_order(self.run_id), Order)
+    def order(self) -> Instruction | None:
+        return self._read(bucket_layout.node_order(self.run_id), Instruction)
 
-    def write_report(self, node: str, report: Report) -> None:
+    def write_report(self, node: str, report: NodeReport) -> None:
         self._store.put_bytes(bucket_layout.node_report(self.run_id, node), report.model_dump_json().encode())
 
-    def report(self, node: str) -> Report | None:
-        return self._read(bucket_layout.node_report(self.run_id, node), Report)
+    def report(self, node: str) -> NodeReport | None:
+        return self._read(bucket_layout.node_report(self.run_id, node), NodeReport)
 
-    def reports(self) -> dict[str, Report]:
+    def reports(self) -> dict[str, NodeReport]:
         """The last report of every node that has ever joined, in the order of their names."""
         prefix = bucket_layout.node_reports(self.run_id)
         nodes = [info.key.removeprefix(prefix) for info in self._store.list(prefix)]
@@ -141,20 +143,20 @@ def invited(store: ObjectStore) -> Iterator[str]:
         yield info.key.removeprefix(bucket_layout.INVITATIONS)
 
 
-class Pulse:
+class Heartbeat:
     """Tells from the beats of another process how long it has been silent, by this machine's clock."""
 
     def __init__(self) -> None:
         self._beat: int | None = None
         self._seen = time.monotonic()
 
-    def feel(self, beat: int) -> None:
-        """Take note of the newest beat that was read."""
+    def beat(self, beat: int) -> None:
+        """Takes note of the newest beat that was read."""
         if beat != self._beat:
             self._beat, self._seen = beat, time.monotonic()
 
-    def forgive(self) -> None:
-        """Count the silence from now: it was we who could not hear."""
+    def reset(self) -> None:
+        """Counts the silence from now: this machine's way to the storage was cut."""
         self._seen = time.monotonic()
 
     @property

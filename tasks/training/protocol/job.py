@@ -16,9 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, ValidationError
 
 from cnn.config.training import TrainConfig
+from infra.errors import one_line
+from infra.records import Record
 from tasks.config.launchers import KubernetesConfig, Launcher, NodesConfig, RayConfig
 from tasks.config.run import CheckpointConfig
 from tasks.training.protocol.memory_file import memory_file
@@ -27,7 +29,7 @@ SPARE_OUTCOME = "CONVOY_SPARE_OUTCOME"  # path of the memory file of `spare_outc
 
 Status = Literal["finished", "interrupted", "failed", "unsaved", "crashed"]
 
-Line = Annotated[str, AfterValidator(lambda text: " ".join(text.split()))]
+Line = Annotated[str, AfterValidator(one_line)]
 """Text for people, made one line: libraries' errors, PyTorch's above all, have several."""
 
 KILLED = r"rank +: (\d+) .*\n *exitcode +: -\d+ \(pid: \d+\) +\((%s)\)"
@@ -37,11 +39,7 @@ KILLED_FIRST = re.compile(KILLED % r"(?!SIGTERM)SIG\w+")
 TERMINATED = re.compile(r"Root Cause.*\n.*\n.*\n.*\n *" + KILLED % "SIGTERM")  # torchrun then sends it to the others
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Job(_Record):
+class Job(Record, extra="forbid"):
     """An order to train."""
 
     run_id: str
@@ -59,7 +57,7 @@ class Job(_Record):
     restarts: int
 
 
-class Event(_Record):
+class Event(Record, extra="forbid"):
     """Where the training is: after `step` of `total_steps` steps, in `epoch`, both counted from 1; or a warning."""
 
     step: int = 0
@@ -75,7 +73,7 @@ class Event(_Record):
     """What happens now."""
 
 
-class Outcome(_Record):
+class Outcome(Record, extra="forbid"):
     """How a training ended. `exit_status` and `error` are those that the command line should end with."""
 
     status: Status

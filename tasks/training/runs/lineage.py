@@ -4,7 +4,8 @@ import json
 
 from infra.errors import ServiceError
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import ObjectStore
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking.model_registry import RegisteredVersion
 from infra.tracking.promotion_history import Lineage
 

@@ -2,11 +2,9 @@
 
 from datetime import datetime
 
-from pydantic import BaseModel, ConfigDict
-
 from infra.errors import UsageError
-from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.records import Record
+from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.tags import MANIFEST_DIGEST
 from tasks.training.checkpoints import commits_of
@@ -15,10 +13,8 @@ from tasks.training.runs.run_record import read_record
 SPARE = 100  # runs that are looked at in place of those that are left out
 
 
-class Training(BaseModel):
+class Training(Record):
     """One training, as a list shows it."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str
     started: datetime
@@ -47,7 +43,7 @@ class Training(BaseModel):
 
 def list_trainings(limit: int) -> list[Training]:
     """The newest trainings, the newest first; without those that ended before they began, or are not of our kind."""
-    store = ObjectStore.connect(Settings().bucket)
+    store = open_bucket(create=True)
     found: list[Training] = []
     for run in mlflow_runs.list_runs(MANIFEST_DIGEST, limit=limit + SPARE):
         if len(found) == limit:

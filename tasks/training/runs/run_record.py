@@ -7,13 +7,14 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from cnn.data.manifest import canonical_json
 from infra.errors import UsageError
-from infra.settings import Settings
+from infra.records import Record
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectMissing, ObjectStore
+from infra.storage.object_store import open_bucket
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking import mlflow_runs
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
@@ -32,10 +33,8 @@ class RunManifest(Platform):
         return hashlib.sha256(canonical_json(self.model_dump())).hexdigest()
 
 
-class RunRecord(BaseModel):
+class RunRecord(Record, extra="forbid"):
     """What a run was started with."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: RunConfig
     dataset: DatasetRef
@@ -48,7 +47,7 @@ def read_record(run_id: str) -> RunRecord:
     Raises:
         UsageError: there is no such run of ours.
     """
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     try:
         if "/" in run_id:  # that would be another key
             raise ObjectMissing(run_id)

@@ -7,26 +7,25 @@ from contextlib import contextmanager
 from functools import partial
 
 import httpx
-from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.utilities.urls import url_for
-from pydantic import BaseModel, ConfigDict
 
 from cnn.data.manifest import Manifest
 from cnn.training.order import mixing, shuffle_window
 from cnn.training.trainer import check_fits
 from infra.errors import ServiceError, UsageError
 from infra.machine.stopping import Stopped
+from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking import mlflow_runs, tags
 from infra.tracking.provenance import Provenance, provenance
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, is_whole, load_manifest
 from tasks.data.prune_mark import wait_for_prune
 from tasks.orchestration.cancellation import Cancelled
-from tasks.orchestration.flow_runs import label_flow_run
+from tasks.orchestration.flow_runs import flow_run_id, label_flow_run
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.retries import outlast
 from tasks.training.liveness import holding
@@ -40,10 +39,8 @@ class Interrupted(RuntimeError):
     exit_status = 75
 
 
-class TrackedRun(BaseModel):
+class TrackedRun(Record):
     """An open MLflow run."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_id: str
     url: str
@@ -58,7 +55,7 @@ def recorded_dataset(record: RunRecord) -> DatasetRef:
         UsageError: it is not in the bucket any more.
     """
     version = record.dataset.version
-    store = ObjectStore.connect(Settings().bucket, create=False)
+    store = open_bucket()
     wait_for_prune(store)
     if not is_whole(store, version):
         raise UsageError(f"dataset version {version} is not whole in the bucket any more: the run cannot go on")
@@ -67,7 +64,7 @@ def recorded_dataset(record: RunRecord) -> DatasetRef:
 
 def fitted(config: RunConfig, dataset: DatasetRef) -> RunConfig:
     """The configuration with what depends on the size of the training split filled in."""
-    manifest = load_manifest(ObjectStore.connect(Settings().bucket, create=False), dataset.version)
+    manifest = load_manifest(open_bucket(), dataset.version)
     return config.for_images(manifest.splits["train"].count)
 
 
@@ -88,7 +85,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
             goes on with it.
     """
     settings = Settings()
-    store = ObjectStore.connect(settings.bucket, create=False)
+    store = open_bucket()
     data = load_manifest(store, dataset.version)
     check_fits(config.training(), data)
     code = provenance()
@@ -198,11 +195,9 @@ def _run_of_this_flow_run(store: ObjectStore) -> str | None:
 
 
 def _flow_tags() -> dict[str, str]:
-    flow = FlowRunContext.get()
-    if not (flow and flow.flow_run):
+    if not (flow := flow_run_id()):
         return {}
-    url = url_for("flow-run", obj_id=flow.flow_run.id) or ""
-    return {tags.FLOW_RUN: str(flow.flow_run.id), tags.FLOW_RUN_URL: url}
+    return {tags.FLOW_RUN: str(flow), tags.FLOW_RUN_URL: url_for("flow-run", obj_id=flow) or ""}
 
 
 def _tags(config: RunConfig, dataset: DatasetRef, manifest: RunManifest, code: Provenance) -> dict[str, str]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from cnn.formats.idx import IdxSource
+from cnn.formats.idx import IdxImages
 from tests.bench.data import CLASSES
 
 Block = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -48,7 +48,7 @@ def fashion(count: int, files: Mapping[str, Path]) -> Iterator[Block]:
     """Fashion-MNIST again and again, each time shifted in another way (up to 1 750 000 images differ)."""
     left = count
     for shift in SHIFTS[len(SHIFTS) // 2 :] + SHIFTS:
-        for block in IdxSource(files).blocks():
+        for block in IdxImages(files).blocks():
             if not left:
                 return
             images, labels = block.images[:left], block.labels[:left]
