@@ -4,7 +4,15 @@ import torch
 from torch import Tensor, nn
 
 from cnn.config.training import Convoy9Options, NotesOptions, TorchvisionOptions, TrainConfig
+from cnn.data.manifest import Manifest
 from cnn.errors import InputError
+
+
+def build(config: TrainConfig, manifest: Manifest) -> nn.Module:
+    """Builds the network that a configuration names, for the images and classes of a dataset version."""
+    return build_network(
+        config, channels=manifest.channels, image_size=manifest.image_size, classes=len(manifest.classes)
+    )
 
 
 def build_network(config: TrainConfig, *, channels: int, image_size: int, classes: int) -> nn.Module:

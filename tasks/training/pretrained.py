@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from cnn.networks.build import build
 from cnn.networks.weights import load_pretrained
-from cnn.training.trainer import build
 from infra.errors import UsageError
 from infra.settings import Settings
 from infra.storage import bucket_layout

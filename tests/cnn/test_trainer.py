@@ -13,9 +13,10 @@ from cnn.distributed.lanes import Exchange
 from cnn.distributed.process_group import make_deterministic, process_group
 from cnn.errors import InputError
 from cnn.networks.weights import weights_sha256
+from cnn.training.loop import fit
 from cnn.training.reports import EpochReport, StepReport
 from cnn.training.schedule import learning_rate
-from cnn.training.trainer import NonFinite, Trainer, fit
+from cnn.training.trainer import NonFinite, Trainer
 from tests.cnn.conftest import Packed
 
 SMALL = {"channels": [8], "kernel_sizes": [3], "strides": [1], "hidden": [32]}
@@ -67,8 +68,8 @@ class Lab:
         return Trainer(
             TrainConfig.model_validate(defaults | keys),
             manifest=self._digits.manifest,
-            train=self._digits.split("train"),
-            val=self._digits.split("val"),
+            train_split=self._digits.split("train"),
+            val_split=self._digits.split("val"),
             device=device,
             exchange=exchange,
         )
@@ -113,12 +114,12 @@ def test_first_reported_loss_is_the_untrained_networks_mean_cross_entropy(lab: L
         "network": SMALL | {"dropout": 0},
     }
     reference = lab.trainer(**keys)
-    images, labels = reference.train.gather(reference._samples(0).flatten())
+    images, labels = reference.train_split.gather(reference._samples(0).flatten())
     with torch.no_grad():
         logits = reference.network(reference.normalise(images))
     trainer = lab.trainer(**keys)
     trainer.train_step()
-    (report,) = trainer.reports(until=1)
+    (report,) = trainer.reports.until(1)
     assert report.loss == pytest.approx(float(F.cross_entropy(logits, labels, label_smoothing=0.1)))
     assert report.accuracy == int((logits.argmax(1) == labels).sum()) / 64
 
@@ -136,7 +137,7 @@ def test_balanced_class_weights_are_one_on_the_average_and_equal_for_each_class_
     trainer = lab.trainer(class_weights="balanced")
     weights = trainer._class_weights
     assert weights is not None
-    labels = trainer.train.labels
+    labels = trainer.train_split.labels
     assert float(weights[labels].mean()) == pytest.approx(1)
     shares = torch.bincount(labels, weights=weights[labels].double())
     assert shares.tolist() == pytest.approx([len(labels) / 10] * 10)
@@ -176,14 +177,14 @@ def test_figures_that_are_not_finite_stop_training_and_leave_the_weights_of_the_
 def test_the_lane_and_the_images_to_blame_are_named(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = lab.trainer(lanes=4)
     poisoned = int(trainer._samples(3)[2][5])
-    gather = type(trainer.train).gather
+    gather = type(trainer.train_split).gather
 
     def gather_with_a_bad_image(split: Any, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = gather(split, index)
         return torch.where((index == poisoned).view(-1, 1, 1, 1), torch.nan, images.float()), labels
 
     monkeypatch.setattr("cnn.training.trainer.augment", lambda images, *_: images)
-    monkeypatch.setattr(type(trainer.train), "gather", gather_with_a_bad_image)
+    monkeypatch.setattr(type(trainer.train_split), "gather", gather_with_a_bad_image)
     with pytest.raises(NonFinite, match=f"at step 4, in lane 2 .*training images .*{poisoned}") as stop:
         fit(trainer, History())
     assert (stop.value.step, stop.value.lanes) == (4, [2])
@@ -218,7 +219,7 @@ def test_clipping_bounds_the_step_but_not_the_reported_norm(lab: Lab) -> None:
     trainer = lab.trainer(clip_norm=0.01, **plain)
     before = [parameter.clone() for parameter in trainer.network.parameters()]
     trainer.train_step()
-    (report,) = trainer.reports(until=1)
+    (report,) = trainer.reports.until(1)
     moved = torch.cat(
         [(a - b).detach().flatten() for a, b in zip(before, trainer.network.parameters(), strict=True)]
     ).norm()
