@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict
 
-from cnn.config.training import DataGateConfig, Level
+from cnn.config.data_checks import DataGateConfig, Level
 from cnn.data.manifest import Manifest, Spread
 from cnn.data.splits import SPLITS, Split
 

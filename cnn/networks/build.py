@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from cnn.config.training import Convoy9Options, NotesOptions, TorchvisionOptions, TrainConfig
+from cnn.config.networks import Convoy9Options, NotesOptions, TorchvisionOptions
+from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest
 from cnn.errors import InputError
 

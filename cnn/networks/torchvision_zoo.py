@@ -4,7 +4,7 @@ from torch import nn
 from torchvision import models
 from torchvision.models import ConvNeXt, ResNet, ShuffleNetV2
 
-from cnn.config.training import TorchvisionOptions
+from cnn.config.networks import TorchvisionOptions
 from cnn.errors import InputError
 
 SMALL_IMAGE = 64  # pixels; below, `stem=auto` is `small`

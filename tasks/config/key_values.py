@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from cnn.config.training import Config
+from cnn.config.base import Config
 from infra.errors import UsageError
 from tasks.config.plain_yaml import read_yaml
 

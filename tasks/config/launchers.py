@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cnn.config.training import Config
+from cnn.config.base import Config
 from infra.errors import UsageError
 
 Launcher = Literal["local", "nodes", "ray", "kubernetes"]

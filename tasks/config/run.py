@@ -13,7 +13,11 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from cnn.config.training import NETWORK_OPTIONS, Config, DataGateConfig, PreprocessConfig, TrainConfig
+from cnn.config.base import Config
+from cnn.config.data_checks import DataGateConfig
+from cnn.config.networks import NETWORK_OPTIONS
+from cnn.config.preprocessing import PreprocessConfig
+from cnn.config.training import TrainConfig
 from cnn.distributed.world_size import check_world_size
 from infra.errors import UsageError
 from infra.sources.entries import CATALOGUE

@@ -13,7 +13,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from cnn.config.training import DataGateConfig
+from cnn.config.data_checks import DataGateConfig
 from cnn.data.checks import COMPARISONS, SLOW, Check, DataChecks, check_dataset
 from cnn.data.manifest import Manifest
 from cnn.data.split_reader import SplitReader

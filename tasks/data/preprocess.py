@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cnn.code_digest import code_digest
-from cnn.config.training import PreprocessConfig
+from cnn.config.preprocessing import PreprocessConfig
 from cnn.data.manifest import Manifest, canonical_json
 from cnn.errors import InputError
 from cnn.formats import open_source

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cnn.config.training import NETWORK_OPTIONS, TrainConfig
+from cnn.config.networks import NETWORK_OPTIONS
+from cnn.config.training import TrainConfig
 from infra.errors import UsageError
 from tasks.config.run import RunConfig, known_keys, load_config, recipes
 

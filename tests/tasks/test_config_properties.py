@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn.config.training import NETWORK_OPTIONS
+from cnn.config.networks import NETWORK_OPTIONS
 from infra.errors import UsageError
 from tasks.config.gates import GateConfig
 from tasks.config.key_values import from_settings
