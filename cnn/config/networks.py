@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -80,7 +80,29 @@ TORCHVISION_NETWORKS = (
 )
 """Names of networks that torchvision defines, as `torchvision.models.get_model` takes them."""
 
-NETWORK_OPTIONS: Mapping[str, type[Config]] = MappingProxyType(
-    {"notes": NotesOptions, "convoy9": Convoy9Options, **dict.fromkeys(TORCHVISION_NETWORKS, TorchvisionOptions)}
+
+class Network(NamedTuple):
+    """Options and builder of a network.
+
+    The builder is called with an instance of the options and the keywords `channels`, `image_size`, `classes` and
+    `arguments`; its network takes normalised float images N×C×H×W and gives logits N×classes.
+    """
+
+    options: type[Config]
+    builder: str
+    """As `module:name`, since this module is to load no torch."""
+
+    arguments: Mapping[str, str] = MappingProxyType({})
+
+
+NETWORKS: Mapping[str, Network] = MappingProxyType(
+    {
+        "notes": Network(NotesOptions, "cnn.networks.notes:notes"),
+        "convoy9": Network(Convoy9Options, "cnn.networks.convoy9:Convoy9"),
+        **{
+            name: Network(TorchvisionOptions, "cnn.networks.torchvision_zoo:torchvision_network", {"name": name})
+            for name in TORCHVISION_NETWORKS
+        },
+    }
 )
-"""The networks by name, each with the model of its options."""
+"""The networks by name. A new one takes its options and an entry here, and a builder in a file of its own."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from cnn.config.base import Config
-from cnn.config.networks import NETWORK_OPTIONS
+from cnn.config.networks import NETWORKS
 
 
 class AugmentConfig(Config):
@@ -110,9 +110,9 @@ class TrainConfig(Config):
     @field_validator("model")
     @classmethod
     def _known_model(cls, model: str) -> str:
-        if model not in NETWORK_OPTIONS:
-            near = difflib.get_close_matches(model, NETWORK_OPTIONS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(NETWORK_OPTIONS)}"
+        if model not in NETWORKS:
+            near = difflib.get_close_matches(model, NETWORKS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(NETWORKS)}"
             raise ValueError(f"unknown network {model!r}; {hint}")
         return model
 
@@ -122,7 +122,7 @@ class TrainConfig(Config):
         if "model" not in info.data:  # refused already; there is nothing to check against
             return Config()
         values = options.model_dump(exclude_unset=True) if isinstance(options, Config) else options
-        return NETWORK_OPTIONS[info.data["model"]].model_validate(values)
+        return NETWORKS[info.data["model"]].options.model_validate(values)
 
     @model_validator(mode="after")
     def _lanes_divide_batch(self) -> "TrainConfig":

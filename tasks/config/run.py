@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from cnn.config.base import Config
 from cnn.config.data_checks import DataGateConfig
-from cnn.config.networks import NETWORK_OPTIONS
+from cnn.config.networks import NETWORKS
 from cnn.config.preprocessing import PreprocessConfig
 from cnn.config.training import TrainConfig
 from cnn.distributed.world_size import check_world_size
@@ -275,7 +275,7 @@ def _nearest(path: list[str], model: type[BaseModel], values: Mapping[str, Any])
     keys = list(known_keys(model, str(values.get("model", model.model_fields["model"].default))))
     key = ".".join(path)
     if path[0] == "network" and (
-        others := [name for name, each in NETWORK_OPTIONS.items() if path[-1] in each.model_fields]
+        others := [name for name, each in NETWORKS.items() if path[-1] in each.options.model_fields]
     ):
         return f"{others[0]} has it: --model {others[0]}"
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
@@ -290,8 +290,8 @@ def known_keys(model: type[BaseModel], network: str) -> Iterable[str]:
     for name, field in model.model_fields.items():
         candidates = (field.annotation, *get_args(field.annotation))
         section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), None)
-        if name == "network":
-            section = NETWORK_OPTIONS.get(network)
+        if name == "network" and network in NETWORKS:
+            section = NETWORKS[network].options
         if section is None:
             yield name
         else:
