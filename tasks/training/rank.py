@@ -267,7 +267,7 @@ class RankZero:
         )
 
     def _is_current(self) -> bool:
-        return self._job.launcher == "local" or is_current(Board(self._store, self._job.run_id))
+        return self._job.launch.launcher == "local" or is_current(Board(self._store, self._job.run_id))
 
     def _event(self, step: int, **values: float) -> None:
         epoch = (step - 1) // self._trainer.steps_per_epoch + 1

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from cnn.config.training import TrainConfig
-from tasks.config.launchers import KubernetesConfig, Launcher, NodesConfig, RayConfig
+from tasks.config.launchers import AnyLaunch, Launch
 from tasks.config.run import CheckpointConfig
 from tasks.training.protocol.memory_file import memory_file
 
@@ -50,10 +50,7 @@ class Job(_Record):
     world_size: int
     """Of a training on this machine; on several nodes, the largest there may be."""
 
-    launcher: Launcher = "local"
-    nodes: NodesConfig = NodesConfig()
-    ray: RayConfig = RayConfig()
-    kubernetes: KubernetesConfig = KubernetesConfig()
+    launch: AnyLaunch = Launch()
     manifest_digest: str
     checkpoints: CheckpointConfig
     restarts: int
