@@ -11,7 +11,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -115,6 +115,7 @@ LimitOption = Annotated[int | None, typer.Option(help="Trial run on at most this
 
 @app.command()
 def train(
+    ctx: typer.Context,
     dataset: DatasetOption = None,
     model: ModelOption = None,
     epochs: EpochsOption = None,
@@ -138,7 +139,7 @@ def train(
     def run() -> Summary:
         from infra.sources.entries import check_dataset, is_catalogued
 
-        config = _config(dataset, model, epochs, ranks, name, limit, settings, config_file, recipe)
+        config = _config(ctx.params)
         check_dataset(config.dataset)  # a wrong name should not have to wait for servers
         if os.path.isdir(config.dataset) and is_catalogued(config.dataset):
             say(
@@ -213,6 +214,7 @@ for panel, commands in MORE.items():
 
 @app.command()
 def config(
+    ctx: typer.Context,
     dataset: DatasetOption = None,
     model: ModelOption = None,
     epochs: EpochsOption = None,
@@ -224,8 +226,7 @@ def config(
     recipe: RecipeOption = None,
 ) -> None:
     """Print the configuration that `convoy train` would use with the same options, as YAML for --config."""
-    resolved = _config(dataset, model, epochs, ranks, name, limit, settings, config_file, recipe).resolved()
-    typer.echo(yaml.safe_dump(resolved, sort_keys=False).rstrip())
+    typer.echo(yaml.safe_dump(_config(ctx.params).resolved(), sort_keys=False).rstrip())
 
 
 @app.command()
@@ -272,20 +273,11 @@ def env() -> None:
     status()
 
 
-def _config(
-    dataset: str | None,
-    model: str | None,
-    epochs: int | None,
-    ranks: int | None,
-    name: str | None,
-    limit: int | None,
-    settings: list[str] | None,
-    config_file: Path | None,
-    recipe: str | None,
-) -> RunConfig:
-    settings = [*(settings or []), *([f"data.limit={limit}"] if limit is not None else [])]
-    options = {"dataset": dataset, "model": model, "epochs": epochs, "ranks": ranks, "name": name}
-    return load_config(config_file, settings, options, recipe=recipe)
+def _config(given: dict[str, Any]) -> RunConfig:
+    """Returns the configuration that the options of `train` and `config` ask for."""
+    limit = [] if given["limit"] is None else [f"data.limit={given['limit']}"]
+    options = {key: given[key] for key in ("dataset", "model", "epochs", "ranks", "name")}
+    return load_config(given["config_file"], [*(given["settings"] or []), *limit], options, recipe=given["recipe"])
 
 
 def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | None = None) -> None:

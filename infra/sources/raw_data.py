@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -130,7 +129,7 @@ class RawBucket:
 
     def holds_all(self, files: Iterable[RawFile]) -> bool:
         """`holds`, of all of them, asked side by side."""
-        return all(in_parallel(self.holds, files, threading.Event()))
+        return all(in_parallel(self.holds, files))
 
     def put(self, file: RawFile) -> None:
         """Upload from the cache."""

@@ -5,7 +5,6 @@ Only opening loads torch.
 
 import hashlib
 import os
-import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -159,4 +158,4 @@ def _map(cache: Cache, shape: tuple[int, int, int], shard: Shard) -> "RawShard":
 
 
 def _each(work: Callable[[Shard], T], shards: Iterable[Shard]) -> list[T]:
-    return in_parallel(work, shards, threading.Event())
+    return in_parallel(work, shards)

@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,9 +124,7 @@ def _fetch(raw: RawSource, cache: Cache) -> dict[str, Path]:
         return {file.path: cache.path(file.sha256) for file in raw.files}
     with progress(f"Fetching {raw.name}", missing, unit="bytes") as advance:
         paths = in_parallel(
-            lambda file: cache.fetch(file.key, file.sha256, size=file.size, on_progress=advance),
-            raw.files,
-            threading.Event(),
+            lambda file: cache.fetch(file.key, file.sha256, size=file.size, on_progress=advance), raw.files
         )
     return {file.path: path for file, path in zip(raw.files, paths, strict=True)}
 

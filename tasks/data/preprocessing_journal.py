@@ -7,7 +7,6 @@ Each object is complete by itself. Only an unbroken row of them counts, and a sh
 nothing has to be written in order, and two machines at the same step do not disturb each other.
 """
 
-import threading
 import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -53,7 +52,7 @@ class Journal:
         """Of each split those from the first on, without a gap, that are in the bucket."""
         keys = [info.key for info in self._store.list(bucket_layout.packed_shards(self._step))]
         noted = {(packed.split, packed.number): packed for packed in noted_shards(self._store, keys)}
-        stored = in_parallel(lambda packed: is_stored(self._store, packed.shard), noted.values(), threading.Event())
+        stored = in_parallel(lambda packed: is_stored(self._store, packed.shard), noted.values())
         present = {place for place, there in zip(noted, stored, strict=True) if there}
         row: list[PackedShard] = []
         for split in SPLITS:
@@ -70,11 +69,7 @@ class Journal:
 
     def clear(self) -> None:
         """Remove all of it: the step is done, or is to begin anew."""
-        in_parallel(
-            lambda info: self._store.delete(info.key),
-            self._store.list(bucket_layout.journal(self._step)),
-            threading.Event(),
-        )
+        in_parallel(lambda info: self._store.delete(info.key), self._store.list(bucket_layout.journal(self._step)))
 
 
 def noted_shards(store: ObjectStore, keys: Iterable[str]) -> list[PackedShard]:
@@ -87,4 +82,4 @@ def noted_shards(store: ObjectStore, keys: Iterable[str]) -> list[PackedShard]:
             return None
 
     wanted = (key for key in keys if key.endswith(".json"))
-    return [packed for packed in in_parallel(read, wanted, threading.Event()) if packed]
+    return [packed for packed in in_parallel(read, wanted) if packed]

@@ -131,7 +131,7 @@ def agents(folder: JobFolder) -> Iterator[None]:
             try:
                 said = ray.get(run)
             except RayError as error:
-                said = f"Ray cannot run an agent: {' '.join(str(error).split())[:300]}"
+                said = f"Ray cannot run an agent: {str(error)[:300]}"
             if said:
                 yield said
             runs[actor.run.remote(job.run_id, access)] = actor
@@ -172,9 +172,5 @@ def _connect(config: RayConfig) -> None:
         raise Outage(f"the Ray cluster at {where} has not answered for {CONNECTS_WITHIN:g} s")
     for error in failures:
         if isinstance(error, ConnectionError):
-            raise Outage(f"no Ray cluster at {where}; is this machine a node of it (`ray start`)? {_line(error)}")
-        raise UsageError(f"the Ray cluster at {where} cannot be used: {_line(error)}")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+            raise Outage(f"no Ray cluster at {where}; is this machine a node of it (`ray start`)? {str(error)[:300]}")
+        raise UsageError(f"the Ray cluster at {where} cannot be used: {str(error)[:300]}")
