@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from cnn.config.base import Config
 from infra.errors import UsageError
@@ -115,6 +115,11 @@ class KubernetesLaunch(Config):
 
 
 AnyLaunch = Annotated[Launch | RayLaunch | KubernetesLaunch, Field(discriminator="launcher")]
+
+
+def launch_of(config: object) -> AnyLaunch:
+    """Returns the part of a run's configuration that its launcher needs."""
+    return TypeAdapter[AnyLaunch](AnyLaunch).validate_python(config, from_attributes=True)
 
 
 def check_installed(launcher: Launcher) -> None:

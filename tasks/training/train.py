@@ -8,7 +8,7 @@ from functools import partial
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict
 
 from cnn.distributed.process_group import device_count
 from cnn.distributed.world_size import default_world_size
@@ -18,7 +18,7 @@ from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import rehearsal
 from infra.tracking.tags import WEIGHTS_SHA256, WORLD_SIZE
-from tasks.config.launchers import AnyLaunch
+from tasks.config.launchers import launch_of
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
 from tasks.orchestration.cancellation import Cancelled, CancelWatch, stop_if_cancelled, stop_if_told
@@ -89,7 +89,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
             config=config.training(),
             dataset_version=dataset.version,
             world_size=world_size,
-            launch=TypeAdapter[AnyLaunch](AnyLaunch).validate_python(config, from_attributes=True),
+            launch=launch_of(config),
             manifest_digest=run.manifest_digest,
             checkpoints=config.checkpoints,
             restarts=config.restarts,
