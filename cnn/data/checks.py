@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cnn.config.training import DataGateConfig, Level
+from cnn.config.data_checks import DataGateConfig, Level
 from cnn.data.manifest import Manifest, Record, Spread
 from cnn.data.splits import SPLITS, Split
 

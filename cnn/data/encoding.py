@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cnn.config.training import Encoding
+from cnn.config.preprocessing import Encoding
 from cnn.errors import InputError
 
 

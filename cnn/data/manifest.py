@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cnn.config.training import Encoding
+from cnn.config.preprocessing import Encoding
 from cnn.data.splits import Split
 from cnn.errors import InputError
 

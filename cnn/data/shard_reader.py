@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cnn.config.training import Encoding
+from cnn.config.preprocessing import Encoding
 from cnn.data.manifest import Shard
 from cnn.errors import InputError, NotAvailable
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from cnn.config.training import Encoding
+from cnn.config.preprocessing import Encoding
 from cnn.data.manifest import Shard
 from cnn.data.splits import Pixels
 

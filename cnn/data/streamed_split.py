@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cnn.config.training import Encoding
+from cnn.config.preprocessing import Encoding
 from cnn.data.manifest import Shard
 from cnn.data.read_ahead import read_ahead
 from cnn.data.shard_prefetch import Prefetch

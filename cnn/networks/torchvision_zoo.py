@@ -4,22 +4,22 @@ from torch import nn
 from torchvision import models
 from torchvision.models import ConvNeXt, ResNet, ShuffleNetV2
 
-from cnn.config.training import TorchvisionOptions
+from cnn.config.networks import TorchvisionOptions
 from cnn.errors import InputError
 
 SMALL_IMAGE = 64  # pixels; below, `stem=auto` is `small`
 
 
 def torchvision_network(
-    name: str, options: TorchvisionOptions, *, channels: int, image_size: int, classes: int
+    options: TorchvisionOptions, *, name: str, channels: int, image_size: int, classes: int
 ) -> nn.Module:
     """Build a network of torchvision's with freshly drawn weights; its parameters keep torchvision's names.
 
     The small stem is that of He et al., "Deep Residual Learning" (2016), section 4.2, for CIFAR-10.
 
     Args:
-        name: one of `TORCHVISION_NETWORKS`.
         options: of the network.
+        name: one of `TORCHVISION_NETWORKS`.
         channels: channels of the images, C.
         image_size: height and width of the images in pixels, H = W.
         classes: number of classes.

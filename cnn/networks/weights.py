@@ -26,6 +26,11 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies tensors into host memory, also those that are there already."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
 def save_weights(state: Mapping[str, Tensor], path: Path) -> str:
     """Write a network's parameters and buffers, by name, to a safetensors file; returns their `weights_sha256`."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cnn.config.training import PreprocessConfig
+from cnn.config.preprocessing import PreprocessConfig
 from cnn.data.encoding import check_encoding, decode, encode
 from cnn.data.manifest import DataReport, Losses, Manifest, SplitInfo, Spread, Unreadable
 from cnn.data.shard_writer import SHARD_BYTES, Images, ShardWriter

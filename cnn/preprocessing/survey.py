@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cnn.config.training import PreprocessConfig
+from cnn.config.preprocessing import PreprocessConfig
 from cnn.data.splits import SPLITS, TEST, TRAIN, UNDECIDED, VAL, assign, content_keys, thin_out
 from cnn.errors import InputError
 from cnn.formats.block import Block, LabelledImages

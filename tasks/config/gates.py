@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cnn.config.training import Config
+from cnn.config.base import Config
 from tasks.config.key_values import from_settings
 
 DEFAULT_MARGIN = 0.005

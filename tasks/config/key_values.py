@@ -7,7 +7,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from cnn.config.training import NETWORK_OPTIONS, Config
+from cnn.config.base import Config
+from cnn.config.networks import NETWORKS
 from infra.errors import UsageError
 from tasks.config.plain_yaml import read_yaml
 
@@ -80,9 +81,8 @@ def _nearest(path: list[str], model: type[BaseModel], values: Mapping[str, Any])
     """The key that was probably meant, searched where it was written, then everywhere."""
     keys = list(known_keys(model, values.get("model")))
     key = ".".join(path)
-    if path[0] == "network" and (
-        others := [name for name, each in NETWORK_OPTIONS.items() if path[-1] in each.model_fields]
-    ):
+    others = [name for name, each in NETWORKS.items() if path[-1] in each.options.model_fields]
+    if path[0] == "network" and others:
         return f"{others[0]} has it: --model {others[0]}"
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not close:
@@ -96,8 +96,8 @@ def known_keys(model: type[BaseModel], network: object = None) -> Iterable[str]:
     for name, field in model.model_fields.items():
         candidates = (field.annotation, *get_args(field.annotation))
         section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), None)
-        if name == "network":
-            section = NETWORK_OPTIONS.get(str(network or model.model_fields["model"].default))
+        if name == "network" and (found := NETWORKS.get(str(network or model.model_fields["model"].default))):
+            section = found.options
         if section is None:
             yield name
         else:

@@ -5,11 +5,11 @@ Like `tasks.config.run`, importing it loads pydantic only.
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
-from cnn.config.training import Config
+from cnn.config.base import Config
 from infra.errors import UsageError
 
 Launcher = Literal["local", "nodes", "ray", "kubernetes"]
@@ -89,6 +89,37 @@ class KubernetesConfig(Config):
 
     template: Path | None = None
     """Another manifest than infra/kubernetes/training-job.yaml to build the Job on: tolerations, node selectors, …"""
+
+
+class Launch(Config):
+    """Where the ranks of a job run: on this machine, or on it and on nodes that join; made of a run's configuration."""
+
+    launcher: Literal["local", "nodes"] = "local"
+    nodes: NodesConfig = NodesConfig()
+
+
+class RayLaunch(Config):
+    """In actors of a Ray cluster."""
+
+    launcher: Literal["ray"] = "ray"
+    nodes: NodesConfig = NodesConfig()
+    ray: RayConfig = RayConfig()
+
+
+class KubernetesLaunch(Config):
+    """In the pods of a Job."""
+
+    launcher: Literal["kubernetes"] = "kubernetes"
+    nodes: NodesConfig = NodesConfig()
+    kubernetes: KubernetesConfig = KubernetesConfig()
+
+
+AnyLaunch = Annotated[Launch | RayLaunch | KubernetesLaunch, Field(discriminator="launcher")]
+
+
+def launch_of(config: object) -> AnyLaunch:
+    """Returns the part of a run's configuration that its launcher needs."""
+    return TypeAdapter[AnyLaunch](AnyLaunch).validate_python(config, from_attributes=True)
 
 
 def check_installed(launcher: Launcher) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from pydantic import Field
 
-from cnn.config.training import Config
+from cnn.config.base import Config
 from tasks.config.key_values import from_settings
 
 

@@ -12,7 +12,10 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cnn.config.training import Config, DataGateConfig, PreprocessConfig, TrainConfig
+from cnn.config.base import Config
+from cnn.config.data_checks import DataGateConfig
+from cnn.config.preprocessing import PreprocessConfig
+from cnn.config.training import TrainConfig
 from cnn.distributed.world_size import check_world_size
 from infra.errors import UsageError
 from infra.sources.entries import CATALOGUE

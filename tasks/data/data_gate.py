@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from prefect.artifacts import create_markdown_artifact
 
-from cnn.config.training import DataGateConfig
+from cnn.config.data_checks import DataGateConfig
 from cnn.data.checks import COMPARISONS, SLOW, DataCheck, DataChecks, check_dataset
 from cnn.data.manifest import Manifest
 from cnn.data.split_reader import SplitReader

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cnn.code_digest import code_digest
-from cnn.config.training import PreprocessConfig
+from cnn.config.preprocessing import PreprocessConfig
 from cnn.data.manifest import Manifest, canonical_json
 from cnn.errors import InputError
 from cnn.formats import open_source
@@ -118,8 +118,7 @@ def _fetch(raw: RawSource, cache: Cache) -> dict[str, Path]:
         return {file.path: cache.path(file.sha256) for file in raw.files}
     with progress(f"Fetching {raw.name}", missing, unit="bytes") as advance:
         paths = in_parallel(
-            lambda file: cache.fetch(file.key, file.sha256, size=file.size, on_progress=advance),
-            raw.files,
+            lambda file: cache.fetch(file.key, file.sha256, size=file.size, on_progress=advance), raw.files
         )
     return {file.path: path for file, path in zip(raw.files, paths, strict=True)}
 

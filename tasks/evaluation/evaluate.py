@@ -11,9 +11,9 @@ from cnn.data.manifest import Manifest
 from cnn.distributed.process_group import local_device
 from cnn.evaluation.calibration import fit_temperature
 from cnn.evaluation.evaluate import predict_logits
+from cnn.networks.build import build
 from cnn.networks.weights import load_weights, weights_sha256
 from cnn.networks.wrappers import Normalise, predictor
-from cnn.training.trainer import build
 from infra.errors import ServiceError
 from infra.records import Record
 from infra.storage import bucket_layout

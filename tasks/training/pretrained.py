@@ -3,8 +3,8 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from cnn.networks.build import build
 from cnn.networks.weights import load_pretrained
-from cnn.training.trainer import build
 from infra.errors import UsageError
 from infra.settings import Settings
 from infra.storage import bucket_layout

@@ -21,8 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cnn.distributed.process_group import make_deterministic, process_group
-from cnn.training.reports import EpochReport, StepReport, StragglerWatch
-from cnn.training.trainer import Trainer, fit
+from cnn.training.loop import fit
+from cnn.training.reports import EpochReport, StepReport
+from cnn.training.stragglers import StragglerWatch
+from cnn.training.trainer import Trainer
+from cnn.training.training_state import restore, take_state
 from infra.machine.lifeline import TORCHRUN_PID, die_with_parent, name_process
 from infra.machine.output import outlive_readers
 from infra.storage import bucket_layout
@@ -248,14 +251,14 @@ class RankZero:
     def after_step(self, trainer: Trainer, *, milestone: bool) -> None:
         if not (milestone or self._writer.is_due()):
             return
-        for report in trainer.reports(until=trainer.step):
+        for report in trainer.reports.until(trainer.step):
             self.on_step(report)
-        if trainer.is_broken(trainer.step):  # all ranks find out in a moment
+        if trainer.reports.broken_step <= trainer.step:  # all ranks find out in a moment
             return
         self._writer.save(
             Snapshot(
                 step=trainer.step,
-                state=trainer.state(),
+                state=take_state(trainer),
                 val_accuracy=trainer.history[-1].accuracy if trainer.history else None,
                 train_seconds=self.train_seconds,
                 metrics=tuple(row.model_dump(mode="json") for row in self._metrics.unacknowledged()),
@@ -263,7 +266,7 @@ class RankZero:
         )
 
     def _is_current(self) -> bool:
-        return self._job.launcher == "local" or is_current(Board(self._store, self._job.run_id))
+        return self._job.launch.launcher == "local" or is_current(Board(self._store, self._job.run_id))
 
     def _event(self, step: int, **values: float) -> None:
         epoch = (step - 1) // self._trainer.steps_per_epoch + 1
@@ -317,14 +320,14 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
         trainer = Trainer(
             job.config,
             manifest=manifest,
-            train=train_split,
-            val=val_split,
+            train_split=train_split,
+            val_split=val_split,
             device=device,
             exchange=exchange,
             pretrained=cache.fetch(bucket_layout.pretrained_weights(weights), weights) if weights else None,
             stop_requested=stop,
         )
-        trainer.restore(state)
+        restore(trainer, state)
         if first is None:
             if not fit(trainer, Silent()):
                 stop.give(AT_MOST + FLUSH + SLACK)  # the first rank stores a checkpoint, and NCCL waits for it

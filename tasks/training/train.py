@@ -16,6 +16,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.metric_log import MetricRow, deliver
 from infra.tracking.model_registry import rehearsal
 from infra.tracking.tags import WEIGHTS_SHA256, WORLD_SIZE
+from tasks.config.launchers import launch_of
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
 from tasks.orchestration.cancellation import Cancelled, CancelWatch, stop_if_cancelled, stop_if_told
@@ -85,11 +86,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
             config=config.training(),
             dataset_version=dataset.version,
             world_size=world_size,
-            launcher=config.launcher,
-            # Schedulers choose the nodes, and this machine is none of them unless they say so.
-            nodes=config.nodes.model_copy(update={"here": config.nodes.here and config.launcher == "nodes"}),
-            ray=config.ray,
-            kubernetes=config.kubernetes,
+            launch=launch_of(config),
             manifest_digest=run.manifest_digest,
             checkpoints=config.checkpoints,
             restarts=config.restarts,

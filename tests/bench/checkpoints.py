@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cnn.distributed.process_group import make_deterministic, process_group
 from cnn.training.trainer import Trainer
+from cnn.training.training_state import take_state
 from infra.settings import Settings
 from infra.stack.local_stack import down, up
 from infra.storage.object_store import ObjectStore
@@ -39,7 +40,9 @@ def checkpoints(rounds: int) -> Iterator[Comparison]:
         try:
             os.environ.update(up(settings, only=["seaweedfs"]).environment())
             manifest, train = open_packed(folder)
-            trainer = Trainer(config, manifest=manifest, train=train, val=train, device=device, exchange=exchange)
+            trainer = Trainer(
+                config, manifest=manifest, train_split=train, val_split=train, device=device, exchange=exchange
+            )
             job = Job(
                 run_id=uuid.uuid4().hex,
                 config=config,
@@ -61,10 +64,10 @@ def checkpoints(rounds: int) -> Iterator[Comparison]:
             def step_and_store() -> float:
                 train_step(trainer)
                 if writer.is_due():
-                    list(trainer.reports(until=trainer.step))
+                    list(trainer.reports.until(trainer.step))
                     writer.save(
                         Snapshot(
-                            step=trainer.step, state=trainer.state(), val_accuracy=None, train_seconds=0, metrics=()
+                            step=trainer.step, state=take_state(trainer), val_accuracy=None, train_seconds=0, metrics=()
                         )
                     )
                 return config.batch_size

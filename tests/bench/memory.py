@@ -57,7 +57,9 @@ def main() -> None:
     with process_group() as (device, exchange):
         watcher = threading.Thread(target=watch)
         watcher.start()
-        trainer = Trainer(config, manifest=manifest, train=train, val=train, device=device, exchange=exchange)
+        trainer = Trainer(
+            config, manifest=manifest, train_split=train, val_split=train, device=device, exchange=exchange
+        )
         for _ in range(STEPS):
             train_step(trainer)
         done.set()

@@ -20,11 +20,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from cnn.data.manifest import Manifest
 from cnn.data.mapped_split import MappedSplit
 from cnn.distributed.process_group import make_deterministic, process_group
+from cnn.networks.build import build
 from cnn.networks.wrappers import Normalise
 from cnn.training.augment import augment
+from cnn.training.loop import STEPS_LATE
 from cnn.training.optimizer import build_optimizer
 from cnn.training.random_streams import epoch_order, generator
-from cnn.training.trainer import STEPS_LATE, Trainer, build
+from cnn.training.trainer import Trainer
 from infra.machine.lifeline import die_with_parent
 from tests.bench.comparison import keep_memory
 from tests.bench.data import open_packed
@@ -37,7 +39,9 @@ def convoy(job: Job, manifest: Manifest, train: MappedSplit) -> None:
     """Convoy's trainer, as `fit` runs it between validations."""
     make_deterministic()
     with process_group(_store(job)) as (device, exchange):
-        trainer = Trainer(job.config, manifest=manifest, train=train, val=train, device=device, exchange=exchange)
+        trainer = Trainer(
+            job.config, manifest=manifest, train_split=train, val_split=train, device=device, exchange=exchange
+        )
         turns = Turns(job.steps)
         more = True
         while more:
@@ -48,7 +52,7 @@ def convoy(job: Job, manifest: Manifest, train: MappedSplit) -> None:
 def train_step(trainer: Trainer) -> None:
     """A step, and what `fit` reads of the steps before it."""
     trainer.train_step()
-    list(trainer.reports(until=trainer.step - STEPS_LATE))
+    list(trainer.reports.until(trainer.step - STEPS_LATE))
 
 
 def packed_ddp(job: Job, manifest: Manifest, train: MappedSplit) -> None:

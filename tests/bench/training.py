@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from cnn.config.training import TrainConfig
 from cnn.distributed.process_group import make_deterministic, process_group
+from cnn.networks.build import build
 from cnn.training.optimizer import build_optimizer
-from cnn.training.trainer import Trainer, build
+from cnn.training.trainer import Trainer
 from tests.bench.comparison import Comparison, Side, compare, rate
 from tests.bench.data import open_packed, packed_images
 from tests.bench.rank_program import train_step
@@ -59,7 +60,9 @@ def _bare(model: str, steps: int, rounds: int) -> Comparison:
     config = TrainConfig(model=model)
     with packed_images() as folder, process_group() as (device, exchange):
         manifest, train = open_packed(folder)
-        trainer = Trainer(config, manifest=manifest, train=train, val=train, device=device, exchange=exchange)
+        trainer = Trainer(
+            config, manifest=manifest, train_split=train, val_split=train, device=device, exchange=exchange
+        )
         network = build(config, manifest).to(memory_format=torch.channels_last)
         optimizer = build_optimizer(config, network)
         images, labels = train.slice(0, config.batch_size)

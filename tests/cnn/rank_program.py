@@ -26,8 +26,10 @@ from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest
 from cnn.distributed.process_group import make_deterministic, process_group
 from cnn.networks.weights import weights_sha256
+from cnn.training.loop import fit
 from cnn.training.reports import EpochReport, StepReport
-from cnn.training.trainer import Trainer, fit
+from cnn.training.trainer import Trainer
+from cnn.training.training_state import restore, take_state
 from tests.cnn.conftest import Packed, streamed
 
 
@@ -47,9 +49,9 @@ class History:
 
     def after_step(self, trainer: Trainer, *, milestone: bool) -> None:
         if milestone:
-            for report in trainer.reports(until=trainer.step):
+            for report in trainer.reports.until(trainer.step):
                 self.on_step(report)
-            self.state = trainer.state()
+            self.state = take_state(trainer)
 
 
 def run_rank(
@@ -69,14 +71,14 @@ def run_rank(
         trainer = Trainer(
             config,
             manifest=manifest,
-            train=train,
-            val=val,
+            train_split=train,
+            val_split=val,
             device=device,
             exchange=exchange,
             # One rank's wish is enough, and it is the last one's.
             stop_requested=lambda: rank == world_size - 1 and stop is not None and trainer.step >= stop,
         )
-        trainer.restore(load_file(state) if rank == 0 and state.exists() else None)
+        restore(trainer, load_file(state) if rank == 0 and state.exists() else None)
         history = History()
         finished = fit(trainer, history)
         if rank == 0:

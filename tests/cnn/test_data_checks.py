@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnn.config.training import DataGateConfig
+from cnn.config.data_checks import DataGateConfig
 from cnn.data.checks import BLOCK_BYTES, DataCheck, DataChecks, check_dataset, population_stability_index
 from cnn.data.manifest import Losses, Manifest, SplitInfo, Spread, Unreadable
 from cnn.data.mapped_split import MappedSplit

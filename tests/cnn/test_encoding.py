@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from sklearn.datasets import load_sample_image
 from torchvision.io import ImageReadMode, decode_jpeg, decode_webp
 
-from cnn.config.training import PreprocessConfig
+from cnn.config.preprocessing import PreprocessConfig
 from cnn.data.encoding import decode, encode
 from cnn.data.manifest import Manifest, SplitInfo
 from cnn.data.shard_writer import shard_path

@@ -6,7 +6,9 @@ import torch
 from cnn.config.training import AugmentConfig, TrainConfig
 from cnn.distributed.process_group import make_deterministic, process_group
 from cnn.networks.weights import weights_sha256
-from cnn.training.trainer import EpochReport, StepReport, Trainer, fit
+from cnn.training.loop import fit
+from cnn.training.reports import EpochReport, StepReport
+from cnn.training.trainer import Trainer
 from tests.cnn.conftest import Packed
 
 pytestmark = [
@@ -34,8 +36,8 @@ def test_training_on_a_gpu_learns_and_gives_equal_weights_twice(model: str, digi
             trainer = Trainer(
                 config,
                 manifest=digits.manifest,
-                train=digits.split("train"),
-                val=digits.split("val"),
+                train_split=digits.split("train"),
+                val_split=digits.split("val"),
                 device=device,
                 exchange=exchange,
             )

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cnn.config.training import TORCHVISION_NETWORKS, TrainConfig
+from cnn.config.networks import TORCHVISION_NETWORKS
+from cnn.config.training import TrainConfig
 from cnn.distributed.lanes import PartialSums
 from cnn.distributed.process_group import EXCHANGE_TIMEOUT, process_group
 from cnn.distributed.world_size import check_world_size, default_world_size

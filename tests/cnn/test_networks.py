@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from cnn.config.networks import NETWORKS
 from cnn.config.training import TrainConfig
 from cnn.errors import InputError
 from cnn.networks.build import build_network
@@ -18,6 +19,11 @@ def test_our_networks_take_images_of_any_shape(model: str, channels: int, image_
     logits = network(model, channels, image_size, classes=7)(torch.rand(3, channels, image_size, image_size))
     assert logits.shape == (3, 7)
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_every_name_builds_its_network(model: str) -> None:
+    assert network(model, channels=3, image_size=32, classes=7)(torch.rand(2, 3, 32, 32)).shape == (2, 7)
 
 
 def test_convoy9_takes_a_single_pixel() -> None:

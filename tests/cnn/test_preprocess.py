@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from cnn.config.training import PreprocessConfig
+from cnn.config.preprocessing import PreprocessConfig
 from cnn.data.manifest import Manifest
 from cnn.data.shard_writer import ShardWriter, shard_path
 from cnn.errors import InputError

@@ -1,6 +1,7 @@
 """A rank that is slow for long is named, once."""
 
-from cnn.training.reports import StepReport, StragglerWatch
+from cnn.training.reports import StepReport
+from cnn.training.stragglers import StragglerWatch
 
 
 def report(*seconds: float, steps: int = 10) -> StepReport:

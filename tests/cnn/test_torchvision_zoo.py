@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from torch import nn
 from torchvision import models
 
-from cnn.config.training import TORCHVISION_NETWORKS, TrainConfig
+from cnn.config.networks import TORCHVISION_NETWORKS
+from cnn.config.training import TrainConfig
 from cnn.errors import InputError
 from cnn.networks.build import build_network
 from cnn.serving.classifier import ServedClassifier

@@ -13,9 +13,10 @@ from cnn.distributed.lanes import Exchange
 from cnn.distributed.process_group import make_deterministic, process_group
 from cnn.errors import InputError
 from cnn.networks.weights import weights_sha256
+from cnn.training.loop import fit
 from cnn.training.reports import EpochReport, StepReport
 from cnn.training.schedule import learning_rate
-from cnn.training.trainer import NonFinite, Trainer, fit
+from cnn.training.trainer import NonFinite, Trainer
 from tests.cnn.conftest import Packed
 
 SMALL = {"channels": [8], "kernel_sizes": [3], "strides": [1], "hidden": [32]}
@@ -67,8 +68,8 @@ class Lab:
         return Trainer(
             TrainConfig.model_validate(defaults | keys),
             manifest=self._digits.manifest,
-            train=self._digits.split("train"),
-            val=self._digits.split("val"),
+            train_split=self._digits.split("train"),
+            val_split=self._digits.split("val"),
             device=device,
             exchange=exchange,
         )
@@ -113,12 +114,12 @@ def test_first_reported_loss_is_the_untrained_networks_mean_cross_entropy(lab: L
         "network": SMALL | {"dropout": 0},
     }
     reference = lab.trainer(**keys)
-    images, labels = reference.train.gather(reference._samples(0).flatten())
+    images, labels = reference.train_split.gather(reference._samples(0).flatten())
     with torch.no_grad():
         logits = reference.network(reference.normalise(images))
     trainer = lab.trainer(**keys)
     trainer.train_step()
-    (report,) = trainer.reports(until=1)
+    (report,) = trainer.reports.until(1)
     assert report.loss == pytest.approx(float(F.cross_entropy(logits, labels, label_smoothing=0.1)))
     assert report.accuracy == int((logits.argmax(1) == labels).sum()) / 64
 
@@ -218,7 +219,7 @@ def test_clipping_bounds_the_step_but_not_the_reported_norm(lab: Lab) -> None:
     trainer = lab.trainer(clip_norm=0.01, **plain)
     before = [parameter.clone() for parameter in trainer.network.parameters()]
     trainer.train_step()
-    (report,) = trainer.reports(until=1)
+    (report,) = trainer.reports.until(1)
     moved = torch.cat(
         [(a - b).detach().flatten() for a, b in zip(before, trainer.network.parameters(), strict=True)]
     ).norm()

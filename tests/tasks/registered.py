@@ -7,8 +7,8 @@ import torch
 from prefect import flow
 from prefect.context import refresh_global_settings_context
 
+from cnn.networks.build import build
 from cnn.networks.weights import save_weights
-from cnn.training.trainer import build
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking.model_registry import ModelVersion

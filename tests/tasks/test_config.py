@@ -1,12 +1,16 @@
 """The configuration of a run: files, settings, options, and what is said about mistakes."""
 
+import json
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from cnn.config.training import NETWORK_OPTIONS, TrainConfig
+from cnn.config.networks import NETWORKS
+from cnn.config.training import TrainConfig
 from infra.errors import UsageError
 from tasks.config.key_values import known_keys
 from tasks.config.run import RunConfig, load_config, recipes
@@ -59,12 +63,23 @@ def test_empty_file_is_the_default_configuration(tmp_path: Path) -> None:
     assert load_config(tmp_path / "empty.yaml") == load_config(None) == RunConfig()
 
 
-@pytest.mark.parametrize("network", NETWORK_OPTIONS)
+def changed_options(network: str) -> dict[str, Any]:
+    """Returns an option of a network with another value than its default, if it has options."""
+    options = NETWORKS[network].options
+    for key, field in options.model_fields.items():
+        for value in (0.5, 8, [8], *get_args(field.annotation)):
+            with suppress(ValidationError):
+                if options.model_validate({key: value}) != options():
+                    return {key: value}
+    assert not options.model_fields
+    return {}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 def test_resolved_configuration_is_complete_and_gives_itself_again(network: str) -> None:
-    option = "dropout=0.5" if "dropout" in NETWORK_OPTIONS[network].model_fields else "stem=small"
-    config = load_config(None, [f"model={network}", f"network.{option}"])
+    config = load_config(None, [f"model={network}", f"network={json.dumps(changed_options(network))}"])
     resolved = config.resolved()
-    assert resolved["network"].keys() == NETWORK_OPTIONS[network].model_fields.keys()
+    assert resolved["network"].keys() == NETWORKS[network].options.model_fields.keys()
     again = RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(resolved)))
     assert again == config
     assert again.resolved() == resolved

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn.config.training import NETWORK_OPTIONS
+from cnn.config.networks import NETWORKS
 from infra.errors import UsageError
 from tasks.config.gates import GateConfig
 from tasks.config.key_values import from_settings, known_keys
@@ -63,7 +63,7 @@ def test_any_values_of_known_and_unknown_keys_in_a_file(values: dict[str, object
 @given(
     st.sampled_from(KEYS),
     st.sampled_from(ODD) | st.text(max_size=30) | VALUES.map(str),
-    st.sampled_from(sorted(NETWORK_OPTIONS)),
+    st.sampled_from(sorted(NETWORKS)),
 )
 def test_any_text_as_the_value_of_a_setting(key: str, value: str, network: str) -> None:
     try:

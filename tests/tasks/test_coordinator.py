@@ -8,7 +8,7 @@ import pytest
 
 from cnn.config.training import TrainConfig
 from infra.storage.object_store import ObjectStore
-from tasks.config.launchers import NodesConfig
+from tasks.config.launchers import Launch, NodesConfig
 from tasks.config.run import CheckpointConfig
 from tasks.training.nodes import coordinator
 from tasks.training.nodes.coordinator import Coordinator
@@ -25,7 +25,8 @@ class Play:
     def __init__(self, store: ObjectStore, folder: Path) -> None:
         job = Job(
             run_id="f00d", config=TrainConfig(), dataset_version="0" * 64, world_size=2, manifest_digest="",
-            checkpoints=CheckpointConfig(), restarts=1, launcher="nodes", nodes=NodesConfig(min=2, max=2),
+            checkpoints=CheckpointConfig(), restarts=1,
+            launch=Launch(launcher="nodes", nodes=NodesConfig(min=2, max=2)),
         )  # fmt: skip
         self.folder, self.board, self.over = JobFolder(folder), Board(store, job.run_id), threading.Event()
         self.folder.write_job(job)

@@ -13,7 +13,8 @@ from prefect import flow
 from prefect.artifacts import Artifact
 from prefect.context import refresh_global_settings_context
 
-from cnn.config.training import DataGateConfig, PreprocessConfig
+from cnn.config.data_checks import DataGateConfig
+from cnn.config.preprocessing import PreprocessConfig
 from cnn.data.checks import DataChecks
 from cnn.data.manifest import SplitInfo
 from cnn.data.shard_writer import ShardWriter, shard_path

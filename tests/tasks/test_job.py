@@ -4,13 +4,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from cnn.config.training import TrainConfig
-from tasks.config.run import CheckpointConfig
+from tasks.config.launchers import Launcher, launch_of
+from tasks.config.run import CheckpointConfig, load_config
 from tasks.training.protocol.job import SPARE_OUTCOME, Event, Job, JobFolder, Outcome, Restarts, spare_outcome
 
 JOB = Job(
@@ -57,6 +60,17 @@ def folder(tmp_path: Path) -> JobFolder:
 def test_job_comes_back_as_it_was_given_with_the_options_of_its_network(folder: JobFolder) -> None:
     assert folder.read_job() == JOB
     assert folder.read_job().config.network.model_dump()["dropout"] == 0.5
+
+
+@pytest.mark.parametrize("launcher", get_args(Launcher))
+def test_job_names_a_launcher_that_there_is_with_its_own_options(folder: JobFolder, launcher: str) -> None:
+    options = ["kubernetes.image=convoy:1", "ray.cpus=2", "nodes.patience=7"]
+    config = load_config(None, [f"launcher={launcher}", *options])
+    folder.write_job(JOB.model_copy(update={"launch": launch_of(config)}))
+    launch = folder.read_job().launch
+    assert (launch.launcher, launch.nodes.patience) == (launcher, 7)
+    assert dict(launch).items() <= dict(config).items()
+    assert find_spec(f"tasks.training.launchers.{launcher}")
 
 
 def test_events_are_read_once_each_in_order(folder: JobFolder) -> None:

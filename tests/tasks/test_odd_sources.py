@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cnn.config.training import PreprocessConfig
+from cnn.config.preprocessing import PreprocessConfig
 from cnn.data.manifest import Manifest
 from cnn.data.splits import Split
 from cnn.errors import InputError

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cnn.config.training import PreprocessConfig
+from cnn.config.preprocessing import PreprocessConfig
 from cnn.errors import InputError
 from infra.errors import ServiceError, UsageError
 from infra.sources.raw_data import RawFile, RawSource

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import cnn.preprocessing.survey
-from cnn.config.training import PreprocessConfig
+from cnn.config.preprocessing import PreprocessConfig
 from infra.errors import Outage
 from infra.settings import Settings
 from infra.sources.location import LocalLocation

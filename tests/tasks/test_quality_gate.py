@@ -18,10 +18,10 @@ from prefect.context import refresh_global_settings_context
 from pydantic import ValidationError
 from torch.nn import functional as F
 
+from cnn.networks.build import build
 from cnn.networks.weights import save_weights
 from cnn.networks.wrappers import Normalise
 from cnn.serving.classifier import ServedClassifier
-from cnn.training.trainer import build
 from infra.errors import UsageError
 from infra.settings import Settings
 from infra.storage.cache import Cache

@@ -14,7 +14,8 @@ from prefect import flow
 from prefect.artifacts import Artifact
 from prefect.context import refresh_global_settings_context
 
-from cnn.config.training import PreprocessConfig, TrainConfig
+from cnn.config.preprocessing import PreprocessConfig
+from cnn.config.training import TrainConfig
 from cnn.networks.build import build_network
 from cnn.networks.weights import save_weights
 from infra.errors import ServiceError, UsageError

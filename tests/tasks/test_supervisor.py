@@ -15,6 +15,7 @@ import pytest
 from cnn.config.training import TrainConfig
 from infra.errors import Outage
 from infra.machine.network import free_port
+from tasks.config.launchers import KubernetesLaunch
 from tasks.config.run import CheckpointConfig
 from tasks.orchestration import outage
 from tasks.orchestration.outage import through_outage
@@ -249,14 +250,14 @@ def test_supervisor_that_is_told_to_end_takes_torchrun_along(
 HURRIED = """
 import subprocess, sys
 from pathlib import Path
-from tasks.training import supervisor
+from tasks.training.launchers import local
 from tasks.training.protocol.job import JobFolder
-supervisor.HUNG, supervisor.OWNER = 0.5, 600.0
+local.HUNG, local.OWNER = 0.5, 600.0
 deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
 rank = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
 rank.stdout.readline()
 print(rank.pid, flush=True)
-supervisor._end_ranks(JobFolder(Path({folder!r})))
+local._end_ranks(JobFolder(Path({folder!r})))
 """
 
 
@@ -478,7 +479,7 @@ def test_launcher_that_cannot_start_says_so_in_the_outcome(
 ) -> None:
     training = order(tmp_path, restarts=0)
     folder = JobFolder(training.folder)
-    folder.write_job(folder.read_job().model_copy(update={"launcher": "kubernetes"}))
+    folder.write_job(folder.read_job().model_copy(update={"launch": KubernetesLaunch()}))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     assert supervise(started, training).wait(60) == 2
     outcome = folder.read_outcome()

@@ -16,8 +16,9 @@ from cnn.data.streamed_split import StreamedSplit
 from cnn.distributed.lanes import Exchange
 from cnn.distributed.process_group import make_deterministic, process_group
 from cnn.networks.weights import weights_sha256
+from cnn.training.loop import fit
 from cnn.training.reports import EpochReport, StepReport
-from cnn.training.trainer import Trainer, fit
+from cnn.training.trainer import Trainer
 from infra.errors import UsageError
 from infra.machine.files import locked
 from infra.storage import bucket_layout
@@ -118,8 +119,8 @@ def train(cache: Cache, manifest: Manifest, config: TrainConfig, group: tuple[to
     trainer = Trainer(
         config,
         manifest=manifest,
-        train=open_training_split(cache, manifest, config, 1),
-        val=open_split(cache, manifest, "val"),
+        train_split=open_training_split(cache, manifest, config, 1),
+        val_split=open_split(cache, manifest, "val"),
         device=device,
         exchange=exchange,
     )

@@ -15,7 +15,7 @@ import infra.kubernetes
 from infra.errors import ServiceError, UsageError
 from infra.kubernetes.jobs import Jobs
 from infra.settings import Settings
-from tasks.config.launchers import KubernetesConfig
+from tasks.config.launchers import KubernetesConfig, KubernetesLaunch
 from tasks.training.launchers.watch import watching
 from tasks.training.protocol.job import Event, Job, JobFolder
 
@@ -31,10 +31,11 @@ def agents(folder: JobFolder) -> Iterator[None]:
         Outage: the cluster does not answer.
         UsageError: there is none, or it refuses the Job.
     """
-    job = folder.read_job()
-    jobs = Jobs(job.kubernetes.namespace)
-    name = jobs.create(training_job(job, Settings().pod))
-    folder.write_event(Event(note=f"Kubernetes Job {job.kubernetes.namespace}/{name}"))
+    manifest = training_job(folder.read_job(), Settings().pod)
+    namespace = manifest["metadata"]["namespace"]
+    jobs = Jobs(namespace)
+    name = jobs.create(manifest)
+    folder.write_event(Event(note=f"Kubernetes Job {namespace}/{name}"))
     try:
         with watching(lambda: jobs.troubles(name), folder):
             yield
@@ -49,14 +50,15 @@ def training_job(job: Job, flow_pod: str | None) -> dict[str, Any]:
     """The manifest of a training's Job.
 
     Args:
-        job: order to train; its `kubernetes` names a template, or else it is infra/kubernetes/training-job.yaml.
+        job: order to train; its `launch.kubernetes` names a template, or else it is infra/kubernetes/training-job.yaml.
         flow_pod: `namespace/name/uid` of the pod that the flow runs in, if it does, with which Kubernetes deletes the
             Job then.
 
     Raises:
         UsageError: the template cannot be used.
     """
-    config = job.kubernetes
+    assert isinstance(job.launch, KubernetesLaunch)
+    config = job.launch.kubernetes
     template = config.template or TEMPLATE
     try:
         manifest: dict[str, Any] = yaml.safe_load(template.read_text(encoding="utf-8"))

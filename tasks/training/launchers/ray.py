@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infra.errors import Outage, UsageError, one_line
 from infra.machine.lifeline import dying_with_this_process
-from tasks.config.launchers import RayConfig
+from tasks.config.launchers import RayConfig, RayLaunch
 from tasks.training.launchers.watch import watching
 from tasks.training.protocol.job import JobFolder
 
@@ -103,15 +103,17 @@ def agents(folder: JobFolder) -> Iterator[None]:
         UsageError: it cannot be used, by its version for example.
     """
     job = folder.read_job()
-    _connect(job.ray)
-    bundle = {kind: float(amount) for kind, amount in (("CPU", job.ray.cpus), ("GPU", job.ray.gpus)) if amount}
-    group = placement_group([bundle] * job.world_size, strategy=job.ray.strategy, name=f"convoy-{job.run_id}")
+    assert isinstance(job.launch, RayLaunch)
+    config = job.launch.ray
+    _connect(config)
+    bundle = {kind: float(amount) for kind, amount in (("CPU", config.cpus), ("GPU", config.gpus)) if amount}
+    group = placement_group([bundle] * job.world_size, strategy=config.strategy, name=f"convoy-{job.run_id}")
     host: Any = ray.remote(AgentHost)
     actors = [
         host.options(
             name=f"convoy-{job.run_id}-{number}",
-            num_cpus=job.ray.cpus,
-            num_gpus=job.ray.gpus,
+            num_cpus=config.cpus,
+            num_gpus=config.gpus,
             max_restarts=-1,
             max_task_retries=-1,  # the driver repeats the call, and so its arguments, to an actor that was restarted
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),

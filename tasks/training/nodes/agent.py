@@ -107,7 +107,7 @@ class Membership:
                 self._tell(leaving=leaving)
                 if leaving:
                     return True
-                if self._heartbeat.silence > self._job.nodes.patience:
+                if self._heartbeat.silence > self._job.launch.nodes.patience:
                     self._say(f"run {self._job.run_id}: the coordinator has been silent for too long")
                     return False
             except ServiceError as error:

@@ -25,13 +25,16 @@ class Coordinator:
 
     def __init__(self, folder: JobFolder) -> None:
         self._folder, self._job = folder, folder.read_job()
+        self._nodes = self._job.launch.nodes
         store = open_bucket(timeout=ANSWERS_WITHIN)
         self._board = Board(store, self._job.run_id)
         self._order = Instruction(beat=0)
         self._reports: dict[str, NodeReport] = {}
         self._heartbeats: dict[str, Heartbeat] = {}
-        # A machine that only coordinates may have another kind of processor: then the first node decides.
-        self._platform: Platform | None = this_platform() if self._job.nodes.here else None
+        # Schedulers choose other machines, and one that only coordinates may have another kind of processor: then the
+        # first node decides.
+        here = self._job.launch.launcher == "nodes" and self._nodes.here
+        self._platform: Platform | None = this_platform() if here else None
         self._refused: set[str] = set()
         self._passed_on: dict[str, int] = {}  # events of each member of this generation
         self._ready: frozenset[str] = frozenset()
@@ -94,7 +97,7 @@ class Coordinator:
         ended = {node: report for node, report in members.items() if report.exit_status is not None}
         outcomes = {report.outcome.status: report.outcome for report in ended.values() if report.outcome}
         all_ended = len(ended) == len(self._order.members)
-        patience = self._job.nodes.patience
+        patience = self._nodes.patience
         lost = [node for node in self._order.members if node not in self._heartbeats or self._silence(node) > patience]
         # During a pause, a checkpoint that could not be stored is only lost: the next generation repeats its steps.
         final: list[Status] = ["finished", "failed"]
@@ -142,19 +145,19 @@ class Coordinator:
 
     def _gather(self) -> bool:
         """Form a generation as soon as there are nodes for it; whether waiting for them has ended the training."""
-        job, now = self._job, time.monotonic()
+        now = time.monotonic()
         chosen = self._plan()
-        if len(self._ready) < job.nodes.min or not chosen:
+        if len(self._ready) < self._nodes.min or not chosen:
             self._short_since = self._short_since or now
-            if now - self._short_since < job.nodes.wait:
+            if now - self._short_since < self._nodes.wait:
                 return False
-            error = f"only {len(self._ready)} nodes for {job.nodes.wait:g} s, fewer than nodes.min {job.nodes.min}"
+            error = f"only {len(self._ready)} nodes for {self._nodes.wait:g} s, fewer than nodes.min {self._nodes.min}"
             self._folder.write_outcome(
                 Outcome(status="interrupted", error=error, exit_status=75, steps=self._folder.last_step())
             )
             return True
         self._short_since = None
-        if len(self._ready) != job.nodes.max and now - self._changed < SETTLE:
+        if len(self._ready) != self._nodes.max and now - self._changed < SETTLE:
             return False
         self._platform = self._platform or self._reports[next(iter(chosen))].platform
         self._order = Instruction(
@@ -171,7 +174,7 @@ class Coordinator:
 
     def _plan(self) -> dict[str, int]:
         slots = {node: report.slots for node, report in self._candidates().items()}
-        return plan(slots, lanes=self._job.config.lanes, ranks=self._job.world_size, most_nodes=self._job.nodes.max)
+        return plan(slots, lanes=self._job.config.lanes, ranks=self._job.world_size, most_nodes=self._nodes.max)
 
     def _candidates(self) -> dict[str, NodeReport]:
         """Nodes to begin with: alive, here to stay, and sure to compute the same bits as the others."""

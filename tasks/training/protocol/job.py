@@ -21,7 +21,7 @@ from pydantic import AfterValidator, ValidationError
 from cnn.config.training import TrainConfig
 from infra.errors import one_line
 from infra.records import Record
-from tasks.config.launchers import KubernetesConfig, Launcher, NodesConfig, RayConfig
+from tasks.config.launchers import AnyLaunch, Launch
 from tasks.config.run import CheckpointConfig
 from tasks.training.protocol.memory_file import memory_file
 
@@ -48,10 +48,7 @@ class Job(Record, extra="forbid"):
     world_size: int
     """Of a training on this machine; on several nodes, the largest there may be."""
 
-    launcher: Launcher = "local"
-    nodes: NodesConfig = NodesConfig()
-    ray: RayConfig = RayConfig()
-    kubernetes: KubernetesConfig = KubernetesConfig()
+    launch: AnyLaunch = Launch()
     manifest_digest: str
     checkpoints: CheckpointConfig
     restarts: int
