@@ -33,7 +33,7 @@ LAYOUT = (
     Place("sources/<source>.json", "which raw files, or which listing, make up a source", goes="raw_days, unused"),
     Place("raw/<sha256>", "a raw file", "its source's record", "no record names it"),
     Place("listings/<digest>.parquet", "paths of a folder that is read in place", "its source's record", "raw_days"),
-    Place("steps/preprocess/<step>.json", "the dataset version that a preprocessing gave", goes="with the version"),
+    Place("steps/preprocess/<step>.json", "which raw data gave which dataset version", goes="with the version"),
     Place("journals/<step>/survey/<first>.npz", "what a preprocessing has measured so far", goes="with its end"),
     Place("journals/<step>/shards/<split>/<number>.json", "a shard that it has packed", goes="with its end"),
     Place("datasets/<version>/manifest.json", "a dataset version", goes="datasets_keep, datasets_days"),

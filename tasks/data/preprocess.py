@@ -46,6 +46,8 @@ class StepRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset_version: str
+    raw: str | None = None
+    """`RawSource.digest` of the input; None if older code wrote the record."""
 
 
 @task(name="preprocess", cache_policy=NO_CACHE, persist_result=False, **RETRIED)
@@ -83,10 +85,9 @@ def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = Fals
             except InputError as error:
                 raise InputError(f"{raw.name}: {error}") from error
         version = manifest.version
+        record = StepRecord(dataset_version=version, raw=raw.digest)
         _commit(store, bucket_layout.dataset_manifest(version), manifest.to_bytes())
-        _commit(
-            store, bucket_layout.preprocess_record(key), StepRecord(dataset_version=version).model_dump_json().encode()
-        )
+        _commit(store, bucket_layout.preprocess_record(key), record.model_dump_json().encode())
         journal.clear()
     _tell(raw.name, manifest)
     return DatasetRef(version=version, name=raw.name)
