@@ -30,7 +30,7 @@ from tasks.data.dataset import load_manifest
 from tasks.orchestration.progress import progress, run_logger
 from tasks.prediction.inputs import Picture, pictures
 from tasks.prediction.table import Batch, Unread, check_out, result_file, table_writer
-from tasks.reporting.markdown import plain
+from tasks.reporting.markdown import plain, table
 
 BATCH_IMAGES, BATCH_BYTES = 64, 8 << 20  # of decoded images; what is smaller
 EXAMPLES = 20  # unreadable files that are named
@@ -64,14 +64,10 @@ class Predictions(BaseModel):
             f"by {plain(self.model)} → {plain(self.out)}",
             "",
         ]
-        lines += [
-            "| class | images |",
-            "|---|---:|",
-            *(f"| {plain(name)} | {n:,} |" for name, n in self.classes.items()),
-        ]
+        lines += table(("class", "images"), self.classes.items(), "lr")
         if self.unreadable:
-            lines += ["", "| unreadable | reason |", "|---|---|"]
-            lines += [f"| {plain(each.file)} | {plain(each.reason)} |" for each in self.unreadable_examples]
+            examples = ((each.file, each.reason) for each in self.unreadable_examples)
+            lines += ["", *table(("unreadable", "reason"), examples, "ll")]
         return "\n".join([*lines, ""])
 
 

@@ -37,6 +37,7 @@ from tasks.data.preprocessing_journal import noted_shards
 from tasks.data.prune_mark import marked
 from tasks.orchestration.flow_runs import training_flow_runs
 from tasks.orchestration.progress import run_logger
+from tasks.reporting.markdown import table
 from tasks.training.runs.lineage import RecordDamaged, run_lineage
 from tasks.upkeep.in_use import References, references
 
@@ -71,10 +72,10 @@ class Pruned(BaseModel):
 
     def markdown(self) -> str:
         """As a page."""
-        rows = [f"| {each.kind} | {each.count:,} | {decimal(each.bytes)} |" for each in self.freed]
-        table = ["| what | objects | size |", "|:--|--:|--:|", *rows] if rows else ["Nothing was old enough to go."]
+        rows = [(each.kind, each.count, decimal(each.bytes)) for each in self.freed]
+        found = table(("what", "objects", "size"), rows, "lrr") if rows else ["Nothing was old enough to go."]
         title = "Would be removed" if self.dry_run else "Removed"
-        return "\n".join([f"**{title}**", "", *table, *(f"\n{note}" for note in self.notes)])
+        return "\n".join([f"**{title}**", "", *found, *(f"\n{note}" for note in self.notes)])
 
 
 @dataclass(frozen=True)
