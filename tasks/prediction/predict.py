@@ -101,7 +101,7 @@ def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
         progress(f"Predicting with {served.version.name}", total, unit="images", artifact="predict") as advance,
     ):
         for batch, answers in predict_pictures(served, pictures(inputs)):
-            write.add(batch, answers)
+            write(batch, answers)
             classes.update(served.classes[answer] for answer in answers.argmax(1))
             unread_count += len(batch.unread)
             unread += batch.unread[: EXAMPLES - len(unread)]
