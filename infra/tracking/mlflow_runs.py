@@ -31,16 +31,13 @@ if TYPE_CHECKING:
 __all__ = [
     "MetricLogger",
     "MetricRow",
-    "RunInfo",
+    "Run",
     "SystemMetrics",
-    "TaggedRun",
     "check_server",
     "deliver",
     "describe_run",
     "end_run",
-    "every_run",
     "fetch_artifacts",
-    "list_runs",
     "log_dataset",
     "log_figure",
     "log_file",
@@ -50,6 +47,7 @@ __all__ = [
     "run_status",
     "run_tags",
     "run_url",
+    "search_runs",
     "set_tags",
     "start_run",
     "tracking_uri",
@@ -135,7 +133,7 @@ def run_tags(run_id: str) -> dict[str, str]:
             return {}
 
 
-class RunInfo(BaseModel):
+class Run(BaseModel):
     """A run, as lists show it."""
 
     model_config = ConfigDict(frozen=True)
@@ -145,24 +143,39 @@ class RunInfo(BaseModel):
     """MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
 
     started: datetime
+    tags: dict[str, str]
     metrics: dict[str, float]
 
 
-def list_runs(tag: str, value: str | None = None, *, limit: int) -> list[RunInfo]:
-    """Runs of all experiments that have a tag (of this value, if one is given), the newest first."""
+def search_runs(tag: str, value: str | None = None, *, limit: int | None = None) -> list[Run]:
+    """Returns the runs of all experiments that have a tag (of this value, if one is given), the newest first."""
     condition = f"tags.`{tag}` != ''" if value is None else filter_of(**{f"tags.{tag}": value})
+    found: list[Run] = []
     with mlflow_client("list the runs") as client:
         experiments = _experiments(client)
-        runs = client.search_runs(experiments, condition, max_results=limit, order_by=["attributes.start_time DESC"])
-    return [
-        RunInfo(
-            run_id=run.info.run_id,
-            status=run.info.status,
-            started=datetime.fromtimestamp(run.info.start_time / 1000, tz=UTC),
-            metrics=run.data.metrics,
-        )
-        for run in runs
-    ]
+        token: str | None = None
+        while experiments:
+            page = client.search_runs(
+                experiments,
+                condition,
+                max_results=min(RUNS_A_CALL, limit or RUNS_A_CALL),
+                order_by=["attributes.start_time DESC"],
+                page_token=token,
+            )
+            found += [
+                Run(
+                    run_id=run.info.run_id,
+                    status=run.info.status,
+                    started=datetime.fromtimestamp(run.info.start_time / 1000, tz=UTC),
+                    tags=run.data.tags,
+                    metrics=run.data.metrics,
+                )
+                for run in page
+            ]
+            token = page.token
+            if not token or (limit and len(found) >= limit):
+                break
+    return found[:limit]
 
 
 def _experiments(client: mlflow.MlflowClient) -> list[str]:
@@ -175,35 +188,6 @@ def _experiments(client: mlflow.MlflowClient) -> list[str]:
         token = page.token
         if not token:
             return found
-
-
-class TaggedRun(BaseModel):
-    """A run's state and tags."""
-
-    model_config = ConfigDict(frozen=True)
-
-    run_id: str
-    status: str
-    """MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
-
-    tags: dict[str, str]
-
-
-def every_run(tag: str) -> list[TaggedRun]:
-    """All runs of all experiments that have a tag."""
-    found: list[TaggedRun] = []
-    with mlflow_client("list the runs") as client:
-        experiments = _experiments(client)
-        token: str | None = None
-        while experiments:
-            page = client.search_runs(experiments, f"tags.`{tag}` != ''", max_results=RUNS_A_CALL, page_token=token)
-            found += [
-                TaggedRun(run_id=run.info.run_id, status=run.info.status, tags=dict(run.data.tags)) for run in page
-            ]
-            token = page.token
-            if not token:
-                break
-    return found
 
 
 def end_run(run_id: str, status: RunStatus) -> None:
