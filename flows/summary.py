@@ -11,7 +11,7 @@ from pydantic import Field
 
 from infra.errors import UsageError
 from infra.records import Record
-from tasks.reporting.markdown import plain, shown
+from tasks.reporting.markdown import Markup, plain, shown, table
 
 
 class Summary(Record):
@@ -92,21 +92,19 @@ def write_report(path: Path, summary: Summary, pages: Sequence[str]) -> None:
         pages: of the run, which follow folded up.
     """
     words = {"done": "promoted" if summary.champion else "registered, not promoted", "unchanged": "nothing to do"}
-    name = plain(summary.model_name or "")
     rows = {
-        "model": f"{name} version {summary.model_version}" if summary.model_version else None,
+        "model": f"{summary.model_name} version {summary.model_version}" if summary.model_version else None,
         "accuracy": f"{summary.accuracy:.2%} of the test split" if summary.accuracy is not None else None,
-        "quality gate": plain(summary.verdict or ""),
-        "reason": plain(summary.reason or ""),
-        "error": plain(summary.error or ""),
+        "quality gate": summary.verdict,
+        "reason": summary.reason,
+        "error": summary.error,
         "cost": _cost(summary),
         "reused": ", ".join(summary.reused) or None,
-        "MLflow": f"[run, charts and report]({summary.mlflow_run_url})" if summary.mlflow_run_url else None,
-        "Prefect": f"[flow run]({summary.prefect_flow_run_url})" if summary.prefect_flow_run_url else None,
+        "MLflow": Markup(f"[run, charts and report]({summary.mlflow_run_url})") if summary.mlflow_run_url else None,
+        "Prefect": Markup(f"[flow run]({summary.prefect_flow_run_url})") if summary.prefect_flow_run_url else None,
     }
-    lines = [f"### {name or 'Retraining'}: **{words.get(summary.status, summary.status)}**", ""]
-    lines += ["| | |", "|:--|:--|"]
-    lines += [f"| {name} | {value} |" for name, value in rows.items() if value]
+    lines = [f"### {plain(summary.model_name or 'Retraining')}: **{words.get(summary.status, summary.status)}**", ""]
+    lines += table(("", ""), ((name, value) for name, value in rows.items() if value), "ll")
     for page in pages:
         title = escape(shown(page.partition("\n")[0]))
         lines += ["", f"<details><summary>{title}</summary>", "", page.strip(), "", "</details>"]

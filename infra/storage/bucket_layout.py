@@ -35,7 +35,7 @@ LAYOUT = (
     Place("listings/<digest>.parquet", "paths of a folder that is read in place", goes="raw_days"),
     Place(
         "steps/preprocess/<step>.json",
-        "the dataset version that a preprocessing gave",
+        "which raw data gave which dataset version",
         goes="with the version, steps_days",
     ),
     Place(

@@ -106,7 +106,7 @@ def run_tags(run_id: str) -> dict[str, str]:
             return {}
 
 
-class RunInfo(Record):
+class Run(Record):
     """A run, as lists show it."""
 
     run_id: str
@@ -114,24 +114,39 @@ class RunInfo(Record):
     """MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
 
     started: datetime
+    tags: dict[str, str]
     metrics: dict[str, float]
 
 
-def list_runs(tag: str, value: str | None = None, *, limit: int) -> list[RunInfo]:
-    """Runs of all experiments that have a tag (of this value, if one is given), the newest first."""
+def search_runs(tag: str, value: str | None = None, *, limit: int | None = None) -> list[Run]:
+    """Returns the runs of all experiments that have a tag (of this value, if one is given), the newest first."""
     condition = f"tags.`{tag}` != ''" if value is None else filter_of(**{f"tags.{tag}": value})
+    found: list[Run] = []
     with mlflow_client("list the runs") as client:
         experiments = _experiments(client)
-        runs = client.search_runs(experiments, condition, max_results=limit, order_by=["attributes.start_time DESC"])
-    return [
-        RunInfo(
-            run_id=run.info.run_id,
-            status=run.info.status,
-            started=datetime.fromtimestamp(run.info.start_time / 1000, tz=UTC),
-            metrics=run.data.metrics,
-        )
-        for run in runs
-    ]
+        token: str | None = None
+        while experiments:
+            page = client.search_runs(
+                experiments,
+                condition,
+                max_results=min(RUNS_A_CALL, limit or RUNS_A_CALL),
+                order_by=["attributes.start_time DESC"],
+                page_token=token,
+            )
+            found += [
+                Run(
+                    run_id=run.info.run_id,
+                    status=run.info.status,
+                    started=datetime.fromtimestamp(run.info.start_time / 1000, tz=UTC),
+                    tags=run.data.tags,
+                    metrics=run.data.metrics,
+                )
+                for run in page
+            ]
+            token = page.token
+            if not token or (limit and len(found) >= limit):
+                break
+    return found[:limit]
 
 
 def _experiments(client: mlflow.MlflowClient) -> list[str]:
@@ -144,33 +159,6 @@ def _experiments(client: mlflow.MlflowClient) -> list[str]:
         token = page.token
         if not token:
             return found
-
-
-class TaggedRun(Record):
-    """A run's state and tags."""
-
-    run_id: str
-    status: str
-    """MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
-
-    tags: dict[str, str]
-
-
-def every_run(tag: str) -> list[TaggedRun]:
-    """All runs of all experiments that have a tag."""
-    found: list[TaggedRun] = []
-    with mlflow_client("list the runs") as client:
-        experiments = _experiments(client)
-        token: str | None = None
-        while experiments:
-            page = client.search_runs(experiments, f"tags.`{tag}` != ''", max_results=RUNS_A_CALL, page_token=token)
-            found += [
-                TaggedRun(run_id=run.info.run_id, status=run.info.status, tags=dict(run.data.tags)) for run in page
-            ]
-            token = page.token
-            if not token:
-                break
-    return found
 
 
 def end_run(run_id: str, status: RunStatus) -> None:

@@ -29,7 +29,7 @@ from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
 from tasks.reporting.drawing import png
-from tasks.reporting.markdown import plain
+from tasks.reporting.markdown import Markup, plain, table
 
 JSON, PAGE, SHEET = "data.json", "data.md", "data_samples.png"
 
@@ -132,39 +132,30 @@ def data_markdown(name: str, checks: DataChecks) -> str:
     """What was found, as a page: the verdict, the checks, the worst first, the splits and the images complained of."""
     order = ("failed", "warned", "passed", "skipped", "off")
     verdict = {"passed": "passed", "warned": "passed with warnings", "failed": "refused"}[checks.outcome]
+    found = sorted(checks.checks, key=lambda check: order.index(check.outcome))
+    splits = (
+        (split, of.images, of.duplicates, of.leaked, of.conflicts, of.constant, of.blank)
+        for split, of in checks.splits.items()
+    )
+    counts = [facts.class_counts for facts in checks.splits.values()]
     lines = [
         f"**{plain(name)}: {verdict}** ({_count(checks)})",
         "",
         f"Dataset version `{checks.dataset_version}`, compared with "
         + (f"the champion's, `{checks.champion_version}`" if checks.champion_version else "none: no champion's data"),
         "",
-        "| check | result | found | limit | |",
-        "|:--|:--|--:|--:|:--|",
-        *(_row(check) for check in sorted(checks.checks, key=lambda check: order.index(check.outcome))),
+        *table(("check", "result", "found", "limit", ""), map(_row, found), "llrrl"),
         "",
-        "| split | images | repeated | leaked | conflicting | constant | blank |",
-        "|:--|--:|--:|--:|--:|--:|--:|",
-        *(
-            f"| {split} | {facts.images:,} | {facts.duplicates:,} | {facts.leaked:,} | {facts.conflicts:,} "
-            f"| {facts.constant:,} | {facts.blank:,} |"
-            for split, facts in checks.splits.items()
-        ),
+        *table(("split", "images", "repeated", "leaked", "conflicting", "constant", "blank"), splits, "lrrrrrr"),
         "",
-        f"| class | {' | '.join(checks.splits)} |",
-        f"|:--|{'--:|' * len(checks.splits)}",
-        *(
-            f"| {plain(label)} | {' | '.join(f'{count:,}' for count in counts)} |"
-            for label, *counts in zip(
-                checks.classes, *(facts.class_counts for facts in checks.splits.values()), strict=True
-            )
-        ),
+        *table(("class", *checks.splits), zip(checks.classes, *counts, strict=True), "l" + "r" * len(counts)),
     ]
     if checks.offenders:
-        lines += ["", "| check | image | class | |", "|:--|:--|:--|:--|"]
-        lines += [
-            f"| {each.check} | {each.split} {each.index} | {plain(checks.classes[each.label])} | {plain(each.note)} |"
+        marked = (
+            (each.check, f"{each.split} {each.index}", checks.classes[each.label], each.note)
             for each in checks.offenders
-        ]
+        )
+        lines += ["", *table(("check", "image", "class", ""), marked, "llll")]
     return "\n".join(lines)
 
 
@@ -204,9 +195,9 @@ def _said(check: DataCheck) -> str:
     return f"{check.name} is {_number(check.value)}, limit {_number(check.limit)} ({check.note})"
 
 
-def _row(check: DataCheck) -> str:
-    mark = f"**{check.outcome}**" if check.outcome in ("failed", "warned") else check.outcome
-    return f"| {check.name} | {mark} | {_number(check.value)} | {_number(check.limit)} | {plain(check.note)} |"
+def _row(check: DataCheck) -> tuple[str, ...]:
+    mark = Markup(f"**{check.outcome}**") if check.outcome in ("failed", "warned") else check.outcome
+    return check.name, mark, _number(check.value), _number(check.limit), check.note
 
 
 def _number(value: float | None) -> str:

@@ -41,6 +41,8 @@ class StepRecord(Record, extra="forbid"):
     """What an earlier run of the step made of the same input."""
 
     dataset_version: str
+    raw: str | None = None
+    """`RawSource.digest` of the input; None if older code wrote the record."""
 
 
 @step("preprocess")
@@ -76,10 +78,9 @@ def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = Fals
             except InputError as error:
                 raise InputError(f"{raw.name}: {error}") from error
         version = manifest.version
+        record = StepRecord(dataset_version=version, raw=raw.digest)
         _commit(store, bucket_layout.dataset_manifest(version), manifest.to_bytes())
-        _commit(
-            store, bucket_layout.preprocess_record(key), StepRecord(dataset_version=version).model_dump_json().encode()
-        )
+        _commit(store, bucket_layout.preprocess_record(key), record.model_dump_json().encode())
         journal.clear()
     _tell(raw.name, manifest)
     return DatasetRef(version=version, name=raw.name)

@@ -11,7 +11,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.tags import TEMPERATURE
 from tasks.evaluation.figures import confusion_figure, gallery_figure, reliability_figure
 from tasks.evaluation.report import EvaluationReport
-from tasks.reporting.markdown import plain
+from tasks.reporting.markdown import Markup, table
 
 LISTED_CLASSES = 40  # up to so many, the table lists every class; else the worst ones
 LISTED_SLICES = 10  # of each column, the worst ones
@@ -41,31 +41,26 @@ def report_markdown(report: EvaluationReport) -> str:
     """The report as a page: headline, classes, the hardest first, the commonest mistakes, the worst slices."""
     ordered = sorted(report.classes, key=lambda scores: scores.f1)
     listed = ordered[:LISTED_CLASSES]
+    means = ((Markup("*macro mean*"), report.macro), (Markup("*weighted mean*"), report.weighted))
+    scores = [*((s.name, s, s.support) for s in listed), *((name, s, report.images) for name, s in means)]
+    rows = ((name, f"{s.precision:.3f}", f"{s.recall:.3f}", f"{s.f1:.3f}", images) for name, s, images in scores)
     lines = [
         f"**{report.accuracy:.2%}** of {report.images:,} {report.split} images right, "
         f"cross-entropy {report.loss:.4f}, macro F1 {report.macro.f1:.4f}",
         "",
         *_facts(report),
         "",
-        "| class | precision | recall | F1 | images |",
-        "|:--|--:|--:|--:|--:|",
-        *(f"| {plain(s.name)} | {s.precision:.3f} | {s.recall:.3f} | {s.f1:.3f} | {s.support:,} |" for s in listed),
-        *(
-            f"| *{name}* | {s.precision:.3f} | {s.recall:.3f} | {s.f1:.3f} | {report.images:,} |"
-            for name, s in (("macro mean", report.macro), ("weighted mean", report.weighted))
-        ),
+        *table(("class", "precision", "recall", "F1", "images"), rows, "lrrrr"),
     ]
     if len(listed) < len(ordered):
         lines += ["", f"The {len(listed)} hardest of {len(ordered)} classes."]
     if mistakes := _mistakes(report):
-        lines += ["", "| true | taken for | images |", "|:--|:--|--:|", *mistakes]
-    for name, scores in report.slices.items():
+        lines += ["", *table(("true", "taken for", "images"), mistakes, "llr")]
+    for name, slices in report.slices.items():
         if name != "class":
-            lines += ["", f"| {plain(name)} | accuracy | 95 % | images |", "|:--|--:|:-:|--:|"]
-            lines += [
-                f"| {plain(s.value)} | {s.accuracy:.2%} | {_range(s.interval)} | {s.images:,} |"
-                for s in sorted(scores, key=lambda s: s.accuracy)[:LISTED_SLICES]
-            ]
+            worst = sorted(slices, key=lambda s: s.accuracy)[:LISTED_SLICES]
+            found = ((s.value, f"{s.accuracy:.2%}", _range(s.interval), s.images) for s in worst)
+            lines += ["", *table((name, "accuracy", "95 %", "images"), found, "lrcr")]
     return "\n".join(lines)
 
 
@@ -84,14 +79,14 @@ def _facts(report: EvaluationReport) -> Iterable[str]:
         yield f"- {decimal(report.footprint.size_bytes)} of weights; {each} an image on {place}"
 
 
-def _mistakes(report: EvaluationReport, most: int = 8) -> list[str]:
+def _mistakes(report: EvaluationReport, most: int = 8) -> list[tuple[str, str, int]]:
     counts = torch.tensor(report.confusion).fill_diagonal_(0)
     found = counts.flatten().topk(min(most, counts.numel()))
     rows = []
     for count, place in zip(found.values.tolist(), found.indices.tolist(), strict=True):
         true, predicted = (report.classes[number].name for number in divmod(place, len(counts)))
         if count:
-            rows.append(f"| {plain(true)} | {plain(predicted)} | {count:,} |")
+            rows.append((true, predicted, count))
     return rows
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, get_args
 
-import mlflow.pyfunc
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from infra.records import Record
 from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking.model_registry import RegisteredVersion
 from infra.tracking.model_versions import download_version, find_version
+from infra.tracking.served_model import ServedModel
 from tasks.data.dataset import load_manifest
 from tasks.evaluation.reference_images import load_reference
 from tasks.training.runs.run_record import read_record
@@ -68,7 +68,7 @@ def export(model: str, format: Format, out: Path) -> Exported:
     images = _reference_images(store, version)
     with TemporaryDirectory() as temporary:
         folder = download_version(version, Path(temporary))
-        expected = torch.from_numpy(mlflow.pyfunc.load_model(str(folder)).predict(images.numpy()))
+        expected = torch.from_numpy(ServedModel(version, folder).predict(images.numpy()))
         if format == "safetensors":
             worst = _weights(store, version, out, images, expected)
         else:

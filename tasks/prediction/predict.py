@@ -2,13 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
-from mlflow.pyfunc import PyFuncModel, load_model
 from numpy.typing import NDArray
 from prefect.artifacts import create_markdown_artifact
 from scipy.special import softmax
@@ -16,11 +12,12 @@ from scipy.special import softmax
 from cnn.formats.archive import MAX_MEMBER
 from cnn.formats.decode import Target, decode_image, look_at, reason_of
 from cnn.threads import in_order
-from infra.errors import ServiceError, UsageError, one_line
+from infra.errors import ServiceError, UsageError
 from infra.records import Record
 from infra.storage.object_store import open_bucket
 from infra.tracking.model_registry import RegisteredVersion
-from infra.tracking.model_versions import download_version, find_version
+from infra.tracking.model_versions import find_version
+from infra.tracking.served_model import ServedModel
 from infra.tracking.tags import TEMPERATURE
 from tasks.data.dataset import load_manifest
 from tasks.orchestration.flow_runs import flow_run_id
@@ -28,7 +25,7 @@ from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
 from tasks.prediction.inputs import Picture, pictures
 from tasks.prediction.table import PredictedBatch, Unread, check_out, result_file, table_writer
-from tasks.reporting.markdown import plain
+from tasks.reporting.markdown import plain, table
 
 BATCH_IMAGES, BATCH_BYTES = 64, 8 << 20  # of decoded images; what is smaller
 EXAMPLES = 20  # unreadable files that are named
@@ -60,14 +57,10 @@ class Predictions(Record):
             f"by {plain(self.model)} → {plain(self.out)}",
             "",
         ]
-        lines += [
-            "| class | images |",
-            "|---|---:|",
-            *(f"| {plain(name)} | {n:,} |" for name, n in self.classes.items()),
-        ]
+        lines += table(("class", "images"), self.classes.items(), "lr")
         if self.unreadable:
-            lines += ["", "| unreadable | reason |", "|---|---|"]
-            lines += [f"| {plain(each.file)} | {plain(each.reason)} |" for each in self.unreadable_examples]
+            examples = ((each.file, each.reason) for each in self.unreadable_examples)
+            lines += ["", *table(("unreadable", "reason"), examples, "ll")]
         return "\n".join([*lines, ""])
 
 
@@ -92,7 +85,7 @@ def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
     """
     check_out(out)
     total = sum(1 for _ in pictures(inputs))
-    served = load_served(find_version(model))
+    served = Served(find_version(model))
     unread: list[Unread] = []
     done, unread_count, classes = 0, 0, Counter[str]()
     with (
@@ -101,7 +94,7 @@ def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
         progress(f"Predicting with {served.version.name}", total, unit="images", artifact="predict") as advance,
     ):
         for batch, answers in predict_pictures(served, pictures(inputs)):
-            write.add(batch, answers)
+            write(batch, answers)
             classes.update(served.classes[answer] for answer in answers.argmax(1))
             unread_count += len(batch.unread)
             unread += batch.unread[: EXAMPLES - len(unread)]
@@ -124,57 +117,25 @@ def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
     return result
 
 
-@dataclass(frozen=True, kw_only=True)
-class Served:
-    """A registered version, loaded."""
-
-    version: RegisteredVersion
-    classes: tuple[str, ...]
-    target: Target
-    colour: bool
-    """Whether colour images may go in: the network takes them, or was trained on colour images made grey."""
-
-    temperature: float
-    model: PyFuncModel
-
-    def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Calibrated probabilities N×classes of raw images N×C×H×W."""
-        return calibrated(self.model.predict(images), self.temperature)
-
-
-def load_served(version: RegisteredVersion) -> Served:
-    """Fetch a version and load it.
+class Served(ServedModel):
+    """A registered version that is loaded, and how images are prepared for it.
 
     Raises:
         UsageError: it is no model of ours, or cannot be loaded here.
         ServiceError: MLflow failed.
     """
-    with TemporaryDirectory() as temporary:
-        folder = download_version(version, Path(temporary))
-        try:
-            model = load_model(str(folder))
-        except Exception as error:  # of torch, of MLflow, of a missing package
-            raise UsageError(f"{version.uri} cannot be loaded: {one_line(error)[:300]}") from error
-    metadata = model.metadata.metadata or {}
-    shape = _input_shape(model)
-    if "classes" not in metadata or shape is None:
-        raise UsageError(f"{version.uri} is no image classifier that Convoy has registered")
-    channels, side, _ = shape
-    return Served(
-        version=version,
-        classes=tuple(metadata["classes"]),
-        target=Target(side, channels),
-        colour=channels == 3 or _trained_on_colour(str(metadata.get("dataset_version"))),
-        temperature=_temperature(version),
-        model=model,
-    )
 
+    def __init__(self, version: RegisteredVersion) -> None:
+        super().__init__(version)
+        channels, side, _ = self.shape
+        self.target = Target(side, channels)
+        # Colour images may go in if the network takes them, or was trained on colour images made grey.
+        self.colour = channels == 3 or _trained_on_colour(str(self.metadata.get("dataset_version")))
+        self.temperature = _temperature(version)
 
-def _input_shape(model: PyFuncModel) -> tuple[int, int, int] | None:
-    signature = model.metadata.signature
-    inputs = signature.inputs.inputs if signature and signature.inputs else []
-    shape: tuple[int, ...] = getattr(inputs[0], "shape", ()) if inputs else ()
-    return (shape[1], shape[2], shape[3]) if len(shape) == 4 else None
+    def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Calibrated probabilities N×classes of raw images N×C×H×W."""
+        return calibrated(self.predict(images), self.temperature)
 
 
 def _trained_on_colour(dataset_version: str) -> bool:

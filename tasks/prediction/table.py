@@ -3,11 +3,11 @@
 import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -39,15 +39,10 @@ class PredictedBatch(NamedTuple):
     unread: tuple[Unread, ...]
 
 
-class TableWriter(Protocol):
-    """Takes predictions, batch by batch."""
+TableWriter = Callable[[PredictedBatch, NDArray[np.float32]], object]
+"""Appends a row for each file of a batch, given the probabilities of its readable images."""
 
-    def add(self, batch: PredictedBatch, answers: NDArray[np.float32]) -> None:
-        """Append a row for each file of the batch.
-
-        Args:
-            answers: probabilities of its readable images.
-        """
+WriteRows = Callable[[pa.RecordBatch], object]
 
 
 def check_out(out: str) -> None:
@@ -81,27 +76,11 @@ def result_file(out: str) -> Iterator[Path]:
 @contextmanager
 def table_writer(file: Path, classes: Sequence[str]) -> Iterator[TableWriter]:
     """Open a table for writing; the ending of its name says in which format."""
-    with ExitStack() as stack:
-        match file.suffix.lower():
-            case ".parquet":
-                yield stack.enter_context(closing(_Parquet(file, classes)))
-            case ".csv":
-                yield _Csv(stack.enter_context(file.open("w", newline="", encoding="utf-8")), classes)
-            case _:
-                yield _JsonLines(stack.enter_context(file.open("w", encoding="utf-8")), classes)
-
-
-def _rows(batch: PredictedBatch, answers: NDArray[np.float32], classes: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """Values of all columns, in order."""
-    reasons = {each.file: each.reason for each in batch.unread}
-    best, readable = answers.argmax(1), 0
-    for name in batch.names:
-        if name in reasons:
-            yield (name, None, None, *(None for _ in classes), reasons[name])
-        else:
-            row = answers[readable]
-            yield (name, classes[best[readable]], float(row[best[readable]]), *map(float, row), None)
-            readable += 1
+    types = [pa.string(), pa.string(), *[pa.float32()] * (1 + len(classes)), pa.string()]
+    schema = pa.schema(list(zip(columns(classes), types, strict=True)))
+    opened = {".parquet": _parquet, ".csv": _csv}.get(file.suffix.lower(), _json_lines)
+    with opened(file, schema) as write:
+        yield lambda batch, answers: write(_rows(batch, answers, classes, schema))
 
 
 def columns(classes: Sequence[str]) -> list[str]:
@@ -109,47 +88,50 @@ def columns(classes: Sequence[str]) -> list[str]:
     return ["file", "class", "probability", *(f"p_{name}" for name in classes), "error"]
 
 
-class _Csv:
-    def __init__(self, stream: Any, classes: Sequence[str]) -> None:
-        self._writer, self._classes = csv.writer(stream), classes
-        self._writer.writerow(columns(classes))
+def _rows(
+    batch: PredictedBatch, answers: NDArray[np.float32], classes: Sequence[str], schema: pa.Schema
+) -> pa.RecordBatch:
+    reasons = {each.file: each.reason for each in batch.unread}
+    unread = np.array([name in reasons for name in batch.names])
+    best = np.zeros(len(unread), dtype=np.int64)
+    table = np.zeros((1 + len(classes), len(unread)), dtype=np.float32)  # the highest probability above those of each
+    best[~unread] = answers.argmax(1)
+    table[:, ~unread] = np.vstack([answers.max(1), answers.T])
+    named = pa.array(best, mask=unread)
+    arrays = [
+        pa.array(batch.names, pa.string()),
+        pa.array(classes, pa.string()).take(named),
+        *(pa.array(row, mask=unread) for row in table),
+        pa.array(map(reasons.get, batch.names), pa.string()),
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
-    def add(self, batch: PredictedBatch, answers: NDArray[np.float32]) -> None:
-        self._writer.writerows(_rows(batch, answers, self._classes))
+
+@contextmanager
+def _csv(file: Path, schema: pa.Schema) -> Iterator[WriteRows]:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)  # that of pyarrow quotes every text
+        writer.writerow(schema.names)
+        yield lambda rows: writer.writerows(zip(*(column.to_pylist() for column in rows.columns), strict=True))
 
 
-class _JsonLines:
-    def __init__(self, stream: Any, classes: Sequence[str]) -> None:
-        self._stream, self._classes = stream, classes
-
-    def add(self, batch: PredictedBatch, answers: NDArray[np.float32]) -> None:
-        names = columns(self._classes)
-        for row in _rows(batch, answers, self._classes):
-            self._stream.write(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n")
+@contextmanager
+def _json_lines(file: Path, schema: pa.Schema) -> Iterator[WriteRows]:
+    with file.open("w", encoding="utf-8") as stream:
+        yield lambda rows: stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.to_pylist())
 
 
-class _Parquet:
-    def __init__(self, file: Path, classes: Sequence[str]) -> None:
-        self._classes = classes
-        types = [pa.string(), pa.string(), *[pa.float32()] * (1 + len(classes)), pa.string()]
-        self._schema = pa.schema(list(zip(columns(classes), types, strict=True)))
-        self._writer = pq.ParquetWriter(file, self._schema)
-        self._waiting: list[tuple[Any, ...]] = []
+@contextmanager
+def _parquet(file: Path, schema: pa.Schema) -> Iterator[WriteRows]:
+    waiting: list[pa.RecordBatch] = []
+    with pq.ParquetWriter(file, schema) as writer:
 
-    def add(self, batch: PredictedBatch, answers: NDArray[np.float32]) -> None:
-        self._waiting += _rows(batch, answers, self._classes)
-        if len(self._waiting) >= ROWS:
-            self._flush()
+        def write(rows: pa.RecordBatch) -> None:
+            waiting.append(rows)
+            if sum(each.num_rows for each in waiting) >= ROWS:
+                writer.write_table(pa.Table.from_batches(waiting))
+                waiting.clear()
 
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        if self._waiting:
-            arrays = [
-                pa.array(values, field.type)
-                for values, field in zip(zip(*self._waiting, strict=True), self._schema, strict=True)
-            ]
-            self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-            self._waiting = []
+        yield write
+        if waiting:
+            writer.write_table(pa.Table.from_batches(waiting))

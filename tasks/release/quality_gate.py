@@ -6,11 +6,7 @@ models/<name>/verdicts/<SHA-256>.json in the bucket holds each verdict.
 import hashlib
 import statistics
 import time
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
-import mlflow.pyfunc
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -29,10 +25,10 @@ from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore, open_bucket
 from infra.storage.s3_client import ObjectMissing
 from infra.tracking import mlflow_runs
-from infra.tracking.client import mlflow_client
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion, tag_version
-from infra.tracking.model_versions import download_version, find_version
+from infra.tracking.model_versions import find_version
 from infra.tracking.promotion_history import standing_champion
+from infra.tracking.served_model import ServedModel
 from infra.tracking.tags import NO_CHAMPION, VersionRecord
 from tasks.config.gates import GateConfig
 from tasks.data.dataset import DatasetDamaged, load_manifest, open_cache, open_split
@@ -189,19 +185,18 @@ def score(
         manifest: of the split's dataset version.
         timed: measure the latency too, which loads the model.
     """
-    predictor = _LoadedOnce(version)
+    model = ServedModel(version)
     weights = version.record.weights_sha256 or ""
     found = load_predictions(store, version.run_id, manifest, weights)
     if found is None:
-        _, channels, height, width = predictor.shape
-        if (channels, height, width) != split.shape:
+        if model.shape != split.shape:
             return Scored(
                 address=version.address,
                 correct=np.zeros(len(split), dtype=np.bool_),
-                obstacle=f"{version.address} takes {channels}×{height}×{width} images, those of the test split are "
-                f"{'×'.join(map(str, split.shape))}: they cannot be compared",
+                obstacle=f"{version.address} takes {'×'.join(map(str, model.shape))} images, those of the test split "
+                f"are {'×'.join(map(str, split.shape))}: they cannot be compared",
             )
-        found = predictor.predict(split), predictor.classes
+        found = _predict(model, split), model.classes
         store_predictions(store, version.run_id, found[0], found[1], manifest, weights)
     predicted, classes = found
     number = {name: label for label, name in enumerate(manifest.classes)}
@@ -211,48 +206,26 @@ def score(
         address=version.address,
         correct=(as_ours[predicted] == split.labels).numpy(),
         size_bytes=info.size if info else None,
-        latency_ms=predictor.latency_ms(split) if timed else None,
+        latency_ms=_latency_ms(model, split) if timed else None,
     )
 
 
-class _LoadedOnce:
-    """The model as it is served, loaded when it is first needed."""
+def _predict(model: ServedModel, split: SplitReader) -> Tensor:
+    """Returns the most probable class of each image, int64 [N]."""
+    parts = []
+    with progress(f"Scoring {model.version.address}", len(split), unit="images") as advance:
+        for images, _ in split.blocks(EVAL_BATCH):
+            parts.append(torch.from_numpy(model.predict(images.numpy())).argmax(1))
+            advance(len(images))
+    return torch.cat(parts)
 
-    def __init__(self, version: RegisteredVersion) -> None:
-        self._version = version
-        self._model: Any = None
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return tuple(self._loaded.metadata.metadata["classes"])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of a batch: (-1, C, H, W)."""
-        return tuple(self._loaded.metadata.signature.inputs.inputs[0].shape)
-
-    def predict(self, split: SplitReader) -> Tensor:
-        """Most probable class of each image, int64 [N]."""
-        parts = []
-        with progress(f"Scoring {self._version.address}", len(split), unit="images") as advance:
-            for images, _ in split.blocks(EVAL_BATCH):
-                parts.append(torch.from_numpy(self._loaded.predict(images.numpy())).argmax(1))
-                advance(len(images))
-        return torch.cat(parts)
-
-    def latency_ms(self, split: SplitReader) -> float:
-        """Median time for one image on the CPU, in milliseconds."""
-        image = split.slice(0, 1)[0].numpy()
-        seconds = []
-        for _ in range(WARM_UP + LATENCY_CALLS):
-            began = time.perf_counter()
-            self._loaded.predict(image)
-            seconds.append(time.perf_counter() - began)
-        return 1000 * statistics.median(seconds[WARM_UP:])
-
-    @property
-    def _loaded(self) -> Any:
-        if self._model is None:
-            with TemporaryDirectory() as temporary, mlflow_client(f"load {self._version.uri}"):
-                self._model = mlflow.pyfunc.load_model(str(download_version(self._version, Path(temporary))))
-        return self._model
+def _latency_ms(model: ServedModel, split: SplitReader) -> float:
+    """Returns the median time for one image on the CPU, in milliseconds."""
+    image = split.slice(0, 1)[0].numpy()
+    seconds = []
+    for _ in range(WARM_UP + LATENCY_CALLS):
+        began = time.perf_counter()
+        model.predict(image)
+        seconds.append(time.perf_counter() - began)
+    return 1000 * statistics.median(seconds[WARM_UP:])

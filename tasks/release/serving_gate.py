@@ -24,7 +24,7 @@ from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.step import step
 from tasks.release.serving.clients import Consumer, ConsumerFailed, Server, batch_sizes, http_server, post_images
-from tasks.reporting.markdown import plain
+from tasks.reporting.markdown import Markup, plain, table
 
 CHALLENGER = "challenger"
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}
@@ -56,12 +56,9 @@ class ServingReport(Record):
 
     def markdown(self) -> str:
         """The report for people."""
-        rows = [
-            f"| {check.name} | {'passed' if check.passed else '**failed**'} | {plain(check.detail)} |"
-            for check in self.checks
-        ]
+        rows = ((check.name, "passed" if check.passed else Markup("**failed**"), check.detail) for check in self.checks)
         head = f"Serving gate of {plain(self.model)}: **{'passed' if self.passed else 'refused'}**"
-        return "\n".join([head, "", "| check | result | found |", "|---|---|---|", *rows, ""])
+        return "\n".join([head, "", *table(("check", "result", "found"), rows, "lll"), ""])
 
 
 class ServingRefused(GateRefused):

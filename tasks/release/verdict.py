@@ -12,7 +12,7 @@ from infra.records import Record
 from tasks.config.gates import GateConfig
 from tasks.evaluation.binomial import at_most, normal_score, sign_test, wilson_interval
 from tasks.evaluation.paired import lower_bound, p_no_worse, p_worse
-from tasks.reporting.markdown import plain
+from tasks.reporting.markdown import Markup, plain, table
 
 Mask = NDArray[np.bool_]
 Labels = NDArray[np.int64]
@@ -135,27 +135,26 @@ class Verdict(Record):
     def markdown(self) -> str:
         """As a page, for MLflow and Prefect."""
         low, high = self.interval
+        versions = [(self.challenger, f"{self.accuracy:.2%} ({low:.2%} to {high:.2%})", self.only_challenger)]
+        if self.champion and self.champion_accuracy is not None:
+            versions.append((self.champion, f"{self.champion_accuracy:.2%}", self.only_champion))
         lines = [
             f"**{'Passed' if self.passed else 'Refused'}**: {plain(self.challenger)} against "
             + plain(self.champion or "no champion"),
             "",
-            "| | accuracy | only this one right |",
-            "|:--|--:|--:|",
-            f"| {plain(self.challenger)} | {self.accuracy:.2%} ({low:.2%} to {high:.2%}) | {self.only_challenger:,} |",
+            *table(("", "accuracy", "only this one right"), versions, "lrr"),
         ]
-        if self.champion and self.champion_accuracy is not None:
-            lines.append(f"| {plain(self.champion)} | {self.champion_accuracy:.2%} | {self.only_champion:,} |")
         basis = f"{self.images:,} test images"
         if self.dataset_version:
             basis += f", dataset version `{self.dataset_version[:12]}`"
         if self.p_value is not None:
             basis += f", McNemar exact p = {self.p_value:.3g} (one-sided)"
-        lines += ["", basis]
-        lines += ["", "| check | value | threshold | | |", "|:--|--:|--:|:--|:--|"]
+        checks = []
         for check in self.checks:
             value = "" if check.value is None else f"{check.value:.5g}"
-            said = check.outcome if check.passed else f"**{check.outcome}**"
-            lines.append(f"| {check.name} | {value} | {check.threshold:.5g} | {said} | {plain(check.detail)} |")
+            said = check.outcome if check.passed else Markup(f"**{check.outcome}**")
+            checks.append((check.name, value, f"{check.threshold:.5g}", said, check.detail))
+        lines += ["", basis, "", *table(("check", "value", "threshold", "", ""), checks, "lrrll")]
         return "\n".join([*lines, "", *(f"- {plain(note)}" for note in self.notes)]).rstrip() + "\n"
 
 

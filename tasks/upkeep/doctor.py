@@ -21,7 +21,7 @@ from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
 from infra.storage.object_store import ObjectInfo, ObjectStore, open_bucket
 from infra.tracking import mlflow_runs
-from infra.tracking.mlflow_runs import TaggedRun
+from infra.tracking.mlflow_runs import Run
 from infra.tracking.promotion_history import misplaced_aliases, names_with_history, repair_aliases
 from infra.tracking.tags import FLOW_RUN, MANIFEST_DIGEST
 from tasks.orchestration.flow_runs import killed_flow_runs, mark_crashed, read_flow_run
@@ -129,7 +129,7 @@ def _end_process(what: str) -> bool:
 
 
 def _runs() -> Iterator[Finding]:
-    for run in mlflow_runs.every_run(MANIFEST_DIGEST):
+    for run in mlflow_runs.search_runs(MANIFEST_DIGEST):
         if run.status == "RUNNING" and (why := _abandoned(run)):
             yield Finding(
                 kind="run",
@@ -139,7 +139,7 @@ def _runs() -> Iterator[Finding]:
             )
 
 
-def _abandoned(run: TaggedRun) -> str | None:
+def _abandoned(run: Run) -> str | None:
     """Why nobody goes on with a run; None if somebody may."""
     tag = run.tags.get(FLOW_RUN, "")
     flow_run = read_flow_run(tag)
@@ -160,10 +160,10 @@ def _close_run(run_id: str) -> bool:
     flow_run_id = ""
     try:
         with try_locked(lock) as held:  # whoever resumes it just now waits, or was faster
-            run = next((run for run in mlflow_runs.every_run(MANIFEST_DIGEST) if run.run_id == run_id), None)
-            if not held or run is None or run.status != "RUNNING":
+            tags = mlflow_runs.run_tags(run_id)
+            if not held or MANIFEST_DIGEST not in tags or mlflow_runs.run_status(run_id) != "RUNNING":
                 return False
-            flow_run_id = run.tags.get(FLOW_RUN, "")
+            flow_run_id = tags.get(FLOW_RUN, "")
             mark_crashed(flow_run_id)
             mlflow_runs.end_run(run_id, "KILLED")
     except Exception:

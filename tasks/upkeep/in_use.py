@@ -57,7 +57,7 @@ def references(store: ObjectStore, stored: Collection[str], *, forget_unknown: b
             the one that the bucket belongs to, and nothing may go.
     """
     versions = {(version.name, version.version): version for version in every_version()}
-    runs = {run.run_id: run for run in mlflow_runs.every_run(MANIFEST_DIGEST)}
+    runs = {run.run_id: run for run in mlflow_runs.search_runs(MANIFEST_DIGEST)}
     standing = _standing(store)
     if not forget_unknown:
         _check_known(sorted(standing.keys() - versions.keys()), sorted(set(stored) - runs.keys()))

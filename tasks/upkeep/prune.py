@@ -7,11 +7,13 @@ a training runs, no data are removed, and one that begins meanwhile waits (`task
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Set
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from prefect import get_client
 from prefect.artifacts import create_markdown_artifact
@@ -36,8 +38,11 @@ from tasks.data.prune_mark import marked
 from tasks.orchestration.flow_runs import training_flow_runs
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.step import step
+from tasks.reporting.markdown import table
 from tasks.training.runs.lineage import RecordDamaged, run_lineage
 from tasks.upkeep.in_use import References, references
+
+M = TypeVar("M", bound=BaseModel)
 
 PREPARATION = timedelta(days=7)  # longer than any; a flow run that is said to run, but was killed, is passed over then
 
@@ -64,21 +69,46 @@ class Pruned(Record):
 
     def markdown(self) -> str:
         """As a page."""
-        rows = [f"| {each.kind} | {each.count:,} | {decimal(each.bytes)} |" for each in self.freed]
-        table = ["| what | objects | size |", "|:--|--:|--:|", *rows] if rows else ["Nothing was old enough to go."]
+        rows = [(each.kind, each.count, decimal(each.bytes)) for each in self.freed]
+        found = table(("what", "objects", "size"), rows, "lrr") if rows else ["Nothing was old enough to go."]
         title = "Would be removed" if self.dry_run else "Removed"
-        return "\n".join([f"**{title}**", "", *table, *(f"\n{note}" for note in self.notes)])
+        return "\n".join([f"**{title}**", "", *found, *(f"\n{note}" for note in self.notes)])
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Objects of one kind; the commits go before what they commit."""
+class _Rule:
+    """When objects go; the commits go before what they commit."""
 
-    kind: str
-    commits: Sequence[ObjectInfo]
-    contents: Sequence[ObjectInfo] = ()
-    is_data: bool = False
+    prefix: str
+    ages: tuple[str, ...] = ()
+    """Fields of `RetentionConfig`, of which the longest counts; `grace_days` counts always."""
+
+    group: int | None = None
+    """The part of the key by which they are named, and stay together while one is young; unset: the whole key."""
+
+    commit: str = ""
+    is_data: bool = True
     """A training that prepares its data may be about to rely on them."""
+
+
+UNFINISHED, FINISHED = ("unfinished_checkpoints_days",), ("finished_checkpoints_days",)
+
+SWEPT = {
+    "checkpoints": _Rule(bucket_layout.RUNS, UNFINISHED, group=1, commit=COMMIT, is_data=False),
+    "unregistered trainings": _Rule(
+        bucket_layout.RUNS, ("runs_days", *UNFINISHED, *FINISHED), group=1, commit=COMMIT, is_data=False
+    ),
+    "interrupted preprocessing": _Rule(bucket_layout.JOURNALS, ("journals_days",), group=1),
+    "records of preprocessing": _Rule(bucket_layout.STEPS),  # with their versions, or at the age of `steps_days`
+    "dataset versions": _Rule(bucket_layout.DATASETS, ("datasets_days",), group=1),
+    "shards": _Rule(bucket_layout.SHARDS),
+    "data reports": _Rule(bucket_layout.REPORTS, ("reports_days",), group=2, commit="data.json", is_data=False),
+    "records of sources": _Rule(bucket_layout.SOURCES, ("raw_days",)),
+    "listings of folders": _Rule(bucket_layout.LISTINGS, ("raw_days",)),
+    "raw files": _Rule(bucket_layout.RAW),
+    "weights to start from": _Rule(bucket_layout.PRETRAINED, ("raw_days",)),
+}
+"""What goes, in this order, unless it is marked."""
 
 
 @step("prune", retried=False)
@@ -103,15 +133,13 @@ def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: boo
         busy = not under_way <= needed.flow_runs  # one without an MLflow run may be preparing its data
         notes = ("Data were left alone: a training is preparing its own; try again later.",) if busy else ()
         freed = []
-        for batch in _Planner(store, objects, needed, config).batches():
-            if batch.is_data and busy:
-                continue
-            if not dry_run:
+        marks = _Marks(store, objects, needed, config)
+        for kind, rule in SWEPT.items():
+            gone = [] if rule.is_data and busy else marks.unmarked(kind)
+            for commits in () if dry_run else (True, False):
                 check()
-                _delete(store, batch.commits)
-                _delete(store, batch.contents)
-            gone = [*batch.commits, *batch.contents]
-            freed.append(Freed(kind=batch.kind, count=len(gone), bytes=sum(info.size for info in gone)))
+                _delete(store, [info for info in gone if info.key.endswith(f"/{rule.commit}") is commits])
+            freed.append(Freed(kind=kind, count=len(gone), bytes=sum(info.size for info in gone)))
     freed += _prune_machine(settings, needed, config, dry_run=dry_run)
     result = Pruned(dry_run=dry_run, freed=tuple(each for each in freed if each.count), notes=notes)
     create_markdown_artifact(result.markdown(), key="prune", description="What was removed")
@@ -128,207 +156,127 @@ def trainings_under_way() -> set[str]:
         return {str(run.id) for run in found}
 
 
-class _Planner:
-    """Decides what of a listing may go."""
+class _Marks:
+    """Marks what is in use or young, and all that this names."""
 
     def __init__(
-        self, store: ObjectStore, objects: Sequence[ObjectInfo], needed: References, config: RetentionConfig
+        self, store: ObjectStore, objects: Iterable[ObjectInfo], needed: References, config: RetentionConfig
     ) -> None:
         self._store, self._needed, self._config = store, needed, config
         self._now = datetime.now(UTC)
-        self._objects: dict[str, list[ObjectInfo]] = {}
+        self._marked: set[str] = set()
+        self._objects: dict[str, list[ObjectInfo]] = {kind: [] for kind in SWEPT}
+        kinds = {rule.prefix: kind for kind, rule in SWEPT.items()}
         for info in objects:
-            self._objects.setdefault(info.key.partition("/")[0], []).append(info)
-        self._runs: dict[str, list[ObjectInfo]] = {}
-        for info in self._objects.get("runs", ()):
-            self._runs.setdefault(bucket_layout.part(info.key, 1), []).append(info)
+            if kind := kinds.get(info.key.partition("/")[0] + "/"):
+                is_checkpoint = kind == "unregistered trainings" and bucket_layout.part(info.key, 2) == "checkpoints"
+                self._objects["checkpoints" if is_checkpoint else kind].append(info)
+        lineages = self._mark_runs()
+        in_use = needed.datasets | {lineage.dataset_version or "" for lineage in lineages}
+        self._mark_raw(lineages, self._mark_datasets(in_use))
+        self._mark("data reports", in_use)
+        weights = {each.pretrained_sha256 for each in lineages if each.pretrained_sha256}
+        self._mark("weights to start from", {bucket_layout.pretrained_weights(each) for each in weights})
+        self._mark("listings of folders")
 
-    def batches(self) -> list[_Batch]:
-        """In the order in which they may go."""
-        checkpoints, outputs = self._checkpoints(), self._outputs()
-        gone = {info.key for info in [*checkpoints.commits, *checkpoints.contents, *outputs.commits, *outputs.contents]}
-        kept = self._needs_of_kept(gone)
-        journals, stale, manifests, shards = self._datasets(kept)
-        reports = self._reports()
-        gone |= {info.key for info in manifests}
-        sources, raw = self._raw(kept, gone)
-        weights = {bucket_layout.pretrained_weights(need.pretrained_sha256) for need in kept if need.pretrained_sha256}
-        starts = [info for info in self._old("pretrained", self._config.raw_days) if info.key not in weights]
-        return [
-            checkpoints,
-            outputs,
-            _Batch("interrupted preprocessing", journals, is_data=True),
-            _Batch("records of preprocessing", stale, is_data=True),
-            _Batch("dataset versions", manifests, is_data=True),
-            _Batch("shards", shards, is_data=True),
-            _Batch("data reports", *_commits_first(reports, "data.json")),
-            _Batch("records of sources", sources, is_data=True),
-            _Batch("listings of folders", self._old("listings", self._config.raw_days), is_data=True),
-            _Batch("raw files", raw, is_data=True),
-            _Batch("weights to start from", starts, is_data=True),
-        ]
+    def unmarked(self, kind: str) -> list[ObjectInfo]:
+        return [info for info in self._objects[kind] if info.key not in self._marked]
 
-    def _age(self, info: ObjectInfo) -> float:
-        """In days."""
-        assert info.modified is not None
-        return (self._now - info.modified) / timedelta(days=1)
+    def _mark(self, kind: str, named: Container[str] = ()) -> set[str]:
+        """Marks the objects of each group that is named or young; returns the groups."""
+        part, staying = SWEPT[kind].group, set[str]()
+        groups: dict[str, list[ObjectInfo]] = defaultdict(list)
+        for info in self._objects[kind]:
+            groups[info.key if part is None else bucket_layout.part(info.key, part)].append(info)
+        for group, objects in groups.items():
+            finished = kind == "checkpoints" and self._needed.statuses.get(group) == "FINISHED"
+            ages = FINISHED if finished else SWEPT[kind].ages
+            if group in named or any(self._is_young(info, *ages) for info in objects):
+                self._marked |= {info.key for info in objects}
+                staying.add(group)
+        return staying
 
-    def _is_old(self, info: ObjectInfo, days: float) -> bool:
-        return self._age(info) > max(days, self._config.grace_days)
+    def _is_young(self, info: ObjectInfo, *ages: str) -> bool:
+        days = max(getattr(self._config, age) for age in ("grace_days", *ages))
+        return bool((self._now - _written(info)) / timedelta(days=1) <= days)
 
-    def _old(self, top: str, days: float) -> list[ObjectInfo]:
-        return [info for info in self._objects.get(top, ()) if self._is_old(info, days)]
+    def _mark_runs(self) -> list[Lineage]:
+        """Returns what the runs at work, in force and resumable were made of."""
+        needed = self._needed
+        checkpoints = self._mark("checkpoints", needed.running)
+        self._mark("unregistered trainings", needed.running | needed.in_force | needed.registered | checkpoints)
+        resumable = [run_id for run_id in checkpoints if needed.statuses.get(run_id) != "FINISHED"]
+        return [*needed.lineages, *(run_lineage(self._store, run_id) for run_id in resumable)]
 
-    def _checkpoints(self) -> _Batch:
-        """All of a run, once its newest is old."""
-        gone: list[ObjectInfo] = []
-        for run_id, objects in self._runs.items():
-            finished = self._needed.statuses.get(run_id) == "FINISHED"
-            days = self._config.finished_checkpoints_days if finished else self._config.unfinished_checkpoints_days
-            found = [info for info in objects if _is_checkpoint(info)]
-            if run_id not in self._needed.running and all(self._is_old(info, days) for info in found):
-                gone += found
-        return _Batch("checkpoints", *_commits_first(gone, COMMIT))
-
-    def _outputs(self) -> _Batch:
-        """All else of a run that no version came of; its checkpoints have to go before, or with it."""
-        config = self._config
-        days = max(config.runs_days, config.unfinished_checkpoints_days, config.finished_checkpoints_days)
-        gone: list[ObjectInfo] = []
-        for run_id, objects in self._runs.items():
-            kept = run_id in self._needed.running | self._needed.in_force | self._needed.registered
-            if not kept and all(self._is_old(info, days) for info in objects):
-                gone += [info for info in objects if not _is_checkpoint(info)]
-        return _Batch("unregistered trainings", *_commits_first(gone, COMMIT))
-
-    def _needs_of_kept(self, gone: set[str]) -> list[Lineage]:
-        """Of the runs at work and in force, and of those that can be resumed."""
-        resumable = [
-            run_id
-            for run_id, objects in self._runs.items()
-            if self._needed.statuses.get(run_id) != "FINISHED"
-            and any(_is_checkpoint(info) and info.key not in gone for info in objects)
-        ]
-        return [*self._needed.lineages, *(run_lineage(self._store, run_id) for run_id in resumable)]
-
-    def _datasets(
-        self, kept_needs: Sequence[Lineage]
-    ) -> tuple[list[ObjectInfo], list[ObjectInfo], list[ObjectInfo], list[ObjectInfo]]:
-        """Journals, step records, manifests and shards that may go."""
-        config = self._config
-        journals, kept_journals = self._journals()
-        manifests = sorted(self._objects.get("datasets", ()), key=self._age)
-        in_use = self._needed.datasets | {need.dataset_version for need in kept_needs}
-        going = [
-            info
-            for info in manifests[config.datasets_keep :]
-            if self._is_old(info, config.datasets_days) and _version(info) not in in_use
-        ]
-        gone = {info.key for info in going}
-        named = self._shards_of_kept([info for info in manifests if info.key not in gone])
-        named |= {bucket_layout.shard(packed.shard.sha256) for packed in noted_shards(self._store, kept_journals)}
-        shards = [info for info in self._old("shards", 0) if info.key not in named]
-        left = {info.key for info in manifests} - gone
-        steps = [
-            info
-            for info in self._old("steps", 0)
-            if self._is_old(info, config.steps_days) or self._manifest_of_step(info) not in left
-        ]
-        return journals, steps, going, shards
-
-    def _journals(self) -> tuple[list[ObjectInfo], list[str]]:
-        """All of an interrupted step, once its newest entry is old; and the keys of what stays."""
-        steps: dict[str, list[ObjectInfo]] = {}
-        for info in self._objects.get("journals", ()):
-            steps.setdefault(bucket_layout.part(info.key, 1), []).append(info)
-        going: list[ObjectInfo] = []
-        for objects in steps.values():
-            if all(self._is_old(info, self._config.journals_days) for info in objects):
-                going += objects
-        gone = {info.key for info in going}
-        return going, [info.key for objects in steps.values() for info in objects if info.key not in gone]
-
-    def _shards_of_kept(self, manifests: Iterable[ObjectInfo]) -> set[str]:
-        named: set[str] = set()
-        for info in manifests:
+    def _mark_datasets(self, in_use: Set[str]) -> set[str]:
+        """Marks versions, journals and the shards of both; returns the versions."""
+        newest = sorted(self._objects["dataset versions"], key=_written, reverse=True)[: self._config.datasets_keep]
+        versions = self._mark("dataset versions", in_use | {bucket_layout.part(info.key, 1) for info in newest})
+        self._mark("interrupted preprocessing")
+        journals = (info.key for info in self._objects["interrupted preprocessing"] if info.key in self._marked)
+        shards = [packed.shard for packed in noted_shards(self._store, journals)]
+        for version in versions:
             try:
-                manifest = load_manifest(self._store, _version(info))
+                shards += shards_of(load_manifest(self._store, version))
             except (ObjectMissing, DatasetDamaged) as error:
                 # One that is no use to anybody names nothing; but one that a run needs, people may want to mend.
-                if _version(info) in self._needed.datasets:
+                if version in self._needed.datasets:
                     raise
                 run_logger().warning("%s", error)
-                continue
-            named |= {bucket_layout.shard(shard.sha256) for shard in shards_of(manifest)}
-        return named
+        self._mark("shards", {bucket_layout.shard(shard.sha256) for shard in shards})
+        return versions
 
-    def _manifest_of_step(self, info: ObjectInfo) -> str | None:
-        try:
-            record = StepRecord.model_validate_json(self._store.get_bytes(info.key))
-        except (ObjectMissing, ValidationError):
-            return None
-        return bucket_layout.dataset_manifest(record.dataset_version)
+    def _mark_raw(self, lineages: Iterable[Lineage], versions: Set[str]) -> None:
+        """Marks records of preprocessing, and the sources and raw files that the dataset versions were made of.
 
-    def _reports(self) -> list[ObjectInfo]:
-        old = self._old("reports", self._config.reports_days)
-        return [info for info in old if not self._needed.datasets.intersection(info.key.split("/"))]
-
-    def _raw(self, kept_needs: Sequence[Lineage], gone: set[str]) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
-        """Records of sources, and raw files, that may go.
-
-        A dataset is found by the name that its source gave it, which runs tell; one that no run has used yet may be
-        of any source, so all are kept until it is older than raw data are to become.
+        Records by older code do not name the source: it is found by the name that it gave the version, which runs tell.
+        A version that no run has used yet may be of any source, so all stay until it is older than raw data may become.
         """
-        manifests = {_version(info): info for info in self._objects.get("datasets", ()) if info.key not in gone}
-        names = self._names_of(manifests, gone)
-        unused = [info for version, info in manifests.items() if version not in names]
-        if any(not self._is_old(info, self._config.raw_days) for info in unused):
+        steps = [
+            (info, record)
+            for info, record in self._read("records of preprocessing", StepRecord)
+            if record.dataset_version in versions and self._is_young(info, "steps_days")
+        ]
+        self._mark("records of preprocessing", {info.key for info, _ in steps})
+        sourceless = {record.dataset_version for _, record in steps if not record.raw}
+        unknown = versions - ({record.dataset_version for _, record in steps} - sourceless)
+        names = self._names(unknown)
+        unused = {bucket_layout.dataset_manifest(version) for version in unknown - {used for used, _ in names}}
+        if any(info.key in unused and self._is_young(info, "raw_days") for info in self._objects["dataset versions"]):
             run_logger().info("raw data are kept: it is not known yet what a new dataset version was made of")
-            return [], []
-        needed = {need.dataset_name for need in kept_needs} | set(names.values())
-        sources, named = [], set()
-        for info in self._objects.get("sources", ()):
-            old = self._is_old(info, self._config.raw_days)
-            try:
-                source = RawSource.model_validate_json(self._store.get_bytes(info.key))
-            except (ObjectMissing, ValidationError):  # nobody can use it
-                if old:
-                    sources.append(info)
-                continue
-            if old and source.name not in needed:
-                sources.append(info)
-            else:
-                named |= {file.key for file in source.files}
-        return sources, [info for info in self._old("raw", 0) if info.key not in named]
+            self._marked |= {info.key for kind in ("records of sources", "raw files") for info in self._objects[kind]}
+            return
+        in_use = {record.raw for _, record in steps} | {name for _, name in names}
+        in_use |= {each.dataset_name for each in lineages if each.dataset_version not in versions - unknown}
+        sources = list(self._read("records of sources", RawSource))
+        self._mark("records of sources", {info.key for info, it in sources if in_use & {it.digest, it.name}})
+        self._mark("raw files", {file.key for info, it in sources if info.key in self._marked for file in it.files})
 
-    def _names_of(self, versions: Iterable[str], gone: set[str]) -> dict[str, str]:
-        """Names of dataset versions, by what the runs say that stay."""
-        names: dict[str, str] = {}
-        for run_id, objects in self._runs.items():
-            if not any(info.key.endswith(f"{run_id}/run.json") and info.key not in gone for info in objects):
-                continue
-            try:
-                need = run_lineage(self._store, run_id)
-            except RecordDamaged as error:
-                run_logger().warning("%s", error)
-                continue
-            if need.dataset_version and need.dataset_name:
-                names[need.dataset_version] = need.dataset_name
-        return {version: names[version] for version in versions if version in names}
+    def _names(self, versions: Set[str]) -> set[tuple[str, str]]:
+        """Returns dataset versions with the names that the staying runs give them."""
+        runs = {bucket_layout.part(info.key, 1) for info in self._objects["unregistered trainings"]} if versions else ()
+        names = set()
+        for run_id in runs:
+            if bucket_layout.run_record(run_id) in self._marked:
+                try:
+                    need = run_lineage(self._store, run_id)
+                except RecordDamaged as error:
+                    run_logger().warning("%s", error)
+                    continue
+                if need.dataset_version and need.dataset_name and need.dataset_version in versions:
+                    names.add((need.dataset_version, need.dataset_name))
+        return names
+
+    def _read(self, kind: str, model: type[M]) -> Iterator[tuple[ObjectInfo, M]]:
+        """Yields the records of a kind, but those that are damaged, which nobody can use."""
+        for info in self._objects[kind]:
+            with suppress(ObjectMissing, ValidationError):
+                yield info, model.model_validate_json(self._store.get_bytes(info.key))
 
 
-def _is_checkpoint(info: ObjectInfo) -> bool:
-    return bucket_layout.part(info.key, 2) == "checkpoints"
-
-
-def _version(info: ObjectInfo) -> str:
-    """Returns the dataset version of a manifest."""
-    return bucket_layout.part(info.key, 1)
-
-
-def _commits_first(objects: Sequence[ObjectInfo], commit: str) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
-    commits = [info for info in objects if info.key.endswith(f"/{commit}")]
-    return commits, [info for info in objects if not info.key.endswith(f"/{commit}")]
+def _written(info: ObjectInfo) -> datetime:
+    assert info.modified is not None
+    return info.modified
 
 
 def _delete(store: ObjectStore, objects: Iterable[ObjectInfo]) -> None:
@@ -346,17 +294,14 @@ def _prune_machine(settings: Settings, needed: References, config: RetentionConf
         and folder.name not in needed.running
         and all(file.stat().st_mtime < before for file in (folder, *folder.iterdir()))
     ]
-    kinds: list[tuple[str, list[Path], Callable[[Path], object]]] = [
-        ("cached files", cached, lambda file: file.unlink(missing_ok=True)),
-        ("folders of trainings", folders, shutil.rmtree),
-    ]
     freed = []
-    for kind, paths, remove in kinds:
-        size = sum(_size(path) for path in paths)
-        if not dry_run:
-            for path in paths:
-                remove(path)
-        freed.append(Freed(kind=kind, count=len(paths), bytes=size))
+    for kind, paths in (("cached files", cached), ("folders of trainings", folders)):
+        freed.append(Freed(kind=kind, count=len(paths), bytes=sum(map(_size, paths))))
+        for path in () if dry_run else paths:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     return freed
 
 

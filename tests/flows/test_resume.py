@@ -150,7 +150,7 @@ def test_weights_and_history_are_those_of_the_undisturbed_training_after_a_rank_
 def test_a_flow_run_that_prefect_tries_again_goes_on_in_its_mlflow_run_and_does_not_train_again(
     survived: Survived,
 ) -> None:
-    runs = mlflow_runs.list_runs(FLOW_RUN, survived.summary.prefect_flow_run_id, limit=9)
+    runs = mlflow_runs.search_runs(FLOW_RUN, survived.summary.prefect_flow_run_id, limit=9)
     assert [run.run_id for run in runs] == [survived.training.run_id] == [survived.summary.mlflow_run_id]
     first, *others = survived.events
     assert others == [first, first]  # the ranks would have begun another account of what they do

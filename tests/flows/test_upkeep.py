@@ -24,9 +24,9 @@ def made(
     monkeypatch.setenv("CONVOY_BUCKET", "test")
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
     leftovers = Leftovers(store, monkeypatch)
-    every_run = mlflow_runs.every_run
+    search_runs = mlflow_runs.search_runs
     monkeypatch.setattr(
-        mlflow_runs, "every_run", lambda tag: [run for run in every_run(tag) if run.run_id in leftovers.runs]
+        mlflow_runs, "search_runs", lambda tag: [run for run in search_runs(tag) if run.run_id in leftovers.runs]
     )
     with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}):  # else logs are on their way when Prefect ends
         yield leftovers

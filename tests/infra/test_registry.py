@@ -108,7 +108,7 @@ def test_whatever_a_model_may_be_called_it_is_found_again(stored: tuple[str, str
 
 def test_a_tag_of_any_text_is_found_again(stack: object) -> None:
     run_id = mlflow_runs.start_run("registry-tests", "run", {}, {"convoy.model": "bob's cats"})
-    assert [run.run_id for run in mlflow_runs.list_runs("convoy.model", "bob's cats", limit=2)] == [run_id]
+    assert [run.run_id for run in mlflow_runs.search_runs("convoy.model", "bob's cats", limit=2)] == [run_id]
 
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "a\nb", "a\\", 'it\'s "so"', "..", "x" * 257])

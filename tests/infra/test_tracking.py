@@ -101,8 +101,8 @@ def test_refused_params_leave_no_open_run(stack: object) -> None:
 def test_runs_of_all_experiments_are_found_page_by_page(stack: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlflow_runs, "EXPERIMENTS_A_CALL", 1)
     made = {mlflow_runs.start_run(f"page {number}", "run", {}, {"paged": "x"}) for number in range(3)}
-    assert {run.run_id for run in mlflow_runs.every_run("paged")} == made
-    assert {run.run_id for run in mlflow_runs.list_runs("paged", limit=9)} == made
+    assert {run.run_id for run in mlflow_runs.search_runs("paged")} == made
+    assert {run.run_id for run in mlflow_runs.search_runs("paged", limit=9)} == made
     for run_id in made:
         mlflow_runs.end_run(run_id, "FINISHED")
 

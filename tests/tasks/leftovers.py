@@ -65,8 +65,12 @@ class Leftovers:
     def there(self, prefix: str = "") -> set[str]:
         return {info.key for info in self.store.list(prefix)}
 
-    def dataset(self, *shards: str, days: float = OLD) -> str:
-        """A dataset version of these shards, and its step record; returns the version."""
+    def dataset(self, *shards: str, days: float = OLD, raw: str | None = None) -> str:
+        """A dataset version of these shards, and its step record; returns the version.
+
+        Args:
+            raw: digest of its source; None as in records by older code.
+        """
         parts = [Shard(sha256=hashlib.sha256(each.encode()).hexdigest(), count=1, bytes=1) for each in shards]
         for part in parts:
             self.put(bucket_layout.shard(part.sha256), days=days)
@@ -88,7 +92,7 @@ class Leftovers:
             report=DataReport(images=1, packed=1, width=spread, height=spread, **nothing),
         )
         self.put(bucket_layout.dataset_manifest(manifest.version), manifest.to_bytes(), days)
-        record = json.dumps({"dataset_version": manifest.version}).encode()
+        record = json.dumps({"dataset_version": manifest.version} | ({"raw": raw} if raw else {})).encode()
         self.put(f"steps/preprocess/{manifest.version[::-1]}.json", record, days)
         return manifest.version
 

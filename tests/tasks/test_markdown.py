@@ -18,6 +18,7 @@ from tasks.prediction.table import Unread
 from tasks.release.serving_gate import ServingCheck, ServingReport
 from tasks.release.verdict import Scored, judge
 from tasks.reporting.markdown import plain, shown
+from tasks.reporting.markdown import table as markdown_table
 
 NASTY = "a|b\nc [x](http://evil) ![i](u) <b>*bold*</b> `code` _em_ ~~gone~~ &amp; \\ snake_case $x$ ||"
 SEEN = "a|b c [x](http://evil) ![i](u) <b>*bold*</b> `code` _em_ ~~gone~~ &amp; \\ snake_case $x$ ||"
@@ -44,6 +45,7 @@ def test_any_text_is_shown_as_it_is(text: str) -> None:
     line = " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", text).split())
     table = f"| a | b |\n|--|--|\n| {plain(text)} | end |"
     assert cells(table) == ["a", "b", line, "end"]
+    assert cells("\n".join([*markdown_table((text, "b"), [(text, 1000)], "lr")])) == [line, "b", line, "1,000"]
     assert cells(plain(text)) == ([line] if line else [])
     assert shown(plain(text)).replace("**", "") == line.replace("**", "")
 

@@ -70,7 +70,7 @@ def test_shards_manifest_and_step_record_are_stored_under_their_digests(
         content = store.get_bytes(bucket_layout.shard(shard.sha256))
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (shard.sha256, shard.bytes)
     record = json.loads(store.get_bytes(f"steps/preprocess/{step_key(raw, CONFIG)}.json"))
-    assert record == {"dataset_version": dataset.version}
+    assert record == {"dataset_version": dataset.version, "raw": raw.digest}
     assert not list((home / "work").iterdir())
 
 

@@ -22,6 +22,7 @@ from cnn.preprocessing.pixel_statistics import PixelSums
 from cnn.preprocessing.resume_records import PackedShard
 from infra.errors import ServiceError, UsageError
 from infra.settings import Settings
+from infra.sources.raw_data import RawSource
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
 from infra.tracking.model_registry import ModelVersion, delete_alias, set_alias
@@ -197,6 +198,17 @@ def test_raw_data_stay_while_a_new_dataset_may_be_of_them(made: Leftovers) -> No
     made.run(days=0, dataset=dataset, name="other")  # now it is known
     prune()
     assert not made.there("raw/") and not made.there("sources/")
+
+
+def test_raw_data_that_a_dataset_says_it_was_made_of_stay_whatever_their_name(made: Leftovers) -> None:
+    kept = made.source("data", "file")
+    made.source("data", "an earlier state of the file")
+    raw = RawSource.model_validate_json(made.store.get_bytes(kept)).digest
+    dataset = made.dataset("shard", days=10, raw=raw)
+    for _ in range(2):  # no run has used it yet; then one has, under another name
+        prune()
+        assert made.there("sources/") == {kept} and made.there("raw/") == {f"raw/{sha256('file')}"}
+        made.run(days=0, dataset=dataset, name="other")
 
 
 def test_step_records_go_with_their_dataset_or_when_very_old(made: Leftovers) -> None:

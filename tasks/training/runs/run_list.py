@@ -45,7 +45,7 @@ def list_trainings(limit: int) -> list[Training]:
     """The newest trainings, the newest first; without those that ended before they began, or are not of our kind."""
     store = open_bucket(create=True)
     found: list[Training] = []
-    for run in mlflow_runs.list_runs(MANIFEST_DIGEST, limit=limit + SPARE):
+    for run in mlflow_runs.search_runs(MANIFEST_DIGEST, limit=limit + SPARE):
         if len(found) == limit:
             break
         try:

@@ -189,7 +189,7 @@ def _check_equal(run_id: str, theirs: RunManifest, ours: RunManifest) -> None:
 
 def _run_of_this_flow_run(store: ObjectStore) -> str | None:
     flow_run = _flow_tags().get(tags.FLOW_RUN)
-    runs = mlflow_runs.list_runs(tags.FLOW_RUN, flow_run, limit=1) if flow_run else []
+    runs = mlflow_runs.search_runs(tags.FLOW_RUN, flow_run, limit=1) if flow_run else []
     # One without a record ended before it began.
     return runs[0].run_id if runs and store.head(bucket_layout.run_record(runs[0].run_id)) else None
 
