@@ -18,7 +18,7 @@ from typing import TypeVar
 from prefect import get_client
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import StateType
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from rich.filesize import decimal
 
 from infra.machine.threads import in_parallel
