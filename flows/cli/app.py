@@ -35,7 +35,8 @@ from flows.summary import Summary, check_writable, write_summary
 from infra.errors import UsageError
 from infra.machine.output import outlive_readers
 from infra.settings import Settings
-from tasks.config.run import RunConfig, load_config, recipes
+from infra.sources.entries import CATALOGUE
+from tasks.config.run import RunConfig, load_config, networks, recipes
 
 INTERRUPTED, CTRL_C = 75, 130
 STOPPABLE = ("train", "resume")
@@ -98,13 +99,13 @@ SetOption = Annotated[
 DatasetOption = Annotated[
     str | None,
     typer.Option(
-        help="fashion-mnist, mnist, kmnist, cifar10, cifar100, digits; or a folder or archive of class sub-folders; "
+        help=f"{', '.join(entry.name for entry in CATALOGUE)}; or a folder or archive of class sub-folders; "
         "or an s3:// or https:// address of one.",
     ),
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="Network: convoy9, notes (the classic teaching network), or one of torchvision's: resnet18, …"),
+    typer.Option(help=f"Network: {', '.join(networks())}. Default: {RunConfig.model_fields['model'].default}."),
 ]
 EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]
 RanksOption = Annotated[

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cnn.config.base import Config
 from cnn.config.data_checks import DataGateConfig
+from cnn.config.networks import NETWORKS
 from cnn.config.preprocessing import PreprocessConfig
 from cnn.config.training import TrainConfig
 from cnn.distributed.world_size import check_world_size
@@ -168,6 +169,11 @@ class RunConfig(TrainConfig):
 def recipes() -> dict[str, Path]:
     """The named configurations that come with Convoy."""
     return {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+
+
+def networks() -> tuple[str, ...]:
+    """Returns the names of the networks."""
+    return tuple(NETWORKS)
 
 
 def load_config(

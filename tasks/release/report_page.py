@@ -25,7 +25,7 @@ PARTS = (
     ("Serving", "serving.md", ()),
     ("Data", "data.md", ("data_samples.png",)),
 )
-"""In a reader's order: is it in use, how good is it, does it serve, what did it learn from."""
+"""In a reader's order: is it in use, how good is it, does it serve, what did it learn from; then what else there is."""
 
 HARDEST = 3  # classes in the description
 
@@ -66,7 +66,9 @@ def html_page(title: str, folder: Path) -> str:
     """The parts that a folder has as one page, which needs no other file and runs no script."""
     render = MarkdownIt("commonmark", {"html": False}).enable("table").render
     body = [f"<h1>{escape(title)}</h1>"]
-    for heading, page, pictures in PARTS:
+    known = {page for _, page, _ in PARTS}
+    others = sorted(page.name for page in folder.glob("*.md") if page.name not in known)
+    for heading, page, pictures in (*PARTS, *((name.removesuffix(".md").capitalize(), name, ()) for name in others)):
         if not (folder / page).exists():
             continue
         body += [f"<h2>{heading}</h2>", render((folder / page).read_text())]

@@ -288,16 +288,13 @@ def test_killed_supervisor_takes_torchrun_along_which_has_said_nothing_that_woul
     assert JobFolder(training.folder).log_end() == "they were killed"
 
 
-def test_torchrun_has_a_single_thread_when_it_forks_its_ranks(
-    started: list[subprocess.Popen[str]], training: Training, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nowhere(monkeypatch)
-    supervisor = supervise(started, training)
-    wait_for(lambda: training.processes("tasks.training.rank"), "the ranks to start")
-    (torchrun,) = training.processes("tasks.training.torchrun")
-    assert torchrun.num_threads() == 1
-    supervisor.kill()
-    training.assert_ends()
+def test_what_torchrun_loads_before_it_forks_its_ranks_starts_no_thread() -> None:
+    code = "import os, tasks.training.forked_ranks, torch.distributed.run; print(len(os.listdir('/proc/self/task')))"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as torchrun is started
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "1\n"
 
 
 def test_flow_starts_another_supervisor_in_place_of_a_killed_one_as_often_as_it_may(
