@@ -7,7 +7,6 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from flows.cli.console import loading, say, servers_up, terminal
-from infra.storage.object_store import open_bucket
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a registered model.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="Number, or @alias.")]
@@ -37,6 +36,7 @@ def promote(
     [dim]convoy promote fashion-mnist 4 --force --reason "the only one that knows the new sizes"[/]
     """
     servers_up()
+    from infra.storage.object_store import open_bucket
     from infra.tracking.model_versions import find_version
     from infra.tracking.promotion_history import standing_champion
     from tasks.release.promote import promote_version
@@ -62,6 +62,7 @@ def rollback(name: NameArgument, reason: ReasonOption = "") -> None:
     [dim]convoy rollback fashion-mnist[/]
     """
     servers_up()
+    from infra.storage.object_store import open_bucket
     from infra.tracking.promotion_history import rollback as roll_back
 
     say(f"{name} was {roll_back(open_bucket(create=True), name, reason=reason)}")
@@ -70,6 +71,7 @@ def rollback(name: NameArgument, reason: ReasonOption = "") -> None:
 def history(name: NameArgument) -> None:
     """List every change of a model's champion, the newest first, and repair the registry's aliases if they differ."""
     servers_up()
+    from infra.storage.object_store import open_bucket
     from infra.tracking.model_registry import check_model_exists
     from infra.tracking.promotion_history import history as changes
     from infra.tracking.promotion_history import repair_aliases
