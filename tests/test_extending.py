@@ -49,7 +49,7 @@ class Extended:
         tests = [file for file in self.new if Path(file).name.startswith("test_")]
         assert tests
         said = self.run(
-            "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-m", marker, *tests
+            "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-o", "addopts=", "-m", marker, *tests
         )
         assert " passed" in said and "skipped" not in said, said
 

@@ -3,12 +3,17 @@
 import gzip
 import hashlib
 import io
+import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cnn.config.preprocessing import PreprocessConfig
+from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest, Shard, SplitInfo
 from cnn.data.mapped_split import MappedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
@@ -126,3 +132,36 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     manifest = preprocess("digits", {"digits.csv": csv}, PreprocessConfig(), folder)
     (folder / "manifest.json").write_bytes(manifest.to_bytes())
     return Packed(folder, manifest)
+
+
+Plans = list[list[dict[str, Any]]]
+"""What each rank says, for each plan."""
+
+
+class Ranks:
+    """The program that trains; see there for what plans are."""
+
+    def __init__(self, program: "subprocess.Popen[str]") -> None:
+        self._program = program
+
+    def train(self, digits: Packed, config: TrainConfig, *plans: int | str, reader: str = "packed") -> Plans:
+        assert self._program.stdin and self._program.stdout
+        asked = [str(digits.folder), config.model_dump(mode="json"), reader, [str(plan) for plan in plans]]
+        self._program.stdin.write(json.dumps(asked) + "\n")
+        self._program.stdin.flush()
+        found = json.loads(self._program.stdout.readline())
+        assert found is not None, "a rank failed, and has said why"
+        return found
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    program = subprocess.Popen(
+        [sys.executable, "-m", "tests.cnn.rank_program"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with program:  # its input ends, and so does it
+        yield Ranks(program)

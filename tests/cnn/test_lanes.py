@@ -1,10 +1,8 @@
 """The number of ranks does not change the result: real processes over gloo, real digits."""
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from cnn.distributed.lanes import PartialSums
 from cnn.distributed.process_group import EXCHANGE_TIMEOUT, process_group
 from cnn.distributed.world_size import check_world_size, default_world_size
 from cnn.errors import InputError
-from tests.cnn.conftest import Packed
+from tests.cnn.conftest import Packed, Ranks
 
 RECIPES: dict[str, dict[str, Any]] = {
     "notes": {
@@ -45,39 +43,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 0.01,
     },
 }
-
-
-Plans = list[list[dict[str, Any]]]
-"""What each rank says, for each plan."""
-
-
-class Ranks:
-    """The program that trains; see there for what plans are."""
-
-    def __init__(self, program: "subprocess.Popen[str]") -> None:
-        self._program = program
-
-    def train(self, digits: Packed, config: TrainConfig, *plans: int | str, reader: str = "packed") -> Plans:
-        assert self._program.stdin and self._program.stdout
-        asked = [str(digits.folder), config.model_dump(mode="json"), reader, [str(plan) for plan in plans]]
-        self._program.stdin.write(json.dumps(asked) + "\n")
-        self._program.stdin.flush()
-        found = json.loads(self._program.stdout.readline())
-        assert found is not None, "a rank failed, and has said why"
-        return found
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    program = subprocess.Popen(
-        [sys.executable, "-m", "tests.cnn.rank_program"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with program:  # its input ends, and so does it
-        yield Ranks(program)
 
 
 FAILING_RANK = """
