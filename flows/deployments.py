@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import UUID
 
@@ -34,6 +33,9 @@ POLL = 2.0  # seconds between looks at a flow run, at most
 PACE = 0.05  # share of the time waited so far after which to look again: a short run is not waited for much longer
 OUTAGE = 1800.0  # seconds that Prefect may be away while a command waits for a flow run
 AWAY = "Prefect does not answer"
+PREFECT = "import cnn, infra, tasks, flows, runpy; runpy.run_module('prefect', run_name='__main__', alter_sys=True)"
+"""Prefect's command line with our packages loaded: it looks in the working folder first, which may have its own."""
+
 UNTAKEN = 30.0  # seconds after which to say that no worker has taken a run
 DATA_CHANGED = "convoy.data.changed"
 PAGES = ("quality-gate", "evaluation")  # artifacts that belong into a report, in this order
@@ -56,10 +58,8 @@ def deploy(file: Path) -> Iterator[str]:
     entries = _entries(file)
     for pool in sorted({entry["work_pool"]["name"] for entry in entries}):
         ensure_pool(pool)
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    command += ["--prefect-file", str(file.absolute())]
-    with TemporaryDirectory() as empty:  # Prefect looks for flows in the working folder first, which may have its own
-        done = subprocess.run(command, cwd=empty, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-c", PREFECT, "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         said = one_line(done.stderr or done.stdout)
         raise ServiceError(f"Prefect did not take the deployments of {file}: {said[-400:]}")
