@@ -1,4 +1,4 @@
-"""Loads a registered version as whoever serves it would."""
+"""Loads a registered version as a server of models does: by MLflow, from its files."""
 
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 from mlflow.pyfunc import load_model
 from numpy.typing import NDArray
 
-from infra.errors import UsageError
+from infra.errors import UsageError, one_line
 from infra.tracking.model_registry import RegisteredVersion
 from infra.tracking.model_versions import download_version
 
@@ -51,8 +51,7 @@ class ServedModel:
             try:
                 model = load_model(str(files))
             except Exception as error:  # of torch, of MLflow, of a missing package
-                said = " ".join(str(error).split())[:300]
-                raise UsageError(f"{self.version.uri} cannot be loaded: {said}") from error
+                raise UsageError(f"{self.version.uri} cannot be loaded: {one_line(error)[:300]}") from error
         inputs = getattr(model.metadata.signature, "inputs", None)
         shape = getattr(inputs and inputs.inputs[0], "shape", ())
         if "classes" not in (model.metadata.metadata or ()) or len(shape) != 4:

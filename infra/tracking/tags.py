@@ -45,9 +45,7 @@ TEMPERATURE = "convoy.temperature"
 # Of versions
 SERVING = "convoy.serving"
 VERDICT = "convoy.verdict"
-VERDICT_SUMMARY = f"{VERDICT}_summary"
 VERDICT_CHAMPION = f"{VERDICT}_champion"
-VERDICT_SHA256 = f"{VERDICT}_sha256"
 NO_CHAMPION = "none"
 
 # Of flow runs: Prefect's labels

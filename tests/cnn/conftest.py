@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +28,8 @@ from cnn.data.manifest import Manifest, Shard, SplitInfo
 from cnn.data.mapped_split import MappedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
 from cnn.data.streamed_split import StreamedSplit
+from cnn.distributed.lanes import Exchange
+from cnn.distributed.process_group import make_deterministic, process_group
 from cnn.preprocessing.pack import preprocess
 
 
@@ -165,3 +168,14 @@ def ranks() -> Iterator[Ranks]:
     )
     with program:  # its input ends, and so does it
         yield Ranks(program)
+
+
+@contextmanager
+def joined_group() -> Iterator[tuple[torch.device, Exchange]]:
+    """Has this process be the only rank of a training, and undoes what that sets."""
+    threads = torch.get_num_threads()
+    make_deterministic()
+    with process_group() as joined:
+        yield joined
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)

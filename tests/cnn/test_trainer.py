@@ -10,14 +10,13 @@ from torch.nn import functional as F
 
 from cnn.config.training import TrainConfig
 from cnn.distributed.lanes import Exchange
-from cnn.distributed.process_group import make_deterministic, process_group
 from cnn.errors import InputError
 from cnn.networks.weights import weights_sha256
 from cnn.training.loop import fit
 from cnn.training.reports import EpochReport, StepReport
 from cnn.training.schedule import learning_rate
 from cnn.training.trainer import NonFinite, Trainer
-from tests.cnn.conftest import Packed
+from tests.cnn.conftest import Packed, joined_group
 
 SMALL = {"channels": [8], "kernel_sizes": [3], "strides": [1], "hidden": [32]}
 NOTES: dict[str, Any] = {"model": "notes", "network": SMALL | {"dropout": 0.1}}
@@ -32,12 +31,8 @@ FLOOR = 0.85  # validation accuracy; they reach 0.94 to 1
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[tuple[torch.device, Exchange]]:
-    threads = torch.get_num_threads()
-    make_deterministic()
-    with process_group() as joined:
+    with joined_group() as joined:
         yield joined
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 class History:

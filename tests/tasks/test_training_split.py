@@ -14,7 +14,6 @@ from cnn.data.mapped_split import MappedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
 from cnn.data.streamed_split import StreamedSplit
 from cnn.distributed.lanes import Exchange
-from cnn.distributed.process_group import make_deterministic, process_group
 from cnn.networks.weights import weights_sha256
 from cnn.training.loop import fit
 from cnn.training.reports import EpochReport, StepReport
@@ -28,7 +27,7 @@ from infra.storage.s3_client import ObjectMissing
 from tasks.data import dataset
 from tasks.data.dataset import DatasetRef, is_whole, open_cache, open_split, shards_of
 from tasks.data.training_split import bytes_at_a_time, open_training_split
-from tests.cnn.conftest import Packed, digits, encoded, many_shards  # noqa: F401  # fixtures
+from tests.cnn.conftest import Packed, digits, encoded, joined_group, many_shards  # noqa: F401  # fixtures
 from tests.infra.test_cache import flip
 
 CONFIG = TrainConfig.model_validate(
@@ -57,12 +56,8 @@ def put(store: ObjectStore, packed: Packed) -> Manifest:
 
 @pytest.fixture
 def group() -> Iterator[tuple[torch.device, Exchange]]:
-    threads = torch.get_num_threads()
-    make_deterministic()
-    with process_group() as joined:
+    with joined_group() as joined:
         yield joined
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 class Silent:
