@@ -13,6 +13,7 @@ import torch
 import yaml
 from mlflow.tracking import MlflowClient
 from PIL import Image
+from typer.main import get_command
 
 from flows.summary import Summary
 from infra.settings import Settings
@@ -41,7 +42,7 @@ REFUSED = {
 
 
 COMMANDS = (
-    "train resume runs config up down status env promote rollback history compare predict export "
+    "train resume join runs config up down status env promote rollback history compare predict export "
     "deploy worker retrain cancel notify-data notify prune doctor"
 )
 
@@ -204,6 +205,12 @@ def test_every_command_explains_itself(convoy: Convoy, command: list[str]) -> No
     done = convoy(*command, "--help")
     assert done.status == 0
     assert "Usage: convoy" in done.stdout
+
+
+def test_commands_are_those_that_scripts_rely_on(convoy: Convoy) -> None:
+    from flows.cli.app import app  # listens to signals while it loads, so not before the fixture
+
+    assert set(get_command(app).commands) == set(COMMANDS.split())  # type: ignore[attr-defined]
 
 
 def test_version_is_that_of_the_package(convoy: Convoy) -> None:

@@ -2,11 +2,14 @@
 
 from importlib.resources import files
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
 
+from cnn import formats
 from infra.errors import ServiceError, UsageError
+from infra.sources import entries
 from infra.sources.raw_data import RawSource
 from infra.storage.object_store import ObjectStore
 from tasks.data.download import download
@@ -27,6 +30,10 @@ def _images(root: Path, *paths: str) -> Path:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (4, 4), number * 10).save(root / path)
     return root
+
+
+def test_formats_that_are_downloaded_are_those_that_can_be_read() -> None:
+    assert get_args(entries.Format) == get_args(formats.Format)
 
 
 def test_a_catalogue_data_set_is_downloaded_once(store: ObjectStore) -> None:
