@@ -41,7 +41,7 @@ from tasks.release.serving.clients import Consumer, Server
 from tasks.release.serving_gate import serving_gate
 from tasks.training.pretrained import pretrained
 from tasks.training.runs.run_record import check_resumable, read_record
-from tasks.training.runs.tracked_run import TrackedRun, fitted, log_cost, recorded_dataset, tracked_run
+from tasks.training.runs.tracked_run import TrackedRun, log_cost, recorded_dataset, tracked_run, with_batch_size
 from tasks.training.train import TrainResult, train
 
 NOTHING: frozenset[str] = frozenset()
@@ -84,7 +84,7 @@ def _train_and_release(
         laps("download", raw)
         dataset = laps("preprocess", preprocess(raw, config.data, refresh="preprocess" in refresh))
         reused = tuple(step for step, output in (("download", raw), ("preprocess", dataset)) if output.reused)
-        config = fitted(config, dataset)
+        config = with_batch_size(config, dataset)
         if config.pretrained:
             config = pretrained(config, dataset)
     name = config.name or dataset.name

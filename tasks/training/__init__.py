@@ -1,1 +1,1 @@
-"""One training: its order, its processes and its checkpoints."""
+"""Training: its order, its processes and its checkpoints."""

@@ -1,9 +1,9 @@
-"""Checkpoints of a training in the bucket: whole and committed, or not there.
+"""Checkpoints and final weights of a training in the bucket; each counts once its commit exists.
 
 runs/<run>/checkpoints/step-00005064/state.safetensors
 runs/<run>/checkpoints/step-00005064/commit.json          written last, by a conditional put
-runs/<run>/weights/<SHA-256 of the weights>.safetensors   those that the training is for; model.safetensors in old runs
-runs/<run>/weights/commit.json                            how it finished; likewise
+runs/<run>/weights/<SHA-256 of the weights>.safetensors   the final weights; model.safetensors in old runs
+runs/<run>/weights/commit.json                            the outcome, written likewise
 
 Only storing and loading tensors loads torch.
 """
@@ -34,29 +34,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STATE = "state.safetensors"
-LONGEST_PAUSE = 30.0  # seconds between tries while the storage fails
-
-Trouble = ServiceError | OSError
+LONGEST_PAUSE = 30.0  # seconds between retries while the storage fails
 
 
 class CheckpointFailed(RuntimeError):
-    """No checkpoint could be stored for so long that going on would risk too much work."""
+    """No checkpoint can be stored, so that training on would risk too much work."""
 
     exit_status = 1
     status: Status = "failed"
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))  # whatever a library's error has
+        super().__init__(one_line(message))  # a library's error may have several
 
 
 class Unsaved(CheckpointFailed):
-    """The storage took no checkpoint for longer than `checkpoints.patience`."""
+    """No checkpoint could be stored for `checkpoints.patience` seconds."""
 
     status: Status = "unsaved"
 
 
 class Commit(Record, extra="forbid"):
-    """Says that a checkpoint is whole, how to verify it, and what is not in its tensors."""
+    """The commit of a whole checkpoint, with its digests and the values that are not in its tensors."""
 
     step: int
     manifest_digest: str
@@ -66,10 +64,10 @@ class Commit(Record, extra="forbid"):
     """SHA-256 of each file, by its key."""
 
     val_accuracy: float | None = None
-    """Of the last epoch before it."""
+    """Of the last epoch before the checkpoint."""
 
     train_seconds: float = 0.0
-    """Of all processes that brought the training here."""
+    """Of all processes that trained up to this step."""
 
     metrics: tuple[dict[str, Any], ...] = ()
     """Rows (`MetricRow`) that the tracking server had not acknowledged."""
@@ -80,11 +78,11 @@ class Commit(Record, extra="forbid"):
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A state to be stored."""
+    """A state to store."""
 
     step: int
     state: "Mapping[str, Tensor]"
-    """On the CPU; nobody changes it any more."""
+    """On the CPU; must not change any more."""
 
     val_accuracy: float | None
     train_seconds: float
@@ -92,21 +90,16 @@ class Snapshot:
 
 
 class CheckpointWriter:
-    """Stores snapshots from a thread of its own; training never waits for it.
+    """Stores snapshots in a thread, so that training never waits for the storage.
 
-    While one snapshot is on its way another may wait; a newer one takes its place. What fails is tried again, with
-    the newest snapshot there is, until `config.patience` seconds have passed without a success.
+    While one snapshot is uploaded, another may wait; a newer one replaces it. After a failure, the thread retries with
+    the newest snapshot, until `config.patience` seconds have passed without a success.
 
     Args:
-        store: the bucket.
-        job: whose checkpoints these are.
-        folder: where files are made; on this machine.
-        config: how often, how many to keep, when to give up.
-        on_trouble: told in one line when the storage begins to fail and when it works again.
-        resumed: step of the checkpoint that the training goes on from; 0 if there is none.
-
-    Attributes:
-        committed: step of the last checkpoint that is whole.
+        folder: for temporary files on this machine.
+        config: how often to store, how many checkpoints to keep, when to give up.
+        on_trouble: receives a line when the storage begins to fail and when it works again.
+        resumed: step of the checkpoint that the training resumed from; 0 if none.
     """
 
     def __init__(
@@ -124,7 +117,7 @@ class CheckpointWriter:
         self._closing = False
         self._failing_since: float | None = None
         self._failed: CheckpointFailed | None = None
-        self.committed = self._saved = resumed
+        self.committed = self._saved = resumed  # steps of the last committed and the last queued snapshot
         self._size = 0  # bytes of a snapshot
         self._speed: float | None = None  # bytes/s of the last upload
         self._cannot_delete = False
@@ -134,17 +127,18 @@ class CheckpointWriter:
         self._thread.start()
 
     def is_due(self) -> bool:
-        """Whether it is time for a snapshot, by the clock."""
+        """Returns whether `config.every` seconds have passed since the last snapshot."""
         return time.monotonic() - self._last >= self._config.every
 
     def save(self, snapshot: Snapshot) -> None:
-        """Hand over a snapshot.
+        """Queues a snapshot for the thread.
 
         Raises:
-            CheckpointFailed: storing has failed for too long.
+            CheckpointFailed: the thread has given up.
         """
         with self._changed:
-            self._raise_failure()
+            if self._failed:
+                raise self._failed
             self._last = time.monotonic()
             self._waiting, self._saved = snapshot, snapshot.step
             self._size = sum(tensor.nbytes for tensor in snapshot.state.values())
@@ -152,17 +146,17 @@ class CheckpointWriter:
 
     @property
     def patience(self) -> float:
-        """How long `close` should wait at a stop, in seconds, by the state's size and the last upload's speed."""
+        """How many seconds `close` should wait at a stop, by the state's size and the last upload's speed."""
         return last_checkpoint(self._size, self._speed)
 
     def close(self, patience: float) -> bool:
-        """Stores what is waiting, for at most so many seconds, and ends the thread.
+        """Stores the waiting snapshot, for at most `patience` seconds, and ends the thread.
 
         Returns:
-            Whether the newest snapshot is stored. If not, the training goes on from `committed` when it is resumed.
+            Whether the newest snapshot is stored. If not, a resume goes on from `committed`.
 
         Raises:
-            CheckpointFailed: for another reason than a slow or failing storage.
+            CheckpointFailed: the cause is not a slow or failing storage.
         """
         with self._changed:
             self._closing = True
@@ -171,10 +165,6 @@ class CheckpointWriter:
             if self._failed and not isinstance(self._failed, Unsaved):
                 raise self._failed
             return self.committed == self._saved
-
-    def _raise_failure(self) -> None:
-        if self._failed:
-            raise self._failed
 
     def _run(self) -> None:
         pause = 1.0
@@ -210,8 +200,8 @@ class CheckpointWriter:
                 if self._failed:
                     return
 
-    def _put_back(self, snapshot: Snapshot, error: Trouble, pause: float) -> float:
-        """Have the snapshot wait again, unless a newer one does; returns how long to pause next time."""
+    def _put_back(self, snapshot: Snapshot, error: ServiceError | OSError, pause: float) -> float:
+        """Queues the snapshot again, unless a newer one waits, and pauses; returns the next pause in seconds."""
         now = time.monotonic()
         if self._failing_since is None:
             self._failing_since = now
@@ -256,19 +246,19 @@ class CheckpointWriter:
             self._check_earlier(prefix, files)
 
     def _check_earlier(self, prefix: str, files: dict[str, str]) -> None:
-        """Done again after an older checkpoint was resumed, the same step has the same state, to the bit."""
+        """Checks an earlier commit of the step: repeated after a resume, it must have the same state, bit by bit."""
         try:
             found = Commit.model_validate_json(self._store.get_bytes(prefix + COMMIT))
         except ObjectMissing:
             return
-        except ValidationError:  # it counts for nobody, and would be in the way
+        except ValidationError:  # an unreadable commit does not count, and would block the new one
             self._store.delete(prefix + COMMIT)
             return
         if found.files != files:
-            raise CheckpointFailed(f"another process trains run {self._job.run_id}: {prefix} differs from ours")
+            raise CheckpointFailed(f"another process trains run {self._job.run_id}: {prefix} differs; stop one of them")
 
     def _try_to_prune(self, step: int) -> None:
-        """Prunes; that old checkpoints cannot be deleted is no reason to stop storing new ones."""
+        """Deletes old checkpoints; a failure is no reason to stop storing new ones."""
         try:
             self._prune(step)
         except (ServiceError, OSError) as error:
@@ -277,10 +267,10 @@ class CheckpointWriter:
             self._cannot_delete = True
 
     def _prune(self, step: int) -> None:
-        """Keeps the newest `keep`, and the one with the best validation accuracy.
+        """Keeps the newest `keep` checkpoints, and the one with the best validation accuracy.
 
-        States of earlier steps without a commit go too: an outage came in between. Later ones than `step` are
-        damaged, since resuming passed them over; they are made anew when it comes to them.
+        Also deletes states of earlier steps whose commit is missing because of an outage. Leaves checkpoints of steps
+        after `step`: they are damaged, since the resume skipped them, and will be replaced.
         """
         keys = {info.key for info in self._store.list(bucket_layout.checkpoints(self._job.run_id))}
         newest = bucket_layout.checkpoint(self._job.run_id, step)
@@ -289,14 +279,14 @@ class CheckpointWriter:
             if key.endswith(f"/{STATE}") and folder < newest and folder + COMMIT not in keys:
                 self._store.delete(key)
         commits = [commit for commit in commits_of(self._store, self._job.run_id) if commit.step <= step]
-        best = max(commits, key=lambda commit: commit.val_accuracy or 0.0)  # of equals the newest, which is first
+        best = max(commits, key=lambda commit: commit.val_accuracy or 0.0)  # the newest of equals, which is first
         for commit in commits[self._config.keep :]:
             if commit is not best:
                 delete_checkpoint(self._store, self._job.run_id, commit)
 
 
 def commits_of(store: ObjectStore, run_id: str) -> Iterator[Commit]:
-    """A training's commits, the newest first; those that cannot be read are left out."""
+    """Yields a training's readable commits, newest first."""
     keys = [info.key for info in store.list(bucket_layout.checkpoints(run_id)) if info.key.endswith(f"/{COMMIT}")]
     for key in sorted(keys, reverse=True):
         try:
@@ -306,7 +296,7 @@ def commits_of(store: ObjectStore, run_id: str) -> Iterator[Commit]:
 
 
 def delete_checkpoint(store: ObjectStore, run_id: str, commit: Commit) -> None:
-    """Take back the commit, then its files."""
+    """Deletes a checkpoint: first the commit, then its files."""
     store.delete(bucket_layout.checkpoint(run_id, commit.step) + COMMIT)
     for key in commit.files:
         store.delete(key)
@@ -319,15 +309,15 @@ def newest_checkpoint(
     on_damage: Callable[[str], None],
     folder: Path | None = None,
 ) -> "tuple[Commit, dict[str, Tensor]] | None":
-    """Returns the newest checkpoint whose files have the digests that it promises; None if there is none.
+    """Returns the newest checkpoint whose files match their digests; None if there is no checkpoint.
 
     Args:
-        manifest_digest: of the training that wants it; the checkpoints of another are not for it.
-        on_damage: told of each newer one that is damaged.
-        folder: where files are put meanwhile; None for the system's temporary folder.
+        manifest_digest: of the training that resumes; it must not use checkpoints of another training.
+        on_damage: receives a line for each damaged checkpoint that is skipped.
+        folder: for temporary files; None for the system's temporary folder.
 
     Raises:
-        ServiceError: the storage failed, or only damaged ones are left.
+        ServiceError: the storage failed, or all checkpoints are damaged.
     """
     from safetensors.torch import load_file
 
@@ -352,41 +342,37 @@ def newest_checkpoint(
 def commit_weights(
     store: ObjectStore, job: Job, state: "Mapping[str, Tensor]", file: Path, outcome: Outcome
 ) -> Outcome:
-    """Writes the weights that a training is for, uploads and commits them; returns the outcome with their place.
+    """Uploads and commits the final weights; returns the outcome with their key and digest.
 
-    Their key is their digest, so that no other process of the run ever writes to what a commit names. If the run has
-    finished before with the same weights, returns the outcome that was committed then.
+    The key contains the digest, so that no other process of the run overwrites committed weights. If the run has
+    already finished with the same weights, returns the outcome that was committed then.
 
     Args:
-        file: where to leave them on this machine.
-        outcome: of the training, weights apart.
+        file: where to keep the weights on this machine.
+        outcome: of the training, without the weights.
 
     Raises:
-        ServiceError: the storage failed, or the training has finished before, with other weights.
+        ServiceError: the storage failed, or the training has already finished with other weights.
     """
     from cnn.networks.weights import save_weights
 
     digest = save_weights(state, file)
-    if earlier := finished_outcome(store, job.run_id):
-        return _same(earlier, digest, job.run_id)
-    key = bucket_layout.trained_weights(job.run_id, digest)
-    store.put_file(key, file)
-    finished = outcome.model_copy(update={"weights_key": key, "weights_sha256": digest})
-    if store.put_if_absent(bucket_layout.outcome(job.run_id), finished.model_dump_json().encode()):
-        return finished
-    winner = finished_outcome(store, job.run_id)
-    assert winner is not None
-    return _same(winner, digest, job.run_id)
-
-
-def _same(earlier: Outcome, digest: str, run_id: str) -> Outcome:
+    earlier = finished_outcome(store, job.run_id)
+    if earlier is None:
+        key = bucket_layout.trained_weights(job.run_id, digest)
+        store.put_file(key, file)
+        finished = outcome.model_copy(update={"weights_key": key, "weights_sha256": digest})
+        if store.put_if_absent(bucket_layout.outcome(job.run_id), finished.model_dump_json().encode()):
+            return finished
+        earlier = finished_outcome(store, job.run_id)  # another process was faster
+        assert earlier is not None
     if earlier.weights_sha256 != digest:
-        raise ServiceError(f"run {run_id} has finished before, with other weights: {earlier.weights_sha256}")
+        raise ServiceError(f"run {job.run_id} has already finished with other weights: {earlier.weights_sha256}")
     return earlier
 
 
 def finished_outcome(store: ObjectStore, run_id: str) -> Outcome | None:
-    """How a training finished; None if it has not."""
+    """Returns the outcome of a finished training; None if it has not finished."""
     try:
         return Outcome.model_validate_json(store.get_bytes(bucket_layout.outcome(run_id)))
     except ObjectMissing:

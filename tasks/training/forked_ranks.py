@@ -1,8 +1,8 @@
-"""Has torchrun fork its ranks, rather than start each as a program that loads PyTorch by itself, which takes seconds.
+"""Makes torchrun fork its ranks. By default, each rank is a new program, which takes seconds to load PyTorch.
 
-torchrun has a single thread when it forks, no device was touched, and neither MLflow nor Prefect was loaded. torchrun's
-own way to fork (`--start-method fork`) is not used: such ranks wait at their end until torchrun has read what they
-return, and a torchrun that was told to stop reads no more.
+When torchrun forks, it has a single thread, has used no device, and has loaded neither MLflow nor Prefect. Convoy does
+not use torchrun's own `--start-method fork`: such ranks wait at their end until torchrun has read their result, and a
+torchrun that was told to stop does not read it.
 """
 
 import os
@@ -18,37 +18,37 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 from infra.machine.output import outlive_readers
 from tasks.training import rank
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # that torchrun handles
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # handled by torchrun
 
 
 def fork_ranks() -> None:
-    """Has torchrun, in this process, fork the ranks that it is told to start."""
+    """Makes torchrun, in this process, fork its ranks."""
     vars(api)["get_subprocess_handler"] = _ForkedHandler
 
 
 class _Rank(ForkProcess):
-    """A forked rank with what torchrun uses of `subprocess.Popen`."""
+    """A forked rank, with the part of the interface of `subprocess.Popen` that torchrun uses."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
         super().__init__()
         self._arguments, self._environment = arguments, environment
-        held_back = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the rank is not to run torchrun's handlers
+        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the rank must not run torchrun's handlers
         try:
             self.start()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
         assert self.pid
         self._lead_group(self.pid)
 
     def run(self) -> None:
-        """Is the rank; what torchrun has set for itself does not count here."""
+        """Runs the rank, in the child, without torchrun's signal handlers."""
         self._lead_group(0)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.environ.update(self._environment)
         sys.argv[1:] = self._arguments
-        with outlive_readers("stdout", "stderr"):  # a disk without room for the log
+        with outlive_readers("stdout", "stderr"):  # the log's disk may be full
             sys.exit(rank.main())
 
     def poll(self) -> int | None:
@@ -60,7 +60,7 @@ class _Rank(ForkProcess):
 
     @staticmethod
     def _lead_group(process: int) -> None:
-        """Gives a rank the group by which torchrun signals it; both do so, since neither waits for the other."""
+        """Sets the process group by which torchrun signals a rank; parent and child both do so, since neither waits."""
         os.setpgid(process, process)
 
 

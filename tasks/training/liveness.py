@@ -1,11 +1,11 @@
-"""Whether a training of this machine still has a process: its flow holds a lock while it lives, whatever it does.
+"""Liveness of trainings on this machine: a flow holds a file lock while it trains, evaluates and releases.
 
-<home>/runs/<MLflow run>/lock        the kernel frees it when the flow's process ends, however that is
+<home>/runs/<MLflow run>/lock        the kernel releases it when the flow's process ends, in any way
 """
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -19,47 +19,45 @@ from infra.machine.lifeline import RANK_NAME
 from infra.machine.locks import is_held, left_behind, try_locked
 from infra.settings import Settings
 
-PATIENCE = 10.0  # seconds that whoever looks after a dead run may hold its lock
-POLL = 0.1
-SILENCE = 3600.0  # seconds without a sign of life, where there is no lock; evaluation and gates write none
+LOCK_WAIT_SECONDS = 10.0  # `convoy doctor` may hold the lock for a moment
+POLL_SECONDS = 0.1
+DEAD_AFTER_SECONDS = 3600.0  # without a lock or a changed file; evaluation and gates change no file
 
-OWNERS = ("tasks.training.supervisor", "tasks.training.nodes.agent")  # of ranks
+RANK_OWNERS = ("tasks.training.supervisor", "tasks.training.nodes.agent")
 
-Life = Literal["alive", "dead", "unknown"]
+Liveness = Literal["alive", "dead", "unknown"]
 
 
 @contextmanager
-def holding(run_id: str, flow_run: str = "") -> Iterator[None]:
-    """Show, while the block runs, that this process goes on with a run.
+def hold_run_lock(run_id: str, flow_run: str = "") -> Iterator[None]:
+    """Holds the lock of a run in the block, as a sign that this process works on it.
 
     Args:
-        flow_run: id of the flow run, which tells a later one of another machine from ours.
+        flow_run: id of the flow run, by which to tell it from a later one on another machine.
 
     Raises:
-        UsageError: another process of this state folder does so.
+        UsageError: another process of this state folder holds the lock.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
     while True:
         with try_locked(lock_file(run_id), flow_run) as held:
             if held:
                 yield
                 return
         if time.monotonic() > deadline:
-            raise UsageError(f"another process goes on with run {run_id}; wait for it, or `convoy cancel {run_id}`")
-        stopping.sleep(POLL)
+            raise UsageError(f"another process works on run {run_id}; wait for it, or `convoy cancel {run_id}`")
+        stopping.sleep(POLL_SECONDS)
 
 
 def lock_file(run_id: str) -> Path:
-    """The file that a run's flow holds a lock on."""
+    """Returns the file that a run's flow holds a lock on."""
     return Settings().runs / run_id / "lock"
 
 
-def life(run_id: str, flow_run: str, started: datetime | None) -> Life:
-    """What this machine knows of the flow run that goes on with a run; `unknown` if it may be another's.
+def liveness(run_id: str, flow_run: str, started: datetime | None) -> Liveness:
+    """Returns what this machine knows about the flow run that works on a run, given the flow run's id and start time.
 
-    Args:
-        flow_run: id of the flow run.
-        started: when it began.
+    `unknown` means that the flow run may be on another machine.
     """
     folder = Settings().runs / run_id
     if is_held(lock_file(run_id)) or any(not orphaned(each) for each in processes_of(folder)):
@@ -69,16 +67,16 @@ def life(run_id: str, flow_run: str, started: datetime | None) -> Life:
         return "dead"
     try:
         ordered = (folder / "job.json").stat().st_mtime
-        last_sign = max(file.stat().st_mtime for file in folder.iterdir())
+        last_change = max(file.stat().st_mtime for file in folder.iterdir())
     except (FileNotFoundError, ValueError):
         return "unknown"
-    # A job that is older than the flow run was another flow run's: this one may be at work elsewhere.
-    ours = started is not None and ordered >= started.timestamp()
-    return "dead" if ours and time.time() - last_sign > SILENCE else "unknown"
+    # A job that is older than the flow run belongs to an earlier one: this flow run may be on another machine.
+    is_current = started is not None and ordered >= started.timestamp()
+    return "dead" if is_current and time.time() - last_change > DEAD_AFTER_SECONDS else "unknown"
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Supervisors, agents and ranks at work in a job's folder, or, given the folder of all jobs, in any of them."""
+    """Returns the supervisors, agents and ranks of a job's folder, or of all jobs, given the folder of all."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -93,32 +91,25 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def orphaned(process: psutil.Process) -> bool:
-    """Tells whether a supervisor has lost its flow, which the flow's lock shows, or a rank its supervisor."""
+    """Checks whether a supervisor has lost its flow, by the flow's lock, or an agent or rank its owner."""
     try:
         program, command, parents = _program(process), process.cmdline(), process.parents()
     except psutil.Error:  # it has ended
         return False
     if program == "tasks.training.supervisor":
         return left_behind(Path(command[-1]) / "lock") is not None
-    return not any(_program_of(parent) in OWNERS for parent in parents)
-
-
-def _program_of(parent: psutil.Process) -> str | None:
-    try:
-        return _program(parent)
-    except psutil.Error:
-        return None
+    return not any(_program(parent) in RANK_OWNERS for parent in parents)
 
 
 def _program(process: psutil.Process) -> str | None:
-    """Returns which of ours it is; None for torchrun, whose command line its ranks have too.
+    """Returns the module of a supervisor, agent or rank; None for other processes, or if it cannot be read.
 
-    Raises:
-        psutil.Error: it has ended, or is another user's.
+    Ranks are forked by torchrun and have its command line, but a name of their own.
     """
-    for option, module in pairwise(process.cmdline()):
-        if option == "-m":
-            if module == "tasks.training.torchrun" and RANK_NAME.fullmatch(process.name()):
-                return "tasks.training.rank"
-            return module if module in OWNERS else None
+    with suppress(psutil.Error):  # the process has ended, or is another user's
+        for option, module in pairwise(process.cmdline()):
+            if option == "-m":
+                if module == "tasks.training.torchrun" and RANK_NAME.fullmatch(process.name()):
+                    return "tasks.training.rank"
+                return module if module in RANK_OWNERS else None
     return None

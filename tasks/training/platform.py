@@ -1,4 +1,4 @@
-"""What decides the bits of a result beside data and configuration: code, libraries, and the kind of processor."""
+"""The part of a run's manifest that describes code, libraries and hardware: they also decide the bits of a result."""
 
 import platform
 from collections.abc import Mapping
@@ -11,17 +11,17 @@ from infra.records import Record
 from infra.tracking.provenance import Provenance, provenance
 
 DIGEST_FORMAT = 2
-"""How `code_digest` is made. 1: of all files of `cnn`, by their places before they stood in packages."""
+"""How `code_digest` is made. Format 1 covered all files of `cnn`, by their places before `cnn` had packages."""
 
 NOT_IN_WEIGHTS = ("formats/", "preprocessing/", "serving/", "data/checks.py")
-"""Parts of `cnn` that decide no weights: what they read and pack is in the dataset version already."""
+"""Parts of `cnn` that decide no weights: the dataset version covers what they read and pack."""
 
 
 class Platform(Record, extra="forbid"):
-    """Machines that are equal in all of it give equal weights."""
+    """Code, libraries and hardware of a machine; equal platforms give equal weights."""
 
     digest_format: int = 1
-    """`DIGEST_FORMAT` of the code that made this record."""
+    """`DIGEST_FORMAT` of the code that wrote this record."""
 
     code_digest: str
     """Of the parts of `cnn` that decide weights, without comments and formatting."""
@@ -48,12 +48,8 @@ def weight_files() -> list[Path]:
 
 
 def this_platform(code: Provenance | None = None) -> Platform:
-    """This process's.
-
-    Args:
-        code: where the code came from, if that is known already.
-    """
-    import torch  # only here: what only reads records does without
+    """Returns this process's platform; `code` is its provenance, if the caller knows it already."""
+    import torch  # not above: programs that only read records do without it
 
     from cnn.distributed.process_group import THREADS_PER_RANK, local_device
 
@@ -71,6 +67,6 @@ def this_platform(code: Provenance | None = None) -> Platform:
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Which values differ, by key, for people: `torch was 2.14.1, is 2.15.0`."""
+    """Returns the values that differ, for people: `torch was 2.14.1, is 2.15.0`."""
     keys = sorted(was.keys() | now.keys())
     return [f"{key} was {was.get(key)}, is {now.get(key)}" for key in keys if was.get(key) != now.get(key)]

@@ -1,4 +1,4 @@
-"""Weights to start from: into the bucket under their digest, and checked against the network before a run exists."""
+"""Stores weights to start from, under their digest, and checks them against the network before a run exists."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,11 +20,11 @@ from tasks.orchestration.step import step
 
 @step("pretrained", retried=False)
 def pretrained(config: RunConfig, dataset: DatasetRef) -> RunConfig:
-    """Keep the weights that `config.pretrained` names, and name them by their digest.
+    """Stores the weights that `config.pretrained` names, and returns the configuration with their digest.
 
     Raises:
-        UsageError: there is no such file.
-        InputError: it holds the weights of another network.
+        UsageError: the file does not exist.
+        InputError: the weights do not fit the network.
         ServiceError: the storage failed.
     """
     stop_if_cancelled()
@@ -38,9 +38,9 @@ def pretrained(config: RunConfig, dataset: DatasetRef) -> RunConfig:
             try:
                 ObjectStore.connect(bucket, create=False).get_file(key, file)
             except ObjectMissing:
-                raise UsageError(f"pretrained: there is no {config.pretrained}") from None
+                raise UsageError(f"pretrained: {config.pretrained} does not exist") from None
         if not file.is_file():
-            raise UsageError(f"pretrained: there is no file {config.pretrained}")
+            raise UsageError(f"pretrained: the file {config.pretrained} does not exist")
         network = build(config.training(), load_manifest(store, dataset.version))
         fresh = load_pretrained(network, file)
         cache = Cache(Settings().cache, store)

@@ -1,10 +1,9 @@
 """The program that every rank of a training runs; torchrun starts it (see tasks/training/supervisor.py).
 
-    python -m tasks.training.torchrun ... -m tasks.training.rank FOLDER [MEETING]
+    python -m tasks.training.torchrun ... -m tasks.training.rank FOLDER [STORE]
 
-FOLDER holds the job (tasks/training/protocol/job.py); MEETING is a path where the ranks of this start find each other,
-if they are all on this machine; else they meet at torchrun's own store. The training goes on from its newest
-checkpoint, if it has one.
+FOLDER holds the job (tasks/training/protocol/job.py). STORE is a file for the rendezvous of ranks that are all on this
+machine; other ranks use torchrun's own store. The training goes on from its newest checkpoint, if it has one.
 """
 
 import logging
@@ -35,18 +34,18 @@ from tasks.data.training_split import open_training_split
 from tasks.orchestration.outage import through_outage
 from tasks.training.checkpoints import CheckpointWriter, Snapshot, commit_weights, newest_checkpoint
 from tasks.training.protocol.board import Board
-from tasks.training.protocol.job import Event, Job, JobFolder, Outcome, say
-from tasks.training.protocol.patience import AT_MOST, FLUSH, REACH_STOP, SLACK
+from tasks.training.protocol.job import Event, Job, JobFolder, Outcome, print_line
+from tasks.training.protocol.patience import CHECKPOINT_MAX, METRICS_WAIT, SLACK, STOP_STEP_WAIT
 
-SPEED_OVER = 0.5  # seconds that a figure of speed covers at least
+SPEED_SPAN = 0.5  # minimum of seconds that a speed is measured over
 
 
 class StopSignal:
-    """Remembers a SIGTERM, for the ranks to agree on a step to stop at; ends a process that cannot get there.
+    """Records a SIGTERM, so that the ranks agree on a step to stop at; ends a process that does not reach it in time.
 
-    Before the ranks have met there is nothing to lose, nor anyone to agree with: then the process ends at once. A
-    thread receives the signal: Python runs no handler while the main thread waits, inside PyTorch, for a rank that is
-    gone.
+    Before the ranks' rendezvous there is nothing to lose, and no rank to agree with: then SIGTERM ends the process
+    immediately. A thread receives the signal: Python runs no handler while the main thread waits, inside PyTorch, for a
+    dead rank.
     """
 
     def __init__(self) -> None:
@@ -61,11 +60,11 @@ class StopSignal:
         return self._received
 
     def ranks_have_met(self) -> None:
-        """Has a SIGTERM from now on leave the ranks time to agree."""
+        """Gives the ranks time to agree after a SIGTERM, from now on."""
         self._met = True
 
-    def give(self, seconds: float) -> None:
-        """Sets the seconds that this process may still live if a SIGTERM comes, or has come."""
+    def set_deadline(self, seconds: float) -> None:
+        """Sets how many seconds from now this process may live after a SIGTERM, received or to come."""
         self._ends_by = time.monotonic() + seconds
 
     def _watch(self, reader: int) -> None:
@@ -73,14 +72,14 @@ class StopSignal:
             pass
         self._received = True
         if self._met:
-            self._ends_by = max(self._ends_by, time.monotonic() + REACH_STOP)
+            self._ends_by = max(self._ends_by, time.monotonic() + STOP_STEP_WAIT)
         while (left := self._ends_by - time.monotonic()) > 0:
             time.sleep(min(left, 0.5))
         os._exit(1)
 
 
 class Speed:
-    """Images per second of all ranks together, over stretches of steps; what lies between stretches is not counted."""
+    """Measures images per second of all ranks together, over spans of steps; time between spans does not count."""
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
@@ -88,11 +87,11 @@ class Speed:
         self._images, self._seconds = 0, 0.0
 
     def begin(self, step: int) -> None:
-        """A stretch begins after so many steps."""
+        """Begins a span after the given number of steps."""
         self._step, self._since = step, time.perf_counter()
 
     def measure(self, step: int, *, at_least: float) -> float | None:
-        """Speed since the last measurement; None if that is less than so many seconds ago, or nothing was done."""
+        """Returns the speed since the last call; None after less than `at_least` seconds, or without a new image."""
         seconds, images = time.perf_counter() - self._since, (step - self._step) * self._batch_size
         if seconds < at_least or not images:
             return None
@@ -103,12 +102,12 @@ class Speed:
 
     @property
     def mean(self) -> float:
-        """Of all that was measured; 0.0 if nothing was."""
+        """Mean speed of all spans; 0.0 if there was none."""
         return self._images / self._seconds if self._seconds else 0.0
 
 
-class Told(logging.Handler):
-    """Passes warnings of `infra`, such as those of damaged files, on to the log and to the train task."""
+class WarningForwarder(logging.Handler):
+    """Forwards warnings of `infra`, for example about damaged files, to the log and the train task."""
 
     def __init__(self, folder: JobFolder) -> None:
         super().__init__(logging.WARNING)
@@ -118,12 +117,12 @@ class Told(logging.Handler):
         try:
             print(record.getMessage(), file=sys.stderr)
             self._folder.write_event(Event(warning=record.getMessage()))
-        except OSError:  # a full disk is no reason to end what warned
+        except OSError:  # a full disk is no reason to end the training
             self.handleError(record)
 
 
-class Silent:
-    """Reporter of the ranks that are not the first."""
+class SilentReporter:
+    """Reporter of all ranks but rank 0."""
 
     def on_step(self, report: StepReport) -> None: ...
 
@@ -133,10 +132,10 @@ class Silent:
 
 
 class RankZero:
-    """Reporter of rank 0: to the tracking server and to the train task; and keeper of the checkpoints."""
+    """Reporter of rank 0: reports to the tracking server and the train task, and stores checkpoints."""
 
     def __init__(self, job: Job, folder: JobFolder, store: ObjectStore) -> None:
-        # They take seconds to import, and only rank 0 needs them.
+        # These take seconds to import, and only rank 0 needs them.
         from infra.tracking import metric_log, system_metrics
 
         os.environ.update(metric_log.ONE_TRY_A_REQUEST)
@@ -148,7 +147,7 @@ class RankZero:
         self._speed = Speed(job.config.batch_size)
 
     def resume(self) -> dict[str, Tensor] | None:
-        """The state to go on from, if there is one; opens the metrics where they were left."""
+        """Returns the state of the newest checkpoint, if there is one; opens the metrics and the checkpoint writer."""
         found = newest_checkpoint(
             self._store, self._job.run_id, self._job.manifest_digest, self.warn, self._folder.path
         )
@@ -173,52 +172,52 @@ class RankZero:
         return found[1] if found else None
 
     def start(self, trainer: Trainer) -> None:
-        """Training begins now."""
+        """Begins to measure the time and speed of the training."""
         self._trainer = trainer
         self._began = time.perf_counter()
         self._speed.begin(trainer.step)
 
     def store_last(self, step: int, stop: StopSignal) -> int:
-        """Stores the checkpoint of a stop; returns the step that a resume goes on from, which is earlier if it fails.
+        """Stores the checkpoint of a stop; returns the step of the last stored one, which is earlier if this fails.
 
         Args:
-            step: that the ranks have stopped at.
-            stop: gives the process the time for it.
+            step: at which the ranks have stopped.
+            stop: receives the process's new deadline.
         """
         patience = self._writer.patience
-        stop.give(patience + FLUSH + SLACK)
+        stop.set_deadline(patience + METRICS_WAIT + SLACK)
         self._folder.mark_stopped()
         if not self._writer.close(patience):
-            kept = f"the last one is of step {self._writer.committed}"
+            kept = f"the last stored one is of step {self._writer.committed}"
             self.warn(f"the checkpoint of step {step} could not be stored within {patience:.0f} s; {kept}")
         return self._writer.committed
 
     def close(self) -> tuple[dict[str, Any], ...]:
-        """Sends the metrics that are waiting; returns rows that the tracking server did not take."""
+        """Sends the metrics that are still queued; returns the rows that the tracking server did not acknowledge."""
         self._system.stop()
-        rows = self._metrics.close(FLUSH)
+        rows = self._metrics.close(METRICS_WAIT)
         if rows:
-            say(f"{len(rows)} rows of metrics did not reach the tracking server yet")
+            print_line(f"{len(rows)} rows of metrics have not reached the tracking server yet")
         return tuple(row.model_dump(mode="json") for row in rows)
 
     @property
     def train_seconds(self) -> float:
-        """Of this and of earlier processes of the training."""
+        """Training time of this and of earlier processes."""
         return self._seconds_before + time.perf_counter() - self._began
 
     @property
     def images_per_second(self) -> float:
-        """Of all ranks together, validation not counted."""
+        """Of all ranks together, without validation."""
         return self._speed.mean
 
     def warn(self, message: str) -> None:
-        """Tell the log, and the people at the train task."""
-        say(message)
+        """Prints a warning to the log, and sends it to the train task."""
+        print_line(message)
         self._folder.write_event(Event(warning=message))
 
     def on_step(self, report: StepReport) -> None:
-        epoch_ends = report.step % self._trainer.steps_per_epoch == 0  # what follows is validation, not steps
-        measured = self._speed.measure(self._trainer.step, at_least=SPEED_OVER / 10 if epoch_ends else SPEED_OVER)
+        epoch_ends = report.step % self._trainer.steps_per_epoch == 0  # validation follows
+        measured = self._speed.measure(self._trainer.step, at_least=SPEED_SPAN / 10 if epoch_ends else SPEED_SPAN)
         speed = {} if measured is None else {"images_per_second": measured}
         figures = {
             "train/loss": report.loss,
@@ -234,7 +233,7 @@ class RankZero:
                 "train/rank_seconds_max": times[-1],
             }
             for rank in self._watch.look(report):
-                self.warn(f"rank {rank} is slow: {report.rank_seconds[rank]:.3f} s a step, others {times[0]:.3f} s")
+                self.warn(f"rank {rank} is slow: {report.rank_seconds[rank]:.3f} s per step, others {times[0]:.3f} s")
         self._metrics.log(report.step, figures)
         self._event(report.step, loss=report.loss, **speed)
 
@@ -253,7 +252,7 @@ class RankZero:
             return
         for report in trainer.reports.until(trainer.step):
             self.on_step(report)
-        if trainer.reports.broken_step <= trainer.step:  # all ranks find out in a moment
+        if trainer.reports.broken_step <= trainer.step:  # all ranks are about to notice
             return
         self._writer.save(
             Snapshot(
@@ -274,7 +273,7 @@ class RankZero:
 
 
 def is_current(board: Board) -> bool:
-    """Tells whether the generation of this rank is the one that trains: behind a cut link it may have been given up.
+    """Checks whether this rank's generation is still the current one; behind a cut link, it may have been given up.
 
     Raises:
         ServiceError: the storage failed.
@@ -289,22 +288,22 @@ def main() -> int:
     stop = StopSignal()
     folder = JobFolder(Path(sys.argv[1]))
     job = folder.read_job()
-    logging.getLogger("infra").addHandler(Told(folder))
+    logging.getLogger("infra").addHandler(WarningForwarder(folder))
     try:
-        train(job, folder, _meeting(sys.argv[2:]), stop)
+        train(job, folder, _rendezvous_store(sys.argv[2:]), stop)
     except Exception as error:
         if status := getattr(error, "exit_status", None):
             kind = getattr(error, "status", "failed")
             folder.write_outcome(Outcome(status=kind, error=str(error), exit_status=status))
         else:
             folder.write_outcome(Outcome(status="crashed", error=f"{type(error).__name__}: {error}", exit_status=1))
-            say(traceback.format_exc())
-        os._exit(1)  # nothing is torn down: that might wait for ranks that wait for this one
+            print_line(traceback.format_exc())
+        os._exit(1)  # without teardown, which might wait for ranks that wait for this one
     return 0
 
 
-def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSignal) -> None:
-    """Train to the end, or until the ranks agree to stop; rank 0 stores the weights and leaves the outcome."""
+def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: StopSignal) -> None:
+    """Trains to the end, or until the ranks agree to stop; rank 0 stores the weights and writes the outcome."""
     store = open_bucket()
     cache = open_cache(store)
     manifest = load_manifest(store, job.dataset_version)
@@ -313,7 +312,7 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
 
     weights = job.config.pretrained_sha256
     make_deterministic()
-    with process_group(meeting) as (device, exchange):
+    with process_group(rendezvous) as (device, exchange):
         stop.ranks_have_met()
         first = RankZero(job, folder, store) if exchange.rank == 0 else None
         state = first.resume() if first else None
@@ -329,8 +328,8 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
         )
         restore(trainer, state)
         if first is None:
-            if not fit(trainer, Silent()):
-                stop.give(AT_MOST + FLUSH + SLACK)  # the first rank stores a checkpoint, and NCCL waits for it
+            if not fit(trainer, SilentReporter()):
+                stop.set_deadline(CHECKPOINT_MAX + METRICS_WAIT + SLACK)  # NCCL waits for rank 0's checkpoint
             return
         first.start(trainer)
         try:
@@ -352,19 +351,19 @@ def train(job: Job, folder: JobFolder, meeting: dist.Store | None, stop: StopSig
         rows = first.close()
         if finished:
             state = trainer.weights()
-            unplaced = outcome.model_copy(update={"metrics": rows})  # a checkpoint carries those of a stop
+            unplaced = outcome.model_copy(update={"metrics": rows})  # after a stop, the checkpoint has the rows
             outcome = through_outage(lambda: commit_weights(store, job, state, folder.weights, unplaced), first.warn)
         folder.write_outcome(outcome)
 
 
-def _meeting(arguments: list[str]) -> dist.Store | None:
+def _rendezvous_store(arguments: list[str]) -> dist.Store | None:
     return dist.FileStore(arguments[0], _world_size()) if arguments else None
 
 
 def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))  # as torchrun has set it
+    return int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 if __name__ == "__main__":
-    with outlive_readers("stdout", "stderr"):  # a disk without room for the log
+    with outlive_readers("stdout", "stderr"):  # the log's disk may be full
         sys.exit(main())

@@ -1,11 +1,11 @@
-"""The program between the train task and torchrun: starts the ranks, and answers for none outliving the task.
+"""The program between the train task and torchrun: starts the ranks, and ensures that none outlives the task.
 
     python -m tasks.training.supervisor FOLDER        (see protocol/job.py for the folder; started by train.py)
 
 torchrun puts every rank into a session of its own, so no process group holds them all, and a killed torchrun leaves
-its ranks running. So this program adopts orphans, and ends the whole tree below it when its standard input closes:
-which the kernel does for the task, however the task ends. Should this program be killed, the kernel kills torchrun,
-and the ranks with it (`infra.machine.lifeline.die_with_parent`).
+its ranks running. So this program adopts orphans, and ends the whole tree below it when its standard input closes.
+The kernel closes it however the task ends. If this program is killed, the kernel kills torchrun and its ranks
+(`infra.machine.lifeline.die_with_parent`).
 """
 
 import os
@@ -19,7 +19,7 @@ from infra.errors import ServiceError, UsageError
 from infra.machine.lifeline import adopt_orphans, end_descendants, hear_sigterm_as_end_of_input
 from tasks.training.launchers.local import run
 from tasks.training.protocol.job import JobFolder, Outcome
-from tasks.training.protocol.patience import OWNER
+from tasks.training.protocol.patience import SUPERVISOR_WAIT
 
 
 def main() -> int:
@@ -34,15 +34,15 @@ def main() -> int:
         return error.exit_status
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        end_descendants(OWNER)
+        end_descendants(SUPERVISOR_WAIT)
 
 
 def launch(folder: JobFolder) -> int:
-    """Brings a job to its end, until its outcome is in the folder; returns an exit status."""
+    """Runs a job until its outcome is in the folder; returns an exit status."""
     launcher = folder.read_job().launch.launcher
     if launcher == "local":
         return run(folder, task_wants_end)
-    from tasks.training.nodes.coordinator import Coordinator  # which loads boto3
+    from tasks.training.nodes.coordinator import Coordinator  # it loads boto3
 
     agents = import_module(f"tasks.training.launchers.{launcher}").agents
     with agents(folder):
@@ -51,7 +51,7 @@ def launch(folder: JobFolder) -> int:
 
 
 def task_wants_end(seconds: float) -> bool:
-    """Tells whether standard input is closed, waiting for that so long."""
+    """Waits at most the given seconds for standard input to close; returns whether it has."""
     readable, _, _ = select.select([sys.stdin], [], [], seconds)
     return bool(readable) and not os.read(sys.stdin.fileno(), 1)
 

@@ -1,12 +1,10 @@
-"""Starts torchrun, which starts one rank per device of this machine, wherever the other ranks are.
+"""Starts torchrun, which forks the ranks of this machine (tasks/training/forked_ranks.py).
 
     python -m tasks.training.torchrun OPTIONS...      (started by `start_torchrun`; the options are torchrun's)
 
-Its agents meet by torchrun's static rendezvous, since each start has a fixed set of nodes. The dynamic one (c10d)
-unpickles what it finds in the store that its agents share. The agent of a single machine meets no other: its store is
-in its own memory, so it neither listens on a port nor writes to a disk that may be full.
-
-It forks the ranks (tasks/training/forked_ranks.py).
+torchrun's agents use its static rendezvous, since each start has a fixed set of nodes. The dynamic rendezvous (c10d)
+unpickles what it finds in the agents' shared store. A training on one machine has a single agent: its store is in its
+own memory, so it neither listens on a port nor writes to a disk that may be full.
 """
 
 import os
@@ -17,28 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from infra.machine.lifeline import TORCHRUN_PID, dying_with_this_process
-from tasks.training.protocol.patience import TORCHRUN
+from tasks.training.protocol.patience import TORCHRUN_WAIT
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-"""The C library is to keep freed memory: else each step gives its largest blocks back, and page faults fetch them."""
+"""Makes the C library keep freed memory: else each step returns its largest blocks, and page faults fetch them."""
 
-JOINS_WITHIN = 60  # seconds that the agents of all nodes have to meet
+JOIN_TIMEOUT = 60  # seconds that the agents of all nodes have for their rendezvous
 
 ALONE = ("--nnodes", "1", "--rdzv-backend", "alone", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1")
-"""torchrun's options for a training on this machine; without an endpoint, which nobody uses, torchrun would warn."""
+"""torchrun's options for a training on one machine. The endpoint is unused, but torchrun warns if it is missing."""
 
 
-def among_nodes(generation: str, meeting: str, number: int, nodes: int, address: str) -> Sequence[str]:
+def node_options(generation: str, endpoint: str, number: int, nodes: int, address: str) -> Sequence[str]:
     """Returns torchrun's options for one of several nodes.
 
     Args:
         generation: id of this start of the ranks.
-        meeting: address and port of node 0, where the agents meet.
+        endpoint: address and port of node 0 for the agents' rendezvous.
         number: of this node, from 0.
-        nodes: how many there are.
+        nodes: number of nodes.
         address: of this node.
     """
-    options = ["--rdzv-backend", "static", "--rdzv-endpoint", meeting, "--rdzv-conf", f"timeout={JOINS_WITHIN}"]
+    options = ["--rdzv-backend", "static", "--rdzv-endpoint", endpoint, "--rdzv-conf", f"timeout={JOIN_TIMEOUT}"]
     return [
         *("--nnodes", str(nodes), "--node-rank", str(number), "--local-addr", address, "--rdzv-id", generation),
         *options,
@@ -46,31 +44,31 @@ def among_nodes(generation: str, meeting: str, number: int, nodes: int, address:
 
 
 def start_torchrun(
-    folder: Path, *, ranks: int, meeting: Sequence[str], ranks_meet: Path | None = None, interface: str, log: int
+    folder: Path, *, ranks: int, rendezvous: Sequence[str], rank_store: Path | None = None, interface: str, log: int
 ) -> subprocess.Popen[bytes]:
-    """Starts torchrun as a child that dies with this process; it does not restart ranks, its owner does.
+    """Starts torchrun as a child that dies with this process. It never restarts ranks: its owner does.
 
     Args:
         folder: of the job (`tasks/training/protocol/job.py`).
-        ranks: of this machine.
-        meeting: torchrun's options that say how its agents find each other: `ALONE` or `among_nodes(...)`.
-        ranks_meet: file in which the ranks find each other; None for the TCP store that torchrun's agents meet at.
-        interface: name of the network interface that the ranks talk over.
-        log: file descriptor for what torchrun and the ranks print.
+        ranks: number of ranks on this machine.
+        rendezvous: torchrun's options for the rendezvous of its agents: `ALONE` or `node_options(...)`.
+        rank_store: file for the ranks' rendezvous; None to use the TCP store of torchrun's agents.
+        interface: network interface for the ranks' traffic.
+        log: file descriptor for the output of torchrun and ranks.
     """
     command = [sys.executable, "-m", "tasks.training.torchrun", "--nproc-per-node", str(ranks), "--max-restarts", "0"]
-    command += ["--shutdown-timeout", f"{TORCHRUN:.0f}"]
-    command += ["--log-dir", str(folder / "torchrun")]  # else it leaves a folder in the temporary one at each start
-    command += [*meeting, "-m", "tasks.training.rank", str(folder), *([str(ranks_meet)] if ranks_meet else [])]
+    command += ["--shutdown-timeout", f"{TORCHRUN_WAIT:.0f}"]
+    command += ["--log-dir", str(folder / "torchrun")]  # else each start leaves a temporary folder
+    command += [*rendezvous, "-m", "tasks.training.rank", str(folder), *([str(rank_store)] if rank_store else [])]
     environment = (
         KEEP_MEMORY
         | os.environ
         | {
-            "PYTHONSAFEPATH": "1",  # else `-m` looks for our modules in the user's folder first
+            "PYTHONSAFEPATH": "1",  # else `-m` searches the user's folder first
             "GLOO_SOCKET_IFNAME": interface,
             "NCCL_SOCKET_IFNAME": interface,
             "OMP_NUM_THREADS": "1",
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "torchrun"),  # else in the temporary folder, too
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "torchrun"),  # else likewise
         }
     )
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The train task: starts the ranks through the supervisor, shows how they do, and ends with them."""
+"""The train task: starts the ranks through the supervisor, shows their progress, and returns the trained weights."""
 
 import os
 import subprocess
@@ -26,14 +26,14 @@ from tasks.orchestration.step import step
 from tasks.training import liveness
 from tasks.training.checkpoints import finished_outcome
 from tasks.training.protocol.job import Event, Job, JobFolder, Outcome, Restarts, spare_outcome
-from tasks.training.protocol.patience import FLOW
+from tasks.training.protocol.patience import FLOW_WAIT
 from tasks.training.runs.tracked_run import Interrupted, TrackedRun
 
-WATCH_EVERY = 0.1  # seconds between looks at the supervisor and its news
+POLL_SECONDS = 0.1  # seconds between two checks of the supervisor and its events
 
 
 class TrainingFailed(RuntimeError):
-    """The ranks did not finish. `exit_status` is 2 where the user's input was at fault, else 1."""
+    """The ranks failed. `exit_status` is 2 if the user's input was at fault, else 1."""
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
@@ -48,13 +48,13 @@ class TrainResult(Record):
     """Key of the safetensors weights in the bucket."""
 
     weights_sha256: str
-    """Over the tensors in sorted name order (`cnn.networks.weights.weights_sha256`)."""
+    """Of the tensors in sorted name order (`cnn.networks.weights.weights_sha256`)."""
 
     world_size: int
     steps: int
     train_seconds: float
     images_per_second: float
-    """Of all ranks together, validation not counted."""
+    """Of all ranks together, without validation."""
 
     val_accuracy: float
     val_loss: float
@@ -62,13 +62,13 @@ class TrainResult(Record):
 
 @step("train", retried=False)
 def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResult:
-    """Trains on this machine's GPUs or cores and returns the committed weights; goes on where the run was left.
+    """Trains, from the run's newest checkpoint if it has one, and returns the committed weights.
 
     Raises:
-        TrainingFailed: with what the ranks say was wrong.
+        TrainingFailed: the ranks failed; the message says why.
         Cancelled: the flow run was cancelled; a checkpoint is stored, and no rank is left.
-        Stopped: this process was asked to stop by a signal; likewise.
-        Interrupted: a rank was; likewise.
+        Stopped: a signal asked this process to stop; likewise.
+        Interrupted: a signal asked a rank to stop; likewise.
     """
     stop_if_cancelled()
     folder = JobFolder(Settings().runs / run.run_id)
@@ -76,7 +76,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     store = open_bucket()
     outcome = finished_outcome(store, run.run_id)
     if outcome:
-        run_logger().info("training of run %s has finished before", run.run_id)
+        run_logger().info("training of run %s has already finished", run.run_id)
         store.get_file(outcome.weights_key, folder.weights)
         return _publish(run, outcome, folder)
     world_size = _world_size(config)
@@ -100,7 +100,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
         progress(f"Training on {where}", total, unit="epochs", artifact="training") as advance,
     ):
         outcome = _run(folder, _Display(advance, config.epochs))
-    if not folder.weights.exists():  # the first rank was elsewhere
+    if not folder.weights.exists():  # rank 0 ran on another node
         outlast(partial(store.get_file, outcome.weights_key, folder.weights))
     return _publish(run, outcome, folder)
 
@@ -108,21 +108,21 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
 def await_earlier_start(folder: JobFolder) -> None:
     """Waits until no process of an earlier start is left on this machine.
 
-    When a flow is killed, its ranks still store a checkpoint. They would leave their outcome as the next start's, and
-    write to the same files.
+    After a flow is killed, its ranks still store a checkpoint. Their outcome would count as the next start's, and they
+    would write to the same files.
 
     Raises:
-        Stopped, TerminationSignal: a signal asked this process to end meanwhile.
+        Stopped, TerminationSignal: a signal asked this process to end.
     """
     if liveness.processes_of(folder.path):
         run_logger().info("waiting for the processes of an earlier start of run %s to end", folder.path.name)
     while liveness.processes_of(folder.path):
         stop_if_told()
-        stopping.wait(WATCH_EVERY)
+        stopping.wait(POLL_SECONDS)
 
 
 def _world_size(config: RunConfig) -> int:
-    """Ranks to train with: on this machine exactly so many, on several nodes at most."""
+    """Returns the world size: exact on this machine, the maximum on several nodes."""
     if config.launcher != "local":
         return config.ranks or config.lanes
     devices = device_count()
@@ -135,26 +135,23 @@ def _world_size(config: RunConfig) -> int:
 
 
 def _publish(run: TrackedRun, outcome: Outcome, folder: JobFolder) -> TrainResult:
-    """Puts the weights and the last metrics into the MLflow run, also after an outage or a crash in between."""
+    """Logs the weights and the last metrics to the MLflow run, even if an earlier process was killed before."""
     rows = [MetricRow.model_validate(row) for row in outcome.metrics]
     if rows:
         run_logger().info("sending %d rows of metrics that MLflow has not acknowledged", len(rows))
         outlast(partial(deliver, run.run_id, rows))
     outlast(partial(mlflow_runs.log_file, run.run_id, folder.weights, "weights"))
-    told = {WEIGHTS_SHA256: outcome.weights_sha256, WORLD_SIZE: str(outcome.world_size)}
-    outlast(partial(mlflow_runs.set_tags, run.run_id, told))
-    return TrainResult(
-        run_id=run.run_id,
-        **outcome.model_dump(exclude={"status", "error", "exit_status", "metrics"}),
-    )
+    tags = {WEIGHTS_SHA256: outcome.weights_sha256, WORLD_SIZE: str(outcome.world_size)}
+    outlast(partial(mlflow_runs.set_tags, run.run_id, tags))
+    return TrainResult(run_id=run.run_id, **outcome.model_dump(exclude={"status", "error", "exit_status", "metrics"}))
 
 
 def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
-    """Runs the supervisor to its end, and another one if it was killed; returns how the training finished.
+    """Runs the supervisor to its end, and again if it was killed; returns the outcome of the finished training.
 
     Raises:
         TrainingFailed: the ranks failed.
-        Interrupted: they stopped.
+        Interrupted: the ranks stopped.
         Cancelled: the flow run was cancelled.
     """
     restarts = Restarts(folder)
@@ -178,12 +175,12 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
 
 
 def _supervise(folder: JobFolder, show: Callable[[Event], None]) -> int:
-    """Runs one supervisor to its end; returns its status. However this is left, the supervisor ends all ranks."""
+    """Runs one supervisor to its end; returns its status. If this raises, the supervisor still ends all ranks."""
     cancelled = CancelWatch()
-    # Its own session keeps a Ctrl-C of the terminal from it: it hears of the end by its standard input.
+    # In its own session, no Ctrl-C of the terminal reaches it: the end of its standard input is the signal to end.
     supervisor = subprocess.Popen(
         [sys.executable, "-m", "tasks.training.supervisor", str(folder.path)],
-        env=os.environ | {"PYTHONSAFEPATH": "1"},  # else `-m` looks for our modules in the user's folder first
+        env=os.environ | {"PYTHONSAFEPATH": "1"},  # else `-m` searches the user's folder first
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
@@ -194,13 +191,13 @@ def _supervise(folder: JobFolder, show: Callable[[Event], None]) -> int:
                 show(event)
             if cancelled():
                 raise Cancelled("the flow run was cancelled; every rank is stopped")
-            stopping.wait(WATCH_EVERY)
-        for event in folder.new_events():
+            stopping.wait(POLL_SECONDS)
+        for event in folder.new_events():  # written since the last check
             show(event)
     finally:
         supervisor.stdin.close()
         try:
-            supervisor.wait(FLOW)
+            supervisor.wait(FLOW_WAIT)
         except subprocess.TimeoutExpired:
             supervisor.kill()  # torchrun and the ranks die with it
             supervisor.wait()
@@ -208,7 +205,7 @@ def _supervise(folder: JobFolder, show: Callable[[Event], None]) -> int:
 
 
 class _Display:
-    """Turns events into an amount done and a note."""
+    """Shows events as progress in epochs with a note, and as log messages."""
 
     def __init__(self, advance: Advance, epochs: int) -> None:
         self._advance, self._epochs, self._done = advance, epochs, 0.0

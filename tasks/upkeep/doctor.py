@@ -26,13 +26,13 @@ from infra.tracking.promotion_history import misplaced_aliases, names_with_histo
 from infra.tracking.tags import FLOW_RUN, MANIFEST_DIGEST
 from tasks.orchestration.flow_runs import killed_flow_runs, mark_crashed, read_flow_run
 from tasks.orchestration.model_lease import forgotten_leases, free_forgotten
-from tasks.training.liveness import life, lock_file, orphaned, processes_of
-from tasks.training.protocol.patience import OWNER
+from tasks.training.liveness import liveness, lock_file, orphaned, processes_of
+from tasks.training.protocol.patience import SUPERVISOR_WAIT
 
 GRACE = timedelta(days=1)
 """What is younger may be under way: a checkpoint between its file and its commit, or a large upload."""
 
-ENDS_WITHIN = OWNER + 10  # seconds that a supervisor takes at most to end its ranks, a last checkpoint included
+ENDS_WITHIN = SUPERVISOR_WAIT + 10  # seconds that a supervisor takes at most to end its ranks, with a last checkpoint
 
 Kind = Literal["process", "run", "flow", "lease", "upload", "checkpoint", "files", "alias"]
 
@@ -143,7 +143,7 @@ def _abandoned(run: Run) -> str | None:
     """Why nobody goes on with a run; None if somebody may."""
     tag = run.tags.get(FLOW_RUN, "")
     flow_run = read_flow_run(tag)
-    here = life(run.run_id, tag, flow_run.start_time if flow_run else None)
+    here = liveness(run.run_id, tag, flow_run.start_time if flow_run else None)
     if here == "alive":
         return None
     if tag and flow_run is None:

@@ -31,7 +31,7 @@ CONVOY = [sys.executable, "-P", "-c", "from flows.cli import main; main()"]
 RECIPE = (*RESUMABLE, "epochs=80", "lanes=4")
 EPOCH = 12  # steps
 STEPS = 80 * EPOCH
-PATIENCE = 6  # seconds of silence after which a node is lost
+LOST_AFTER_SECONDS = 6  # seconds of silence after which a node is lost
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ class Cluster:
         return host.start([*CONVOY, *arguments], folder=folder, log=log, environment=environment)
 
     def train(self, name: str, *settings: str, slots: int = 1, recipe: tuple[str, ...] = RECIPE) -> "Flow":
-        """Start a training on the first host, which is one of its nodes with so many ranks."""
-        nodes = ("launcher=nodes", f"nodes.patience={PATIENCE}", *settings)
+        """Starts a training on the first host, which is also a node, with the given number of ranks."""
+        nodes = ("launcher=nodes", f"nodes.patience={LOST_AFTER_SECONDS}", *settings)
         arguments = ("train", "--dataset", "digits", "--name", name, *sets(*recipe, *nodes), "--summary", "out.json")
         return Flow(self.convoy(self.hosts[0], *arguments, slots=slots), self._home(self.hosts[0]))
 
@@ -80,7 +80,7 @@ class Flow:
         self.process, self._folder = process, folder
 
     def training(self) -> Training:
-        """Wait until it is about to start."""
+        """Waits until the training is about to start."""
         runs = self._folder / ".convoy" / "runs"
         (folder,) = wait_for(lambda: runs.exists() and [*runs.glob("*/job.json")], "a training to start")
         return Training(folder.parent)
@@ -96,7 +96,7 @@ class Flow:
 
 @pytest.fixture
 def hosts(stack: object, settings: Settings, tmp_path: Path) -> Iterator[Callable[[int], Cluster]]:
-    """Makes so many hosts; everything on them ends with the test."""
+    """Makes the given number of hosts; all their processes end with the test."""
     ports = StackFolder(settings).ports
     running = []
 
@@ -110,7 +110,7 @@ def hosts(stack: object, settings: Settings, tmp_path: Path) -> Iterator[Callabl
 
 
 def where(training: Training) -> list[str]:
-    """Which nodes each generation had: the lines of the coordinator."""
+    """Returns the nodes of each generation, from the coordinator's messages."""
     events = training.folder / "events.jsonl"
     text = events.read_text() if events.exists() else ""
     return re.findall(r'"note":"(\d+ ranks: [^"]*)"', text)
@@ -122,7 +122,7 @@ def test_two_hosts_give_the_weights_of_one(hosts: Callable[[int], Cluster], undi
     cluster.join(1)
     training = flow.training()
     training.comes_to(EPOCH)
-    for host in cluster.hosts:  # what gives access is nowhere to be read by other users
+    for host in cluster.hosts:  # other users cannot read the credentials anywhere
         for pid in host.pids():
             command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
             assert os.environ["AWS_SECRET_ACCESS_KEY"] not in command
@@ -235,7 +235,7 @@ def test_no_rank_outlives_a_flow_whose_host_is_lost(hosts: Callable[[int], Clust
         ]
 
     assert ranks()
-    wait_for(lambda: not ranks(), "the ranks to end", 30 + PATIENCE)
+    wait_for(lambda: not ranks(), "the ranks to end", 30 + LOST_AFTER_SECONDS)
     assert "silent for too long" in cluster.log(1, "join")
 
 

@@ -32,8 +32,8 @@ pytestmark = [
 
 RECIPE = (*RESUMABLE, "epochs=160", "lanes=4")
 EPOCH = 12  # steps
-TOKEN = secrets.token_hex(32)  # the same in all tests, since Ray reads it once a process
-PATIENCE = 6  # seconds of silence after which a node is lost
+TOKEN = secrets.token_hex(32)  # the same in all tests, since Ray reads it once per process
+LOST_AFTER_SECONDS = 6  # seconds of silence after which a node is lost
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def undisturbed(stack: object, quiet_prefect: None) -> Summary:
 
 
 class Raylets:
-    """A cluster whose head has no room for ranks, so that they are where raylets are added."""
+    """A cluster whose head has no resources for ranks, so that they run on added raylets."""
 
     def __init__(self, folder: Path, home: Path) -> None:
         self.folder, self._home = folder, home
@@ -59,15 +59,15 @@ class Raylets:
         return Cluster(initialize_head=True, head_node_args=head)
 
     def add(self) -> Any:
-        """Add a raylet with room for one rank."""
+        """Adds a raylet with resources for one rank."""
         return self._clean(lambda: self.cluster.add_node(num_cpus=1))
 
     def lose(self, raylet: Any) -> None:
-        """Kill it, with no time for a last word."""
+        """Kills a raylet, by SIGKILL."""
         self.cluster.remove_node(raylet, allow_graceful=False)
 
     def assert_free(self) -> None:
-        """Wait until Ray holds nothing of a training any more."""
+        """Waits until Ray has no actor or group of a training left."""
 
         def kept() -> list[object]:
             state = self.cluster.global_state
@@ -78,7 +78,7 @@ class Raylets:
         wait_for(lambda: not kept(), f"Ray to let go of {kept()}", 30)
 
     def _clean(self, start: Callable[[], Any]) -> Any:
-        """Start something that knows nothing of our servers: actors must be told."""
+        """Starts a process without the variables of Convoy's servers, so that actors must receive them."""
         ours = dict(os.environ)
         for name in ours:
             if name.startswith(USERS_OWN):
@@ -115,7 +115,7 @@ def train(raylets: Raylets, program: Callable[..., Program], next_training: Next
 
     def start(name: str, *settings: str) -> tuple[Program, Training]:
         ray = ("launcher=ray", f"ray.address={raylets.cluster.address}", "ray.strategy=SPREAD", "ranks=2")
-        options = sets(*RECIPE, *ray, f"nodes.patience={PATIENCE}", *settings)
+        options = sets(*RECIPE, *ray, f"nodes.patience={LOST_AFTER_SECONDS}", *settings)
         started = program("train", "--dataset", "digits", "--name", name, *options, "--summary", "out.json")
         return started, next_training.starts()
 
@@ -130,7 +130,7 @@ def summary(started: Program, folder: Path) -> Summary:
 
 
 def processes(training: Training) -> list[psutil.Process]:
-    """Agents, launchers and ranks of it, by its id in their command lines."""
+    """Returns agents, launchers and ranks of the training, by its id in their command lines."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -142,7 +142,7 @@ def processes(training: Training) -> list[psutil.Process]:
 
 
 def worlds(training: Training) -> list[str]:
-    """The number of ranks of each generation: from the lines of the coordinator."""
+    """Returns the number of ranks per generation, from the coordinator's messages."""
     return re.findall(r'"note":"(\d+) ranks: ', (training.folder / "events.jsonl").read_text())
 
 

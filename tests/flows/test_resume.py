@@ -316,7 +316,7 @@ def test_a_run_whose_dataset_is_gone_is_refused(undisturbed: Summary, bucket: Ob
     bucket.put_bytes(f"runs/{run_id}/run.json", gone.model_dump_json().encode())
     done = convoy("resume", run_id)
     assert done.status == 2
-    assert f"dataset version {'0' * 64} is not whole in the bucket any more" in done.complaint
+    assert f"the bucket lacks parts of dataset version {'0' * 64}" in done.complaint
 
 
 # The list of trainings

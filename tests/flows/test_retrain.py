@@ -25,7 +25,7 @@ from tasks.release.promote import champion_data, promote_version
 from tasks.release.quality_gate import judge_version, publish
 from tasks.release.retrain_decision import what_changed
 from tasks.training.runs.run_record import read_record
-from tasks.training.runs.tracked_run import fitted
+from tasks.training.runs.tracked_run import with_batch_size
 from tests.flows.conftest import CONFIG
 
 
@@ -145,7 +145,7 @@ def test_champions_that_the_registry_has_lost_do_not_lock_anyone_out(first: tupl
     config, before = first
     name, store = "retrained", ObjectStore.connect(Settings().bucket)
     dataset = DatasetRef(version=before.dataset_version or "", name="digits")
-    fit = fitted(config, dataset)
+    fit = with_batch_size(config, dataset)
     promote(store, copied(first, lr=0.25), after=newest(store, name))
     last = newest(store, name)
     assert last

@@ -1,4 +1,4 @@
-"""Checkpoints in a real bucket: whole or not there, whatever the storage and the disk do meanwhile."""
+"""Checkpoints in a real bucket: whole or absent, whatever fails in the storage or on the disk."""
 
 import os
 import re
@@ -46,7 +46,7 @@ CLOSE = 60.0  # seconds that the last snapshot has on a busy machine
 
 
 def state(step: int, size: int = 100) -> dict[str, Tensor]:
-    """Values and kinds that must come back to the bit: not a number, the least float, zero dimensions, none at all."""
+    """Tensors that must come back bit by bit: NaN, the smallest float, zero dimensions, no elements."""
     random = torch.Generator().manual_seed(step)
     return {
         "network/weight": torch.randn(size, 7, generator=random),
@@ -79,7 +79,7 @@ def job_with(checkpoints: CheckpointConfig) -> Job:
 
 
 class Writing:
-    """A CheckpointWriter, and what it told."""
+    """A CheckpointWriter with the lines that it has reported."""
 
     def __init__(self, store: ObjectStore, folder: Path, **config: float) -> None:
         job = job_with(CheckpointConfig.model_validate(config))
@@ -88,14 +88,14 @@ class Writing:
         self.writer = CheckpointWriter(store, job, folder, job.checkpoints, self.told.append)
 
     def save(self, *snapshots: Snapshot) -> None:
-        """Store them all, one after another."""
+        """Stores the snapshots, one after another."""
         for each in snapshots:
             self.writer.save(each)
             self.until_idle()
         self.writer.close(CLOSE)
 
     def until_idle(self) -> None:
-        """Wait until nothing waits and nothing is on its way."""
+        """Waits until no snapshot is queued or being uploaded."""
 
         def is_idle() -> bool:
             with self.writer._changed:
@@ -104,11 +104,11 @@ class Writing:
         wait_for(is_idle, "the snapshot to be stored")
 
     def until_taken(self) -> None:
-        """Wait until the thread has taken the snapshot that waits."""
+        """Waits until the thread has taken the queued snapshot."""
         wait_for(lambda: self.writer._waiting is None, "the snapshot to be on its way")
 
     def failure(self) -> str:
-        """Save until that is refused; returns the reason."""
+        """Saves snapshots until one is refused; returns the reason."""
         refused = list[str]()
 
         def is_refused() -> bool:
@@ -133,7 +133,7 @@ def steps(store: ObjectStore) -> list[int]:
 
 
 def newest(store: ObjectStore) -> tuple[int, list[str]]:
-    """Step of the checkpoint that a resume would take, and the warnings."""
+    """Returns the step of the checkpoint that a resume would use, and the warnings."""
     warnings: list[str] = []
     found = newest_checkpoint(store, RUN, DIGEST, warnings.append)
     assert found
@@ -229,7 +229,7 @@ def test_old_checkpoints_go_with_their_files_but_not_the_best(
 ) -> None:
     accuracies = {1: None, 2: 0.5, 3: 0.9, 4: 0.9, 5: 0.8, 6: 0.7, 7: 0.6}
     write(keep=2).save(*(snapshot(step, accuracy) for step, accuracy in accuracies.items()))
-    assert steps(store) == [7, 6, 4]  # of equals the newer one
+    assert steps(store) == [7, 6, 4]  # the newer of equals
     kept = {state_key(step).rpartition("/")[0] for step in (7, 6, 4)}
     assert {info.key.rpartition("/")[0] for info in store.list("")} == kept
     assert len(list(store.list(""))) == 2 * len(kept)
@@ -281,7 +281,7 @@ def test_a_bug_of_the_writer_ends_the_training_rather_than_looking_like_a_slow_u
 
 @pytest.fixture
 def own_store(own: Settings, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    """A bucket of the test's own server; each request is tried once, so that an outage shows soon."""
+    """A bucket on the test's own server; requests are not retried, so that an outage shows soon."""
     monkeypatch.setattr("infra.storage.s3_client.TRIES", 1)
     use(up(own, only=S3), monkeypatch)
     return ObjectStore.connect(own.bucket)
@@ -289,7 +289,7 @@ def own_store(own: Settings, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
 
 @pytest.fixture
 def frozen(own: Settings, own_store: ObjectStore) -> Iterator[Callable[[], None]]:
-    """The storage takes connections but answers nothing, until this is called."""
+    """Makes the storage accept connections without an answer, until the returned function is called."""
     processes = StackFolder(own).members("seaweedfs")
 
     def wake() -> None:
@@ -371,7 +371,7 @@ def test_training_ends_when_no_checkpoint_can_be_stored_for_longer_than_patience
 
 
 class Undeletable(ObjectStore):
-    """A bucket whose policy lets nobody delete."""
+    """A bucket whose policy forbids deletion."""
 
     def delete(self, key: str) -> None:
         raise ServiceError(f"{key}: AccessDenied")
@@ -399,13 +399,20 @@ def test_a_state_without_its_commit_goes_with_the_next_checkpoint(
 def test_the_patience_of_a_stop_grows_with_the_state_and_with_a_slow_upload_up_to_a_limit() -> None:
     small, large = patience.last_checkpoint(1000, None), patience.last_checkpoint(340 * 10**6, 100e6)
     slow = patience.last_checkpoint(340 * 10**6, 20e6)
-    assert 15 <= small < large < slow < patience.last_checkpoint(340 * 10**6, 10e6) == patience.AT_MOST
-    assert patience.last_checkpoint(10**12, None) == patience.AT_MOST
+    assert 15 <= small < large < slow < patience.last_checkpoint(340 * 10**6, 10e6) == patience.CHECKPOINT_MAX
+    assert patience.last_checkpoint(10**12, None) == patience.CHECKPOINT_MAX
 
 
 def test_each_process_outlasts_those_that_it_waits_for() -> None:
-    rank = patience.REACH_STOP + patience.AT_MOST + patience.FLUSH
-    order = [rank, patience.TORCHRUN, patience.OWNER, patience.PAUSE, patience.FLOW, patience.CONTAINER]
+    rank = patience.STOP_STEP_WAIT + patience.CHECKPOINT_MAX + patience.METRICS_WAIT
+    order = [
+        rank,
+        patience.TORCHRUN_WAIT,
+        patience.SUPERVISOR_WAIT,
+        patience.COORDINATOR_WAIT,
+        patience.FLOW_WAIT,
+        patience.CONTAINER_GRACE,
+    ]
     assert order == sorted(set(order))
     deployment = Path(infra.__path__[0])
     graces = [
@@ -414,7 +421,7 @@ def test_each_process_outlasts_those_that_it_waits_for() -> None:
         for seconds in re.findall(r'terminationGracePeriodSeconds"?: (\d+)', (deployment / name).read_text())
     ]
     assert len(graces) == 2
-    assert min(graces) >= patience.CONTAINER
+    assert min(graces) >= patience.CONTAINER_GRACE
     assert "stop_grace_period: 2m" in (deployment / "compose.yaml").read_text()
 
 
@@ -474,11 +481,11 @@ def test_a_disk_that_stays_full_ends_the_training_with_the_reason(store: ObjectS
     assert steps(store) == []
 
 
-# The weights that a training is for
+# The final weights
 
 
 def finish(store: ObjectStore, folder: Path, step: int) -> Outcome:
-    """Commit the weights of a training that ended in this state."""
+    """Commits the weights of a training that ended in this state."""
     folder.mkdir(exist_ok=True)
     weights = {"weight": state(step)["network/weight"]}
     job = job_with(CheckpointConfig())
@@ -489,7 +496,7 @@ def test_committed_weights_are_never_replaced(store: ObjectStore, tmp_path: Path
     first = finish(store, tmp_path / "first", 1)
     committed = store.get_bytes(first.weights_key)
     assert finish(store, tmp_path / "again", 1) == first
-    with pytest.raises(ServiceError, match=f"finished before, with other weights: {first.weights_sha256}"):
+    with pytest.raises(ServiceError, match=f"already finished with other weights: {first.weights_sha256}"):
         finish(store, tmp_path / "other", 2)
     assert store.get_bytes(first.weights_key) == committed
     assert finished_outcome(store, RUN) == first

@@ -1,4 +1,4 @@
-"""The coordinator of a training on several nodes, which the test plays by what nodes write on the board."""
+"""The coordinator of a training on several nodes; the tests write the nodes' reports on the board."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ class Play:
         self.board.write_report(node, self._said[node])
 
     def order(self, wanted: Callable[[Instruction], bool]) -> Instruction:
-        """Returns the first order that is like this; meanwhile the nodes repeat what they said last."""
+        """Returns the first order that meets the condition; meanwhile the nodes repeat their last reports."""
 
         def find() -> Instruction | None:
             for node, said in self._said.items():
@@ -62,7 +62,7 @@ def play(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(coordinator, "BEAT", 0.05)
     play = Play(store, tmp_path)
     yield play
-    monkeypatch.setattr(coordinator, "PAUSE", 0.0)  # the nodes say nothing more
+    monkeypatch.setattr(coordinator, "COORDINATOR_WAIT", 0.0)  # the nodes say nothing more
     play.over.set()
     wait_for(play.ended, "the coordinator to end")
 

@@ -29,15 +29,15 @@ from infra.tracking.model_registry import aliased, set_alias
 from infra.tracking.promotion_history import promote
 from tasks.training import liveness
 from tasks.training.checkpoints import STATE
-from tasks.training.liveness import SILENCE, holding, lock_file
+from tasks.training.liveness import DEAD_AFTER_SECONDS, hold_run_lock, lock_file
 from tasks.upkeep.doctor import Finding, _delete_checkpoint, find_orphans, settle, settle_all
 from tests.tasks.leftovers import Leftovers, flow_run_in
 
 NOW = timedelta(seconds=-1)  # a grace that even the newest has had
 HOLD = """
 import sys
-from tasks.training.liveness import holding
-with holding(sys.argv[1], sys.argv[2]):
+from tasks.training.liveness import hold_run_lock
+with hold_run_lock(sys.argv[1], sys.argv[2]):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -193,7 +193,8 @@ def test_a_flow_that_a_worker_will_take_up_again_is_left_alone(
 
 
 @pytest.mark.parametrize(
-    ("written", "silent", "dead"), [(1, SILENCE + 9, True), (1, SILENCE - 99, False), (-1, 0, False)]
+    ("written", "silent", "dead"),
+    [(1, DEAD_AFTER_SECONDS + 9, True), (1, DEAD_AFTER_SECONDS - 99, False), (-1, 0, False)],
 )
 def test_without_a_lock_a_job_that_is_silent_for_long_is_dead(
     made: Leftovers, monkeypatch: pytest.MonkeyPatch, written: float, silent: float, dead: bool
@@ -206,7 +207,7 @@ def test_without_a_lock_a_job_that_is_silent_for_long_is_dead(
     job.write_text("{}")
     then = flow_run.start_time.timestamp() + written  # before the flow run began, it was another's
     os.utime(job, (then, then))
-    clock = then + (silent or 10 * SILENCE)
+    clock = then + (silent or 10 * DEAD_AFTER_SECONDS)
     monkeypatch.setattr(liveness.time, "time", lambda: clock)
     assert whats(find_orphans()) == ([("run", run)] if dead else [])
 
@@ -214,7 +215,7 @@ def test_without_a_lock_a_job_that_is_silent_for_long_is_dead(
 def test_what_has_been_taken_up_meanwhile_is_not_settled(made: Leftovers) -> None:
     run = running(made, flow_run_in(Failed()))
     found = find_orphans()
-    with holding(run):
+    with hold_run_lock(run):
         assert settle(found) == []
         assert mlflow_runs.run_status(run) == "RUNNING"
     mlflow_runs.end_run(run, "FINISHED")
@@ -231,13 +232,13 @@ def test_runs_that_are_not_ours_are_left_alone(made: Leftovers) -> None:
 def test_two_processes_cannot_go_on_with_one_run(
     made: Leftovers, start: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(liveness, "PATIENCE", 0.3)
+    monkeypatch.setattr(liveness, "LOCK_WAIT_SECONDS", 0.3)
     first = hold(start, "some-run", "")
-    with pytest.raises(UsageError, match="another process"), holding("some-run"):
+    with pytest.raises(UsageError, match="another process"), hold_run_lock("some-run"):
         pass
     first.kill()
     first.wait()
-    with holding("some-run"):
+    with hold_run_lock("some-run"):
         pass
     assert not lock_file("some-run").exists()
 
@@ -274,7 +275,7 @@ def test_a_step_that_a_resumed_training_has_stored_meanwhile_is_kept(made: Lefto
     young = datetime.now(UTC) - timedelta(days=1)
     made.put(prefixes[0] + COMMIT, days=0)
     made.put(prefixes[1] + STATE, days=0)
-    with holding("held"):
+    with hold_run_lock("held"):
         assert [_delete_checkpoint(made.store, prefix, young) for prefix in prefixes] == [False, False, False, True]
     assert made.there("runs/") == {prefixes[0] + COMMIT, *(prefix + STATE for prefix in prefixes[:3])}
 

@@ -1,4 +1,4 @@
-"""What the train task and the ranks tell each other through files."""
+"""The messages between the train task and the ranks, as files."""
 
 import os
 import subprocess
@@ -148,7 +148,7 @@ def test_rank_that_was_killed_is_told_from_those_that_failed_since_it_was_gone(
 
 @pytest.fixture
 def full_disk(folder: JobFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobFolder]:
-    """The same folder on a disk without any room left."""
+    """A job folder on a full disk."""
     if os.geteuid():
         pytest.skip("only root can mount a small disk")
     mounted = subprocess.run(
@@ -168,7 +168,7 @@ def full_disk(folder: JobFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jo
 
 
 def test_a_full_disk_costs_events_and_nothing_else(full_disk: JobFolder) -> None:
-    for _ in range(100):  # the last block of the file has room for some, and for a part of one
+    for _ in range(100):  # the file's last block holds some events, and a part of one
         full_disk.write_event(EVENT)
     (full_disk.path / "filler").unlink()
     last = EVENT.model_copy(update={"step": 7})

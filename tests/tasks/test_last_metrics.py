@@ -1,4 +1,4 @@
-"""What a rank meets and the flow puts right: no MLflow when it finishes, a damaged file in the cache."""
+"""Failures of a rank that the flow repairs: MLflow is away when it finishes, a file in the cache is damaged."""
 
 import os
 import subprocess

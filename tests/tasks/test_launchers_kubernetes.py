@@ -1,4 +1,4 @@
-"""The Job that launcher=kubernetes makes of a configuration."""
+"""The Job that launcher=kubernetes builds from a configuration."""
 
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def test_own_template_keeps_what_it_says(tmp_path: Path) -> None:
     (agent,) = training_job(order(template=own), None)["spec"]["template"]["spec"]["containers"]
     assert agent["command"] == ["convoy", "join"]  # the module that copies of an older template name has moved
     own.write_text("kind: Pod")
-    with pytest.raises(UsageError, match=r"is no Job like training-job\.yaml"):
+    with pytest.raises(UsageError, match=r"is not a Job like training-job\.yaml"):
         training_job(order(template=own), None)
     with pytest.raises(UsageError, match="No such file"):
         training_job(order(template=tmp_path / "none.yaml"), None)

@@ -20,7 +20,7 @@ from tests.flows.program import wait_for
 
 @pytest.fixture
 def member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], Membership]:
-    """Makes a node that takes part in a training whose storage is away; it appends to a list what it says."""
+    """Returns a factory of memberships whose storage does not answer; a membership appends its messages to the list."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port('127.0.0.1')}")
     job = Job(
         run_id="f00d",
@@ -45,7 +45,7 @@ def test_node_can_be_told_to_leave_while_the_storage_does_not_answer(
     thread = threading.Thread(target=lambda: left.append(member(said).run(told.is_set)), daemon=True)
     thread.start()
     wait_for(lambda: said, "the node to notice")
-    assert said[0].startswith("going on without news: ")
+    assert said[0].startswith("the storage does not answer; the ranks go on: ")
     assert thread.is_alive()
     told.set()
     thread.join(30)

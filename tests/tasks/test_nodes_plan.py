@@ -1,4 +1,4 @@
-"""Which nodes train together."""
+"""The choice of nodes that train together."""
 
 import pytest
 

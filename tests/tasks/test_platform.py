@@ -1,4 +1,4 @@
-"""What a training's record says of the code that decides its weights."""
+"""The code that a training's record covers, since it decides the weights."""
 
 import subprocess
 import sys

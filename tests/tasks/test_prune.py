@@ -29,7 +29,7 @@ from infra.tracking.model_registry import ModelVersion, delete_alias, set_alias
 from infra.tracking.promotion_history import Lineage, newest, promote
 from tasks.config.retention import RetentionConfig, load_retention
 from tasks.data.prune_mark import marked, wait_for_prune
-from tasks.training.liveness import holding
+from tasks.training.liveness import hold_run_lock
 from tasks.upkeep.prune import Pruned, trainings_under_way
 from tests.tasks.leftovers import Leftovers, flow_run_in
 
@@ -80,7 +80,7 @@ def test_outputs_of_a_training_go_unless_a_version_came_of_it(made: Leftovers) -
 
 def test_a_process_at_work_protects_its_run_whatever_mlflow_says(made: Leftovers) -> None:
     run = made.run("KILLED")
-    with holding(run):
+    with hold_run_lock(run):
         prune()
         assert checkpoints(made, run) and len(made.outputs(run)) == 5
     prune()

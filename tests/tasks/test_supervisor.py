@@ -1,4 +1,4 @@
-"""No process outlives its owner: the supervisor, and what it is made of, with real processes."""
+"""No process outlives its owner: tests the supervisor and its parts with real processes."""
 
 import logging
 import os
@@ -20,11 +20,11 @@ from tasks.config.run import CheckpointConfig
 from tasks.orchestration import outage
 from tasks.orchestration.outage import through_outage
 from tasks.training.protocol.job import Job, JobFolder, Outcome
-from tasks.training.torchrun import among_nodes, start_torchrun
+from tasks.training.torchrun import node_options, start_torchrun
 from tasks.training.train import TrainingFailed, _run, await_earlier_start
 from tests.flows.program import Training, wait_for
 
-# In one piece, since several say so at once.
+# In one write, since several processes print at the same time.
 SAY_PID_AND_SLEEP = "import os, time; os.write(1, bytes(f'{os.getpid()}', 'ascii') + bytes([10])); time.sleep(600)"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SAY_PID_AND_SLEEP
 OWNER = f"""
@@ -158,7 +158,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from tasks.training import rank
 met = {met}
-rank.REACH_STOP = 0.5 if met else 600.0
+rank.STOP_STEP_WAIT = 0.5 if met else 600.0
 stop = rank.StopSignal()
 if met:
     stop.ranks_have_met()
@@ -167,7 +167,7 @@ dist.HashStore().wait(["a rank that is gone"], timedelta(seconds=600))
 """
 
 
-@pytest.mark.parametrize("met", [True, False])  # before the ranks have met, at once
+@pytest.mark.parametrize("met", [True, False])  # before the rendezvous, immediately
 def test_rank_that_waits_inside_pytorch_ends_itself_after_sigterm(
     started: list[subprocess.Popen[str]], met: bool
 ) -> None:
@@ -199,7 +199,7 @@ def always_away() -> None:
 
 @pytest.fixture
 def training(tmp_path: Path) -> Training:
-    """A job whose dataset is nowhere: its ranks would fail."""
+    """Writes a job whose dataset does not exist, so that its ranks would fail."""
     return order(tmp_path, restarts=0)
 
 
@@ -233,7 +233,7 @@ def test_supervisor_ends_torchrun_when_its_standard_input_closes(
     wait_for(lambda: training.processes("tasks.training.torchrun"), "torchrun to start")
     assert supervisor.stdin
     supervisor.stdin.close()
-    assert supervisor.wait(60) == 0  # as it was told
+    assert supervisor.wait(60) == 0  # a stop that was asked for
     assert training.processes() == []
 
 
@@ -252,7 +252,7 @@ import subprocess, sys
 from pathlib import Path
 from tasks.training.launchers import local
 from tasks.training.protocol.job import JobFolder
-local.HUNG, local.OWNER = 0.5, 600.0
+local.HUNG_RANKS_WAIT, local.SUPERVISOR_WAIT = 0.5, 600.0
 deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
 rank = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
 rank.stdout.readline()
@@ -401,7 +401,7 @@ def test_nodes_meet_without_unpickling(
             start_torchrun(
                 training.folder,
                 ranks=1,
-                meeting=among_nodes("generation", meeting, number, 2, "127.0.0.1"),
+                rendezvous=node_options("generation", meeting, number, 2, "127.0.0.1"),
                 interface="lo",
                 log=log.fileno(),
             )

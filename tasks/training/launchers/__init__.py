@@ -1,1 +1,1 @@
-"""Where the ranks of a training run: one module per launcher."""
+"""Launchers, which start the ranks of a training: one module per launcher."""

@@ -1,7 +1,7 @@
-"""Agents in the pods of an Indexed Job.
+"""Launcher for Kubernetes: agents in the pods of an Indexed Job.
 
-A plain Job is all it takes: pods that are lost come back, and since agents find each other through the bucket and talk
-by the addresses of their pods, there is no operator, no headless service, and no pod that must be the first.
+A plain Job is enough: Kubernetes replaces lost pods, and agents find each other through the bucket and use the pods'
+addresses. So there is no operator, no headless service, and no pod that must be the first.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,11 +25,11 @@ GPU = "nvidia.com/gpu"
 
 @contextmanager
 def agents(folder: JobFolder) -> Iterator[None]:
-    """Have pods run agents for a job, as long as the context lasts.
+    """Runs agents for a job in pods during the block.
 
     Raises:
         Outage: the cluster does not answer.
-        UsageError: there is none, or it refuses the Job.
+        UsageError: there is no cluster, or it refuses the Job.
     """
     manifest = training_job(folder.read_job(), Settings().pod)
     namespace = manifest["metadata"]["namespace"]
@@ -43,16 +43,15 @@ def agents(folder: JobFolder) -> Iterator[None]:
         try:
             jobs.delete(name)
         except (ServiceError, UsageError) as error:
-            folder.write_event(Event(warning=f"Job {name} is left: {error}"))
+            folder.write_event(Event(warning=f"Job {namespace}/{name} could not be deleted; delete it: {error}"))
 
 
 def training_job(job: Job, flow_pod: str | None) -> dict[str, Any]:
-    """The manifest of a training's Job.
+    """Returns the manifest of a training's Job.
 
     Args:
-        job: order to train; its `launch.kubernetes` names a template, or else it is infra/kubernetes/training-job.yaml.
-        flow_pod: `namespace/name/uid` of the pod that the flow runs in, if it does, with which Kubernetes deletes the
-            Job then.
+        job: order to train; `launch.kubernetes.template` replaces infra/kubernetes/training-job.yaml.
+        flow_pod: `namespace/name/uid` of the flow's pod, if it runs in one; Kubernetes deletes the Job with that pod.
 
     Raises:
         UsageError: the template cannot be used.
@@ -78,24 +77,24 @@ def training_job(job: Job, flow_pod: str | None) -> dict[str, Any]:
         pod["spec"]["serviceAccountName"] = config.service_account
         secret["secretRef"]["name"] = config.secret
         environment.append({"name": "CONVOY_SLOTS", "value": str(config.ranks_per_pod)})
-        if "tasks.nodes.agent" in agent.get("command", ()):  # as in copies of the template of Convoy 0.1
+        if "tasks.nodes.agent" in agent.get("command", ()):  # in copies of the template of Convoy 0.1
             agent["command"] = ["convoy", "join"]
         agent |= {"image": config.image, "args": [job.run_id], "resources": _resources(config)}
     except OSError as error:
         raise UsageError(f"kubernetes.template {template}: {error.strerror}") from None
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"kubernetes.template {template} is no Job like {TEMPLATE.name}: {error!r}") from None
+        raise UsageError(f"kubernetes.template {template} is not a Job like {TEMPLATE.name}: {error!r}") from None
     return manifest
 
 
 def _owner(flow_pod: str, namespace: str) -> list[Mapping[str, str]]:
-    """The flow's pod as owner. One in another namespace cannot be: Kubernetes would take it for gone."""
+    """Returns the flow's pod as owner; none from another namespace, which Kubernetes would treat as deleted."""
     where, name, uid = flow_pod.split("/")
     return [{"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}] if where == namespace else []
 
 
 def _resources(config: KubernetesConfig) -> dict[str, dict[str, str]]:
-    """Of a pod: no limit on processor time, which would throttle ranks that wait for each other."""
+    """Returns a pod's resources; no CPU limit, since it would throttle ranks that wait for each other."""
     ranks = config.ranks_per_pod
     memory = f"{int(config.memory[:-2]) * ranks}{config.memory[-2:]}"
     gpus = {GPU: str(config.gpus * ranks)} if config.gpus else {}

@@ -1,25 +1,24 @@
-"""The ranks on this machine, under one torchrun."""
+"""Launcher for ranks on this machine, under one torchrun."""
 
 from collections.abc import Callable
 
 from infra.machine.lifeline import end_descendants
 from tasks.training.protocol.job import Event, JobFolder, Restarts
 from tasks.training.protocol.memory_file import memory_file
-from tasks.training.protocol.patience import HUNG, OWNER
+from tasks.training.protocol.patience import HUNG_RANKS_WAIT, SUPERVISOR_WAIT
 from tasks.training.torchrun import ALONE, start_torchrun
 
-POLL = 0.1  # seconds
+POLL_SECONDS = 0.1
 
 
 def run(folder: JobFolder, wants_end: Callable[[float], bool]) -> int:
-    """Starts the ranks, and again after a crash, from their last checkpoint, until they say how it ended.
+    """Starts the ranks, and restarts them from the last checkpoint after a crash, until the training has an outcome.
 
     Args:
-        folder: of the job.
-        wants_end: waits so many seconds at most for the task to end, or to want this to; tells whether it does.
+        wants_end: waits at most the given seconds; returns whether the task has ended or asks for a stop.
 
     Returns:
-        The exit status of the ranks.
+        The exit status of torchrun; 0 after a stop.
     """
     restarts = Restarts(folder)
     while True:
@@ -36,28 +35,23 @@ def run(folder: JobFolder, wants_end: Callable[[float], bool]) -> int:
 
 
 def _start_ranks(folder: JobFolder, wants_end: Callable[[float], bool]) -> int | None:
-    """One start of torchrun; its exit status, or None if the task has ended, or wants us to end.
+    """Starts torchrun and waits for it; returns its exit status, or None after a stop.
 
-    The ranks meet in a file in memory and talk over the loopback interface: a TCP store would listen on every
-    interface of the machine, without credentials; and on a full disk, PyTorch's FileStore waits without end for the
-    rest of an entry that could be written in part only.
+    The ranks' rendezvous is a file in memory, and their traffic uses the loopback interface. A TCP store would listen
+    on every interface of the machine, without credentials. On a full disk, PyTorch's FileStore waits without end for
+    the rest of an entry that was written only in part.
     """
     job = folder.read_job()
-    with memory_file() as meeting, folder.log.open("wb") as log:
+    with memory_file() as rank_store, folder.log.open("wb") as log:
         torchrun = start_torchrun(
-            folder.path,
-            ranks=job.world_size,
-            meeting=ALONE,
-            ranks_meet=meeting,
-            interface="lo",
-            log=log.fileno(),
+            folder.path, ranks=job.world_size, rendezvous=ALONE, rank_store=rank_store, interface="lo", log=log.fileno()
         )
         while torchrun.poll() is None:
-            if wants_end(POLL):
-                _end_ranks(folder)  # now, while the ranks' meeting place is still there
+            if wants_end(POLL_SECONDS):
+                _end_ranks(folder)  # while the file of their rendezvous still exists
                 return None
         return torchrun.returncode
 
 
 def _end_ranks(folder: JobFolder) -> None:
-    end_descendants(lambda: OWNER if folder.stopped else HUNG)
+    end_descendants(lambda: SUPERVISOR_WAIT if folder.stopped else HUNG_RANKS_WAIT)

@@ -1,4 +1,4 @@
-"""Agents on nodes that join by themselves, and on this machine, if it is to be one of them."""
+"""Launcher for nodes that join by `convoy join`; this machine can be one of them."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from tasks.training.protocol.job import JobFolder
 
 @contextmanager
 def agents(folder: JobFolder) -> Iterator[None]:
-    """Has this machine run an agent for a job, unless it only coordinates; the agent dies with this process."""
+    """Runs an agent on this machine, unless it only coordinates; the agent dies with this process."""
     job = folder.read_job()
     if job.launch.nodes.here:
         with (folder.path / "agent.log").open("wb") as log:

@@ -1,8 +1,8 @@
-"""Agents in a Ray cluster: one actor a rank, each in a bundle of a placement group, that runs an agent.
+"""Launcher for Ray: one actor per rank, each in a bundle of a placement group, runs an agent.
 
-Ray places the actors, and starts those of a lost node again where there is room; coordinator and agents do the rest, as
-with any other nodes. Convoy must be installed on the Ray nodes. Ray pickles the actor's class and its arguments on its
-own wire; nothing of Convoy's is stored that way.
+Ray places the actors, and restarts those of a lost node on nodes with free resources; coordinator and agents do the
+rest, as for other nodes. Convoy must be installed on the Ray nodes. Ray pickles the actor's class and its arguments on
+its own wire; Convoy stores nothing that way.
 """
 
 import logging
@@ -26,10 +26,10 @@ from tasks.config.launchers import RayConfig, RayLaunch
 from tasks.training.launchers.watch import watching
 from tasks.training.protocol.job import JobFolder
 
-CONNECTS_WITHIN = 30.0  # seconds
-LEAVE = 5.0  # seconds that agents have to find that the training is over
+CONNECT_TIMEOUT = 30.0
+AGENTS_END_SECONDS = 5.0  # seconds that agents have to notice that the training is over
 
-ACCESS = (
+ACCESS_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_DEFAULT_REGION",
     "AWS_ENDPOINT_URL",
@@ -47,24 +47,24 @@ ACCESS = (
     "MLFLOW_TRACKING_URI",
     "MLFLOW_TRACKING_USERNAME",
 )
-"""Variables of the storage and of MLflow that agents are told. What is unset here, the Ray node's own may say; files,
-such as of AWS profiles, are the node's anyway."""
+"""Variables for the storage and MLflow that agents receive. One that is unset here keeps the Ray node's own value, and
+files, such as AWS profiles, are always the node's."""
 
 
 class AgentHost:
-    """The actor: keeps a process with an agent in it."""
+    """The actor: runs an agent in a child process."""
 
     def run(self, run_id: str, access: dict[str, str]) -> str:
-        """Run an agent until it ends.
+        """Runs an agent until it ends.
 
         Args:
             run_id: the training.
-            access: variables that give access to the servers. They come as an argument of this call, which goes from
-                the driver to this process and to nowhere else: a `runtime_env` would be shown on Ray's dashboard and
-                written to its logs, and arguments of the actor itself are kept by Ray's control store.
+            access: variables that give access to the servers. Only an argument of this call stays between the driver
+                and this process: Ray's dashboard and logs show a `runtime_env`, and Ray's control store keeps arguments
+                of the actor itself.
 
         Returns:
-            What was wrong; empty if nothing was.
+            The agent's error in one line; empty after success.
         """
         address = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         environment = {
@@ -73,9 +73,9 @@ class AgentHost:
             **os.environ,
             **access,
             "CONVOY_SLOTS": "1",
-            "PYTHONSAFEPATH": "1",  # else `-m` looks for our modules in the working folder first
+            "PYTHONSAFEPATH": "1",  # else `-m` searches the working folder first
         }
-        # This is the actor's main thread, as the kernel's death signal wants it: it asks for the thread that forked.
+        # In the actor's main thread: the kernel sends the death signal when the thread that forked ends.
         agent = subprocess.Popen(
             [sys.executable, "-m", "tasks.training.nodes.agent", run_id],
             env=environment,
@@ -84,23 +84,23 @@ class AgentHost:
             text=True,
             preexec_fn=dying_with_this_process(),
         )
-        _, said = agent.communicate()
-        sys.stderr.write(said)  # to the actor's log
+        _, printed = agent.communicate()
+        sys.stderr.write(printed)  # to the actor's log
         if not agent.returncode:
             return ""
-        last = (said.strip().splitlines() or [f"exit status {agent.returncode}"])[-1]
+        last = (printed.strip().splitlines() or [f"exit status {agent.returncode}"])[-1]
         return f"the agent on Ray node {address} ended: {last.removeprefix('error: ')}"
 
 
 @contextmanager
 def agents(folder: JobFolder) -> Iterator[None]:
-    """Have a Ray cluster run an agent for each rank of a job, as long as the context lasts.
+    """Runs an agent in a Ray cluster for each rank of a job, during the block.
 
-    However this process ends, Ray ends the actors with it, and the kernel the agents with them.
+    However this process ends, Ray ends the actors with it, and the kernel ends the agents with the actors.
 
     Raises:
-        Outage: there is no such cluster, or it does not answer.
-        UsageError: it cannot be used, by its version for example.
+        Outage: there is no cluster, or it does not answer.
+        UsageError: the cluster cannot be used, for example because of its version.
     """
     job = folder.read_job()
     assert isinstance(job.launch, RayLaunch)
@@ -115,33 +115,33 @@ def agents(folder: JobFolder) -> Iterator[None]:
             num_cpus=config.cpus,
             num_gpus=config.gpus,
             max_restarts=-1,
-            max_task_retries=-1,  # the driver repeats the call, and so its arguments, to an actor that was restarted
+            max_task_retries=-1,  # the driver repeats the call, with its arguments, to a restarted actor
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
         ).remote()
         for number in range(job.world_size)
     ]
-    access = {name: value for name in ACCESS if (value := os.environ.get(name)) is not None}
+    access = {name: value for name in ACCESS_VARIABLES if (value := os.environ.get(name)) is not None}
     runs = {actor.run.remote(job.run_id, access): actor for actor in actors}
 
-    def look() -> Iterator[str]:
-        """Start agents again that have ended; says why they had, and what there is no room for."""
+    def poll() -> Iterator[str]:
+        """Restarts agents that have ended; yields why they ended, and which resources are missing."""
         ended, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0)
         for run in ended:
             actor = runs.pop(run)
             try:
-                said = ray.get(run)
+                failure = ray.get(run)
             except RayError as error:
-                said = f"Ray cannot run an agent: {one_line(error)[:300]}"
-            if said:
-                yield said
+                failure = f"Ray cannot run an agent: {_short(error)}"
+            if failure:
+                yield failure
             runs[actor.run.remote(job.run_id, access)] = actor
         if placement_group_table(group)["state"] != "CREATED":
-            yield f"Ray has no room for {len(actors)} ranks with {bundle} each; waiting for more nodes"
+            yield f"Ray lacks resources for {len(actors)} ranks with {bundle} each; waiting for more nodes"
 
     try:
-        with watching(look, folder):
+        with watching(poll, folder):
             yield
-        ray.wait(list(runs), num_returns=len(runs), timeout=LEAVE)
+        ray.wait(list(runs), num_returns=len(runs), timeout=AGENTS_END_SECONDS)
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -150,10 +150,10 @@ def agents(folder: JobFolder) -> Iterator[None]:
 
 
 def _connect(config: RayConfig) -> None:
-    """Become a driver of the cluster.
+    """Connects to the cluster as a driver.
 
-    In a thread of its own, since Ray waits without end for a cluster that does not answer, deaf to signals; and since
-    from there it leaves the signals' handlers as they are.
+    In a thread, since Ray ignores signals while it waits, without end, for a cluster that does not answer. From a
+    thread, it also leaves the signal handlers as they are.
     """
     failures: list[Exception] = []
 
@@ -163,18 +163,18 @@ def _connect(config: RayConfig) -> None:
         except Exception as error:
             failures.append(error)
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it would tell people that it left a handler alone
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that it left a handler alone
     thread = threading.Thread(target=connect, name="connect", daemon=True)
     thread.start()
-    thread.join(CONNECTS_WITHIN)
+    thread.join(CONNECT_TIMEOUT)
     where = config.address or os.environ.get("RAY_ADDRESS", "this machine")
     if thread.is_alive():
-        raise Outage(f"the Ray cluster at {where} has not answered for {CONNECTS_WITHIN:g} s")
+        raise Outage(f"the Ray cluster at {where} has not answered for {CONNECT_TIMEOUT:g} s")
     for error in failures:
         if isinstance(error, ConnectionError):
-            raise Outage(f"no Ray cluster at {where}; is this machine a node of it (`ray start`)? {_line(error)}")
-        raise UsageError(f"the Ray cluster at {where} cannot be used: {_line(error)}")
+            raise Outage(f"no Ray cluster at {where}; is this machine a node of it (`ray start`)? {_short(error)}")
+        raise UsageError(f"the Ray cluster at {where} cannot be used: {_short(error)}")
 
 
-def _line(error: Exception) -> str:
+def _short(error: Exception) -> str:
     return one_line(error)[:300]

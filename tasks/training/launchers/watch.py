@@ -1,4 +1,4 @@
-"""Tells people what keeps a scheduler's agents from joining."""
+"""Warns people while a scheduler cannot start agents."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -7,27 +7,27 @@ from contextlib import contextmanager
 from infra.errors import ServiceError
 from tasks.training.protocol.job import Event, JobFolder
 
-LOOK_EVERY = 5.0  # seconds
+POLL_SECONDS = 5.0
 
 
 @contextmanager
-def watching(look: Callable[[], Iterable[str]], folder: JobFolder) -> Iterator[None]:
-    """Call `look` every few seconds; what it says becomes a warning, unless it said so the last time.
+def watching(poll: Callable[[], Iterable[str]], folder: JobFolder) -> Iterator[None]:
+    """Calls `poll` every few seconds, in the block; turns each line that the last poll did not return into a warning.
 
-    In a thread, since a scheduler may take long to answer, and the coordinator must not fall silent meanwhile.
+    Polls in a thread, since a scheduler may take long to answer, and the coordinator must not fall silent meanwhile.
     """
     over = threading.Event()
 
     def watch() -> None:
-        said: set[str] = set()
-        while not over.wait(LOOK_EVERY):
+        known: set[str] = set()
+        while not over.wait(POLL_SECONDS):
             try:
-                found = set(look())
+                found = set(poll())
             except ServiceError as error:
                 found = {str(error)}
-            for line in sorted(found - said):
+            for line in sorted(found - known):
                 folder.write_event(Event(warning=line))
-            said = found
+            known = found
 
     thread = threading.Thread(target=watch, name="watch", daemon=True)
     thread.start()
@@ -35,4 +35,4 @@ def watching(look: Callable[[], Iterable[str]], folder: JobFolder) -> Iterator[N
         yield
     finally:
         over.set()
-        thread.join(LOOK_EVERY)
+        thread.join(POLL_SECONDS)

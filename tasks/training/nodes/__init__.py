@@ -1,11 +1,11 @@
 """Training on several nodes.
 
-The flow's machine runs a *coordinator*; each node runs an *agent*, by `convoy join` or by whatever starts it. They
-talk through small objects in the bucket, so that nobody listens on a port for it, one set of credentials serves for
-all, and nodes need to reach only the storage and each other. The coordinator decides which nodes train together, as
-a *generation*; each generation is one start of torchrun on its nodes, with a fixed world size that divides
-the lanes, and goes on from the newest checkpoint. When a node is lost, comes or goes, the next generation begins.
+The flow's machine runs a *coordinator*; each node runs an *agent*, started by `convoy join` or by a scheduler. They
+exchange small objects in the bucket. No process listens on a port for this, one set of credentials serves all nodes,
+and a node needs to reach only the storage and the other nodes. The coordinator decides which nodes form a *generation*:
+one start of torchrun, from the newest checkpoint, with a fixed world size that divides the lanes. When a node is lost,
+joins or leaves, the next generation begins.
 
-Nothing rests on all nodes agreeing: a node that was given up and trains on behind a cut link computes the same bits,
-so that whatever it may still write is what the others write.
+The result does not depend on all nodes agreeing: a node that was given up and trains on behind a cut link computes the
+same bits, so all that it may still write equals what the other nodes write.
 """

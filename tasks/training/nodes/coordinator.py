@@ -1,54 +1,54 @@
-"""Decides which nodes train together, and what happens when one is lost, comes or goes."""
+"""Decides which nodes train together, and forms the next generation when a node is lost, joins or leaves."""
 
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from infra.errors import ServiceError
 from infra.storage.object_store import open_bucket
 from tasks.training.nodes.plan import plan
 from tasks.training.platform import Platform, differences, this_platform
-from tasks.training.protocol.board import ANSWERS_WITHIN, BEAT, Board, Heartbeat, Instruction, Invitation, NodeReport
+from tasks.training.protocol.board import BEAT, STORAGE_TIMEOUT, Board, Heartbeat, Instruction, Invitation, NodeReport
 from tasks.training.protocol.job import Event, JobFolder, Outcome, Restarts, Status
-from tasks.training.protocol.patience import PAUSE
+from tasks.training.protocol.patience import COORDINATOR_WAIT
 
-SETTLE = 5.0  # seconds without a change among the nodes before a generation is formed, or grows
-FRESH = 4 * BEAT  # seconds of silence after which a node is not begun with
+SETTLE_SECONDS = 5.0  # seconds without a change of the ready nodes before a generation is formed or enlarged
+STALE_SECONDS = 4 * BEAT  # seconds of silence after which a node does not join a generation
 
 
 class Coordinator:
-    """Brings one training to its end, over as many generations of nodes as it takes.
+    """Runs one training to its end, over as many generations of nodes as needed.
 
     Args:
-        folder: of the job, on this machine; the ranks' events and their outcome are passed on to it.
+        folder: of the job, on this machine; receives the ranks' events and outcome.
     """
 
     def __init__(self, folder: JobFolder) -> None:
         self._folder, self._job = folder, folder.read_job()
         self._nodes = self._job.launch.nodes
-        store = open_bucket(timeout=ANSWERS_WITHIN)
+        store = open_bucket(timeout=STORAGE_TIMEOUT)
         self._board = Board(store, self._job.run_id)
         self._order = Instruction(beat=0)
         self._reports: dict[str, NodeReport] = {}
         self._heartbeats: dict[str, Heartbeat] = {}
-        # Schedulers choose other machines, and one that only coordinates may have another kind of processor: then the
-        # first node decides.
+        # A machine that only coordinates may have another kind of processor: then the first node decides.
         here = self._job.launch.launcher == "nodes" and self._nodes.here
         self._platform: Platform | None = this_platform() if here else None
         self._refused: set[str] = set()
-        self._passed_on: dict[str, int] = {}  # events of each member of this generation
+        self._passed_on: dict[str, int] = {}  # number of events per member of this generation
         self._ready: frozenset[str] = frozenset()
-        self._changed = time.monotonic()  # when those who are ready did
-        self._short_since: float | None = time.monotonic()
+        self._ready_changed = time.monotonic()  # time of the last change of _ready
+        self._too_few_since: float | None = time.monotonic()
         self._formed = 0.0
         self._paused: float | None = None
         self._restarts = Restarts(folder)
 
     def run(self, wants_end: Callable[[], bool]) -> None:
-        """Coordinate until the training is over; how it ended is then in the folder, if the ranks said so.
+        """Coordinates until the training is over; the outcome is then in the folder, if there is one.
 
         Args:
-            wants_end: whether the task has ended, or wants this to.
+            wants_end: returns whether the task has ended or asks for a stop.
         """
         try:
             self._board.clear()
@@ -56,30 +56,28 @@ class Coordinator:
             while not self._beat(ending=wants_end()):
                 time.sleep(BEAT)
         finally:
-            try:
+            with suppress(ServiceError):  # the agents notice that this coordinator is silent
                 self._board.clear()
-            except ServiceError:
-                pass  # the agents find that this has fallen silent
 
     def _beat(self, *, ending: bool) -> bool:
-        """Look around once and give orders; whether the training is over."""
+        """Reads the reports and writes the next order; returns whether the training is over."""
         if ending and self._paused is None:
             self._paused = time.monotonic()
         try:
-            self._listen()
-            over = self._watch(ending=ending) if self._order.members else ending or self._gather()
+            self._read_reports()
+            over = self._check_generation(ending=ending) if self._order.members else ending or self._form_generation()
             self._order = self._order.model_copy(
                 update={"beat": self._order.beat + 1, "pause": self._paused is not None}
             )
             self._board.write_order(self._order)
             return over
         except ServiceError:
-            # The ranks go on meanwhile, and nobody is to blame for a silence in which we could not hear.
+            # The ranks go on meanwhile. This machine could not read the reports, so no node counts as silent.
             for heartbeat in self._heartbeats.values():
                 heartbeat.reset()
-            return ending and self._paused_for > PAUSE
+            return ending and self._paused_for > COORDINATOR_WAIT
 
-    def _listen(self) -> None:
+    def _read_reports(self) -> None:
         self._reports = self._board.reports()
         for node, report in self._reports.items():
             self._heartbeats.setdefault(node, Heartbeat()).beat(report.beat)
@@ -89,75 +87,76 @@ class Coordinator:
             self._passed_on[node] = report.events_before + len(report.events)
         ready = frozenset(self._candidates())
         if ready != self._ready:
-            self._ready, self._changed = ready, time.monotonic()
+            self._ready, self._ready_changed = ready, time.monotonic()
 
-    def _watch(self, *, ending: bool) -> bool:
-        """See after the generation that trains; whether the training is over."""
+    def _check_generation(self, *, ending: bool) -> bool:
+        """Checks on the generation that trains; returns whether the training is over."""
         members = self._members()
         ended = {node: report for node, report in members.items() if report.exit_status is not None}
         outcomes = {report.outcome.status: report.outcome for report in ended.values() if report.outcome}
         all_ended = len(ended) == len(self._order.members)
         patience = self._nodes.patience
-        lost = [node for node in self._order.members if node not in self._heartbeats or self._silence(node) > patience]
-        # During a pause, a checkpoint that could not be stored is only lost: the next generation repeats its steps.
+        alive = {node for node, heartbeat in self._heartbeats.items() if heartbeat.silence <= patience}
+        lost = [node for node in self._order.members if node not in alive]
+        # If the checkpoint of a pause cannot be stored, the next generation only repeats its steps.
         final: list[Status] = ["finished", "failed"]
         if self._paused is None:
             final.append("unsaved")
-        if said := next((outcomes[status] for status in final if status in outcomes), None):
-            self._folder.write_outcome(said)
+        if outcome := next((outcomes[status] for status in final if status in outcomes), None):
+            self._folder.write_outcome(outcome)
             return True
         if self._paused is None and ("interrupted" in outcomes or any(report.leaving for report in members.values())):
-            self._paused = time.monotonic()  # a node leaves; the others may not know yet
+            self._paused = time.monotonic()  # a node leaves; the other nodes may not know yet
         if self._paused is not None:
-            if not (all_ended or self._paused_for > PAUSE or lost):
+            if not (all_ended or self._paused_for > COORDINATOR_WAIT or lost):
                 return False
             if ending and "interrupted" in outcomes:
                 self._folder.write_outcome(outcomes["interrupted"])
-            self._dissolve()
+            self._end_generation()
             return ending
         if lost:
-            return self._again(f"node {', '.join(lost)} has been silent for {patience:g} s", outcomes)
+            return self._retry(f"node {', '.join(lost)} has been silent for {patience:g} s", outcomes)
         if troubles := [f"{report.trouble} on node {node}" for node, report in ended.items() if report.exit_status]:
-            return self._again(troubles[0], outcomes)
+            return self._retry(troubles[0], outcomes)
         if all_ended:
-            return self._again("the ranks ended without a word", outcomes)
+            return self._retry("the ranks ended without an outcome", outcomes)
         if self._could_grow():
-            self._note("more nodes are ready: storing a checkpoint, to go on with them")
+            self._folder.write_event(Event(note="more nodes are ready: storing a checkpoint, to go on with them"))
             self._paused = time.monotonic()
         return False
 
-    def _again(self, reason: str, outcomes: Mapping[Status, Outcome]) -> bool:
-        """Have another generation go on from the last checkpoint, unless this has led nowhere too often."""
+    def _retry(self, reason: str, outcomes: Mapping[Status, Outcome]) -> bool:
+        """Ends the generation, so that the next one resumes; returns True if no restart is left."""
         if not self._restarts.take():
             last = Outcome(status="crashed", error=reason, exit_status=1)
             self._folder.write_outcome(outcomes.get("crashed", last))
             return True
         self._folder.write_event(Event(warning=f"{reason}; going on from the last checkpoint"))
-        self._dissolve()
-        self._changed = time.monotonic()  # it may be a while until a dead node's silence tells
+        self._end_generation()
+        self._ready_changed = time.monotonic()  # it takes a while until a dead node counts as silent
         return False
 
-    def _dissolve(self) -> None:
+    def _end_generation(self) -> None:
         self._order = Instruction(beat=self._order.beat)
         self._paused = None
         self._passed_on.clear()
-        self._short_since = None
+        self._too_few_since = None
 
-    def _gather(self) -> bool:
-        """Form a generation as soon as there are nodes for it; whether waiting for them has ended the training."""
+    def _form_generation(self) -> bool:
+        """Forms a generation once enough nodes are ready; returns whether the wait for nodes has ended the training."""
         now = time.monotonic()
         chosen = self._plan()
         if len(self._ready) < self._nodes.min or not chosen:
-            self._short_since = self._short_since or now
-            if now - self._short_since < self._nodes.wait:
+            self._too_few_since = self._too_few_since or now
+            if now - self._too_few_since < self._nodes.wait:
                 return False
             error = f"only {len(self._ready)} nodes for {self._nodes.wait:g} s, fewer than nodes.min {self._nodes.min}"
             self._folder.write_outcome(
                 Outcome(status="interrupted", error=error, exit_status=75, steps=self._folder.last_step())
             )
             return True
-        self._short_since = None
-        if len(self._ready) != self._nodes.max and now - self._changed < SETTLE:
+        self._too_few_since = None
+        if len(self._ready) != self._nodes.max and now - self._ready_changed < SETTLE_SECONDS:
             return False
         self._platform = self._platform or self._reports[next(iter(chosen))].platform
         self._order = Instruction(
@@ -165,11 +164,11 @@ class Coordinator:
         )
         self._formed = now
         ranks = ", ".join(f"{count} on {node}" for node, count in chosen.items())
-        self._note(f"{sum(chosen.values())} ranks: {ranks}")
+        self._folder.write_event(Event(note=f"{sum(chosen.values())} ranks: {ranks}"))
         return False
 
     def _could_grow(self) -> bool:
-        settled = time.monotonic() - max(self._changed, self._formed) > SETTLE and bool(self._passed_on)
+        settled = time.monotonic() - max(self._ready_changed, self._formed) > SETTLE_SECONDS and bool(self._passed_on)
         return settled and sum(self._plan().values()) > sum(self._order.members.values())
 
     def _plan(self) -> dict[str, int]:
@@ -177,10 +176,10 @@ class Coordinator:
         return plan(slots, lanes=self._job.config.lanes, ranks=self._job.world_size, most_nodes=self._nodes.max)
 
     def _candidates(self) -> dict[str, NodeReport]:
-        """Nodes to begin with: alive, here to stay, and sure to compute the same bits as the others."""
+        """Returns the reports of nodes that can join: alive, not leaving, and of the same platform."""
         found: dict[str, NodeReport] = {}
         for node, report in self._reports.items():
-            if report.leaving or self._silence(node) > FRESH:
+            if report.leaving or self._heartbeats[node].silence > STALE_SECONDS:
                 continue
             wanted = self._platform or next(iter(found.values()), report).platform
             differing = differences(wanted.model_dump(), report.platform.model_dump())
@@ -193,19 +192,13 @@ class Coordinator:
         return found
 
     def _members(self) -> dict[str, NodeReport]:
-        """What the members of this generation say of it, as far as they do."""
+        """Returns the reports about this generation, of those members that have sent one."""
         return {
             node: report
             for node in self._order.members
             if (report := self._reports.get(node)) and report.generation == self._order.generation
         }
 
-    def _silence(self, node: str) -> float:
-        return self._heartbeats[node].silence
-
     @property
     def _paused_for(self) -> float:
         return time.monotonic() - self._paused if self._paused else 0.0
-
-    def _note(self, text: str) -> None:
-        self._folder.write_event(Event(note=text))

@@ -1,4 +1,4 @@
-"""Which nodes train together, with how many ranks each."""
+"""Chooses which nodes train together, with how many ranks per node."""
 
 from collections.abc import Mapping
 
@@ -6,16 +6,16 @@ from cnn.distributed.world_size import default_world_size
 
 
 def plan(slots: Mapping[str, int], *, lanes: int, ranks: int | None, most_nodes: int | None) -> dict[str, int]:
-    """Choose nodes and ranks for the largest world size that divides the lanes, on as few nodes as can hold it.
+    """Plans the largest world size that divides the lanes, on as few nodes as possible.
 
     Args:
-        slots: ranks that each node can run; of nodes with equally many, the earlier ones are preferred.
-        lanes: of the training.
-        ranks: the world size at most; None for as many as there are slots.
-        most_nodes: nodes at most.
+        slots: ranks that each node can run; among equal nodes, earlier ones are preferred.
+        lanes: of a global batch.
+        ranks: largest world size; None for no limit but the slots.
+        most_nodes: largest number of nodes; None for no limit.
 
     Returns:
-        Ranks of each chosen node; empty without a slot.
+        Ranks per chosen node; empty if there is no slot.
     """
     largest = sorted(slots, key=lambda node: -slots[node])[:most_nodes]
     available = sum(slots[node] for node in largest)

@@ -1,1 +1,1 @@
-"""What the processes of a training tell each other, and how long they wait for each other."""
+"""The messages between the processes of a training, and how long each process waits for the others."""

@@ -1,10 +1,11 @@
-"""What coordinator and agents tell each other, as small objects in the bucket.
+"""The messages between coordinator and agents: small objects in the bucket.
 
-nodes/invitations/<run>            there is a training that nodes may join: an `Invitation`
-runs/<run>/nodes/order             what the coordinator wants: an `Instruction`, written anew at each beat
-runs/<run>/nodes/report/<node>     how an agent does: a `NodeReport`, likewise
+nodes/invitations/<run>            an `Invitation`: nodes may join this training
+runs/<run>/nodes/order             an `Instruction` of the coordinator, written again at each beat
+runs/<run>/nodes/report/<node>     a `NodeReport` of an agent, written again at each beat
 
-A writer is alive while its object keeps changing, by the reader's own clock; no two clocks are compared.
+A reader treats the writer as alive while its object keeps changing, by the reader's own clock; no two machines' clocks
+are compared.
 """
 
 import time
@@ -20,12 +21,12 @@ from infra.storage.s3_client import ObjectMissing
 from tasks.training.platform import Platform
 from tasks.training.protocol.job import Event, Job, Outcome
 
-BEAT = 1.0  # seconds between two looks at the board
-ANSWERS_WITHIN = 5.0  # seconds that the storage has for an answer: whoever waits for it is silent
+BEAT = 1.0  # seconds between two rounds of reading and writing the board
+STORAGE_TIMEOUT = 5.0  # seconds until a request fails; a process that waits for one cannot beat
 
 
 class _Message(Record, extra="forbid"):
-    """What an agent of another version wrote is refused rather than half understood."""
+    """A message. One with unknown fields, from another version of Convoy, is refused rather than read in part."""
 
 
 Message = TypeVar("Message", bound=_Message)
@@ -38,72 +39,69 @@ class Invitation(_Message):
 
 
 class Instruction(_Message):
-    """What is to be done."""
+    """The coordinator's order to all nodes."""
 
     beat: int
     generation: str = ""
-    """Its id; empty while there is none."""
+    """Id of the generation; empty while there is none."""
 
     members: dict[str, int] = Field(default_factory=dict)
-    """Ranks of each node of this generation."""
+    """Number of ranks per node of this generation."""
 
     leader: str = ""
-    """The member where torchrun's agents meet."""
+    """The member that hosts the rendezvous of torchrun's agents."""
 
     pause: bool = False
-    """The ranks are to store a checkpoint and end: another generation follows, or none."""
+    """The ranks must store a checkpoint and end, before the next generation or the end of the training."""
 
 
 class NodeReport(_Message):
-    """How a node does."""
+    """The state of a node."""
 
     beat: int
     slots: int
-    """Ranks that it can run."""
+    """Ranks that the node can run."""
 
     platform: Platform
-    """Its own; only equal ones give equal weights."""
+    """Of the node; only equal platforms give equal weights."""
 
     generation: str = ""
-    """The one that the rest is about."""
+    """Id of the generation that the fields below belong to."""
 
     meeting: str = ""
-    """Of the leader: address and port where torchrun's agents meet."""
+    """Rendezvous of torchrun's agents, as `address:port`; set by the leader only."""
 
     exit_status: int | None = None
-    """Of its torchrun; None while that runs, or before."""
+    """Of torchrun; None before it starts and while it runs."""
 
     outcome: Outcome | None = None
-    """What its ranks left, once they have ended."""
+    """Outcome of the ranks, once they have ended."""
 
     trouble: str = ""
-    """What torchrun said of ranks that left no outcome."""
+    """Why ranks ended without success, in one line."""
 
     events: tuple[Event, ...] = ()
-    """The last ones of its ranks."""
+    """The latest events of the node's ranks."""
 
     events_before: int = 0
-    """How many of this generation came before those."""
+    """Number of earlier events in this generation."""
 
     leaving: bool = False
-    """It has ended its ranks, and is gone after this."""
+    """The node has ended its ranks, and sends no further report."""
 
 
 class Board:
-    """The objects of one training.
-
-    Every method raises ServiceError when the storage fails.
-    """
+    """The messages of one training. Every method raises ServiceError when the storage fails."""
 
     def __init__(self, store: ObjectStore, run_id: str) -> None:
         self._store, self.run_id = store, run_id
 
     def invite(self, invitation: Invitation) -> None:
-        """Let nodes know of the training."""
+        """Publishes the invitation that agents look for."""
         self._store.put_bytes(bucket_layout.invitation(self.run_id), invitation.model_dump_json().encode())
 
     def invitation(self) -> Invitation | None:
-        """The training's invitation, if it is still open."""
+        """Returns the training's invitation; None if it has been withdrawn."""
         return self._read(bucket_layout.invitation(self.run_id), Invitation)
 
     def write_order(self, order: Instruction) -> None:
@@ -119,13 +117,13 @@ class Board:
         return self._read(bucket_layout.node_report(self.run_id, node), NodeReport)
 
     def reports(self) -> dict[str, NodeReport]:
-        """The last report of every node that has ever joined, in the order of their names."""
+        """Returns the last report of every node that has joined, sorted by node name."""
         prefix = bucket_layout.node_reports(self.run_id)
         nodes = [info.key.removeprefix(prefix) for info in self._store.list(prefix)]
         return {node: report for node in nodes if (report := self.report(node))}
 
     def clear(self) -> None:
-        """Take the invitation back, and remove what was said."""
+        """Withdraws the invitation and deletes all messages."""
         self._store.delete(bucket_layout.invitation(self.run_id))
         for info in list(self._store.list(bucket_layout.nodes(self.run_id))):
             self._store.delete(info.key)
@@ -133,30 +131,30 @@ class Board:
     def _read(self, key: str, kind: type[Message]) -> Message | None:
         try:
             return kind.model_validate_json(self._store.get_bytes(key))
-        except (ObjectMissing, ValidationError):  # another version of Convoy may have written it
+        except (ObjectMissing, ValidationError):  # the latter if another version of Convoy wrote it
             return None
 
 
-def invited(store: ObjectStore) -> Iterator[str]:
-    """Ids of the runs that look for nodes."""
+def invited_runs(store: ObjectStore) -> Iterator[str]:
+    """Yields the ids of the runs that nodes may join."""
     for info in store.list(bucket_layout.INVITATIONS):
         yield info.key.removeprefix(bucket_layout.INVITATIONS)
 
 
 class Heartbeat:
-    """Tells from the beats of another process how long it has been silent, by this machine's clock."""
+    """Measures how long another process has been silent, by this machine's clock."""
 
     def __init__(self) -> None:
         self._beat: int | None = None
         self._seen = time.monotonic()
 
     def beat(self, beat: int) -> None:
-        """Takes note of the newest beat that was read."""
+        """Records the newest beat that was read."""
         if beat != self._beat:
             self._beat, self._seen = beat, time.monotonic()
 
     def reset(self) -> None:
-        """Counts the silence from now: this machine's way to the storage was cut."""
+        """Starts to measure again from now, after this machine could not reach the storage."""
         self._seen = time.monotonic()
 
     @property

@@ -1,11 +1,11 @@
-"""What the train task and the processes of a training tell each other, as files in the training's own folder.
+"""The messages between the train task and the processes of a training: files in the training's own folder.
 
-job.json             the task's order
-events.jsonl         rank 0's account of how it goes, a line at a time
-train.log            what the ranks and torchrun print; train.log.1 … of earlier starts
+job.json             the task's order to train
+events.jsonl         rank 0's progress, one event per line
+train.log            what ranks and torchrun print; train.log.1 … of earlier starts
 model.safetensors    the final weights
-stopped              there since the ranks have come to a stop and store its checkpoint
-outcome.json         how it ended, by the first rank that had something to say
+stopped              exists once the ranks have reached the agreed step of a stop and store its checkpoint
+outcome.json         how the training ended, written by the first rank that ends with a result or an error
 """
 
 import os
@@ -25,18 +25,18 @@ from tasks.config.launchers import AnyLaunch, Launch
 from tasks.config.run import CheckpointConfig
 from tasks.training.protocol.memory_file import memory_file
 
-SPARE_OUTCOME = "CONVOY_SPARE_OUTCOME"  # path of the memory file of `spare_outcome`
+SPARE_OUTCOME = "CONVOY_SPARE_OUTCOME"  # variable: path of the memory file of `spare_outcome`
 
 Status = Literal["finished", "interrupted", "failed", "unsaved", "crashed"]
 
 Line = Annotated[str, AfterValidator(one_line)]
-"""Text for people, made one line: libraries' errors, PyTorch's above all, have several."""
+"""Text for people, joined to one line: errors of libraries, above all of PyTorch, have several."""
 
 KILLED = r"rank +: (\d+) .*\n *exitcode +: -\d+ \(pid: \d+\) +\((%s)\)"
-"""How torchrun says that a rank ended by a signal."""
+"""How torchrun's log reports that a signal ended a rank."""
 
 KILLED_FIRST = re.compile(KILLED % r"(?!SIGTERM)SIG\w+")
-TERMINATED = re.compile(r"Root Cause.*\n.*\n.*\n.*\n *" + KILLED % "SIGTERM")  # torchrun then sends it to the others
+TERMINATED = re.compile(r"Root Cause.*\n.*\n.*\n.*\n *" + KILLED % "SIGTERM")  # torchrun then sends it to all ranks
 
 
 class Job(Record, extra="forbid"):
@@ -46,7 +46,7 @@ class Job(Record, extra="forbid"):
     config: TrainConfig
     dataset_version: str
     world_size: int
-    """Of a training on this machine; on several nodes, the largest there may be."""
+    """Exact for a training on this machine; the maximum for several nodes."""
 
     launch: AnyLaunch = Launch()
     manifest_digest: str
@@ -55,7 +55,7 @@ class Job(Record, extra="forbid"):
 
 
 class Event(Record, extra="forbid"):
-    """Where the training is: after `step` of `total_steps` steps, in `epoch`, both counted from 1; or a warning."""
+    """Progress of a training (`step` of `total_steps` steps in `epoch`, both counted from 1), a warning or a note."""
 
     step: int = 0
     total_steps: int = 0
@@ -64,19 +64,18 @@ class Event(Record, extra="forbid"):
     images_per_second: float | None = None
     val_accuracy: float | None = None
     warning: Line | None = None
-    """Something that people should know of."""
+    """A problem that people should know about."""
 
     note: Line | None = None
-    """What happens now."""
+    """What the training does now, for people."""
 
 
 class Outcome(Record, extra="forbid"):
-    """How a training ended. `exit_status` and `error` are those that the command line should end with."""
+    """How a training ended. The command line should exit with `exit_status` and `error`."""
 
     status: Status
-    """`interrupted`: the ranks agreed to stop; `steps` is that of the last checkpoint. `unsaved`: no checkpoint could
-    be stored for `checkpoints.patience`. `crashed`: by an unforeseen error; perhaps only because another rank was
-    gone."""
+    """`interrupted`: the ranks agreed to stop, and `steps` is the step of the last checkpoint. `unsaved`: no checkpoint
+    could be stored for `checkpoints.patience`. `crashed`: unexpected error, perhaps only because another rank died."""
 
     error: Line = ""
     exit_status: int = 0
@@ -96,39 +95,33 @@ class Outcome(Record, extra="forbid"):
 
 @contextmanager
 def spare_outcome() -> Iterator[None]:
-    """Gives the processes that this one starts in the block a place in memory for the outcome, should no disk take it.
+    """Gives the processes that this one starts in the block a file in memory for an outcome that no disk can take.
 
-    It lives as long as this process, which alone waits for the outcome.
+    The file lives until this process ends: only this process waits for the outcome.
     """
-    with memory_file() as place:
-        os.environ[SPARE_OUTCOME] = str(place)
+    with memory_file() as path:
+        os.environ[SPARE_OUTCOME] = str(path)
         try:
             yield
         finally:
             os.environ.pop(SPARE_OUTCOME, None)
 
 
-def say(message: str) -> None:
-    """Prints a line for the log, if that can be written."""
-    try:
+def print_line(message: str) -> None:
+    """Prints a line to the log, unless its disk is full."""
+    with suppress(OSError):
         print(message, file=sys.stderr, flush=True)
-    except OSError:
-        pass
 
 
 class Restarts:
-    """Counts how often ranks may be started again: as often as the job says, without a step forward in between.
-
-    Args:
-        folder: of the job.
-    """
+    """Counts restarts of the ranks: `Job.restarts` are allowed in a row without a further step."""
 
     def __init__(self, folder: "JobFolder") -> None:
         self._folder, self._allowed = folder, folder.read_job().restarts
         self._left, self._step = self._allowed, folder.last_step()
 
     def take(self) -> bool:
-        """Uses up one of them; False if none is left."""
+        """Uses up one restart; returns False if none was left."""
         if (step := self._folder.last_step()) > self._step:
             self._step, self._left = step, self._allowed
         self._left -= 1
@@ -154,28 +147,22 @@ class JobFolder:
         return Job.model_validate_json((self.path / "job.json").read_bytes())
 
     def mark_stopped(self) -> None:
-        """Says that the ranks have come to a stop, and that its checkpoint is being stored."""
-        with suppress(OSError):  # a full disk takes no checkpoint either
+        """Records that the ranks have reached the agreed step of a stop, and that its checkpoint is being stored."""
+        with suppress(OSError):  # a full disk cannot hold the checkpoint either
             (self.path / "stopped").touch()
 
     @property
     def stopped(self) -> bool:
-        """Whether the ranks of this start have come to a stop."""
+        """Whether the ranks of this start have reached the agreed step of a stop."""
         return (self.path / "stopped").exists()
 
     def write_event(self, event: Event) -> None:
-        """Appends a line; on a full disk it is dropped, since a missing event is no reason to end a training."""
-        try:
-            with (self.path / "events.jsonl").open("ab", buffering=0) as file:
-                file.write(event.model_dump_json().encode() + b"\n")
-        except OSError:
-            pass
+        """Appends an event; drops it if the disk is full, since that is no reason to end a training."""
+        with suppress(OSError), (self.path / "events.jsonl").open("ab", buffering=0) as file:
+            file.write(event.model_dump_json().encode() + b"\n")
 
     def new_events(self) -> Iterator[Event]:
-        """Yields events that were not read before by this object; a line that is still being written waits.
-
-        Lines that a full disk has cut are left out.
-        """
+        """Yields the events that this object has not read yet, without a line that is still being written."""
         try:
             with (self.path / "events.jsonl").open("rb") as file:
                 file.seek(self._events_read)
@@ -185,33 +172,33 @@ class JobFolder:
         whole = written[: written.rfind(b"\n") + 1]
         self._events_read += len(whole)
         for line in whole.splitlines():
-            with suppress(ValidationError):  # of a disk that was full for a while a part of a line may be left
+            with suppress(ValidationError):  # a disk that was full for a while may have cut a line
                 yield Event.model_validate_json(line)
 
     def last_step(self) -> int:
-        """How far any start of the ranks has come, as far as it is reported; 0 before the first report."""
+        """Returns the highest step that any start of the ranks has reported; 0 before the first report."""
         return max((event.step for event in JobFolder(self.path).new_events()), default=0)
 
     def start_again(self) -> None:
-        """Make room for another start of the ranks: forget the outcome, and set the log aside."""
+        """Prepares another start of the ranks: deletes the outcome and renames the log."""
         self._forget_outcome()
         number = len(list(self.path.glob("train.log.*"))) + 1
         if self.log.exists():
             self.log.rename(self.path / f"train.log.{number}")
 
     def write_outcome(self, outcome: Outcome) -> None:
-        """Leaves how it ended; the first to say so is right, since the others fail because of it.
+        """Writes the outcome, unless there is one: the first rank knows the cause, the others fail because of it.
 
-        On a full disk it is left in the memory of the flow or agent (`spare_outcome`).
+        If the disk is full, writes to the memory of the flow or agent (`spare_outcome`).
         """
         temporary, line = self.path / f".outcome.{os.getpid()}", outcome.model_dump_json()
         try:
             temporary.write_text(line)
-            os.link(temporary, self.path / "outcome.json")  # unlike a rename, fails if there is one
+            os.link(temporary, self.path / "outcome.json")  # fails if the file exists, unlike a rename
         except FileExistsError:
             pass
         except OSError as error:
-            say(f"the outcome could not be written ({error.strerror}): {line}")
+            print_line(f"the outcome could not be written ({error.strerror}): {line}")
             with (
                 suppress(KeyError, FileNotFoundError),
                 Path(os.environ[SPARE_OUTCOME]).open("ab", buffering=0) as spare,
@@ -221,27 +208,27 @@ class JobFolder:
             temporary.unlink(missing_ok=True)
 
     def read_outcome(self) -> Outcome | None:
-        """Returns how it ended; None if no rank lived to say so."""
+        """Returns the outcome; None if no rank wrote one."""
         try:
             return Outcome.model_validate_json((self.path / "outcome.json").read_bytes())
         except FileNotFoundError:
-            lines: list[str] = []
-            with suppress(KeyError, FileNotFoundError):  # there is none any more once the flow has gone
-                lines = Path(os.environ[SPARE_OUTCOME]).read_text().splitlines()
-            ours = (line.removeprefix(f"{self.path} ") for line in lines if line.startswith(f"{self.path} "))
-            first = next(ours, None)
-            return Outcome.model_validate_json(first) if first else None
+            prefix = f"{self.path} "
+            with suppress(KeyError, FileNotFoundError):  # the file in memory ends with the flow
+                for line in Path(os.environ[SPARE_OUTCOME]).read_text().splitlines():
+                    if line.startswith(prefix):
+                        return Outcome.model_validate_json(line.removeprefix(prefix))
+            return None
 
     def killed(self) -> str | None:
-        """Which rank was ended by which signal, if torchrun lived to see it."""
+        """Returns which rank was killed by which signal, for people; None if torchrun has reported none."""
         log = self._log()
         found = KILLED_FIRST.search(log) or TERMINATED.search(log)
         return f"rank {found[1]} was killed by {found[2]}" if found else None
 
     def log_end(self, lines: int = 3) -> str:
-        """The last lines that ranks or torchrun printed, as one line."""
-        said = [line for line in self._log().splitlines() if line.strip()]
-        return " | ".join(said[-lines:]) or "they were killed"
+        """Returns the last lines that ranks or torchrun printed, joined to one line."""
+        printed = [line for line in self._log().splitlines() if line.strip()]
+        return " | ".join(printed[-lines:]) or "they were killed"
 
     def _forget_outcome(self) -> None:
         for name in ("outcome.json", "stopped"):
@@ -250,7 +237,4 @@ class JobFolder:
             os.truncate(os.environ[SPARE_OUTCOME], 0)
 
     def _log(self) -> str:
-        try:
-            return self.log.read_text(errors="replace")
-        except FileNotFoundError:
-            return ""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""

@@ -1,4 +1,4 @@
-"""Makes files in memory, by which processes of one machine can tell each other something when its disks are full."""
+"""Makes files in memory, through which processes of one machine can communicate when its disks are full."""
 
 import os
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from pathlib import Path
 
 @contextmanager
 def memory_file() -> Iterator[Path]:
-    """Makes an empty file that is on no disk and ends with this process; yields its path.
+    """Creates an empty file in memory that lives no longer than this process; yields its path.
 
-    Processes of the same user can open the path, and nothing of it is left behind, however this process ends.
+    Processes of the same user can open the path. Nothing stays behind, however this process ends.
     """
     descriptor = os.memfd_create("convoy")
     try:

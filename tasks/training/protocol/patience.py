@@ -1,28 +1,23 @@
-"""How long each process waits at a stop, in one place: each must outlast those that it waits for.
+"""How many seconds each process waits at a stop: each must wait longer than the processes that it waits for.
 
-A stop goes down from the flow to the ranks, which agree on a step and end. Rank 0 waits for the storage to take the
-last checkpoint; all the others wait for ranks. All figures are in seconds.
+A stop goes down from the flow to the ranks, which agree on a step and end. Rank 0 waits until the last checkpoint is
+uploaded; all other processes wait for ranks.
 """
 
-AT_LEAST, AT_MOST = 15.0, 60.0  # for the last checkpoint
-ASSUMED_SPEED = 10e6  # bytes/s of an upload, before one was measured
+CHECKPOINT_MIN, CHECKPOINT_MAX = 15.0, 60.0  # for the upload of the last checkpoint
+ASSUMED_SPEED = 10e6  # bytes/s of an upload, until one is measured
 
-FLUSH = 10.0  # for the tracking server to take the last metrics; checkpoints carry the others
-REACH_STOP = 20.0  # from SIGTERM to the agreed step; then a rank ends itself: it may wait for one that is gone
-SLACK = 5.0  # that a stopped rank lives longer than last checkpoint and last metrics take
-TORCHRUN = REACH_STOP + AT_MOST + FLUSH + SLACK  # then kills its ranks
-OWNER = TORCHRUN + 5.0  # supervisor or agent: then kills torchrun and ranks
-HUNG = REACH_STOP + SLACK  # supervisor: then kills ranks that are not at the stop, and should have ended themselves
-PAUSE = OWNER + 5.0  # coordinator: then goes on without the nodes that have not stopped
-FLOW = PAUSE + 5.0  # then kills the supervisor
-CONTAINER = 120.0  # at least, that a container engine gives a pod or service between SIGTERM and SIGKILL
+METRICS_WAIT = 10.0  # for the last metrics to reach the tracking server; checkpoints hold the others
+STOP_STEP_WAIT = 20.0  # from SIGTERM to the agreed step; then a rank exits: it may wait for a dead one
+SLACK = 5.0  # that a stopped rank lives longer than the two uploads may take
+TORCHRUN_WAIT = STOP_STEP_WAIT + CHECKPOINT_MAX + METRICS_WAIT + SLACK  # then torchrun kills its ranks
+SUPERVISOR_WAIT = TORCHRUN_WAIT + 5.0  # then supervisor or agent kills torchrun and ranks
+HUNG_RANKS_WAIT = STOP_STEP_WAIT + SLACK  # then the supervisor kills ranks that have not reached the agreed step
+COORDINATOR_WAIT = SUPERVISOR_WAIT + 5.0  # then the coordinator goes on without the nodes that have not stopped
+FLOW_WAIT = COORDINATOR_WAIT + 5.0  # then the flow kills the supervisor
+CONTAINER_GRACE = 120.0  # minimum that a container engine must allow between SIGTERM and SIGKILL
 
 
 def last_checkpoint(size: int, speed: float | None) -> float:
-    """Returns how long the storage may take for the checkpoint of a stop, in seconds.
-
-    Args:
-        size: bytes of the state.
-        speed: bytes/s of the last upload, None if there was none.
-    """
-    return min(AT_LEAST + 2 * size / (speed or ASSUMED_SPEED), AT_MOST)
+    """Returns how many seconds a stop's checkpoint of `size` bytes may take, by the last upload's speed in bytes/s."""
+    return min(CHECKPOINT_MIN + 2 * size / (speed or ASSUMED_SPEED), CHECKPOINT_MAX)

@@ -1,1 +1,1 @@
-"""The record of a training: its MLflow run, what it was started with, and what came of it."""
+"""Records of trainings: their MLflow runs, inputs and results."""

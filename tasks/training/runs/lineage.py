@@ -11,16 +11,16 @@ from infra.tracking.promotion_history import Lineage
 
 
 class RecordDamaged(ServiceError):
-    """A run's record cannot be read, so what the run needs is not known."""
+    """A run's record cannot be read, so the data that the run needs are unknown."""
 
 
 def run_lineage(store: ObjectStore, run_id: str) -> Lineage:
-    """Returns what a run was made of; nothing but its id if it has left no record.
+    """Returns what a run was made of; only its id if it has no record.
 
-    The record is read leniently, since earlier code may have written it.
+    Reads only the fields that it needs, since earlier code may have written the record.
 
     Raises:
-        RecordDamaged: it cannot be read.
+        RecordDamaged: the record cannot be read.
         ServiceError: the storage failed.
     """
     key = bucket_layout.run_record(run_id)
@@ -35,11 +35,13 @@ def run_lineage(store: ObjectStore, run_id: str) -> Lineage:
     except ObjectMissing:
         return Lineage(run_id=run_id)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecordDamaged(f"{store.uri(key)} is damaged ({error}), so what the run needs is not known") from error
+        raise RecordDamaged(
+            f"{store.uri(key)} is damaged ({error}), so the data that the run needs are unknown"
+        ) from error
 
 
 def version_lineage(store: ObjectStore, version: RegisteredVersion) -> Lineage:
-    """Returns what a registered version was made of, by its tags and its run's record.
+    """Returns what a registered version was made of, from its tags and its run's record.
 
     Raises:
         RecordDamaged: the record cannot be read.

@@ -1,4 +1,4 @@
-"""The list of trainings, for people who look for one to resume."""
+"""Lists trainings, for people who want to resume one."""
 
 from datetime import datetime
 
@@ -10,16 +10,16 @@ from infra.tracking.tags import MANIFEST_DIGEST
 from tasks.training.checkpoints import commits_of
 from tasks.training.runs.run_record import read_record
 
-SPARE = 100  # runs that are looked at in place of those that are left out
+EXTRA_RUNS_SEARCHED = 100  # in place of runs that the list leaves out
 
 
 class Training(Record):
-    """One training, as a list shows it."""
+    """A training in the list."""
 
     run_id: str
     started: datetime
     status: str
-    """MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
+    """MLflow's status: RUNNING, FINISHED, FAILED or KILLED."""
 
     step: int | None
     """Of the newest checkpoint."""
@@ -29,7 +29,7 @@ class Training(Record):
     val_accuracy: float | None
 
     def cells(self) -> list[str]:
-        """As texts, in the order of the fields."""
+        """Returns the fields as texts, in their order."""
         return [
             self.run_id,
             f"{self.started.astimezone():%Y-%m-%d %H:%M}",
@@ -42,10 +42,10 @@ class Training(Record):
 
 
 def list_trainings(limit: int) -> list[Training]:
-    """The newest trainings, the newest first; without those that ended before they began, or are not of our kind."""
+    """Returns the newest trainings, newest first; leaves out runs without a readable record."""
     store = open_bucket(create=True)
     found: list[Training] = []
-    for run in mlflow_runs.search_runs(MANIFEST_DIGEST, limit=limit + SPARE):
+    for run in mlflow_runs.search_runs(MANIFEST_DIGEST, limit=limit + EXTRA_RUNS_SEARCHED):
         if len(found) == limit:
             break
         try:

@@ -1,6 +1,6 @@
-"""What a training was started with, as a resume needs to know it: runs/<run>/run.json in the bucket.
+"""The record of what a training was started with, for its resume: runs/<run>/run.json in the bucket.
 
-Nothing here loads torch or Prefect.
+This module loads neither torch nor Prefect.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from tasks.training.platform import Platform
 
 
 class RunManifest(Platform):
-    """What the weights are a function of. Its digest names the training; equal digests promise equal weights."""
+    """All inputs that decide the weights. Its digest identifies the training: equal digests promise equal weights."""
 
     dataset_version: str
     config: dict[str, Any]
@@ -34,7 +34,7 @@ class RunManifest(Platform):
 
 
 class RunRecord(Record, extra="forbid"):
-    """What a run was started with."""
+    """Configuration, dataset and manifest of a run."""
 
     config: RunConfig
     dataset: DatasetRef
@@ -42,14 +42,14 @@ class RunRecord(Record, extra="forbid"):
 
 
 def read_record(run_id: str) -> RunRecord:
-    """What a run was started with.
+    """Returns the record of a run.
 
     Raises:
-        UsageError: there is no such run of ours.
+        UsageError: there is no such run, or another version of Convoy wrote its record.
     """
     store = open_bucket()
     try:
-        if "/" in run_id:  # that would be another key
+        if "/" in run_id:  # it would name another object
             raise ObjectMissing(run_id)
         return RunRecord.model_validate_json(store.get_bytes(bucket_layout.run_record(run_id)))
     except ObjectMissing:
@@ -61,10 +61,10 @@ def read_record(run_id: str) -> RunRecord:
 def check_resumable(run_id: str) -> RunConfig:
     """Returns the configuration of an unfinished run.
 
-    To be called again once the model's lease is held, since the run may finish while its resume waits for that.
+    Call this again once the model's lease is held: the run may finish while its resume waits for the lease.
 
     Raises:
-        UsageError: there is no such run of ours, or it has finished.
+        UsageError: there is no such run, or it has finished.
     """
     record = read_record(run_id)
     if mlflow_runs.run_status(run_id) == "FINISHED":
@@ -73,7 +73,7 @@ def check_resumable(run_id: str) -> RunConfig:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys in dotted form, as in `--set`."""
+    """Returns nested values by dotted keys, as in `--set`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

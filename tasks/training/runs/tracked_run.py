@@ -1,9 +1,8 @@
-"""The MLflow run of a training: opened before the ranks start, closed with the flow, however it ends."""
+"""The MLflow run of a training: opens before the ranks start and closes with the flow, however the flow ends."""
 
 import contextlib
 import resource
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 
 import httpx
@@ -16,7 +15,6 @@ from cnn.training.trainer import check_fits
 from infra.errors import ServiceError, UsageError
 from infra.machine.stopping import Stopped
 from infra.records import Record
-from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking import mlflow_runs, tags
@@ -28,13 +26,13 @@ from tasks.orchestration.cancellation import Cancelled
 from tasks.orchestration.flow_runs import flow_run_id, label_flow_run
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.retries import outlast
-from tasks.training.liveness import holding
+from tasks.training.liveness import hold_run_lock
 from tasks.training.platform import differences, this_platform
 from tasks.training.runs.run_record import RunManifest, RunRecord, check_resumable, flatten, read_record
 
 
 class Interrupted(RuntimeError):
-    """The ranks were asked to stop, and stored a checkpoint."""
+    """A signal asked the ranks to stop, and they stored a checkpoint."""
 
     exit_status = 75
 
@@ -49,57 +47,56 @@ class TrackedRun(Record):
 
 
 def recorded_dataset(record: RunRecord) -> DatasetRef:
-    """The dataset version of a run to be resumed.
+    """Returns the dataset version of a run to resume.
 
     Raises:
-        UsageError: it is not in the bucket any more.
+        UsageError: the bucket does not hold the whole version any more.
     """
     version = record.dataset.version
     store = open_bucket()
     wait_for_prune(store)
     if not is_whole(store, version):
-        raise UsageError(f"dataset version {version} is not whole in the bucket any more: the run cannot go on")
+        raise UsageError(f"the bucket lacks parts of dataset version {version}: the run cannot go on; train again")
     return record.dataset.model_copy(update={"reused": True})
 
 
-def fitted(config: RunConfig, dataset: DatasetRef) -> RunConfig:
-    """The configuration with what depends on the size of the training split filled in."""
+def with_batch_size(config: RunConfig, dataset: DatasetRef) -> RunConfig:
+    """Returns the configuration with a batch size for the size of the training split."""
     manifest = load_manifest(open_bucket(), dataset.version)
     return config.for_images(manifest.splits["train"].count)
 
 
-@contextmanager
+@contextlib.contextmanager
 def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = None) -> Iterator[TrackedRun]:
     """Opens the run, and closes it as FINISHED, KILLED (cancelled, interrupted) or FAILED.
 
-    A run that has finished stays so: it is never opened again.
+    A finished run is never opened again.
 
     Args:
-        resume: id of an earlier run to go on with. If this flow run has one already, because Prefect runs it again,
-            that is resumed unasked; a finished one is only read, for the rest of the flow.
+        resume: id of the run to resume. By default, if Prefect runs this flow run again, its earlier MLflow run; if
+            that has finished, it is only read, for the rest of the flow.
 
     Raises:
         ServiceError: the tracking server cannot be reached.
         InputError: the configuration does not fit the dataset; no run is opened.
-        UsageError: the run to be resumed was made from other code, data or configuration, has finished, or a process
-            goes on with it.
+        UsageError: the run to resume has other code, data or configuration, has finished, or another process works on
+            it.
     """
-    settings = Settings()
     store = open_bucket()
     data = load_manifest(store, dataset.version)
     check_fits(config.training(), data)
     code = provenance()
     manifest = run_manifest(config, dataset, code)
-    asked, resume = resume, resume or _run_of_this_flow_run(store)
-    finished = False
     flow_run = _flow_tags().get(tags.FLOW_RUN, "")
+    asked, resume = resume, resume or _run_of(flow_run, store)
+    finished = False
     with contextlib.ExitStack() as alive:
         if resume:
             _check_equal(resume, read_record(resume).manifest, manifest)
             run_id = resume
-            alive.enter_context(holding(run_id, flow_run))
+            alive.enter_context(hold_run_lock(run_id, flow_run))
             if asked:
-                check_resumable(run_id)  # again: until now another process may have gone on with it
+                check_resumable(run_id)  # again: until now another process may have trained it
             finished = mlflow_runs.run_status(run_id) == "FINISHED"
             if not finished:
                 mlflow_runs.reopen_run(run_id)
@@ -111,14 +108,14 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
                 params=flatten({"dataset": config.dataset, "data": config.data.model_dump(), **manifest.config}),
                 tags=_tags(config, dataset, manifest, code),
             )
-            alive.enter_context(holding(run_id, flow_run))
+            alive.enter_context(hold_run_lock(run_id, flow_run))
         try:
             with contextlib.suppress(httpx.HTTPError):  # for `convoy retrain --wait` only
                 label_flow_run({tags.MLFLOW_RUN: run_id})
-            prefix = f"s3://{settings.bucket}/{bucket_layout.checkpoints(run_id)}"
+            prefix = store.uri(bucket_layout.checkpoints(run_id))
             if not resume:
                 mlflow_runs.set_tags(run_id, {tags.CHECKPOINT_PREFIX: prefix, **_mixing_tags(config, data)})
-                source = f"s3://{settings.bucket}/{bucket_layout.dataset_manifest(dataset.version)}"
+                source = store.uri(bucket_layout.dataset_manifest(dataset.version))
                 mlflow_runs.log_dataset(run_id, dataset.name, dataset.version, source)
                 mlflow_runs.log_text(run_id, "manifest.json", manifest.model_dump_json(indent=2))
                 record = RunRecord(config=config, dataset=dataset, manifest=manifest)
@@ -131,7 +128,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
             )
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
-            with contextlib.suppress(ServiceError):  # the server may be what failed, and the first error says more
+            with contextlib.suppress(ServiceError):  # if the server failed, the first error explains more
                 if not finished:
                     mlflow_runs.end_run(run_id, "KILLED" if stopped else "FAILED")
             raise
@@ -140,14 +137,14 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
 
 
 def _mixing_tags(config: RunConfig, data: Manifest) -> dict[str, str]:
-    """How well batches are mixed, if not all images are mixed at a time."""
+    """Returns tags on how evenly batches are mixed; none if all images are mixed at a time."""
     train = data.splits["train"]
     window = shuffle_window(config.training(), train)
     if window is None:
         return {}
     uneven = mixing(train, window, batch_size=config.batch_size, lanes=config.lanes)
     run_logger().info(
-        "%d of %d images are mixed at a time: a class's share of a batch varies at worst %.2f times as at random",
+        "%d of %d images are mixed at a time: a class's share of a batch varies up to %.2f times as much as at random",
         window,
         train.count,
         uneven,
@@ -156,41 +153,40 @@ def _mixing_tags(config: RunConfig, data: Manifest) -> dict[str, str]:
 
 
 def run_manifest(config: RunConfig, dataset: DatasetRef, code: Provenance) -> RunManifest:
-    """The manifest of a training on this machine's kind of device."""
+    """Returns the manifest of a training on this machine's kind of device."""
     return RunManifest(
         **this_platform(code).model_dump(),
         dataset_version=dataset.version,
-        config=config.training().model_dump(mode="json", exclude={"pretrained"}),  # its digest says what it was
+        config=config.training().model_dump(mode="json", exclude={"pretrained"}),  # its digest is in the configuration
     )
 
 
 def log_cost(run_id: str, step_seconds: Mapping[str, float], rank_hours: float) -> None:
-    """What a training took, as metrics `cost/...`: seconds of each step, hours of all ranks, and memory.
+    """Logs the metrics `cost/...` of a training: seconds per step, hours of all ranks, and memory.
 
-    `peak_memory_bytes` is the most that one process of those that this one has started had resident: in general a rank,
-    with the pages of the data set that it shares with others.
+    `peak_memory_bytes` is the largest resident memory of a process that this one has started: in general a rank, with
+    the pages of the data set that it shares with other ranks.
     """
-    seconds = {f"cost/{step.replace('-', '_')}_seconds": value for step, value in step_seconds.items()}
+    figures = {f"cost/{step.replace('-', '_')}_seconds": value for step, value in step_seconds.items()}
     memory = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    figures = {**seconds, "cost/rank_hours": rank_hours, "cost/peak_memory_bytes": memory}
+    figures |= {"cost/rank_hours": rank_hours, "cost/peak_memory_bytes": memory}
     outlast(partial(mlflow_runs.log_metrics, run_id, figures))
 
 
-def _check_equal(run_id: str, theirs: RunManifest, ours: RunManifest) -> None:
-    """Refuses to go on with weights that would be neither the old manifest's nor the new one's."""
-    if theirs.digest_format != ours.digest_format:
+def _check_equal(run_id: str, earlier: RunManifest, current: RunManifest) -> None:
+    """Refuses a resume whose weights would belong to neither manifest."""
+    if earlier.digest_format != current.digest_format:
         raise UsageError(
-            f"run {run_id} cannot go on here: another version of Convoy started it, whose record of the code this one "
-            "cannot compare; go on with that version, or train anew"
+            f"run {run_id} cannot go on here: another version of Convoy started it, and its record of the code cannot "
+            "be compared; resume it with that version, or train again"
         )
-    if differing := differences(flatten(theirs.model_dump()), flatten(ours.model_dump())):
+    if differing := differences(flatten(earlier.model_dump()), flatten(current.model_dump())):
         raise UsageError(f"run {run_id} cannot go on here, because its weights would differ: {'; '.join(differing)}")
 
 
-def _run_of_this_flow_run(store: ObjectStore) -> str | None:
-    flow_run = _flow_tags().get(tags.FLOW_RUN)
+def _run_of(flow_run: str, store: ObjectStore) -> str | None:
     runs = mlflow_runs.search_runs(tags.FLOW_RUN, flow_run, limit=1) if flow_run else []
-    # One without a record ended before it began.
+    # A run without a record ended before its training began.
     return runs[0].run_id if runs and store.head(bucket_layout.run_record(runs[0].run_id)) else None
 
 
