@@ -1,6 +1,9 @@
 """The base of what is written down or handed on: values with names and types, which never change."""
 
-from pydantic import BaseModel, ConfigDict
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Record(BaseModel):
@@ -9,3 +12,11 @@ class Record(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self | None:
+        """Returns the record in a JSON file, or None if the file is missing or cannot be read as one."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            return None

@@ -22,7 +22,7 @@ from xdist.scheduler import LoadFileScheduling
 from infra.settings import Settings
 from infra.stack.endpoints import Endpoints
 from infra.stack.local_stack import down, up
-from infra.stack.ports import CHOICE
+from infra.stack.ports import PORT_RANGE
 
 if TYPE_CHECKING:
     from infra.storage.object_store import ObjectStore
@@ -32,7 +32,7 @@ USERS_OWN = ("AWS_", "CONVOY_", "MLFLOW_", "PREFECT_")
 STOP_WHEN_ORPHANED = """
 import sys
 from pathlib import Path
-from infra.stack.ports import CHOICE
+from infra.stack.ports import PORT_RANGE
 from infra.settings import Settings
 from infra.stack.local_stack import down
 sys.stdin.read()
@@ -108,7 +108,7 @@ def _apply(endpoints: Endpoints) -> None:
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of the session's stack; its ports leave the default ones to the user's own stack."""
-    s3, mlflow, prefect = random.sample(CHOICE, 3)
+    s3, mlflow, prefect = random.sample(PORT_RANGE, 3)
     home = tmp_path_factory.mktemp("session") / ".convoy"
     return Settings(home=home, s3_port=s3, mlflow_port=mlflow, prefect_port=prefect)
 

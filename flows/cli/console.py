@@ -28,10 +28,12 @@ def servers_up(*, only: "Collection[ServerName] | None" = None) -> None:
         only: those that are needed; None for all.
     """
     from infra.stack.local_stack import up
-    from infra.stack.state import NAMES
+    from infra.stack.state import SERVER_NAMES
 
     console = terminal(error=True)
-    endpoints = up(Settings(), lambda event: console.print(event, style="dim"), only=NAMES if only is None else only)
+    endpoints = up(
+        Settings(), lambda event: console.print(event, style="dim"), only=SERVER_NAMES if only is None else only
+    )
     endpoints.apply()
 
 

@@ -1,4 +1,4 @@
-"""The local servers' secrets: generated once, kept in one file that only its owner can read."""
+"""The local servers' secrets: generated once, and kept in files that only their owner can read."""
 
 import ipaddress
 import json
@@ -7,15 +7,11 @@ import secrets
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr
 
 from infra.records import Record
 
-VALID_FOR = timedelta(days=3650)
-
-
-def _access_key() -> SecretStr:
-    return SecretStr("CONVOY" + secrets.token_hex(7).upper())
+CERTIFICATE_LIFETIME = timedelta(days=3650)
 
 
 def _secret() -> SecretStr:
@@ -23,9 +19,9 @@ def _secret() -> SecretStr:
 
 
 class Credentials(Record):
-    """Keys of the local object store. The first two are for clients, the others for its own parts only."""
+    """Keys of the local object store. Clients use the first two; only the store's own parts use the others."""
 
-    access_key_id: SecretStr = Field(default_factory=_access_key)
+    access_key_id: SecretStr = Field(default_factory=lambda: SecretStr("CONVOY" + secrets.token_hex(7).upper()))
     secret_access_key: SecretStr = Field(default_factory=lambda: SecretStr(secrets.token_urlsafe(30)))
     filer_write: SecretStr = Field(default_factory=_secret)
     filer_read: SecretStr = Field(default_factory=_secret)
@@ -34,13 +30,10 @@ class Credentials(Record):
 
 
 def load_or_create(path: Path) -> Credentials:
-    """Read the credentials in `path`, or make new ones there if there are none that can be read."""
-    try:
-        found = Credentials.model_validate_json(path.read_bytes())
+    """Returns the credentials in `path`; creates them if the file is missing or cannot be read as credentials."""
+    if found := Credentials.from_file(path):
         path.chmod(0o600)
         return found
-    except (OSError, ValidationError):
-        pass
     created = Credentials()
     plain = {name: getattr(created, name).get_secret_value() for name in Credentials.model_fields}
     _write_private(path, json.dumps(plain).encode())
@@ -48,13 +41,13 @@ def load_or_create(path: Path) -> Credentials:
 
 
 def ensure_certificate(certificate: Path, key: Path) -> None:
-    """Make a self-signed certificate and its key, unless both files exist.
+    """Creates a self-signed certificate and its key, unless both files exist.
 
-    It is its own authority: those who hold it and its key trust each other and nobody else (mutual TLS).
+    The certificate is its own authority: processes that hold it and its key trust only each other (mutual TLS).
     """
     if certificate.exists() and key.exists():
         return
-    from cryptography import x509  # needed once in the life of a state folder, so not at the top
+    from cryptography import x509  # needed once per state folder, so not at the top
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import NameOID
@@ -69,7 +62,7 @@ def ensure_certificate(certificate: Path, key: Path) -> None:
         .public_key(private.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + VALID_FOR)
+        .not_valid_after(now + CERTIFICATE_LIFETIME)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
         .sign(private, hashes.SHA256())
@@ -81,7 +74,7 @@ def ensure_certificate(certificate: Path, key: Path) -> None:
 
 
 def _write_private(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read at any moment, and that appears whole or not at all."""
+    """Writes a file atomically; only its owner can read it, also while it is being written."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Where the servers are, and the environment variables that tell every client so."""
+"""The servers' addresses, and the environment variables that pass them to every client."""
 
 import os
 from pathlib import Path
@@ -8,12 +8,12 @@ from pydantic import SecretStr
 from infra.records import Record
 from infra.web_settings import loopback_without_proxy, without_web
 
-QUIET = {
+TELEMETRY_OFF = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
-REGION = "us-east-1"  # any will do for SeaweedFS, but signatures need one
+REGION = "us-east-1"  # SeaweedFS accepts any region, but signatures need one
 
 
 class Endpoints(Record):
@@ -22,9 +22,9 @@ class Endpoints(Record):
     Attributes:
         home: the state folder.
         bucket: the bucket that holds every byte.
-        s3_access_key_id, s3_secret_access_key: None for an external store: the user's own AWS settings apply.
-        prefect_ui_url: what people open in a browser.
-        mlflow_is_local, prefect_is_local: whether the server is one of the local stack.
+        s3_access_key_id, s3_secret_access_key: None for an external store, for which the user's AWS settings apply.
+        prefect_ui_url: the address of Prefect's pages for a browser.
+        mlflow_is_local, prefect_is_local: whether the server belongs to the local stack.
     """
 
     home: Path
@@ -39,14 +39,16 @@ class Endpoints(Record):
     prefect_is_local: bool
 
     def apply(self) -> None:
-        """Makes the clients of this process, and of all that it starts, use these servers.
+        """Makes the clients of this process and of its child processes use these servers.
 
-        To be called before a client library is imported. What the user has set up for other servers (credentials,
-        certificates, regions, time limits) is removed where a local server is used in their place; where all servers
-        are local, so are proxies and certificates. Fetches from the web still use these: see `infra.web_settings`.
+        Call it before a client library is imported. A local server replaces the user's server of the same kind, so the
+        user's variables for that kind (credentials, certificates, regions, timeouts) are removed. If all servers are
+        local, proxies and certificates are removed too; fetches from the web still use them (`infra.web_settings`).
         """
-        kept = {name: value for name, value in os.environ.items() if not self._leads_astray(name)}
-        if self.s3_is_local and self.mlflow_is_local and self.prefect_is_local:
+        local = {"AWS_": self.s3_is_local, "MLFLOW_": self.mlflow_is_local, "PREFECT_": self.prefect_is_local}
+        replaced = tuple(prefix for prefix, is_local in local.items() if is_local)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(replaced)}
+        if all(local.values()):
             kept = without_web(kept)
         kept |= self.environment()
         for name in os.environ.keys() - kept.keys():
@@ -55,21 +57,16 @@ class Endpoints(Record):
 
     @property
     def s3_is_local(self) -> bool:
-        """Whether the object store is one of the local stack."""
+        """Whether the object store belongs to the local stack."""
         return self.s3_access_key_id is not None
 
-    def _leads_astray(self, name: str) -> bool:
-        """Returns whether a variable is about another server than the local one that its clients are to use."""
-        prefixes = {"AWS_": self.s3_is_local, "MLFLOW_": self.mlflow_is_local, "PREFECT_": self.prefect_is_local}
-        return any(is_local and name.startswith(prefix) for prefix, is_local in prefixes.items())
-
     def environment(self) -> dict[str, str]:
-        """Returns the standard variables that every client reads, and those that keep clients quiet and off pickle.
+        """Returns the standard variables that clients read, and those that turn off telemetry and pickle.
 
-        They suffice in a shell that sets no others; `apply` also removes others that would mislead.
+        They suffice in a shell that sets no others; `apply` also removes the variables of replaced servers.
         """
         variables = {
-            **QUIET,
+            **TELEMETRY_OFF,
             **loopback_without_proxy(),
             "CONVOY_HOME": str(self.home),
             "CONVOY_BUCKET": self.bucket,
@@ -90,7 +87,7 @@ class Endpoints(Record):
         return variables
 
     def s3_environment(self) -> dict[str, str]:
-        """Variables of a local object store; none for an external one, whose variables are the user's."""
+        """Returns the variables of a local object store; none for an external one, which the user's variables name."""
         if self.s3_access_key_id is None or self.s3_secret_access_key is None:
             return {}
         return {
@@ -99,7 +96,7 @@ class Endpoints(Record):
             "AWS_SECRET_ACCESS_KEY": self.s3_secret_access_key.get_secret_value(),
             "AWS_SESSION_TOKEN": "",
             "AWS_DEFAULT_REGION": REGION,
-            # A profile that is chosen must exist in the files that are read, so all of them are replaced.
+            # The chosen profile must exist in the files that are read, so profile and files are replaced.
             "AWS_PROFILE": "default",
             "AWS_CONFIG_FILE": str(self.home / "stack" / "aws-config"),
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,

@@ -1,10 +1,9 @@
 """The local stack: starts, checks and stops an object store, MLflow and Prefect on this machine.
 
-`up` is safe to call at any time and from several processes at once: what already runs is checked and left
-alone. Each of the three can be an external server instead, named by its standard variable:
-`AWS_ENDPOINT_URL`, `MLFLOW_TRACKING_URI`, `PREFECT_API_URL`. Everything else in Convoy reads the standard
-variables only: `up(Settings()).apply()`. The local MLflow and Prefect ask for no
-password; see `infra.stack.servers`.
+`up` may be called at any time and from several processes at the same time: it checks running servers and leaves them
+running. A standard variable replaces a local server by an external one: `AWS_ENDPOINT_URL`, `MLFLOW_TRACKING_URI`,
+`PREFECT_API_URL`. `up(Settings()).apply()` sets these variables; the rest of Convoy reads only them.
+The local MLflow and Prefect need no password; see `infra.stack.servers`.
 """
 
 import os
@@ -26,22 +25,22 @@ from infra.stack import migrations, processes
 from infra.stack.endpoints import Endpoints
 from infra.stack.object_store_ready import make_ready
 from infra.stack.ports import is_free
-from infra.stack.state import HEALTH, NAMES, ServerName, StackFolder
+from infra.stack.state import HEALTH_PATHS, SERVER_NAMES, ServerName, StackFolder
 from infra.web_settings import check_web_environment, proxy_of
 
-START_PATIENCE = 180.0  # seconds until a server is ready; a cold start on two busy cores takes under a minute
-BUSY_PATIENCE = 30.0  # seconds for a running server to answer, however busy the machine is
-STORE_PATIENCE = 10.0  # seconds for a running object store to take what is written
-ANSWER_PATIENCE = 5.0  # seconds for one answer
-ROOM = 32 << 20  # bytes; a disk with less of them is full
-POLL = 0.1  # seconds between looks at a starting server
-ATTEMPTS = 3  # at finding ports that nobody else takes in the meantime
+START_SECONDS = 180.0  # until a started server is ready; a cold start on two busy cores takes under a minute
+BUSY_SECONDS = 30.0  # until a running server answers; the machine may be busy
+STORE_SECONDS = 10.0  # until a running object store accepts a write
+ANSWER_SECONDS = 5.0  # timeout of one request
+FULL_DISK_BYTES = 32 << 20  # a disk with less free space counts as full
+POLL_SECONDS = 0.1  # between two checks of a starting server
+PORT_ATTEMPTS = 3  # to start on ports that no other program takes in the meantime
 
 OnEvent = Callable[[str], None]
 
 
 class ServerStatus(Record):
-    """State of one server: `dead` is one that was started, but is gone or does not answer."""
+    """The state of one server: `dead` means that it was started, but has ended or does not answer."""
 
     name: ServerName
     url: str
@@ -51,20 +50,20 @@ class ServerStatus(Record):
 
 
 class _PortTaken(Exception):
-    """Another program took a port between our look and the server's start."""
+    """Another program took a port after the check that it was free, and before the server did."""
 
 
 def up(
-    settings: Settings, on_event: OnEvent = lambda event: None, *, only: Collection[ServerName] = NAMES
+    settings: Settings, on_event: OnEvent = lambda event: None, *, only: Collection[ServerName] = SERVER_NAMES
 ) -> Endpoints:
-    """Starts what does not run yet, side by side; returns when all answer and the bucket exists.
+    """Starts in parallel the servers that do not run yet; returns once all answer and the bucket exists.
 
     Args:
-        on_event: told in a few words what happens, for people.
-        only: the servers to start; the others keep their state, and their addresses are where they would be.
+        on_event: called with a short message for people about each event.
+        only: the servers to start. The others keep their state; their addresses are those of their next start.
 
     Raises:
-        ServiceError: a server died at its start or does not answer; the message has the end of its log.
+        ServiceError: a server ended at its start or does not answer; the message has the end of its log.
         UsageError: a database was written by a newer MLflow or Prefect than the installed one.
     """
     folder = StackFolder(settings)
@@ -76,26 +75,26 @@ def up(
         _check_external(variable, address)
     try:
         with folder.locked(on_event):
-            for _ in range(ATTEMPTS):
+            for _ in range(PORT_ATTEMPTS):
                 try:
                     return _up(folder, on_event, only)
                 except _PortTaken as taken:
                     on_event(str(taken))
     except OSError as error:
         raise ServiceError(f"the servers cannot be started in {settings.home}: {error}") from None
-    raise ServiceError(f"other programs took the servers' ports {ATTEMPTS} times in a row: try again")
+    raise ServiceError(f"other programs took the servers' ports {PORT_ATTEMPTS} times in a row: try again")
 
 
 def down(settings: Settings) -> list[str]:
-    """Stop every server of this state folder with all its processes; return the names of those that ran."""
+    """Stops every server of this state folder with all its processes; returns the names of those that ran."""
     folder = StackFolder(settings)
-    if not os.path.exists(folder.root) and not any(folder.members(name) for name in NAMES):
+    if not os.path.exists(folder.root) and not any(folder.members(name) for name in SERVER_NAMES):
         return []
     try:
         with folder.locked():
-            ran = [name for name in NAMES if folder.members(name)]
+            ran = [name for name in SERVER_NAMES if folder.members(name)]
             processes.stop(lambda: {process for name in ran for process in folder.members(name)})
-            for name in NAMES:
+            for name in SERVER_NAMES:
                 folder.record_file(name).unlink(missing_ok=True)
     except OSError as error:
         raise ServiceError(f"the servers cannot be stopped in {settings.home}: {error}") from None
@@ -103,12 +102,12 @@ def down(settings: Settings) -> list[str]:
 
 
 def status(settings: Settings) -> list[ServerStatus]:
-    """Look at each server once."""
+    """Returns the state of each server; asks each running one once."""
     folder = StackFolder(settings)
     external = {name: without_login(address) for name, _, address in folder.external()}
     found = []
-    with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_PATIENCE) as client:
-        for name in NAMES:
+    with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_SECONDS) as client:
+        for name in SERVER_NAMES:
             if name in external:
                 found.append(ServerStatus(name=name, url=external[name], state="external"))
                 continue
@@ -124,78 +123,80 @@ def status(settings: Settings) -> list[ServerStatus]:
 
 def _up(folder: StackFolder, on_event: OnEvent, only: Collection[ServerName]) -> Endpoints:
     external = {name for name, _, _ in folder.external()}
-    wanted = [name for name in NAMES if name in only and name not in external]
-    migrations.outdated(folder.settings.home, wanted)  # refuses a newer database before anything is touched
+    wanted = [name for name in SERVER_NAMES if name in only and name not in external]
+    migrations.outdated(folder.settings.home, wanted)  # refuses a newer database before anything is changed
     folder.prepare(on_event)
-    with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_PATIENCE) as client:
+    with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_SECONDS) as client:
         starting: dict[ServerName, subprocess.Popen[bytes]] = {}
-        missing = [name for name in wanted if not _runs(name, folder, client, on_event)]
+        missing = [name for name in wanted if not _runs_as_defined(name, folder, client, on_event)]
         migrations.migrate(folder.settings.home, missing, on_event)
         for name in missing:
             on_event(f"starting {name} at {folder.url(name)}")
             starting[name] = processes.start(folder.server(name), folder.mark(name), folder.record_file(name))
         for name in wanted:
             if name in starting:
-                _wait(name, starting[name], folder, client)
-                if name == "seaweedfs":  # the first, so that this happens while the others still start
-                    _make_store_ready(folder, BUSY_PATIENCE)
+                _wait_until_ready(name, starting[name], folder, client)
+                if name == "seaweedfs":  # it comes first, so the others start meanwhile
+                    _make_store_ready(folder, BUSY_SECONDS)
                 on_event(f"{name} is ready at {folder.url(name)}")
     return folder.endpoints()
 
 
-def _runs(name: ServerName, folder: StackFolder, client: httpx.Client, on_event: OnEvent) -> bool:
-    """Whether a server runs as it is defined now; if it runs in another way, or not well, stop it."""
+def _runs_as_defined(name: ServerName, folder: StackFolder, client: httpx.Client, on_event: OnEvent) -> bool:
+    """Checks whether a server runs well and as it is defined now; stops it if it runs otherwise."""
     record = folder.record(name)
     if record is None or record.process(folder.mark(name)) is None:
         return False
     trouble = "" if record.digest == folder.server(name).digest else "has other settings or another version"
-    deadline = time.monotonic() + BUSY_PATIENCE
+    deadline = time.monotonic() + BUSY_SECONDS
     while not trouble and record.process(folder.mark(name)):
         if _answers(name, folder, client):
-            if name != "seaweedfs" or _stores(folder, on_event):
+            if name != "seaweedfs" or _accepts_writes(folder, on_event):
                 return True
             trouble = "does not store what is written"
         elif time.monotonic() > deadline:
             trouble = "does not answer"
         else:
-            stopping.sleep(POLL)
+            stopping.sleep(POLL_SECONDS)
     on_event(f"stopping {name}, which {trouble or 'has ended'}")
     processes.stop(partial(folder.members, name))
     return False
 
 
-def _stores(folder: StackFolder, on_event: OnEvent) -> bool:
-    """Whether the running object store takes what is written; yes also on a full disk, where a start would not help."""
-    if shutil.disk_usage(folder.root).free < ROOM:
+def _accepts_writes(folder: StackFolder, on_event: OnEvent) -> bool:
+    """Checks whether the running object store accepts writes. True on a full disk, where a restart would not help."""
+    if shutil.disk_usage(folder.root).free < FULL_DISK_BYTES:
         on_event(f"the disk of {folder.root} is full: nothing can be stored")
         return True
     try:
-        _make_store_ready(folder, STORE_PATIENCE)
+        _make_store_ready(folder, STORE_SECONDS)
     except ServiceError:
         return False
     return True
 
 
-def _make_store_ready(folder: StackFolder, patience: float) -> None:
-    make_ready(folder.url("seaweedfs"), folder.credentials, folder.settings.bucket, patience=patience)
+def _make_store_ready(folder: StackFolder, seconds: float) -> None:
+    make_ready(folder.url("seaweedfs"), folder.credentials, folder.settings.bucket, seconds=seconds)
 
 
-def _wait(name: ServerName, process: subprocess.Popen[bytes], folder: StackFolder, client: httpx.Client) -> None:
-    """Return when a server that was just started answers.
+def _wait_until_ready(
+    name: ServerName, process: subprocess.Popen[bytes], folder: StackFolder, client: httpx.Client
+) -> None:
+    """Returns when a server that was just started answers.
 
     Raises:
-        ServiceError: it died or was not ready in time; nothing of it is left then.
-        _PortTaken: it died because another program had one of its ports.
+        ServiceError: it ended or was not ready in time; none of its processes is left.
+        _PortTaken: it ended because another program had one of its ports.
     """
-    deadline = time.monotonic() + START_PATIENCE
+    deadline = time.monotonic() + START_SECONDS
     while not _answers(name, folder, client):
         ended = process.poll()
         if ended is None and time.monotonic() < deadline:
-            stopping.sleep(POLL)
+            stopping.sleep(POLL_SECONDS)
             continue
         processes.stop(partial(folder.members, name))
         if ended is None:
-            trouble = f"was not ready within {START_PATIENCE:.0f} s"
+            trouble = f"was not ready within {START_SECONDS:.0f} s"
         elif taken := [port for port in folder.server(name).ports if not is_free(port)]:
             raise _PortTaken(f"another program took port {taken[0]} before {name} did: choosing another")
         else:
@@ -205,20 +206,20 @@ def _wait(name: ServerName, process: subprocess.Popen[bytes], folder: StackFolde
 
 
 def _answers(name: ServerName, folder: StackFolder, client: httpx.Client) -> bool:
-    """Whether a server is healthy and ours: another program may answer on a port that ours failed to take."""
+    """Checks whether a server is healthy, and whether its own process listens: another program may have the port."""
     try:
-        healthy = client.get(folder.url(name) + HEALTH[name]).is_success
+        healthy = client.get(folder.url(name) + HEALTH_PATHS[name]).is_success
     except httpx.HTTPError:
         return False
     return healthy and processes.listens(folder.port(name), folder.members(name))
 
 
 def _check_external(variable: str, address: str) -> None:
-    """Ask whether anything answers there.
+    """Checks whether a server answers at an address.
 
-    Nothing secret is sent; which certificates to trust, and how to log in, is each client's own setting.
+    Sends no secret and verifies no certificate: each client has its own settings for certificates and login.
     """
-    if not address.startswith(("http://", "https://")):  # MLflow also takes databases and folders
+    if not address.startswith(("http://", "https://")):  # MLflow also accepts databases and folders
         return
     url = without_login(address)
     way = proxy_of(url)

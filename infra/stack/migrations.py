@@ -1,10 +1,9 @@
 """Backs up and migrates the local MLflow's and Prefect's databases after an upgrade of either library.
 
-Both keep a SQLite database whose schema has a revision (alembic's). A database with an older schema than the
-installed library's is copied before anything touches it, and so is the other one: an MLflow run names its Prefect flow
-run, so the two belong together when they are restored. A database with a newer schema is refused. Nothing of MLflow or
-Prefect is imported: the revisions that a library knows are read from the files of its migrations, in some ten
-milliseconds.
+Both keep a SQLite database whose schema has a revision (alembic's). If one schema is older than the installed
+library's, both databases are copied before any change: an MLflow run names its Prefect flow run, so they must be
+restored together. A database with a newer schema is refused. MLflow and Prefect are not imported: the revisions that a
+library knows are read from its migration files, which takes about ten milliseconds.
 """
 
 import importlib.util
@@ -21,7 +20,7 @@ from pathlib import Path
 from infra.errors import ServiceError, UsageError
 from infra.machine.files import temporary_file
 
-KEPT = 5  # backups of each database
+BACKUPS_KEPT = 5  # per database
 REVISION = re.compile(r"^revision\b[^=\n]*= *[\"'](\w+)[\"']", re.MULTILINE)
 DOWN_REVISION = re.compile(r"^down_revision\b[^=\n]*= *(.+)$", re.MULTILINE)
 
@@ -31,10 +30,10 @@ class Database:
     """The database of one local server.
 
     Attributes:
-        name: the server's name, and its library's.
+        name: the name of the server and of its library.
         file: the SQLite file, relative to the state folder.
         scripts: the folder of the library's migrations, relative to its package.
-        upgrade: arguments of the library's command that migrates; none if the server migrates at its start.
+        upgrade: arguments of the library's migration command; empty if the server migrates when it starts.
     """
 
     name: str
@@ -43,7 +42,7 @@ class Database:
     upgrade: tuple[str, ...] = ()
 
     def revision(self, home: Path) -> str | None:
-        """Returns the revision of the database, or None if there is no database, or none that can be read."""
+        """Returns the revision of the database, or None if the database does not exist or cannot be read."""
         path = home / self.file
         if not path.exists():
             return None
@@ -51,11 +50,11 @@ class Database:
             with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
                 row = database.execute("select version_num from alembic_version").fetchone()
         except sqlite3.DatabaseError:
-            return None  # its server says what is wrong with it
+            return None  # its server reports what is wrong with it
         return str(row[0]) if row else None
 
     def known(self) -> tuple[set[str], str]:
-        """Returns all revisions that the installed library knows, and the newest of them."""
+        """Returns all revisions that the installed library knows, and the newest one."""
         package = importlib.util.find_spec(self.name)  # finds a top-level package without importing it
         assert package and package.origin
         scripts = [path.read_text() for path in (Path(package.origin).parent / self.scripts).glob("*.py")]
@@ -77,11 +76,11 @@ DATABASES = (
 
 
 def outdated(home: Path, names: Collection[str]) -> list[tuple[Database, str, str]]:
-    """Returns the databases with an older schema than the installed libraries', with their revision and the newest.
+    """Returns the databases whose schema is older than the installed library's, with their revision and the newest.
 
     Args:
         home: the state folder.
-        names: the servers whose databases to look at.
+        names: the servers whose databases are checked.
 
     Raises:
         UsageError: a database has a revision that the installed library does not know: a newer one wrote it.
@@ -101,12 +100,12 @@ def outdated(home: Path, names: Collection[str]) -> list[tuple[Database, str, st
 
 
 def migrate(home: Path, names: Collection[str], on_event: Callable[[str], None]) -> None:
-    """Backs up both databases if one of them has an older schema, and migrates what its server does not migrate itself.
+    """Backs up both databases if one has an older schema; migrates those that their server does not migrate itself.
 
-    To be called before the servers `names` start, while they do not run.
+    Call it while the servers `names` do not run, before they start.
 
     Raises:
-        ServiceError: a backup or a migration failed; the databases are as they were.
+        ServiceError: a backup or a migration failed; the databases are unchanged.
         UsageError: see `outdated`.
     """
     old = outdated(home, names)
@@ -114,7 +113,7 @@ def migrate(home: Path, names: Collection[str], on_event: Callable[[str], None])
         return
     backups = {database: _back_up(database, home, on_event) for database in DATABASES if database.revision(home)}
     for database, revision, newest in old:
-        who = "" if database.upgrade else ", which it does itself while it starts"
+        who = "" if database.upgrade else ", which the server does while it starts"
         on_event(f"migrating {database.name}'s database from schema {revision} to {newest}{who}")
         if database.upgrade:
             path = (home / database.file).absolute()
@@ -122,13 +121,12 @@ def migrate(home: Path, names: Collection[str], on_event: Callable[[str], None])
             done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
             if done.returncode:
                 _copy(backups[database], path)
-                raise ServiceError(
-                    f"{database.name}'s database could not be migrated, and is as it was: {_last_line(done.stderr)}"
-                )
+                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise ServiceError(f"{database.name}'s database could not be migrated, and is as it was: {reason}")
 
 
 def _back_up(database: Database, home: Path, on_event: Callable[[str], None]) -> Path:
-    """Copies a database, consistently though a server may be writing to it; removes all but the newest backups."""
+    """Copies a database, consistently even while a server writes to it; deletes all but the newest backups."""
     folder = home / "backups"
     at = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     backup = folder / f"{database.name}-{at}-{database.revision(home)}.db"
@@ -138,7 +136,7 @@ def _back_up(database: Database, home: Path, on_event: Callable[[str], None]) ->
             part.replace(backup)
     except (OSError, sqlite3.Error) as error:
         raise ServiceError(f"{home / database.file} cannot be backed up before its migration: {error}") from None
-    for path in sorted(folder.glob(f"{database.name}-*.db"))[:-KEPT]:
+    for path in sorted(folder.glob(f"{database.name}-*.db"))[:-BACKUPS_KEPT]:
         path.unlink(missing_ok=True)
     on_event(f"backed up {database.name}'s database to {backup}")
     return backup
@@ -147,7 +145,3 @@ def _back_up(database: Database, home: Path, on_event: Callable[[str], None]) ->
 def _copy(source: Path, target: Path) -> None:
     with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
         old.backup(new)
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no message"])[-1]

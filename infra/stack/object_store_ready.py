@@ -1,4 +1,4 @@
-"""The local object store's last steps to being ready: its bucket exists, and what is written can be read."""
+"""Creates the bucket and waits until the local object store can be written and read."""
 
 import time
 import uuid
@@ -14,42 +14,42 @@ from infra.machine import stopping
 from infra.stack.credentials import Credentials
 from infra.stack.endpoints import REGION
 
-POLL = 0.1  # seconds between tries
-ANSWER_WITHIN = 10.0  # seconds
-INDEX_PARTS = 8  # of SeaweedFS's filer, with its database leveldb2
-BUCKET_IS_THERE = "BucketAlreadyOwnedByYou"
+POLL_SECONDS = 0.1
+ANSWER_SECONDS = 10.0
+INDEX_PARTS = 8  # of the index of SeaweedFS's filer, with its database leveldb2
+BUCKET_EXISTS = "BucketAlreadyOwnedByYou"
 
 
-def make_ready(url: str, credentials: Credentials, bucket: str, *, patience: float) -> None:
-    """Make the bucket if need be; write, read and delete an object by each part of the store's index.
+def make_ready(url: str, credentials: Credentials, bucket: str, *, seconds: float) -> None:
+    """Creates the bucket if it is missing; writes, reads and deletes an object in each part of the store's index.
 
-    The port answers some seconds before the store's parts have found each other, and until then it can answer
-    every read with an internal error. And a part of the index that could not write once, since the disk was full,
-    refuses everything until the store is started again.
+    The port answers some seconds before the store's parts have found each other; until then every read can fail with an
+    internal error. And a part of the index that failed to write once, because the disk was full, refuses every request
+    until the store is restarted.
 
     Args:
-        patience: seconds to go on trying.
+        seconds: how long to retry.
 
     Raises:
-        ServiceError: the store refused, or went on failing.
+        ServiceError: the store refused, or kept failing.
     """
-    deadline = time.monotonic() + patience
-    with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_WITHIN) as client:
+    deadline = time.monotonic() + seconds
+    with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_SECONDS) as client:
         ask = partial(_ask, client, credentials)
         while True:
             try:
-                ask("PUT", f"{url}/{bucket}", accepted=BUCKET_IS_THERE)
+                ask("PUT", f"{url}/{bucket}", accepted=BUCKET_EXISTS)
                 for folder in _folders(bucket):
                     _round_trip(ask, f"{url}/{bucket}/{folder}/{uuid.uuid4().hex}")
                 return
             except httpx.HTTPError as error:
                 if time.monotonic() > deadline:
                     raise ServiceError(f"bucket {bucket} at {url} cannot be used: {error}") from None
-            stopping.sleep(POLL)
+            stopping.sleep(POLL_SECONDS)
 
 
 def _folders(bucket: str) -> Iterable[str]:
-    """Returns one folder for each part of SeaweedFS's index, which divides folders by the MD5 of their names."""
+    """Returns one folder per part of SeaweedFS's index, which assigns folders to parts by the MD5 of their names."""
     found: dict[int, str] = {}
     for folder in map("readiness/{}".format, count()):
         digest = md5(f"/buckets/{bucket}/{folder}".encode(), usedforsecurity=False).digest()
@@ -62,13 +62,13 @@ def _folders(bucket: str) -> Iterable[str]:
 def _ask(
     client: httpx.Client, credentials: Credentials, method: str, url: str, *, body: bytes = b"", accepted: str = ""
 ) -> httpx.Response:
-    """Sends one signed request, without boto3, so that what the user has set up for another store has no effect.
+    """Sends one signed request, without boto3, so that the user's settings for another store have no effect.
 
     Args:
-        accepted: the code of an error that counts as success.
+        accepted: an error code that counts as success.
 
     Raises:
-        httpx.HTTPError: no answer, or one that is no success.
+        httpx.HTTPError: no answer, or an error status.
     """
     from botocore.auth import S3SigV4Auth  # slow to import
     from botocore.awsrequest import AWSRequest

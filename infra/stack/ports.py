@@ -1,4 +1,4 @@
-"""Choosing ports on the loopback address, and keeping them from one start to the next."""
+"""Chooses ports on the loopback address; a server keeps its ports from one start to the next."""
 
 import random
 import socket
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from infra.records import Record
 
-CHOICE = range(20_000, 30_000)  # below every system's range for outgoing connections, which come and go
-ADMIN_GRPC_OFFSET = 10_000  # SeaweedFS's own worker looks there for it, whatever it is told
+PORT_RANGE = range(20_000, 30_000)  # below every system's range for outgoing connections, which come and go
+ADMIN_GRPC_OFFSET = 10_000  # SeaweedFS's own worker always expects the port there, whatever the options name
 
 
 class Ports(Record):
-    """The ports of the local servers; SeaweedFS opens ten, each of which it would otherwise choose itself."""
+    """The ports of the local servers. SeaweedFS opens ten; it would choose those that are not given."""
 
     s3: int = 8333
     s3_grpc: int = 0
@@ -27,12 +27,12 @@ class Ports(Record):
 
     @property
     def admin_grpc(self) -> int:
-        """The one port that is not chosen by itself."""
+        """SeaweedFS derives this port from `admin`."""
         return self.admin + ADMIN_GRPC_OFFSET
 
     @property
     def seaweedfs(self) -> tuple[int, ...]:
-        """All that SeaweedFS opens."""
+        """All ports that SeaweedFS opens."""
         return (*(getattr(self, name) for name in SEAWEEDFS), self.admin_grpc)
 
 
@@ -40,7 +40,7 @@ SEAWEEDFS = tuple(name for name in Ports.model_fields if name not in ("mlflow", 
 
 
 def is_free(port: int) -> bool:
-    """Whether no process listens on `port`, on any address of this machine."""
+    """Checks that no process listens on `port`, on any address of this machine."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     try:
@@ -51,12 +51,12 @@ def is_free(port: int) -> bool:
 
 
 def choose(wanted: Ports, *, kept: Iterable[str], preferred: dict[str, int]) -> Ports:
-    """Return ports that are free now, as near to `wanted` as can be.
+    """Returns ports that are free now, and those of `wanted` wherever they are free.
 
     Args:
-        wanted: the last ones used, or the defaults.
-        kept: names of the ports that our own running servers hold: they stay.
-        preferred: ports that the user asked for by name; taken if free.
+        wanted: the ports used last, or the defaults.
+        kept: names of the ports that running servers of this state folder hold; they do not change.
+        preferred: ports that the user has set, by name; used if they are free.
     """
     kept = set(kept)
     chosen = {name: port for name, port in wanted.model_dump().items() if name in kept}
@@ -64,7 +64,7 @@ def choose(wanted: Ports, *, kept: Iterable[str], preferred: dict[str, int]) -> 
     for name, last in wanted.model_dump().items():
         if name in kept:
             continue
-        for port in (preferred.get(name), last, *random.SystemRandom().sample(CHOICE, 200)):
+        for port in (preferred.get(name), last, *random.SystemRandom().sample(PORT_RANGE, 200)):
             opened = {port, port + ADMIN_GRPC_OFFSET} if name == "admin" and port else {port}
             if port and not opened & taken and all(map(is_free, opened)):
                 break

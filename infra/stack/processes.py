@@ -1,9 +1,9 @@
-"""Server processes that outlive the command that started them: start, find again, stop with all children.
+"""Server processes that outlive the command that started them: how they start, are found, and stop with their children.
 
-A server is found by two independent signs. Its record in the state folder holds its process id and the time
-at which that process was created, so an id that the system has since given to another process is never
-mistaken for it. And a server, with all that it starts, carries a mark in its environment that names its state
-folder: so children whose parent was killed, and servers whose state folder was deleted, are found too.
+A server is found in two independent ways. Its record in the state folder holds its process id and the process's
+creation time, so another process that later gets the same id is never mistaken for it. And the environment of a server
+and of its children has a mark that names the state folder, so children whose parent was killed and servers whose state
+folder was deleted are found too.
 """
 
 import json
@@ -16,35 +16,33 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Self
 
 import psutil
-from pydantic import ValidationError
 
 from infra.errors import one_line
 from infra.records import Record
 from infra.web_settings import is_web, loopback_without_proxy, usable_web_environment
 
-MARK = "CONVOY_LOCAL_SERVER"
-CLOCK_STEP = 1.5  # seconds: a creation time is told relative to the clock, which may be set meanwhile
-TERM_PATIENCE = 5.0  # seconds for a server to end by itself; SeaweedFS 4.48's admin part sometimes never does
-KILL_PATIENCE = 5.0
-POLL = 0.05  # seconds between looks at ending processes
+MARK_VARIABLE = "CONVOY_LOCAL_SERVER"
+CREATION_TOLERANCE_SECONDS = 1.5  # creation times are relative to the clock, which may be set meanwhile
+TERM_SECONDS = 5.0  # for a server to end after SIGTERM; SeaweedFS 4.48's admin part sometimes never does
+KILL_SECONDS = 5.0
+POLL_SECONDS = 0.05
 GO_CRASH = re.compile(r"F\d{4} |panic: |fatal error: ")
 
 
 class Server(Record):
-    """What to run as one server of a state folder.
+    """The definition of one server of a state folder.
 
     Attributes:
-        command: program and arguments, free of secrets: every user of the machine can read them.
-        environment: variables set for it, besides those that it inherits; may hold secrets.
-        not_inherited: beginnings of names of variables that it must not inherit.
-        asks_the_web: whether it inherits the user's proxies and certificates, as far as they can be used.
+        command: program and arguments, without secrets: every user of the machine can read them.
+        environment: variables in addition to the inherited ones; may hold secrets.
+        not_inherited: prefixes of variables that it must not inherit.
+        asks_the_web: whether it inherits the user's proxies and certificates, if they are usable.
         folder: its data and working folder.
-        log: file that takes its output.
+        log: the file for its output.
         ports: all ports that it opens.
-        version: of its library: a running server is replaced after an upgrade.
+        version: its library's version; a running server is replaced after an upgrade.
     """
 
     command: tuple[str, ...]
@@ -58,37 +56,29 @@ class Server(Record):
 
     @property
     def digest(self) -> str:
-        """Changes when a running server would have to be restarted to be as defined here."""
+        """Changes whenever a running server must be restarted to match this definition."""
         return sha256(json.dumps([self.command, self.environment, self.version], sort_keys=True).encode()).hexdigest()
 
 
 class StartRecord(Record):
-    """A start of a server, as kept in the state folder."""
+    """The record of a server's last start; `created` is psutil's creation time of the process."""
 
     pid: int
     created: float
     digest: str
 
-    @classmethod
-    def read(cls, path: Path) -> Self | None:
-        """The record in `path`, or None if there is none that can be read."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError):
-            return None
-
     def process(self, mark: str) -> psutil.Process | None:
-        """The recorded process, or None if it ended, whoever has its id now."""
+        """Returns the recorded process, or None if it has ended, even if another process has its id now."""
         with suppress(psutil.Error):
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.created) < CLOCK_STEP or _has_mark(process, mark)
+            same = abs(process.create_time() - self.created) < CREATION_TOLERANCE_SECONDS or _has_mark(process, mark)
             if same and _lives(process):
                 return process
         return None
 
 
 def start(server: Server, mark: str, record: Path) -> subprocess.Popen[bytes]:
-    """Start `server` in a session of its own, without standard input, and write its record."""
+    """Starts `server` in its own session, without standard input, and writes its record."""
     server.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     server.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if server.log.exists():
@@ -99,7 +89,7 @@ def start(server: Server, mark: str, record: Path) -> subprocess.Popen[bytes]:
     with server.log.open("wb") as log:
         process = subprocess.Popen(
             server.command,
-            env=inherited | loopback_without_proxy(inherited) | server.environment | {MARK: mark},
+            env=inherited | loopback_without_proxy(inherited) | server.environment | {MARK_VARIABLE: mark},
             cwd=server.folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -107,13 +97,13 @@ def start(server: Server, mark: str, record: Path) -> subprocess.Popen[bytes]:
             start_new_session=True,
             umask=0o077,
         )
-    created = psutil.Process(process.pid).create_time()  # not reaped yet, so there even if it died already
+    created = psutil.Process(process.pid).create_time()  # not reaped yet, so it exists even if it has ended
     record.write_text(StartRecord(pid=process.pid, created=created, digest=server.digest).model_dump_json())
     return process
 
 
 def members(mark: str, record: StartRecord | None) -> set[psutil.Process]:
-    """Every living process of the server with this mark and record."""
+    """Returns every living process of the server with this mark and record."""
     found: set[psutil.Process] = set()
     if record and (leader := record.process(mark)):
         found.add(leader)
@@ -124,25 +114,25 @@ def members(mark: str, record: StartRecord | None) -> set[psutil.Process]:
 
 
 def stop(find: Callable[[], set[psutil.Process]]) -> None:
-    """End all processes that `find` finds, until it finds none: SIGTERM, a wait, SIGKILL."""
+    """Ends all processes that `find` returns, until it returns none: SIGTERM, a wait, SIGKILL."""
     ended: set[psutil.Process] = set()
-    for sent, patience in ((signal.SIGTERM, TERM_PATIENCE), (signal.SIGKILL, KILL_PATIENCE)):
+    for sent, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         asked: set[psutil.Process] = set()
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + seconds
         while (found := find()) and time.monotonic() < deadline:
             for process in found - asked:
                 with suppress(psutil.Error):
                     process.send_signal(sent)
             asked |= found
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
         ended |= asked
     for process in ended:
         with suppress(psutil.Error):
-            process.wait(timeout=0)  # takes our own child's exit status, or it would stay a zombie
+            process.wait(timeout=0)  # reaps a child of this process, which would stay a zombie
 
 
 def listens(port: int, found: Iterable[psutil.Process]) -> bool:
-    """Whether one of these processes listens on `port`."""
+    """Checks whether one of these processes listens on `port`."""
     for process in found:
         with suppress(psutil.Error):
             for connection in process.net_connections(kind="tcp"):
@@ -152,23 +142,23 @@ def listens(port: int, found: Iterable[psutil.Process]) -> bool:
 
 
 def log_end(path: Path, lines: int = 3, characters: int = 600) -> str:
-    """The last lines of a log that say something, as one line; of a Go program that crashed, the reason."""
+    """Returns the last non-empty lines of a log as one line; for a Go program that crashed, the reason."""
     try:
         with path.open("rb") as log:
             log.seek(max(0, path.stat().st_size - 1_000_000))
             text = log.read().decode(errors="replace")
     except OSError:
         return "(no log)"
-    said = [one_line(line) for line in text.splitlines() if line.strip()]
-    if crash := next((line for line in said if GO_CRASH.match(line)), None):  # all its threads' stacks follow
+    nonempty = [one_line(line) for line in text.splitlines() if line.strip()]
+    if crash := next((line for line in nonempty if GO_CRASH.match(line)), None):  # the stacks of all threads follow
         return crash[:characters]
-    return " | ".join(said[-lines:])[-characters:] or "(empty)"
+    return " | ".join(nonempty[-lines:])[-characters:] or "(empty)"
 
 
 def _has_mark(process: psutil.Process, mark: str) -> bool:
     try:
-        return process.environ().get(MARK) == mark
-    except (psutil.Error, OSError):  # another user's process, or one that has just ended
+        return process.environ().get(MARK_VARIABLE) == mark
+    except (psutil.Error, OSError):  # another user's process, or it has just ended
         return False
 
 

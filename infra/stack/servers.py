@@ -1,12 +1,11 @@
-"""What the three local servers run: SeaweedFS (S3), MLflow and Prefect.
+"""Defines the three local servers: SeaweedFS (S3), MLflow and Prefect.
 
-All are bound to 127.0.0.1, with telemetry off. SeaweedFS refuses everyone without credentials on each of its
-ports: the S3 port wants the keys, and all others, which are for its own parts, the state folder's
-certificate. The filer's and the volumes' ports also want tokens that only its parts can sign. Tokens alone
-would not do: the master's port hands them out, and gRPC asks for none. MLflow and Prefect ask nobody for a
-password: whoever may open a connection to this machine's loopback address can use them. That is the accepted
-limit of the local stack; on a machine shared with people you do not trust, use servers of your own
-(`MLFLOW_TRACKING_URI`, `PREFECT_API_URL`).
+All are bound to 127.0.0.1, with telemetry off. SeaweedFS requires credentials on each of its ports: the S3 port
+requires the keys, and all other ports, which only its own parts use, the state folder's certificate. The ports of the
+filer and the volumes also require tokens that only its parts can sign. Tokens alone would not suffice: the master's
+port issues them, and gRPC requires none. MLflow and Prefect require no password: every process that can connect to the
+loopback address can use them. That is the accepted limit of the local stack; on a machine shared with people you do
+not trust, use servers of your own (`MLFLOW_TRACKING_URI`, `PREFECT_API_URL`).
 """
 
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from infra.errors import ServiceError
 from infra.settings import Settings
 from infra.stack.credentials import Credentials
-from infra.stack.endpoints import QUIET
+from infra.stack.endpoints import TELEMETRY_OFF
 from infra.stack.ports import Ports
 from infra.stack.processes import Server
 
@@ -32,21 +31,17 @@ TLS_ROLES = {
 
 
 def seaweedfs(settings: Settings, ports: Ports, credentials: Credentials, certificate: Path, key: Path) -> Server:
-    """The object store."""
+    """Returns the definition of the object store."""
     tls = {"WEED_GRPC_CA": str(certificate), "WEED_HTTPS_CLIENT_ENABLED": "true"}
     for protocol, roles in TLS_ROLES.items():
         for role in roles:
             prefix = f"WEED_{protocol}_{role}"
-            tls |= {
-                f"{prefix}_CERT": str(certificate),
-                f"{prefix}_KEY": str(key),
-                f"{prefix}_CA": str(certificate),
-            }
+            tls |= {f"{prefix}_CERT": str(certificate), f"{prefix}_KEY": str(key), f"{prefix}_CA": str(certificate)}
     return Server(
         command=(
             _program("weed"),
             "mini",
-            "-dir=.",  # in the working folder, as the sockets: by default those lie in a folder of all users
+            "-dir=.",  # the working folder; the sockets are there too, and by default in a folder shared by all users
             "-s3.localSocket=s3.sock",
             "-filer.localSocket=filer.sock",
             f"-ip={HOST}",
@@ -63,7 +58,7 @@ def seaweedfs(settings: Settings, ports: Ports, credentials: Credentials, certif
             f"-admin.port.grpc={ports.admin_grpc}",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
-            "-volume.preStopSeconds=0",  # it waits for other machines of a cluster
+            "-volume.preStopSeconds=0",  # the wait is for other machines of a cluster
             "-s3.iam=false",
             "-admin.ui=false",
             "-webdav=false",
@@ -86,10 +81,10 @@ def seaweedfs(settings: Settings, ports: Ports, credentials: Credentials, certif
 
 
 def mlflow(settings: Settings, ports: Ports, s3: dict[str, str]) -> Server:
-    """The tracking server and registry. Clients send artifacts through it, so they need no keys for them.
+    """Returns the definition of the tracking server and registry, which also passes on clients' artifacts.
 
     Args:
-        s3: variables for the local object store; if empty, those that the user has set for another one.
+        s3: variables of the local object store; if empty, the user's variables for another store are passed on.
     """
     store = s3 or {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "MLFLOW_S3_"))}
     return Server(
@@ -103,13 +98,13 @@ def mlflow(settings: Settings, ports: Ports, s3: dict[str, str]) -> Server:
             "--serve-artifacts",
         ),
         environment={
-            **QUIET,
+            **TELEMETRY_OFF,
             "MLFLOW_S3_ENDPOINT_URL": settings.s3_url or f"http://{HOST}:{ports.s3}",
             **store,
             "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": settings.s3_addressing if settings.s3_url else "path",
             "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
             "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # some nine processes that training never uses
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves about nine processes, which Convoy never uses
             "GIT_PYTHON_REFRESH": "quiet",
         },
         not_inherited=NOT_INHERITED,
@@ -122,7 +117,7 @@ def mlflow(settings: Settings, ports: Ports, s3: dict[str, str]) -> Server:
 
 
 def prefect(settings: Settings, ports: Ports) -> Server:
-    """The orchestration server, its scheduler and its user interface."""
+    """Returns the definition of the orchestration server, with its scheduler and user interface."""
     url = f"http://{HOST}:{ports.prefect}"
     return Server(
         command=(
@@ -131,14 +126,15 @@ def prefect(settings: Settings, ports: Ports) -> Server:
             f"--port={ports.prefect}",
         ),
         environment={
-            **QUIET,
+            **TELEMETRY_OFF,
             "PREFECT_HOME": str(settings.home / "prefect"),
             "PREFECT_API_URL": f"{url}/api",
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-            # By default any web page that the user has open may call the API from the browser.
+            # By default any web page in the user's browser may call the API.
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{ports.prefect}",
             "PREFECT_CLI_PROMPT": "false",
-            # Else a restart forgets who holds a model's lease, but not that it is held; these are under PREFECT_HOME.
+            # By default a restart forgets which run holds a model's lease, but not that it is held. The files lie under
+            # PREFECT_HOME.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         },
         not_inherited=NOT_INHERITED,
@@ -151,7 +147,7 @@ def prefect(settings: Settings, ports: Ports) -> Server:
 
 
 def _program(name: str) -> str:
-    """A program that was installed beside this Python, else one on the path."""
+    """Returns the path of a program that was installed with this Python, or else of one on PATH."""
     beside = Path(sysconfig.get_path("scripts")) / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:

@@ -1,4 +1,4 @@
-"""The local stack's part of the state folder: what it remembers, and the servers that follow from it."""
+"""The local stack's part of the state folder, and the servers' definitions and addresses that follow from it."""
 
 import fcntl
 import os
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import psutil
-from pydantic import ValidationError
 
 from infra.errors import UsageError
 from infra.machine.files import wait_for_lock
@@ -20,20 +19,21 @@ from infra.stack.endpoints import Endpoints
 from infra.stack.processes import Server, StartRecord
 
 ServerName = Literal["seaweedfs", "mlflow", "prefect"]
-NAMES: tuple[ServerName, ...] = get_args(ServerName)
-HEALTH: dict[ServerName, str] = {"seaweedfs": "/healthz", "mlflow": "/health", "prefect": "/api/health"}
+SERVER_NAMES: tuple[ServerName, ...] = get_args(ServerName)
+HEALTH_PATHS: dict[ServerName, str] = {"seaweedfs": "/healthz", "mlflow": "/health", "prefect": "/api/health"}
 
 
 class StackFolder:
-    """`<home>/stack`: credentials, certificate, ports, and a record of each server's start.
+    """The folder `<home>/stack`: credentials, certificate, ports, and a record of each server's start.
 
     Raises:
-        UsageError: this user may not use it.
+        UsageError: this user may not read or write it.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.root = settings.home / "stack"
+        self._certificate, self._key = self.root / "certificate.pem", self.root / "key.pem"
         if os.path.isdir(self.root) and not os.access(self.root, os.R_OK | os.W_OK | os.X_OK):
             raise UsageError(
                 f"{self.root} is another user's, or closed; set CONVOY_HOME to a folder of yours, "
@@ -43,7 +43,7 @@ class StackFolder:
 
     @contextmanager
     def locked(self, on_event: Callable[[str], None] = lambda event: None) -> Iterator[None]:
-        """Keep other commands from starting or stopping servers; the lock of a killed command is gone."""
+        """Keeps other commands from starting or stopping servers; the kernel releases the lock of a killed command."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (self.root / "lock").open("w") as lock:
             try:
@@ -55,16 +55,16 @@ class StackFolder:
             yield
 
     def prepare(self, on_event: Callable[[str], None]) -> None:
-        """Make credentials unless there are some, and choose ports; those of running servers stay."""
+        """Creates missing credentials, and chooses ports; those of running servers do not change."""
         self._make_private()
         ensure_certificate(self._certificate, self._key)
         (self.root / "aws-config").write_text("[default]\n")
         kept: list[str] = []
-        for name in NAMES:
+        for name in SERVER_NAMES:
             if (record := self.record(name)) and record.process(self.mark(name)):
                 kept.extend(ports.SEAWEEDFS if name == "seaweedfs" else [name])
             else:
-                processes.stop(partial(self.members, name))  # what a killed server has left
+                processes.stop(partial(self.members, name))  # processes that a killed server left
         asked = {
             "s3": self.settings.s3_port,
             "mlflow": self.settings.mlflow_port,
@@ -79,22 +79,22 @@ class StackFolder:
         (self.root / "ports.json").write_text(self.ports.model_dump_json())
 
     def _make_private(self) -> None:
-        """Keeps other users of the machine from the data: those of the cache are as confidential as their source.
+        """Closes the data to other users of the machine: cached files are as confidential as their source.
 
-        A state folder that the user has named may hold other things too, or be shared on purpose, so only one of the
-        default name is closed itself.
+        A state folder that the user has named may hold other files, or be shared on purpose. So the state folder itself
+        is closed only if it has the default name.
         """
-        ours = [self.settings.cache, self.settings.runs, self.settings.logs]
+        private = [self.settings.cache, self.settings.runs, self.settings.logs]
         if self.settings.home.name == DEFAULT_HOME:
-            ours.append(self.settings.home)
-        for folder in ours:
+            private.append(self.settings.home)
+        for folder in private:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not folder.is_symlink():  # a link leads to a place that is not only ours
-                with suppress(OSError):  # it is another user's, or on a disk without modes
+            if not folder.is_symlink():  # a link may lead to a shared folder
+                with suppress(OSError):  # the folder is another user's, or on a disk without modes
                     folder.chmod(0o700)
 
     def external(self) -> list[tuple[ServerName, str, str]]:
-        """Servers to use instead of local ones: name, the variable that says so, address."""
+        """Returns the external servers in place of local ones: name, the variable that names it, address."""
         candidates: tuple[tuple[ServerName, str, str | None], ...] = (
             ("seaweedfs", "AWS_ENDPOINT_URL", self.settings.s3_url),
             ("mlflow", "MLFLOW_TRACKING_URI", self.settings.mlflow_uri),
@@ -103,44 +103,43 @@ class StackFolder:
         return [(name, variable, address) for name, variable, address in candidates if address]
 
     def record_file(self, name: ServerName) -> Path:
-        """File of the record of a server's last start."""
+        """Returns the file with the record of a server's last start."""
         return self.root / f"{name}.json"
 
     def record(self, name: ServerName) -> StartRecord | None:
         """Returns the record of a server's last start, or None if it was never started or was stopped."""
-        return StartRecord.read(self.record_file(name))
+        return StartRecord.from_file(self.record_file(name))
 
     def log(self, name: ServerName) -> Path:
-        """Log of a server's last start."""
+        """Returns the log of a server's last start."""
         return self.settings.logs / f"{name}.log"
 
     def mark(self, name: ServerName) -> str:
-        """What the environment of a server's processes says."""
+        """Returns the mark in the environment of a server's processes."""
         return f"{name}@{os.path.realpath(self.settings.home)}"
 
     def members(self, name: ServerName) -> set[psutil.Process]:
-        """The living processes of a server."""
+        """Returns the living processes of a server."""
         return processes.members(self.mark(name), self.record(name))
 
     def port(self, name: ServerName) -> int:
-        """Port for a local server's clients."""
+        """Returns the port for a local server's clients."""
         return {"seaweedfs": self.ports.s3, "mlflow": self.ports.mlflow, "prefect": self.ports.prefect}[name]
 
     def url(self, name: ServerName) -> str:
-        """Address of a local server."""
+        """Returns the address of a local server."""
         return f"http://{servers.HOST}:{self.port(name)}"
 
     def server(self, name: ServerName) -> Server:
-        """Definition of a local server on the chosen ports."""
+        """Returns the definition of a local server on the chosen ports."""
         if name == "seaweedfs":
-            tls = (self._certificate, self._key)
-            return servers.seaweedfs(self.settings, self.ports, self.credentials, *tls)
+            return servers.seaweedfs(self.settings, self.ports, self.credentials, self._certificate, self._key)
         if name == "mlflow":
             return servers.mlflow(self.settings, self.ports, self.endpoints().s3_environment())
         return servers.prefect(self.settings, self.ports)
 
     def endpoints(self) -> Endpoints:
-        """Addresses for clients, local or external."""
+        """Returns the addresses for clients, local or external."""
         settings = self.settings
         api = settings.prefect_api_url
         ui = api.removesuffix("/api") if api else self.url("prefect")
@@ -159,19 +158,8 @@ class StackFolder:
 
     @cached_property
     def credentials(self) -> Credentials:
-        """The local object store's keys; made at first use, so to be read under the lock."""
+        """The local object store's keys; created at first use, so hold the lock when you read them first."""
         return load_or_create(self.root / "credentials.json")
 
-    @property
-    def _certificate(self) -> Path:
-        return self.root / "certificate.pem"
-
-    @property
-    def _key(self) -> Path:
-        return self.root / "key.pem"
-
     def _read_ports(self) -> ports.Ports:
-        try:
-            return ports.Ports.model_validate_json((self.root / "ports.json").read_bytes())
-        except (OSError, ValidationError):
-            return ports.Ports()
+        return ports.Ports.from_file(self.root / "ports.json") or ports.Ports()

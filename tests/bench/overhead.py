@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from infra.stack.ports import CHOICE
+from infra.stack.ports import PORT_RANGE
 from tests.bench.comparison import Comparison, Side, compare
 
 TRAIN = ("train", "--dataset", "digits", "--epochs", "3", "--ranks", "2")
@@ -52,7 +52,7 @@ def _convoy(*arguments: str) -> list[str]:
 
 
 def _environment(home: Path) -> dict[str, str]:
-    ports = zip(("S3", "MLFLOW", "PREFECT"), random.sample(CHOICE, 3), strict=True)
+    ports = zip(("S3", "MLFLOW", "PREFECT"), random.sample(PORT_RANGE, 3), strict=True)
     users = {name: value for name, value in os.environ.items() if not name.startswith(USERS_OWN)}
     return users | {"CONVOY_HOME": str(home)} | {f"CONVOY_{name}_PORT": str(port) for name, port in ports}
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from infra.settings import Settings
-from infra.stack.ports import CHOICE, Ports, is_free
+from infra.stack.ports import PORT_RANGE, Ports, is_free
 from infra.stack.servers import prefect
 from tests.flows.program import wait_for
 
@@ -38,7 +38,7 @@ class Prefect:
     """A server of Prefect, with its data in a folder."""
 
     def __init__(self, folder: Path, storage: str) -> None:
-        port = next(port for port in random.sample(CHOICE, 200) if is_free(port))
+        port = next(port for port in random.sample(PORT_RANGE, 200) if is_free(port))
         server = prefect(Settings(home=folder), Ports(prefect=port))
         self.api = server.environment["PREFECT_API_URL"]
         self._command = server.command

@@ -14,8 +14,8 @@ import pytest
 from infra.settings import Settings
 from infra.stack.endpoints import Endpoints
 from infra.stack.local_stack import ServerStatus, down, status
-from infra.stack.ports import CHOICE
-from infra.stack.state import NAMES, ServerName, StackFolder
+from infra.stack.ports import PORT_RANGE
+from infra.stack.state import SERVER_NAMES, ServerName, StackFolder
 
 REPOSITORY = Path(__file__).parents[2]
 S3: list[ServerName] = ["seaweedfs"]
@@ -32,11 +32,11 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def own(own_environment: None, tmp_path: Path) -> Iterator[Settings]:
     """Settings of a stack of the test's own, which is stopped after it."""
-    s3, mlflow = random.sample(CHOICE, 2)
+    s3, mlflow = random.sample(PORT_RANGE, 2)
     settings = Settings(home=tmp_path / ".convoy", s3_port=s3, mlflow_port=mlflow)
     yield settings
     down(settings)
-    assert not any(StackFolder(settings).members(name) for name in NAMES)
+    assert not any(StackFolder(settings).members(name) for name in SERVER_NAMES)
 
 
 def state_of(settings: Settings, name: str = "seaweedfs") -> ServerStatus:

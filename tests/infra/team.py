@@ -21,7 +21,7 @@ import yaml
 
 from infra.health_check import answers
 from infra.stack import processes
-from infra.stack.ports import CHOICE, is_free
+from infra.stack.ports import PORT_RANGE, is_free
 from infra.stack.processes import Server
 from infra.team_secrets import CLIENT, SERVICES, make
 
@@ -237,5 +237,5 @@ def _environment() -> dict[str, str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    candidates = random.SystemRandom().sample(CHOICE, 200)
+    candidates = random.SystemRandom().sample(PORT_RANGE, 200)
     return [port for port in candidates if is_free(port)][:count]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from infra.stack.endpoints import QUIET
+from infra.stack.endpoints import TELEMETRY_OFF
 from infra.team_secrets import CLIENT, SERVICES, make
 from tests.infra.team import COMPOSE, REPOSITORY, compose, variables_of
 from tests.linters import program
@@ -101,7 +101,7 @@ def test_services_start_when_what_they_need_is_healthy(services: dict[str, Any])
 
 def test_every_service_is_quiet_and_has_no_more_rights_than_it_needs(services: dict[str, Any]) -> None:
     for name in ("mlflow", "prefect", "deploy", "worker"):
-        assert services[name]["environment"].items() >= QUIET.items()
+        assert services[name]["environment"].items() >= TELEMETRY_OFF.items()
     assert "-master.telemetry=false" in services["seaweedfs"]["command"]
     assert services["mlflow"]["environment"]["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     for name, service in services.items():

@@ -15,7 +15,7 @@ from alembic.script import ScriptDirectory
 from infra.errors import ServiceError, UsageError
 from infra.settings import Settings
 from infra.stack.local_stack import down, up
-from infra.stack.migrations import DATABASES, KEPT, Database, migrate
+from infra.stack.migrations import BACKUPS_KEPT, DATABASES, Database, migrate
 from infra.stack.state import StackFolder
 from tests.infra.localstack import S3, own, own_environment, pids
 
@@ -102,13 +102,13 @@ def test_a_backup_has_what_is_only_in_the_write_ahead_log(tmp_path: Path) -> Non
 def test_only_the_newest_backups_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "backups"
     folder.mkdir()
-    old = [folder / f"prefect-2026010{day}T000000-abc.db" for day in range(1, KEPT + 2)]
+    old = [folder / f"prefect-2026010{day}T000000-abc.db" for day in range(1, BACKUPS_KEPT + 2)]
     other = folder / "mlflow-20250101T000000-abc.db"
     for path in (*old, other):
         path.write_text("")
     stamped(tmp_path, PREFECT, older(PREFECT))
     migrate(tmp_path, ["prefect"], lambda event: None)
-    assert [path.exists() for path in old] == [False, False, *[True] * (KEPT - 1)]
+    assert [path.exists() for path in old] == [False, False, *[True] * (BACKUPS_KEPT - 1)]
     assert other.exists()
 
 

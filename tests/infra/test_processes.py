@@ -47,12 +47,12 @@ class Started:
 
     @property
     def record(self) -> StartRecord:
-        found = StartRecord.read(self.record_file)
+        found = StartRecord.from_file(self.record_file)
         assert found
         return found
 
     def members(self) -> set[psutil.Process]:
-        return processes.members(self.mark, StartRecord.read(self.record_file))
+        return processes.members(self.mark, StartRecord.from_file(self.record_file))
 
     def stop(self) -> None:
         processes.stop(self.members)
@@ -141,7 +141,7 @@ def test_a_server_without_a_record_is_found(start: Callable[[str], Started]) -> 
 def test_a_server_that_ignores_the_first_signal_is_killed(
     start: Callable[[str], Started], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "TERM_PATIENCE", 0.2)
+    monkeypatch.setattr(processes, "TERM_SECONDS", 0.2)
     server = start(DEAF)
     server.stop()
     assert not psutil.pid_exists(server.process.pid)
@@ -162,7 +162,7 @@ def test_a_process_id_in_use_by_another_process_is_left_alone(
 def test_a_record_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
     half = tmp_path / "record.json"
     half.write_text('{"pid": 12, "crea')
-    assert StartRecord.read(half) is None
+    assert StartRecord.from_file(half) is None
 
 
 def test_the_log_of_the_start_before_is_kept(start: Callable[[str], Started]) -> None:

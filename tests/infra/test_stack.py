@@ -16,7 +16,7 @@ from infra.errors import ServiceError
 from infra.settings import Settings
 from infra.stack.endpoints import Endpoints
 from infra.stack.local_stack import down, status, up
-from infra.stack.state import NAMES, StackFolder
+from infra.stack.state import SERVER_NAMES, StackFolder
 from infra.storage.object_store import ObjectStore
 from tests.infra.localstack import REPOSITORY, S3, busy_port, own, own_environment, pids, until, use
 
@@ -36,7 +36,7 @@ def test_a_second_up_starts_nothing(stack: Endpoints, settings: Settings) -> Non
 
 def test_status_names_each_running_server_with_its_address_and_log(stack: Endpoints, settings: Settings) -> None:
     found = status(settings)
-    assert [(server.name, server.state) for server in found] == [(name, "running") for name in NAMES]
+    assert [(server.name, server.state) for server in found] == [(name, "running") for name in SERVER_NAMES]
     assert [server.url for server in found] == [
         stack.s3_endpoint_url,
         stack.mlflow_tracking_uri,
@@ -49,7 +49,7 @@ def test_every_port_is_bound_to_the_loopback_address(stack: Endpoints, settings:
     folder = StackFolder(settings)
     listening = [
         connection.laddr
-        for name in NAMES
+        for name in SERVER_NAMES
         for process in folder.members(name)
         for connection in process.net_connections(kind="inet")
         if connection.status == psutil.CONN_LISTEN
@@ -80,7 +80,7 @@ def test_a_state_folder_of_the_users_own_keeps_its_mode(tmp_path: Path) -> None:
 def test_secrets_are_in_private_files_and_nowhere_else(stack: Endpoints, settings: Settings) -> None:
     folder = StackFolder(settings)
     secrets = [getattr(folder.credentials, name).get_secret_value() for name in type(folder.credentials).model_fields]
-    for process in (process for name in NAMES for process in folder.members(name)):
+    for process in (process for name in SERVER_NAMES for process in folder.members(name)):
         assert not any(secret in " ".join(process.cmdline()) for secret in secrets)
     for log in settings.logs.iterdir():
         assert not any(secret in log.read_text(errors="replace") for secret in secrets)

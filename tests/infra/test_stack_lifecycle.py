@@ -97,7 +97,7 @@ def test_a_stale_record_does_not_harm_the_process_that_has_its_id_now(own: Setti
 
 
 def test_servers_whose_state_folder_was_deleted_are_stopped(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.stack.processes.TERM_PATIENCE", 1.0)  # without its data it does not end by itself
+    monkeypatch.setattr("infra.stack.processes.TERM_SECONDS", 1.0)  # without its data it does not end by itself
     up(own, only=S3)
     members = StackFolder(own).members("seaweedfs")
     delete(own.home)
@@ -118,9 +118,9 @@ def delete(home: Path) -> None:
 
 
 def test_a_stopped_server_that_does_not_answer_is_replaced(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.stack.local_stack.BUSY_PATIENCE", 0.5)
-    monkeypatch.setattr("infra.stack.processes.TERM_PATIENCE", 0.5)
-    monkeypatch.setattr("infra.stack.local_stack.ANSWER_PATIENCE", 0.5)
+    monkeypatch.setattr("infra.stack.local_stack.BUSY_SECONDS", 0.5)
+    monkeypatch.setattr("infra.stack.processes.TERM_SECONDS", 0.5)
+    monkeypatch.setattr("infra.stack.local_stack.ANSWER_SECONDS", 0.5)
     first = up(own, only=S3)
     (process,) = StackFolder(own).members("seaweedfs")
     process.send_signal(signal.SIGSTOP)
@@ -133,7 +133,7 @@ def test_a_stopped_server_that_does_not_answer_is_replaced(own: Settings, monkey
 def test_a_store_that_goes_on_refusing_after_the_disk_was_full_is_started_again(
     own: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("infra.stack.local_stack.STORE_PATIENCE", 0.0)
+    monkeypatch.setattr("infra.stack.local_stack.STORE_SECONDS", 0.0)
     first = up(own, only=S3)
     use(first, monkeypatch)
     store = ObjectStore.connect(own.bucket)
@@ -161,7 +161,7 @@ def stores(store: ObjectStore) -> bool:
 
 def test_a_full_disk_stops_no_server(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     first = up(own, only=S3)
-    monkeypatch.setattr("infra.stack.local_stack.ROOM", 1 << 60)
+    monkeypatch.setattr("infra.stack.local_stack.FULL_DISK_BYTES", 1 << 60)
     events: list[str] = []
     assert up(own, events.append, only=S3) == first
     assert events == [f"the disk of {StackFolder(own).root} is full: nothing can be stored"]

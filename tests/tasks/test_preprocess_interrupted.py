@@ -22,7 +22,7 @@ from infra.settings import Settings
 from infra.sources.location import LocalLocation
 from infra.sources.raw_data import RawSource
 from infra.stack.local_stack import down, up
-from infra.stack.ports import CHOICE
+from infra.stack.ports import PORT_RANGE
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
 from tasks.data.dataset import load_manifest, shards_of
@@ -156,7 +156,7 @@ def test_without_its_store_for_a_while_it_goes_on_later(
     folder: Path, machine: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(folder)
-    port = random.choice(CHOICE)
+    port = random.choice(PORT_RANGE)
     note, notes = Journal.note_shard, 0
 
     def noting(self: Journal, packed: Any) -> None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infra.stack.ports import CHOICE, is_free
+from infra.stack.ports import PORT_RANGE, is_free
 from infra.stack.processes import log_end
 from infra.tracking.model_versions import CONSUMERS_ENVIRONMENT
 
@@ -204,7 +204,7 @@ def http_server(
     Raises:
         ConsumerFailed: it did not start.
     """
-    port = next(port for port in random.SystemRandom().sample(CHOICE, 200) if is_free(port))
+    port = next(port for port in random.SystemRandom().sample(PORT_RANGE, 200) if is_free(port))
     with ExitStack() as started:
         if server is None or not server.is_waiting:
             server = started.enter_context(Server())

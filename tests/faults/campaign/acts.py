@@ -7,7 +7,7 @@ from signal import SIGCONT, SIGKILL, SIGSTOP, Signals
 
 import psutil
 
-from infra.stack.state import NAMES, ServerName
+from infra.stack.state import SERVER_NAMES, ServerName
 from tests.faults.campaign.trial import Trial
 
 MODULES = {
@@ -49,7 +49,7 @@ def down_and_up(trial: Trial) -> None:
 
 
 def power_cut(trial: Trial) -> None:
-    trial.send(SIGKILL, [*trial.home.servers(*NAMES), *trial.home.others()])
+    trial.send(SIGKILL, [*trial.home.servers(*SERVER_NAMES), *trial.home.others()])
 
 
 def cache(how: str, victim: str, trial: Trial) -> None:

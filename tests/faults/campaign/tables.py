@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from signal import SIGINT, SIGKILL, SIGTERM
 
-from infra.stack.state import NAMES
+from infra.stack.state import SERVER_NAMES
 from infra.tracking import promotion_history
 from tests.faults.campaign import acts, invariants
 from tests.faults.campaign.trial import DISKS, STEPS, Plan, Trial
@@ -36,7 +36,9 @@ FAULTS: dict[str, dict[str, tuple[Act, tuple[str, ...]]]] = {  # what is done, a
         for sent in ((SIGTERM, SIGINT, SIGKILL) if victim == "flow" else (SIGTERM, SIGKILL))
     },
     "server": {
-        f"{name} {how}": (partial(acts.server, name, how), ALL) for name in NAMES for how in ("killed", "hangs", "away")
+        f"{name} {how}": (partial(acts.server, name, how), ALL)
+        for name in SERVER_NAMES
+        for how in ("killed", "hangs", "away")
     },
     "power": {"power cut": (acts.power_cut, ALL), "down and up": (acts.down_and_up, ALL)},
     "cache": {

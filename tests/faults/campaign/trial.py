@@ -20,8 +20,8 @@ from mlflow.tracking import MlflowClient
 from prefect.context import refresh_global_settings_context
 
 from infra.settings import Settings
-from infra.stack.ports import CHOICE
-from infra.stack.state import NAMES, ServerName, StackFolder
+from infra.stack.ports import PORT_RANGE
+from infra.stack.state import SERVER_NAMES, ServerName, StackFolder
 from infra.storage.object_store import ObjectStore
 from tests.flows.program import RESUMABLE, Training, sets
 
@@ -82,7 +82,7 @@ class Home:
                 subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(path)], check=True)
                 self.disks.append(path)
         self.output.mkdir()
-        ports = {f"CONVOY_{name}_PORT": str(random.choice(CHOICE)) for name in ("S3", "MLFLOW", "PREFECT")}
+        ports = {f"CONVOY_{name}_PORT": str(random.choice(PORT_RANGE)) for name in ("S3", "MLFLOW", "PREFECT")}
         self._user = os.environ | ports | {"CONVOY_HOME": str(self.folder), "TMPDIR": str(self.tmp), "COLUMNS": "80"}
         self.settings = Settings(home=self.folder)
         self.reference = ""  # MLflow run of the undisturbed training
@@ -103,7 +103,7 @@ class Home:
 
     def others(self) -> list[psutil.Process]:
         """Returns all processes of this state folder that are no servers."""
-        found, servers = [], self.servers(*NAMES)
+        found, servers = [], self.servers(*SERVER_NAMES)
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 ours = process.environ().get("CONVOY_HOME") == str(self.folder)
@@ -123,7 +123,7 @@ class Home:
 
     def close(self) -> None:
         send(SIGKILL, self.others())
-        send(SIGCONT, self.servers(*NAMES))
+        send(SIGCONT, self.servers(*SERVER_NAMES))
         self.start("down").end()
         for disk in reversed(self.disks):
             subprocess.run(["umount", "--lazy", str(disk)], check=True)
