@@ -1,4 +1,4 @@
-"""Files out of Debian packages: of an installed one, else of one that apt downloads; as any user."""
+"""Reads files of Debian packages, which are installed or which apt downloads; needs no root."""
 
 import os
 import re
@@ -20,12 +20,12 @@ APT_OPTIONS = (
     "Acquire::Retries=1",
     "Acquire::http::Timeout=10",
     "Acquire::https::Timeout=10",
-    "APT::Sandbox::User=root",  # apt's own user may not write to our temporary folder
+    "APT::Sandbox::User=root",  # apt's own user cannot write to the temporary folder
 )
 
 
 class Debian:
-    """Packages for one download run: each is downloaded at most once. Safe to share between threads."""
+    """The packages of one download run; each is downloaded at most once. Threads may share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -33,16 +33,16 @@ class Debian:
         self._packages: dict[str, Path | ServiceError] = {}
 
     def close(self) -> None:
-        """Remove what was downloaded."""
+        """Deletes the downloaded packages."""
         if self._folder:
             self._folder.cleanup()
 
     @contextmanager
     def fetched(self, address: str) -> Iterator[Path]:
-        """Yield the local file that `<package>/<path inside the package>` names.
+        """Yields the local file that `<package>/<path inside the package>` names.
 
         Raises:
-            ServiceError: no apt here, no such package or file, or apt's servers do not answer.
+            ServiceError: apt is missing, the package or file does not exist, or apt's servers do not answer.
         """
         package, _, inside = address.partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", package):
@@ -57,7 +57,7 @@ class Debian:
             yield target
 
     def _download(self, package: str) -> Path:
-        """The package's `.deb`; an earlier failure is repeated without asking again."""
+        """Returns the package's `.deb` file; raises an earlier failure again without a new attempt."""
         with self._lock:
             if package not in self._packages:
                 try:
@@ -72,7 +72,7 @@ class Debian:
 
 
 def _apt_download(package: str, folder: Path) -> Path:
-    """Run `apt-get download`, with the system's package lists or, failing that, fresh private ones."""
+    """Runs `apt-get download` with the system's package lists or, if that fails, with newly fetched private ones."""
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         raise ServiceError("apt-get is not installed, this is no Debian")
     problem = _apt(folder, "download", package)
@@ -89,26 +89,19 @@ def _apt_download(package: str, folder: Path) -> Path:
 
 
 def _apt(folder: Path, *arguments: str, options: tuple[str, ...] = ()) -> str:
-    """Run apt-get in `folder`; returns what went wrong, or nothing."""
-    command = ["apt-get", "-qq", *arguments]
-    for option in (*APT_OPTIONS, *options):
-        command += ["-o", option]
+    """Runs apt-get in `folder`; returns the error message, empty on success."""
+    command = ["apt-get", "-qq", *arguments, *(f"-o{option}" for option in (*APT_OPTIONS, *options))]
+    environment = os.environ | web_environment()
     try:
         done = subprocess.run(
-            command,
-            cwd=folder,
-            env=os.environ | web_environment(),
-            capture_output=True,
-            text=True,
-            timeout=APT_SECONDS,
-            stdin=subprocess.DEVNULL,
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=APT_SECONDS, input=""
         )
     except subprocess.TimeoutExpired:
         return f"apt-get {arguments[0]} took over {APT_SECONDS} s"
     problems = [line.removeprefix("E: ") for line in done.stderr.splitlines() if line.startswith("E: ")]
-    if done.returncode or problems:
-        return problems[0] if problems else f"apt-get {arguments[0]} exited with {done.returncode}"
-    return ""
+    if done.returncode and not problems:
+        return f"apt-get {arguments[0]} exited with {done.returncode}"
+    return problems[0] if problems else ""
 
 
 def _is_installed(package: str) -> bool:
@@ -119,7 +112,7 @@ def _is_installed(package: str) -> bool:
 
 
 def _unpack(deb: Path, inside: str, target: Path) -> None:
-    """Copy one regular file out of a package; nothing else in it touches the disk."""
+    """Copies one regular file out of a package; writes none of its other files to the disk."""
     wanted = PurePosixPath(inside)
     with subprocess.Popen(
         ["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

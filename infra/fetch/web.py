@@ -1,4 +1,4 @@
-"""Files from web servers: resumed after a cut, and a dead host is given up quickly, once for all files."""
+"""Fetches files from web servers: resumes cut transfers, and gives up a dead host quickly, once for all files."""
 
 import hashlib
 import socket
@@ -19,32 +19,32 @@ from infra.web_settings import WebTransport, certificates, proxy_of
 
 CONNECT_SECONDS = 3.0
 READ_SECONDS = 15.0
-TRIES = 2  # in a row that bring nothing
-MOST_TRANSFERS = 20  # of one file, each of which brought something
-IDENTITY = {"Accept-Encoding": "identity"}  # digests are of the file, not of what a proxy made of it
+TRIES = 2  # in a row without a new byte
+MAX_TRANSFERS = 20  # of one file
+IDENTITY = {"Accept-Encoding": "identity"}  # digests are of the file, not of a proxy's compressed copy
 
 
 def display(url: str) -> str:
-    """The address as people and logs may see it: without user, password and signed parameters."""
+    """Returns the address for messages and logs: without user, password and signed parameters."""
     if not url.startswith(("http:", "https:")):
         return url
     return urlunsplit(urlsplit(without_login(url))._replace(query="", fragment=""))
 
 
 def file_name(url: str) -> str:
-    """Last part of the address's path."""
+    """Returns the last part of the address's path."""
     return unquote(urlsplit(url).path.rpartition("/")[2])
 
 
 class Web:
-    """A client for one download run; remembers which hosts do not answer. Safe to share between threads."""
+    """A client for one download run; remembers which hosts do not answer. Threads may share it."""
 
     def __init__(self, partial: Path, *, connect_seconds: float = CONNECT_SECONDS) -> None:
-        """Open no connection yet.
+        """Opens no connection yet.
 
         Args:
-            partial: folder of unfinished files, which a later run goes on with.
-            connect_seconds: how long one attempt to connect may take.
+            partial: folder of unfinished files, which a later run continues.
+            connect_seconds: timeout of one attempt to connect.
         """
         self._partial = partial
         self._connect_seconds = connect_seconds
@@ -57,19 +57,14 @@ class Web:
         )
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Closes all connections."""
         self._client.close()
 
-    def knock(self, url: str) -> None:
-        """Find out in the background whether the address's host takes connections; once a host and run."""
-        self._host(url)
-
     def version(self, url: str) -> tuple[str | None, int | None]:
-        """The server's mark of the file's present version, and its size in bytes; None for what it does not
-        tell.
+        """Returns the ETag or date of the file's present version, and its bytes; None for what is not known.
 
         Raises:
-            ServiceError: it did not answer.
+            ServiceError: the server did not answer.
         """
         try:
             self._require_host(url)
@@ -77,22 +72,21 @@ class Web:
         except (httpx.HTTPError, ServiceError) as error:
             raise ServiceError(f"{display(url)}: {_reason(error)}") from error
         if answer.status_code != 200:
-            return None, None  # perhaps it refuses only HEAD, as signed addresses do
+            return None, None  # it may refuse only HEAD, as signed addresses do
         return _strong_validator(answer), int(answer.headers.get("content-length", 0)) or None
 
     @contextmanager
     def fetched(self, url: str, limit: int | None, meter: Meter) -> Iterator[Path]:
-        """Yield a local file with what `url` holds; it is removed at the end, also when the caller rejects
-        it.
+        """Yields a local file with the content of `url`; deletes it at the end, also if the caller rejects it.
 
-        A transfer that is cut goes on where it stopped, in this run or the next one, if the server says by
-        its ETag or date that the file is still the same.
+        A cut transfer resumes where it stopped, in this run or the next one, if ETag or date show that the file on the
+        server is unchanged.
 
         Args:
-            limit: most bytes to accept; None for no limit.
+            limit: the largest accepted size in bytes; None for no limit.
 
         Raises:
-            ServiceError: why there is no file.
+            ServiceError: the reason why the file cannot be fetched.
         """
         self._require_host(url)
         partial = self._partial / hashlib.sha256(display(url).encode()).hexdigest()
@@ -104,24 +98,24 @@ class Web:
                 _discard(partial)
 
     def _complete(self, url: str, partial: Path, limit: int | None, meter: Meter) -> None:
-        """Transfer until the file is whole; gives up after TRIES transfers in a row that brought nothing."""
+        """Transfers until the file is complete; gives up after TRIES transfers in a row without a new byte."""
         fruitless = 0
-        for transfers in range(1, MOST_TRANSFERS + 1):
+        for transfers in range(1, MAX_TRANSFERS + 1):
             before = _size(partial)
             try:
                 return self._transfer(url, partial, limit, meter)
             except (httpx.TransportError, _TryAgain) as error:
                 fruitless = 0 if _size(partial) > before else fruitless + 1
-                if fruitless == TRIES or transfers == MOST_TRANSFERS:
+                if fruitless == TRIES or transfers == MAX_TRANSFERS:
                     raise ServiceError(f"{_reason(error)} ({transfers} tries)") from error
                 time.sleep(0.2 * fruitless)
-            except httpx.HTTPError as error:  # a redirect loop, say
+            except httpx.HTTPError as error:  # such as a redirect loop
                 raise ServiceError(_reason(error)) from error
 
     def _transfer(self, url: str, partial: Path, limit: int | None, meter: Meter) -> None:
-        """One request: for the whole file, or for what is missing of it."""
-        offset, mark = _size(partial), _mark_of(partial)
-        expected = mark.read_text() if offset and mark.exists() else None
+        """Sends one request, for the whole file or for the missing part."""
+        offset, validator_file = _size(partial), _validator_file(partial)
+        expected = validator_file.read_text() if offset and validator_file.exists() else None
         headers = {"Range": f"bytes={offset}-", "If-Range": expected} if expected else {}
         with self._client.stream("GET", url, headers=IDENTITY | headers) as answer:
             validator, part = _strong_validator(answer), answer.headers.get("content-range", "")
@@ -136,7 +130,7 @@ class Web:
             _require_success(answer)
             if answer.status_code == 200:
                 offset = 0
-            mark.write_text(validator or "")
+            validator_file.write_text(validator or "")
             length = answer.headers.get("content-length")
             total = offset + int(length) if length else None
             with partial.open("r+b" if offset else "wb") as file:
@@ -147,49 +141,52 @@ class Web:
                         _discard(partial)
                         raise ServiceError(f"it holds more than the {limit} bytes expected")
                     if total:
-                        meter.at(file.tell() / total)
+                        meter.advance_to(file.tell() / total)
 
-    def _host(self, url: str) -> "Future[str]":
+    def probe_host(self, url: str) -> "Future[str]":
+        """Starts a check in the background whether the host accepts connections, once per host and run.
+
+        Returns:
+            The error message, empty if the host accepts connections.
+        """
         try:
             address = httpx.URL(url)
         except httpx.InvalidURL as error:
             raise ServiceError(f"not a valid address: {_reason(error)}") from error
         port = address.port or (443 if address.scheme == "https" else 80)
-        place = f"{address.host}:{port}"
+        host = f"{address.host}:{port}"
         with self._lock:
-            if place not in self._hosts:
-                future = self._hosts[place] = Future[str]()
-                # A daemon thread, since a name that does not resolve may block for much longer than we care
-                # to wait.
-                threading.Thread(
-                    target=_knock, args=(address.host, port, self._connect_seconds, future), daemon=True
-                ).start()
-            return self._hosts[place]
+            if host not in self._hosts:
+                future = self._hosts[host] = Future[str]()
+                # A daemon thread, since the lookup of an unknown name may block for much longer than the timeout.
+                probe = (address.host, port, self._connect_seconds, future)
+                threading.Thread(target=_probe, args=probe, daemon=True).start()
+            return self._hosts[host]
 
     def _require_host(self, url: str) -> None:
-        future = self._host(url)
+        future = self.probe_host(url)
         try:
             through_proxy = proxy_of(url)
             if url.startswith("https:"):
                 certificates()
-        except UsageError as error:  # another mirror may need neither
+        except UsageError as error:  # another mirror may need neither proxy nor certificates
             raise ServiceError(str(error)) from None
         if through_proxy:
-            return  # which says quickly what it cannot reach
+            return  # the proxy reports quickly which hosts it cannot reach
         try:
             problem = future.result(TRIES * self._connect_seconds + 0.5)
-        except TimeoutError:  # while looking up its name
+        except TimeoutError:  # during the lookup of its name
             problem = _no_answer(self._connect_seconds)
         if problem:
             raise ServiceError(f"no connection to {httpx.URL(url).host}: {problem}")
 
 
 class _TryAgain(Exception):
-    """The answer was bad in a way that may pass."""
+    """The request failed in a way that may be temporary."""
 
 
-def _knock(host: str, port: int, seconds: float, future: "Future[str]") -> None:
-    """Connect once or twice; the result is what went wrong, or nothing."""
+def _probe(host: str, port: int, seconds: float, future: "Future[str]") -> None:
+    """Connects, up to TRIES times; the future's result is the last error message, empty on success."""
     problem = ""
     for _ in range(TRIES):
         try:
@@ -217,25 +214,22 @@ def _require_success(answer: httpx.Response) -> None:
 
 
 def _strong_validator(answer: httpx.Response) -> str | None:
-    """What If-Range accepts (RFC 9110, section 13.1.5): a strong ETag, else the date of the last change."""
+    """Returns what If-Range accepts (RFC 9110, section 13.1.5): a strong ETag, or else the modification date."""
     etag: str = answer.headers.get("etag", "")
     return etag if etag.startswith('"') else answer.headers.get("last-modified") or None
 
 
-def _mark_of(partial: Path) -> Path:
+def _validator_file(partial: Path) -> Path:
     return partial.with_suffix(".validator")
 
 
 def _discard(partial: Path) -> None:
     partial.unlink(missing_ok=True)
-    _mark_of(partial).unlink(missing_ok=True)
+    _validator_file(partial).unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+    return path.stat().st_size if path.exists() else 0
 
 
 def _reason(error: Exception) -> str:

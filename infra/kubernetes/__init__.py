@@ -1,1 +1,1 @@
-"""Kubernetes: the manifests that are applied once, the template of a training's Job, and the API that creates it."""
+"""Kubernetes: the manifests to apply once, the template of a training's Job, and the client that creates Jobs."""

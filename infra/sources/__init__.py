@@ -1,1 +1,1 @@
-"""What a user may name as a data set: `find` finds it, and one module a kind brings it into the bucket."""
+"""Data sets that a user can name: `find` finds one, and one module per kind stores its files in the bucket."""

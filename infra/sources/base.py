@@ -1,4 +1,4 @@
-"""What all kinds of sources have in common."""
+"""The protocol of all kinds of sources, and helpers that they share."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from infra.storage.object_store import ObjectStore
 
 @dataclass(frozen=True, kw_only=True)
 class Workplace:
-    """Where files come from, go to, and pass through."""
+    """The places that a download uses: the mirrors it reads, the bucket it fills, and the cache between them."""
 
     mirrors: Mirrors
     store: ObjectStore
@@ -24,7 +24,7 @@ class Workplace:
 
 
 class Source(Protocol):
-    """A data set that was found, but not fetched yet."""
+    """A data set that was found but not fetched yet."""
 
     @property
     def name(self) -> str:
@@ -32,27 +32,27 @@ class Source(Protocol):
 
     @property
     def size(self) -> int | None:
-        """Bytes that `on_bytes` will be told of; None if unknown."""
+        """Bytes that `fetch` reports to `on_bytes` in all; None if unknown."""
 
     @property
     def key(self) -> str | None:
-        """Digest of what makes it this data set, if that is known without fetching it."""
+        """Digest of the source's identity, if that is known without a fetch."""
 
     def fetch(self, place: Workplace, on_bytes: OnBytes, *, refresh: bool = False) -> RawSource:
-        """Bring what is missing into the bucket.
+        """Stores the files that are missing in the bucket.
 
         Args:
-            on_bytes: told of progress, from any thread.
-            refresh: fetch everything anew, whatever is there.
+            on_bytes: called with progress, from any thread.
+            refresh: fetch everything again.
 
         Raises:
             ServiceError: a mirror, a server or the bucket failed.
-            UsageError: the user's files cannot be read, or are not what their names say.
+            UsageError: the user's files cannot be read, or are not of the kind that their names say.
         """
 
 
 def reusable(source: Source, place: Workplace) -> RawSource | None:
-    """The source as an earlier download left it in the bucket, if all its files are still there, whole."""
+    """Returns the record of an earlier download, or None if a file of it is missing or damaged in the bucket."""
     record = read_record(place.store, source.key) if source.key else None
     if record is None:
         return None
@@ -61,15 +61,15 @@ def reusable(source: Source, place: Workplace) -> RawSource | None:
 
 
 def source_key(*parts: object) -> str:
-    """Digest of what identifies a source; the parts must have a JSON form."""
+    """Returns a digest of what identifies a source; the parts must have a JSON form."""
     return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
 
 
 def slug(name: str) -> str:
-    """Returns a name for runs and models, which may not hold `/` or `:`: lower case, of `a-z 0-9 - _ .`.
+    """Returns a valid name for runs and models (which must not hold `/` or `:`), in lower case, of `a-z 0-9 - _ .`.
 
-    Accents are dropped. A name with other letters or symbols that cannot be kept gets a short digest of the whole,
-    so that no two of them share a model.
+    Accents are dropped. If other letters or symbols are lost, a short digest of the whole name is appended, so that two
+    such names never share a model.
     """
     spelt = unicodedata.normalize("NFKD", name)
     plain = spelt.encode("ascii", "ignore").decode().lower()

@@ -1,4 +1,4 @@
-"""A data set that Convoy knows by name, fetched from the first mirror that has it."""
+"""A data set of the catalogue, fetched from the first mirror that has it."""
 
 import threading
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class CatalogueSource:
 
     entry: CatalogueEntry
     own_mirror: str | None = None
-    """The user's mirror, asked first: a folder, or an address of any scheme in `infra.sources.mirrors`."""
+    """The user's mirror, tried first: a folder, or an address of any scheme in `infra.sources.mirrors`."""
 
     @property
     def name(self) -> str:
@@ -34,40 +34,42 @@ class CatalogueSource:
         return self.entry.digest
 
     def fetch(self, place: Workplace, on_bytes: OnBytes, *, refresh: bool = False) -> RawSource:
-        """Only files that are missing or damaged in the bucket are fetched, side by side.
+        """Fetches in parallel the files that are missing or damaged in the bucket.
 
-        On one machine, one process fetches while others wait; then they find it done.
+        On one machine only one process fetches a data set; others wait, and then find its files in the bucket.
         """
         with locked(place.cache.root / "locks" / f"source-{self.key}"):
             if not refresh and (known := reusable(self, place)):
                 return known
-            place.mirrors.knock([self.own_mirror or "", *self.entry.mirrors])
+            place.mirrors.probe_hosts([self.own_mirror or "", *self.entry.mirrors])
             known = None if refresh else read_record(place.store, self.key)
             stop = threading.Event()
 
-            def bring(file: CatalogueFile) -> tuple[RawFile, str]:
+            def store(file: CatalogueFile) -> tuple[RawFile, str]:
                 meter = Meter(file.size, on_bytes, stop)
-                found = None if refresh else self._at_hand(file, known, place)
-                found = found or self._fetched(file, place, meter)
-                meter.at(1.0)
-                return found
+                stored = None if refresh else self._stored_before(file, known, place)
+                stored = stored or self._fetched(file, place, meter)
+                meter.advance_to(1.0)
+                return stored
 
             try:
-                brought = in_parallel(bring, self.entry.files, stop)
+                stored = in_parallel(store, self.entry.files, stop)
             except ServiceError as error:
                 raise ServiceError(f"{self.name}: {error}") from error
             source = RawSource(
                 name=self.name,
                 format=self.entry.format,
                 classes=self.entry.classes,
-                files=tuple(raw for raw, _ in brought),
-                served_by={raw.path: origin for raw, origin in brought},
+                files=tuple(raw for raw, _ in stored),
+                served_by={raw.path: origin for raw, origin in stored},
             )
             write_record(place.store, self.key, source)
             return source
 
-    def _at_hand(self, file: CatalogueFile, known: RawSource | None, place: Workplace) -> tuple[RawFile, str] | None:
-        """A file whose content is in the bucket or, to be put there, in the cache."""
+    def _stored_before(
+        self, file: CatalogueFile, known: RawSource | None, place: Workplace
+    ) -> tuple[RawFile, str] | None:
+        """Returns a file that the bucket holds, or that can be uploaded from the cache, with its origin."""
         before = next((raw for raw in known.files if raw.path == file.path), None) if known else None
         digest = before.sha256 if before else file.sha256
         if digest is None:

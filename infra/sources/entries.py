@@ -1,4 +1,4 @@
-"""The data sets that Convoy knows by name: their files, how to verify them, and where they can be had."""
+"""The catalogue of data sets: their files, the digests that verify them, and their mirrors."""
 
 import difflib
 import hashlib
@@ -12,10 +12,8 @@ from pydantic import Field, model_validator
 from infra.errors import UsageError
 from infra.records import Record
 
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
-"""How the name of an archive ends."""
-
-CHOICES = "give a folder, an archive, an s3:// or https:// address"
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
+WHAT_TO_GIVE = "give a folder, an archive, an s3:// or https:// address"
 
 Format = Literal["idx", "cifar", "digits", "folder", "archive"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -23,19 +21,19 @@ Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class CatalogueFile(Record, extra="forbid"):
-    """One published file. A `.gz` is kept unpacked: mirrors compress differently, the content is equal."""
+    """One published file. A `.gz` file is stored unpacked: mirrors compress differently, but the content is equal."""
 
     name: str
-    """As published."""
+    """Its name as published."""
 
     size: int
-    """Bytes of the content: of a `.gz`, what it unpacks to."""
+    """Bytes of the content; of a `.gz` file, unpacked."""
 
     sha256: Sha256 | None = None
-    """Of the content."""
+    """SHA-256 of the content."""
 
     md5: Md5 | None = None
-    """Of the file as published, where its publisher states that only."""
+    """MD5 of the file as published, where its publisher states only that."""
 
     @model_validator(mode="after")
     def _verifiable(self) -> "CatalogueFile":
@@ -45,7 +43,7 @@ class CatalogueFile(Record, extra="forbid"):
 
     @property
     def packed(self) -> bool:
-        """Whether it is published compressed and kept uncompressed."""
+        """Whether the file is published compressed and stored uncompressed."""
         return self.name.endswith(".gz") and not self.name.endswith(".tar.gz")
 
     @property
@@ -55,7 +53,7 @@ class CatalogueFile(Record, extra="forbid"):
 
 
 class CatalogueEntry(Record, extra="forbid"):
-    """One data set."""
+    """A data set of the catalogue."""
 
     name: str
     format: Format
@@ -63,29 +61,29 @@ class CatalogueEntry(Record, extra="forbid"):
     licence: str
     citation: str
     classes: tuple[str, ...] = ()
-    """Names of the labels 0, 1, ...; empty where the files name them, or the labels are their own names."""
+    """Names of the labels 0, 1, ...; empty if the files name them, or if the labels serve as names."""
 
     handed: bool = False
-    """Whether a mirror image is another thing, or nothing, as with digits and letters."""
+    """Whether a mirrored image has another meaning or none, as with digits and letters."""
 
     files: tuple[CatalogueFile, ...]
     mirrors: tuple[str, ...]
-    """Base addresses, tried in order; a file's name follows after a slash. Schemes: `infra.sources.mirrors`."""
+    """Base addresses, tried in order; a slash and the file's name follow. Schemes: `infra.sources.mirrors`."""
 
     @property
     def digest(self) -> str:
-        """Digest of what the data set is: format, classes and files, wherever they come from."""
+        """SHA-256 of format, classes and files, independent of the mirrors."""
         content = self.model_dump_json(include={"format", "classes", "files"})
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def size(self) -> int:
-        """Bytes of all contents."""
+        """Bytes of all files."""
         return sum(file.size for file in self.files)
 
 
 def _mnist_like(**digests: tuple[str | None, str | None]) -> tuple[CatalogueFile, ...]:
-    """The four files of MNIST and its successors: 60 000 and 10 000 images of 28 x 28, and their labels.
+    """Returns the four files of MNIST and its successors: 60 000 and 10 000 images of 28 x 28, and their labels.
 
     Args:
         digests: part → SHA-256 of the content, MD5 of the file as published.
@@ -102,6 +100,8 @@ def _mnist_like(**digests: tuple[str | None, str | None]) -> tuple[CatalogueFile
     )
 
 
+GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
 CATALOGUE: tuple[CatalogueEntry, ...] = (
     CatalogueEntry(
         name="fashion-mnist",
@@ -110,18 +110,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         licence="MIT",
         citation="Xiao, Rasul, Vollgraf: Fashion-MNIST: a Novel Image Dataset for Benchmarking "
         "Machine Learning Algorithms, arXiv:1708.07747",
-        classes=(
-            "T-shirt/top",
-            "Trouser",
-            "Pullover",
-            "Dress",
-            "Coat",
-            "Sandal",
-            "Shirt",
-            "Sneaker",
-            "Bag",
-            "Ankle boot",
-        ),
+        classes=GARMENTS,
         files=_mnist_like(
             train_images=("c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", None),
             train_labels=("bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9", None),
@@ -205,26 +194,28 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
 )
 
 
+def is_archive(name: str) -> bool:
+    """Returns whether a file's name is that of an archive."""
+    return name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
 def is_catalogued(dataset: str) -> bool:
     """Returns whether this is the name of a data set of the catalogue."""
     return any(entry.name == dataset for entry in CATALOGUE)
 
 
 def check_dataset(dataset: str) -> None:
-    """Raise UsageError if `dataset` is neither in the catalogue, nor an address, nor here; asks no server."""
-    if (
-        not is_catalogued(dataset)
-        and "://" not in dataset
-        and not os.path.exists(os.path.expanduser(dataset.removeprefix("file:")))
-    ):
+    """Raises UsageError if `dataset` is no catalogue name, address or existing path; contacts no server."""
+    path = os.path.expanduser(dataset.removeprefix("file:"))
+    if not is_catalogued(dataset) and "://" not in dataset and not os.path.exists(path):
         raise no_such_dataset(dataset, CATALOGUE)
 
 
 def no_such_dataset(dataset: str, catalogue: Sequence[CatalogueEntry]) -> UsageError:
-    """The error for a name that names nothing; says what was probably meant."""
-    if len(Path(dataset).parts) > 1 or dataset.startswith((".", "~", "/")) or dataset.lower().endswith(ARCHIVES):
+    """Returns the error for a name that names nothing; it suggests the name that was probably meant."""
+    if len(Path(dataset).parts) > 1 or dataset.startswith((".", "~", "/")) or is_archive(dataset):
         return UsageError(f"{dataset}: there is no such folder or archive")
     names = [entry.name for entry in catalogue]
     near = difflib.get_close_matches(dataset.lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)};"
-    return UsageError(f"unknown data set {dataset!r}: {hint} or {CHOICES}")
+    return UsageError(f"unknown data set {dataset!r}: {hint} or {WHAT_TO_GIVE}")

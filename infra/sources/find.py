@@ -1,4 +1,4 @@
-"""From what the user typed to a source."""
+"""Finds the source that a user's `dataset` names."""
 
 import os
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from infra.errors import UsageError
 from infra.fetch.web import display, file_name
 from infra.sources.archive import ArchiveSource
 from infra.sources.catalogue import CatalogueSource
-from infra.sources.entries import ARCHIVES, CATALOGUE, CHOICES, CatalogueEntry, no_such_dataset
+from infra.sources.entries import ARCHIVE_SUFFIXES, CATALOGUE, WHAT_TO_GIVE, CatalogueEntry, is_archive, no_such_dataset
 from infra.sources.folder import FolderSource, bucket_folder, local_folder
 from infra.sources.location import OnFiles
 from infra.sources.mirrors import Mirrors
@@ -23,16 +23,15 @@ def find_source(
     catalogue: Sequence[CatalogueEntry] = CATALOGUE,
     on_files: OnFiles = lambda count: None,
 ) -> CatalogueSource | ArchiveSource | FolderSource:
-    """What `dataset` names: a catalogue entry, a folder, an archive, or an `s3://` or `https://` address of
-    one.
+    """Returns the source of a catalogue name, a folder, an archive, or an `s3://` or `https://` address of one.
 
-    A catalogue name comes before a folder of that name; write `./mnist` for the folder.
+    A catalogue name has precedence over a folder of the same name; `./mnist` names the folder.
 
     Args:
-        on_files: told of the files of a folder as they are found.
+        on_files: called with numbers of files while a folder is listed.
 
     Raises:
-        UsageError: it names nothing; the message says what would do.
+        UsageError: `dataset` names nothing; the message says what to give.
         ServiceError: the address's server failed.
     """
     if entry := next((entry for entry in catalogue if entry.name == dataset), None):
@@ -43,7 +42,7 @@ def find_source(
     if found and scheme == "s3":
         return _bucket(dataset, mirrors, on_files)
     if found and scheme != "file":
-        raise UsageError(f"{dataset}: {scheme}:// is not supported; {CHOICES}")
+        raise UsageError(f"{dataset}: {scheme}:// is not supported; {WHAT_TO_GIVE}")
     path = _local_path(dataset)
     if path.is_dir():
         return local_folder(path, on_files)
@@ -54,9 +53,9 @@ def find_source(
 
 
 def _local_path(dataset: str) -> Path:
-    """Returns the path that a user wrote, or that a `file:` address stands for."""
+    """Returns the path that the user or a `file:` address names."""
     if not dataset.startswith("file:"):
-        return Path(os.path.expanduser(dataset))  # of an unknown user it stays as it is
+        return Path(os.path.expanduser(dataset))  # leaves `~` of an unknown user unchanged
     rest = dataset.removeprefix("file:")
     rest = rest.removeprefix("//localhost").removeprefix("//")
     literal = Path(os.path.expanduser(rest))
@@ -71,7 +70,7 @@ def _web(address: str, mirrors: Mirrors) -> ArchiveSource:
 
 def _bucket(address: str, mirrors: Mirrors, on_files: OnFiles) -> ArchiveSource | FolderSource:
     store, key = mirrors.object(address)
-    if not key.lower().endswith(ARCHIVES):
+    if not is_archive(key):
         return bucket_folder(store, key, on_files)
     info = store.head(key)
     if info is None:
@@ -80,5 +79,5 @@ def _bucket(address: str, mirrors: Mirrors, on_files: OnFiles) -> ArchiveSource 
 
 
 def _require_archive(file: str, where: str) -> None:
-    if not file.lower().endswith(ARCHIVES):
-        raise UsageError(f"{where}: not an archive by its name; known are {' '.join(ARCHIVES)}")
+    if not is_archive(file):
+        raise UsageError(f"{where}: not an archive by its name; known are {' '.join(ARCHIVE_SUFFIXES)}")

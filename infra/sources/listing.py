@@ -1,4 +1,4 @@
-"""What a folder held when it was looked at: path, size and version of each file, as columns.
+"""The listing of a folder: path, size and version of each file, as columns.
 
 A million entries take about 100 MB of memory, and 30 MB as a Parquet file.
 """
@@ -16,51 +16,49 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-BATCH = 10_000  # entries that are Python objects at one time
+BATCH = 10_000  # entries held as Python objects at a time
 
 _SCHEMA = pa.schema([("path", pa.large_string()), ("size", pa.int64()), ("version", pa.large_string())])
 
 
 class Entry(NamedTuple):
-    """One file."""
+    """One file of a listing."""
 
     path: str
-    """Relative to the folder, with `/`."""
+    """Path relative to the folder, with `/`."""
 
     size: int
     """Bytes."""
 
     version: str
-    """What differs when its content does: an object's ETag; of a local file the time of its last change."""
+    """Changes with the content: an object's ETag, or a local file's modification time in nanoseconds."""
 
 
 class Listing:
-    """N entries in the order of their paths, by code points."""
+    """Entries, sorted by the code points of their paths."""
 
     def __init__(self, table: pa.Table) -> None:
-        """Use one of the class methods."""
         self._table = table.combine_chunks()
         self.paths = Paths(self._table["path"])
 
     @classmethod
     def collect(cls, entries: Iterable[Entry]) -> "Listing":
-        """Take entries in any order as they come."""
+        """Returns a listing of entries in any order."""
         entries = iter(entries)
         batches = []
         while batch := list(islice(entries, BATCH)):
             columns = zip(*batch, strict=True)
             arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
             batches.append(pa.record_batch(arrays, schema=_SCHEMA))
-        table = pa.Table.from_batches(batches, _SCHEMA)
-        return cls(table.sort_by("path"))
+        return cls(pa.Table.from_batches(batches, _SCHEMA).sort_by("path"))
 
     @classmethod
     def load(cls, path: Path) -> "Listing":
-        """What `save` wrote."""
+        """Reads a file that `save` wrote."""
         return cls(pq.read_table(path, schema=_SCHEMA))
 
     def save(self, path: Path) -> None:
-        """Write a Parquet file."""
+        """Writes a Parquet file."""
         pq.write_table(self._table, path, compression="zstd")
 
     def __len__(self) -> int:
@@ -74,12 +72,12 @@ class Listing:
         return Entry(*(column[position].as_py() for column in self._table.columns))
 
     def size(self, position: int) -> int:
-        """Bytes of one file."""
+        """Returns the bytes of one file."""
         return int(self._table["size"][position].as_py())
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return int(pc.sum(self._table["size"]).as_py() or 0)
 
     @property
@@ -91,12 +89,12 @@ class Listing:
         return digest.hexdigest()
 
     def take(self, positions: NDArray[np.int64]) -> "Listing":
-        """These entries only, which must be in rising order."""
+        """Returns a listing of the entries at these positions, which must ascend."""
         return Listing(self._table.take(pa.array(positions)))
 
 
 class Paths(Sequence[str]):
-    """The paths of a listing; each is made a string when it is asked for."""
+    """The paths of a listing; each becomes a string when it is read."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._column = column

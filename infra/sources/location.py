@@ -1,4 +1,4 @@
-"""Where the files of a folder lie: on this machine, or in a bucket. A file is named by its path in the folder."""
+"""Lists and reads folders on this machine or in a bucket. A file is named by its path in the folder."""
 
 import os
 import stat
@@ -15,11 +15,11 @@ from infra.storage.object_store import ObjectChanged, ObjectStore, parse_s3
 from infra.storage.s3_client import ObjectMissing
 
 OnFiles = Callable[[int], object]
-"""Called with a number of files just found."""
+"""Called with the number of files just found."""
 
 
 class FolderLocation(Protocol):
-    """A folder's place."""
+    """The place of a folder."""
 
     @property
     def address(self) -> str:
@@ -27,13 +27,13 @@ class FolderLocation(Protocol):
 
     @property
     def marks_content(self) -> bool:
-        """Whether an equal version is proof of equal content, for as long as you like."""
+        """Whether equal versions prove equal content, at any later time."""
 
     def add_to(self, cache: Cache, path: str) -> str:
-        """Put a file's content into the cache, whatever it is now; returns its SHA-256."""
+        """Puts a file's present content into the cache; returns its SHA-256."""
 
     def read(self, entry: Entry) -> bytes:
-        """The content of a file as it was listed; UsageError if it has changed since."""
+        """Returns the content of a file as it was listed; UsageError if it has changed since."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class LocalLocation:
     """A folder on this machine."""
 
     root: Path
-    odd: dict[str, Path] = field(default_factory=dict)
-    """Files whose names are no valid UTF-8, by the paths that they are given."""
+    not_utf8: dict[str, Path] = field(default_factory=dict)
+    """Files whose names are not valid UTF-8: escaped path → path."""
 
     marks_content: bool = False
 
@@ -74,12 +74,12 @@ class LocalLocation:
         return content
 
     def _place(self, path: str) -> Path:
-        return self.odd.get(path) or self.root / path
+        return self.not_utf8.get(path) or self.root / path
 
 
 @dataclass(frozen=True)
 class BucketLocation:
-    """What a bucket holds under a prefix, which is empty or ends in `/`."""
+    """The objects of a bucket under a prefix, which is empty or ends in `/`."""
 
     store: ObjectStore
     prefix: str
@@ -106,7 +106,7 @@ class BucketLocation:
 
 
 class ListedFiles:
-    """The files of a listing, read where they lie."""
+    """The files of a listing, read in place."""
 
     folders: tuple[str, ...] = ()
 
@@ -115,11 +115,11 @@ class ListedFiles:
         self.paths = listing.paths
 
     def size(self, position: int) -> int:
-        """Bytes, as listed."""
+        """Returns the bytes of a file, as listed."""
         return self._listing.size(position)
 
     def read(self, position: int) -> bytes:
-        """The content.
+        """Returns the content of a file.
 
         Raises:
             UsageError: the file has changed since it was listed, or cannot be read.
@@ -129,7 +129,7 @@ class ListedFiles:
 
 
 def open_location(address: str) -> FolderLocation:
-    """Returns the place that an address names."""
+    """Returns the location that an address names."""
     if address.startswith("file:"):
         return LocalLocation(Path(address.removeprefix("file:")))
     bucket, prefix = parse_s3(address)
@@ -137,30 +137,30 @@ def open_location(address: str) -> FolderLocation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """A folder as it was listed."""
+class FolderListing:
+    """A folder with the files that were listed in it."""
 
     location: FolderLocation
     files: Listing
-    folders: tuple[str, ...]
-    """Paths of all sub-folders, where they exist without files."""
+    folders: tuple[str, ...] = ()
+    """Paths of all sub-folders; in a bucket, of those that have an object of their own."""
 
-    unreachable: tuple[str, ...]
+    unreachable: tuple[str, ...] = ()
     """Paths of entries that are no files: broken links, devices, keys with an empty part."""
 
 
-def list_local(root: Path, on_files: OnFiles) -> Found:
-    """Lists a folder on this machine with all it holds, hidden files and folders left out; links are followed.
+def list_local(root: Path, on_files: OnFiles) -> FolderListing:
+    """Lists a folder of this machine with its sub-folders, without hidden entries; follows links.
 
     Raises:
-        UsageError: something in it cannot be read.
+        UsageError: a folder in it cannot be read.
     """
     folders: list[str] = []
     unreachable: list[str] = []
-    odd: dict[str, Path] = {}
+    not_utf8: dict[str, Path] = {}
 
     def entries() -> Iterator[Entry]:
-        for folder, names in _walk(root):  # in strings: a Path for each of a million files takes longer than the disk
+        for folder, names in _walk(root):  # strings: a million Path objects take longer than the disk
             inside = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
             if inside:
                 folders.append(_text(inside[:-1]))
@@ -172,25 +172,23 @@ def list_local(root: Path, on_files: OnFiles) -> Found:
                     unreachable.append(path)
                 else:
                     if path != inside + name:
-                        odd[path] = Path(place)
+                        not_utf8[path] = Path(place)
                     yield Entry(path, status.st_size, str(status.st_mtime_ns))
 
-    listing = Listing.collect(_counted(entries(), on_files))
-    return Found(
-        location=LocalLocation(root, odd), files=listing, folders=tuple(folders), unreachable=tuple(unreachable)
-    )
+    files = Listing.collect(_counted(entries(), on_files))
+    location = LocalLocation(root, not_utf8)
+    return FolderListing(location=location, files=files, folders=tuple(folders), unreachable=tuple(unreachable))
 
 
-def list_bucket(store: ObjectStore, prefix: str, on_files: OnFiles) -> Found:
-    """Lists what a bucket holds under a prefix, hidden files and folders left out.
+def list_bucket(store: ObjectStore, prefix: str, on_files: OnFiles) -> FolderListing:
+    """Lists the objects of a bucket under a prefix, without hidden files and folders.
 
-    A key that ends in `/` stands for a folder, as S3's console makes one.
+    An empty object whose key ends in `/` is a folder; S3's console creates folders so.
 
     Raises:
         ServiceError: the store failed.
     """
     prefix = prefix.rstrip("/") + "/" if prefix.strip("/") else ""
-
     folders: list[str] = []
     unreachable: list[str] = []
 
@@ -198,27 +196,27 @@ def list_bucket(store: ObjectStore, prefix: str, on_files: OnFiles) -> Found:
         for info in store.list(prefix):
             path = info.key.removeprefix(prefix)
             parts = [part for part in path.split("/") if part]
+            clean = "/".join(parts)
             if not parts or any(map(_is_hidden, parts)):
                 continue
-            if path == "/".join(parts):
+            if path == clean:
                 yield Entry(path, info.size, info.etag)
-            elif path == "/".join(parts) + "/" and not info.size:
+            elif path == f"{clean}/" and not info.size:
                 folders.append(path)
             else:
-                unreachable.append("/".join(parts))
+                unreachable.append(clean)
 
     files = Listing.collect(_counted(entries(), on_files))
-    return Found(
-        location=BucketLocation(store, prefix), files=files, folders=tuple(folders), unreachable=tuple(unreachable)
-    )
+    location = BucketLocation(store, prefix)
+    return FolderListing(location=location, files=files, folders=tuple(folders), unreachable=tuple(unreachable))
 
 
 def _changed(where: str) -> UsageError:
-    return UsageError(f"{where} has changed since the folder was listed; start again when nobody writes to it")
+    return UsageError(f"{where} has changed since the folder was listed; start again when no program writes to it")
 
 
 def _counted(entries: Iterator[Entry], on_files: OnFiles) -> Iterator[Entry]:
-    """The same; `on_files` is told of every `BATCH`."""
+    """Yields the entries; calls `on_files` after every `BATCH` of them."""
     for number, entry in enumerate(entries, start=1):
         yield entry
         if number % BATCH == 0:
@@ -226,15 +224,15 @@ def _counted(entries: Iterator[Entry], on_files: OnFiles) -> Iterator[Entry]:
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yields every folder below with the names of its files, also by each link to it, but not in circles.
+    """Yields each folder below `root` with the names of its files; follows links, but not in circles.
 
-    Two links to one folder are two folders, as for every other program: `val` may be a link to `test`.
+    Two links to one folder count as two folders, as for other programs: `val` may be a link to `test`.
     """
 
     def refuse(error: OSError) -> None:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
 
-    above: list[tuple[str, tuple[int, int]]] = []  # the folders around this one, and what they are to the system
+    above: list[tuple[str, tuple[int, int]]] = []  # the folders around this one, with device and inode
     for folder, inner, names in os.walk(root, followlinks=True, onerror=refuse):
         while above and not folder.startswith(above[-1][0]):
             above.pop()
@@ -249,12 +247,12 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _is_hidden(name: str) -> bool:
-    """Returns whether a name is hidden, or that of a file that another system leaves behind."""
+    """Returns whether a name is hidden, or that of a file that macOS or Windows creates."""
     return name.startswith(".") or name in {"__MACOSX", "Thumbs.db"}
 
 
 def _regular(place: str) -> os.stat_result | None:
-    """What the system knows of a file; None if it is none, or a link to nowhere."""
+    """Returns the status of a regular file; None for anything else, a broken link included."""
     try:
         status = os.stat(place)
     except OSError:
@@ -263,5 +261,5 @@ def _regular(place: str) -> os.stat_result | None:
 
 
 def _text(path: str) -> str:
-    """A path as text, also where a name is not valid UTF-8."""
+    """Returns a path as text; bytes that are not valid UTF-8 are escaped."""
     return os.fsencode(path).decode(errors="backslashreplace")

@@ -1,8 +1,8 @@
-"""Where a file may be had, by address; and taking one only if it is what was promised.
+"""Fetches a file from the first mirror that serves the promised content.
 
-| scheme | a file's address |
+| scheme | the file at an address |
 |---|---|
-| `https:`, `http:` | as usual |
+| `https:`, `http:` | a file of a web server |
 | `s3://bucket/key` | an object in the same store as Convoy's bucket |
 | `file:/path` | a local file |
 | `deb:package/path` | a path inside a Debian package |
@@ -12,8 +12,6 @@
 import gzip
 import importlib.util
 import os
-import tempfile
-import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,28 +23,21 @@ from infra.errors import ServiceError, UsageError
 from infra.fetch.debian import Debian
 from infra.fetch.meter import Meter
 from infra.fetch.web import CONNECT_SECONDS, Web, display
-from infra.machine.files import file_digest
+from infra.machine.files import file_digest, temporary_file
 from infra.sources.entries import CatalogueFile
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore, parse_s3
 
 SCHEMES = ("https:", "http:", "s3:", "file:", "deb:", "package:")
-SLACK = 1 << 16  # bytes by which compression may lengthen a file that does not compress
+SLACK_BYTES = 1 << 16  # by which compression may lengthen an incompressible file
 
 
 class Mirrors:
-    """Opens addresses during one download run; knows which hosts are dead. Safe to share between threads."""
+    """Fetches files by address during one download run; remembers dead hosts. Threads may share it."""
 
     def __init__(self, partial: Path, *, connect_seconds: float = CONNECT_SECONDS) -> None:
-        """Contact nobody yet.
-
-        Args:
-            partial: folder for unfinished files.
-            connect_seconds: how long one attempt to reach a web server may take.
-        """
+        """Opens no connection yet; the arguments are those of `Web`."""
         self._partial = partial
-        self._buckets: dict[str, ObjectStore] = {}
-        self._lock = threading.Lock()
         self.web = Web(partial, connect_seconds=connect_seconds)
         self._debian = Debian()
 
@@ -57,29 +48,21 @@ class Mirrors:
         self.web.close()
         self._debian.close()
 
-    def knock(self, addresses: Sequence[str]) -> None:
-        """Find out in the background which web servers answer: dead ones cost their time together."""
+    def probe_hosts(self, addresses: Sequence[str]) -> None:
+        """Starts checks of all web servers in the background, so that dead ones cost one timeout in total."""
         for address in addresses:
             if address.startswith(("http:", "https:")):
-                self.web.knock(address)
-
-    def bucket(self, name: str) -> ObjectStore:
-        """A bucket that must exist already."""
-        with self._lock:
-            if name not in self._buckets:
-                self._buckets[name] = ObjectStore.connect(name, create=False)
-            return self._buckets[name]
+                self.web.probe_host(address)
 
     @contextmanager
     def fetched(self, address: str, meter: Meter, limit: int | None = None) -> Iterator[Path]:
-        """Yield a local file with the address's content, only to be read; a temporary one is removed at the
-        end.
+        """Yields a local file with the address's content, which must not be changed; temporary files are deleted.
 
         Args:
-            limit: most bytes to accept; None for no limit.
+            limit: the largest accepted size in bytes; None for no limit.
 
         Raises:
-            ServiceError: why it cannot be had, without the address.
+            ServiceError: the reason why the file cannot be fetched, without the address.
         """
         scheme, _, rest = address.partition(":")
         match scheme:
@@ -107,27 +90,25 @@ class Mirrors:
             raise ServiceError("no such object")
         if limit is not None and info.size > limit:
             raise ServiceError(f"it holds {info.size} bytes, more than the {limit} expected")
-        self._partial.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._partial) as folder:
-            path = Path(folder, "object")
-            store.get_file(key, path, on_progress=meter.adding_up(info.size))
+        with temporary_file(self._partial) as path:
+            store.get_file(key, path, on_progress=meter.byte_counter(info.size))
             yield path
 
     def object(self, address: str) -> tuple[ObjectStore, str]:
-        """Bucket and key of `s3://bucket/key`."""
+        """Returns the bucket, which must exist, and the key of `s3://bucket/key`."""
         bucket, key = parse_s3(address)
-        return self.bucket(bucket), key
+        return ObjectStore.connect(bucket, create=False), key
 
 
 def addresses(file: CatalogueFile, dataset: str, mirrors: Sequence[str], first: str | None) -> list[str]:
-    """Where to look for a file, in order.
+    """Returns the addresses to try for a file, in order.
 
     Args:
         mirrors: the entry's base addresses.
-        first: the user's own mirror: a base address or a folder, with one sub-folder a data set or none.
+        first: the user's mirror: a base address or a folder, with or without one sub-folder per data set.
 
     Raises:
-        UsageError: the user's mirror is of no known kind.
+        UsageError: the user's mirror has an unknown scheme.
     """
     own = []
     if first:
@@ -137,47 +118,47 @@ def addresses(file: CatalogueFile, dataset: str, mirrors: Sequence[str], first: 
 
 
 def obtain(file: CatalogueFile, places: Sequence[str], mirrors: Mirrors, cache: Cache, meter: Meter) -> tuple[str, str]:
-    """Put a file's content into the cache, from the first place that has the right one.
+    """Puts a file's content into the cache, from the first address that serves the right content.
 
     Returns:
         The content's SHA-256, and the address that served it.
 
     Raises:
-        ServiceError: no place has it; the message lists each with its reason.
+        ServiceError: no address serves it; the message gives the reason for each.
     """
     problems = []
     for place in places:
         try:
-            with mirrors.fetched(place, meter, limit=file.size + file.size // 100 + SLACK) as path:
-                digest = _admit(path, file, cache)
+            with mirrors.fetched(place, meter, limit=file.size + file.size // 100 + SLACK_BYTES) as path:
+                digest = _verified(path, file, cache)
         except ServiceError as error:
             problems.append(f"{display(place)} ({error})")
         else:
-            meter.at(1.0)
+            meter.advance_to(1.0)
             return digest, display(place)
     raise ServiceError(
         f"no mirror has {file.name}: {'; '.join(problems)}. Set CONVOY_MIRROR to a folder or an address that has it"
     )
 
 
-def _admit(path: Path, file: CatalogueFile, cache: Cache) -> str:
-    """Verify a fetched file, unpack it within its stated size, and put the content into the cache."""
+def _verified(path: Path, file: CatalogueFile, cache: Cache) -> str:
+    """Verifies a fetched file, and puts its content into the cache, unpacked up to the stated size."""
     if file.sha256 is None:
-        _require("MD5", file_digest(path, "md5"), str(file.md5))
+        _require_digest("MD5", file_digest(path, "md5"), str(file.md5))
     elif not file.packed:
-        _require("SHA-256", file_digest(path), file.sha256)
+        _require_digest("SHA-256", file_digest(path), file.sha256)
     try:
         with gzip.open(path) if file.packed else path.open("rb") as content:
             return cache.add_stream(cast(IO[bytes], content), sha256=file.sha256, size=file.size)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ServiceError(
-            f"it is no whole gzip file: the SHA-256 of what came is {file_digest(path)}, "
-            f"expected was a content of {file.sha256 or 'unknown digest'}"
+            f"it is no whole gzip file: its SHA-256 is {file_digest(path)}, "
+            f"expected content with SHA-256 {file.sha256 or 'unknown'}"
         ) from error
 
 
 def _base(mirror: str) -> str:
-    """The base address of the user's own mirror, which may be a folder."""
+    """Returns the base address of the user's mirror, which may be a folder."""
     if not mirror.startswith(SCHEMES):
         if "://" in mirror:
             raise UsageError(f"CONVOY_MIRROR: give a folder, or an address with one of {' '.join(SCHEMES)}")
@@ -185,7 +166,7 @@ def _base(mirror: str) -> str:
     return mirror.rstrip("/")
 
 
-def _require(algorithm: str, got: str, expected: str) -> None:
+def _require_digest(algorithm: str, got: str, expected: str) -> None:
     if got != expected:
         raise ServiceError(f"its {algorithm} is {got}, expected {expected}")
 

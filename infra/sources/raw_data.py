@@ -1,4 +1,4 @@
-"""Raw data as it lies in the bucket: files under their own digests, and a record of each source's files."""
+"""Raw data in the bucket: files under their own digests, and a record of each source's files."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore
 from infra.storage.s3_client import ObjectMissing
 
-LIST_FROM = 200  # files from which one listing of the bucket is quicker than a question for each
+LIST_FROM = 200  # files; from here on one listing of the bucket is faster than a request per file
 
 
 class RawFile(Record):
-    """One source file."""
+    """One file of a source."""
 
     path: str
-    """Relative, with `/`, as the source has it: `train/cat/001.png`, `train-images-idx3-ubyte`."""
+    """Path in the source, with `/`: `train/cat/001.png`, `train-images-idx3-ubyte`."""
 
     sha256: Sha256
     size: int
@@ -35,22 +35,22 @@ class RawFile(Record):
 
 
 class ListingRef(Record):
-    """The listing in the bucket of a folder that is read where it lies."""
+    """The listing, stored in the bucket, of a folder that is read in place."""
 
     digest: Sha256
-    """Of the folder's address and of each file's path, size and version."""
+    """Digest of the folder's address and of each file's path, size and version."""
 
     sha256: Sha256
-    """Of the object."""
+    """SHA-256 of the stored object."""
 
     address: str
-    """Of the folder; see `infra.sources.location`."""
+    """Address of the folder; see `infra.sources.location`."""
 
     count: int
-    """Files."""
+    """Number of files."""
 
     bytes: int
-    """Of all files."""
+    """Bytes of all files."""
 
     @property
     def key(self) -> str:
@@ -59,30 +59,30 @@ class ListingRef(Record):
 
 
 class RawSource(Record):
-    """The files of one source: all of them in the bucket, or a listing of them."""
+    """The files of one source: all stored in the bucket, or only listed."""
 
     name: str
-    """The catalogue's name, or one made of the folder's or archive's name: of `a-z 0-9 - _ .` only."""
+    """The catalogue's name, or one made from the folder's or archive's name, of `a-z 0-9 - _ .` only."""
 
     format: Format
     classes: tuple[str, ...] = ()
-    """Names of the labels 0, 1, ...; empty where the files name them, or the labels are their own names."""
+    """Names of the labels 0, 1, ...; empty if the files name them, or if the labels serve as names."""
 
     files: tuple[RawFile, ...]
-    """Empty where there is a listing."""
+    """Empty if there is a listing."""
 
     listing: ListingRef | None = None
     served_by: dict[str, str]
-    """Where each file came from: path → address; a local or remote folder is named once, under `.`."""
+    """Origin of each file: path → address; a folder has one entry, under `.`."""
 
     remarks: tuple[str, ...] = ()
-    """What was left out of a folder, in words; empty for an archive, which is kept whole."""
+    """Sentences about files that were left out of a folder; empty for an archive, which is stored whole."""
 
     left_out: dict[str, int] = Field(default_factory=dict)
-    """Files left out of each class folder that lost any."""
+    """Number of files left out, per class folder that lost any."""
 
     reused: bool = False
-    """True if nothing had to be fetched or stored."""
+    """Whether nothing had to be fetched or stored."""
 
     @field_validator("files")
     @classmethod
@@ -93,8 +93,7 @@ class RawSource(Record):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of format, files and what was left out: equal for equal content, wherever it came from; or of the
-        listing."""
+        """SHA-256 of format, files or listing, and what was left out; independent of the origin of files."""
         content: dict[str, object] = {"format": self.format}
         if self.remarks:
             content |= {"remarks": self.remarks, "left_out": self.left_out}
@@ -107,7 +106,7 @@ class RawSource(Record):
 
 
 class RawBucket:
-    """The raw files in the bucket: which are there, whole, and putting the others there from the cache."""
+    """Checks which raw files the bucket holds undamaged, and uploads others from the cache."""
 
     def __init__(self, store: ObjectStore, cache: Cache, *, expected_files: int) -> None:
         self._store = store
@@ -117,34 +116,34 @@ class RawBucket:
             self._listed = {info.key: info.size for info in store.list(bucket_layout.RAW)}
 
     def holds(self, file: RawFile) -> bool:
-        """Whether its object is there and, by size and noted digest, undamaged."""
+        """Checks by size and stored digest whether the bucket holds the file undamaged."""
         if self._listed is not None:
             return self._listed.get(file.key) == file.size
         info = self._store.head(file.key)
         return info is not None and info.size == file.size and info.sha256 in {None, file.sha256}
 
     def holds_all(self, files: Iterable[RawFile]) -> bool:
-        """`holds`, of all of them, asked side by side."""
+        """Checks all files in parallel; see `holds`."""
         return all(in_parallel(self.holds, files))
 
     def put(self, file: RawFile) -> None:
-        """Upload from the cache."""
+        """Uploads a file from the cache."""
         self._store.put_file(file.key, self._cache.path(file.sha256), sha256=file.sha256)
 
 
 def read_record(store: ObjectStore, source_key: str) -> RawSource | None:
-    """The record of an earlier download, or None; its files may be damaged or gone since."""
+    """Returns the record of an earlier download, or None; its files may have been damaged or deleted since."""
     key = bucket_layout.source_record(source_key)
     try:
         return RawSource.model_validate_json(store.get_bytes(key))
     except ObjectMissing:
         return None
     except ValidationError as error:
-        raise ServiceError(f"{store.uri(key)} is damaged; fetch the data anew with --refresh download") from error
+        raise ServiceError(f"{store.uri(key)} is damaged; fetch the data again with --refresh download") from error
 
 
 def write_record(store: ObjectStore, source_key: str, source: RawSource) -> None:
-    """Commit a download: from now on it is found again."""
+    """Commits a download: later ones find its record."""
     store.put_bytes(
         bucket_layout.source_record(source_key), source.model_dump_json(exclude={"reused", "listing"}).encode()
     )

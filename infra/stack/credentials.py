@@ -2,13 +2,13 @@
 
 import ipaddress
 import json
-import os
 import secrets
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from pydantic import Field, SecretStr
 
+from infra.machine.files import atomic_file
 from infra.records import Record
 
 CERTIFICATE_LIFETIME = timedelta(days=3650)
@@ -76,9 +76,5 @@ def ensure_certificate(certificate: Path, key: Path) -> None:
 def _write_private(path: Path, data: bytes) -> None:
     """Writes a file atomically; only its owner can read it, also while it is being written."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    partial.replace(path)
+    with atomic_file(path) as partial:  # mode 0600
+        partial.write_bytes(data)

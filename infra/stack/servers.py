@@ -133,8 +133,7 @@ def prefect(settings: Settings, ports: Ports) -> Server:
             # By default any web page in the user's browser may call the API.
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{ports.prefect}",
             "PREFECT_CLI_PROMPT": "false",
-            # By default a restart forgets which run holds a model's lease, but not that it is held. The files lie under
-            # PREFECT_HOME.
+            # By default a restart forgets which run holds a model's lease, but not that it is held.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         },
         not_inherited=NOT_INHERITED,

@@ -94,7 +94,7 @@ def test_pods_troubles_are_told_in_a_line_each(api: KubernetesApi) -> None:
         {"status": {"phase": "Pending", "conditions": [unplaced]}},
         *({"status": {"containerStatuses": [{**container, "state": state}]}} for state in (waiting, starting, ended)),
     ]
-    assert Jobs("convoy").troubles("j") == [
+    assert Jobs("convoy").pod_problems("j") == [
         "a pod does not start: ImagePullBackOff no such image",
         "a pod has ended: OOMKilled (exit status 137)",
         "a pod has no place: no node has a GPU",

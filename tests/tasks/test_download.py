@@ -62,12 +62,12 @@ def test_a_large_folder_is_read_in_place_unless_said_otherwise(
     folder = _images(tmp_path / "pets", "cat/1.png", "dog/1.png", "dog/2.png")
     (folder / "dog" / "notes.txt").write_text("not an image")
     assert _download(str(folder)).listing is None
-    monkeypatch.setattr("infra.sources.folder.KEEP_FILES", 2)
+    monkeypatch.setattr("infra.sources.folder.COPIED_FILES", 2)
     raw = _download(str(folder))
     assert raw.listing and raw.listing.count == 3 and not raw.reused
     assert _download(str(folder)).reused
     assert len(_download(str(folder), keep_raw=True).files) == 3
-    monkeypatch.setattr("infra.sources.folder.KEEP_FILES", 50_000)
+    monkeypatch.setattr("infra.sources.folder.COPIED_FILES", 50_000)
     assert _download(str(folder), keep_raw=False).listing == raw.listing
 
 

@@ -37,7 +37,7 @@ def agents(folder: JobFolder) -> Iterator[None]:
     name = jobs.create(manifest)
     folder.write_event(Event(note=f"Kubernetes Job {namespace}/{name}"))
     try:
-        with watching(lambda: jobs.troubles(name), folder):
+        with watching(lambda: jobs.pod_problems(name), folder):
             yield
     finally:
         try:
