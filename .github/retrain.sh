@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Asks for a retraining, waits for it, and reports: in the job's summary, and in one comment on a pull request.
+# Requests a retraining, waits for it, and reports the result: in the job's summary, and in one comment on a pull request.
 #
-# Takes DEPLOYMENT, DATASET, MODEL, FORCE (true) and PULL_REQUEST (a number) from the environment, each of which may be
-# empty, and what GitHub sets. Exits as `convoy retrain` does, but for one case: a refusal (3) fails the job if somebody
-# is waiting for the model, and not if the schedule asked, since then the champion simply stays: nothing is broken, and
-# nobody should be woken.
+# Reads DEPLOYMENT, DATASET, MODEL, FORCE (true) and PULL_REQUEST (a number), each of which can be empty, and GitHub's
+# variables from the environment. Exits with the status of `convoy retrain`, with one exception: a refusal (3) fails the
+# job if a user has requested the model, but not if the schedule has. Then the champion stays in use, nothing is broken,
+# and no alarm is needed.
 set -euo pipefail
 
 readonly marker='<!-- convoy retrain -->'
 readonly longest=60000 # bytes of a comment; GitHub takes 65536 characters
 
-# Without it convoy would start a server here, which no worker knows.
+# Without this variable convoy would start a local server, to which no worker is connected.
 if [[ -z "${PREFECT_API_URL:-}" ]]; then
   echo "::error::the secret PREFECT_API_URL is not set"
   exit 2
@@ -31,12 +31,12 @@ if [[ ! -s report.md ]]; then
 fi
 cat report.md >>"$GITHUB_STEP_SUMMARY"
 
-# Writes the comment, or renews the one that an earlier run wrote.
+# Writes the comment, or replaces the comment of an earlier run.
 comment() {
   local of="repos/$GITHUB_REPOSITORY/issues" existing
   {
     echo "$marker"
-    head -c "$longest" report.md | iconv -c -f utf-8 -t utf-8 # which drops half a character at the cut
+    head -c "$longest" report.md | iconv -c -f utf-8 -t utf-8 # drops an incomplete character at the cut
   } >comment.md
   existing=$(gh api --paginate "$of/$PULL_REQUEST/comments" \
     --jq ".[] | select(.user.type == \"Bot\" and (.body | startswith(\"$marker\"))) | .id" | sed -n 1p) || return
@@ -47,7 +47,7 @@ comment() {
   fi
 }
 if [[ -n "${PULL_REQUEST:-}" ]]; then
-  comment || echo "::warning::the comment could not be written" # which does not change how the retraining went
+  comment || echo "::warning::the comment could not be written" # the result of the retraining stays the same
 fi
 
 case $status in

@@ -1,5 +1,5 @@
--- Databases and their owners; PostgreSQL's image runs it when its volume is empty. psql 15 and newer read variables of
--- the environment, so that no command line has the passwords.
+-- Creates the databases and their owners; PostgreSQL's image runs this file when its volume is empty. psql 15 and newer
+-- read environment variables, so that no command line shows the passwords.
 \set ON_ERROR_STOP on
 \getenv mlflow_password MLFLOW_DB_PASSWORD
 \getenv prefect_password PREFECT_DB_PASSWORD

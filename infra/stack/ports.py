@@ -51,7 +51,7 @@ def is_free(port: int) -> bool:
 
 
 def choose(wanted: Ports, *, kept: Iterable[str], preferred: dict[str, int]) -> Ports:
-    """Returns ports that are free now, and those of `wanted` wherever they are free.
+    """Chooses ports that are free now: those of `wanted` if they are free, else random ones.
 
     Args:
         wanted: the ports used last, or the defaults.

@@ -41,7 +41,7 @@ def seaweedfs(settings: Settings, ports: Ports, credentials: Credentials, certif
         command=(
             _program("weed"),
             "mini",
-            "-dir=.",  # the working folder; the sockets are there too, and by default in a folder shared by all users
+            "-dir=.",  # the working folder, as for the sockets, which are by default in a folder of all users
             "-s3.localSocket=s3.sock",
             "-filer.localSocket=filer.sock",
             f"-ip={HOST}",
@@ -81,7 +81,7 @@ def seaweedfs(settings: Settings, ports: Ports, credentials: Credentials, certif
 
 
 def mlflow(settings: Settings, ports: Ports, s3: dict[str, str]) -> Server:
-    """Returns the definition of the tracking server and registry, which also passes on clients' artifacts.
+    """Returns the definition of the tracking server and registry. It relays artifacts, so clients need no keys.
 
     Args:
         s3: variables of the local object store; if empty, the user's variables for another store are passed on.

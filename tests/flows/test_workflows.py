@@ -1,4 +1,4 @@
-"""GitHub's workflows, and the script that they call: what can be seen of them without GitHub."""
+"""GitHub's workflows and the scripts that they call, checked without GitHub."""
 
 import json
 import os
@@ -30,14 +30,14 @@ done
 echo '{"status": "whatever"}'
 exit "$STATUS"
 """
-"""Stands in for the command: notes what it was asked, and ends with a status."""
+"""Replaces the command: records its arguments, and ends with a given status."""
 
 GH = """#!/usr/bin/env bash
 echo "$*" >>calls
 case "$*" in *--paginate*) if [[ -n "${COMMENT:-}" ]]; then echo "$COMMENT"; fi ;; esac
 exit "${GH_STATUS:-0}"
 """
-"""Stands in for GitHub's command line; COMMENT is the id of the comment that is there already."""
+"""Replaces GitHub's command line; COMMENT is the id of the existing comment."""
 
 
 MAKE = """#!/usr/bin/env bash
@@ -48,7 +48,7 @@ case $1 in
 esac
 [[ $1 != "$BREAKS" ]]
 """
-"""Stands in for make: resolves to other versions, and one of its targets fails."""
+"""Replaces make: resolves to other versions, and one of its targets fails."""
 
 
 def steps() -> Iterator[dict[str, Any]]:
@@ -102,7 +102,7 @@ def test_checkouts_leave_no_token_behind() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A working folder with the stand-ins in `bin`."""
+    """A working folder with the replacements in `bin`."""
     (tmp_path / "bin").mkdir()
     for name, text in (("convoy", CONVOY), ("gh", GH)):
         (tmp_path / "bin" / name).write_text(text)
@@ -111,7 +111,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, status: int, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """The script, of which `convoy` ends with a status."""
+    """Runs the script, in which `convoy` ends with a given status."""
     servers = ("PREFECT_API_URL",)
     variables = {
         **{name: "https://server.example" for name in servers},
@@ -132,7 +132,7 @@ def run(folder: Path, status: int, **environment: str) -> "subprocess.CompletedP
         *((2, event, 2) for event in ("push", "schedule")),
         (3, "push", 3),
         (3, "pull_request", 3),
-        (3, "schedule", 0),  # the champion stays; nobody waits for another
+        (3, "schedule", 0),  # the champion stays; no user waits for the result
         *((75, event, 75) for event in ("push", "schedule")),
     ],
 )
@@ -180,7 +180,7 @@ def test_a_comment_that_cannot_be_written_changes_nothing(folder: Path) -> None:
     done = run(folder, 0, PULL_REQUEST="12", GH_STATUS="1")
     assert done.returncode == 0
     assert done.stdout.startswith("::warning::")
-    assert len((folder / "calls").read_text().splitlines()) == 1  # no second comment because the first was not seen
+    assert len((folder / "calls").read_text().splitlines()) == 1  # no second comment after a failed search
 
 
 @pytest.mark.parametrize("missing", ["PREFECT_API_URL"])
@@ -192,7 +192,7 @@ def test_a_missing_secret_is_named(folder: Path, missing: str) -> None:
 
 
 def try_newest(folder: Path, which: str, breaks: str = "") -> "subprocess.CompletedProcess[str]":
-    """The script that tries new versions, where one target of `make` fails."""
+    """Runs the script that tests new versions, in which one target of `make` fails."""
     (folder / "bin" / "make").write_text(MAKE)
     (folder / "bin" / "make").chmod(0o755)
     (folder / "requirements.lock").write_text("gone==3.0 \\\n    --hash=x\nkept==1.0 \\\nmoved==1.5 \\\n")

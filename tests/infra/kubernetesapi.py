@@ -1,4 +1,4 @@
-"""A small Kubernetes API server for tests: keeps Jobs that its schemas allow, and says of pods what it is told to."""
+"""A small Kubernetes API server for tests: stores Jobs that match the schemas, and reports given states of pods."""
 
 import json
 import threading
@@ -15,12 +15,12 @@ VERSION = "1.34"
 
 
 def assert_valid(manifest: dict[str, Any]) -> None:
-    """Hold a manifest against Kubernetes' own schema; a key that it does not know is a mistake too."""
+    """Checks a manifest against Kubernetes' own schema; an unknown key is an error."""
     kubernetes_validate.validate(manifest, VERSION, strict=True)
 
 
 class KubernetesApi(ThreadingHTTPServer):
-    """Answers at its address; `refuse` makes it answer every request with that status."""
+    """A Kubernetes API server; `refuse` is the status of every answer, if set."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
@@ -30,7 +30,7 @@ class KubernetesApi(ThreadingHTTPServer):
         self.refuse = 0
 
     def kubeconfig(self, folder: Path) -> Path:
-        """Write a file that names this server."""
+        """Writes a kubeconfig that names this server."""
         cluster = {"name": "here", "cluster": {"server": f"http://127.0.0.1:{self.server_port}"}}
         context = {"name": "here", "context": {"cluster": "here", "user": "me"}}
         user = {"name": "me", "user": {"token": "token-of-a-test"}}
@@ -92,7 +92,7 @@ class _Answers(BaseHTTPRequestHandler):
 
 @contextmanager
 def kubernetes_api() -> Iterator[KubernetesApi]:
-    """A server, as long as the context lasts."""
+    """Runs a server until the context ends."""
     with KubernetesApi() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()

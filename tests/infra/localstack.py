@@ -23,7 +23,7 @@ S3: list[ServerName] = ["seaweedfs"]
 
 @pytest.fixture
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take away what the session's stack has set, so that a test's own `Settings` mean local servers."""
+    """Removes the variables of the session's stack, so that a test's `Settings` mean local servers."""
     for name in list(os.environ):
         if name.startswith(("AWS_", "CONVOY_", "MLFLOW_", "PREFECT_")):
             monkeypatch.delenv(name)
@@ -31,7 +31,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def own(own_environment: None, tmp_path: Path) -> Iterator[Settings]:
-    """Settings of a stack of the test's own, which is stopped after it."""
+    """Settings of the test's own stack, which is stopped after the test."""
     s3, mlflow = random.sample(PORT_RANGE, 2)
     settings = Settings(home=tmp_path / ".convoy", s3_port=s3, mlflow_port=mlflow)
     yield settings

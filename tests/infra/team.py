@@ -34,7 +34,7 @@ SEAWEEDFS_PORTS = (
     "-s3.port.grpc",
     *(f"-{part}.{kind}" for part in ("master", "volume", "filer") for kind in ("port", "port.grpc")),
 )
-"""Ports that a container has to itself."""
+"""Ports that would be private to a container."""
 
 PATIENCE = 120.0  # seconds for a server to start
 VARIABLE = re.compile(r"\$\{(\w+)(?::([?-])([^}]*))?\}")
@@ -59,7 +59,7 @@ def compose(variables: Mapping[str, str]) -> dict[str, Any]:
 
 
 def variables_of(file: Path) -> dict[str, str]:
-    """What an env file sets."""
+    """Returns the variables that an env file sets."""
     return dict(line.split("=", 1) for line in file.read_text().splitlines())
 
 
@@ -76,7 +76,7 @@ class Team:
         self._started: list[str] = []
 
     def here(self, text: str, service: str) -> str:
-        """A command's word, or a variable's value, as it is on this machine."""
+        """Returns a command's word, or a variable's value, with addresses and paths of this machine."""
         for name, port in PORTS.items():
             for host in (name, "127.0.0.1", "localhost"):
                 text = text.replace(f"{host}:{port}", f"127.0.0.1:{self.ports[name]}")
@@ -91,17 +91,17 @@ class Team:
         return re.sub(r"(?<![\w/])/(tmp|data|opt/convoy)\b", lambda found: folders[found[1]], text)
 
     def environment(self, service: str) -> dict[str, str]:
-        """Variables that the file sets for a service."""
+        """Returns the variables that the file sets for a service."""
         there = self.services[service].get("environment", {})
         variables = {name: self.here(str(value), service) for name, value in there.items()}
-        if file := variables.get("MLFLOW_AUTH_CONFIG_PATH"):  # which has an address too
+        if file := variables.get("MLFLOW_AUTH_CONFIG_PATH"):  # this file has an address too
             mine = self.folder / "mlflow-auth.ini"
             mine.write_text(self.here(Path(file).read_text(), service))
             variables["MLFLOW_AUTH_CONFIG_PATH"] = str(mine)
         return variables
 
     def command(self, service: str) -> list[str]:
-        """What the file has a service run, by this Python and what is installed beside it."""
+        """Returns the service's command in the file, with the programs of this Python environment."""
         program, *rest = (self.here(word, service) for word in self.services[service]["command"])
         if program == "convoy":
             return [sys.executable, "-P", "-c", "from flows.cli import main; main()", *rest]
@@ -109,15 +109,15 @@ class Team:
         return [str(beside) if beside.exists() else program, *rest]
 
     def log(self, service: str) -> Path:
-        """Its output."""
+        """Returns the log of a service."""
         return self.folder / "logs" / f"{service}.log"
 
     def members(self, service: str) -> set[psutil.Process]:
-        """Its living processes."""
+        """Returns the living processes of a service."""
         return processes.members(self._mark(service), None)
 
     def run(self, service: str) -> None:
-        """Run one that ends by itself, and wait for it."""
+        """Runs a service that ends by itself, and waits for it."""
         (self.folder / service).mkdir(exist_ok=True)
         done = subprocess.run(
             self.command(service),
@@ -130,11 +130,11 @@ class Team:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def start(self, service: str, *more: str) -> None:
-        """Start a server. Arguments that the file need not give, such as further ports, may follow."""
+        """Starts a server, with additional arguments such as further ports."""
         self._start(service, [*self.command(service), *more], self.environment(service))
 
     def start_all(self, postgres: Path) -> None:
-        """All but the worker, in the order that the file asks for; return when they are healthy.
+        """Starts all except the worker, in the order of the file; returns when they are healthy.
 
         Args:
             postgres: folder of PostgreSQL's programs.
@@ -151,13 +151,13 @@ class Team:
         self.run("deploy")
 
     def start_postgres(self, programs: Path) -> None:
-        """Do as PostgreSQL's image does when its volume is empty: make a cluster, then run databases.sql."""
+        """Does what PostgreSQL's image does for an empty volume: creates a cluster, then runs databases.sql."""
         data, password = self.folder / "postgres", self.folder / "password"
         method = self.environment("postgres")["POSTGRES_HOST_AUTH_METHOD"]
         data.mkdir(mode=0o700)
         password.write_text(self.secrets["POSTGRES_PASSWORD"])
         as_user: list[str] = []
-        if os.geteuid() == 0:  # which PostgreSQL refuses to be run by
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups"]
             for path in (data, password):
                 shutil.chown(path, "postgres", "postgres")
@@ -169,7 +169,7 @@ class Team:
         self._start("postgres", [*as_user, str(programs / "postgres"), "-D", str(data), *listen], {})
 
     def fill_postgres(self) -> None:
-        """Run databases.sql."""
+        """Runs databases.sql."""
         environment = self._login("postgres", self.secrets["POSTGRES_PASSWORD"]) | self.environment("postgres")
         self._wait("postgres", lambda: subprocess.run(["pg_isready", "--quiet"], env=environment).returncode == 0)
         script = COMPOSE.with_name("databases.sql")
@@ -178,7 +178,7 @@ class Team:
     def ask_postgres(
         self, database: str, question: str, user: str = "postgres", password: str | None = None
     ) -> "subprocess.CompletedProcess[str]":
-        """What psql says to a query."""
+        """Returns psql's output for a query."""
         password = self.secrets["POSTGRES_PASSWORD"] if password is None else password
         command = [
             "psql",
@@ -193,12 +193,12 @@ class Team:
         return subprocess.run(command, env=self._login(user, password), capture_output=True, text=True)
 
     def wait_for(self, service: str) -> None:
-        """Return when it is healthy."""
+        """Returns when a service is healthy."""
         url = f"http://127.0.0.1:{self.ports[service]}{HEALTH[service]}"
         self._wait(service, lambda: answers(url))
 
     def stop(self) -> None:
-        """End all that was started, the databases last."""
+        """Ends all services that were started, the databases last."""
         for service in reversed(self._started):
             processes.stop(partial(self.members, service))
 
@@ -231,7 +231,7 @@ class Team:
 
 
 def _environment() -> dict[str, str]:
-    """This process's own, without what names other servers."""
+    """Returns this process's environment without the variables that name other servers."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(USERS_OWN)}
     return kept | {"PYTHONPATH": str(REPOSITORY)}
 

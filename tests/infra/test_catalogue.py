@@ -1,4 +1,4 @@
-"""Catalogue data sets: from mirrors into a real bucket, and found there again."""
+"""Data sets of the catalogue are fetched from mirrors into a real bucket, and reused."""
 
 import gzip
 import hashlib
@@ -70,7 +70,7 @@ def _check(raw: RawSource, place: Workplace) -> None:
 
 
 def _forget(place: Workplace, raw: RawSource, path: str) -> None:
-    """Remove one file from the cache."""
+    """Removes one file from the cache."""
     place.cache.path(next(file.sha256 for file in raw.files if file.path == path)).unlink()
 
 
@@ -206,7 +206,7 @@ def test_the_users_mirror_is_asked_first(source: CatalogueSource, place: Workpla
 
 def test_a_damaged_record_says_how_to_repair_it(source: CatalogueSource, place: Workplace) -> None:
     place.store.put_bytes(bucket_layout.source_record(source.key), b"{}")
-    with pytest.raises(ServiceError, match="damaged; fetch the data anew with --refresh"):
+    with pytest.raises(ServiceError, match="damaged; fetch the data again with --refresh"):
         reusable(source, place)
     _check(source.fetch(place, lambda _: None, refresh=True), place)
 

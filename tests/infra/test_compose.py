@@ -1,4 +1,4 @@
-"""The team's services as files: what can be seen of them without a container engine."""
+"""The files of the team's services, checked without a container engine."""
 
 import importlib.util
 import re
@@ -155,7 +155,7 @@ def test_the_lock_without_torch_is_what_the_dockerfile_says(tmp_path: Path) -> N
 
 
 def test_every_database_address_names_a_driver_that_is_installed() -> None:
-    """What SQLAlchemy takes where none is named changes from version to version."""
+    """SQLAlchemy's default driver changes from version to version."""
     files = [COMPOSE, INFRA / "mlflow-auth.ini"]
     addresses = [found for file in files for found in re.findall(r"postgresql(?:\+(\w+))?://", file.read_text())]
     assert len(addresses) == 3 and all(addresses)

@@ -1,4 +1,4 @@
-"""Folders that are read where they lie: the listing, and files that change after it was made."""
+"""Folders that are read in place: the listing, and files that change afterwards."""
 
 import os
 from collections.abc import Callable, Iterator

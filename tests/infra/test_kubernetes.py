@@ -1,4 +1,4 @@
-"""The manifests are what Kubernetes' schemas allow, and Jobs come and go through its API; no cluster has seen them."""
+"""The manifests match Kubernetes' schemas, and Jobs are created and deleted through its API, without a real cluster."""
 
 import json
 import re
@@ -81,10 +81,10 @@ def test_job_is_created_and_deleted_with_its_pods(api: KubernetesApi) -> None:
     ((path, options),) = api.deleted
     assert path.startswith(f"/apis/batch/v1/namespaces/convoy/jobs/{name}")
     assert "propagationPolicy=Background" in path or options.get("propagationPolicy") == "Background"
-    jobs.delete(name)  # gone already
+    jobs.delete(name)  # deleted already
 
 
-def test_pods_troubles_are_told_in_a_line_each(api: KubernetesApi) -> None:
+def test_each_problem_of_a_pod_is_one_line(api: KubernetesApi) -> None:
     unplaced = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no node has a GPU"}
     waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
     starting = {"waiting": {"reason": "ContainerCreating"}}

@@ -45,7 +45,7 @@ def kept(path: Path) -> str:
 
 
 def older(database: Database) -> str:
-    """A revision that the library knows and that is not its newest."""
+    """Returns a revision that the library knows and that is not its newest."""
     revisions, newest = database.known()
     return min(revisions - {newest})
 
@@ -90,7 +90,7 @@ def test_nothing_is_backed_up_if_nothing_is_older(tmp_path: Path) -> None:
 
 def test_a_backup_has_what_is_only_in_the_write_ahead_log(tmp_path: Path) -> None:
     path = stamped(tmp_path, PREFECT, older(PREFECT))
-    with closing(sqlite3.connect(path)) as writer:  # stays open, as a server's that was killed
+    with closing(sqlite3.connect(path)) as writer:  # stays open, as after a killed server
         writer.execute("pragma journal_mode = wal")
         writer.execute("update kept set what = 'newer'")
         writer.commit()
@@ -122,7 +122,7 @@ def test_a_newer_database_is_refused_in_one_line_and_nothing_is_touched(own: Set
     assert path.read_bytes() == before
     assert os.listdir(own.home / database.name) == [path.name]
     assert not any(pids(own).values())
-    up(own, only=S3)  # which has nothing to do with it
+    up(own, only=S3)  # does not use this database
 
 
 def test_a_migration_that_fails_leaves_the_database_as_it_was(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_server_of_another_version_is_replaced(own: Settings) -> None:
 
 @pytest.mark.slow
 def test_an_older_stack_is_migrated_and_keeps_what_it_knew(own: Settings) -> None:
-    """The databases are made at older revisions by the libraries' own migrations."""
+    """The libraries' own migrations create the databases at older revisions."""
     mlflow, prefect = own.home / MLFLOW.file, own.home / PREFECT.file
     for path in (mlflow, prefect):
         path.parent.mkdir(parents=True)

@@ -53,7 +53,7 @@ class Fetcher:
         self.reported: list[int] = []
 
     def get(self, file: CatalogueFile, places: Sequence[str]) -> str:
-        """The address that served the file, after a check of what is in the cache."""
+        """Returns the address that served the file; checks the content of the cache."""
         self.reported.clear()
         with Mirrors(self.partial, connect_seconds=0.3) as mirrors:
             meter = Meter(file.size, self.reported.append, threading.Event())
@@ -295,7 +295,7 @@ def test_two_runs_that_want_one_address_do_not_mix_their_bytes(
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An apt repository in a folder, with one package, which apt is told of but has not looked at."""
+    """An apt repository in a folder, with one package; apt is configured for it but has no package list yet."""
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         pytest.skip("apt-get or dpkg-deb is missing: run the tests on Debian or Ubuntu")
     root = tmp_path / "repository"

@@ -1,4 +1,4 @@
-"""Server processes are found whatever happened to their parent or record, and nobody else's are touched."""
+"""Server processes are found without their parent or record, and no other process is stopped."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ DEAF = (
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether it runs: one that ended stays a zombie until its parent asks for its exit status."""
+    """Checks whether a process runs; one that ended stays a zombie until its parent reads its exit status."""
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
@@ -73,7 +73,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Started]]:
 
 @pytest.fixture
 def stranger() -> Iterator[psutil.Process]:
-    """A process that has nothing to do with any server."""
+    """A process that belongs to no server."""
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
         yield psutil.Process(process.pid)
         process.kill()

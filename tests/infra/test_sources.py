@@ -298,7 +298,13 @@ def test_different_data_sets_have_different_names(place: Workplace, folder: Path
     assert all(re.fullmatch(r"[a-z0-9_.-]+", each) for each in slugs)
     assert slugs[3].startswith("2024-") and slug("日本") == slugs[0]
     assert slug(unicodedata.normalize("NFD", "パン")) == slug(unicodedata.normalize("NFC", "パン"))
-    for name in ("My Pets", "cats_and.dogs-2", "Bücher & Bäume: neu/alt", "a…b", "!!!"):  # these had none before
+    for name in (
+        "My Pets",
+        "cats_and.dogs-2",
+        "Bücher & Bäume: neu/alt",
+        "a…b",
+        "!!!",
+    ):  # earlier versions gave these no digest
         assert not re.search("-[0-9a-f]{8}$", slug(name))
     assert find_source(f"{folder}/cat/..", place.mirrors).name == "my-pets"
 

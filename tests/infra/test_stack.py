@@ -1,4 +1,4 @@
-"""The three servers together, which the session shares, and external ones in their place."""
+"""The session's three servers together, and external servers in their place."""
 
 import os
 import signal
@@ -213,7 +213,7 @@ def test_a_running_store_gets_another_bucket_without_a_restart(own: Settings, mo
     up(other, only=S3)
     assert pids(own) == before
     address = f"{endpoints.s3_endpoint_url}/another-bucket"
-    assert httpx.get(address).status_code == 403  # it is there, though not for everybody
+    assert httpx.get(address).status_code == 403  # the bucket exists, but needs credentials
 
 
 def test_children_find_the_same_state_folder_from_any_working_folder(s3: Endpoints, settings: Settings) -> None:

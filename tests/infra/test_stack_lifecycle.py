@@ -1,4 +1,4 @@
-"""Starting, finding again and stopping, by SeaweedFS alone where that is enough: it is ready in a second."""
+"""Servers are started, found and stopped; SeaweedFS alone where that suffices, since it is ready in a second."""
 
 import os
 import shutil
@@ -108,7 +108,7 @@ def test_servers_whose_state_folder_was_deleted_are_stopped(own: Settings, monke
 
 
 def delete(home: Path) -> None:
-    """Deletes a folder that a server still writes to."""
+    """Deletes a folder while a server writes to it."""
 
     def gone() -> bool:
         shutil.rmtree(home, ignore_errors=True)
@@ -153,7 +153,7 @@ def test_a_store_that_goes_on_refusing_after_the_disk_was_full_is_started_again(
 
 def stores(store: ObjectStore) -> bool:
     try:
-        store.put_bytes("empty", b"")  # an entry of the index only
+        store.put_bytes("empty", b"")  # only an entry of the index
     except Outage:
         return False
     return True
@@ -197,7 +197,7 @@ def test_a_busy_port_is_replaced_by_a_free_one_that_stays(own: Settings, busy_po
 def test_a_port_taken_between_the_look_and_the_start_is_replaced(
     own: Settings, busy_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks = iter([True] * len(Ports.model_fields))  # the first choice believes that all are free
+    looks = iter([True] * len(Ports.model_fields))  # at the first choice all ports seem free
     really = ports.is_free
     monkeypatch.setattr(ports, "is_free", lambda port: next(looks, None) or really(port))
     events: list[str] = []
@@ -207,7 +207,7 @@ def test_a_port_taken_between_the_look_and_the_start_is_replaced(
 
 
 def test_an_answer_from_somebody_elses_server_does_not_count(own: Settings, s3: Endpoints) -> None:
-    """The session's store answers at the address at which the test's own one should."""
+    """The session's store answers at the address of the test's own store."""
     up(own, only=S3)
     folder = StackFolder(own)
     taken = int(s3.s3_endpoint_url.rsplit(":", 1)[1])

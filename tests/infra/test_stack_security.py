@@ -1,4 +1,4 @@
-"""Nobody without credentials reads or writes objects, through any port that the local object store opens."""
+"""Without credentials, no client reads or writes objects through any port of the local object store."""
 
 import socket
 import ssl
@@ -27,7 +27,7 @@ def folder(s3: Endpoints, settings: Settings) -> StackFolder:
 
 @pytest.fixture
 def key(s3: Endpoints) -> Iterator[str]:
-    """Key of an object in the session's bucket; still the same after the test, or the test fails."""
+    """Key of an object in the session's bucket, which must be unchanged after the test."""
     store = ObjectStore.connect(s3.bucket)
     key = f"secret/{uuid.uuid4().hex}"
     store.put_bytes(key, SECRET)
@@ -54,7 +54,7 @@ def anonymous() -> ssl.SSLContext:
 
 
 def refused(method: str, address: str) -> bool:
-    """Whether a request without a certificate gets no answer, or only that it spoke the wrong protocol."""
+    """Checks that a request without a certificate gets no answer, or only a protocol error."""
     try:
         return httpx.request(method, address, verify=anonymous()).status_code == 400
     except httpx.TransportError:
@@ -62,7 +62,7 @@ def refused(method: str, address: str) -> bool:
 
 
 def greeting(port: int, context: ssl.SSLContext | None) -> bytes:
-    """What a port says to an HTTP/2 client, and so to a gRPC client, before it closes or is silent."""
+    """Returns what a port sends to an HTTP/2 client (and so to a gRPC client) before it closes or stops sending."""
     with socket.create_connection(("127.0.0.1", port), timeout=5) as plain:
         try:
             connection = context.wrap_socket(plain) if context else plain

@@ -1,4 +1,4 @@
-"""What a user's shell may set: local servers are reached all the same, and the web as the user wants it."""
+"""Proxies and certificates of the user's shell apply to the web, and not to local servers."""
 
 import os
 import subprocess
@@ -94,7 +94,7 @@ def from_a_fresh_shell(home: Path, **variables: str) -> dict[str, str]:
 
 @pytest.fixture
 def local(tmp_path: Path) -> Endpoints:
-    """Endpoints of a local stack that need not run."""
+    """Endpoints of a local stack that does not run."""
     return Endpoints.model_validate(
         {
             "home": tmp_path,
@@ -113,7 +113,7 @@ def local(tmp_path: Path) -> Endpoints:
 
 @pytest.fixture
 def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The process's environment, which is put back whatever a test does to it."""
+    """The process's environment, which is restored after the test."""
     before = dict(os.environ)
     yield monkeypatch
     monkeypatch.undo()
@@ -245,10 +245,10 @@ def test_data_come_through_the_users_proxy_although_local_servers_do_not(
     for name in ("http_proxy", "NO_PROXY", "no_proxy"):
         shell.delenv(name, raising=False)
     shell.setenv("HTTP_PROXY", f"127.0.0.1:{proxy.server_port}")
-    shell.setenv("ALL_PROXY", "socks5://127.0.0.1:1")  # not the one for this address
+    shell.setenv("ALL_PROXY", "socks5://127.0.0.1:1")  # another proxy is set for this address
     local.apply()
     assert not {"HTTP_PROXY", "ALL_PROXY"} & os.environ.keys()
-    local.apply()  # as a child does that starts servers itself: nothing is forgotten
+    local.apply()  # again, as a child process does: no variable is lost
     web = Web(tmp_path)
     with web.fetched("http://nowhere.invalid/images.zip", None, Meter(5, lambda done: None, threading.Event())) as file:
         assert file.read_bytes() == b"found"

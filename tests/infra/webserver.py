@@ -12,7 +12,7 @@ Fault = Literal["cut", "404", "500", "no ranges"]
 
 
 class WebServer:
-    """Files by path; `faults` holds, for each path, what goes wrong in its next requests, one after another."""
+    """Files by path; `faults` lists, per path, the faults of its next requests."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -34,7 +34,7 @@ class WebServer:
 
         class Server(ThreadingHTTPServer):
             def handle_error(self, request: object, client_address: object) -> None:
-                if not isinstance(sys.exception(), ConnectionError):  # a client may go away as it likes
+                if not isinstance(sys.exception(), ConnectionError):  # a client may disconnect at any time
                     super().handle_error(request, client_address)  # type: ignore[arg-type]
 
         self._server = Server(("127.0.0.1", 0), Handler)
@@ -43,11 +43,11 @@ class WebServer:
         self._thread.start()
 
     def gets(self, path: str) -> list[str | None]:
-        """The Range of each GET of a path so far."""
+        """Returns the Range of each GET of a path so far."""
         return [range_ for method, asked, range_ in self.requests if method == "GET" and asked == path]
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        """Serve one request."""
+        """Serves one request."""
         path, asked = handler.path.partition("?")[0], handler.headers.get("Range")
         with self.lock:
             self.requests.append((handler.command, path, asked))
@@ -87,7 +87,7 @@ class WebServer:
             handler.connection.shutdown(2)
 
     def close(self) -> None:
-        """Stop serving."""
+        """Stops the server."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -95,7 +95,7 @@ class WebServer:
 
 @contextmanager
 def web_server() -> Iterator[WebServer]:
-    """A server for the block."""
+    """Runs a server until the block ends."""
     server = WebServer()
     try:
         yield server

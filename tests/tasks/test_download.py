@@ -1,4 +1,4 @@
-"""The download task: its pieces joined, on a real bucket."""
+"""The whole download task, with a real bucket."""
 
 from importlib.resources import files
 from pathlib import Path

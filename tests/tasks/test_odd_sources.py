@@ -1,4 +1,4 @@
-"""What people have on their disks, each as a folder, in a bucket, as a zip and as a tar: one content, one outcome."""
+"""Unusual contents of folders, each as a folder, in a bucket, as a zip and as a tar: the outcome is the same."""
 
 import io
 import random
@@ -171,7 +171,7 @@ def forms(contents: dict[str, bytes], folder: Path) -> list[Path]:
 
 
 def packed(dataset: Path, out: Path) -> Manifest:
-    """What the two tasks make of it, without their servers."""
+    """Returns the result of the two tasks, which use no server here."""
     if dataset.is_dir():
         folder = images_of(local_folder(dataset), str(dataset))
         left_out = LeftOut(folder.remarks, folder.left_out)
@@ -183,7 +183,7 @@ def packed(dataset: Path, out: Path) -> Manifest:
 
 
 def stored(dataset: str, store: ObjectStore, *, keep_raw: bool | None = None) -> Manifest:
-    """What the two tasks make of it."""
+    """Returns the result of the two tasks."""
     ref = preprocess.fn(download.fn(dataset, keep_raw=keep_raw), CONFIG)
     return load_manifest(store, ref.version)
 
@@ -253,7 +253,7 @@ def test_a_new_file_that_is_no_image_is_noticed(tmp_path: Path, bucket: ObjectSt
     for path, content in images("cat", "dog", each=2).items():
         bucket.put_bytes(f"in/d/{path}", content)
     bucket.put_bytes("in/d/", b"")
-    bucket.put_bytes("in/d/cat/", b"")  # a key that stands for a folder
+    bucket.put_bytes("in/d/cat/", b"")  # this key represents a folder
     address = f"s3://{bucket.bucket}/in/d"
     before = download.fn(address)
     assert before.remarks == () and download.fn(address).reused
