@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Requests a retraining, waits for it, and reports the result: in the job's summary, and in one comment on a pull request.
+# Requests a retraining, waits for it, and reports the result in the job's summary and in one comment on a pull request.
 #
 # Reads DEPLOYMENT, DATASET, MODEL, FORCE (true) and PULL_REQUEST (a number), each of which can be empty, and GitHub's
 # variables from the environment. Exits with the status of `convoy retrain`, with one exception: a refusal (3) fails the

@@ -53,15 +53,15 @@ class CatalogueSource:
                 return stored
 
             try:
-                stored = in_parallel(store, self.entry.files, stop)
+                results = in_parallel(store, self.entry.files, stop)
             except ServiceError as error:
                 raise ServiceError(f"{self.name}: {error}") from error
             source = RawSource(
                 name=self.name,
                 format=self.entry.format,
                 classes=self.entry.classes,
-                files=tuple(raw for raw, _ in stored),
-                served_by={raw.path: origin for raw, origin in stored},
+                files=tuple(raw for raw, _ in results),
+                served_by={raw.path: origin for raw, origin in results},
             )
             write_record(place.store, self.key, source)
             return source

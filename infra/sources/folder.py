@@ -79,9 +79,9 @@ class FolderSource(FolderListing):
             meter.advance_to(1.0)
             return raw, present
 
-        stored = in_parallel(store, self.files, stop)
-        files = tuple(raw for raw, _ in stored)
-        source = self._raw_source(files, None, reused=all(present for _, present in stored))
+        results = in_parallel(store, self.files, stop)
+        files = tuple(raw for raw, _ in results)
+        source = self._raw_source(files, None, reused=all(present for _, present in results))
         if self.key:
             write_record(place.store, self.key, source)
         return source
