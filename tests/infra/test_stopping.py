@@ -125,7 +125,7 @@ def test_what_does_not_look_for_signals_is_ended_by_the_third(start: Start) -> N
     assert process.stderr
     assert [process.stderr.readline() for _ in range(2)][
         1
-    ] == "stopping at the end of this step; once more stops at once\n"
+    ] == "stopping at the end of this step; press Ctrl-C again to stop immediately\n"
     time.sleep(0.5)  # a third press, not an echo of the second
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
