@@ -159,7 +159,7 @@ def test_a_file_larger_than_the_limit_comes_all_the_same(
     (digest,) = _put_several(store, 1)
     cache = Cache(tmp_path / "cache", store, limit=100)
     assert cache.fetch(digest, digest).stat().st_size == 1000
-    assert "holds 900 bytes more than the 100 it may" in caplog.text
+    assert "holds 900 bytes more than its limit of 100" in caplog.text
 
 
 def test_nothing_leaves_that_a_preparation_may_have_fetched(store: ObjectStore, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def _come_and_go(root: Path, seed: int, seconds: float, most: "multiprocessing.Q
             path, lock = root / name[:2] / name, root / "locks" / name
             with locked(lock):
                 if not path.exists():
-                    room.make_room(1000, lock)
+                    room.make_space(1000, lock)
                     with atomic_file(path) as temporary:
                         temporary.write_bytes(bytes(1000))
             with locked(root / "locks" / "room"):  # nothing leaves while files are counted one by one
