@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from infra.tracking.metric_log import ONE_TRY_A_REQUEST, MetricLogger
+from infra.tracking.metric_log import ONE_TRY_PER_REQUEST, MetricLogger
 from tests.flows.program import wait_for
 
 
@@ -30,7 +30,7 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     server = HTTPServer(("127.0.0.1", 0), Away)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    for name, value in {**ONE_TRY_A_REQUEST, "MLFLOW_TRACKING_URI": address}.items():
+    for name, value in {**ONE_TRY_PER_REQUEST, "MLFLOW_TRACKING_URI": address}.items():
         monkeypatch.setenv(name, value)
     yield Away.asked
     server.shutdown()

@@ -129,7 +129,7 @@ def test_of_racing_processes_one_wins(store: ObjectStore, versions: list[ModelVe
     entries = history(store, versions[0].name)
     assert [entry.to_version for entry in entries] == ["1", "2"]
     assert results.count(entries[1].id) == 1
-    assert sum("was changed by another meanwhile" in result for result in results) == 2
+    assert sum("was changed by another process meanwhile" in result for result in results) == 2
     assert aliases() == ("2", "1")
 
 

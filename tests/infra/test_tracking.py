@@ -99,7 +99,7 @@ def test_refused_params_leave_no_open_run(stack: object) -> None:
 
 
 def test_runs_of_all_experiments_are_found_page_by_page(stack: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_runs, "EXPERIMENTS_A_CALL", 1)
+    monkeypatch.setattr(mlflow_runs, "EXPERIMENTS_PER_CALL", 1)
     made = {mlflow_runs.start_run(f"page {number}", "run", {}, {"paged": "x"}) for number in range(3)}
     assert {run.run_id for run in mlflow_runs.search_runs("paged")} == made
     assert {run.run_id for run in mlflow_runs.search_runs("paged", limit=9)} == made
