@@ -66,9 +66,9 @@ def overhear() -> None:
     Does nothing outside the main thread, or if an event loop has set its own wakeup descriptor.
     """
     if threading.current_thread() is threading.main_thread():
-        others = signal.set_wakeup_fd(_write_end.fileno(), warn_on_full_buffer=False)
-        if others not in (-1, _write_end.fileno()):
-            signal.set_wakeup_fd(others)
+        previous = signal.set_wakeup_fd(_write_end.fileno(), warn_on_full_buffer=False)
+        if previous not in (-1, _write_end.fileno()):
+            signal.set_wakeup_fd(previous)
 
 
 def unlisten() -> None:
