@@ -31,8 +31,8 @@ class Cache:
     Args:
         root: the folder.
         store: the bucket that files are fetched from.
-        limit: bytes that the folder may hold: a fetch removes the least recently used files. Open a path that `fetch`
-            has returned immediately. None: nothing is removed.
+        limit: bytes that the folder may hold: a fetch removes the least recently used files, so open a path that
+            `fetch` returned before the next fetch. None: nothing is removed.
     """
 
     def __init__(self, root: Path, store: ObjectStore, *, limit: int | None = None) -> None:

@@ -24,7 +24,7 @@ from infra.settings import Settings
 from infra.storage.s3_client import CONCURRENCY, TRIES, ObjectMissing, error_code, open_client, translated
 
 PART_BYTES = 64 << 20  # larger files are uploaded and downloaded in parts of this size, several at a time
-UNSAFE_COMMITS = ", so commits are not safe; use a store with conditional writes, see `convoy doctor`"
+UNSAFE = ", so commits are not safe; use a store with conditional writes, see `convoy doctor`"
 SHA256 = "sha256"  # an entry of the object's metadata
 
 
@@ -173,7 +173,7 @@ class ObjectStore:
         created = self._put_if_absent(key, data)
         if created and not self._conditions_proven:
             if self._put_if_absent(key, data):
-                raise ServiceError(f"{self._where(key)}: this store ignores If-None-Match{UNSAFE_COMMITS}")
+                raise ServiceError(f"{self._where(key)}: this store ignores If-None-Match{UNSAFE}")
             self._conditions_proven = True
         return created
 
@@ -220,13 +220,12 @@ class ObjectStore:
         if sha256 is None and (info := self.head(key)):
             sha256 = info.sha256
         with atomic_file(path) as temporary, translated(self._where(key)):
-            for try_again in (True, False):
+            for _ in range(2):
                 self._transfer.download_file(self.bucket, key, str(temporary), callback=on_progress)
                 if sha256 is None or (got := file_digest(temporary)) == sha256:
                     return
                 on_progress = None  # the second download moves no new bytes
-                if not try_again:
-                    raise ServiceError(f"{self._where(key)}: damaged: its SHA-256 is {got}, expected {sha256}")
+            raise ServiceError(f"{self._where(key)}: damaged: its SHA-256 is {got}, expected {sha256}")
 
     def head(self, key: str) -> ObjectInfo | None:
         """Returns the store's description of an object, or None if there is no such object."""
@@ -287,9 +286,7 @@ class ObjectStore:
                 except ClientError as error:
                     code = error_code(error)
                     if code in {"501", "NotImplemented"}:
-                        raise ServiceError(
-                            f"{self._where(key)}: this store refuses If-None-Match{UNSAFE_COMMITS}"
-                        ) from error
+                        raise ServiceError(f"{self._where(key)}: this store refuses If-None-Match{UNSAFE}") from error
                     if code in {"412", "PreconditionFailed"}:
                         resent = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                         return resent and self.get_bytes(key) == data

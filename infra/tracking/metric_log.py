@@ -83,8 +83,7 @@ class MetricLogger:
         self._closing = False
         self._abandoned = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="metric-logger", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="metric-logger", daemon=True).start()
 
     def log(self, step: int, metrics: Mapping[str, float], *, keep: bool = False) -> None:
         """Buffers metrics of a step; `keep` protects them from thinning out, for example those of an epoch."""
@@ -158,15 +157,13 @@ class MetricLogger:
             ]
             for start in range(0, len(metrics), METRICS_PER_CALL):
                 mlflow.MlflowClient().log_batch(self.run_id, metrics[start : start + METRICS_PER_CALL])
-        except MlflowException as error:
-            status = error.get_http_status_code()  # type: ignore[no-untyped-call]  # 500 if no answer came
+        except Exception as error:  # training must not stop because of an unforeseen error
+            # MLflow reports 500 if no answer came.
+            status = error.get_http_status_code() if isinstance(error, MlflowException) else 500  # type: ignore[no-untyped-call]
             if 400 <= status < 500 and status not in RETRIED_STATUSES:
                 steps = f"{batch[0].step} to {batch[-1].step}"
                 logger.warning("MLflow refused the metrics of steps %s: %s", steps, first_line(error))
                 return True  # a retry would be refused too, and block all later rows
-            self._failed(error)
-            return False
-        except Exception as error:  # training must not stop because of an unforeseen error
             self._failed(error)
             return False
         return True

@@ -1,4 +1,4 @@
-"""A process that was given up logs nothing more when its link to MLflow is mended."""
+"""A process that was given up logs nothing more after its connection to MLflow is restored."""
 
 import threading
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tests.flows.program import wait_for
 
 
 class Away(BaseHTTPRequestHandler):
-    """Answers that it cannot serve anything; remembers what was asked."""
+    """Answers every request with an error, and records it."""
 
     asked: ClassVar[list[str]] = []
 

@@ -49,7 +49,7 @@ def test_a_large_file_goes_up_in_parts_and_comes_back_whole(store: ObjectStore, 
     digest = store.put_file("large", source, on_progress=up.append)
     info = store.head("large")
     assert info is not None and info.sha256 == digest and info.size == source.stat().st_size
-    assert info.etag.strip('"').endswith("-2")  # the mark of an upload in two parts
+    assert info.etag.strip('"').endswith("-2")  # the ETag of an upload in two parts
     store.get_file("large", back, sha256=digest, on_progress=down.append)
     assert _sha256(back.read_bytes()) == digest
     assert sum(up) == sum(down) == info.size
@@ -118,7 +118,7 @@ def test_of_many_writers_at_once_exactly_one_puts_the_commit(store: ObjectStore)
 
 @contextmanager
 def _meddling(store: ObjectStore, event: str, meddle: Callable[..., object]) -> Iterator[None]:
-    """Change requests to the real store on their way, or answers on their way back."""
+    """Changes requests to the real store, or its answers."""
     events = store._client.meta.events
     events.register(event, meddle)
     try:

@@ -31,7 +31,7 @@ class Classifier(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def stored(stack: object) -> tuple[str, str]:
-    """A run, and the model stored with it."""
+    """Creates a run and stores a model with it."""
     run_id = mlflow_runs.start_run("registry-tests", "run", {"lr": 0.1}, {})
     outputs = Classifier()(torch.from_numpy(IMAGES)).numpy()
     model_id = log_model(

@@ -1,4 +1,4 @@
-"""Settings come from the environment alone, and what cannot be used is refused by the variable's name."""
+"""Settings come only from the environment, and the refusal of an invalid value names the variable."""
 
 import subprocess
 import sys

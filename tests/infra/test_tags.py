@@ -1,4 +1,4 @@
-"""What the tags of registered versions say."""
+"""Tags of registered versions as typed records."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a user's shell may set: local servers are reached all the same, and the web as the user wants it."""
+"""Variables for the web in a user's shell: local servers stay reachable, and the web is reached as they say."""
 
 import os
 import subprocess
@@ -94,7 +94,7 @@ def from_a_fresh_shell(home: Path, **variables: str) -> dict[str, str]:
 
 @pytest.fixture
 def local(tmp_path: Path) -> Endpoints:
-    """Endpoints of a local stack that need not run."""
+    """Returns endpoints of a local stack that need not run."""
     return Endpoints.model_validate(
         {
             "home": tmp_path,
@@ -113,7 +113,7 @@ def local(tmp_path: Path) -> Endpoints:
 
 @pytest.fixture
 def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The process's environment, which is put back whatever a test does to it."""
+    """Restores the process's environment after the test."""
     before = dict(os.environ)
     yield monkeypatch
     monkeypatch.undo()
@@ -248,7 +248,7 @@ def test_data_come_through_the_users_proxy_although_local_servers_do_not(
     shell.setenv("ALL_PROXY", "socks5://127.0.0.1:1")  # not the one for this address
     local.apply()
     assert not {"HTTP_PROXY", "ALL_PROXY"} & os.environ.keys()
-    local.apply()  # as a child does that starts servers itself: nothing is forgotten
+    local.apply()  # as a child process does that starts servers itself: no variable is lost
     web = Web(tmp_path)
     with web.fetched("http://nowhere.invalid/images.zip", None, Meter(5, lambda done: None, threading.Event())) as file:
         assert file.read_bytes() == b"found"
