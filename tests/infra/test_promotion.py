@@ -251,7 +251,7 @@ def test_a_champion_that_was_deleted_is_replaced_by_the_last_one_that_is_there(
         assert aliases() == (left, "1" if left == "2" else None)
     MlflowClient().delete_model_version(name, "1")
     standing = standing_champion(store, name)
-    assert standing.version is None and "counts as having none" in standing.note
+    assert standing.version is None and "so the model has none" in standing.note
     assert repair_aliases(store, name) == []
 
 
