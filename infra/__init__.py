@@ -1,1 +1,1 @@
-"""The outside world: object storage, experiment tracking, the model registry, mirrors and the local stack."""
+"""Access to the outside: object storage, experiment tracking, the model registry, mirrors and the local stack."""

@@ -1,27 +1,27 @@
-"""What `infra` raises; the command line prints the message as one line and exits with `exit_status`."""
+"""The exceptions of `infra`; the command line prints the message as one line and exits with `exit_status`."""
 
 import re
 from unicodedata import category
 
 
 def escaped(text: str) -> str:
-    """Returns the text with line breaks and control characters escaped: names of files may hold them."""
+    """Escapes line breaks and control characters, which file names may contain."""
     hidden = {"Cc", "Cs", "Zl", "Zp"}
     return "".join(c.encode("unicode_escape").decode() if category(c) in hidden else c for c in text)
 
 
 def one_line(text: object) -> str:
-    """Returns what is said, an error perhaps, with its line breaks and runs of blanks made single blanks."""
+    """Returns a text or an error's message in one line, with single blanks."""
     return " ".join(str(text).split())
 
 
 def without_login(address: str) -> str:
-    """Returns the address without user and password, fit to be shown."""
+    """Removes user and password from an address."""
     return re.sub(r"^([^/]*//)[^/]*@", r"\1", address)
 
 
 class UsageError(ValueError):
-    """The user asked for something that does not exist or is not allowed; the message says what to do instead."""
+    """The request names something that does not exist or is not allowed; the message says what to do instead."""
 
     exit_status = 2
 
@@ -30,7 +30,7 @@ class UsageError(ValueError):
 
 
 class GateRefused(RuntimeError):
-    """Data or a model are not good enough; that was found out in good order, and everything is where it was."""
+    """Data or a model are not good enough. The gate worked as intended, and nothing has changed."""
 
     exit_status = 3
 
@@ -42,4 +42,4 @@ class ServiceError(RuntimeError):
 
 
 class Outage(ServiceError):
-    """A server or the way to it is down, overloaded or restarting: the same may well succeed in a while."""
+    """A server or the network is down, overloaded or restarting: a retry may succeed later."""

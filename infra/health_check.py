@@ -1,16 +1,16 @@
-"""Asks an address once whether a healthy server answers there: `python -m infra.health_check URL`."""
+"""Checks once whether a healthy server answers at an address: `python -m infra.health_check URL`."""
 
 import sys
 
 import httpx
 
-PATIENCE = 5.0  # seconds
+TIMEOUT_SECONDS = 5.0
 
 
 def answers(url: str) -> bool:
-    """Whether the answer says success."""
+    """Returns whether the answer has a success status."""
     try:
-        return httpx.get(url, timeout=PATIENCE, trust_env=False).is_success
+        return httpx.get(url, timeout=TIMEOUT_SECONDS, trust_env=False).is_success
     except httpx.HTTPError:
         return False
 

@@ -1,4 +1,4 @@
-"""The base of what is written down or handed on: values with names and types, which never change."""
+"""The base class of immutable, typed records that are stored or passed on."""
 
 from pathlib import Path
 from typing import Self
@@ -7,9 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Record(BaseModel):
-    """A value that never changes. It reads what another version wrote: a class that refuses unknown keys says so itself
-    (`extra="forbid"`).
-    """
+    """An immutable record. It ignores unknown keys, which another version may write, unless `extra="forbid"` is set."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -1,6 +1,6 @@
-"""Where Convoy keeps its state and which servers it uses, read from environment variables only.
+"""Reads from environment variables where Convoy keeps its state and which servers it uses.
 
-Importing this module loads pydantic only, so that `convoy --help` stays quick.
+This module imports only pydantic, so that `convoy --help` stays fast.
 """
 
 from pathlib import Path
@@ -38,10 +38,10 @@ Port = Annotated[int, Field(ge=1024, le=65535)]
 
 
 class Settings(BaseSettings):
-    """The environment's answers. Each field names its variable; unset means the default.
+    """The settings of the environment. Each field names its variable; unset means the default.
 
     Raises:
-        UsageError: a variable has a value that cannot be used; the message names the variable.
+        UsageError: a variable has an invalid value; the message names the variable.
     """
 
     model_config = SettingsConfigDict(
@@ -58,20 +58,20 @@ class Settings(BaseSettings):
     """CONVOY_HOME: the state folder (data, logs, credentials, cache), relative to the working folder."""
 
     bucket: str = Field("convoy", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
-    """CONVOY_BUCKET: the bucket that holds every byte."""
+    """CONVOY_BUCKET: the bucket that holds all data."""
 
     mirror: str | None = None
-    """CONVOY_MIRROR: a folder or an address that is asked for data set files before the official mirrors."""
+    """CONVOY_MIRROR: a folder or an address to try for files of data sets before the official mirrors."""
 
     address: str | None = None
-    """CONVOY_ADDRESS: where other nodes reach this one. Unset: the address that it reaches the storage from."""
+    """CONVOY_ADDRESS: where other nodes reach this one. Unset: the local address of its connection to the storage."""
 
     slots: int | None = Field(None, ge=1)
-    """CONVOY_SLOTS: ranks that this machine runs, as one node of several. Unset: one a GPU, or one a core."""
+    """CONVOY_SLOTS: ranks that this machine runs, as one node of several. Unset: one per GPU, or one per core."""
 
     cache_bytes: ByteSize | None = Field(None, ge=1)
-    """CONVOY_CACHE_BYTES: what the cache may hold, for example 200GB; what was not used for longest leaves when more
-    is needed. Unset: nine tenths of what the disk has free, beside what is there."""
+    """CONVOY_CACHE_BYTES: the cache's limit, for example 200GB; the least recently used files are removed when more is
+    needed. Unset: the cache's present size plus nine tenths of the disk's free space."""
 
     pod: str | None = Field(None, pattern=r"^[^/]+/[^/]+/[^/]+$")
     """CONVOY_POD: namespace/name/uid of the Kubernetes pod that the flow runs in; its training's Job ends with it."""
@@ -89,17 +89,17 @@ class Settings(BaseSettings):
     """AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL: an object store to use instead of a local one."""
 
     s3_addressing: Literal["path", "virtual", "auto"] = "path"
-    """CONVOY_S3_ADDRESSING: where the bucket's name goes: into the path of an address, which nearly every store takes,
-    or into the host name (virtual); auto leaves it to boto3."""
+    """CONVOY_S3_ADDRESSING: where an address has the bucket's name: in the path, which nearly every store accepts, or
+    in the host name (virtual); auto leaves it to boto3."""
 
     mlflow_uri: str | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
-    """MLFLOW_TRACKING_URI: an MLflow to use instead of a local one; any form that MLflow understands."""
+    """MLFLOW_TRACKING_URI: an MLflow to use instead of a local one, in any form that MLflow understands."""
 
     prefect_api_url: Address | None = Field(None, validation_alias="PREFECT_API_URL")
     """PREFECT_API_URL: a Prefect API to use instead of a local one."""
 
     prefect_ui_url: Address | None = Field(None, validation_alias="PREFECT_UI_URL")
-    """PREFECT_UI_URL: where people open that Prefect. Unset: the API's address without its `/api`."""
+    """PREFECT_UI_URL: that Prefect's address in a browser. Unset: the API's address without its `/api`."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -109,22 +109,22 @@ class Settings(BaseSettings):
 
     @property
     def cache(self) -> Path:
-        """Folder of the content-addressed cache."""
+        """Returns the folder of the content-addressed cache."""
         return self.home / "cache"
 
     @property
     def logs(self) -> Path:
-        """Folder of the servers' logs."""
+        """Returns the folder of the servers' logs."""
         return self.home / "logs"
 
     @property
     def runs(self) -> Path:
-        """Folder of what running trainings keep on disk."""
+        """Returns the folder of the files of running trainings."""
         return self.home / "runs"
 
 
 def _complaints(error: ValidationError) -> str:
-    """Name each variable that is wrong, and why; an address is not repeated, since it may hold a password."""
+    """Returns which variables are wrong and why, without their values, since an address may contain a password."""
     complaints = []
     for detail in error.errors(include_url=False):
         name = str(detail["loc"][0])

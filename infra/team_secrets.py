@@ -1,11 +1,10 @@
-"""Makes the passwords of the team's services, once: `make team-secrets`. Needs nothing but Python.
+"""Creates the passwords of the team's services, once: `make team-secrets`. Uses only the standard library.
 
-`infra/.env` is for Compose, which reads it by itself; `infra/.client.env` has the standard variables of those who use
-the services from this machine:
+Compose reads `infra/.env` itself; `infra/.client.env` has the standard variables for clients on this machine:
 
     set -a; . infra/.client.env; set +a; convoy train
 
-Only their owner can read them, and nothing is printed but their names.
+Only the owner can read the files. Only their names are printed.
 """
 
 import os
@@ -18,13 +17,13 @@ SERVICES, CLIENT = ".env", ".client.env"
 
 
 def make(folder: Path = FOLDER) -> list[Path]:
-    """Write both files into a folder and return their paths.
+    """Writes both files into a folder and returns their paths.
 
     Raises:
-        FileExistsError: there is one already, and servers may know what is in it.
+        FileExistsError: a file exists already, and servers may use its passwords.
     """
     random = {
-        name: secrets.token_hex(24)  # no character of it means anything to a shell, to YAML or in an address
+        name: secrets.token_hex(24)  # characters without a meaning in a shell, in YAML or in an address
         for name in (
             *("POSTGRES_PASSWORD", "MLFLOW_DB_PASSWORD", "PREFECT_DB_PASSWORD"),
             *("MLFLOW_ADMIN_PASSWORD", "MLFLOW_SECRET_KEY", "S3_SECRET_ACCESS_KEY"),
@@ -46,8 +45,8 @@ def make(folder: Path = FOLDER) -> list[Path]:
         "PREFECT_API_AUTH_STRING": services["PREFECT_AUTH_STRING"],
     }
     files = {folder / SERVICES: services, folder / CLIENT: client}
-    if there := [path for path in files if path.exists()]:
-        raise FileExistsError(f"{there[0]} is there already: delete it only together with the services' volumes")
+    if existing := [path for path in files if path.exists()]:
+        raise FileExistsError(f"{existing[0]} exists already: delete it only together with the services' volumes")
     for path, variables in files.items():
         lines = "".join(f"{name}={value}\n" for name, value in sorted(variables.items()))
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -56,7 +55,7 @@ def make(folder: Path = FOLDER) -> list[Path]:
 
 
 def main() -> int:
-    """Exit status 2 if there are secrets already."""
+    """Returns the exit status: 2 if there are secrets already."""
     try:
         for path in make():
             print(f"wrote {path}")

@@ -1,8 +1,7 @@
-"""The user's settings for the web beyond this machine: proxies and certificates, as environment variables give them.
+"""Reads the user's settings for the web beyond this machine from environment variables: proxies and certificates.
 
-The local servers need neither, and some clients fail at once if such a variable cannot be used, whichever server is
-asked. So these variables leave the environment where all servers are local, and `CONVOY_WEB` keeps them for what is
-fetched from the web.
+The local servers need neither, and some clients fail for every server if such a variable cannot be used. So if all
+servers are local, these variables are removed from the environment, and `CONVOY_WEB` keeps them for downloads.
 """
 
 import importlib.util
@@ -20,7 +19,7 @@ import httpx
 
 from infra.errors import UsageError
 
-KEPT = "CONVOY_WEB"  # the variables that were taken out of the environment, as JSON
+SAVED_VARIABLES = "CONVOY_WEB"  # holds the removed variables, as JSON
 FILES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AWS_CA_BUNDLE")
 FOLDERS = ("SSL_CERT_DIR",)
 KEY_LOG = "SSLKEYLOGFILE"  # Python's ssl opens it for every context
@@ -29,39 +28,39 @@ PROXY_SCHEMES = ("http", "https")
 
 
 def is_web(name: str) -> bool:
-    """Returns whether a variable says how to reach the web."""
+    """Returns whether a variable configures access to the web."""
     return name.lower().endswith("_proxy") or name in (*FILES, *FOLDERS, KEY_LOG)
 
 
 def without_web(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment without these variables, which `CONVOY_WEB` keeps, as it does those removed earlier."""
+    """Returns the environment without these variables, which `CONVOY_WEB` keeps, like those removed earlier."""
     taken = {name: value for name, value in environment.items() if is_web(name)}
     rest = {name: value for name, value in environment.items() if name not in taken}
     if set(taken) - set(NO_PROXY):
-        rest[KEPT] = json.dumps(taken)
+        rest[SAVED_VARIABLES] = json.dumps(taken)
     return rest
 
 
 def web_environment() -> dict[str, str]:
-    """Returns the user's variables for the web: those of the environment, or those that were taken out of it."""
-    if kept := os.environ.get(KEPT):
-        return {str(name): str(value) for name, value in json.loads(kept).items()}
+    """Returns the user's variables for the web: those that were removed from the environment, else those in it."""
+    if saved := os.environ.get(SAVED_VARIABLES):
+        return {str(name): str(value) for name, value in json.loads(saved).items()}
     return {name: value for name, value in os.environ.items() if is_web(name)}
 
 
 def usable_web_environment() -> dict[str, str]:
-    """Returns the same without those that cannot be used, for a server that may ask the web later."""
+    """Returns the valid ones of these variables, for a server that may access the web later."""
     return {name: value for name, value in web_environment().items() if not _fault(name, value)}
 
 
 def check_web_environment(environment: Mapping[str, str] | None = None) -> None:
-    """Checks these variables, since one that cannot be used fails some clients with an error that does not name it.
+    """Checks these variables, since an invalid one fails some clients with an error that does not name it.
 
     Args:
-        environment: the process's own if None.
+        environment: None takes that of this process.
 
     Raises:
-        UsageError: one cannot be used; the message names it, and holds no password of a proxy.
+        UsageError: a variable is invalid; the message names it, without a proxy's password.
     """
     for name, value in (os.environ if environment is None else environment).items():
         if fault := _fault(name, value):
@@ -69,10 +68,10 @@ def check_web_environment(environment: Mapping[str, str] | None = None) -> None:
 
 
 def loopback_without_proxy(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns variables that keep requests to this machine away from a proxy that the user may have set.
+    """Returns variables that exclude this machine from a proxy that the user may have set.
 
-    Entries that httpx cannot read end every client of it, so `[::1]` loses its brackets, and networks of IPv6, which
-    no client of ours understands, are left out.
+    An entry that httpx cannot read breaks every httpx client. So `[::1]` loses its brackets, and IPv6 networks, which
+    none of our clients understands, are left out.
     """
     environment = os.environ if environment is None else environment
     set_so_far = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
@@ -83,17 +82,17 @@ def loopback_without_proxy(environment: Mapping[str, str] | None = None) -> dict
 
 
 def proxy_of(url: str) -> tuple[str, str] | None:
-    """Returns the proxy that the user wants for an address, with the name of its variable; None for none.
+    """Returns the variable and the address of the user's proxy for an address; None without a proxy.
 
     Raises:
-        UsageError: it cannot be used.
+        UsageError: the proxy's address is invalid.
     """
     proxies: dict[str, tuple[str, str]] = {}
     found = web_environment()
-    for name in sorted(found):  # those in small letters win, as everywhere
+    for name in sorted(found):  # lower-case names take precedence, as in other programs
         if name.lower().endswith("_proxy"):
             proxies[name.lower().removesuffix("_proxy")] = (name, found[name])
-    if not set(proxies) - {"no"}:  # some systems keep them elsewhere
+    if not set(proxies) - {"no"}:  # some systems store proxies elsewhere
         proxies |= {kind: (f"{kind} proxy", value) for kind, value in urllib.request.getproxies().items()}
     parts = urlsplit(url)
     name, value = proxies.get(parts.scheme) or proxies.get("all") or ("", "")
@@ -105,7 +104,7 @@ def proxy_of(url: str) -> tuple[str, str] | None:
 
 
 def certificates() -> ssl.SSLContext | Literal[True]:
-    """Returns the certificates that the user wants to be trusted on the web; True for the usual ones.
+    """Returns the certificates that the user trusts for the web; True for the default ones.
 
     Raises:
         UsageError: they cannot be read.
@@ -117,27 +116,27 @@ def certificates() -> ssl.SSLContext | Literal[True]:
 
 
 class WebTransport(httpx.BaseTransport):
-    """Sends each request the way that the user's settings for the web want it sent; safe to share between threads."""
+    """Sends each request by the user's settings for the web. Threads may share it."""
 
     def __init__(self) -> None:
-        self._ways: dict[tuple[str, str | None], httpx.HTTPTransport] = {}
+        self._transports: dict[tuple[str, str | None], httpx.HTTPTransport] = {}
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         found = proxy_of(str(request.url))
-        way = request.url.scheme, found[1] if found else None
-        if way not in self._ways:
+        route = request.url.scheme, found[1] if found else None
+        if route not in self._transports:
             verify = certificates() if request.url.scheme == "https" else True
-            # Of two threads that come here at once, one transport wins; the other closes with its last connection.
-            self._ways.setdefault(way, httpx.HTTPTransport(proxy=way[1], verify=verify, trust_env=False))
-        return self._ways[way].handle_request(request)
+            # If two threads create a transport at the same time, one is kept; the other closes with its connection.
+            self._transports.setdefault(route, httpx.HTTPTransport(proxy=route[1], verify=verify, trust_env=False))
+        return self._transports[route].handle_request(request)
 
     def close(self) -> None:
-        for way in self._ways.values():
-            way.close()
+        for transport in self._transports.values():
+            transport.close()
 
 
 def _fault(name: str, value: str) -> str:
-    """Returns what is wrong with a variable's value; empty if nothing is."""
+    """Returns the error of a variable's value; empty if it is valid."""
     if not value or not is_web(name):
         return ""
     if name.lower().endswith("_proxy"):
@@ -147,11 +146,11 @@ def _fault(name: str, value: str) -> str:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=value)
         except OSError as error:
-            return f"names {value}, which holds no certificates that can be read ({error.strerror or error})"
+            return f"names {value}, which has no readable certificates ({error.strerror or error})"
     elif name in FILES and not path.exists():
-        return f"names {value}, which is not there"
+        return f"names {value}, which does not exist"
     elif name in FOLDERS and not path.is_dir():
-        return f"names {value}, which is no folder"
+        return f"names {value}, which is not a folder"
     elif name == KEY_LOG and not os.access(path if path.exists() else path.parent, os.W_OK):
         return f"names {value}, which cannot be written"
     return ""
@@ -159,15 +158,15 @@ def _fault(name: str, value: str) -> str:
 
 def _proxy_fault(name: str, value: str) -> str:
     if name.lower() not in ("http_proxy", "https_proxy", "all_proxy"):
-        return ""  # of protocols that Convoy does not use
+        return ""  # Convoy does not use its protocol
     try:
         parts = urlsplit(_with_scheme(value))
         _ = parts.port
     except ValueError:
-        return "is no address of a proxy"
+        return "is not an address of a proxy"
     if parts.scheme.startswith("socks"):
         known = parts.scheme in ("socks5", "socks5h") and importlib.util.find_spec("socksio")
-        return "" if known else "names a SOCKS proxy, which cannot be used; name one of http:// or https://"
+        return "" if known else "names a SOCKS proxy, which is not supported; name one with http:// or https://"
     if parts.scheme not in PROXY_SCHEMES or not parts.hostname:
         return "names a proxy whose address does not start with http:// or https://"
     return ""
@@ -178,7 +177,7 @@ def _with_scheme(proxy: str) -> str:
 
 
 def _httpx_reads(host: str) -> bool:
-    """Returns whether httpx can make a pattern of an entry of NO_PROXY, as it does for every client."""
+    """Returns whether httpx accepts an entry of NO_PROXY: each client parses all of them."""
     try:
         IPv6Address(host.split("/")[0])
         address = f"all://[{host}]"

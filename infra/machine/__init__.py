@@ -1,1 +1,1 @@
-"""This machine: files, locks, threads, signals, output, network, and processes that die with their owner."""
+"""This machine: files, locks, threads, signals, output, network, and processes that end with their owner."""

@@ -11,30 +11,21 @@ from pathlib import Path
 from infra.machine import stopping
 
 CHUNK = 1 << 20
-LOCK_POLL = 0.05  # seconds between looks whether a lock is free
+LOCK_POLL_SECONDS = 0.05
 
 OnBytes = Callable[[int], object]
-"""Called with a number of bytes just moved, from any thread; negative where a part has to be moved again."""
+"""Called from any thread with the number of bytes just moved; negative if a part has to be moved again."""
 
 
 def file_digest(path: Path, algorithm: str = "sha256") -> str:
-    """Hexadecimal digest of a file's content, read in a stream."""
+    """Returns the hexadecimal digest of a file's content, without holding the file in memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def temporary_file(folder: Path) -> Iterator[Path]:
-    """Yield an empty hidden file in `folder`; whatever is still there at the end is removed."""
+    """Yields an empty hidden file in `folder`, and removes it at the end unless it was moved."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=folder)
     os.close(descriptor)
@@ -45,44 +36,48 @@ def temporary_file(folder: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Move a finished file to its name, durably: readers see the old file, or none, or the whole new one.
+    """Moves a finished file to its name, durably: readers see the old file, no file, or the whole new one.
 
-    Both must be on one file system.
+    Both names must be on one file system.
     """
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary.replace(target)
-    sync_folder(target.parent)
+    descriptor = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)  # else a power cut could undo the rename
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`, published as `target` when the block ends without an error."""
+    """Yields a temporary path next to `target`; publishes it as `target` when the block ends without an error."""
     with temporary_file(target.parent) as temporary:
         yield temporary
         publish(temporary, target)
 
 
 def wait_for_lock(file: int) -> None:
-    """Takes the lock of an open file (flock(2)), however long another process holds it.
+    """Takes the lock of an open file (flock(2)) and waits while another process holds it, without a timeout.
 
     Raises:
-        Stopped: a signal asks this process to end.
+        Stopped: a signal asked this process to end.
     """
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            stopping.sleep(LOCK_POLL)
+            stopping.sleep(LOCK_POLL_SECONDS)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock named by `path`; others, in this or another process, wait.
+    """Holds the lock named by `path`; other threads and processes wait for it.
 
-    The kernel frees it when its holder dies. The lock file is removed by whoever releases it, so a waiter
-    checks that the file it locked is still the one at `path`, and otherwise locks the new one.
+    The kernel releases it when its holder dies. The holder removes the lock file at the end, so a waiter checks that
+    the file it locked is still the one at `path`, and locks the new one if not.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:

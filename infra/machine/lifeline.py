@@ -1,4 +1,4 @@
-"""Processes that cannot outlive their owner. Linux only: it rests on prctl(2)."""
+"""Makes processes end with the process that started them. Linux only: it uses prctl(2)."""
 
 import ctypes
 import os
@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import psutil
@@ -13,10 +14,10 @@ import psutil
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 
 RANK_NAME = re.compile(r"rank-(\d+)")
-"""Names of the processes of ranks, by their number among all ranks."""
+"""Matches the process name of a rank; the group is its global rank."""
 
 TORCHRUN_PID = "CONVOY_TORCHRUN_PID"
-"""The variable that tells ranks the id of their parent."""
+"""The environment variable that gives ranks the process id of their parent."""
 
 
 def _prctl(option: int, value: int) -> None:
@@ -25,7 +26,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def name_process(name: str) -> None:
-    """Gives this process a name of its own, of at most 15 characters; its command line stays its parent's."""
+    """Names this process, in at most 15 characters; its command line stays that of its parent."""
     text = ctypes.create_string_buffer(name.encode())
     ctypes.CDLL(None).prctl(PR_SET_NAME, text, 0, 0, 0)
 
@@ -33,12 +34,12 @@ def name_process(name: str) -> None:
 def die_with_parent(parent: int) -> None:
     """Has the kernel kill this process when its parent ends. Call it from the main thread.
 
-    The kernel watches the parent from now on only, so a parent that is gone already ends this process at once. That
-    is seen by its id, which must come from before the fork: in a container any process may be process 1, so the id of
-    the adopting process says nothing.
+    The kernel watches the parent only from now on. So if the parent has already ended, this process ends immediately.
+    It compares parent ids to find that out, and `parent` must be known from before the fork: in a container any process
+    may be process 1, so the id of the adopting process proves nothing.
 
     Args:
-        parent: process id of the parent, as the parent itself sees it.
+        parent: process id of the parent, read by the parent itself.
     """
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -51,12 +52,12 @@ def dying_with_this_process() -> Callable[[], None]:
 
 
 def hear_sigterm_as_end_of_input() -> list[signal.Signals]:
-    """Makes SIGTERM end standard input, which a helper process watches because its owner's end closes it.
+    """Makes SIGTERM end standard input, which a helper process watches: it also ends when the helper's owner dies.
 
-    A handler that raised instead might do so inside a weakref callback, where Python ignores it.
+    A handler that raises could run inside a weakref callback, where Python ignores the exception.
 
     Returns:
-        Empty; holds SIGTERM once that has arrived.
+        An empty list, to which SIGTERM is added when it arrives.
     """
     received: list[signal.Signals] = []
 
@@ -71,31 +72,31 @@ def hear_sigterm_as_end_of_input() -> list[signal.Signals]:
 
 
 def adopt_orphans() -> None:
-    """Make descendants whose parent ends children of this process, wherever they put themselves, so none is lost."""
+    """Makes this process the parent of descendants whose own parent ends, even in another session or process group."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def end_descendants(patience: float | Callable[[], float]) -> None:
-    """Ends every descendant of this process: SIGTERM, a wait, SIGKILL.
+    """Ends all descendants of this process: SIGTERM, a wait, SIGKILL.
 
     Args:
-        patience: seconds to wait at most; a function is asked again while this waits.
+        patience: maximum seconds to wait; a function is called again during the wait.
     """
     for sent, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
         began = time.monotonic()
-        told: set[psutil.Process] = set()
-        # Looking again and again finds what was started, or orphaned to us, since the last look.
-        while living := _descendants():
+        signalled: set[psutil.Process] = set()
+        # Each round lists them again, to find processes started or adopted since.
+        while living := set(filter(_is_alive, psutil.Process().children(recursive=True))):
             if time.monotonic() - began >= (seconds() if callable(seconds) else seconds):
                 break
-            for process in living - told:
-                try:
+            for process in living - signalled:
+                with suppress(psutil.NoSuchProcess):
                     process.send_signal(sent)
-                except psutil.NoSuchProcess:
-                    pass
-            told |= living
+            signalled |= living
             psutil.wait_procs(living, timeout=0.2)
 
 
-def _descendants() -> set[psutil.Process]:
-    return {p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE}
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False

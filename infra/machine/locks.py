@@ -1,4 +1,4 @@
-"""Locks of `infra.machine.files.locked` for those who do not want to wait."""
+"""Takes and inspects the locks of `infra.machine.files.locked` without waiting."""
 
 import fcntl
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def try_locked(path: Path, note: str = "") -> Iterator[bool]:
-    """Hold the lock named by `path` if nobody else does; yields whether it is held.
+    """Takes the lock named by `path` if it is free, and holds it during the block; yields whether it was taken.
 
     Args:
-        note: written into the lock file, which stays if its holder is killed.
+        note: text for the lock file, which remains if this process is killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -35,14 +35,14 @@ def try_locked(path: Path, note: str = "") -> Iterator[bool]:
         os.close(descriptor)
 
 
-def left_behind(path: Path) -> str | None:
-    """The note of a lock whose holder was killed; None if there is no lock file, or somebody holds it."""
+def note_of_dead_holder(path: Path) -> str | None:
+    """Returns the note of a lock whose holder was killed; None if there is no lock file, or the lock is held."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
-        # Shared, so that two who look at once do not take each other for the holder.
+        # A shared lock, so that two processes that check at the same time do not see each other as the holder.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return os.read(descriptor, 1000).decode(errors="replace")
     except BlockingIOError:
@@ -52,5 +52,5 @@ def left_behind(path: Path) -> str | None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody holds the lock."""
-    return path.exists() and left_behind(path) is None
+    """Returns whether a process holds the lock."""
+    return path.exists() and note_of_dead_holder(path) is None

@@ -1,4 +1,4 @@
-"""This machine's place in the network: the address that others reach it at, and what belongs to it."""
+"""This machine's addresses, network interfaces and free ports."""
 
 import socket
 from urllib.parse import urlsplit
@@ -9,10 +9,10 @@ from infra.errors import UsageError
 
 
 def address_towards(url: str) -> str:
-    """The address of this machine that requests to `url` come from; nothing is sent.
+    """Returns the address of this machine from which requests to `url` are sent. Sends nothing itself.
 
     Raises:
-        UsageError: there is no way to that address.
+        UsageError: there is no route to that address.
     """
     parts = urlsplit(url)
     try:
@@ -20,14 +20,15 @@ def address_towards(url: str) -> str:
             probe.connect((parts.hostname, parts.port or 443))  # a datagram socket only chooses its route
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise UsageError(f"no way to {parts.hostname}: {error}; set CONVOY_ADDRESS, this machine's address") from None
+        hint = "set CONVOY_ADDRESS to this machine's address"
+        raise UsageError(f"no route to {parts.hostname}: {error}; {hint}") from None
 
 
 def interface_of(address: str) -> str:
-    """The name of the network interface that has this address.
+    """Returns the name of the network interface that has this address.
 
     Raises:
-        UsageError: none of this machine has it.
+        UsageError: no interface of this machine has it.
     """
     found = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
     if address not in found:
@@ -37,6 +38,6 @@ def interface_of(address: str) -> str:
 
 
 def free_port(address: str) -> int:
-    """A port on which nobody listens at this address now."""
+    """Returns a port that is free at this address now."""
     with socket.create_server((address, 0)) as server:
         return int(server.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Work on a few threads; the first error ends it."""
+"""Runs work on a few threads; the first error ends it."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -12,9 +12,10 @@ R = TypeVar("R")
 def in_parallel(
     work: Callable[[T], R], items: Iterable[T], stop: threading.Event | None = None, *, threads: int = 8
 ) -> list[R]:
-    """Returns `[work(item) for item in items]`, done on a few threads.
+    """Returns `[work(item) for item in items]`, computed on a few threads.
 
-    The first error, or an interrupt, sets `stop`, drops what has not begun, and is raised when the others have ended.
+    The first error, or an interrupt, sets `stop` and cancels items that have not begun. It is raised when the running
+    items have ended.
     """
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(work, item) for item in items]

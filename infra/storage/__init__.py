@@ -1,1 +1,1 @@
-"""The object store, its client, and the cache of its files on this machine."""
+"""The object store, its client, and the cache for its files on this machine."""

@@ -1,14 +1,14 @@
-"""Every key of the bucket: what it holds, what commits it, and when `convoy prune` may delete it.
+"""Defines all keys of the bucket: what an object holds, what commits it, and when `convoy prune` may delete it.
 
-An object without a commit of its own is complete as soon as it is there. `LAYOUT` is the table; the functions below it
-build the keys, and no other module does.
+An object without a separate commit is complete as soon as it exists. `LAYOUT` is the table; only the functions below it
+build keys.
 """
 
 from dataclasses import dataclass
 
 COMMIT = "commit.json"
 
-RUNS, NODES, INVITATIONS = "runs/", "nodes/", "nodes/invitations/"
+RUNS, INVITATIONS = "runs/", "nodes/invitations/"
 DATASETS, SHARDS, STEPS, JOURNALS, REPORTS = "datasets/", "shards/", "steps/", "journals/", "reports/"
 SOURCES, LISTINGS, RAW, PRETRAINED = "sources/", "listings/", "raw/", "pretrained/"
 MODELS, PRUNING, PROBE = "models/", "pruning/", "probe/"
@@ -16,36 +16,26 @@ MODELS, PRUNING, PROBE = "models/", "pruning/", "probe/"
 
 @dataclass(frozen=True)
 class Place:
-    """One kind of object."""
+    """A kind of object."""
 
     pattern: str
-    """Of its keys; what stands between `<` and `>` is without a slash, `**` is anything."""
+    """Pattern of its keys: a name between `<` and `>` stands for a text without a slash, `**` for any text."""
 
     holds: str
     commit: str = ""
-    """The object that makes it count, if that is another one."""
+    """The object that commits it; empty if it needs none."""
 
     goes: str = ""
-    """When it is deleted."""
+    """The settings and conditions by which it is deleted."""
 
 
 LAYOUT = (
-    Place("sources/<source>.json", "which raw files make up a source", goes="raw_days, unused"),
+    Place("sources/<source>.json", "the list of a source's raw files", goes="raw_days, unused"),
     Place("raw/<sha256>", "a raw file", "its source's record", "no record names it"),
     Place("listings/<digest>.parquet", "paths of a folder that is read in place", goes="raw_days"),
-    Place(
-        "steps/preprocess/<step>.json",
-        "which raw data gave which dataset version",
-        goes="with the version, steps_days",
-    ),
-    Place(
-        "journals/<step>/survey/<first>.npz",
-        "what a preprocessing has measured so far",
-        goes="with its end, journals_days",
-    ),
-    Place(
-        "journals/<step>/shards/<split>/<number>.json", "a shard that it has packed", goes="with its end, journals_days"
-    ),
+    Place("steps/preprocess/<step>.json", "the dataset version of raw data", goes="with the version, steps_days"),
+    Place("journals/<step>/survey/<first>.npz", "a preprocessing's measurements", goes="at its end, journals_days"),
+    Place("journals/<step>/shards/<split>/<number>.json", "a packed shard", goes="at its end, journals_days"),
     Place("datasets/<version>/manifest.json", "a dataset version", goes="datasets_keep, datasets_days"),
     Place("shards/<sha256>.safetensors", "packed images", "the version's manifest", "no version names it"),
     Place("reports/data/<version>/<digest>/<file>", "a report of the data gate", "`data.json`", "reports_days"),
@@ -57,19 +47,19 @@ LAYOUT = (
         f"`{COMMIT}`",
         "finished_checkpoints_days, unfinished_checkpoints_days",
     ),
-    Place(f"runs/<run>/checkpoints/<step>/{COMMIT}", "its digest and the training's figures", goes="before it"),
+    Place(f"runs/<run>/checkpoints/<step>/{COMMIT}", "its digest and the training's figures", goes="before the state"),
     Place("runs/<run>/weights/<sha256>.safetensors", "the trained weights", f"`{COMMIT}`", "runs_days, unregistered"),
-    Place(f"runs/<run>/weights/{COMMIT}", "the outcome of a training that has finished", goes="before them"),
+    Place(f"runs/<run>/weights/{COMMIT}", "the outcome of a training that has finished", goes="before the weights"),
     Place("runs/<run>/reference.safetensors", "test images and their predictions", goes="runs_days, unregistered"),
     Place("runs/<run>/test-predictions.safetensors", "predictions of the test split", goes="runs_days, unregistered"),
-    Place("runs/<run>/nodes/order", "what the nodes of a training are to do", goes="with the training's end"),
-    Place("runs/<run>/nodes/report/<node>", "what a node last reported", goes="with the training's end"),
-    Place("nodes/invitations/<run>", "a training that looks for nodes", goes="with the training's end"),
-    Place("models/<name>/history/<number>.json", "a promotion or rollback: the truth about the champion", goes="never"),
+    Place("runs/<run>/nodes/order", "the coordinator's order to the nodes", goes="at the training's end"),
+    Place("runs/<run>/nodes/report/<node>", "the last report of a node", goes="at the training's end"),
+    Place("nodes/invitations/<run>", "a training that waits for nodes", goes="at the training's end"),
+    Place("models/<name>/history/<number>.json", "a promotion or rollback: they define the champion", goes="never"),
     Place("models/<name>/verdicts/<sha256>.json", "a verdict of the quality gate", goes="never"),
-    Place("mlflow/**", "what MLflow stores: artifacts of runs and models", goes="by MLflow's own commands"),
-    Place("pruning/<prune>", "a prune is at work", goes="with its end"),
-    Place("probe/<probe>/<name>", "what finds out what the object store supports", goes="at once"),
+    Place("mlflow/**", "MLflow's artifacts of runs and models", goes="by MLflow's own commands"),
+    Place("pruning/<prune>", "the mark of a prune that runs", goes="at its end"),
+    Place("probe/<probe>/<name>", "a test object of a probe of the object store", goes="at its end"),
 )
 
 
@@ -90,12 +80,12 @@ def preprocess_record(step: str) -> str:
 
 
 def journal(step: str) -> str:
-    """Returns the prefix of what an interrupted preprocessing has left."""
+    """Returns the prefix of the journal of an unfinished preprocessing."""
     return f"{JOURNALS}{step}/"
 
 
 def survey_parts(step: str) -> str:
-    """Returns the prefix of what it has measured."""
+    """Returns the prefix of its measurements."""
     return f"{journal(step)}survey/"
 
 
@@ -104,7 +94,7 @@ def survey_part(step: str, first: int) -> str:
 
 
 def packed_shards(step: str) -> str:
-    """Returns the prefix of its notes of shards."""
+    """Returns the prefix of its records of shards."""
     return f"{journal(step)}shards/"
 
 
@@ -130,7 +120,7 @@ def pretrained_weights(sha256: str) -> str:
 
 
 def run(run_id: str) -> str:
-    """Returns the prefix of all that a training has stored but its invitation."""
+    """Returns the prefix of all objects of a training, except its invitation."""
     return f"{RUNS}{run_id}/"
 
 
@@ -144,7 +134,7 @@ def checkpoints(run_id: str) -> str:
 
 
 def checkpoint(run_id: str, step: int) -> str:
-    """Returns the prefix of one; prefixes sort as steps do."""
+    """Returns the prefix of a checkpoint; prefixes sort like steps."""
     return f"{checkpoints(run_id)}step-{step:08d}/"
 
 
@@ -165,7 +155,7 @@ def test_predictions(run_id: str) -> str:
 
 
 def nodes(run_id: str) -> str:
-    """Returns the prefix of what coordinator and agents write."""
+    """Returns the prefix of the board."""
     return f"{run(run_id)}nodes/"
 
 
@@ -214,6 +204,6 @@ def probe(number: str) -> str:
 
 
 def part(key: str, number: int) -> str:
-    """Returns the part of a key between two slashes, from 0; "" if the key is shorter."""
+    """Returns a part of a key between slashes, counted from 0; "" if the key is shorter."""
     parts = key.split("/")
     return parts[number] if number < len(parts) else ""

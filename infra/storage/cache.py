@@ -1,4 +1,4 @@
-"""A content-addressed cache of the bucket's files on this machine."""
+"""A content-addressed cache on this machine for files of the bucket."""
 
 import hashlib
 import logging
@@ -12,27 +12,27 @@ from infra.machine.files import CHUNK, OnBytes, file_digest, locked, publish, te
 from infra.storage.cache_limit import CacheLimit
 from infra.storage.object_store import ObjectStore
 
-READ_ONLY = 0o444  # a file named by its content must not be written to
+READ_ONLY = 0o444  # a file named by its content must not change
 
 logger = logging.getLogger(__name__)
 
 
 class Cache:
-    """Files under `root/<first two digits>/<sha256>`, each verified before this object gives it out for the first time.
+    """Files `root/<first two digits>/<sha256>`, each verified before this object returns it for the first time.
 
-    Several processes and threads may share one folder: a file appears whole or not at all, and one of them
-    fetches it while the others wait.
+    Several processes and threads may share one folder: a file appears whole or not at all, and one process downloads it
+    while the others wait.
 
-    A file that is damaged on disk is fetched again, with a warning. No record of an earlier verification is trusted,
-    since size and times of a file do not tell that a byte has changed. Measured: SHA-256 takes 1 s per 1.2 GB on one
-    thread of a processor that has instructions for it, so 0.05 s for Fashion-MNIST and 8 s for 10 GB; callers
-    that fetch many files use several threads.
+    A file that is damaged on disk is fetched again, with a warning. Records of earlier verifications are not trusted,
+    since size and times of a file do not show that a byte has changed. Measured: SHA-256 takes 1 s per 1.2 GB on one
+    thread of a processor with SHA instructions, so 0.05 s for Fashion-MNIST and 8 s for 10 GB; callers that fetch many
+    files use several threads.
 
     Args:
         root: the folder.
-        store: where files come from.
-        limit: bytes that the folder may hold: what was not used for longest leaves when a file is fetched. A path that
-            `fetch` returned is then good for opening it at once. None: nothing leaves.
+        store: the bucket that files are fetched from.
+        limit: bytes that the folder may hold: a fetch removes the least recently used files, so open a path that
+            `fetch` returned before the next fetch. None: nothing is removed.
     """
 
     def __init__(self, root: Path, store: ObjectStore, *, limit: int | None = None) -> None:
@@ -43,11 +43,11 @@ class Cache:
         self._verified: dict[str, int] = {}  # SHA-256 → inode of the file that had it
 
     def path(self, sha256: str) -> Path:
-        """Where the file with this digest is, or would be."""
+        """Returns the path of the file with this digest, whether or not it is there."""
         return self.root / sha256[:2] / sha256
 
     def holds(self, sha256: str, size: int | None = None) -> bool:
-        """Whether the file is here, and of `size` bytes if that is given."""
+        """Returns whether the file is in the cache, with `size` bytes if that is given."""
         try:
             found = self.path(sha256).stat().st_size
         except FileNotFoundError:
@@ -55,7 +55,7 @@ class Cache:
         return size is None or found == size
 
     def add_file(self, path: Path) -> str:
-        """Copy a local file in, whatever it holds; returns its SHA-256."""
+        """Copies a local file into the cache and returns its SHA-256."""
         digest = file_digest(path)
         if self._use(digest, path.stat().st_size):
             return digest
@@ -63,14 +63,14 @@ class Cache:
             return self.add_stream(stream)
 
     def add_stream(self, stream: IO[bytes], *, sha256: str | None = None, size: int | None = None) -> str:
-        """Copy a stream in and return its SHA-256.
+        """Copies a stream into the cache and returns its SHA-256.
 
         Args:
-            sha256: refuse any other content.
-            size: refuse any other number of bytes, and read no more than one byte beyond it.
+            sha256: the expected digest.
+            size: the expected number of bytes; at most one more is read.
 
         Raises:
-            ServiceError: the content was refused; nothing stays behind.
+            ServiceError: the content is another one; nothing is kept.
         """
         digest, count = hashlib.sha256(), 0
         with temporary_file(self.root) as temporary:
@@ -86,18 +86,20 @@ class Cache:
                 raise ServiceError(f"its SHA-256 is {got}, expected {sha256}")
             if size is not None and count != size:
                 raise ServiceError(f"it holds {count} bytes, expected {size}")
-            self._adopt(temporary, got)
+            temporary.chmod(READ_ONLY)
+            publish(temporary, self.path(got))
+            self._note_verified(got)
         return got
 
     def fetch(self, key: str, sha256: str, *, size: int | None = None, on_progress: OnBytes | None = None) -> Path:
-        """Returns the local path of an object's content, verified; downloads it when it is not here, or damaged.
+        """Returns the local path of an object's verified content; downloads it if it is missing or damaged.
 
         Args:
-            key: of the object in the bucket.
-            size: of the object in bytes, if known; else the store is asked.
+            key: the object's key in the bucket.
+            size: bytes of the object; None asks the store.
 
         Raises:
-            ObjectMissing: neither here nor in the bucket.
+            ObjectMissing: it is neither in the cache nor in the bucket.
         """
         if size is None and (info := self.store.head(key)):
             size = info.size
@@ -106,22 +108,22 @@ class Cache:
             return path
         lock = self.root / "locks" / sha256
         with locked(lock):
-            if not self._use(sha256, size):  # no other process fetched it while we waited
+            if not self._use(sha256, size):  # else another process fetched it during the wait
                 if path.exists():
-                    logger.warning("%s is damaged, as on a failing disk; it is fetched again", path)
+                    logger.warning("%s is damaged and is fetched again; check the disk if this happens often", path)
                     path.unlink(missing_ok=True)
                 if self._limit and size is not None:
-                    self._limit.make_room(size, lock)
+                    self._limit.make_space(size, lock)
                 self.store.get_file(key, path, sha256=sha256, on_progress=on_progress)
                 self._note_verified(sha256)
         return path
 
     def _use(self, sha256: str, size: int | None) -> bool:
-        """Returns whether the file is here and undamaged; if so, it counts as used now."""
+        """Returns whether the file is there and undamaged; if so, marks it as used now."""
         path = self.path(sha256)
         if not self.holds(sha256, size):
             return False
-        with suppress(OSError):  # it may have just left, or be another user's
+        with suppress(OSError):  # it may have just been removed, or belong to another user
             os.utime(path)
         try:
             with path.open("rb") as file:
@@ -130,18 +132,13 @@ class Cache:
                     if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                         return False
                     self._verified[sha256] = inode
-        except OSError:  # it has just left, or cannot be read
+        except OSError:  # it was just removed, or cannot be read
             return False
         return path.exists()
 
     def _note_verified(self, sha256: str) -> None:
-        """Protects a file that was verified as it came in, and notes that it need not be hashed again."""
+        """Makes a file that was verified on arrival read-only, and records that it need not be hashed again."""
         path = self.path(sha256)
-        with suppress(FileNotFoundError):  # it has left already
+        with suppress(FileNotFoundError):  # it was removed already
             path.chmod(READ_ONLY)
             self._verified[sha256] = path.stat().st_ino
-
-    def _adopt(self, temporary: Path, sha256: str) -> None:
-        temporary.chmod(READ_ONLY)
-        publish(temporary, self.path(sha256))
-        self._note_verified(sha256)

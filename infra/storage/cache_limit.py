@@ -1,10 +1,10 @@
-"""Keeping a cache within a number of bytes: the least recently used files leave before a new one comes in."""
+"""Keeps a cache within a number of bytes: removes the least recently used files before a new one is downloaded."""
 
 import logging
 import os
-import re
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from infra.machine.files import locked
 from infra.machine.locks import is_held
 
-ABANDONED = 3600.0  # seconds after which nobody writes to an unfinished file any more
+ABANDONED_SECONDS = 3600.0  # an unfinished file that was not written to for so long belongs to a killed process
 SHARE_OF_FREE = 0.9
 
 logger = logging.getLogger(__name__)
@@ -25,11 +25,11 @@ class _File(NamedTuple):
 
 
 class CacheLimit:
-    """How much a cache's folder may hold, all processes together.
+    """The limit of a cache's folder, over all processes.
 
-    Files are as old as their modification time, which whoever uses one sets to now. While data are being prepared on
-    this machine, nothing that was used since that began leaves: the preparation may still read it. A file that a
-    process has mapped stays readable there when it leaves.
+    A file's modification time is the time of its last use. While a preprocessing runs on this machine, files that were
+    used since it began are not removed, because it may still read them. A process that has mapped a file can read it
+    after the removal.
 
     Args:
         root: the cache's folder.
@@ -39,43 +39,48 @@ class CacheLimit:
     def __init__(self, root: Path, limit: int) -> None:
         self._root, self.limit = root, limit
 
-    def make_room(self, size: int, coming: Path) -> None:
-        """Have room for a file.
+    def make_space(self, size: int, lock: Path) -> None:
+        """Removes files until a new one fits.
 
         Args:
-            size: of the file, in bytes.
-            coming: the file's lock, which the caller holds until the file is here. It is given that length (and takes
-                no room itself), so that others see what is on its way.
+            size: bytes of the new file.
+            lock: the new file's lock, which the caller holds until the file is there. The (sparse) lock file is
+                truncated to that size, as a reservation that other processes can add up.
         """
         with locked(self._root / "locks" / "room"):
-            os.truncate(coming, size)
-            # In this order: a file that arrives in between is in both, and not, as the other way round, in neither.
-            sizes = self._coming()
+            os.truncate(lock, size)
+            # In this order, a file that arrives in between is in both lists; in the other order it could be in neither.
+            sizes = self._reserved()
             files = _files(self._root)
             for file in files:
                 sizes[file.path.name] = max(file.size, sizes.get(file.path.name, 0))
             excess = sum(sizes.values()) - self.limit
-            spared = self._spared_since()
+            kept_since = self._preprocessing_since()
             for file in sorted(files):
-                if excess <= 0 or file.used >= spared:
+                if excess <= 0 or file.used >= kept_since:
                     break
-                if _leaves(file):
+                if _remove(file):
                     excess -= file.size
         if excess > 0:
-            logger.warning("%s holds %d bytes more than the %d it may: they are in use", self._root, excess, self.limit)
+            logger.warning("%s holds %d bytes more than its limit of %d, all in use", self._root, excess, self.limit)
 
-    def _coming(self) -> dict[str, int]:
-        """Bytes of each file that is on its way, by its name."""
-        locks = [lock for lock in (self._root / "locks").iterdir() if re.fullmatch("[0-9a-f]{64}", lock.name)]
-        return {lock.name: _size(lock) for lock in locks if is_held(lock)}
+    def _reserved(self) -> dict[str, int]:
+        """Returns the bytes of each file that is being downloaded, by name."""
+        held = self._held("[0-9a-f]" * 64)
+        return {lock.name: status.st_size for lock, status in held}
 
-    def _spared_since(self) -> float:
-        began = [_began(lock) for lock in (self._root / "locks").glob("preprocess-*") if is_held(lock)]
-        return min(began, default=float("inf"))
+    def _preprocessing_since(self) -> float:
+        return min((status.st_mtime for _, status in self._held("preprocess-*")), default=float("inf"))
+
+    def _held(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+        for lock in (self._root / "locks").glob(pattern):
+            with suppress(FileNotFoundError):  # it was just released
+                if is_held(lock):
+                    yield lock, lock.stat()
 
 
 def disk_limit(root: Path) -> int:
-    """Bytes that a cache may hold if nobody says: what it holds, and nine tenths of what its disk has free."""
+    """Returns the default limit in bytes: what the cache holds, plus nine tenths of the disk's free space."""
     folder = root
     while not folder.exists():
         folder = folder.parent
@@ -83,41 +88,27 @@ def disk_limit(root: Path) -> int:
 
 
 def _files(root: Path) -> list[_File]:
-    """All whole files; what killed processes left unfinished is removed."""
+    """Returns all complete files; removes unfinished ones of killed processes."""
     files = []
     for path in root.glob("[0-9a-f][0-9a-f]/*"):
         try:
             status = path.stat()
-        except FileNotFoundError:  # it has just left
+        except FileNotFoundError:  # it was just removed
             continue
         if not path.name.startswith("."):
             files.append(_File(status.st_mtime, status.st_size, path))
-        elif status.st_mtime < time.time() - ABANDONED:
+        elif status.st_mtime < time.time() - ABANDONED_SECONDS:
             path.unlink(missing_ok=True)
     return files
 
 
-def _leaves(file: _File) -> bool:
-    """Removes a file, unless it was taken into use since it was listed: mapped, it would take room all the same."""
-    leaving = file.path.with_name(f".{file.path.name}.leaving")
-    with suppress(FileNotFoundError):  # it has left already
-        file.path.rename(leaving)  # a process that has not touched it before does not find it any more
-        if leaving.stat().st_mtime != file.used:
-            leaving.rename(file.path)
+def _remove(file: _File) -> bool:
+    """Removes a file unless it was used since it was listed: a mapped file would keep its disk space anyway."""
+    hidden = file.path.with_name(f".{file.path.name}.leaving")
+    with suppress(FileNotFoundError):  # another process removed it
+        file.path.rename(hidden)  # from now on no process begins to use it
+        if hidden.stat().st_mtime != file.used:
+            hidden.rename(file.path)
             return False
-        leaving.unlink()
+        hidden.unlink()
     return True
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _began(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return float("inf")

@@ -1,8 +1,7 @@
-"""The bucket that holds every byte: an S3-compatible object store, through boto3.
+"""Reads and writes the bucket that holds all data, in an S3-compatible object store, through boto3.
 
 Endpoint and credentials come from the standard variables (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...).
-Objects are named by their content wherever possible; the few that are not (commit objects) are written once,
-by a conditional put.
+Most objects are named by their content; the others (commit objects) are written once, by a conditional put.
 """
 
 import base64
@@ -24,13 +23,13 @@ from infra.records import Record
 from infra.settings import Settings
 from infra.storage.s3_client import CONCURRENCY, TRIES, ObjectMissing, error_code, open_client, translated
 
-PART = 64 << 20  # bytes; larger files go up and come down in parts of this size, several at a time
+PART_BYTES = 64 << 20  # larger files are uploaded and downloaded in parts of this size, several at a time
 UNSAFE = ", so commits are not safe; use a store with conditional writes, see `convoy doctor`"
-SHA256 = "sha256"  # name of the object's metadata entry
+SHA256 = "sha256"  # an entry of the object's metadata
 
 
 class ObjectChanged(ServiceError):
-    """An object is not the version that was asked for."""
+    """An object is not the requested version."""
 
 
 def open_bucket(*, create: bool = False, timeout: float | None = None) -> "ObjectStore":
@@ -42,7 +41,7 @@ def parse_s3(address: str) -> tuple[str, str]:
     """Returns bucket and key of `s3://bucket/key`; the key may be empty.
 
     Raises:
-        UsageError: it names no bucket.
+        UsageError: the address names no bucket.
     """
     bucket, _, key = address.removeprefix("s3://").partition("/")
     if not bucket:
@@ -51,20 +50,20 @@ def parse_s3(address: str) -> tuple[str, str]:
 
 
 class ObjectInfo(Record):
-    """What the store knows of one object."""
+    """The store's description of one object."""
 
     key: str
     size: int
     """Bytes."""
 
     sha256: str | None = None
-    """Digest noted when the object was written; None if it was not written by Convoy, or in a listing."""
+    """Digest stored with the object; None in a listing, or if Convoy did not write the object."""
 
     etag: str = ""
-    """The store's own mark of this version of the object."""
+    """The store's identifier for this version of the object."""
 
     modified: datetime | None = None
-    """When it was written, by the store's clock; in a listing only."""
+    """Time of writing, by the store's clock; only in a listing."""
 
 
 class Upload(Record):
@@ -78,15 +77,15 @@ class Upload(Record):
 
 @lru_cache(maxsize=8)
 def _find_bucket(client: Any, bucket: str) -> None:
-    """Raises ClientError if there is no such bucket; asks the store until there is."""
+    """Raises ClientError if there is no such bucket; once it exists, the store is not asked again."""
     client.head_bucket(Bucket=bucket)
 
 
 class ObjectStore:
-    """One bucket. Safe to share between threads.
+    """One bucket. Threads may share it.
 
-    Every method raises ServiceError, in one line that names endpoint, bucket and key, when the store fails,
-    refuses or cannot be reached after bounded retries.
+    Every method raises ServiceError, in one line that names endpoint, bucket and key, if the store fails, refuses or
+    cannot be reached after a limited number of retries.
     """
 
     def __init__(self, client: Any, bucket: str) -> None:
@@ -94,19 +93,21 @@ class ObjectStore:
         self.bucket = bucket
         self._transfer = S3Transfer(
             client=client,
-            config=TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=CONCURRENCY),
+            config=TransferConfig(
+                multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=CONCURRENCY
+            ),
         )
         self._conditions_proven = False
 
     @classmethod
     def connect(cls, bucket: str, *, create: bool = True, timeout: float | None = None) -> "ObjectStore":
-        """Open a bucket, and create it if it is not there and `create` is true; the store is asked once per process.
+        """Opens a bucket, and creates it if it is missing and `create` is true; asks the store once per process.
 
         Args:
-            timeout: seconds that an answer may take, retries included; None for as long as a large file needs.
+            timeout: seconds that an answer may take, retries included; None sets limits that suit large files.
 
         Raises:
-            UsageError: not a valid bucket name or endpoint address.
+            UsageError: the bucket name or endpoint address is invalid.
         """
         store = cls(open_client(timeout=timeout), bucket)
         with translated(store._where()):
@@ -122,27 +123,27 @@ class ObjectStore:
 
     @property
     def endpoint_url(self) -> str:
-        """Address of the store."""
+        """Returns the store's address."""
         return str(self._client.meta.endpoint_url)
 
     def uri(self, key: str) -> str:
-        """`s3://bucket/key`."""
+        """Returns `s3://bucket/key`."""
         return f"s3://{self.bucket}/{key}"
 
     def put_file(self, key: str, path: Path, *, sha256: str | None = None, on_progress: OnBytes | None = None) -> str:
-        """Upload a file, a large one in concurrent parts, and return its SHA-256.
+        """Uploads a file, a large one in concurrent parts, and returns its SHA-256.
 
-        The file is hashed first. The store checks what arrives against the SHA-256 sent with each request,
-        refuses it if it differs, and keeps the digest with the object.
+        The file is hashed first. The store compares what arrives with the SHA-256 of each request, refuses it if it
+        differs, and keeps the digest with the object.
 
         Raises:
-            ServiceError: also when the content is not what `sha256` promised.
+            ServiceError: also if the file's digest is not `sha256`.
         """
         size, digest = path.stat().st_size, file_digest(path)
         if sha256 is not None and digest != sha256:
             raise ServiceError(f"{path}: its SHA-256 is {digest}, expected {sha256}; not uploaded")
         with translated(self._where(key)):
-            if size > PART:
+            if size > PART_BYTES:
                 extra = {"Metadata": {SHA256: digest}, "ChecksumAlgorithm": "SHA256"}
                 self._transfer.upload_file(str(path), self.bucket, key, on_progress, extra)
             else:
@@ -150,26 +151,24 @@ class ObjectStore:
                     self._client.put_object(Bucket=self.bucket, Key=key, Body=body, **_digests(digest))
                 if on_progress:
                     on_progress(size)
-        if size > PART and (stored := self.head(key)) and stored.size != size:  # a part went missing
-            raise ServiceError(f"{self._where(key)}: {stored.size} bytes there after an upload of {size}")
+        if size > PART_BYTES and (stored := self.head(key)) and stored.size != size:  # a part was lost
+            raise ServiceError(f"{self._where(key)}: {stored.size} bytes are stored after an upload of {size}")
         return digest
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        """Write a small object, replacing what was there."""
+        """Writes a small object; replaces an existing one."""
+        digest = hashlib.sha256(data).hexdigest()
         with translated(self._where(key)):
-            self._client.put_object(
-                Bucket=self.bucket, Key=key, Body=data, **_digests(hashlib.sha256(data).hexdigest())
-            )
+            self._client.put_object(Bucket=self.bucket, Key=key, Body=data, **_digests(digest))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write a small object only if the key is free, atomically; False if it was taken.
+        """Writes a small object atomically if there is none under that key; returns whether it did.
 
-        A lost answer is not mistaken for a lost race: when a retry finds the very bytes that an earlier try
-        sent, this call wrote them. A store that ignores the condition is found out on the first success, by
-        asking again.
+        A lost answer does not count as a lost race: if a retry finds the same bytes as it sends, this call wrote them.
+        After the first success the request is repeated, to detect a store that ignores the condition.
 
         Raises:
-            ServiceError: also when the store refuses or ignores `If-None-Match`.
+            ServiceError: also if the store refuses or ignores `If-None-Match`.
         """
         created = self._put_if_absent(key, data)
         if created and not self._conditions_proven:
@@ -179,14 +178,14 @@ class ObjectStore:
         return created
 
     def get_bytes(self, key: str, *, etag: str | None = None) -> bytes:
-        """Read a small object.
+        """Reads a small object.
 
         Args:
-            etag: of the version that is wanted.
+            etag: the expected version; None accepts any.
 
         Raises:
-            ObjectMissing: no such object.
-            ObjectChanged: it is another version.
+            ObjectMissing: there is no such object.
+            ObjectChanged: the object has another version.
         """
         condition = {} if etag is None else {"IfMatch": etag}
         with translated(self._where(key)):
@@ -201,51 +200,45 @@ class ObjectStore:
                     raise ObjectChanged(f"{self._where(key)}: it has changed")
                 try:
                     return bytes(answer["Body"].read())
-                except BotoCoreError:  # cut while reading: botocore retries requests, not their bodies
+                except BotoCoreError:  # the connection broke: botocore retries requests, but not the reading of bodies
                     if not remaining:
                         raise
         raise AssertionError("unreachable")
 
     def get_file(self, key: str, path: Path, *, sha256: str | None = None, on_progress: OnBytes | None = None) -> None:
-        """Download to `path`, which appears whole and verified, or not at all; fetched once more if its
-        digest is wrong.
+        """Downloads an object to `path`, which appears complete and verified, or not at all.
+
+        A download with a wrong digest is repeated once.
 
         Args:
-            sha256: the digest to expect; None takes the one stored with the object, if any.
+            sha256: the expected digest; None takes the one stored with the object, if any.
 
         Raises:
-            ObjectMissing: no such object.
-            ServiceError: also on a wrong digest; the message names both.
+            ObjectMissing: there is no such object.
+            ServiceError: also on a wrong digest; the message names both digests.
         """
         if sha256 is None and (info := self.head(key)):
             sha256 = info.sha256
         with atomic_file(path) as temporary, translated(self._where(key)):
-            for try_again in (True, False):
+            for _ in range(2):
                 self._transfer.download_file(self.bucket, key, str(temporary), callback=on_progress)
                 if sha256 is None or (got := file_digest(temporary)) == sha256:
                     return
-                on_progress = None  # the second time round moves no new bytes
-                if not try_again:
-                    raise ServiceError(
-                        f"{self._where(key)}: the object is damaged: its SHA-256 is {got}, expected {sha256}"
-                    )
+                on_progress = None  # the second download moves no new bytes
+            raise ServiceError(f"{self._where(key)}: damaged: its SHA-256 is {got}, expected {sha256}")
 
     def head(self, key: str) -> ObjectInfo | None:
-        """What the store knows of an object, or None if there is none."""
+        """Returns the store's description of an object, or None if there is no such object."""
         try:
             with translated(self._where(key)):
                 answer = self._client.head_object(Bucket=self.bucket, Key=key)
         except ObjectMissing:
             return None
-        return ObjectInfo(
-            key=key,
-            size=answer["ContentLength"],
-            sha256=answer["Metadata"].get(SHA256),
-            etag=answer.get("ETag", ""),
-        )
+        digest, etag = answer["Metadata"].get(SHA256), answer.get("ETag", "")
+        return ObjectInfo(key=key, size=answer["ContentLength"], sha256=digest, etag=etag)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object whose key starts with `prefix`, in the order of their keys; without their SHA-256."""
+        """Yields every object whose key starts with `prefix`, in the order of keys, without SHA-256."""
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
         with translated(self._where(prefix)):
             for page in pages:
@@ -255,14 +248,14 @@ class ObjectStore:
                     )
 
     def delete(self, key: str) -> None:
-        """Remove an object; nothing happens if there is none."""
+        """Deletes an object if it exists."""
         with translated(self._where(key)):
             self._client.delete_object(Bucket=self.bucket, Key=key)
 
     def uploads(self) -> Iterator[Upload]:
-        """Every multipart upload under way, or left behind by a process that was killed: its parts take room.
+        """Yields multipart uploads that run or that a killed process has left; their parts take space.
 
-        None in a store that cannot list them: there, expiring them is for the bucket's own rules.
+        Yields none in a store that cannot list them; there, a lifecycle rule of the bucket has to expire them.
         """
         pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket)
         with translated(self._where()):
@@ -275,7 +268,7 @@ class ObjectStore:
                     raise
 
     def abort_upload(self, upload: Upload) -> None:
-        """Remove the parts of an upload; nothing happens if it has ended."""
+        """Deletes the parts of an upload, unless it has ended."""
         with translated(self._where(upload.key)):
             try:
                 self._client.abort_multipart_upload(Bucket=self.bucket, Key=upload.key, UploadId=upload.id)
@@ -284,16 +277,11 @@ class ObjectStore:
                     raise
 
     def _put_if_absent(self, key: str, data: bytes) -> bool:
+        condition = {"IfNoneMatch": "*", **_digests(hashlib.sha256(data).hexdigest())}
         with translated(self._where(key)):
             for remaining in reversed(range(TRIES)):
                 try:
-                    self._client.put_object(
-                        Bucket=self.bucket,
-                        Key=key,
-                        Body=data,
-                        IfNoneMatch="*",
-                        **_digests(hashlib.sha256(data).hexdigest()),
-                    )
+                    self._client.put_object(Bucket=self.bucket, Key=key, Body=data, **condition)
                     return True
                 except ClientError as error:
                     code = error_code(error)
@@ -304,7 +292,7 @@ class ObjectStore:
                         return resent and self.get_bytes(key) == data
                     if code not in {"409", "ConditionalRequestConflict"} or not remaining:
                         raise
-                    time.sleep(0.1 * (TRIES - remaining))  # another writer is at it: ask again who won
+                    time.sleep(0.1 * (TRIES - remaining))  # another writer is writing it: find out which one won
         raise AssertionError("unreachable")
 
     def _create_bucket(self) -> None:
@@ -313,7 +301,7 @@ class ObjectStore:
         try:
             self._client.create_bucket(Bucket=self.bucket, **({"CreateBucketConfiguration": place} if place else {}))
         except ClientError as error:
-            if error_code(error) != "BucketAlreadyOwnedByYou":  # by another process, since we asked
+            if error_code(error) != "BucketAlreadyOwnedByYou":  # another process created it meanwhile
                 raise
 
     def _where(self, key: str = "") -> str:
@@ -323,6 +311,6 @@ class ObjectStore:
 
 
 def _digests(sha256: str) -> dict[str, Any]:
-    """Arguments that make the store check what arrives, and keep the digest."""
+    """Returns request arguments that make the store verify the content and keep its digest."""
     checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
     return {"Metadata": {SHA256: sha256}, "ChecksumSHA256": checksum}

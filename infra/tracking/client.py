@@ -1,83 +1,99 @@
-"""The MLflow server of `MLFLOW_TRACKING_URI`: its address, whether it answers, and a client for it."""
+"""Connects to the MLflow server of `MLFLOW_TRACKING_URI`: its address, a check that it answers, and a client."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import httpx
 import mlflow
 from mlflow.exceptions import MlflowException, RestException
+from mlflow.store.entities import PagedList
 from requests import RequestException
 
 from infra.errors import Outage, ServiceError, without_login
 from infra.web_settings import check_web_environment
 
-ANSWER_WITHIN = 5.0  # seconds a server has to answer the first request of a run
+HEALTH_TIMEOUT_SECONDS = 5.0
 CLIENT_DEFAULTS = {
-    # A server that restarts is waited for, about 35 s in all; MLflow's own default is four minutes.
+    # Waits about 35 s in all for a server that restarts; MLflow's default is four minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    # Our own summary prints the addresses; between progress bars they only disturb.
+    # The summary prints the addresses; between progress bars they disturb.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # what takes long has ours
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # Convoy shows its own
 }
-NOT_LET_IN = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")  # what MLflow calls 401 and 403
+ACCESS_DENIED = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")  # MLflow's names of 401 and 403
+
+T = TypeVar("T")
 
 
 @contextmanager
 def mlflow_client(action: str) -> Iterator[mlflow.MlflowClient]:
-    """Yield a client; a failure inside the block becomes a ServiceError in one line.
+    """Yields a client; raises a one-line ServiceError in place of MLflow's errors inside the block.
 
     Args:
-        action: what the block does, for the message: "log the evaluation report".
+        action: the block's work, for the message: "log the evaluation report".
     """
     for name, value in CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
         yield mlflow.MlflowClient()
     except (MlflowException, RequestException) as error:
-        if getattr(error, "error_code", None) in NOT_LET_IN:
+        if getattr(error, "error_code", None) in ACCESS_DENIED:
             raise ServiceError(
                 f"MLflow at {tracking_uri()} does not let you {action}: check MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, and what that user may do"
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, and that user's permissions"
             ) from error
-        refused = isinstance(error, RestException)
-        what, kind = ("refused", ServiceError) if refused else ("failed", Outage)
+        what, kind = ("refused", ServiceError) if isinstance(error, RestException) else ("failed", Outage)
         raise kind(f"MLflow at {tracking_uri()} {what} to {action}: {first_line(error)}") from error
 
 
-def is_missing(error: RestException) -> bool:
-    """Whether MLflow says that there is no such thing; of a malformed id or number it says that with another code."""
-    return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+def none_if_missing(query: Callable[..., T], *arguments: str) -> T | None:
+    """Returns the answer of a client's method; None if MLflow has no such run, model, version or alias."""
+    try:
+        return query(*arguments)
+    except RestException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # or a malformed id
+            raise
+        return None
+
+
+def all_pages(search: Callable[..., PagedList[T]], *, limit: int | None = None, **options: Any) -> list[T]:
+    """Returns the results on all pages of a client's search, or on the pages up to `limit` results."""
+    page = search(**options)
+    found = list(page)
+    while page.token and (limit is None or len(found) < limit):
+        page = search(page_token=page.token, **options)
+        found += page
+    return found
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of an error's message: MLflow's own go on for pages."""
+    """Returns the first line of an error's message, at most 300 characters: MLflow's messages may fill pages."""
     return str(error).strip().partition("\n")[0][:300]
 
 
 def tracking_uri() -> str:
-    """The address of the tracking server, without the name and password that it may hold: fit to be shown."""
+    """Returns the tracking server's address without user and password."""
     return without_login(mlflow.get_tracking_uri()).rstrip("/")
 
 
 def check_server() -> None:
-    """Asks the tracking server for a sign of life, without MLflow's long retries.
+    """Checks that the tracking server answers, without MLflow's long retries.
 
     Raises:
-        UsageError: a variable about proxies or certificates cannot be used.
-        ServiceError: no answer within a few seconds, or only from a proxy before it.
+        UsageError: a variable for proxies or certificates has an invalid value.
+        ServiceError: no answer within a few seconds, or only from a proxy in front of it.
     """
     check_web_environment()
     address = mlflow.get_tracking_uri().rstrip("/")
     if not address.startswith(("http://", "https://")):
         return
     try:
-        status = httpx.get(f"{address}/health", timeout=ANSWER_WITHIN).status_code
+        status = httpx.get(f"{address}/health", timeout=HEALTH_TIMEOUT_SECONDS).status_code
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise Outage(
-            f"MLflow at {tracking_uri()} does not answer ({error}); "
-            "start it with `convoy up`, or correct MLFLOW_TRACKING_URI"
-        ) from error
+        hint = "start it with `convoy up`, or correct MLFLOW_TRACKING_URI"
+        raise Outage(f"MLflow at {tracking_uri()} does not answer ({error}); {hint}") from error
     if status in (502, 503, 504):
-        raise Outage(f"MLflow at {tracking_uri()} is not available (HTTP {status}); try again when it is up")
+        raise Outage(f"MLflow at {tracking_uri()} is not available (HTTP {status}); try again later")

@@ -1,6 +1,6 @@
-"""MLflow runs: one for each training, opened by the flow, written by it and by rank 0, closed by the flow.
+"""Opens, writes, finds and closes MLflow runs. A training has one run, which its flow opens and closes.
 
-Nothing here uses MLflow's global "active run".
+MLflow's global "active run" is never used.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import mlflow
@@ -19,16 +19,16 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from infra.errors import UsageError
 from infra.records import Record
-from infra.tracking.client import check_server, is_missing, mlflow_client, tracking_uri
+from infra.tracking.client import all_pages, check_server, mlflow_client, none_if_missing, tracking_uri
 from infra.tracking.names import filter_of
 from infra.tracking.tags import CONTEXT, DIGEST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PARAMS_A_CALL, PARAM_CHARACTERS = 100, 6000  # MLflow's limits
-DATASET_DIGEST_CHARACTERS = 36  # likewise
-RUNS_A_CALL = EXPERIMENTS_A_CALL = 1000
+# MLflow's limits
+PARAMS_PER_CALL, PARAM_CHARACTERS, DATASET_DIGEST_CHARACTERS = 100, 6000, 36
+RUNS_PER_CALL = EXPERIMENTS_PER_CALL = 1000
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -39,23 +39,22 @@ def start_run(
     params: Mapping[str, str | int | float | bool | None],
     tags: Mapping[str, str],
 ) -> str:
-    """Open a run, in an experiment that is created if there is none of that name, and return its id.
+    """Opens a run, in an experiment that is created if it does not exist, and returns the run's id.
 
     Raises:
-        ServiceError: the server cannot be reached, or refuses; no run is left open.
+        ServiceError: the server cannot be reached, or refuses; no run stays open.
         UsageError: the experiment was deleted.
     """
     check_server()
     with mlflow_client(f"start a run in experiment {experiment!r}") as client:
-        run_id: str = client.create_run(
-            _experiment_id(client, experiment), run_name=run_name, tags=dict(tags)
-        ).info.run_id
+        run = client.create_run(_experiment_id(client, experiment), run_name=run_name, tags=dict(tags))
+        run_id = str(run.info.run_id)
         try:
             values = [Param(name, str(value)[:PARAM_CHARACTERS]) for name, value in params.items()]
-            for start in range(0, len(values), PARAMS_A_CALL):
-                client.log_batch(run_id, params=values[start : start + PARAMS_A_CALL])
+            for start in range(0, len(values), PARAMS_PER_CALL):
+                client.log_batch(run_id, params=values[start : start + PARAMS_PER_CALL])
         except BaseException:
-            with suppress(MlflowException):  # what went wrong first is what should be known
+            with suppress(MlflowException):  # the first error is the one to report
                 client.set_terminated(run_id, "FAILED")
             raise
     return run_id
@@ -65,21 +64,21 @@ def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            # The kind decides which of its two faces MLflow shows: for training, rather than for prompts and traces.
+            # The kind decides which of its two views MLflow shows: for training, not for prompts and traces.
             return str(client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
         except RestException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another process was faster
+            found = client.get_experiment_by_name(name)  # which another process created meanwhile
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
-        raise UsageError(f"MLflow experiment {name!r} was deleted; restore it there, or choose another name")
+        raise UsageError(f"MLflow experiment {name!r} was deleted; restore it in MLflow, or choose another name")
     return str(found.experiment_id)
 
 
 def reopen_run(run_id: str) -> None:
-    """Have a run that has ended go on.
+    """Reopens a run that has ended.
 
     Raises:
         ServiceError: the server cannot be reached, or has no such run.
@@ -90,28 +89,24 @@ def reopen_run(run_id: str) -> None:
 
 
 def run_status(run_id: str) -> str:
-    """MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
+    """Returns MLflow's status: RUNNING, FINISHED, FAILED or KILLED."""
     with mlflow_client(f"find run {run_id}") as client:
         return str(client.get_run(run_id).info.status)
 
 
 def run_tags(run_id: str) -> dict[str, str]:
-    """Tags of a run; none if there is no such run."""
+    """Returns a run's tags; empty if there is no such run."""
     with mlflow_client(f"find run {run_id}") as client:
-        try:
-            return dict(client.get_run(run_id).data.tags)
-        except RestException as error:
-            if not is_missing(error):
-                raise
-            return {}
+        run = none_if_missing(client.get_run, run_id)
+    return dict(run.data.tags) if run else {}
 
 
 class Run(Record):
-    """A run, as lists show it."""
+    """A run in a list of runs."""
 
     run_id: str
     status: str
-    """MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
+    """RUNNING, FINISHED, FAILED or KILLED."""
 
     started: datetime
     tags: dict[str, str]
@@ -119,73 +114,55 @@ class Run(Record):
 
 
 def search_runs(tag: str, value: str | None = None, *, limit: int | None = None) -> list[Run]:
-    """Returns the runs of all experiments that have a tag (of this value, if one is given), the newest first."""
+    """Returns the runs of all experiments that have a tag (with this value, if given), newest first."""
     condition = f"tags.`{tag}` != ''" if value is None else filter_of(**{f"tags.{tag}": value})
-    found: list[Run] = []
     with mlflow_client("list the runs") as client:
-        experiments = _experiments(client)
-        token: str | None = None
-        while experiments:
-            page = client.search_runs(
-                experiments,
-                condition,
-                max_results=min(RUNS_A_CALL, limit or RUNS_A_CALL),
-                order_by=["attributes.start_time DESC"],
-                page_token=token,
-            )
-            found += [
-                Run(
-                    run_id=run.info.run_id,
-                    status=run.info.status,
-                    started=datetime.fromtimestamp(run.info.start_time / 1000, tz=UTC),
-                    tags=run.data.tags,
-                    metrics=run.data.metrics,
-                )
-                for run in page
-            ]
-            token = page.token
-            if not token or (limit and len(found) >= limit):
-                break
-    return found[:limit]
-
-
-def _experiments(client: mlflow.MlflowClient) -> list[str]:
-    """Ids of all experiments: MLflow lists them page by page."""
-    found: list[str] = []
-    token: str | None = None
-    while True:
-        page = client.search_experiments(max_results=EXPERIMENTS_A_CALL, page_token=token)
-        found += [experiment.experiment_id for experiment in page]
-        token = page.token
-        if not token:
-            return found
+        experiments = all_pages(client.search_experiments, max_results=EXPERIMENTS_PER_CALL)
+        found = all_pages(
+            client.search_runs,
+            limit=limit,
+            experiment_ids=[experiment.experiment_id for experiment in experiments],
+            filter_string=condition,
+            max_results=min(RUNS_PER_CALL, limit or RUNS_PER_CALL),
+            order_by=["attributes.start_time DESC"],
+        )
+    return [
+        Run(
+            run_id=run.info.run_id,
+            status=run.info.status,
+            started=datetime.fromtimestamp(run.info.start_time / 1000, tz=UTC),
+            tags=run.data.tags,
+            metrics=run.data.metrics,
+        )
+        for run in found[:limit]
+    ]
 
 
 def end_run(run_id: str, status: RunStatus) -> None:
-    """Close a run, now."""
+    """Closes a run."""
     with mlflow_client(f"close run {run_id}") as client:
         client.set_terminated(run_id, status)
 
 
 def run_url(run_id: str) -> str:
-    """The address of a run in MLflow's web pages."""
+    """Returns the address of a run's page in MLflow."""
     return f"{tracking_uri()}/#/experiments/{_experiment_of(tracking_uri(), run_id)}/runs/{run_id}"
 
 
-@lru_cache(maxsize=64)  # a run never changes it
+@lru_cache(maxsize=64)  # a run's experiment never changes
 def _experiment_of(server: str, run_id: str) -> str:
     with mlflow_client(f"find run {run_id}") as client:
         return str(client.get_run(run_id).info.experiment_id)
 
 
 def log_dataset(run_id: str, name: str, digest: str, source: str, context: str = "training") -> None:
-    """Name the dataset version that a run uses.
+    """Records the dataset version that a run uses.
 
-    MLflow keeps 36 characters of a digest; the whole one is a tag of the run's input, `convoy.digest`.
+    MLflow keeps 36 characters of a digest; the tag `convoy.digest` of the run's input has all of it.
 
     Args:
         source: address of the data, for example `s3://bucket/datasets/<version>/manifest.json`.
-        context: what the run uses it for.
+        context: the purpose of the data in the run.
     """
     dataset = Dataset(
         name=name,
@@ -199,27 +176,27 @@ def log_dataset(run_id: str, name: str, digest: str, source: str, context: str =
 
 
 def set_tags(run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a run; a tag that is there already gets the new value."""
+    """Sets tags of a run, and replaces existing values."""
     with mlflow_client(f"tag run {run_id}") as client:
         client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
 def describe_run(run_id: str, markdown: str) -> None:
-    """Set the description that a run's page shows above all else."""
+    """Sets the description at the top of a run's page."""
     set_tags(run_id, {MLFLOW_RUN_NOTE: markdown})
 
 
 def fetch_artifacts(run_id: str, path: str, folder: Path) -> Path:
-    """Download a folder of a run's artifacts into a local one; returns where it is then."""
+    """Downloads a folder of a run's artifacts into a local one; returns its local path."""
     with mlflow_client(f"fetch {path} of run {run_id}") as client:
         return Path(client.download_artifacts(run_id, path, str(folder)))
 
 
 def log_metrics(run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
-    """Logs a few final figures at once, except those whose names the run has already, from before a resume.
+    """Logs a few final metrics, except those that the run already has from before a resume.
 
-    What was measured anew, such as seconds, may differ; the first figure stays. Figures of a running training go
-    through a `MetricLogger`.
+    A repeated measurement, such as seconds, may differ; the first value stays. Metrics of a running training go through
+    a `MetricLogger`.
     """
     now = time.time_ns() // 1_000_000
     with mlflow_client(f"log metrics of run {run_id}") as client:
@@ -230,19 +207,18 @@ def log_metrics(run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> 
 
 
 def log_file(run_id: str, path: Path, artifact_dir: str = "") -> None:
-    """Upload a local file to a run's artifacts."""
+    """Uploads a local file to a run's artifacts."""
     with mlflow_client(f"store {path.name} of run {run_id}") as client:
         client.log_artifact(run_id, str(path), artifact_dir or None)
 
 
 def log_text(run_id: str, artifact: str, text: str) -> None:
-    """Write a text as an artifact of a run, at a path such as `report/evaluation.json`."""
+    """Writes a text as an artifact of a run, at a path such as `report/evaluation.json`."""
     with mlflow_client(f"store {artifact} of run {run_id}") as client:
         client.log_text(run_id, text, artifact)
 
 
 def log_figure(run_id: str, artifact: str, figure: "Figure") -> None:
-    """Draw a matplotlib figure as an image artifact; the path's ending says in what format."""
-    assert PurePosixPath(artifact).suffix
+    """Writes a matplotlib figure as an image artifact, in the format of the path's suffix."""
     with mlflow_client(f"store {artifact} of run {run_id}") as client:
         client.log_figure(run_id, figure, artifact, save_kwargs={"dpi": 150, "bbox_inches": "tight"})

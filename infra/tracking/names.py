@@ -1,36 +1,34 @@
-"""Checks names of models, and quotes texts, for MLflow's tracking server and registry. Imports nothing slow."""
+"""Checks model names and quotes texts for MLflow's filters. Imports nothing slow."""
 
 import re
 
 from infra.errors import UsageError
 
-LONGEST = 256  # characters; the width of MLflow's column
+NAME_CHARACTERS = 256  # the width of MLflow's column
 
 
 def model_name_fault(name: str) -> str:
-    """Returns why MLflow cannot keep a model of this name, or find it again; empty if it can."""
+    """Returns why MLflow cannot store a model of this name, or find it again; empty if it can."""
     if not name.strip():
         return "it is empty"
     if found := re.search(r"[/:\x00-\x1f\x7f]", name):
         return f"MLflow refuses `/`, `:` and control characters ({found[0]!r})"
     if "@" in name:
-        return "what follows `@` is taken for an alias"
+        return "text after `@` would be read as an alias"
     if name != name.strip():
         return "it begins or ends with a space"
-    if fault := _filter_fault(name):
-        return fault
     if name in (".", ".."):
         return "it is the name of a folder"
-    if len(name) > LONGEST:
-        return f"it has more than {LONGEST} characters"
-    return ""
+    if len(name) > NAME_CHARACTERS:
+        return f"it has more than {NAME_CHARACTERS} characters"
+    return _filter_fault(name)
 
 
 def filter_of(**equal: str) -> str:
-    """Returns a filter for MLflow's searches: every attribute or tag has its value.
+    """Returns a filter for MLflow's searches that requires each attribute or tag to have its value.
 
     Args:
-        equal: values by name; a tag's name is `tags.NAME`, which takes `**{...}`.
+        equal: values by name; a tag is named `tags.NAME`, which needs `**{...}`.
 
     Raises:
         UsageError: a value cannot be written in a filter.
@@ -50,7 +48,7 @@ def _quoted(value: str) -> str:
 
 
 def _filter_fault(value: str) -> str:
-    """Why a filter cannot hold a text: there are two kinds of quotes, and no way to escape one."""
+    """Returns why a filter cannot contain a text: it knows two kinds of quotes, and no escapes; empty if it can."""
     if "'" in value and '"' in value:
-        return "it may hold ' or \", but not both"
-    return "it may not end with a backslash" if value.endswith("\\") else ""
+        return "it contains both ' and \""
+    return "it ends with a backslash" if value.endswith("\\") else ""

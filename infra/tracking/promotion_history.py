@@ -1,8 +1,8 @@
-"""Which version of a model is its champion: a history in the bucket, appended to by compare-and-set.
+"""Records which version of a model is its champion, in a history in the bucket that grows by compare-and-set.
 
-models/<name>/history/<number>.json, counted from 1, each written once and never changed. The history is the truth;
-the registry's aliases `champion` and `previous` follow it, and are repaired from it. A champion that was deleted from
-the registry is passed over: the last one before it that is still there takes its place.
+Entries are models/<name>/history/<number>.json, counted from 1, each written once and never changed. The history
+decides; the registry's aliases `champion` and `previous` are set, and repaired, from it. A champion that was deleted
+from the registry is skipped: the last champion before it that still exists takes its place.
 """
 
 import getpass
@@ -35,35 +35,35 @@ CHAMPION, PREVIOUS = "champion", "previous"
 
 
 class PromotionLost(ServiceError):
-    """Another promotion of the same model came first; nothing was changed."""
+    """Another promotion of the same model came first; nothing has changed."""
 
 
 class AlreadyChampion(UsageError):
-    """The version is the champion; nothing was changed."""
+    """The version is the champion already; nothing has changed."""
 
 
 class Lineage(Record):
-    """The run, weights and data that a version rests on: the history protects them, whatever MLflow still knows.
+    """The run, weights and data of a version, which the history protects even if MLflow has lost them.
 
-    All None in entries of an older Convoy.
+    All fields are None in entries of an older Convoy.
     """
 
     run_id: str | None = None
-    """Its MLflow run, hence `runs/<run_id>/` in the bucket."""
+    """Its MLflow run, and so its `runs/<run_id>/` in the bucket."""
 
     weights_key: str | None = None
     weights_sha256: str | None = None
     dataset_version: str | None = None
     dataset_name: str | None = None
     pretrained_sha256: str | None = None
-    """Digest of the weights that its training began with; None if it began with random ones."""
+    """Digest of the weights that its training started from; None for random weights."""
 
 
 class Promotion(Lineage):
     """One entry of a model's history: a change of its champion.
 
-    Keys that a later Convoy may add are passed over. (Versions up to 171bc71 refuse them, and with them the history:
-    they stop with "is damaged" rather than promote or delete by half of what is known.)
+    Unknown keys, which a later Convoy may add, are ignored. (Versions up to 171bc71 refuse them, and so the history:
+    they stop with "is damaged" rather than promote or delete with incomplete knowledge.)
     """
 
     name: str
@@ -72,20 +72,20 @@ class Promotion(Lineage):
 
     action: Literal["promote", "rollback"]
     from_version: str | None
-    """The champion before; None if there was none."""
+    """The previous champion; None if there was none."""
 
     to_version: str
-    """The champion from then on."""
+    """The new champion."""
 
     who: str
     """`user@host`."""
 
     when: datetime
-    """In UTC, by the writer's clock; the order is that of the numbers."""
+    """In UTC, by the writer's clock; `number` defines the order."""
 
     reason: str = ""
     forced: bool = False
-    """Promoted although a gate had not passed it."""
+    """Promoted although a gate did not pass it."""
 
     verdict_sha256: str | None = None
     """Digest of the quality gate's verdict; None if there was none."""
@@ -93,7 +93,7 @@ class Promotion(Lineage):
     verdict_summary: str = ""
 
     id: str
-    """Random, so that no two writers ever send the same bytes, and a retry can tell its own from another's."""
+    """Random, so that two writers never send the same bytes, and a retry recognises its own entry."""
 
     def __str__(self) -> str:
         was = f" from version {self.from_version}" if self.from_version else ""
@@ -102,25 +102,25 @@ class Promotion(Lineage):
 
 
 def history(store: ObjectStore, name: str) -> list[Promotion]:
-    """Every change of a model's champion, the oldest first; empty if nothing was ever promoted.
+    """Returns all changes of a model's champion, oldest first; empty if no version was ever promoted.
 
     Raises:
-        UsageError: not a name for a model.
+        UsageError: the name is invalid.
         ServiceError: the store failed, or an entry is damaged.
     """
-    return [_read(store, info.key) for info in store.list(_prefix(name))]
+    return [_read(store, key) for key in _keys(store, name)]
 
 
 def newest(store: ObjectStore, name: str) -> Promotion | None:
-    """The last change of a model's champion; None if nothing was ever promoted."""
-    keys = [info.key for info in store.list(_prefix(name))]  # in their order, hence that of the numbers
+    """Returns the last change of a model's champion; None if no version was ever promoted."""
+    keys = _keys(store, name)
     return _read(store, keys[-1]) if keys else None
 
 
 def champions(entries: Sequence[Promotion]) -> list[str]:
-    """The versions that a rollback can go back through, the present champion last.
+    """Returns the versions that rollbacks can restore, the present champion last.
 
-    A promotion adds one; a rollback takes away all above the one that it brought back, so that a second rollback goes
+    A promotion adds a version; a rollback removes all after the one that it restored, so that a second rollback goes
     further back.
     """
     standing: list[str] = []
@@ -135,36 +135,36 @@ def champions(entries: Sequence[Promotion]) -> list[str]:
 
 
 class Standing(Record):
-    """A model's champion, by its history and the registry together."""
+    """A model's champion, by its history and the registry."""
 
     entries: tuple[Promotion, ...]
-    """Its history."""
+    """The model's history."""
 
     version: RegisteredVersion | None
-    """The last champion that the registry still has; None if it has none of them, or nothing was ever promoted."""
+    """The last champion that is still in the registry; None if there is none."""
 
     @property
     def last(self) -> Promotion | None:
-        """The last change, whatever it named: what a further one has to come `after`."""
+        """Returns the last change, even if its version was deleted: the `after` of the next one."""
         return self.entries[-1] if self.entries else None
 
     @property
     def note(self) -> str:
-        """Says that the registry lacks the champion, and what takes its place; empty if it does not."""
+        """Returns a message if the registry lacks the champion: which version takes its place; else an empty text."""
         if self.last is None or (self.version and self.version.version == self.last.to_version):
             return ""
         place = f"version {self.version.version}, the champion before, takes its place" if self.version else ""
         return (
             f"version {self.last.to_version} of {self.last.name!r}, its champion by the history, is not in MLflow's "
-            f"registry any more; {place or 'no earlier champion is there either, so this counts as having none'}"
+            f"registry any more; {place or 'no earlier champion is there either, so the model has none'}"
         )
 
 
 def standing_champion(store: ObjectStore, name: str) -> Standing:
-    """Returns the champion that versions are compared with; one that the registry lacks counts as not there.
+    """Returns the champion that new versions are compared with; skips champions that the registry lacks.
 
     Raises:
-        UsageError: not a name for a model.
+        UsageError: the name is invalid.
         ServiceError: a server failed, or an entry is damaged.
     """
     entries = history(store, name)
@@ -172,12 +172,10 @@ def standing_champion(store: ObjectStore, name: str) -> Standing:
 
 
 def lineage_of(entries: Sequence[Promotion], version: str) -> Lineage:
-    """Returns what the entries say that a version was made of: the newest that says anything."""
+    """Returns a version's lineage from the newest of its entries that has one."""
     known = (entry for entry in reversed(entries) if entry.to_version == version and entry.run_id)
-    return Lineage.model_validate(next((entry.model_dump(include=_LINEAGE) for entry in known), {}))
-
-
-_LINEAGE = set(Lineage.model_fields)
+    fields = set(Lineage.model_fields)
+    return Lineage.model_validate(next((entry.model_dump(include=fields) for entry in known), {}))
 
 
 def promote(
@@ -194,20 +192,20 @@ def promote(
 ) -> Promotion:
     """Makes a version the champion, if `after` is still the last change, and moves the aliases.
 
-    Of several promotions that saw the same `after`, exactly one succeeds. Whether the version deserves it is for the
-    caller to know.
+    Of several promotions with the same `after`, exactly one succeeds. The caller decides whether the version is good
+    enough.
 
     Args:
-        after: the last change that the caller knows of (`newest`), on which its decision rests.
-        lineage: what the version was made of, for `convoy prune`.
+        after: the last change that the caller has seen (`newest`).
+        lineage: the version's run, weights and data, for `convoy prune`.
         who: None takes the user of this process.
 
     Raises:
         PromotionLost: there was another change since `after`; the message names it.
-        AlreadyChampion: the version is the champion; its aliases, which a process that was killed in between may not
-            have moved, have been repaired.
-        ServiceError: a server failed (Outage: it was away). If it was MLflow, after the change, `repair_aliases` or a
-            second call finishes it.
+        AlreadyChampion: the version is the champion already. Its aliases have been repaired, since a process that was
+            killed after the promotion may not have moved them.
+        ServiceError: a server failed (Outage: temporarily). If MLflow failed after the change, `repair_aliases` or a
+            second call moves the aliases.
     """
     champion = after.to_version if after else None
     if champion == model.version:
@@ -232,9 +230,9 @@ def promote(
 
 
 def rollback(store: ObjectStore, name: str, *, who: str | None = None, reason: str = "") -> Promotion:
-    """Bring back the champion before the present one, and have the aliases follow.
+    """Restores the previous champion, and moves the aliases. A second rollback goes further back.
 
-    Champions that were deleted from the registry are skipped. A second rollback goes further back.
+    Skips champions that were deleted from the registry.
 
     Raises:
         UsageError: there is no earlier champion.
@@ -264,9 +262,9 @@ def rollback(store: ObjectStore, name: str, *, who: str | None = None, reason: s
 
 
 def repair_aliases(store: ObjectStore, name: str) -> list[str]:
-    """Points `champion` and `previous` where the history says; returns what had to be changed, a line each.
+    """Points `champion` and `previous` where the history says; returns the changes, one line per alias.
 
-    A model without a history keeps the aliases it has. Safe to run beside promotions: it looks at the history again
+    A model without a history keeps its aliases. It may run at the same time as promotions: it reads the history again
     after each change, so that a process that wrote an outdated alias corrects it.
     """
     changed: list[str] = []
@@ -278,28 +276,27 @@ def repair_aliases(store: ObjectStore, name: str) -> list[str]:
             else:
                 set_alias(ModelVersion(name=name, version=wanted), alias)
             changed.append(f"{alias}: {found or 'none'} → {wanted or 'none'}")
-        last = newest(store, name)
-        if last == entries[-1]:
+        if newest(store, name) == entries[-1]:
             break
         entries = history(store, name)
     return changed
 
 
 def misplaced_aliases(store: ObjectStore, name: str) -> list[str]:
-    """Returns what `repair_aliases` would change, a line each."""
+    """Returns the changes that `repair_aliases` would make, one line per alias."""
     entries = history(store, name)
     wrong = _misplaced(name, entries) if entries else ()
     return [f"{alias}: {found or 'none'} → {wanted or 'none'}" for alias, found, wanted in wrong]
 
 
 def names_with_history(store: ObjectStore) -> list[str]:
-    """Returns the models of which a version was ever promoted."""
+    """Returns the names of the models that have a history."""
     keys = [info.key for info in store.list(bucket_layout.MODELS)]
     return sorted({bucket_layout.part(key, 1) for key in keys if bucket_layout.part(key, 2) == "history"})
 
 
 def _misplaced(name: str, entries: Sequence[Promotion]) -> Iterator[tuple[str, str | None, str | None]]:
-    """Alias, the version that it names, and the one that it should name."""
+    """Yields each wrong alias with the version that it points at and the right one."""
     present = _present(name, champions(entries))
     for alias in (CHAMPION, PREVIOUS):
         wanted, found = next(present, None), aliased(name, alias)
@@ -309,7 +306,7 @@ def _misplaced(name: str, entries: Sequence[Promotion]) -> Iterator[tuple[str, s
 
 
 def this_user() -> str:
-    """`user@host` of this process; a user without a name, as in some containers, goes by number."""
+    """Returns `user@host` of this process, with the user's number if there is no name, as in some containers."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
@@ -318,12 +315,12 @@ def this_user() -> str:
 
 
 def _append(store: ObjectStore, entry: Promotion) -> Promotion:
-    stopping.check()  # the last moment at which it can be left undone
-    if not store.put_if_absent(_key(entry.name, entry.number), entry.model_dump_json(indent=2).encode()):
-        winner = _read(store, _key(entry.name, entry.number))
+    stopping.check()  # the last moment at which nothing has changed yet
+    key = bucket_layout.promotion(check_model_name(entry.name), entry.number)
+    if not store.put_if_absent(key, entry.model_dump_json(indent=2).encode()):
         raise PromotionLost(
-            f"{entry.name!r} was changed by another meanwhile: {winner}; nothing was done: "
-            f"look at `convoy history {entry.name}`, and decide anew"
+            f"{entry.name!r} was changed by another process meanwhile: {_read(store, key)}; nothing was done: "
+            f"check `convoy history {entry.name}` and decide again"
         )
     try:
         repair_aliases(store, entry.name)
@@ -337,18 +334,15 @@ def _append(store: ObjectStore, entry: Promotion) -> Promotion:
 
 
 def _present(name: str, standing: Sequence[str]) -> Iterator[RegisteredVersion]:
-    """Yields those of the champions that the registry still has, the present one first."""
+    """Yields the champions that are still in the registry, the present one first."""
     for version in reversed(standing):
         with suppress(UsageError):
             yield find_version(f"{name}/{version}")
 
 
-def _prefix(name: str) -> str:
-    return bucket_layout.promotions(check_model_name(name))
-
-
-def _key(name: str, number: int) -> str:
-    return bucket_layout.promotion(check_model_name(name), number)
+def _keys(store: ObjectStore, name: str) -> list[str]:
+    """Returns the keys of a model's history in the order of their numbers."""
+    return [info.key for info in store.list(bucket_layout.promotions(check_model_name(name)))]
 
 
 def _read(store: ObjectStore, key: str) -> Promotion:

@@ -1,4 +1,4 @@
-"""Where a run's code came from: commit, lock file, versions of the libraries that decide the result."""
+"""Reads the provenance of a run's code: commit, lock file, versions of the libraries that decide the result."""
 
 import hashlib
 import platform
@@ -10,26 +10,26 @@ from infra.records import Record
 from infra.tracking.tags import GIT_DIRTY, LIBRARY, LOCK_SHA256, SOURCE_COMMIT
 
 LIBRARIES = ("torch", "torchvision", "mlflow", "prefect")
-CODE = Path(__file__).resolve().parents[1] / "__init__.py"
+PACKAGE_FILE = Path(__file__).resolve().parents[1] / "__init__.py"
 
 
 class Provenance(Record):
-    """What must be equal for a run to give the same weights again, apart from data and configuration."""
+    """Code and libraries: besides data and configuration, they must be equal for a run to give the same weights."""
 
     git_commit: str | None
-    """Commit of the repository that holds the code; None if it was installed from elsewhere."""
+    """Commit of the repository that contains the code; None if it was installed as a package."""
 
     git_dirty: bool | None
-    """Whether files differ from that commit; None without one."""
+    """Whether files differ from that commit; None without a commit."""
 
     lock_sha256: str | None
-    """SHA-256 of `requirements.lock`; None if it is not there."""
+    """SHA-256 of `requirements.lock`; None if there is no such file."""
 
     versions: dict[str, str]
-    """Python's and the libraries' versions."""
+    """Versions of Python and of the libraries."""
 
     def as_tags(self) -> dict[str, str]:
-        """As tags of an MLflow run, without what is unknown; MLflow's pages show the commit."""
+        """Returns tags of an MLflow run, without unknown values; MLflow's pages show the commit."""
         tags = {f"{LIBRARY}{name}": found for name, found in self.versions.items()}
         if self.git_commit is not None:
             tags[SOURCE_COMMIT] = self.git_commit
@@ -39,10 +39,10 @@ class Provenance(Record):
         return tags
 
 
-def provenance(code: Path = CODE) -> Provenance:
-    """Look at the environment, and at the repository of `code`, a file two levels below its top."""
+def provenance(code: Path = PACKAGE_FILE) -> Provenance:
+    """Reads the environment, and the repository of `code`, a file two levels below the repository's root."""
     root = code.parent.parent
-    # Installed code often lies inside somebody else's repository, which does not track it.
+    # Installed code is often inside another project's repository, which does not track it.
     commit = _git(root, "rev-parse", "HEAD") if _git(root, "ls-files", "--error-unmatch", str(code)) else None
     changes = _git(root, "status", "--porcelain") if commit else None
     return Provenance(
@@ -54,14 +54,12 @@ def provenance(code: Path = CODE) -> Provenance:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What git says; None if it cannot answer."""
+    """Returns git's output; None if git fails."""
+    command = ["git", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def _lock_digest(root: Path) -> str | None:

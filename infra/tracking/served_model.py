@@ -1,4 +1,4 @@
-"""Loads a registered version as a server of models does: by MLflow, from its files."""
+"""Loads a registered version with MLflow from its files, as a model server does."""
 
 from functools import cached_property
 from pathlib import Path
@@ -15,20 +15,20 @@ from infra.tracking.model_versions import download_version
 
 
 class ServedModel:
-    """A registered version, fetched and loaded when it is first needed.
+    """A registered version that is downloaded and loaded when it is first used.
 
-    Whatever needs it raises UsageError if it is no image classifier of Convoy's, or cannot be loaded here, and
+    The first use raises UsageError if the version is not an image classifier of Convoy or cannot be loaded here, and
     ServiceError if MLflow failed.
 
     Args:
-        files: the version's, if they have been fetched already.
+        files: the version's files, if they have been downloaded already.
     """
 
     def __init__(self, version: RegisteredVersion, files: Path | None = None) -> None:
         self.version, self._files = version, files
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Returns probabilities N×classes of raw images N×C×H×W."""
+        """Returns probabilities N×classes for raw images N×C×H×W."""
         return np.asarray(self._model.predict(images))
 
     @property
@@ -41,7 +41,7 @@ class ServedModel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """C, H and W of its images."""
+        """Returns C, H and W of its images."""
         return tuple(self._model.metadata.signature.inputs.inputs[0].shape[1:])
 
     @cached_property
@@ -50,7 +50,7 @@ class ServedModel:
             files = self._files or download_version(self.version, Path(temporary))
             try:
                 model = load_model(str(files))
-            except Exception as error:  # of torch, of MLflow, of a missing package
+            except Exception as error:  # from torch, MLflow or a missing package
                 raise UsageError(f"{self.version.uri} cannot be loaded: {one_line(error)[:300]}") from error
         inputs = getattr(model.metadata.signature, "inputs", None)
         shape = getattr(inputs and inputs.inputs[0], "shape", ())

@@ -26,7 +26,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 from infra.machine.files import locked
-from infra.machine.locks import left_behind
+from infra.machine.locks import note_of_dead_holder
 from infra.settings import Settings
 
 TRAINING_FLOWS = ("train", "retrain")
@@ -71,7 +71,7 @@ def killed_flow_runs() -> Iterator[FlowRun]:
     One that is scheduled is left out: a worker will take it up again.
     """
     for lock in sorted(_folder().glob("*")):
-        if left_behind(lock) is None:
+        if note_of_dead_holder(lock) is None:
             continue
         found = read_flow_run(lock.name)
         if found is None or found.state is None or found.state.is_final():

@@ -13,8 +13,8 @@ from infra.errors import GateRefused, UsageError
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore, open_bucket
 from infra.storage.s3_client import ObjectMissing
-from infra.tracking.model_registry import ModelVersion, RegisteredVersion
-from infra.tracking.model_versions import find_version, list_versions
+from infra.tracking.model_registry import ModelVersion, RegisteredVersion, search_versions
+from infra.tracking.model_versions import find_version
 from infra.tracking.promotion_history import (
     Promotion,
     Standing,
@@ -50,7 +50,7 @@ def champion_data(name: str) -> ChampionData:
     standing = repaired_champion(open_bucket(create=True), name)
     if standing.version is None:
         return ChampionData(None, None)
-    there = {each.version: each.record.dataset_version for each in list_versions(name)}
+    there = {each.version: each.record.dataset_version for each in search_versions(name=name)}
     known = (there.get(version) for version in champions(standing.entries))
     return ChampionData(standing.version.record.dataset_version, next(filter(None, known), None))
 

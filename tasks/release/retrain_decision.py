@@ -6,8 +6,7 @@ from typing import Any
 from infra.errors import UsageError
 from infra.records import Record
 from infra.storage.object_store import ObjectStore, open_bucket
-from infra.tracking.model_registry import ModelVersion, RegisteredVersion
-from infra.tracking.model_versions import list_versions
+from infra.tracking.model_registry import ModelVersion, RegisteredVersion, search_versions
 from infra.tracking.promotion_history import Standing
 from infra.tracking.provenance import provenance
 from tasks.config.run import RunConfig
@@ -108,7 +107,7 @@ def _decide(
 
 
 def _refused_for(champion: RegisteredVersion) -> Iterable[RegisteredVersion]:
-    for version in list_versions(champion.name):
+    for version in search_versions(name=champion.name):
         if version.record.verdict == "refused" and version.record.verdict_champion == champion.address:
             yield version
 

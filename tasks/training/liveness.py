@@ -16,7 +16,7 @@ import psutil
 from infra.errors import UsageError
 from infra.machine import stopping
 from infra.machine.lifeline import RANK_NAME
-from infra.machine.locks import is_held, left_behind, try_locked
+from infra.machine.locks import is_held, note_of_dead_holder, try_locked
 from infra.settings import Settings
 
 LOCK_WAIT_SECONDS = 10.0  # `convoy doctor` may hold the lock for a moment
@@ -62,7 +62,7 @@ def liveness(run_id: str, flow_run: str, started: datetime | None) -> Liveness:
     folder = Settings().runs / run_id
     if is_held(lock_file(run_id)) or any(not orphaned(each) for each in processes_of(folder)):
         return "alive"
-    note = left_behind(lock_file(run_id))
+    note = note_of_dead_holder(lock_file(run_id))
     if note is not None and note == flow_run:
         return "dead"
     try:
@@ -97,7 +97,7 @@ def orphaned(process: psutil.Process) -> bool:
     except psutil.Error:  # it has ended
         return False
     if program == "tasks.training.supervisor":
-        return left_behind(Path(command[-1]) / "lock") is not None
+        return note_of_dead_holder(Path(command[-1]) / "lock") is not None
     return not any(_program(parent) in RANK_OWNERS for parent in parents)
 
 

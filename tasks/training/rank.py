@@ -138,7 +138,7 @@ class RankZero:
         # These take seconds to import, and only rank 0 needs them.
         from infra.tracking import metric_log, system_metrics
 
-        os.environ.update(metric_log.ONE_TRY_A_REQUEST)
+        os.environ.update(metric_log.ONE_TRY_PER_REQUEST)
         self._job, self._folder, self._store = job, folder, store
         self._metriclog, self._systemmetrics = metric_log, system_metrics
         self._watch = StragglerWatch()

@@ -10,7 +10,7 @@ from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
 from infra.tracking.client import tracking_uri
-from infra.tracking.model_registry import every_version
+from infra.tracking.model_registry import aliased_versions, search_versions
 from infra.tracking.promotion_history import Lineage, champions, history, lineage_of, names_with_history
 from infra.tracking.tags import DATASET_VERSION, FLOW_RUN, MANIFEST_DIGEST
 from tasks.training.liveness import lock_file, orphaned, processes_of
@@ -56,12 +56,13 @@ def references(store: ObjectStore, stored: Collection[str], *, forget_unknown: b
         ServiceError: a server failed, a history is damaged, or MLflow does not know what it should: then it may not be
             the one that the bucket belongs to, and nothing may go.
     """
-    versions = {(version.name, version.version): version for version in every_version()}
+    aliased = aliased_versions()
+    versions = {(version.name, version.version): version for version in search_versions()}
     runs = {run.run_id: run for run in mlflow_runs.search_runs(MANIFEST_DIGEST)}
     standing = _standing(store)
     if not forget_unknown:
         _check_known(sorted(standing.keys() - versions.keys()), sorted(set(stored) - runs.keys()))
-    in_force = [version for key, version in versions.items() if version.aliases or key in standing]
+    in_force = [version for key, version in versions.items() if key in aliased or key in standing]
     running = {run.run_id for run in runs.values() if run.status == "RUNNING"} | _alive(runs)
     lineages = [
         *standing.values(),  # MLflow may not know them

@@ -14,10 +14,9 @@ from flows.summary import Summary
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
-from infra.tracking.model_registry import RegisteredVersion, create_version
-from infra.tracking.model_versions import find_version, list_versions
+from infra.tracking.model_registry import RegisteredVersion, create_version, search_versions
+from infra.tracking.model_versions import find_version
 from infra.tracking.promotion_history import history, newest, promote
-from infra.tracking.tags import VERDICT
 from tasks.config.gates import GateConfig
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
@@ -119,7 +118,7 @@ def copied(first: tuple[RunConfig, Summary], lr: float) -> RegisteredVersion:
     mlflow_runs.end_run(copy, "FINISHED")
     (output,) = MlflowClient().get_run(run_id).outputs.model_outputs
     original = MlflowClient().get_model_version(name, before.model_version or "")
-    tags = {key: value for key, value in original.tags.items() if not key.startswith(VERDICT)}
+    tags = {key: value for key, value in original.tags.items() if not key.startswith("convoy.verdict")}
     return find_version(create_version(name, output.model_id, run_id=copy, tags=tags).address)
 
 
@@ -149,7 +148,7 @@ def test_champions_that_the_registry_has_lost_do_not_lock_anyone_out(first: tupl
     promote(store, copied(first, lr=0.25), after=newest(store, name))
     last = newest(store, name)
     assert last
-    for version in list_versions(name):
+    for version in search_versions(name=name):
         if version.version != before.model_version:
             MlflowClient().delete_model_version(name, version.version)
     assert champion_data(name).present == before.dataset_version  # the first one takes their place

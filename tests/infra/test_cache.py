@@ -114,7 +114,7 @@ def test_threads_that_want_one_file_fetch_it_once(cache: Cache, store: ObjectSto
 
 
 def _put_several(store: ObjectStore, count: int) -> list[str]:
-    """Objects of 1000 bytes, named by their digest."""
+    """Stores objects of 1000 bytes, named by their digest."""
     contents = [bytes([number]) * 1000 for number in range(count)]
     digests = [hashlib.sha256(content).hexdigest() for content in contents]
     for digest, content in zip(digests, contents, strict=True):
@@ -134,7 +134,7 @@ def test_what_was_not_used_for_longest_leaves_when_a_file_comes_in(store: Object
     cache.fetch(digests[0], digests[0])  # is used again
     cache.fetch(digests[3], digests[3])
     assert {path.name for path in _files(cache)} == {digests[0], digests[2], digests[3]}
-    cache.fetch(digests[1], digests[1], size=1000)  # what has left can come again
+    cache.fetch(digests[1], digests[1], size=1000)  # a removed file can be fetched again
     assert {path.name for path in _files(cache)} == {digests[0], digests[1], digests[3]}
 
 
@@ -159,7 +159,7 @@ def test_a_file_larger_than_the_limit_comes_all_the_same(
     (digest,) = _put_several(store, 1)
     cache = Cache(tmp_path / "cache", store, limit=100)
     assert cache.fetch(digest, digest).stat().st_size == 1000
-    assert "holds 900 bytes more than the 100 it may" in caplog.text
+    assert "holds 900 bytes more than its limit of 100" in caplog.text
 
 
 def test_nothing_leaves_that_a_preparation_may_have_fetched(store: ObjectStore, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_processes_that_share_a_limit_keep_to_it_together(store: ObjectStore, tm
         process.start()
     most = 0
     while any(process.is_alive() for process in processes):
-        with locked(root / "locks" / "room"):  # nothing leaves while files are counted one by one
+        with locked(root / "locks" / "room"):  # no file is removed while files are counted
             most = max(most, _bytes_of_files(root))
         time.sleep(0.001)
     for process in processes:
@@ -230,10 +230,10 @@ def _come_and_go(root: Path, seed: int, seconds: float, most: "multiprocessing.Q
             path, lock = root / name[:2] / name, root / "locks" / name
             with locked(lock):
                 if not path.exists():
-                    room.make_room(1000, lock)
+                    room.make_space(1000, lock)
                     with atomic_file(path) as temporary:
                         temporary.write_bytes(bytes(1000))
-            with locked(root / "locks" / "room"):  # nothing leaves while files are counted one by one
+            with locked(root / "locks" / "room"):  # no file is removed while files are counted
                 seen = max(seen, _bytes_of_files(root))
 
     with ThreadPoolExecutor(2) as pool:
@@ -254,7 +254,7 @@ def test_a_file_that_arrives_while_room_is_made_for_another_is_counted(tmp_path:
 
 
 def _bytes_of_files(root: Path) -> int:
-    sizes: dict[int, int] = {}  # by inode, since a file that comes in is renamed meanwhile
+    sizes: dict[int, int] = {}  # by inode, since an arriving file is renamed meanwhile
     for path in root.glob("[0-9a-f][0-9a-f]/*"):
         try:
             status = path.stat()
@@ -307,7 +307,7 @@ def test_a_file_with_a_flipped_byte_is_fetched_again_with_a_warning(
 
 
 def flip(path: Path) -> None:
-    """Change a byte as a failing disk would: size and times stay."""
+    """Changes a byte as a failing disk would: size and times stay."""
     before = path.stat()
     path.chmod(0o600)
     with path.open("r+b") as file:

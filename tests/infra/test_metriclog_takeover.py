@@ -1,4 +1,4 @@
-"""A process that was given up logs nothing more when its link to MLflow is mended."""
+"""A process that was given up logs nothing more after its connection to MLflow is restored."""
 
 import threading
 from collections.abc import Iterator
@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import pytest
 
-from infra.tracking.metric_log import ONE_TRY_A_REQUEST, MetricLogger
+from infra.tracking.metric_log import ONE_TRY_PER_REQUEST, MetricLogger
 from tests.flows.program import wait_for
 
 
 class Away(BaseHTTPRequestHandler):
-    """Answers that it cannot serve anything; remembers what was asked."""
+    """Answers every request with an error, and records it."""
 
     asked: ClassVar[list[str]] = []
 
@@ -30,7 +30,7 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     server = HTTPServer(("127.0.0.1", 0), Away)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    for name, value in {**ONE_TRY_A_REQUEST, "MLFLOW_TRACKING_URI": address}.items():
+    for name, value in {**ONE_TRY_PER_REQUEST, "MLFLOW_TRACKING_URI": address}.items():
         monkeypatch.setenv(name, value)
     yield Away.asked
     server.shutdown()

@@ -16,7 +16,7 @@ from urllib3 import HTTPResponse
 
 from infra.errors import ServiceError, UsageError
 from infra.stack.endpoints import Endpoints
-from infra.storage.object_store import PART, ObjectStore
+from infra.storage.object_store import PART_BYTES, ObjectStore
 from infra.storage.s3_client import ObjectMissing
 
 
@@ -42,14 +42,14 @@ def test_a_large_file_goes_up_in_parts_and_comes_back_whole(store: ObjectStore, 
     source, back = tmp_path / "source", tmp_path / "back"
     block = os.urandom(1 << 20)
     with source.open("wb") as file:
-        for number in range(PART // len(block) + 3):
+        for number in range(PART_BYTES // len(block) + 3):
             file.write(number.to_bytes(8, "big") + block[8:])
     up: list[int] = []
     down: list[int] = []
     digest = store.put_file("large", source, on_progress=up.append)
     info = store.head("large")
     assert info is not None and info.sha256 == digest and info.size == source.stat().st_size
-    assert info.etag.strip('"').endswith("-2")  # the mark of an upload in two parts
+    assert info.etag.strip('"').endswith("-2")  # the ETag of an upload in two parts
     store.get_file("large", back, sha256=digest, on_progress=down.append)
     assert _sha256(back.read_bytes()) == digest
     assert sum(up) == sum(down) == info.size
@@ -118,7 +118,7 @@ def test_of_many_writers_at_once_exactly_one_puts_the_commit(store: ObjectStore)
 
 @contextmanager
 def _meddling(store: ObjectStore, event: str, meddle: Callable[..., object]) -> Iterator[None]:
-    """Change requests to the real store on their way, or answers on their way back."""
+    """Changes requests to the real store, or its answers."""
     events = store._client.meta.events
     events.register(event, meddle)
     try:
@@ -146,7 +146,7 @@ def test_bytes_that_change_on_their_way_are_refused(store: ObjectStore, tmp_path
 
 def test_a_part_that_changes_on_its_way_is_refused(store: ObjectStore, tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
-        file.truncate(PART + 1000)
+        file.truncate(PART_BYTES + 1000)
 
     def flip(request: AWSPreparedRequest, **_: object) -> None:
         if int(request.headers["Content-Length"]) == 1000:
@@ -286,6 +286,6 @@ def test_connecting_creates_the_bucket_and_does_so_once(s3: Endpoints) -> None:
 
 
 def test_a_bad_bucket_name_is_the_users_mistake(s3: Endpoints) -> None:
-    with pytest.raises(UsageError, match="not a valid name") as refused:
+    with pytest.raises(UsageError, match="invalid name") as refused:
         ObjectStore.connect("not/a bucket")
     assert "regex" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""What the probe says of a real SeaweedFS, and of one that is made to ignore or refuse some requests."""
+"""The probe's results for a real SeaweedFS, and for one that is made to ignore or refuse some requests."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ Change = Callable[[str, Meddle], None]
 
 @pytest.fixture
 def change(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Change]:
-    """Has requests or answers of the probe's clients changed, before they are signed or after."""
+    """Changes requests or answers of the probe's clients, before or after signing."""
     changes: list[tuple[str, Meddle]] = []
 
     def opened(*arguments: object, **more: object) -> object:
@@ -56,7 +56,7 @@ def answering(status: int, code: str) -> Meddle:
 
 
 def found(capabilities: list[Capability]) -> dict[str, str]:
-    """What is not honoured, and what the store did."""
+    """Returns the unsupported features and the store's answers."""
     return {each.name: each.answer for each in capabilities if not each.honoured}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from infra.stack import processes
 from infra.stack.processes import Server, StartRecord
-from infra.web_settings import KEPT
+from infra.web_settings import SAVED_VARIABLES
 from tests.infra.localstack import until
 
 PARENT_AND_CHILD = (
@@ -100,7 +100,7 @@ def test_a_server_inherits_nothing_that_it_must_not(
 def test_only_a_server_that_asks_the_web_inherits_the_users_proxies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(KEPT, raising=False)
+    monkeypatch.delenv(SAVED_VARIABLES, raising=False)
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
     monkeypatch.setenv("no_proxy", "intranet.example")
     for asks, proxy, without in (

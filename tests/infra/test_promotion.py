@@ -40,7 +40,7 @@ NAMES = (f"promotion {number}" for number in count())
 
 @pytest.fixture(scope="module")
 def model_id(stack: object) -> tuple[str, str]:
-    """A run and a model of it without files: promotions do not look inside."""
+    """Creates a run with a model without files, since promotions do not read them."""
     run_id = mlflow_runs.start_run("promotion-tests", "run", {}, {})
     experiment = MlflowClient().get_run(run_id).info.experiment_id
     return run_id, str(MlflowClient().create_logged_model(experiment, name="empty", source_run_id=run_id).model_id)
@@ -48,7 +48,7 @@ def model_id(stack: object) -> tuple[str, str]:
 
 @pytest.fixture
 def versions(store: ObjectStore, model_id: tuple[str, str]) -> list[ModelVersion]:
-    """Versions 1, 2, 3 of a model that nobody else uses."""
+    """Creates versions 1, 2 and 3 of a new model."""
     name = next(NAMES)
     return [create_version(name, model_id[1], run_id=model_id[0], tags={}) for _ in range(3)]
 
@@ -129,7 +129,7 @@ def test_of_racing_processes_one_wins(store: ObjectStore, versions: list[ModelVe
     entries = history(store, versions[0].name)
     assert [entry.to_version for entry in entries] == ["1", "2"]
     assert results.count(entries[1].id) == 1
-    assert sum("was changed by another meanwhile" in result for result in results) == 2
+    assert sum("was changed by another process meanwhile" in result for result in results) == 2
     assert aliases() == ("2", "1")
 
 
@@ -199,7 +199,7 @@ def test_promotion_stands_when_the_aliases_cannot_follow(
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
             away.setenv(name, f"http://127.0.0.1:{nobody_listens.getsockname()[1]}")
         away.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        with pytest.raises(Outage, match="its aliases do not show it yet"):  # which a task tries again
+        with pytest.raises(Outage, match="its aliases do not show it yet"):  # which a task retries
             promote(store, versions[0], after=None)
     assert aliases() == (None, None)
     with pytest.raises(AlreadyChampion):
@@ -244,14 +244,14 @@ def test_a_champion_that_was_deleted_is_replaced_by_the_last_one_that_is_there(
     for gone, left in (("3", "2"), ("2", "1")):
         MlflowClient().delete_model_version(name, gone)
         standing = standing_champion(store, name)
-        assert standing.last == newest(store, name)  # what the next promotion has to come after
+        assert standing.last == newest(store, name)  # the `after` of the next promotion
         assert standing.version and standing.version.version == left
         assert f"version {left}, the champion before, takes its place" in standing.note
         repair_aliases(store, name)
         assert aliases() == (left, "1" if left == "2" else None)
     MlflowClient().delete_model_version(name, "1")
     standing = standing_champion(store, name)
-    assert standing.version is None and "counts as having none" in standing.note
+    assert standing.version is None and "so the model has none" in standing.note
     assert repair_aliases(store, name) == []
 
 

@@ -1,4 +1,4 @@
-"""Where code comes from, looked up in real git repositories."""
+"""The provenance of code in real git repositories."""
 
 import hashlib
 import subprocess
@@ -24,7 +24,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def code(tmp_path: Path) -> Path:
-    """A file two levels below the top of a repository with a lock file."""
+    """Creates a file two levels below the root of a repository with a lock file."""
     file = tmp_path / "infra" / "provenance.py"
     file.parent.mkdir()
     file.write_text("code\n")

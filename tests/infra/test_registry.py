@@ -14,11 +14,12 @@ from infra.tracking.model_registry import (
     check_model_name,
     create_version,
     log_model,
+    search_versions,
     set_alias,
     tag_version,
     version_of,
 )
-from infra.tracking.model_versions import find_version, list_versions
+from infra.tracking.model_versions import find_version
 
 IMAGES = np.arange(2 * 1 * 2 * 2, dtype=np.uint8).reshape(2, 1, 2, 2)
 
@@ -30,7 +31,7 @@ class Classifier(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def stored(stack: object) -> tuple[str, str]:
-    """A run, and the model stored with it."""
+    """Creates a run and stores a model with it."""
     run_id = mlflow_runs.start_run("registry-tests", "run", {"lr": 0.1}, {})
     outputs = Classifier()(torch.from_numpy(IMAGES)).numpy()
     model_id = log_model(
@@ -53,8 +54,8 @@ def test_stored_model_is_ready_but_not_registered(stored: tuple[str, str]) -> No
 
 def test_without_room_for_it_nothing_is_stored(stored: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     run_id, model_id = stored
-    monkeypatch.setattr("infra.tracking.model_registry.SPARE", 1 << 60)
-    with pytest.raises(ServiceError, match=r"no space left on the disk for .*: the model takes 0 bytes"):
+    monkeypatch.setattr("infra.tracking.model_registry.EXTRA_MODEL_BYTES", 1 << 60)
+    with pytest.raises(ServiceError, match=r"no space left on the disk for .*: the model temporarily needs 0 bytes"):
         log_model(run_id, Classifier().eval(), images=IMAGES, outputs=IMAGES, requirements=[], metadata={})
     found = MlflowClient().search_logged_models([MlflowClient().get_run(run_id).info.experiment_id])
     assert [model.model_id for model in found] == [model_id]
@@ -100,7 +101,7 @@ def test_whatever_a_model_may_be_called_it_is_found_again(stored: tuple[str, str
     set_alias(version, "champion")
     assert version_of(name, run_id) == version
     assert version_of(name, "another run") is None
-    assert [each.address for each in list_versions(name)] == [version.address]
+    assert [each.address for each in search_versions(name=name)] == [version.address]
     assert find_version(name).address == find_version(version.address).address == version.address
     with pytest.raises(UsageError, match="versions: 1 to 1"):
         find_version(f"{name}/2")

@@ -1,4 +1,4 @@
-"""A signal is noted wherever it arrives, and decides how the program ends; with real programs and real signals."""
+"""A signal is recorded whenever it arrives, and decides how the program ends; with real programs and real signals."""
 
 import signal
 import subprocess
@@ -77,7 +77,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts a program, and waits until it says that it is ready."""
+    """Starts a program, and waits until it reports that it is ready."""
     started: list[subprocess.Popen[str]] = []
 
     def run(program: str, begin: str = BEGIN, **options: Any) -> "subprocess.Popen[str]":
@@ -118,21 +118,21 @@ def test_what_does_not_look_for_signals_is_ended_by_the_third(start: Start) -> N
     process = start(STUCK)
     process.send_signal(signal.SIGINT)
     for _ in range(3):
-        process.send_signal(signal.SIGTERM)  # which is no impatience
+        process.send_signal(signal.SIGTERM)  # which is not a press of Ctrl-C
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
     process.send_signal(signal.SIGINT)
     assert process.stderr
     assert [process.stderr.readline() for _ in range(2)][
         1
-    ] == "stopping at the end of this step; once more stops at once\n"
-    time.sleep(0.5)  # a third press, not an echo of the second
+    ] == "stopping at the end of this step; press Ctrl-C again to stop immediately\n"
+    time.sleep(0.5)  # so that the next one counts as a third press
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
 
 
 def test_a_signal_that_is_ignored_from_the_start_stays_so(start: Start) -> None:
-    """As SIGINT is by a shell's background jobs."""
+    """As a shell's background jobs ignore SIGINT."""
     process = start(LOOKS, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):

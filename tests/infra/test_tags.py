@@ -1,10 +1,10 @@
-"""What the tags of registered versions say."""
+"""Tags of registered versions as typed records."""
 
 import pytest
 
 from infra.errors import UsageError
 from infra.tracking.model_registry import RegisteredVersion
-from infra.tracking.tags import SERVING, VERDICT_CHAMPION, VersionRecord
+from infra.tracking.tags import SERVING, VersionRecord
 
 
 def test_a_record_and_its_tags_say_the_same() -> None:
@@ -14,7 +14,7 @@ def test_a_record_and_its_tags_say_the_same() -> None:
         "convoy.dataset": "digits",
         "prefect.flow_run_id": "1234",
         SERVING: "passed",
-        VERDICT_CHAMPION: "digits/1",
+        "convoy.verdict_champion": "digits/1",
     }
     assert VersionRecord.from_tags(tags) == record
 

@@ -99,7 +99,7 @@ def test_refused_params_leave_no_open_run(stack: object) -> None:
 
 
 def test_runs_of_all_experiments_are_found_page_by_page(stack: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_runs, "EXPERIMENTS_A_CALL", 1)
+    monkeypatch.setattr(mlflow_runs, "EXPERIMENTS_PER_CALL", 1)
     made = {mlflow_runs.start_run(f"page {number}", "run", {}, {"paged": "x"}) for number in range(3)}
     assert {run.run_id for run in mlflow_runs.search_runs("paged")} == made
     assert {run.run_id for run in mlflow_runs.search_runs("paged", limit=9)} == made
@@ -147,7 +147,7 @@ def test_a_resumed_logger_sends_what_the_server_lacks_and_only_that(run_id: str)
     # The checkpoint of step 2 did not know yet that its rows would arrive, nor that the server would get step 3.
     backlog = [MetricRow(step=step, timestamp=1, values={"loss": 1 / step, "lost": 0.1 * step}) for step in (1, 2)]
     resumed = MetricLogger(run_id, backlog=backlog, resumed=True)
-    resumed.log(3, {"loss": 1 / 3, "fresh": 3.0})  # done again
+    resumed.log(3, {"loss": 1 / 3, "fresh": 3.0})  # repeated after the resume
     resumed.log(4, {"loss": 1 / 4, "val": 0.75})
     assert resumed.close(PATIENCE) == ()
     assert history(run_id, "loss") == [(step, 1 / step) for step in (1, 2, 3, 4)]
@@ -244,7 +244,7 @@ def test_outage_of_the_server_loses_and_repeats_no_step(
         wait_for(lambda: not metrics.unacknowledged())
     for step in range(101, 301):
         metrics.log(step, {"loss": 1 / step})
-    wait_for(lambda: metrics._failures >= 2)  # the thread has met the outage
+    wait_for(lambda: metrics._failures >= 2)  # the thread has noticed the outage
     assert [row.step for row in metrics.unacknowledged()] == list(range(101, 301))
     with mlflow_server(free_address, tmp_path):
         for step in range(301, 401):
@@ -298,7 +298,7 @@ def test_system_metrics_survive_a_server_that_is_down(monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def free_address() -> str:
-    """An address of this machine where nothing listens."""
+    """Returns an address of this machine with a free port."""
     import socket
 
     with socket.socket() as probe:
@@ -308,7 +308,7 @@ def free_address() -> str:
 
 @contextmanager
 def mlflow_server(address: str, folder: Path) -> Iterator[None]:
-    """A server of our own at `address`, its database kept in `folder` from one to the next."""
+    """Starts a server at `address`, with a database in `folder` that later servers use too."""
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", address.rpartition(":")[2],
         "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",

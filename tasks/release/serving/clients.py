@@ -22,7 +22,7 @@ from torch import Tensor
 
 from infra.stack.ports import PORT_RANGE, is_free
 from infra.stack.processes import log_end
-from infra.tracking.model_versions import CONSUMERS_ENVIRONMENT
+from infra.tracking.model_versions import LOADING_ENVIRONMENT
 
 BATCH_SIZES = (1, 3, 64)
 CONSUMER = Path(__file__).with_name("fresh_process.py")
@@ -222,4 +222,4 @@ def post_images(client: httpx.Client, content: object) -> httpx.Response:
 
 def _environment(temporary: str) -> dict[str, str]:
     """Has MLflow put the files of the model, which it leaves behind, where they are removed with the rest."""
-    return os.environ | CONSUMERS_ENVIRONMENT | {"TMPDIR": temporary}
+    return os.environ | LOADING_ENVIRONMENT | {"TMPDIR": temporary}
