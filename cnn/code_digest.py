@@ -1,4 +1,4 @@
-"""A digest of what Python code does, so that a new comment does not make an old result look stale."""
+"""Computes a digest of Python code that ignores comments, so that a new comment does not make an old result stale."""
 
 import ast
 import hashlib
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def code_digest(files: Iterable[Path]) -> str:
-    """SHA-256 of the syntax trees of Python files: comments, formatting and docstrings do not count.
+    """Returns the SHA-256 of the syntax trees of Python files: comments, formatting and docstrings do not count.
 
-    The files' names relative to their common folder do count, their order and the folder's own place do not.
+    File names relative to the common folder count; the order of the files and the place of the folder do not.
 
     Raises:
         SyntaxError: a file is not Python.
@@ -25,15 +25,15 @@ def code_digest(files: Iterable[Path]) -> str:
 
 
 def _canonical(node: object) -> str:
-    """The tree as text. Unlike `ast.dump` it leaves out empty fields: they differ between Python versions."""
+    """Returns the tree as text. Unlike `ast.dump`, leaves out empty fields: they differ between Python versions."""
     if isinstance(node, list):
-        return "[" + ",".join(_canonical(item) for item in node if not _is_remark(item)) + "]"
+        return "[" + ",".join(_canonical(item) for item in node if not _is_docstring(item)) + "]"
     if isinstance(node, ast.AST):
         fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
         return type(node).__name__ + "(" + ",".join(f"{name}={_canonical(value)}" for name, value in fields) + ")"
     return repr(node)
 
 
-def _is_remark(node: object) -> bool:
-    """A string that stands alone as a statement: a docstring, or the line under an attribute."""
+def _is_docstring(node: object) -> bool:
+    """Checks for a string that is a whole statement: a docstring, or the line under an attribute."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -1,4 +1,4 @@
-"""Threads for work that releases the interpreter lock, such as decoding images, with bounded memory."""
+"""Runs work that releases the interpreter lock, such as decoding images, on threads, with bounded memory."""
 
 import os
 from collections import deque
@@ -9,27 +9,27 @@ from typing import TypeVar
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-AHEAD = 2  # items a worker that may be in flight or wait for the consumer
+PENDING_PER_THREAD = 2  # items that are being worked on or wait for the consumer
 
-READERS = 16
+READER_THREADS = 16
 """Threads for work that waits for a disk or a server rather than for a core."""
 
 
 def in_order(
     function: Callable[[In], Out], items: Iterable[In], *, threads: int | None = None
 ) -> Generator[Out, None, None]:
-    """Like `map`, on several threads: results keep the items' order, few items are taken ahead of them.
+    """Yields `function(item)` for each item, in order, like `map`; calls it on threads, for a few items ahead.
 
     Args:
-        threads: unset: one a core.
+        threads: None: one per core.
     """
-    workers = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = threads or len(os.sched_getaffinity(0))
     pending: deque[Future[Out]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
-                if len(pending) >= AHEAD * workers:
+                if len(pending) >= PENDING_PER_THREAD * workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

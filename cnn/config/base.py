@@ -1,9 +1,9 @@
-"""What all configuration has in common."""
+"""The base class of all configuration."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Config(BaseModel):
-    """Base of all configuration: immutable, and unknown keys are errors."""
+    """Immutable configuration that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)

@@ -1,4 +1,4 @@
-"""The networks by name, with the options of each."""
+"""The table of networks, and the options of each network."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -13,13 +13,13 @@ class NotesOptions(Config):
     """Options of `notes`, the classic teaching network (`network.*`)."""
 
     channels: tuple[int, ...] = (32, 64)
-    """Output channels (filters) of each convolution; as many convolutions as entries."""
+    """Output channels (filters) of each convolution; one convolution per entry."""
 
     kernel_sizes: tuple[int, ...] = (3,)
-    """Kernel size of each convolution, in pixels; one entry serves all."""
+    """Kernel size of each convolution, in pixels; a single entry is used for all."""
 
     strides: tuple[int, ...] = (1,)
-    """Stride of each convolution, in pixels; one entry serves all."""
+    """Stride of each convolution, in pixels; a single entry is used for all."""
 
     pool_size: int = Field(2, ge=1)
     """Window of the max pooling after each convolution, in pixels; 1 is no pooling."""
@@ -34,7 +34,7 @@ class NotesOptions(Config):
     """Probability of dropping a value before each fully connected layer."""
 
     @model_validator(mode="after")
-    def _one_entry_a_layer(self) -> "NotesOptions":
+    def _check_entries(self) -> "NotesOptions":
         for key in ("channels", "kernel_sizes", "strides", "hidden"):
             if any(value < 1 for value in getattr(self, key)):
                 raise ValueError(f"{key} must be positive")
@@ -42,7 +42,7 @@ class NotesOptions(Config):
             raise ValueError("channels needs at least one entry")
         for key in ("kernel_sizes", "strides"):
             if len(getattr(self, key)) not in (1, len(self.channels)):
-                raise ValueError(f"{key} needs one entry, or one for each of the {len(self.channels)} convolutions")
+                raise ValueError(f"{key} needs one entry, or {len(self.channels)}, one per convolution")
         return self
 
 
@@ -60,8 +60,8 @@ class TorchvisionOptions(Config):
     """Options of torchvision's networks (`network.*`)."""
 
     stem: Literal["auto", "small", "original"] = "auto"
-    """`original` shrinks the image at once; `small` starts with a 3×3 convolution of stride 1, and a ResNet then does
-    not pool either; `auto` is `small` for images under 64 pixels."""
+    """First layers: `original` shrinks the image immediately; `small` starts with a 3×3 convolution of stride 1, and
+    drops the first pooling of a ResNet; `auto` is `small` for images under 64 pixels."""
 
 
 TORCHVISION_NETWORKS = (
@@ -78,19 +78,19 @@ TORCHVISION_NETWORKS = (
     "regnet_y_400mf",
     "shufflenet_v2_x1_0",
 )
-"""Names of networks that torchvision defines, as `torchvision.models.get_model` takes them."""
+"""Names that `torchvision.models.get_model` accepts."""
 
 
 class Network(NamedTuple):
-    """Options and builder of a network.
+    """The options and the builder of a network.
 
     The builder is called with an instance of the options and the keywords `channels`, `image_size`, `classes` and
-    `arguments`; its network takes normalised float images N×C×H×W and gives logits N×classes.
+    `arguments`. It returns a network that maps normalised float images N×C×H×W to logits N×classes.
     """
 
     options: type[Config]
     builder: str
-    """As `module:name`, since this module is to load no torch."""
+    """As `module:name`, since this module must not import torch."""
 
     arguments: Mapping[str, str] = MappingProxyType({})
 
@@ -105,4 +105,4 @@ NETWORKS: Mapping[str, Network] = MappingProxyType(
         },
     }
 )
-"""The networks by name. A new one takes its options and an entry here, and a builder in a file of its own."""
+"""The networks by name. A new network needs options and an entry here, and a builder in a file of its own."""

@@ -1,1 +1,1 @@
-"""The packed dataset version: its manifest, its splits, writing and reading its shards, and checks of it."""
+"""The packed dataset version: manifest, splits, writing and reading of shards, and checks."""

@@ -1,7 +1,7 @@
-"""Packed images as compressed files, each of the manifest's size and channels.
+"""Compresses packed images, and decodes them as readers will.
 
-What is lost is lost here, once: the manifest's mean and standard deviation are of the pixels that `decode` gives,
-which are those that torchvision's decoders give a reader.
+Compression loses details once, here: the manifest's mean and standard deviation are computed from the pixels that
+`decode` returns, which equal those that readers get from torchvision's decoders.
 """
 
 from collections.abc import Iterable
@@ -16,22 +16,22 @@ from cnn.errors import InputError
 
 
 def check_encoding(encoding: Encoding, channels: int) -> None:
-    """Raise InputError if images of so many channels cannot be stored like that."""
-    if encoding == "webp" and channels == 1:  # it would come back in colour
+    """Raises InputError if an encoding cannot store images with this number of channels."""
+    if encoding == "webp" and channels == 1:  # would be decoded as colour
         raise InputError("data.encoding webp is for colour images, and these are grey; use jpeg, or data.channels 3")
 
 
 def encode(images: Iterable[NDArray[np.uint8]], encoding: Encoding, quality: int) -> list[bytes]:
-    """Each image [C, H, W] as a file of its own.
+    """Returns each image [C, H, W] as a compressed file.
 
     Args:
-        quality: 1..100, as Pillow takes it.
+        quality: 1..100, as defined by Pillow.
     """
     return [_encode(image, encoding, quality) for image in images]
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:
-    """Pixels [C, H, W] of a file that `encode` made."""
+    """Returns the pixels [C, H, W] of a file that `encode` made."""
     with Image.open(BytesIO(data)) as image:
         pixels: NDArray[np.uint8] = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

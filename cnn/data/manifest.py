@@ -1,6 +1,6 @@
-"""The manifest of a dataset version: which shards it has, what they hold, and the report on its data.
+"""The manifest of a dataset version: its shards, their content, and the report on its source.
 
-It says nothing about the machine or the time, so equal data have equal manifests. The dataset version is the
+It contains nothing about the machine or the time, so equal data have equal manifests. The dataset version is the
 SHA-256 of the manifest's bytes.
 """
 
@@ -16,7 +16,7 @@ from cnn.errors import InputError
 
 
 class Record(BaseModel):
-    """A value that never changes; a class that refuses unknown keys says so itself (`extra="forbid"`)."""
+    """An immutable value; subclasses that refuse unknown keys say so (`extra="forbid"`)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -25,10 +25,10 @@ class Shard(Record, extra="forbid"):
     """One safetensors file of packed images, all of one split."""
 
     sha256: str
-    """Digest of the file, and its name: `<sha256>.safetensors`."""
+    """Digest of the file, which is named `<sha256>.safetensors`."""
 
     count: int
-    """Images in it."""
+    """Images in the shard."""
 
     bytes: int
     """Size of the file."""
@@ -53,7 +53,7 @@ class Unreadable(Record, extra="forbid"):
 
 
 class Spread(Record, extra="forbid"):
-    """Smallest, median and largest of a number over all images."""
+    """Smallest, median and largest value over all images."""
 
     min: int
     median: int
@@ -65,11 +65,11 @@ class Losses(Record, extra="forbid"):
 
     images: int
     left_out: int
-    """Files that are no images, by their names, or cannot be reached."""
+    """Files whose names are not those of images, or that cannot be read."""
 
 
-class DataReport(Record, extra="forbid"):
-    """What preprocessing found in the source."""
+class SourceReport(Record, extra="forbid"):
+    """Statistics of the source, found by preprocessing."""
 
     images: int
     """Images in the source."""
@@ -79,19 +79,19 @@ class DataReport(Record, extra="forbid"):
 
     unreadable: int
     unreadable_examples: tuple[Unreadable, ...]
-    """The first of them."""
+    """The first unreadable images."""
 
     duplicates: int
-    """Images whose content equals that of an earlier one."""
+    """Images whose content equals that of an earlier image."""
 
     width: Spread
     height: Spread
     modes: dict[str, int]
-    """Images of each Pillow mode (`L`, `RGB`, `P`, ...), before conversion."""
+    """Number of images per Pillow mode (`L`, `RGB`, `P`, ...), before conversion."""
 
     warnings: tuple[str, ...]
     left_out: dict[str, Losses] = {}
-    """By class, of the classes that lost files."""
+    """The classes from which files were left out."""
 
 
 class Manifest(Record, extra="forbid"):
@@ -101,7 +101,7 @@ class Manifest(Record, extra="forbid"):
     """Version of this layout."""
 
     classes: tuple[str, ...]
-    """Names; a label is a position in this tuple."""
+    """Class names; a label is a position in this tuple."""
 
     channels: int
     image_size: int
@@ -111,16 +111,16 @@ class Manifest(Record, extra="forbid"):
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    """Of each channel of the training split, on the scale 0..1."""
+    """Per channel of the training split, on the scale 0..1; likewise `mean`."""
 
     encoding: Encoding = "raw"
-    """How images lie in the shards; see `cnn.data.shard_writer`."""
+    """Storage of images in the shards; see `cnn.data.shard_writer`."""
 
-    report: DataReport
+    report: SourceReport
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON: sorted keys, no spaces, UTF-8."""
-        # Versions without these keep the digest that they had before the keys existed.
+        """Returns canonical JSON: sorted keys, no spaces, UTF-8."""
+        # Without these keys, versions keep the digest that they had before the keys existed.
         content = self.model_dump(mode="json")
         if self.encoding == "raw":
             del content["encoding"]
@@ -130,13 +130,13 @@ class Manifest(Record, extra="forbid"):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
-        """Raises InputError if the bytes are no manifest that this version of the code can read."""
+        """Parses a manifest; raises InputError if this version of the code cannot read it."""
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the whole"
-            raise InputError(f"not a dataset manifest this version can read: {where}: {first['msg']}") from error
+            where = ".".join(map(str, first["loc"])) or "all of it"
+            raise InputError(f"not a dataset manifest that this Convoy can read: {where}: {first['msg']}") from error
 
     @property
     def version(self) -> str:
@@ -145,5 +145,5 @@ class Manifest(Record, extra="forbid"):
 
 
 def canonical_json(value: object) -> bytes:
-    """JSON with sorted keys and no spaces, so that equal values have equal bytes and one digest."""
+    """Returns JSON with sorted keys and no spaces, so that equal values have equal bytes and one digest."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -1,4 +1,4 @@
-"""Reading packed images: shards are memory-mapped, and a batch is one vectorised gather."""
+"""Reads packed images from memory-mapped shards; a batch is one vectorised gather."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,16 +12,16 @@ from cnn.errors import InputError
 
 
 class MappedSplit:
-    """One split of a dataset version, N images of one shape, every shard of it here; see `cnn.data.split_reader`.
+    """A split with all its shards on this machine; methods as in `cnn.data.split_reader.SplitReader`.
 
-    The images stay on disk and are paged in as they are touched; processes on one machine share the pages.
-    Only the labels are copied to memory. Do not write to the tensors that come from `slice`.
+    The images stay on disk and are paged in when they are read; processes on one machine share the pages. Only the
+    labels are copied to memory. `slice` returns a view of the file if its images are in one shard.
 
     Args:
-        shards: the split's shards in reading order, at least one; files, or mapped already.
+        shards: the split's shards in reading order, at least one; files or mapped shards.
 
     Raises:
-        InputError: a file is no shard, or the shards do not fit together.
+        InputError: a file is no shard, or the shards differ in image shape.
     """
 
     def __init__(self, shards: Sequence[Path | RawShard]) -> None:
@@ -37,7 +37,7 @@ class MappedSplit:
         for shard in mapped:
             if shard.images.shape[1:] != self._images[0].shape[1:]:
                 raise InputError(
-                    f"{shard.path}: its images are {tuple(shard.images.shape[1:])}, those before it {self.shape}"
+                    f"{shard.path}: its images are {tuple(shard.images.shape[1:])}, those before are {self.shape}"
                 )
         self._ends = torch.tensor([len(images) for images in self._images]).cumsum(0)
 
@@ -45,17 +45,6 @@ class MappedSplit:
         return len(self.labels)
 
     def gather(self, index: Tensor) -> Batch:
-        """The images and labels at `index`, in its order.
-
-        Args:
-            index: int64 [n], each in 0..N-1.
-
-        Returns:
-            uint8 [n, C, H, W] and int64 [n], both in memory.
-
-        Raises:
-            IndexError: an index is out of range.
-        """
         labels = self.labels.index_select(0, index)
         if len(self._images) == 1:
             return self._images[0].index_select(0, index), labels
@@ -67,18 +56,13 @@ class MappedSplit:
         by_shard = torch.empty((len(index), *self.shape), dtype=torch.uint8)
         first = 0
         for images, end, stop in zip(self._images, self._ends.tolist(), stops, strict=True):
-            if first < stop:  # one index_select a touched shard
+            if first < stop:  # one index_select per shard with any of the images
                 local = ordered[first:stop] - (end - len(images))
                 torch.index_select(images, 0, local, out=by_shard[first:stop])
             first = stop
         return by_shard.index_select(0, order.argsort()), labels  # index_copy_ is many times slower on uint8
 
     def slice(self, start: int, stop: int) -> Batch:
-        """The images and labels from `start` up to, not including, `stop`, which is cut to N.
-
-        Returns:
-            uint8 [n, C, H, W] and int64 [n]; a view of the mapped file where one shard holds them all.
-        """
         stop = min(stop, len(self))
         parts, first = [], 0
         for images in self._images:
@@ -91,9 +75,7 @@ class MappedSplit:
         return parts[0] if len(parts) == 1 else torch.cat(parts), self.labels[start:stop]
 
     def batches(self, orders: Iterable[Tensor]) -> Iterator[Batch]:
-        """`gather(row)` for the rows of each of some int64 [rows, n], one after another."""
         return (self.gather(row) for order in orders for row in order)
 
     def blocks(self, size: int, *, first: int = 0, every: int = 1) -> Iterator[Batch]:
-        """The split cut into blocks of `size` images: number `first`, and every `every`-th from there on."""
         return (self.slice(start, start + size) for start in range(first * size, len(self), every * size))

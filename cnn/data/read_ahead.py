@@ -1,4 +1,4 @@
-"""Doing the next items' work on another thread while the present one is in use."""
+"""Produces the next items on another thread while the current item is in use."""
 
 import queue
 import threading
@@ -10,21 +10,21 @@ T = TypeVar("T")
 
 
 def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
-    """The same items, made on a thread, up to `depth` of them before they are asked for.
+    """Yields the same items; a thread produces up to `depth` of them before they are requested.
 
-    The thread starts with the first item that is asked for. What it raises is raised where the item would have come.
-    It ends when the items do, or when this generator is closed or given up.
+    The thread starts when the first item is requested. An error of the thread is raised in place of the item. The
+    thread ends with the last item, or when this generator is closed or garbage-collected.
     """
     ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
-    room = threading.Semaphore(depth)
+    free_slots = threading.Semaphore(depth)
     closed = threading.Event()
 
-    def work() -> None:
+    def produce() -> None:
         end = _End()
         try:
             with closing(items):
                 for item in items:
-                    room.acquire()
+                    free_slots.acquire()
                     if closed.is_set():
                         return
                     ready.put(item)
@@ -32,17 +32,17 @@ def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None
             end = _End(error)
         ready.put(end)
 
-    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread = threading.Thread(target=produce, name="read-ahead", daemon=True)
     thread.start()
     try:
         while not isinstance(item := ready.get(), _End):
-            room.release()
+            free_slots.release()
             yield item
         if item.error:
             raise item.error
     finally:
         closed.set()
-        room.release()
+        free_slots.release()
         thread.join()
 
 

@@ -1,4 +1,4 @@
-"""A shard that is open for reading: images as they are, or as compressed files that are decoded when they are read."""
+"""Opens shards and reads images from them; compressed images are decoded when they are read."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,23 +12,23 @@ from cnn.config.preprocessing import Encoding
 from cnn.data.manifest import Shard
 from cnn.errors import InputError, NotAvailable
 
-TRIES = 20  # a cache shared with others may drop a file between fetching and opening it
+OPEN_ATTEMPTS = 20  # another process may remove a file from a shared cache after it was fetched and before it is open
 
 
 class OpenShard(Protocol):
-    """n images of one shape; the file is mapped, and stays readable if it is removed."""
+    """A mapped shard with n images of one shape; it stays readable after the file is removed."""
 
     path: Path
     labels: Tensor
     """int64 [n], mapped."""
 
     def read(self, index: Tensor, out: Tensor, rows: Tensor) -> None:
-        """Put the images at `index` (int64 [k], each in 0..n-1) into the `rows` (int64 [k]) of `out` (uint8
-        [m, C, H, W], contiguous), one by one."""
+        """Copies the images at `index` (int64 [k], each in 0..n-1) one by one into the `rows` (int64 [k]) of `out`
+        (uint8 [m, C, H, W], contiguous)."""
 
 
 class RawShard:
-    """`images` uint8 [n, C, H, W] and `labels` int64 [n]."""
+    """A shard with `images` uint8 [n, C, H, W] and `labels` int64 [n]."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,12 +46,12 @@ class RawShard:
             out[row].copy_(self.images[number])
 
     def select(self, index: Tensor, out: Tensor) -> None:
-        """Put the images at `index` (int64 [k]) into `out` (uint8 [k, C, H, W], contiguous), all at once."""
+        """Copies the images at `index` (int64 [k]) into `out` (uint8 [k, C, H, W], contiguous), in one operation."""
         torch.index_select(self.images, 0, index, out=out)
 
 
 class EncodedShard:
-    """`encoded` uint8, the files of all images end to end, `offsets` int64 [n+1] and `labels` int64 [n]."""
+    """A shard with `encoded` uint8 (all images' files, concatenated), `offsets` int64 [n+1] and `labels` int64 [n]."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,7 +69,7 @@ class EncodedShard:
             raise InputError(f"{path} is not a shard of encoded images: its offsets do not fit its bytes and labels")
 
     def read(self, index: Tensor, out: Tensor, rows: Tensor) -> None:
-        from torchvision.io import ImageReadMode, decode_image  # only here: its import takes long
+        from torchvision.io import ImageReadMode, decode_image  # slow to import
 
         mode = ImageReadMode.GRAY if out.shape[1] == 1 else ImageReadMode.RGB
         for number, row in zip(index.tolist(), rows.tolist(), strict=True):
@@ -88,10 +88,10 @@ class EncodedShard:
 
 
 def open_shard(path: Path, *, count: int, shape: tuple[int, int, int], encoding: Encoding) -> OpenShard:
-    """Map a shard.
+    """Maps a shard.
 
     Raises:
-        InputError: it is not whole, or not what the manifest says.
+        InputError: the file is damaged, or differs from the manifest.
     """
     shard = RawShard(path) if encoding == "raw" else EncodedShard(path)
     if isinstance(shard, RawShard) and shard.images.shape[1:] != shape:
@@ -104,16 +104,16 @@ def open_shard(path: Path, *, count: int, shape: tuple[int, int, int], encoding:
 def fetch_and_open(
     shard: Shard, fetch: Callable[[Shard], Path], *, shape: tuple[int, int, int], encoding: Encoding
 ) -> OpenShard:
-    """Fetches a shard and maps it at once, since a mapped file stays readable after it has left the cache.
+    """Fetches a shard and maps it immediately, since a mapped file stays readable after the cache has removed it.
 
     Args:
-        fetch: makes a shard a local file and returns its path; it may remove files that it has given out earlier.
+        fetch: fetches a shard into a local file and returns its path; may remove files that it returned earlier.
 
     Raises:
-        InputError: the file is not whole, or not what the manifest says.
-        NotAvailable: each time, it was gone before it could be opened.
+        InputError: the file is damaged, or differs from the manifest.
+        NotAvailable: in all attempts the file was removed before it could be opened.
     """
-    for _ in range(TRIES):
+    for _ in range(OPEN_ATTEMPTS):
         path = fetch(shard)
         try:
             return open_shard(path, count=shard.count, shape=shape, encoding=encoding)
@@ -121,15 +121,15 @@ def fetch_and_open(
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
     raise NotAvailable(
-        f"{path} left the cache {TRIES} times before it could be opened: other processes need more than the cache may "
-        "hold; raise CONVOY_CACHE_BYTES"
+        f"{path} was removed from the cache {OPEN_ATTEMPTS} times before it could be opened: other processes need more "
+        "than the cache may hold; raise CONVOY_CACHE_BYTES"
     )
 
 
 def _tensors(path: Path, *names: str) -> list[Tensor]:
     try:
-        # By its descriptor, since safetensors opens the header and torch the file once more: it may be gone by then.
+        # Opened by descriptor: safetensors and torch each open the file again, and it may be removed in between.
         with path.open("rb") as opened, safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file:
-            return [file.get_tensor(name) for name in names]  # they keep the mapping
+            return [file.get_tensor(name) for name in names]  # the tensors keep the mapping
     except (SafetensorError, FileNotFoundError) as error:
-        raise InputError(f"{path} is not a whole shard ({error}); remove it and it is fetched again") from error
+        raise InputError(f"{path} is not a whole shard ({error}); remove it, so that it is fetched again") from error

@@ -1,4 +1,4 @@
-"""What a reader of a split can do, wherever its images lie."""
+"""The interface of all readers of splits."""
 
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -6,19 +6,19 @@ from typing import Protocol
 from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]
-"""Images uint8 [n, C, H, W] and labels int64 [n], in host memory; not to be written to."""
+"""Images uint8 [n, C, H, W] and labels int64 [n], in host memory; do not write to them."""
 
 
 class SplitReader(Protocol):
     """One split of a dataset version, N images of one shape.
 
-    All readers of a split give the same bits. `MappedSplit` has every shard here and mapped; `StreamedSplit` brings
-    them when they are needed.
+    All readers of a split return the same bits. `MappedSplit` maps all shards from this machine's disk; `StreamedSplit`
+    fetches each shard when it is needed.
     """
 
     @property
     def labels(self) -> Tensor:
-        """int64 [N]; where not all shards are here it may take a pass over them."""
+        """int64 [N]. A reader that does not have all shards may have to fetch them."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -27,13 +27,18 @@ class SplitReader(Protocol):
     def __len__(self) -> int: ...
 
     def gather(self, index: Tensor) -> Batch:
-        """The images and labels at `index` (int64 [n]), in its order. Raises IndexError."""
+        """Returns the images and labels at `index` (int64 [n], each in 0..N-1), in its order, in memory.
+
+        Raises:
+            IndexError: an index is out of range.
+            InputError: a shard is damaged. An error of fetching it is raised as it is.
+        """
 
     def slice(self, start: int, stop: int) -> Batch:
-        """The images and labels from `start` up to, not including, `stop`, which is cut to N."""
+        """Returns the images and labels from `start` up to, not including, `stop`, which is cut to N."""
 
     def batches(self, orders: Iterable[Tensor]) -> Iterator[Batch]:
-        """`gather(row)` for the rows of each of some int64 [rows, n], one after another; made ahead if that helps."""
+        """Yields `gather(row)` for all rows of each order (int64 [rows, n]), in sequence; may read ahead."""
 
     def blocks(self, size: int, *, first: int = 0, every: int = 1) -> Iterator[Batch]:
-        """The split cut into blocks of `size` images: number `first`, and every `every`-th from there on."""
+        """Cuts the split into blocks of `size` images; yields block `first`, and each `every`-th block after it."""

@@ -1,7 +1,7 @@
-"""Which split an image belongs to: a pure function of the seed and of the image's own content.
+"""Assigns images to splits: a pure function of the seed and of the image's own content.
 
-So new images never move an old one from the test split into training, and equal images share a split.
-Every image has a *key*, a uniform 64-bit number; a split is a range of keys.
+So new images never move an old image from the test split into training, and equal images share a split. Each image
+has a *key*, a uniform 64-bit number; a split is a range of keys.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ Pixels = NDArray[np.uint8]
 Split = Literal["train", "val", "test"]
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-"""Arrays of splits hold positions in this tuple."""
+"""Arrays of splits contain positions in this tuple."""
 
 TRAIN, VAL, TEST = 0, 1, 2
 UNDECIDED = -1
-"""The source does not say which split an image belongs to; after assignment: the image is left out."""
+"""The split of an image to which the source assigns none; after `assign`, of an image that is left out."""
 
 
 def content_keys(seed: int, digests: Sequence[bytes]) -> NDArray[np.uint64]:
-    """The key of each image: the first 8 bytes of SHA-256(seed, content digest)."""
+    """Returns the key of each image: the first 8 bytes of SHA-256(seed, content digest)."""
     start = hashlib.sha256(seed.to_bytes(8, "little"))
     keys = bytearray()
     for digest in digests:
@@ -38,10 +38,10 @@ def content_keys(seed: int, digests: Sequence[bytes]) -> NDArray[np.uint64]:
 def assign(
     official: NDArray[np.int8], keys: NDArray[np.uint64], *, val_fraction: float, test_fraction: float
 ) -> NDArray[np.int8]:
-    """The split of each image, as positions in `SPLITS`.
+    """Returns the split of each image, as positions in `SPLITS`.
 
-    Official validation and test splits stay as they are. Where the source has no test split, `test_fraction`
-    of the other images becomes one; where it has no validation split, `val_fraction` of what then remains.
+    Official validation and test splits stay as they are. If the source has no test split, `test_fraction` of the
+    other images become one; if it has no validation split, `val_fraction` of the remaining images become one.
     """
     hold_test = 0.0 if (official == TEST).any() else test_fraction
     hold_val = 0.0 if (official == VAL).any() else (1 - hold_test) * val_fraction
@@ -53,16 +53,16 @@ def assign(
 def thin_out(
     splits: NDArray[np.int8], labels: NDArray[np.int64], keys: NDArray[np.uint64], limit: int
 ) -> NDArray[np.int8]:
-    """Keep at most `limit` images of each split, the others become `UNDECIDED`.
+    """Keeps at most `limit` images of each split; the others become `UNDECIDED`.
 
-    The classes take turns, each giving the image with its lowest key first, so every class is there before
-    any is there twice.
+    The classes take turns, and each adds its images in the order of their keys, so no class has a second image before
+    all classes have one.
     """
     kept = np.full_like(splits, UNDECIDED)
     for split in range(len(SPLITS)):
         members = np.flatnonzero(splits == split)
         by_class = members[np.lexsort((keys[members], labels[members]))]
-        starts = np.searchsorted(labels[by_class], labels[by_class])  # where each image's class begins
+        starts = np.searchsorted(labels[by_class], labels[by_class])  # of each image's class
         turns = np.arange(len(by_class)) - starts
         chosen = by_class[np.lexsort((by_class, keys[by_class], turns))[:limit]]
         kept[chosen] = split

@@ -1,9 +1,9 @@
 """Lanes: data-parallel training whose result does not depend on the number of ranks.
 
 A global batch is cut into `lanes` equal parts. A rank of W runs lanes/W of them, one after another, and the lanes'
-gradients are added over a balanced binary tree: its lower levels inside a rank, its upper levels between ranks in
-pairs. Floating-point addition is commutative but not associative, so what fixes the bits is which partial sums are
-added, and the tree fixes that for every W. A W that divides the lanes only moves the line between the levels.
+gradients are added over a balanced binary tree: its lower levels inside a rank, its upper levels between pairs of
+ranks. Floating-point addition is commutative but not associative, so the bits depend on which partial sums are added.
+The tree fixes these for every W that divides the lanes; W only moves the border between the levels.
 
        rank 0      rank 1                    rank 0
       0  1 | 2  3                  0  1  2  3
@@ -11,7 +11,7 @@ added, and the tree fixes that for every W. A W that divides the lanes only move
         └──+──┘                      └──+─┘
 
 Related: EasyScale (Li et al., SC '23) makes elastic training consistent by replaying virtual workers in the order
-of a ring all-reduce; a tree lets the ranks do most of the adding before they talk.
+of a ring all-reduce; with a tree, ranks do most of the adding before they communicate.
 """
 
 import queue
@@ -27,21 +27,21 @@ from torch.nn.parallel import DistributedDataParallel
 from cnn.distributed.world_size import check_world_size
 
 SPLIT_BYTES = 1 << 16
-"""A smaller tensor is summed whole: then the number of messages counts, not their size. No part of the result."""
+"""Smaller tensors are exchanged whole: there the number of messages matters, not their size. Not part of the result."""
 
 IN_FLIGHT_BYTES = 1 << 19
-"""What two ranks swap at a time, over a network: more at once overflows queues on the way, and TCP then backs off; less
-pays the latency too often. With more ranks there are more rounds to pay it in. No part of the result."""
+"""Bytes that two ranks swap at a time. Over a network, more would overflow queues on the way, so that TCP backs off;
+less would pay the latency too often. With more ranks there are more rounds with a latency. Not part of the result."""
 
 
 class PartialSums:
-    """The lower levels of the tree: adds equally shaped lists of tensors, pushed in lane order, two by two."""
+    """The lower levels of the tree: adds pairs of equally shaped lists of tensors, which are pushed in lane order."""
 
     def __init__(self) -> None:
-        self._sums: list[tuple[int, list[Tensor]]] = []  # (level, tensors), levels falling, as in a binary counter
+        self._sums: list[tuple[int, list[Tensor]]] = []  # (level, tensors), highest level first, like a binary counter
 
     def push(self, tensors: list[Tensor]) -> None:
-        """Add a leaf. The tensors become the tree's own and are changed in place."""
+        """Adds a leaf, and takes over its tensors, which are changed in place."""
         level = 0
         while self._sums and self._sums[-1][0] == level:
             torch._foreach_add_(tensors, self._sums.pop()[1])
@@ -49,36 +49,35 @@ class PartialSums:
         self._sums.append((level, tensors))
 
     def fold_into(self, index: int, last: Tensor) -> None:
-        """Add tensor `index` of every open partial sum to `last`, the last leaf, lowest level first, in place."""
+        """Adds tensor `index` of each open partial sum to `last`, the last leaf, lowest level first, in place."""
         for _, tensors in reversed(self._sums):
             last.add_(tensors[index])
 
     def pop_total(self) -> list[Tensor]:
-        """The sum of all leaves, of which there were a power of two; the tree is empty again."""
+        """Returns the sum of all leaves, whose number must be a power of two, and empties the tree."""
         ((_, total),) = self._sums
         self._sums.clear()
         return total
 
     def clear(self) -> None:
-        """Forget all leaves."""
+        """Empties the tree."""
         self._sums.clear()
 
 
 class Exchange:
     """The upper levels of the tree: sums tensors over the ranks in pairs.
 
-    A small tensor is swapped whole, in log2(world size) rounds. Of a large one each rank adds up a part: in each round
-    the two of a pair keep half of what both hold each, and afterwards the parts are handed round on the same way back
-    (recursive halving and doubling: Thakur, Rabenseifner and Gropp, 2005). So a rank of W sends 2·(W-1)/W times the
-    tensor rather than log2(W) times, and each element is still added over the same tree.
+    A small tensor is swapped whole, in log2(world size) rounds. Of a large tensor each rank adds up one part: in each
+    round both ranks of a pair keep one half each of the part that they share. Afterwards the sums travel back in
+    reverse order (recursive halving and doubling: Thakur, Rabenseifner and Gropp, 2005). So a rank of W sends 2·(W-1)/W
+    times the tensor rather than log2(W) times, and each element is still added over the same tree.
 
-    On a CPU one thread issues every exchange, in the order in which they were handed over, so that ranks never
-    disagree about which comes next and the exchange overlaps what is computed meanwhile. (Chaining the rounds as
-    callbacks of futures has been seen to corrupt gradients at four ranks.) On a GPU the rounds are queued on the
-    current stream, which does both.
+    On a CPU one thread performs all exchanges in the order of their submission, so that all ranks use the same order,
+    and the exchange overlaps with computation. (Chaining the rounds as callbacks of futures has been seen to corrupt
+    gradients at four ranks.) On a GPU the rounds are queued on the current stream, with the same two effects.
 
     Args:
-        group: process group of all ranks, used by nothing else. None for a single process.
+        group: process group of all ranks, for the exclusive use of this object. None for a single process.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -90,7 +89,7 @@ class Exchange:
         self._thread.start()
 
     def submit(self, tensor: Tensor, prepare: Callable[[], None] = lambda: None) -> Future[Tensor]:
-        """Run `prepare`, then sum `tensor` over all ranks, in place; equal bits on every rank."""
+        """Runs `prepare`, then sums `tensor` over all ranks, in place; equal bits on every rank."""
 
         def job() -> Tensor:
             prepare()
@@ -104,7 +103,7 @@ class Exchange:
         return future
 
     def close(self) -> None:
-        """Finish what was submitted, and end the thread."""
+        """Finishes the submitted exchanges, and ends the thread."""
         self._jobs.put(None)
         self._thread.join()
 
@@ -113,11 +112,11 @@ class Exchange:
             job, future = item
             try:
                 future.set_result(job())
-            except Exception as error:  # raised by who waits; this thread must live to answer the others
+            except Exception as error:  # raised where the sum is awaited; this thread goes on with the others
                 future.set_exception(error)  # type: ignore[arg-type]
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        """Sum a vector over all ranks, in place."""
+        """Sums a vector over all ranks, in place."""
         at_a_time = IN_FLIGHT_BYTES * (1 if self.world_size == 2 else 4) // tensor.element_size()
         for piece in [tensor] if tensor.is_cuda else torch.split(tensor, at_a_time):
             self._sum_piece(piece)
@@ -144,7 +143,7 @@ class Exchange:
             mine = slice(min(mine.start, given.start), max(mine.stop, given.stop))
 
     def _swap(self, ours: Tensor, theirs: Tensor, distance: int) -> None:
-        """Send `ours` to the rank at this distance, and receive what it sends into `theirs`."""
+        """Sends `ours` to the rank at this distance, and receives its tensor into `theirs`."""
         peer = self.rank ^ distance
         swap = [
             dist.P2POp(dist.isend, ours, group=self._group, group_peer=peer),
@@ -155,16 +154,15 @@ class Exchange:
 
 
 class LaneParallel:
-    """A network whose gradients and buffers are those of all lanes of a global batch, whatever the number of ranks.
+    """Computes gradients and buffers of a network over all lanes of a global batch, for any number of ranks.
 
-    Use, in every step: `run(lane, loss_of)` for each of `lanes_here` in order; then gradients and buffers are those
-    of the whole batch on every rank.
+    In every step call `run(lane, forward)` for each of `lanes_here` in order, then `finish()`. Gradients and buffers
+    are then those of the whole batch, on every rank.
 
     Args:
         network: the network, on its device, with equal weights on every rank.
         lanes: number of lanes; a power of two.
-        exchange: between the ranks.
-        on_computed: called in each step when this rank's last gradient is computed; what follows is waiting.
+        on_computed: called in each step when this rank has computed its last gradient, and starts to wait.
 
     Raises:
         InputError: the world size does not divide the lanes.
@@ -191,7 +189,7 @@ class LaneParallel:
         self._figures_size = 0
         self._gradients, self._message = PartialSums(), PartialSums()
         self._reduced_message: Future[Tensor] = Future()
-        # Buffers are averaged here, and equal at the start, so DDP need not send them.
+        # `finish` averages the buffers, which are equal at the start, so DDP need not send them.
         self._ddp = DistributedDataParallel(
             network,
             device_ids=[p.device for p in self._parameters[:1] if p.is_cuda] or None,
@@ -200,19 +198,19 @@ class LaneParallel:
         self._ddp.register_comm_hook(None, self._reduce_bucket)
 
     def run(self, lane: int, forward: Callable[[nn.Module], tuple[Tensor, Tensor]]) -> None:
-        """Run one lane forward and backward; on the last lane here, the sums over all lanes arrive meanwhile.
+        """Runs one lane forward and backward; during the last lane, gradients are summed over all lanes.
 
         Args:
             lane: the next of `lanes_here`.
-            forward: given the network to call, returns the lane's mean loss (scalar) and figures to be summed over
-                all lanes (float64 vector, the same length in every lane).
+            forward: gets the network to call; returns the lane's mean loss (scalar) and figures to be summed over all
+                lanes (float64 vector, the same length in every lane).
         """
         last = lane == self.lanes_here[-1]
         if lane == self.lanes_here[0]:
             self._buffers_before = [buffer.clone() for buffer in self._buffers]
         elif self._buffers:
             torch._foreach_copy_(self._buffers, self._buffers_before)
-        # DDP reduces gradients after its own forward only, so earlier lanes go round it.
+        # DDP reduces gradients only after its own forward, so earlier lanes call the network directly.
         loss, figures = forward(self._ddp if last else self._ddp.module)
         self._figures_size = figures.numel()
         buffers = [torch.cat([buffer.flatten() for buffer in self._averaged]).double()] if self._averaged else []
@@ -224,7 +222,7 @@ class LaneParallel:
             self._gradients.push([_take_gradient(parameter) for parameter in self._parameters])
 
     def finish(self) -> Tensor:
-        """Set the buffers to their average over all lanes and return the summed figures, on the device."""
+        """Sets the buffers to their average over all lanes; returns the summed figures, on the device."""
         self._gradients.clear()
         message = self._reduced_message.wait()
         figures, sums = message[: self._figures_size], message[self._figures_size :]
@@ -236,15 +234,15 @@ class LaneParallel:
         return figures
 
     def _reduce_bucket(self, _: None, bucket: dist.GradBucket) -> Future[Tensor]:
-        """DDP's communication hook: fold in this rank's earlier lanes, then exchange with the other ranks."""
+        """Adds this rank's earlier lanes, then exchanges with the other ranks; called by DDP for each bucket."""
         if bucket.is_last():
             self._on_computed()
         pairs = list(zip(bucket.parameters(), bucket.gradients(), strict=True))
 
         def fold_earlier_lanes() -> None:
             for parameter, gradient in pairs:
-                # The bucket's memory is in the parameter's own order (channels_last, say), but the views that DDP
-                # hands out are strided as if it were contiguous.
+                # The bucket's memory is in the parameter's own order (such as channels_last), but DDP's views are
+                # strided as if it were contiguous.
                 view = gradient.as_strided(parameter.shape, parameter.stride(), gradient.storage_offset())
                 self._gradients.fold_into(self._index[id(parameter)], view)
 

@@ -1,4 +1,4 @@
-"""The processes of a training: their group, device, threads and deterministic arithmetic."""
+"""Sets up the processes of a training: their group, device, threads and deterministic arithmetic."""
 
 import os
 from collections.abc import Iterator
@@ -10,22 +10,21 @@ import torch.distributed as dist
 
 from cnn.distributed.lanes import Exchange
 
-THREADS_PER_RANK = 1  # another count would add a convolution's weight gradient in another order
+THREADS_PER_RANK = 1  # another number would add a convolution's weight gradient in another order
 EXCHANGE_TIMEOUT = timedelta(minutes=10)
 
 
 @contextmanager
 def process_group(store: dist.Store | None = None) -> Iterator[tuple[torch.device, Exchange]]:
-    """Joins the processes that torchrun started, or is a single one; yields this rank's device and the exchange.
+    """Joins the ranks that torchrun started, or sets up a single process; yields this rank's device and the exchange.
 
-    After an error a group of several ranks is not destroyed, since that may wait for ranks that wait for this one
-    (NCCL's does). The process must then end itself: this closes its connections, so that the other ranks stop waiting.
-
-    Rank and world size come from the variables that torchrun sets (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`).
+    After an error a group of several ranks is not destroyed, since its destruction may wait for ranks that wait for
+    this one (with NCCL it does). The process must then exit: this closes its connections, so that the other ranks stop
+    waiting. Rank and world size are read from torchrun's variables (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`).
 
     Args:
-        store: where the ranks meet; None for torchrun's own (`MASTER_ADDR`, `MASTER_PORT`), or for a single process
-            without torchrun, memory.
+        store: rendezvous of the ranks; None: torchrun's (`MASTER_ADDR`, `MASTER_PORT`), or memory for a single process
+            without torchrun.
     """
     device = local_device()
     if store is None and "WORLD_SIZE" not in os.environ:
@@ -37,7 +36,7 @@ def process_group(store: dist.Store | None = None) -> Iterator[tuple[torch.devic
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         timeout=EXCHANGE_TIMEOUT,
     )
-    group = dist.new_group(timeout=EXCHANGE_TIMEOUT)  # which does not inherit the first group's
+    group = dist.new_group(timeout=EXCHANGE_TIMEOUT)  # it does not inherit the first group's
     assert isinstance(group, dist.ProcessGroup)
     exchange = Exchange(group)
     try:
@@ -51,7 +50,7 @@ def process_group(store: dist.Store | None = None) -> Iterator[tuple[torch.devic
 
 
 def local_device() -> torch.device:
-    """This rank's device: the CUDA device of its local rank, or the CPU."""
+    """Returns this rank's device: the CUDA device of its local rank, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -60,16 +59,16 @@ def local_device() -> torch.device:
 
 
 def device_count() -> int:
-    """How many ranks this machine runs at once: one per GPU, or one per CPU core that this process may use."""
+    """Returns the number of ranks that this machine can run: one per GPU, or one per CPU core of this process."""
     return torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
 def make_deterministic() -> None:
-    """Choose deterministic kernels and a fixed number of threads; call it before anything is computed."""
+    """Selects deterministic kernels and a fixed number of threads; call it before any computation."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(THREADS_PER_RANK)
-    # `use_deterministic_algorithms` does the same, and loads torch.compile, which takes seconds and is not used here.
+    # `use_deterministic_algorithms` does the same, but loads torch.compile, which takes seconds and is not used here.
     torch.set_deterministic_debug_mode("error")
-    # It guards against bugs, at a cost in every step.
+    # Filling would only guard against bugs, at a cost in every step.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False

@@ -1,1 +1,1 @@
-"""Scores of a network on a split, and how well its probabilities are calibrated."""
+"""Scores of a network on a split, and the calibration of its probabilities."""

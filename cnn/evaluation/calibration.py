@@ -13,12 +13,11 @@ from cnn.data.manifest import Record
 from cnn.errors import InputError
 
 BINS = 15
-"""Of equal width, as in the paper."""
+"""Number of bins of equal width, as in the paper."""
 
-LOWEST, HIGHEST = 0.05, 20.0
-"""Temperatures are kept between these."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 
-PRIOR = 0.2
+PRIOR_STD = 0.2
 """Standard deviation of the Gaussian prior on log T, whose mean is 0."""
 
 FOLDS = 5
@@ -27,43 +26,43 @@ FOLDS = 5
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Returns the temperature T for which softmax(logits / T) gives the labels a small mean cross-entropy, or 1.
 
-    On few images, or on images without a mistake, the temperature of least cross-entropy is far from what other images
-    need, down to 0. So a Gaussian prior holds log T near 0, one image's worth of labels is spread over all images and
-    classes (as in Platt, "Probabilistic Outputs for Support Vector Machines", 1999), and T stays 1 unless temperatures
-    fitted to four fifths of the images give the remaining fifth a smaller cross-entropy, by more than two standard
-    errors. T also stays 1 where no image is misclassified: such images cannot show overconfidence.
-    The strengths were chosen on simulated and real splits of 30 to 10 000 images.
+    On few images, or on images without a mistake, the temperature of least cross-entropy is far from the one that
+    other images need, down to 0. So a Gaussian prior keeps log T near 0, one image's worth of labels is spread over all
+    images and classes (as in Platt, "Probabilistic Outputs for Support Vector Machines", 1999), and T stays 1 unless
+    temperatures fitted to four fifths of the images give the remaining fifth a smaller cross-entropy, by more than two
+    standard errors. T also stays 1 if no image is misclassified: such images cannot show overconfidence. The strengths
+    were chosen on simulated and real splits of 30 to 10 000 images.
 
-    Fit it on the validation split: neither the weights nor the test know of it then.
+    Fit T on the validation split: the weights were not trained on it, and the test images stay unused.
 
     Args:
         logits: float N×classes, N ≥ 1.
         labels: int64 N.
 
     Returns:
-        T in 0.05 … 20, to six decimals; above 1 for a network that is too sure of itself.
+        T in 0.05 … 20, to six decimals; above 1 for an overconfident network.
 
     Raises:
-        InputError: there is no image, or a logit is not finite.
+        InputError: there are no images, or a logit is not finite.
     """
     if not len(logits) or not bool(logits.isfinite().all()):
         raise InputError("a temperature needs at least one image, and logits that are finite")
     scores = logits.double()
     scores = scores - scores.amax(1, keepdim=True)  # changes no probability, and keeps the squares small
-    return round(1 / _inverse(scores, labels), 6) if _helps_elsewhere(scores, labels) else 1.0
+    return round(1 / _inverse_temperature(scores, labels), 6) if _improves_held_out(scores, labels) else 1.0
 
 
-def remark(temperature: float) -> str:
-    """Returns a remark for readers about a fitted temperature; empty if none is needed."""
-    if temperature in (LOWEST, HIGHEST):
+def temperature_note(temperature: float) -> str:
+    """Returns a note about a fitted temperature for readers of the report; empty if none is needed."""
+    if temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE):
         return f"the temperature is at its limit of {temperature:g}: do not rely on the probabilities"
     if temperature == 1:
-        return "probabilities stay as trained: no fitted temperature was shown to improve them on other images"
+        return "probabilities stay as trained: no fitted temperature improves them reliably on other images"
     return ""
 
 
-def _helps_elsewhere(scores: Tensor, labels: Tensor) -> bool:
-    """Returns whether fitted temperatures lower the cross-entropy of held-out images, beyond chance."""
+def _improves_held_out(scores: Tensor, labels: Tensor) -> bool:
+    """Checks whether fitted temperatures lower the cross-entropy of held-out images, beyond chance."""
     count = len(scores)
     if count < 2 or bool((scores.argmax(1) == labels).all()):
         return False
@@ -72,19 +71,19 @@ def _helps_elsewhere(scores: Tensor, labels: Tensor) -> bool:
     fold = torch.arange(count) % folds
     for each in range(folds):
         held, rest = fold == each, fold != each
-        fitted = _inverse(scores[rest], labels[rest]) * scores[held]
-        losses = (F.cross_entropy(values, labels[held], reduction="none") for values in (scores[held], fitted))
+        scaled = _inverse_temperature(scores[rest], labels[rest]) * scores[held]
+        losses = (F.cross_entropy(values, labels[held], reduction="none") for values in (scores[held], scaled))
         gains[held] = next(losses) - next(losses)
     return float(gains.mean()) > 2 * float(gains.std()) / math.sqrt(count)
 
 
-def _inverse(scores: Tensor, labels: Tensor) -> float:
-    """Returns the likeliest 1/T, by Newton's method in a bracket, which takes no random start and no step size."""
+def _inverse_temperature(scores: Tensor, labels: Tensor) -> float:
+    """Returns the likeliest 1/T, by Newton's method in a bracket, which needs no random start and no step size."""
     count = len(scores)
-    spread = 1 / (count + 1)  # of the labels' weight, over all classes: sharpening is never free
+    spread = 1 / (count + 1)  # share of the labels' weight that goes to all classes, so that a small T always costs
     wanted = (1 - spread) * scores.gather(1, labels[:, None]).mean() + spread * scores.mean()
-    inverse, low, high = 1.0, 1 / HIGHEST, 1 / LOWEST
-    strength = 1 / (count * PRIOR**2)
+    inverse, low, high = 1.0, 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
+    strength = 1 / (count * PRIOR_STD**2)
     for _ in range(100):
         probabilities = (inverse * scores).softmax(1)
         mean = (probabilities * scores).sum(1)
@@ -100,29 +99,29 @@ def _inverse(scores: Tensor, labels: Tensor) -> float:
 
 
 class Reliability(Record):
-    """Images in bins of equal width by the probability of their predicted class; 0.0 in bins without any."""
+    """Confidence and accuracy of images in bins of equal width by confidence; 0.0 in empty bins."""
 
     counts: tuple[int, ...]
     confidence: tuple[float, ...]
     """Mean probability of the predicted class."""
 
     accuracy: tuple[float, ...]
-    """Share of the images that are right."""
+    """Share of images that are classified correctly."""
 
     @property
     def ece(self) -> float:
-        """Expected calibration error: the mean distance between confidence and accuracy, weighted by images."""
+        """Expected calibration error: the mean difference of confidence and accuracy, weighted by images."""
         bins = zip(self.counts, self.confidence, self.accuracy, strict=True)
         return sum(count * abs(sure - right) for count, sure, right in bins) / sum(self.counts)
 
 
 def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Reliability:
-    """Compare what a network promises with what it keeps.
+    """Compares the confidence of predictions with their accuracy.
 
     Args:
         probabilities: float N×classes, N ≥ 1.
         labels: int64 N.
-        bins: a bin holds its lower edge; the last one also its upper one.
+        bins: number of bins; a bin contains its lower edge, the last bin also its upper edge.
     """
     confidence, predicted = probabilities.double().max(1)
     places = (confidence * bins).long().clamp_max(bins - 1)

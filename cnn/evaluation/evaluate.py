@@ -1,4 +1,4 @@
-"""Exact evaluation: every image once, no padding, and the same numbers for every world size."""
+"""Evaluates networks exactly: every image once, without padding, with equal results for every world size."""
 
 import os
 from collections import deque
@@ -16,8 +16,8 @@ from cnn.data.split_reader import Batch, SplitReader
 from cnn.distributed.lanes import Exchange
 from cnn.distributed.process_group import THREADS_PER_RANK
 
-EVAL_BATCH = 250  # images; part of the result's last bits, hence no option
-BLOCKS_AT_ONCE = 8  # batches that a CPU computes side by side, at most; each takes memory for its activations
+EVAL_BATCH = 250  # images; it changes the last bits of the result, so it is no option
+MAX_PARALLEL_BATCHES = 8  # on a CPU; each takes memory for its activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,33 +33,33 @@ def predict_logits(
 ) -> Tensor:
     """Returns the logits of every image of a split, in its order: float32 N×classes, on the CPU.
 
-    On a CPU several batches are computed side by side, each on as many threads as a rank has, so the bits do not depend
-    on the machine's number of cores.
+    On a CPU several batches are computed in parallel, each on as many threads as a rank has, so the bits do not depend
+    on the number of cores.
 
     Args:
-        network: takes uint8 images, normalisation included.
-        on_progress: called with the number of images done since the last call.
+        network: takes uint8 images, and includes normalisation.
+        on_progress: called with the number of images that were evaluated since the last call.
     """
     parts = []
     with _evaluating(network):
-        for logits in _of_blocks(partial(_logits, network, device), split.blocks(EVAL_BATCH), device):
+        for logits in _outputs(partial(_logits, network, device), split.blocks(EVAL_BATCH), device):
             parts.append(logits)
             on_progress(len(logits))
     return torch.cat(parts)
 
 
-@torch.inference_mode()  # a thread's own state
+@torch.inference_mode()  # a state per thread
 def _logits(network: nn.Module, device: torch.device, images: Tensor) -> Tensor:
     logits: Tensor = network(images.to(device))
     return logits.float().cpu()
 
 
-def _of_blocks(forward: Callable[[Tensor], Tensor], blocks: Iterable[Batch], device: torch.device) -> Iterator[Tensor]:
+def _outputs(forward: Callable[[Tensor], Tensor], blocks: Iterable[Batch], device: torch.device) -> Iterator[Tensor]:
     """Yields the output of `forward` for each block's images, in their order."""
     if device.type != "cpu":
         yield from (forward(images) for images, _ in blocks)
         return
-    threads, workers = torch.get_num_threads(), min(BLOCKS_AT_ONCE, len(os.sched_getaffinity(0)))
+    threads, workers = torch.get_num_threads(), min(MAX_PARALLEL_BATCHES, len(os.sched_getaffinity(0)))
     waiting: deque[Future[Tensor]] = deque()
     try:
         with ThreadPoolExecutor(workers, "evaluate", torch.set_num_threads, (THREADS_PER_RANK,)) as pool:
@@ -70,17 +70,17 @@ def _of_blocks(forward: Callable[[Tensor], Tensor], blocks: Iterable[Batch], dev
             while waiting:
                 yield waiting.popleft().result()
     finally:
-        torch.set_num_threads(threads)  # what the workers have set holds for threads to come, too
+        torch.set_num_threads(threads)  # the workers' setting also affects later threads
 
 
 def evaluate(network: nn.Module, split: SplitReader, device: torch.device, exchange: Exchange) -> Score:
-    """Score a split, each rank taking every world-size-th batch.
+    """Computes the score of a split; each rank evaluates every W-th batch, W being the world size.
 
-    The sums of each batch travel, not those of each rank, and are added in one order, so that the number of ranks
-    cannot change the result.
+    Ranks exchange the sums of each batch rather than sums per rank, and add them in one order, so that the number of
+    ranks cannot change the result.
 
     Args:
-        network: takes uint8 images, normalisation included; equal on every rank.
+        network: takes uint8 images, and includes normalisation; equal on every rank.
     """
     rank, ranks = exchange.rank, exchange.world_size
     sums = torch.zeros(-(-len(split) // EVAL_BATCH), 2, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Where labelled images come from: one module a format, and one door, `open_source`."""
+"""Reads labelled images: one module per format, and `open_source`, which opens any of them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,13 +25,13 @@ def open_source(
     """Opens and checks a source.
 
     Args:
-        files: path inside the source (relative, posix: `train/cat/1.png`) → local file of any name; or, of a
-            `folder`, files that lie elsewhere.
-        classes: names of the labels 0, 1, ... of an `idx` source, which has none of its own.
-        left_out: of a `folder`: what it holds beside the files, if only its images are given.
+        files: path inside the source (relative, posix: `train/cat/1.png`) → local file of any name; for a `folder` also
+            files that are stored elsewhere.
+        classes: names of the labels 0, 1, ... of an `idx` source, which contains no names.
+        left_out: other files of a `folder`, if `files` contains its images only.
 
     Raises:
-        InputError: the source is damaged or is no labelled collection of images.
+        InputError: the source is damaged, or is no collection of labelled images.
     """
     if format == "folder":
         return FolderImages(LocalFiles(files) if isinstance(files, Mapping) else files, left_out)

@@ -1,4 +1,4 @@
-"""A zip or tar archive of class folders; members are read into memory, never extracted to a path."""
+"""Reads a zip or tar archive of class folders; members are read into memory, never extracted to a path."""
 
 import lzma
 import os
@@ -19,26 +19,36 @@ from cnn.formats.layout import arrange
 from cnn.formats.tar import tar_stream
 
 BLOCK_IMAGES = 32
-BLOCK_BYTES = 8 * 2**20  # encoded; a block ends when it has this many bytes or that many images
+BLOCK_BYTES = 8 * 2**20  # encoded; a block ends when it reaches this size or that number of images
 
-MAX_MEMBER = 256 * 2**20
-"""Bytes of the largest member accepted, uncompressed."""
+MAX_MEMBER_BYTES = 256 * 2**20
+"""Largest uncompressed size of a member."""
 
-MAX_RATIO, FREE_SIZE = 100, 2**30
-"""Together members may be this many times larger than the archive, or one gigabyte if that is more."""
+MAX_EXPANSION, ALWAYS_ALLOWED_BYTES = 100, 2**30
+"""All members together may be so many times larger than the archive, or have so many bytes if that is more."""
 
+_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-"""Ways of compressing a zip's member that are understood."""
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    ValueError,
+    OSError,
+    struct.error,
+)
+"""Errors of zipfile when an archive is damaged."""
 
 _UTF8_FLAG = 0x800
 
 
 class Member(NamedTuple):
-    """What an archive's own list says about a member."""
+    """An entry of an archive's list of members."""
 
     name: str
-    """See `normal_name`."""
+    """As returned by `normal_name`."""
 
     size: int
     is_folder: bool
@@ -46,18 +56,18 @@ class Member(NamedTuple):
 
 
 class ArchiveImages:
-    """One archive; its kind is recognised by its content, whatever the local file is called.
+    """The images of one archive, whose kind is recognised by its content rather than its name.
 
     Raises:
-        InputError: the archive is damaged, has a member that points outside of it or is no plain file, is
-            suspiciously large when uncompressed, or see `cnn.formats.layout.arrange`.
+        InputError: the archive is damaged, has a member that points outside of it or is no plain file, is suspiciously
+            large when uncompressed, or is refused by `cnn.formats.layout.arrange`.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         if len(files) != 1:
             raise InputError(f"expected one archive, found {len(files)} files")
         ((self._name, self._path),) = files.items()
-        with self._path.open("rb") as stream:  # a zip may have a program before it that unpacks it
+        with self._path.open("rb") as stream:  # a self-extracting zip begins with a program
             self._is_zip = stream.read(2) == b"PK" or self._name.lower().endswith(".zip")
         members = check_members(self._name, self._path, self._list_zip() if self._is_zip else self._list_tar())
         stored = [member.name for member in members if member.is_file]
@@ -103,28 +113,30 @@ class ArchiveImages:
                     name = self._zip_name(info)
                     if info.flag_bits & 1:
                         raise InputError(f"{self._name}: member {name} is encrypted; pack it without a password")
-                    if info.compress_type not in _METHODS:
+                    if info.compress_type not in _ZIP_METHODS:
                         raise InputError(
                             f"{self._name}: member {name} is compressed by method {info.compress_type} (9: Deflate64), "
-                            "which is not supported; pack it anew with another program"
+                            "which is not supported; pack it again with another program"
                         )
-                    kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the zip was not made on Unix
+                    kind = stat.S_IFMT(info.external_attr >> 16)  # 0 if the zip was not made on Unix
                     is_folder = info.orig_filename.endswith(("/", "\\"))
                     yield Member(name, info.file_size, is_folder, not is_folder and kind in (0, stat.S_IFREG))
         except InputError:
             raise
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OSError, struct.error) as error:
+        except _ZIP_ERRORS as error:
             raise InputError(f"{self._name} is not a whole zip archive ({error}); fetch it again") from error
 
     def _zip_name(self, info: zipfile.ZipInfo) -> str:
-        encoding = "utf-8" if info.flag_bits & _UTF8_FLAG else "cp437"  # what zipfile has decoded it by
+        encoding = "utf-8" if info.flag_bits & _UTF8_FLAG else "cp437"  # with which zipfile has decoded the name
         return normal_name(self._name, info.orig_filename.encode(encoding).partition(b"\0")[0])
 
     def _list_tar(self) -> Iterator[Member]:
         with tar_stream(self._name, self._path) as members:
             for member, _ in members:
-                name = normal_name(self._name, _tar_name(member.name))
-                yield Member(name, member.size, member.isdir(), member.isreg())
+                yield Member(self._tar_name(member.name), member.size, member.isdir(), member.isreg())
+
+    def _tar_name(self, name: str) -> str:
+        return normal_name(self._name, name.encode("utf-8", "surrogateescape"))  # with which tarfile has decoded it
 
     def _read_zip(self) -> Iterator[tuple[str, bytes]]:
         with zipfile.ZipFile(self._path) as archive:
@@ -132,23 +144,14 @@ class ArchiveImages:
             for name in self._places:
                 try:
                     yield name, archive.read(stored[name])
-                except (
-                    zipfile.BadZipFile,
-                    zlib.error,
-                    lzma.LZMAError,
-                    EOFError,
-                    NotImplementedError,
-                    ValueError,
-                    OSError,
-                    struct.error,
-                ) as error:
+                except _ZIP_ERRORS as error:
                     raise InputError(f"{self._name}: member {name} is damaged ({error}); fetch it again") from error
 
     def _read_tar(self) -> Iterator[tuple[str, bytes]]:
         if self._in_order:
             yield from self._stream_tar()
             return
-        # Another order would give another dataset version than the folder: the images go through a nameless file.
+        # Another order would give another dataset version than the folder's: a temporary file restores the order.
         where: dict[str, tuple[int, int]] = {}
         folder = self._path.parent
         with tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as images:
@@ -164,22 +167,17 @@ class ArchiveImages:
         """Yields the images in the archive's order."""
         with tar_stream(self._name, self._path) as members:
             for member, reader in members:
-                name = normal_name(self._name, _tar_name(member.name))
+                name = self._tar_name(member.name)
                 if member.isreg() and name in self._places:
                     yield name, reader.read()
 
 
-def _tar_name(name: str) -> bytes:
-    """Returns the bytes from which tarfile decoded a name."""
-    return name.encode("utf-8", "surrogateescape")
-
-
 def normal_name(archive: str, name: bytes) -> str:
-    """Returns the member's path without `./` and with `/` for the backslashes that some Windows programs write.
+    """Returns the member's path without `./`, and with `/` in place of the backslashes of some Windows programs.
 
-    A name that is valid UTF-8 is taken for that, whatever the archive says of it. Of other names the encoding is
-    unknown, so a byte that looks like a backslash may be half a character: these are escaped as the names of files
-    in a folder are.
+    A name that is valid UTF-8 is read as UTF-8, even if the archive names another encoding. The encoding of other names
+    is unknown, and a byte that looks like a backslash may be half a character: these names are escaped like names of
+    files in a folder.
 
     Raises:
         InputError: a folder's name is in an unknown encoding.
@@ -192,18 +190,18 @@ def normal_name(archive: str, name: bytes) -> str:
     if not folder.isascii() or (not folder and b"\\" in name):
         raise InputError(
             f"{archive}: the name of member {text} is not UTF-8, so its class is unknown; "
-            "pack it anew with a program that writes UTF-8 names"
+            "pack it again with a program that writes UTF-8 names"
         )
     return str(PurePosixPath(text))
 
 
 def check_members(archive: str, path: Path, members: Iterable[Member]) -> list[Member]:
-    """Returns the members, once every one of them is known to be harmless.
+    """Checks that all members are harmless, and returns them.
 
     Raises:
         InputError: an absolute path, a `..`, a link, a device, or too many bytes when uncompressed.
     """
-    allowance = max(FREE_SIZE, MAX_RATIO * path.stat().st_size)
+    allowed = max(ALWAYS_ALLOWED_BYTES, MAX_EXPANSION * path.stat().st_size)
     checked: list[Member] = []
     names: set[str] = set()
     total = 0
@@ -211,15 +209,15 @@ def check_members(archive: str, path: Path, members: Iterable[Member]) -> list[M
         name = member.name
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or PureWindowsPath(name).drive:
-            raise InputError(f"{archive}: member {member.name} points outside the archive; pack it without such paths")
+            raise InputError(f"{archive}: member {name} points outside the archive; pack it without such paths")
         if not member.is_file and not member.is_folder:
             raise InputError(
-                f"{archive}: member {member.name} is a link or a device; pack plain files only, "
-                "with tar's options -h --hard-dereference, say"
+                f"{archive}: member {name} is a link or a device; pack plain files only, "
+                "for example with tar's options -h --hard-dereference"
             )
         total += member.size
-        if member.size > MAX_MEMBER or total > allowance:
-            raise InputError(f"{archive}: member {member.name} makes it too large when uncompressed ({total:,} bytes)")
+        if member.size > MAX_MEMBER_BYTES or total > allowed:
+            raise InputError(f"{archive}: member {name} makes it too large when uncompressed ({total:,} bytes)")
         if member.is_file and name in names:
             raise InputError(f"{archive}: member {name} is there twice; pack each file once")
         names.add(name)

@@ -1,7 +1,7 @@
-"""What a source gives: blocks of images, small enough to hold in memory, that can be surveyed and decoded.
+"""Blocks of a source's images: small enough for memory, and read in two passes.
 
-A source is read twice. The survey takes each image's digest, size and mode; then, once splits and the target
-size are known, the wanted images are decoded. Both passes give the same blocks in the same order.
+The first pass surveys each image's digest, size and mode. The second pass decodes the wanted images, after splits and
+target size are known. Both passes yield the same blocks in the same order.
 """
 
 import hashlib
@@ -16,26 +16,26 @@ from PIL import Image
 
 from cnn.data.manifest import Unreadable
 from cnn.data.splits import Pixels
-from cnn.formats.decode import Look, Target, decode_image, fit, look_at, reason_of
+from cnn.formats.decode import ImageHeader, Target, decode_image, fit, read_header, reason_of
 from cnn.formats.layout import LeftOut
 
 
 class Survey(NamedTuple):
-    """What the first pass learns from a block of n images."""
+    """The result of the first pass for a block of n images."""
 
     digests: list[bytes]
-    """n SHA-256 digests: of the encoded file, or of the pixels where the source holds plain arrays."""
+    """n SHA-256 digests: of the encoded files, or of the pixels if the source contains plain arrays."""
 
-    looks: Counter[Look]
-    """Sizes and modes; unreadable images are not in it."""
+    headers: Counter[ImageHeader]
+    """Headers of the readable images."""
 
 
 class Decoded(NamedTuple):
-    """The wanted images of a block."""
+    """The wanted images of a block: those that could be decoded, and the others."""
 
     images: Pixels
     positions: NDArray[np.int64]
-    """Where each of `images` stands in its block."""
+    """Position of each of `images` in the block."""
 
     unreadable: tuple[Unreadable, ...]
 
@@ -52,13 +52,13 @@ class Block(Protocol):
         """n positions in `cnn.data.splits.SPLITS`, or `UNDECIDED`."""
 
     def loaded(self, wanted: NDArray[np.bool_] | None = None) -> "Block":
-        """The same with the wanted images in memory, unset: all; whoever waits for a disk or a server does it here."""
+        """Reads the wanted images (None: all) into memory, and returns the block with them."""
 
     def survey(self) -> Survey:
-        """Digests, sizes and modes, without decoding pixels."""
+        """Returns digests, sizes and modes, without decoding pixels."""
 
     def decode(self, wanted: NDArray[np.bool_], target: Target) -> Decoded:
-        """The wanted images as the target says; unreadable ones are named instead."""
+        """Decodes the wanted images to the target's size and mode."""
 
 
 class LabelledImages(Protocol):
@@ -70,18 +70,18 @@ class LabelledImages(Protocol):
 
     @property
     def left_out(self) -> LeftOut:
-        """Files beside its images, which are left out, for the report."""
+        """The other files of the source, which are left out, for the report."""
 
     def __len__(self) -> int:
-        """Images in all splits."""
+        """Returns the number of images in all splits."""
 
     def blocks(self) -> Iterator[Block]:
-        """All images, in the same order on each call."""
+        """Yields all images, in the same order on each call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelBlock:
-    """Images that the source holds as plain arrays, all of one size."""
+    """Images of one size, from a source that contains plain arrays."""
 
     images: Pixels
     labels: NDArray[np.int64]
@@ -94,32 +94,32 @@ class PixelBlock:
         count, channels, height, width = self.images.shape
         rows = np.ascontiguousarray(self.images).reshape(count, -1)
         digests = [hashlib.sha256(row.data).digest() for row in rows]
-        look = Look(width, height, "L" if channels == 1 else "RGB", channels == 1)
-        return Survey(digests, Counter({look: count}))
+        header = ImageHeader(width, height, "L" if channels == 1 else "RGB", channels == 1)
+        return Survey(digests, Counter({header: count}))
 
     def decode(self, wanted: NDArray[np.bool_], target: Target) -> Decoded:
         images = self.images[wanted]
         if images.shape[1:] != target.shape:
-            images = self._fitted(images, target)
+            images = self._resized(images, target)
         return Decoded(images, np.flatnonzero(wanted), ())
 
     @staticmethod
-    def _fitted(images: Pixels, target: Target) -> Pixels:
-        """One by one through the same resize as image files: exact integers, equal on every machine."""
-        fitted = np.empty((len(images), *target.shape), dtype=np.uint8)
+    def _resized(images: Pixels, target: Target) -> Pixels:
+        """Resizes the images one by one, as image files are: exact integers, equal on every machine."""
+        result = np.empty((len(images), *target.shape), dtype=np.uint8)
         for index, image in enumerate(images):
             plane = image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
-            fitted[index] = fit(Image.fromarray(plane), target)
-        return fitted
+            result[index] = fit(Image.fromarray(plane), target)
+        return result
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileBlock:
-    """Images as encoded files, in memory or to be read."""
+    """Images as encoded files, in memory or still to be read."""
 
     names: Sequence[str]
     files: Sequence[bytes | Callable[[], bytes]]
-    """Contents, or functions that read them; what these raise is no fault of the image, and ends the pass."""
+    """Contents, or functions that read them; a function's error is no fault of the image, and ends the pass."""
 
     labels: NDArray[np.int64]
     splits: NDArray[np.int8]
@@ -132,15 +132,15 @@ class FileBlock:
         return replace(self, files=files)
 
     def survey(self) -> Survey:
-        digests, looks = [], Counter[Look]()
+        digests, headers = [], Counter[ImageHeader]()
         for file in self.files:
             data = _read(file)
             digests.append(hashlib.sha256(data).digest())
             try:
-                looks[look_at(data)] += 1
+                headers[read_header(data)] += 1
             except Exception:
-                continue  # it is named in the second pass
-        return Survey(digests, looks)
+                continue  # the second pass names the image
+        return Survey(digests, headers)
 
     def decode(self, wanted: NDArray[np.bool_], target: Target) -> Decoded:
         images, positions, unreadable = [], [], []

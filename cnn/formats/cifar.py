@@ -1,6 +1,6 @@
-"""CIFAR-10 and CIFAR-100, the binary versions (https://www.cs.toronto.edu/~kriz/cifar.html).
+"""Reads the binary versions of CIFAR-10 and CIFAR-100 (https://www.cs.toronto.edu/~kriz/cifar.html).
 
-The Python versions are pickles and are never opened.
+The Python versions are pickles, and are never opened.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,15 +15,15 @@ from cnn.formats.block import PixelBlock
 from cnn.formats.layout import LeftOut
 from cnn.formats.tar import tar_stream
 
-BLOCK = 1000  # images; 3 MB
+BLOCK_IMAGES = 1000  # 3 MB
 
 _PIXELS = 3 * 32 * 32
-_NAME_LIST_MAX = 65536  # bytes
+_NAME_LIST_MAX_BYTES = 65536
 
 
 class _Layout(NamedTuple):
     names: str  # the member that lists the classes
-    label_bytes: int  # before each image; the last one is the label
+    label_bytes: int  # before each image; the last byte is the label
 
 
 _CIFAR10 = _Layout("batches.meta.txt", 1)
@@ -31,10 +31,10 @@ _CIFAR100 = _Layout("fine_label_names.txt", 2)  # coarse label, fine label
 
 
 class CifarImages:
-    """A tar archive, compressed or not, of the binary version; members are read straight from its stream.
+    """The images of a tar archive, compressed or not, of the binary version; members are read from its stream.
 
     Raises:
-        InputError: the archive is damaged, cut short, or not the binary version.
+        InputError: the archive is damaged, truncated, or not the binary version.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
@@ -48,7 +48,7 @@ class CifarImages:
                 base = PurePosixPath(member.name).name
                 sizes[base] = member.size
                 if base in (_CIFAR10.names, _CIFAR100.names):
-                    lists[base] = tuple(reader.read(_NAME_LIST_MAX).decode("utf-8", "replace").split())
+                    lists[base] = tuple(reader.read(_NAME_LIST_MAX_BYTES).decode("utf-8", "replace").split())
         layout = next((layout for layout in (_CIFAR10, _CIFAR100) if layout.names in lists), None)
         if layout is None:
             kind = "Python version, a pickle" if {"batches.meta", "meta"} & sizes.keys() else "an unknown archive"
@@ -71,11 +71,11 @@ class CifarImages:
         return self._count
 
     def blocks(self) -> Iterator[PixelBlock]:
-        """All images in the archive's order."""
+        """Yields all images in the archive's order."""
         with tar_stream(self._name, self._path) as members:
             for member, reader in members:
                 split = _split_of(PurePosixPath(member.name).name)
-                while split is not None and (data := reader.read(BLOCK * self._record)):
+                while split is not None and (data := reader.read(BLOCK_IMAGES * self._record)):
                     yield self._block(member.name, data, split)
 
     def _block(self, member: str, data: bytes, split: int) -> PixelBlock:

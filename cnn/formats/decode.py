@@ -1,4 +1,4 @@
-"""One encoded image to pixels: which formats and modes are read, and how they become one size and mode."""
+"""Decodes image files, and converts them to one size and mode."""
 
 import re
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from cnn.formats.image_metadata import pixels_only
 T = TypeVar("T")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-"""Pillow's names of what is read, whatever the file is called."""
+"""Pillow's names of the supported formats, which are recognised by content, not by file name."""
 
 MAX_PIXELS = 64_000_000
-"""An image with more is refused: a file of a few kilobytes can claim to hold gigapixels."""
+"""Larger images are refused: a file of a few kilobytes can claim to contain gigapixels."""
 
 _TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,15 +29,15 @@ _TURNS: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""How an image is turned upright, by its EXIF orientation (Exif 2.32, tag 274)."""
+"""The transposition that turns an image upright, by EXIF orientation (Exif 2.32, tag 274)."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _WIDE_MODES = ("I;16", "I;16L", "I;16B", "I")
 
 
-class Look(NamedTuple):
-    """What an image's header says."""
+class ImageHeader(NamedTuple):
+    """The properties of an image that its header contains."""
 
     width: int
     height: int
@@ -46,7 +46,7 @@ class Look(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What every packed image looks like."""
+    """Size and channels of all packed images."""
 
     image_size: int
     channels: int
@@ -58,30 +58,30 @@ class Target(NamedTuple):
 
     @property
     def mode(self) -> str:
-        """Pillow's name."""
+        """Pillow's name of the mode."""
         return "L" if self.channels == 1 else "RGB"
 
 
-def look_at(data: bytes) -> Look:
-    """Reads the header only. Raises whatever Pillow raises on damaged data."""
+def read_header(data: bytes) -> ImageHeader:
+    """Reads an image's header, without decoding pixels. On damaged data raises Pillow's errors, which may be any."""
 
-    def look(data: bytes) -> Look:
+    def read(data: bytes) -> ImageHeader:
         with _open(data) as image:
-            return Look(image.width, image.height, image.mode, _is_grey(image))
+            return ImageHeader(image.width, image.height, image.mode, _is_grey(image))
 
-    return _despite_metadata(look, data)
+    return _despite_metadata(read, data)
 
 
 def decode_image(data: bytes, target: Target) -> NDArray[np.uint8]:
-    """Pixels [C, H, W] of an encoded image. Raises whatever Pillow raises on damaged data.
+    """Returns the pixels [C, H, W] of an encoded image. On damaged data raises Pillow's errors, which may be any.
 
-    EXIF orientation is applied where it can be read. Transparent parts show white. 16-bit grey keeps its upper 8
-    bits. Then `fit` gives mode and size.
+    EXIF orientation is applied if it is readable. Transparent parts become white. 16-bit grey keeps its upper 8 bits.
+    Then `fit` converts mode and size.
     """
 
     def decode(data: bytes) -> NDArray[np.uint8]:
         with _open(data) as image:
-            # A JPEG decodes faster at 1/2, 1/4 or 1/8 of its size; twice the target leaves enough to filter.
+            # A JPEG is decoded faster at 1/2, 1/4 or 1/8 of its size; twice the target size is enough for filtering.
             image.draft(None, (2 * target.image_size, 2 * target.image_size))
             return fit(_opaque(_upright(image)), target)
 
@@ -89,7 +89,7 @@ def decode_image(data: bytes, target: Target) -> NDArray[np.uint8]:
 
 
 def fit(image: Image.Image, target: Target) -> NDArray[np.uint8]:
-    """Pixels [C, H, W]: the shorter side resized (bilinear, antialiased), then the centre square taken."""
+    """Returns pixels [C, H, W]: the centre square, resized to the target (bilinear, antialiased)."""
     side, shorter = target.image_size, min(image.size)
     left, top = (image.width - shorter) // 2, (image.height - shorter) // 2
     square = image.convert(target.mode).resize(
@@ -100,21 +100,21 @@ def fit(image: Image.Image, target: Target) -> NDArray[np.uint8]:
 
 
 def reason_of(error: Exception) -> str:
-    """Why an image could not be read, in a few words that are the same on every machine."""
+    """Says why an image could not be read, in a few words that are equal on every machine."""
     if isinstance(error, UnidentifiedImageError):
         return "not a PNG, JPEG, WebP or BMP image"
-    words = re.sub(r"<[^>]*>", "", str(error)).strip()  # drops addresses of objects
+    words = re.sub(r"<[^>]*>", "", str(error)).strip()  # without addresses of objects
     return words[:120] or type(error).__name__
 
 
 def decoder_versions() -> dict[str, str]:
-    """The libraries that turn files into pixels: another version may give other pixels."""
+    """Returns the versions of the libraries that decode images: another version may give other pixels."""
     found = {name: features.version(name) for name in ("pil", "libjpeg_turbo", "jpg", "webp", "zlib")}
     return {name: version for name, version in found.items() if version}
 
 
 def _despite_metadata(read: Callable[[bytes], T], data: bytes) -> T:
-    """Reads an image; if that fails, once more without its metadata, which say nothing of its pixels."""
+    """Reads an image; if that fails, reads it again without its metadata, which do not affect pixels."""
     try:
         return read(data)
     except Exception:
@@ -134,8 +134,8 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Returns the image turned as its metadata say; as it is stored if they cannot be read."""
-    image.load()  # some lie behind the pixels
+    """Returns the image turned upright by its metadata; as it is stored if they cannot be read."""
+    image.load()  # some metadata follow the pixels
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:

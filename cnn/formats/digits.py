@@ -1,6 +1,6 @@
-"""scikit-learn's `digits.csv`: 1 797 handwritten digits of 8 x 8 pixels.
+"""Reads scikit-learn's `digits.csv`: 1 797 handwritten digits of 8 x 8 pixels.
 
-It is the test part of UCI's "Optical Recognition of Handwritten Digits".
+They are the test part of UCI's "Optical Recognition of Handwritten Digits".
 """
 
 import warnings
@@ -18,10 +18,10 @@ _SIDE, _MAX = 8, 16
 
 
 class DigitsImages:
-    """One uncompressed file; a line has 64 values of 0..16, scaled here to 0..255, and the label 0..9.
+    """The images of one uncompressed file; a line has 64 values 0..16, scaled here to 0..255, and the label 0..9.
 
     Raises:
-        InputError: the file is anything else.
+        InputError: the file has other content.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
@@ -42,14 +42,14 @@ class DigitsImages:
         return len(self._labels)
 
     def blocks(self) -> Iterator[PixelBlock]:
-        """All images in the file's order; they have no official split."""
+        """Yields all images in the file's order; they have no official split."""
         splits = np.full(len(self), UNDECIDED, dtype=np.int8)
         yield PixelBlock(images=self._images, labels=self._labels, splits=splits)
 
 
 def _read(name: str, path: Path) -> np.ndarray:
     try:
-        with warnings.catch_warnings(action="ignore"):  # an empty file warns, then fails below
+        with warnings.catch_warnings(action="ignore"):  # loadtxt warns of an empty file, which is refused below
             table = np.loadtxt(path, delimiter=",", dtype=np.int64, ndmin=2)
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{name} is not the digits CSV: {error}") from error

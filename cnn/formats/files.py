@@ -1,4 +1,4 @@
-"""The files of a folder, wherever they lie: all that a folder of images is read through."""
+"""The interface through which a folder of images is read, and its implementation for local files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Files(Protocol):
-    """N files by position, in the order of their paths. May be used by several threads."""
+    """N files by position, in the order of their paths. Several threads may use it."""
 
     @property
     def paths(self) -> Sequence[str]:
@@ -14,21 +14,20 @@ class Files(Protocol):
 
     @property
     def folders(self) -> Sequence[str]:
-        """Paths of folders, where they are known to be there without files."""
+        """Paths of the known folders, which may have no files."""
 
     def size(self, position: int) -> int:
-        """Bytes."""
+        """Returns the file's size in bytes."""
 
     def read(self, position: int) -> bytes:
-        """The content; raises what the place it lies in raises."""
+        """Returns the file's content; raises the errors of the disk or server that stores it."""
 
 
 class LocalFiles:
     """Files on this machine.
 
     Args:
-        files: path → local file of any name. A path that ends in `/` stands for a folder, and its file is not
-            looked at.
+        files: path → local file of any name. A path that ends in `/` stands for a folder, and its file is ignored.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""A folder with a sub-folder of images for each class, perhaps inside train, val and test folders."""
+"""Reads a folder with a sub-folder of images per class, perhaps inside train, val and test folders."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,14 +8,14 @@ from cnn.formats.files import Files
 from cnn.formats.layout import LeftOut, arrange
 
 BLOCK_IMAGES = 32
-BLOCK_BYTES = 4 * 2**20  # of files; a block ends before it has more, or at that many images
+BLOCK_BYTES = 4 * 2**20  # of files; a block ends before it exceeds this size, or at that number of images
 
 
 class FolderImages:
-    """Image files by their paths in the folder.
+    """The images of a folder.
 
     Args:
-        left_out: what is known to be in the folder beside `files`.
+        left_out: other files that are known to be in the folder; None: those of `files` that are no images.
 
     Raises:
         InputError: see `cnn.formats.layout.arrange`.
@@ -31,7 +31,7 @@ class FolderImages:
         return len(self._layout.chosen)
 
     def blocks(self) -> Iterator[FileBlock]:
-        """All images in the order of their paths."""
+        """Yields all images in the order of their paths."""
         start, total = 0, 0
         for stop in range(len(self)):
             size = self._files.size(int(self._layout.chosen[stop]))

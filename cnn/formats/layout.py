@@ -1,4 +1,4 @@
-"""How paths say what an image shows: `class/.../image` or `split/class/.../image`."""
+"""Derives each image's class and split from its path: `class/.../image` or `split/class/.../image`."""
 
 import re
 import unicodedata
@@ -26,9 +26,9 @@ SPLIT_FOLDERS = {
     "test": TEST,
     "testing": TEST,
 }
-"""Names, in any case, of top folders that hold a split each."""
+"""Names of top folders that are splits; case does not matter."""
 
-_UNLABELLED = -2  # the role of a top folder whose images have no labels, beside the splits
+_UNLABELLED = -2  # the role of a top folder whose images have no labels; other roles are splits
 
 _ROLES = (
     (re.compile(r"(?:^|[^a-z])pred|unlabel"), _UNLABELLED),
@@ -36,37 +36,37 @@ _ROLES = (
     (re.compile(r"test"), TEST),
     (re.compile(r"val|^dev$"), VAL),
 )
-"""What a top folder may be by its name, if the other top folders and what lies in them agree."""
+"""Patterns of names, and the role of a matching top folder if the other top folders and their contents agree."""
 
 _SPLIT_WORD = re.compile(
     r"(?:^|[^a-z])(?:train|test|val|valid|validat|dev|eval|evaluat|predict)(?:ing|ion|ions|s)?(?:set|data|images)?(?:[^a-z]|$)"
 )
-"""Names that look like splits whatever the others are called: `training_set` and `test1`, but not `trainers`."""
+"""Names that look like splits on their own: `training_set` and `test1`, but not `trainers`."""
 
 _KINDS = "PNG, JPEG, WebP or BMP"
-_NAMED = 5  # classes named in a remark
+_MAX_NAMED = 5  # classes or folders that a message names
 
 Folder = tuple[str, ...]
 """The parts of a folder's path."""
 
 
 class LeftOut(NamedTuple):
-    """Files of a source that are left out, in words and per class."""
+    """The files of a source that are left out."""
 
     remarks: tuple[str, ...] = ()
-    """One for each reason for which something was left out."""
+    """One per reason for leaving files out."""
 
     classes: Mapping[str, int] = {}
-    """Files left out of each class that lost any."""
+    """Number of files per class, without classes that lost none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The images among some files, in the order of their paths; 17 bytes for each."""
+    """The images among a list of files, in the order of their paths; 17 bytes per image."""
 
     classes: tuple[str, ...]
     chosen: NDArray[np.int64]
-    """Where each image stands among the paths."""
+    """Position of each image in the list of paths."""
 
     labels: NDArray[np.int64]
     splits: NDArray[np.int8]
@@ -74,8 +74,8 @@ class Layout:
 
 
 @dataclass
-class _Others:
-    """Files of one kind that are left out: how many in which folder, and the first one."""
+class _LeftOutFiles:
+    """Files of one kind that are left out: their number per folder, and the first one."""
 
     kind: str
     folders: Counter[str] = field(default_factory=Counter)
@@ -87,27 +87,27 @@ class _Others:
 
 
 def arrange(paths: Sequence[str], folders: Iterable[str] = (), unreachable: Iterable[str] = ()) -> Layout:
-    """Finds out each image's class and split from its path.
+    """Derives each image's class and split from its path.
 
-    Hidden files and what is not named like an image are left out. A single folder around everything is looked
-    through. Classes are the sorted names of the class folders, over all splits, in Unicode's form NFC. Top folders
-    are splits where they have the usual names, or where their names look like it and they hold the same classes.
+    Hidden files, and files whose names are not those of images, are left out. A single folder around everything is
+    ignored. Classes are the sorted names of the class folders of all splits, in Unicode's form NFC. Top folders are
+    splits if they have the usual names, or if their names look like splits and they contain the same classes.
 
     Args:
-        paths: relative posix paths of files, sorted; of images, only their folders are kept.
-        folders: the same of folders, where known: a class folder may be empty.
+        paths: relative posix paths of files, sorted.
+        folders: relative posix paths of folders, if known: a class folder may be empty.
         unreachable: paths of entries that were listed but cannot be read as files, such as broken links.
 
     Raises:
-        InputError: no images, images outside class folders, an empty class folder, one class only, or folders that
+        InputError: no images, images outside class folders, an empty class folder, only one class, or folders that
             may be splits or classes.
     """
-    images = array("q")  # positions of images, and of their folders in the order in which these are met
-    image_folders = array("q")
+    images = array("q")  # positions of images
+    image_folders = array("q")  # numbers of their folders
     numbers: dict[str, int] = {}
-    others = _Others(f"files not named like {_KINDS} images")
-    broken = _Others("entries that are no readable files (broken links, say)")
-    unlabelled = _Others("images in folders without labels")
+    others = _LeftOutFiles(f"files not named like {_KINDS} images")
+    broken = _LeftOutFiles("entries that are no readable files (broken links, say)")
+    unlabelled = _LeftOutFiles("images in folders without labels")
     for position, path in enumerate(paths):
         if _is_hidden(path):
             continue
@@ -134,12 +134,12 @@ def arrange(paths: Sequence[str], folders: Iterable[str] = (), unreachable: Iter
     if stray.any():
         wanted = "CLASS/IMAGE" if UNDECIDED in roots.values() else "train/CLASS/IMAGE"
         raise InputError(
-            f"{paths[int(chosen[stray.argmax()])]} lies outside any class folder; paths must look like {wanted}"
+            f"{paths[int(chosen[stray.argmax()])]} is outside of all class folders; paths must look like {wanted}"
         )
     losses = [_losses(each, roots) for each in (others, broken, unlabelled)]
     lost = sum(losses, Counter[str]())
     classes = sorted({place.name for place in places if place})
-    _check_classes(classes, {place.name for folder in folders if (place := _at(folder, roots))}, lost)
+    _check_classes(classes, {place.name for folder in folders if (place := _place_of_path(folder, roots))}, lost)
     labels = {name: label for label, name in enumerate(classes)}
     label_of = np.array([labels[place.name] if place else -1 for place in places], dtype=np.int64)
     split_of = np.array([place.split if place else UNDECIDED for place in places], dtype=np.int8)
@@ -156,13 +156,13 @@ def arrange(paths: Sequence[str], folders: Iterable[str] = (), unreachable: Iter
 
 
 def _is_hidden(path: str) -> bool:
-    """Returns whether a path is hidden, or a file that another system leaves behind."""
+    """Checks whether a path is hidden, or is a file that other systems create for themselves."""
     if path.startswith(".") or "/." in path:
         return True
     return ("__MACOSX" in path or "Thumbs.db" in path) and not {"__MACOSX", "Thumbs.db"}.isdisjoint(path.split("/"))
 
 
-# --- which folders are the classes -----------------------------------------------------------------
+# --- finding the class folders ---------------------------------------------------------------------
 
 
 class _Place(NamedTuple):
@@ -173,7 +173,7 @@ class _Place(NamedTuple):
 
 
 Roots = dict[Folder, int]
-"""The folders around the class folders, and the split that each of them is."""
+"""The folders that contain class folders, and the split of each."""
 
 
 def _parts(folder: str) -> Folder:
@@ -181,25 +181,25 @@ def _parts(folder: str) -> Folder:
 
 
 def _place(folder: Folder, roots: Roots) -> _Place | None:
-    """Returns the class folder that a folder is or lies in; None outside of class folders."""
+    """Returns the class and split of a folder that is a class folder or inside of one; None for other folders."""
     for root, split in roots.items():
         if folder[: len(root)] == root and len(folder) > len(root):
             return _Place(unicodedata.normalize("NFC", folder[len(root)]), split)
     return None
 
 
-def _at(folder: str, roots: Roots) -> _Place | None:
+def _place_of_path(folder: str, roots: Roots) -> _Place | None:
     return None if _is_hidden(folder) else _place(_parts(folder), roots)
 
 
 def _roots(folders: Sequence[Folder]) -> tuple[Roots, list[Folder]]:
-    """Returns the folders around class folders, and folders whose images have no labels.
+    """Returns the folders that contain class folders, and the folders whose images have no labels.
 
     Args:
-        folders: of all images.
+        folders: the folders of all images.
 
     Raises:
-        InputError: there are splits but none to train on, or folders that may be splits or classes.
+        InputError: there are splits but no training split, or folders that may be splits or classes.
     """
     depth = _wrapping(folders)
     inside: dict[str, list[Folder]] = {}
@@ -214,7 +214,7 @@ def _roots(folders: Sequence[Folder]) -> tuple[Roots, list[Folder]]:
     if None not in roles.values() and (splits := _splits({name: inside[name] for name in labelled}, depth)):
         if len(labelled) == len(inside):
             return splits, []
-        # A split that is left alone is a folder around everything.
+        # If a single split remains, it is a folder around everything.
         rest, _ = _roots([folder for name in labelled for folder in inside[name]])
         return rest, [(*root, name) for name in inside if name not in labelled]
     _refuse_likely_splits(inside, depth)
@@ -222,7 +222,7 @@ def _roots(folders: Sequence[Folder]) -> tuple[Roots, list[Folder]]:
 
 
 def _wrapping(folders: Sequence[Folder]) -> int:
-    """How many outer folders hold everything and yet leave a class folder inside."""
+    """Returns the number of outer folders that contain all images, and have class folders inside."""
     depth = 0
     while all(len(folder) > depth + 1 for folder in folders) and len({folder[depth] for folder in folders}) == 1:
         depth += 1
@@ -230,19 +230,19 @@ def _wrapping(folders: Sequence[Folder]) -> int:
 
 
 def _role(name: str) -> int | None:
-    """The split that a top folder may be by its name; None if its name says none, or several."""
+    """Returns the role that a top folder's name suggests; None if it suggests none or several."""
     name = name.lower()
     if name in SPLIT_FOLDERS:
         return SPLIT_FOLDERS[name]
-    found = {role for pattern, role in _ROLES if pattern.search(name)}
-    return _UNLABELLED if _UNLABELLED in found else found.pop() if len(found) == 1 else None
+    roles = {role for pattern, role in _ROLES if pattern.search(name)}
+    return _UNLABELLED if _UNLABELLED in roles else roles.pop() if len(roles) == 1 else None
 
 
 def _splits(inside: Mapping[str, list[Folder]], depth: int) -> Roots | None:
-    """The folders around the class folders of each split, if the top folders certainly are splits.
+    """Returns the folder that contains each split's class folders; None if top folders are not certainly splits.
 
-    They are if one holds training images and all hold the same classes, directly or in one more folder; or if all
-    have the usual names.
+    They are splits if one contains training images and all contain the same classes, directly or in one more folder;
+    or if all have the usual names.
     """
     roles = {name: role for name in inside if (role := _role(name)) is not None}
     if TRAIN not in roles.values():
@@ -261,39 +261,39 @@ def _splits(inside: Mapping[str, list[Folder]], depth: int) -> Roots | None:
 
 
 def _refuse_likely_splits(inside: Mapping[str, list[Folder]], depth: int) -> None:
-    """Raises InputError if top folders that would become classes may be splits as well."""
+    """Raises InputError if top folders that would become classes may also be splits."""
     if len(inside) < 2:
         return
     remedy = "call them train, val, test, with the same class folders in each; if they are classes, rename them"
     below = {name: {folder[depth + 1] for folder in held if len(folder) > depth + 1} for name, held in inside.items()}
     for one in sorted(name for name in inside if below[name] and _role(name) is not None):
         if other := next((name for name in sorted(inside) if name != one and below[name] == below[one]), None):
-            names = ", ".join(sorted(below[one])[:_NAMED])
+            names = ", ".join(sorted(below[one])[:_MAX_NAMED])
             raise InputError(
-                f"{one} and {other} hold folders of the same names ({names}): if they are splits, {remedy}"
+                f"{one} and {other} contain folders with the same names ({names}): if they are splits, {remedy}"
             )
     likely = sorted(name for name in inside if _SPLIT_WORD.search(name.lower()))
     nested = [name for name in likely if all(len(folder) > depth + 1 for folder in inside[name])]
     if nested or len({_role(name) for name in likely}) > 1:
-        beside = ", ".join(sorted(set(inside) - set(likely))[:_NAMED])
+        rest = ", ".join(sorted(set(inside) - set(likely))[:_MAX_NAMED])
         raise InputError(
-            f"by name {' and '.join(likely)} may be splits{f', but not {beside} beside them' if beside else ''}: "
+            f"by their names {' and '.join(likely)} may be splits{f', but not {rest}' if rest else ''}: "
             f"if they are, {remedy}"
         )
 
 
-# --- what is said of it ----------------------------------------------------------------------------
+# --- messages --------------------------------------------------------------------------------------
 
 
 def _check_classes(classes: Sequence[str], folders: Collection[str], lost: Mapping[str, int]) -> None:
     if empty := sorted({*folders, *lost} - {*classes}):
         instead = f" among its {lost[empty[0]]} files" if empty[0] in lost else ""
-        raise InputError(f"class folder {empty[0]} holds no {_KINDS} image{instead}; add some or remove the folder")
+        raise InputError(f"class folder {empty[0]} holds no {_KINDS} image{instead}; add images or remove the folder")
     if len(classes) == 1:
         raise InputError(f"there is only one class, {classes[0]}; a classifier needs at least two class folders")
 
 
-def _nothing_found(others: _Others, broken: _Others) -> str:
+def _nothing_found(others: _LeftOutFiles, broken: _LeftOutFiles) -> str:
     found = f"no {_KINDS} image found among {others.folders.total()} files"
     if broken.folders:
         count = broken.folders.total()
@@ -302,19 +302,19 @@ def _nothing_found(others: _Others, broken: _Others) -> str:
     return escaped(f"{found}{example}; put images into one folder per class")
 
 
-def _losses(others: _Others, roots: Roots) -> Counter[str]:
+def _losses(others: _LeftOutFiles, roots: Roots) -> Counter[str]:
     lost = Counter[str]()
     for folder, count in others.folders.items():
-        if place := _at(folder, roots):
+        if place := _place_of_path(folder, roots):
             lost[place.name] += count
     return lost
 
 
-def _remark(others: _Others, lost: Counter[str]) -> str:
+def _remark(others: _LeftOutFiles, lost: Counter[str]) -> str:
     if not others.folders:
         return ""
     most = sorted(lost.items(), key=lambda item: (-item[1], item[0]))
-    named = ", ".join(f"{name} {count}" for name, count in most[:_NAMED])
-    more = f" and {len(most) - _NAMED} more classes" if len(most) > _NAMED else ""
+    named = ", ".join(f"{name} {count}" for name, count in most[:_MAX_NAMED])
+    more = f" and {len(most) - _MAX_NAMED} more classes" if len(most) > _MAX_NAMED else ""
     per_class = f" ({named}{more})" if named else ""
     return escaped(f"{others.folders.total()} {others.kind} were left out{per_class}, for example {others.example}")

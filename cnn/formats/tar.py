@@ -1,4 +1,4 @@
-"""Reading a tar archive as a stream, compressed or not; nothing is ever extracted to a path."""
+"""Reads a tar archive as a stream, compressed or not; nothing is ever extracted to a path."""
 
 import lzma
 import struct
@@ -11,8 +11,8 @@ from typing import NoReturn, Self
 
 from cnn.errors import InputError
 
-MAX_HEADERS = 2**20
-"""Bytes of one member's extended headers (pax, GNU long names), and of all global ones; tarfile reads them whole."""
+MAX_HEADER_BYTES = 2**20
+"""Limit of one member's extended headers (pax, GNU long names), and of all global headers; tarfile reads them whole."""
 
 _EXTENDED = (
     tarfile.XHDTYPE,
@@ -25,7 +25,7 @@ _EXTENDED = (
 
 @contextmanager
 def tar_stream(name: str, path: Path) -> Iterator[Iterator[tuple[tarfile.TarInfo, "TarReader"]]]:
-    """The members in the archive's order, each with its reader; damage raises InputError naming `name`."""
+    """Yields the members in the archive's order, each with its reader; raises InputError if the archive is damaged."""
     try:
         with _StrictTar.open(path, "r|*", encoding="utf-8", errors="surrogateescape") as archive:
             yield _members(archive)
@@ -38,22 +38,22 @@ def tar_stream(name: str, path: Path) -> Iterator[Iterator[tuple[tarfile.TarInfo
 
 
 class TarReader:
-    """Reads the current member of a stream; valid until the next member is asked for."""
+    """Reads the current member of a stream; valid until the next member is requested."""
 
     def __init__(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         self._stream = archive.extractfile(member) if member.isreg() else None
 
     def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes; nothing for what is not a regular file."""
+        """Returns up to `size` bytes, or none if the member is not a regular file."""
         return self._stream.read(size) if self._stream else b""
 
 
 class _Unsupported(Exception):
-    """An archive is whole, but uses a feature of tar that archives of images do not need."""
+    """The archive is whole, but uses a feature of tar that archives of images do not need."""
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Only a block of zeros ends an archive; tarfile takes a cut or damaged header for the end as well."""
+    """A header that must not be damaged: only a block of zeros ends an archive, while tarfile also stops at damage."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
@@ -65,7 +65,7 @@ class _StrictHeader(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error or 'no end mark'}") from error
 
     def _proc_member(self, archive: "_StrictTar") -> tarfile.TarInfo:
-        """Called for each header before anything is read of what belongs to it."""
+        """Checks a header; tarfile calls it before it reads anything else of the member."""
         archive.count_headers(self)
         member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         if member.size < 0:
@@ -73,8 +73,8 @@ class _StrictHeader(tarfile.TarInfo):
         return member
 
     def _refuse_sparse(self, *args: object) -> NoReturn:
-        """Called in place of tarfile's functions, which hold a list of holes of any length."""
-        raise _Unsupported("a member is a sparse file; pack it anew without --sparse")
+        """Replaces tarfile's functions, which keep a list of holes of unlimited length."""
+        raise _Unsupported("a member is a sparse file; pack it again without --sparse")
 
     _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
@@ -85,18 +85,18 @@ class _StrictTar(tarfile.TarFile):
     _headers, _global_headers = 0, 0  # bytes
 
     def count_headers(self, header: tarfile.TarInfo) -> None:
-        """Raises _Unsupported where extended headers, which are held in memory, outgrow their limit."""
+        """Raises _Unsupported if extended headers, which are held in memory, exceed their limit."""
         if header.size < 0:
             raise tarfile.ReadError("negative size")
         if header.type == tarfile.XGLTYPE:
             self._global_headers += tarfile.BLOCKSIZE + header.size
-        # Those of one member are read by a function that calls itself, so their number has a limit too.
-        self._headers = self._headers + max(header.size, MAX_HEADERS // 64) if header.type in _EXTENDED else 0
-        if max(self._headers, self._global_headers) > MAX_HEADERS:
-            raise _Unsupported(f"it has more than {MAX_HEADERS:,} bytes of headers; pack it anew as a plain tar")
+        # tarfile reads one member's headers recursively, so their number has a limit too.
+        self._headers = self._headers + max(header.size, MAX_HEADER_BYTES // 64) if header.type in _EXTENDED else 0
+        if max(self._headers, self._global_headers) > MAX_HEADER_BYTES:
+            raise _Unsupported(f"it has more than {MAX_HEADER_BYTES:,} bytes of headers; pack it again as a plain tar")
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, TarReader]]:
     while (member := archive.next()) is not None:
         yield member, TarReader(archive, member)
-        archive.members.clear()  # type: ignore[attr-defined]  # or the list of headers grows with the archive
+        archive.members.clear()  # type: ignore[attr-defined]  # otherwise the list grows with the archive

@@ -1,1 +1,1 @@
-"""The networks by name, the modules that wrap them, and files of weights."""
+"""The networks, the modules that wrap them, and files of weights."""

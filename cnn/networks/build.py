@@ -17,19 +17,15 @@ def build(config: TrainConfig, manifest: Manifest) -> nn.Module:
 
 
 def build_network(config: TrainConfig, *, channels: int, image_size: int, classes: int) -> nn.Module:
-    """Builds the network that a configuration names, with freshly drawn weights (seed torch first for the same ones).
+    """Builds the network that a configuration names, with new random weights from torch's default generator.
 
-    Args:
-        config: names the network and its options.
-        channels: channels of the images, C.
-        image_size: height and width of the images in pixels, H = W.
-        classes: number of classes.
+    The network is for images C×H×W with C = `channels` and H = W = `image_size`, in pixels.
 
     Raises:
         InputError: the images are too small for the network.
     """
     entry = NETWORKS[config.model]
-    builder = resolve_name(entry.builder)  # loads its module only now: torchvision's takes long
+    builder = resolve_name(entry.builder)  # imports the module only now: torchvision is slow to import
     network: nn.Module = builder(
         config.network, **entry.arguments, channels=channels, image_size=image_size, classes=classes
     )

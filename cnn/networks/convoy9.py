@@ -6,11 +6,11 @@ from cnn.config.networks import Convoy9Options
 
 
 class Convoy9(nn.Module):
-    """Eight convolutions with batch norm, two of the stages residual, global max pooling and a linear layer.
+    """Eight convolutions with batch norm, two residual stages, global max pooling and a linear layer.
 
-    The plan is that of the nine-layer residual network of Page, "How to train your ResNet" (2018), with the pooling
-    moved forward: full-resolution layers cost a CPU the most time for the least accuracy. Works for images of any
-    size: what has become a single pixel is not pooled further.
+    The design is the nine-layer residual network of Page, "How to train your ResNet" (2018), with earlier pooling: on a
+    CPU, full-resolution layers take the most time for the least accuracy. Works for images of any size: a single pixel
+    is not pooled further.
     """
 
     def __init__(self, options: Convoy9Options, *, channels: int, image_size: int, classes: int) -> None:
@@ -25,21 +25,21 @@ class Convoy9(nn.Module):
         self.linear = nn.Linear(4 * width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised float images N×C×H×W to logits N×classes."""
+        """Maps normalised float images N×C×H×W to logits N×classes."""
         maps: Tensor = self.head(self.stage2(self.stage1(self.stem(images))))
         logits: Tensor = self.linear(self.dropout(maps.amax(dim=(2, 3))))
         return logits
 
 
 def _conv(inputs: int, outputs: int, *, pool: bool = False) -> nn.Sequential:
-    """3×3 convolution, 2×2 max pooling if asked for, batch norm, ReLU."""
+    """Builds a 3×3 convolution, 2×2 max pooling if `pool`, batch norm and ReLU."""
     pooling = [nn.MaxPool2d(2)] if pool else []
     convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     return nn.Sequential(convolution, *pooling, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class _Residual(nn.Module):
-    """Two convolutions beside an identity."""
+    """Two convolutions, whose output is added to their input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -8,16 +8,15 @@ from cnn.errors import InputError
 
 
 def notes(options: NotesOptions, *, channels: int, image_size: int, classes: int) -> nn.Sequential:
-    """The network of the classic teaching notes: convolutions, pooling, flatten, fully connected layers, dropout.
+    """Builds the network of the classic teaching notes: convolutions, pooling, fully connected layers, dropout.
 
-    Each convolution takes as many channels as the one before gives. The first fully connected layer finds its
-    input size by itself, from the images.
+    The first fully connected layer gets its input size from the images.
 
     Raises:
-        InputError: a layer would leave no pixel of an image of this size.
+        InputError: the images are so small that a layer would leave no pixel.
     """
     depth = len(options.channels)
-    kernels, strides = _for_each(options.kernel_sizes, depth), _for_each(options.strides, depth)
+    kernels, strides = (each * (depth // len(each)) for each in (options.kernel_sizes, options.strides))
     layers: list[nn.Module] = []
     inputs, size = channels, image_size
     for number, (filters, kernel, stride) in enumerate(zip(options.channels, kernels, strides, strict=True), 1):
@@ -28,7 +27,7 @@ def notes(options: NotesOptions, *, channels: int, image_size: int, classes: int
                 f"images of {image_size}×{image_size} pixels are too small for notes: nothing is left after layer "
                 f"{number}; give larger images (data.image_size), fewer network.channels, or smaller windows"
             )
-        # ReLU after pooling equals ReLU before it, since both keep the order of values, and has less to do.
+        # ReLU after pooling equals ReLU before it, since both keep the order of values, and it computes less.
         pooling = nn.MaxPool2d(options.pool_size, options.pool_stride)
         layers += [nn.Conv2d(inputs, filters, kernel, stride), pooling, nn.ReLU()]
         inputs, size = filters, after_pool
@@ -38,9 +37,5 @@ def notes(options: NotesOptions, *, channels: int, image_size: int, classes: int
     layers += [nn.Dropout(options.dropout), nn.LazyLinear(classes)]
     network = nn.Sequential(*layers)
     with torch.no_grad():
-        network.eval()(torch.zeros(1, channels, image_size, image_size))  # gives the lazy layers their input size
+        network.eval()(torch.zeros(1, channels, image_size, image_size))  # sets the input size of the lazy layers
     return network.train()
-
-
-def _for_each(values: tuple[int, ...], depth: int) -> tuple[int, ...]:
-    return values if len(values) == depth else values * depth

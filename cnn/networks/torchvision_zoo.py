@@ -1,4 +1,4 @@
-"""torchvision's networks, with a first convolution that suits the images. Nothing is downloaded."""
+"""Builds torchvision's networks, with a first convolution that suits the images. Downloads nothing."""
 
 from torch import nn
 from torchvision import models
@@ -13,16 +13,12 @@ SMALL_IMAGE = 64  # pixels; below, `stem=auto` is `small`
 def torchvision_network(
     options: TorchvisionOptions, *, name: str, channels: int, image_size: int, classes: int
 ) -> nn.Module:
-    """Build a network of torchvision's with freshly drawn weights; its parameters keep torchvision's names.
+    """Builds one of torchvision's networks with new random weights; its parameters keep torchvision's names.
 
     The small stem is that of He et al., "Deep Residual Learning" (2016), section 4.2, for CIFAR-10.
 
     Args:
-        options: of the network.
         name: one of `TORCHVISION_NETWORKS`.
-        channels: channels of the images, C.
-        image_size: height and width of the images in pixels, H = W.
-        classes: number of classes.
 
     Raises:
         InputError: the images are too small for a ConvNeXt, which shrinks them without padding.
@@ -43,13 +39,13 @@ def torchvision_network(
 
 
 def _first_convolution(network: nn.Module, original: nn.Conv2d, channels: int, small: bool) -> nn.Conv2d:
-    """Another first convolution, with weights drawn as the network draws those of its other convolutions."""
+    """Builds another first convolution, with the same distribution of weights as the other convolutions."""
     kernel, stride, padding = (3, 1, 1) if small else (original.kernel_size, original.stride, original.padding)
     bias = original.bias is not None
     convolution = nn.Conv2d(channels, original.out_channels, kernel, stride, padding, bias=bias)  # type: ignore[arg-type]
     if isinstance(network, ConvNeXt):
         nn.init.trunc_normal_(convolution.weight, std=0.02)
-    elif not isinstance(network, ShuffleNetV2):  # which keeps the initial weights of torch.nn.Conv2d
+    elif not isinstance(network, ShuffleNetV2):  # it keeps the initial weights of torch.nn.Conv2d
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     if convolution.bias is not None:
         nn.init.zeros_(convolution.bias)

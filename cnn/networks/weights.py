@@ -1,4 +1,4 @@
-"""Weights as safetensors files: the form of record. Nothing here unpickles."""
+"""Hashes, saves and loads weights as safetensors files. Unpickles nothing."""
 
 import difflib
 import hashlib
@@ -14,9 +14,9 @@ from cnn.errors import InputError
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the tensors in sorted name order: each one's name, dtype, shape and little-endian bytes.
+    """Returns the SHA-256 of the tensors in the order of their names: name, dtype, shape and little-endian bytes.
 
-    It covers the values, not a file's layout, so equal weights have one digest wherever they are kept.
+    It covers the values, not a file's layout, so equal weights have the same digest in all files.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -27,28 +27,28 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies tensors into host memory, also those that are there already."""
+    """Copies tensors into host memory, including those that are there already."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path) -> str:
-    """Write a network's parameters and buffers, by name, to a safetensors file; returns their `weights_sha256`."""
+    """Writes a network's parameters and buffers, by name, to a safetensors file; returns their `weights_sha256`."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
     return weights_sha256(state)
 
 
 def load_weights(network: nn.Module, path: Path) -> nn.Module:
-    """Load a safetensors file into a network of the same structure, in place; every name must match."""
+    """Loads a safetensors file into a network of the same structure, in place; all names must match."""
     network.load_state_dict(load_file(path))
     return network
 
 
 def load_pretrained(network: nn.Module, path: Path) -> tuple[str, ...]:
-    """Start a network from weights that the same network has learned on other classes or images, in place.
+    """Loads weights that the same network has learned on other classes or images, in place.
 
-    The last linear layer may be for another number of classes, the first convolution for another number of channels.
-    If that takes three and the network's one, its weights are summed over them: a grey image then gives what it
-    would give as RGB. Nothing is changed unless everything else fits.
+    The file's last linear layer may be for another number of classes, its first convolution for another number of
+    channels. If the file's convolution has three input channels and the network's has one, the weights are summed over
+    the channels: a grey image then gives what it would give as RGB. Nothing is changed unless all else fits.
 
     Args:
         network: keeps its values where the file has none that fit.
@@ -58,7 +58,7 @@ def load_pretrained(network: nn.Module, path: Path) -> tuple[str, ...]:
         Names of the tensors that keep their values, because the file's are for other classes or channels.
 
     Raises:
-        InputError: the file cannot be read, or holds the weights of another network.
+        InputError: the file cannot be read, or contains the weights of another network.
     """
     try:
         theirs = load_file(path)
@@ -83,15 +83,15 @@ def load_pretrained(network: nn.Module, path: Path) -> tuple[str, ...]:
             fresh.append(name)
         else:
             raise InputError(
-                f"{path} is of another network: {name} is {_size(found)} in it, but {_size(mine)} here; "
-                "set the network's options (network.*) and data.image_size as they were for that file"
+                f"{path} is of another network: {name} is {_size(found)} in the file, but {_size(mine)} here; "
+                "set the network's options (network.*) and data.image_size as for that file"
             )
     network.load_state_dict(fitting, strict=False)
     return tuple(fresh)
 
 
 def _check_names(ours: Collection[str], theirs: Collection[str], path: Path) -> None:
-    # Batch norm's step counters are not needed, and files from before there were any do without.
+    # Batch norm's step counters are not needed, and older files do not have them.
     missing = [name for name in ours if name not in theirs and not name.endswith(".num_batches_tracked")]
     unknown = sorted(name for name in theirs if name not in ours)
     if not missing and not unknown:

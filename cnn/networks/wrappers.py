@@ -1,4 +1,4 @@
-"""Modules around a network: normalisation before it, and predictions that are averaged over mirror images."""
+"""Modules around a network: normalisation before it, and averaging of predictions over mirror images."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from cnn.config.training import TrainConfig
 
 
 class Normalise(torch.nn.Module):
-    """uint8 images to float32 with zero mean and unit variance over the training split, in channels_last order.
+    """Maps uint8 images to float32 with zero mean and unit variance over the training split, in channels_last order.
 
     Args:
         mean, std: per channel, on the scale 0 … 1.
@@ -24,7 +24,7 @@ class Normalise(torch.nn.Module):
         self.register_buffer("bias", (-means / stds).float())
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 N×C×H×W to float32 N×C×H×W."""
+        """Maps uint8 N×C×H×W to float32 N×C×H×W."""
         return (images.float() * self.scale + self.bias).contiguous(memory_format=torch.channels_last)
 
 
@@ -32,7 +32,7 @@ class TestTimeFlip(torch.nn.Module):
     """A network that averages its logits over each image and its mirror image (Krizhevsky et al., 2012).
 
     Args:
-        network: takes float N×C×H×W, gives logits N×classes.
+        network: maps float N×C×H×W to logits N×classes.
     """
 
     def __init__(self, network: torch.nn.Module) -> None:
@@ -40,10 +40,10 @@ class TestTimeFlip(torch.nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised float images N×C×H×W to logits N×classes."""
+        """Maps normalised float images N×C×H×W to logits N×classes."""
         return (self.network(images) + self.network(images.flip(-1))) / 2  # type: ignore[no-any-return]
 
 
 def predictor(network: nn.Module, config: TrainConfig) -> nn.Module:
-    """The network as it predicts: takes normalised images, and their mirror images too with `test_flip`."""
+    """Returns the network as it predicts: with `test_flip` wrapped, so that it averages over mirror images."""
     return TestTimeFlip(network) if config.test_flip else network

@@ -1,7 +1,7 @@
-"""From a source of labelled images to packed shards and their manifest, in two passes over the source.
+"""Turns a source of labelled images into packed shards and their manifest, in two passes over the source.
 
-`survey` reads digests and headers and settles splits and size; `pack` decodes and writes. Neither
-holds more in memory than a few blocks, one shard a split, and some bytes for each image.
+`survey` reads digests and headers, and decides splits and size; `pack` decodes images and writes shards. Both hold in
+memory only a few blocks, one shard per split, and some bytes per image.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cnn.config.preprocessing import PreprocessConfig
 from cnn.data.encoding import check_encoding, decode, encode
-from cnn.data.manifest import DataReport, Losses, Manifest, SplitInfo, Spread, Unreadable
+from cnn.data.manifest import Losses, Manifest, SourceReport, SplitInfo, Spread, Unreadable
 from cnn.data.shard_writer import SHARD_BYTES, Images, ShardWriter
 from cnn.data.splits import SPLITS, TEST, TRAIN, UNDECIDED, VAL
 from cnn.errors import InputError
@@ -23,14 +23,14 @@ from cnn.formats import Format, open_source
 from cnn.formats.block import Block, LabelledImages
 from cnn.preprocessing.pixel_statistics import Moments, moments
 from cnn.preprocessing.resume_records import PackedShard
-from cnn.preprocessing.split_packer import EXAMPLES, Failure, OnShard, SplitPacker
+from cnn.preprocessing.split_packer import MAX_EXAMPLES, Failure, OnShard, SplitPacker
 from cnn.preprocessing.survey import OnImages, Plan, check_splits, count_classes, median, survey
-from cnn.threads import READERS, in_order
+from cnn.threads import READER_THREADS, in_order
 
 PIECE_BYTES = 4 * 2**20
-"""Decoded pixels of one thread's task: with the number of threads it bounds what is in flight."""
+"""Decoded pixels of one thread's task; with the number of threads it limits the memory in use."""
 
-LARGE_SET = 64 * 2**30  # bytes of pixels, from which shards are small, since a reader that streams mixes whole shards
+LARGE_SET_BYTES = 64 * 2**30  # of pixels; above it shards are small, since readers that stream mix whole shards
 SMALL_SHARD_BYTES = 8 * 2**20
 
 
@@ -43,11 +43,11 @@ def preprocess(
     *,
     classes: Sequence[str] | None = None,
 ) -> Manifest:
-    """Pack a source into `out/<sha256>.safetensors` shards; equal inputs give equal shards and manifests.
+    """Packs a source into `out/<sha256>.safetensors` shards; equal inputs give equal shards and manifests.
 
     Args:
         files, classes: see `cnn.formats.open_source`.
-        on_progress: called with numbers of images; each counts once when surveyed and once when packed.
+        on_progress: called with numbers of images; each image counts once when surveyed and once when packed.
 
     Raises:
         InputError: the source cannot be used.
@@ -67,16 +67,16 @@ def pack(
     done: Sequence[PackedShard] = (),
     on_shard: OnShard = lambda packed, path: None,
 ) -> Manifest:
-    """The second pass: decode the images that the plan keeps, write their shards, sum up the training pixels.
+    """Runs the second pass: decodes the images of the plan, writes their shards, and sums up the training pixels.
 
     Args:
         out: an existing folder.
-        on_progress: its amounts add up to `plan.count`.
-        done: shards that an earlier, interrupted packing of the same finished: of each split, from the first on
-            without a gap. Their images are not read again, and the outcome is the same.
+        on_progress: called with numbers of images that add up to `plan.count`.
+        done: shards that an earlier, interrupted call with the same source and plan has finished: per split, from the
+            first shard on without a gap. Their images are not read again, and the result is the same.
 
     Raises:
-        InputError: too many images are unreadable, or a split or class lost its last image by that.
+        InputError: too many images are unreadable, or a split or class has no readable image.
     """
     check_encoding(config.encoding, plan.target.channels)
     packers = [
@@ -98,12 +98,12 @@ def pack(
         return piece, _prepare(piece, plan, config)
 
     with (
-        closing(in_order(_Piece.loaded, _pieces(source, plan, starts), threads=READERS)) as loaded,
+        closing(in_order(_Piece.loaded, _pieces(source, plan, starts), threads=READER_THREADS)) as loaded,
         closing(in_order(prepare, loaded)) as prepared,
     ):
         for piece, ready in prepared:
             for split, packer in enumerate(packers):
-                _hand_over(piece, ready, split, packer)
+                _add_to_split(piece, ready, split, packer)
             _check_unreadable(packers, plan.count, config)
             on_progress(len(ready.images) + len(ready.unreadable))
     shards = [packer.close() for packer in packers]
@@ -129,14 +129,14 @@ def pack(
 
 
 def shard_bytes(plan: Plan, config: PreprocessConfig) -> int:
-    """Size of a full shard."""
+    """Returns the size of a full shard, in bytes."""
     if config.shard_bytes is not None:
         return config.shard_bytes
-    return SHARD_BYTES if plan.pixel_bytes <= LARGE_SET else SMALL_SHARD_BYTES
+    return SHARD_BYTES if plan.pixel_bytes <= LARGE_SET_BYTES else SMALL_SHARD_BYTES
 
 
 def code_files() -> list[Path]:
-    """The modules that decide what comes out of preprocessing; a change to any of them may change it."""
+    """Returns the modules on which the result of preprocessing depends."""
     package = Path(__file__).parents[1]
     whole = (path for name in ("formats", "preprocessing") for path in sorted((package / name).glob("*.py")))
     return [*whole, *(package / "data" / f"{name}.py" for name in ("encoding", "manifest", "shard_writer", "splits"))]
@@ -148,30 +148,30 @@ class _Piece(NamedTuple):
     """Position of the block's first image in the source."""
 
     splits: NDArray[np.int8]
-    """Of the whole block's images."""
+    """Splits of all images of the block."""
 
     wanted: NDArray[np.bool_]
-    """Which of the block's images to decode now."""
+    """Mask of the block's images to decode now."""
 
     def loaded(self) -> "_Piece":
         return self._replace(block=self.block.loaded(self.wanted))
 
 
 class _Prepared(NamedTuple):
-    """The wanted images of a piece that could be read, and those that could not."""
+    """The wanted images of a piece: those that could be read, and the others."""
 
     images: Images
     positions: NDArray[np.int64]
-    """Of the images in their block."""
+    """Positions of `images` in the block."""
 
     moments: Moments
     unreadable: tuple[Unreadable, ...]
     failed: NDArray[np.int64]
-    """Of the unreadable ones in their block."""
+    """Positions of `unreadable` in the block."""
 
 
 def _pieces(source: LabelledImages, plan: Plan, starts: NDArray[np.int64]) -> Iterator[_Piece]:
-    """The images of each split from a position on."""
+    """Yields the images to pack: of each split, those from a position in `starts` on."""
     most = max(1, PIECE_BYTES // int(np.prod(plan.target.shape)))
     offset = 0
     for block in source.blocks():
@@ -195,15 +195,15 @@ def _prepare(piece: _Piece, plan: Plan, config: PreprocessConfig) -> _Prepared:
     return _Prepared(images, positions, moments(pixels), unreadable, failed)
 
 
-def _hand_over(piece: _Piece, ready: _Prepared, split: int, packer: SplitPacker) -> None:
-    """A piece's images of one split."""
+def _add_to_split(piece: _Piece, ready: _Prepared, split: int, packer: SplitPacker) -> None:
+    """Adds a piece's images of one split to its packer."""
     failed = piece.splits[ready.failed] == split
-    lost = [image for image, is_ours in zip(ready.unreadable, failed, strict=True) if is_ours]
+    lost = [image for image, in_split in zip(ready.unreadable, failed, strict=True) if in_split]
     packer.skip((piece.start + ready.failed[failed]).tolist(), lost)
-    ours = np.flatnonzero(piece.splits[ready.positions] == split)
-    positions = ready.positions[ours]
-    images = ready.images[ours] if isinstance(ready.images, np.ndarray) else [ready.images[i] for i in ours.tolist()]
-    packer.add(images, piece.block.labels[positions], piece.start + positions, ready.moments[ours])
+    index = np.flatnonzero(piece.splits[ready.positions] == split)
+    positions = ready.positions[index]
+    images = ready.images[index] if isinstance(ready.images, np.ndarray) else [ready.images[i] for i in index.tolist()]
+    packer.add(images, piece.block.labels[positions], piece.start + positions, ready.moments[index])
 
 
 def _check_unreadable(packers: Sequence[SplitPacker], total: int, config: PreprocessConfig) -> None:
@@ -218,17 +218,17 @@ def _check_unreadable(packers: Sequence[SplitPacker], total: int, config: Prepro
 
 
 def _examples(failures: Sequence[Failure]) -> tuple[Unreadable, ...]:
-    """The first ones; each split has named as many, so none of them is missing."""
-    return tuple(failure.image for failure in failures[:EXAMPLES] if failure.image)
+    """Returns the first unreadable images; each split has named as many, so none is missing."""
+    return tuple(failure.image for failure in failures[:MAX_EXAMPLES] if failure.image)
 
 
-def _report(source: LabelledImages, plan: Plan, counts: NDArray[np.int64], failures: Sequence[Failure]) -> DataReport:
+def _report(source: LabelledImages, plan: Plan, counts: NDArray[np.int64], failures: Sequence[Failure]) -> SourceReport:
     widths, heights, modes = Counter[int](), Counter[int](), Counter[str]()
-    for look, count in plan.looks.items():
-        widths[look.width] += count
-        heights[look.height] += count
-        modes[look.mode] += count
-    return DataReport(
+    for header, count in plan.headers.items():
+        widths[header.width] += count
+        heights[header.height] += count
+        modes[header.mode] += count
+    return SourceReport(
         images=len(plan.splits),
         packed=int(counts.sum()),
         unreadable=len(failures),
@@ -249,6 +249,7 @@ def _losses(source: LabelledImages, plan: Plan) -> dict[str, Losses]:
 
 
 def _warnings(source: LabelledImages, plan: Plan, counts: NDArray[np.int64], bad_count: int) -> Iterator[str]:
+    # Their words are part of the manifest: others would give other dataset versions.
     yield from source.left_out.remarks
     for split in (VAL, TEST):
         missing = [name for name, count in zip(source.classes, counts[split], strict=True) if not count]

@@ -1,7 +1,6 @@
-"""What an interrupted preprocessing leaves behind, so that another process, or machine, can go on with it.
+"""Records of an unfinished preprocessing, with which another process or machine can continue it.
 
-Whoever calls `cnn.preprocessing.survey` and `cnn.preprocessing.split_packer` keeps these records, and hands them in
-again.
+The caller of `cnn.preprocessing.survey` and `cnn.preprocessing.pack` stores these records, and passes them in again.
 """
 
 import json
@@ -14,35 +13,35 @@ from numpy.typing import NDArray
 
 from cnn.data.manifest import Record, Shard, Unreadable
 from cnn.data.splits import Split
-from cnn.formats.decode import Look
+from cnn.formats.decode import ImageHeader
 from cnn.preprocessing.pixel_statistics import PixelSums
 
 
 @dataclass(frozen=True, kw_only=True)
 class SurveyPart:
-    """What the survey has found in n images of the source, one after another."""
+    """The result of the survey for n consecutive images of the source."""
 
     start: int
-    """Position of the first."""
+    """Position of the first image."""
 
     labels: NDArray[np.int64]
     splits: NDArray[np.int8]
-    """As the source has them: positions in `SPLITS`, or `UNDECIDED`."""
+    """Official splits: positions in `SPLITS`, or `UNDECIDED`."""
 
     keys: NDArray[np.uint64]
     """See `cnn.data.splits.content_keys`."""
 
-    looks: Counter[Look]
-    """Of the readable ones."""
+    headers: Counter[ImageHeader]
+    """Headers of the readable images."""
 
     @property
     def stop(self) -> int:
-        """Position after the last."""
+        """Position after the last image."""
         return self.start + len(self.labels)
 
     def to_bytes(self) -> bytes:
-        """An npz file; some 17 bytes for each image."""
-        looks = json.dumps([[*look, count] for look, count in self.looks.items()]).encode()
+        """Returns an npz file; some 17 bytes per image."""
+        headers = json.dumps([[*header, count] for header, count in self.headers.items()]).encode()
         file = BytesIO()
         np.savez(
             file,
@@ -50,30 +49,30 @@ class SurveyPart:
             labels=self.labels,
             splits=self.splits,
             keys=self.keys,
-            looks=np.frombuffer(looks, dtype=np.uint8),
+            looks=np.frombuffer(headers, dtype=np.uint8),  # the name of older files
         )
         return file.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "SurveyPart":
-        """What `to_bytes` gave."""
+        """Reads the result of `to_bytes`."""
         with np.load(BytesIO(data), allow_pickle=False) as file:
-            looks = json.loads(file["looks"].tobytes())
+            headers = json.loads(file["looks"].tobytes())
             return cls(
                 start=int(file["start"]),
                 labels=file["labels"],
                 splits=file["splits"],
                 keys=file["keys"],
-                looks=Counter({Look(*look): count for *look, count in looks}),
+                headers=Counter({ImageHeader(*header): count for *header, count in headers}),
             )
 
 
 class PackedShard(Record, extra="forbid"):
-    """A finished shard of one split, with what the manifest has to know of its images."""
+    """A finished shard of one split, with the statistics of its images for the manifest."""
 
     split: Split
     number: int
-    """Place among the split's shards, from 0."""
+    """Position among the split's shards, from 0."""
 
     shard: Shard
     stop: int
@@ -81,7 +80,7 @@ class PackedShard(Record, extra="forbid"):
 
     sums: PixelSums
     unreadable: tuple[int, ...]
-    """Positions in the source of this split's images that could not be read, since the shard before."""
+    """Positions in the source of the split's unreadable images after the previous shard."""
 
     examples: tuple[Unreadable, ...]
-    """The first of them."""
+    """The first unreadable images."""

@@ -1,4 +1,4 @@
-"""The first pass over a source: each image's split, and the size and channels of all."""
+"""Runs the first pass over a source: decides each image's split, and the size and channels of all images."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,48 +12,48 @@ from cnn.config.preprocessing import PreprocessConfig
 from cnn.data.splits import SPLITS, TEST, TRAIN, UNDECIDED, VAL, assign, content_keys, thin_out
 from cnn.errors import InputError
 from cnn.formats.block import Block, LabelledImages
-from cnn.formats.decode import Look, Target
+from cnn.formats.decode import ImageHeader, Target
 from cnn.preprocessing.resume_records import SurveyPart
-from cnn.threads import READERS, in_order
+from cnn.threads import READER_THREADS, in_order
 
 OnImages = Callable[[int], object]
-"""Called with the number of images just done."""
+"""Called with the number of images that were processed since the last call."""
 
 OnPart = Callable[[SurveyPart], object]
-"""Called with each stretch of the source that was surveyed."""
+"""Called with each part of the source that was surveyed."""
 
-PART = 8192  # images that may have to be surveyed again after an interruption
+PART_IMAGES = 8192  # may have to be surveyed again after an interruption
 
-LARGEST_DEFAULT = 128
-"""Pixels; an unset image size is at most this, unless all images are squares of one size."""
+MAX_DEFAULT_SIZE = 128
+"""Limit of an unset image size in pixels, unless all images are squares of one size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the survey settles. N: all images, in the source's order."""
+    """The decisions of the survey about the N images of a source, in the source's order."""
 
     target: Target
     labels: NDArray[np.int64]
     splits: NDArray[np.int8]
     """N positions in `SPLITS`; `UNDECIDED` for images left out by the limit."""
 
-    looks: Counter[Look]
-    """Sizes and modes of the readable ones of all N images."""
+    headers: Counter[ImageHeader]
+    """Headers of the readable images."""
 
     duplicates: int
-    """Images equal to an earlier one."""
+    """Number of images equal to an earlier image."""
 
     shared: int
-    """Validation and test images that are in the training split too."""
+    """Number of validation and test images that are also in the training split."""
 
     @property
     def count(self) -> int:
-        """Images to pack."""
+        """Number of images to pack."""
         return int((self.splits != UNDECIDED).sum())
 
     @property
     def pixel_bytes(self) -> int:
-        """Of all images to pack, before any encoding."""
+        """Bytes of all images to pack, before encoding."""
         return self.count * int(np.prod(self.target.shape))
 
 
@@ -65,11 +65,11 @@ def survey(
     done: Sequence[SurveyPart] = (),
     on_part: OnPart = lambda part: None,
 ) -> Plan:
-    """Read every image's digest and header; holds some 20 bytes for each image.
+    """Reads every image's digest and header; memory holds some 20 bytes per image.
 
     Args:
-        on_progress: its amounts add up to `len(source)`.
-        done: what an earlier, interrupted survey of the same found, from the first image on without a gap.
+        on_progress: called with numbers of images that add up to `len(source)`.
+        done: results of an earlier, interrupted survey of the same source, from the first image on without a gap.
 
     Raises:
         InputError: no image can be read, a split would be empty, or a class is missing in the training split.
@@ -84,22 +84,22 @@ def survey(
 
 
 def _parts(source: LabelledImages, config: PreprocessConfig, start: int, on_progress: OnImages) -> Iterator[SurveyPart]:
-    """What is found from a position on, in stretches of about `PART` images."""
+    """Surveys the images from a position on; yields parts of about `PART_IMAGES` images."""
 
-    def look_at(block: Block) -> SurveyPart:
+    def survey_block(block: Block) -> SurveyPart:
         found = block.survey()
         keys = content_keys(config.split_seed, found.digests)
-        return SurveyPart(start=0, labels=block.labels, splits=block.splits, keys=keys, looks=found.looks)
+        return SurveyPart(start=0, labels=block.labels, splits=block.splits, keys=keys, headers=found.headers)
 
     waiting: list[SurveyPart] = []
     with (
-        closing(in_order(lambda block: block.loaded(), _blocks_from(source, start), threads=READERS)) as blocks,
-        closing(in_order(look_at, blocks)) as parts,
+        closing(in_order(lambda block: block.loaded(), _blocks_from(source, start), threads=READER_THREADS)) as blocks,
+        closing(in_order(survey_block, blocks)) as parts,
     ):
         for part in parts:
             waiting.append(part)
             on_progress(len(part.labels))
-            if sum(len(each.labels) for each in waiting) >= PART:
+            if sum(len(each.labels) for each in waiting) >= PART_IMAGES:
                 yield (joined := _join(waiting, start))
                 waiting, start = [], joined.stop
     if waiting:
@@ -107,7 +107,7 @@ def _parts(source: LabelledImages, config: PreprocessConfig, start: int, on_prog
 
 
 def _blocks_from(source: LabelledImages, start: int) -> Iterator[Block]:
-    """The source's blocks from one that begins at the position."""
+    """Yields the source's blocks from the block on that begins at this position."""
     position = 0
     for block in source.blocks():
         if position >= start:
@@ -121,12 +121,12 @@ def _join(parts: Sequence[SurveyPart], start: int) -> SurveyPart:
         labels=np.concatenate([part.labels for part in parts]),
         splits=np.concatenate([part.splits for part in parts]),
         keys=np.concatenate([part.keys for part in parts]),
-        looks=sum((part.looks for part in parts), Counter[Look]()),
+        headers=sum((part.headers for part in parts), Counter[ImageHeader]()),
     )
 
 
 def _plan(source: LabelledImages, config: PreprocessConfig, parts: Sequence[SurveyPart]) -> Plan:
-    if not any(part.looks for part in parts):
+    if not any(part.headers for part in parts):
         raise InputError(_nothing_readable(source))
     found = _join(parts, 0)
     splits = assign(found.splits, found.keys, val_fraction=config.val_fraction, test_fraction=config.test_fraction)
@@ -135,10 +135,10 @@ def _plan(source: LabelledImages, config: PreprocessConfig, parts: Sequence[Surv
         splits = thin_out(splits, found.labels, found.keys, config.limit)
     check_splits(count_classes(splits, found.labels, len(source.classes)), source.classes, config)
     return Plan(
-        target=_target(found.looks, config),
+        target=_target(found.headers, config),
         labels=found.labels,
         splits=splits,
-        looks=found.looks,
+        headers=found.headers,
         duplicates=len(found.keys) - len(np.unique(found.keys)),
         shared=int(shared),
     )
@@ -152,12 +152,12 @@ def _nothing_readable(source: LabelledImages) -> str:
 
 
 def count_classes(splits: NDArray[np.int8], labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
-    """Images of each class in each split, [splits, classes]."""
+    """Returns the number of images per split and class, [splits, classes]."""
     return np.stack([np.bincount(labels[splits == split], minlength=classes) for split in range(len(SPLITS))])
 
 
 def check_splits(counts: NDArray[np.int64], classes: tuple[str, ...], config: PreprocessConfig) -> None:
-    """Raise InputError if a split is empty or a class cannot be learnt, saying what to do.
+    """Raises InputError, which says what to do, if a split is empty or a class has no training image.
 
     Args:
         counts: [splits, classes], as from `count_classes`.
@@ -167,35 +167,35 @@ def check_splits(counts: NDArray[np.int64], classes: tuple[str, ...], config: Pr
         if not counts[split].any():
             remedy = f"add images, or raise {setting}" if setting else "add images"
             raise InputError(
-                f"none of {total} images is in the {SPLITS[split]} split; {remedy} or change data.split_seed"
+                f"none of {total} images is in the {SPLITS[split]} split; {remedy}, or change data.split_seed"
             )
     missing = np.flatnonzero(counts[TRAIN] == 0)
     if len(missing):
         names = ", ".join(classes[label] for label in missing[:5]) + (", ..." if len(missing) > 5 else "")
         if config.limit is not None and config.limit < len(classes):
             raise InputError(
-                f"data.limit {config.limit} leaves no training image of {names}; the least is {len(classes)}"
+                f"data.limit {config.limit} leaves no training image of {names}; set it to at least {len(classes)}"
             )
-        raise InputError(f"no training image of class {names}; add some, or remove the class from the other splits")
+        raise InputError(f"no training image of class {names}; add images, or remove the class from the other splits")
 
 
-def _target(looks: Counter[Look], config: PreprocessConfig) -> Target:
-    """The configured size and channels, or those that `PreprocessConfig` promises where they are unset."""
+def _target(headers: Counter[ImageHeader], config: PreprocessConfig) -> Target:
+    """Returns the configured size and channels; for unset ones the defaults that `PreprocessConfig` describes."""
     size, channels = config.image_size, config.channels
     if size is None:
-        sizes = {(look.width, look.height) for look in looks}
+        sizes = {(header.width, header.height) for header in headers}
         sides = Counter[int]()
-        for look, count in looks.items():
-            sides[min(look.width, look.height)] += count
-        own = len(sizes) == 1 and all(width == height for width, height in sizes)
-        size = min(median(sides), 4096 if own else LARGEST_DEFAULT)
+        for header, count in headers.items():
+            sides[min(header.width, header.height)] += count
+        equal_squares = len(sizes) == 1 and all(width == height for width, height in sizes)
+        size = min(median(sides), 4096 if equal_squares else MAX_DEFAULT_SIZE)
     if channels is None:
-        channels = 1 if all(look.grey for look in looks) else 3
+        channels = 1 if all(header.grey for header in headers) else 3
     return Target(size, channels)
 
 
 def median(counts: Counter[int]) -> int:
-    """The lower median of counted numbers."""
+    """Returns the lower median of counted numbers."""
     half, seen = (counts.total() + 1) // 2, 0
     for value in sorted(counts):
         seen += counts[value]

@@ -7,12 +7,12 @@ from cnn.networks.wrappers import Normalise
 
 
 class ServedClassifier(nn.Module):
-    """A trained network with the steps before and after it inside, so training and serving cannot differ.
+    """A trained network that includes normalisation and softmax, so training and serving cannot differ.
 
-    It holds `network` itself, and puts it into evaluation mode, on the CPU, without gradients.
+    It contains `network` itself, not a copy, and sets it to evaluation mode, on the CPU, without gradients.
 
     Args:
-        network: takes normalised float32 N×C×H×W, gives logits N×classes.
+        network: maps normalised float32 N×C×H×W to logits N×classes.
         mean, std: of the training split, per channel, on the scale 0 … 1.
     """
 
@@ -23,5 +23,5 @@ class ServedClassifier(nn.Module):
         self.cpu().eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Raw images uint8 N×C×H×W to probabilities float32 N×classes, each row with the sum 1."""
+        """Maps raw images uint8 N×C×H×W to probabilities float32 N×classes; each row has the sum 1."""
         return torch.softmax(self.network(self.normalise(images)).float(), dim=1)

@@ -1,6 +1,6 @@
-"""A served model as one file for use elsewhere: a torch.export program, ONNX, or weights that describe themselves.
+"""Exports a served model to one file: a torch.export program, ONNX, or weights with a description.
 
-Each is loaded again, from the file, and must give what the original gives before the file appears at its name.
+A file gets its name only after it was loaded again and gave the original's probabilities.
 """
 
 import importlib
@@ -27,23 +27,23 @@ from cnn.networks.wrappers import predictor
 from cnn.serving.classifier import ServedClassifier
 
 TOLERANCE, ONNX_TOLERANCE = 1e-5, 1e-4
-"""Largest difference of a probability: round-off, and that of another library's convolutions."""
+"""Largest allowed difference of a probability; ONNX's is larger since another library computes the convolutions."""
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_KEY = "convoy"  # of the description among a safetensors file's metadata
+_DESCRIPTION_KEY = "convoy"  # in a safetensors file's metadata
 
 Predict = Callable[[Tensor], Tensor]
-"""Raw images uint8 N×C×H×W to probabilities float32 N×classes."""
+"""Maps raw images uint8 N×C×H×W to probabilities float32 N×classes."""
 
 
 class ExportDiffers(RuntimeError):
-    """An exported model says something else than the original."""
+    """An exported model gives other probabilities than the original."""
 
     exit_status = 1
 
 
 class Description(Record):
-    """What turns a file of weights into a classifier."""
+    """The part of an exported file that turns its weights into a classifier."""
 
     config: TrainConfig
     classes: tuple[str, ...]
@@ -54,7 +54,7 @@ class Description(Record):
     weights_sha256: str
 
     def classifier(self) -> tuple[nn.Module, ServedClassifier]:
-        """The bare network, with weights that are still to be loaded, and the served one around it."""
+        """Returns the bare network, whose weights are still to be loaded, and the served classifier around it."""
         network = build_network(
             self.config, channels=self.channels, image_size=self.image_size, classes=len(self.classes)
         )
@@ -62,19 +62,19 @@ class Description(Record):
 
 
 def export_pt2(program: ExportedProgram, out: Path, images: Tensor, expected: Tensor) -> float:
-    """Write a program for `torch.export.load`; it takes raw images, any number of them, and needs PyTorch only.
+    """Writes a program for `torch.export.load`; it takes any number of raw images, and needs PyTorch only.
 
     Args:
-        program: of a `ServedClassifier`.
-        out: the file; one that is there is replaced.
+        program: a `ServedClassifier`, exported.
+        out: the file; an existing file is replaced.
         images: uint8 N×C×H×W to check with.
-        expected: the original's probabilities of them, float32 N×classes.
+        expected: the original's probabilities for `images`, float32 N×classes.
 
     Returns:
         The largest difference of a probability.
 
     Raises:
-        ExportDiffers: it differs by more than `TOLERANCE`; nothing is written.
+        ExportDiffers: the difference is larger than `TOLERANCE`; nothing is written.
     """
 
     def load(file: Path) -> Predict:
@@ -82,19 +82,19 @@ def export_pt2(program: ExportedProgram, out: Path, images: Tensor, expected: Te
 
     def save(file: Path) -> None:
         memory = BytesIO()
-        torch.export.save(program, memory)  # given a file, its writer ends the process on a full disk
+        torch.export.save(program, memory)  # given a path, its writer ends the process if the disk is full
         file.write_bytes(memory.getbuffer())
 
     return _export(out, ".pt2", save, load, images, expected, TOLERANCE)
 
 
 def export_onnx(program: ExportedProgram, classes: Sequence[str], out: Path, images: Tensor, expected: Tensor) -> float:
-    """Write an ONNX model, with input `images` and output `probabilities`; `classes` is JSON among its metadata.
+    """Writes an ONNX model, with input `images`, output `probabilities`, and `classes` as JSON in its metadata.
 
     Arguments, result and errors are those of `export_pt2`, with `ONNX_TOLERANCE`.
 
     Raises:
-        InputError: the packages that it takes are not installed.
+        InputError: a package that ONNX needs is not installed.
     """
     check_onnx()
     runtime = importlib.import_module("onnxruntime")
@@ -115,45 +115,42 @@ def export_onnx(program: ExportedProgram, classes: Sequence[str], out: Path, ima
 
 
 def check_onnx() -> None:
-    """Raise InputError if a package is missing that ONNX takes."""
+    """Raises InputError if a package that ONNX needs is not installed."""
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"ONNX takes packages that are not installed ({', '.join(missing)}): pip install 'convoy-cnn[onnx]'"
+            f"ONNX needs packages that are not installed ({', '.join(missing)}): pip install 'convoy-cnn[onnx]'"
         )
 
 
 def export_weights(network: nn.Module, description: Description, out: Path, images: Tensor, expected: Tensor) -> float:
-    """Write a network's weights with all that is needed to use them, for `load_classifier`.
+    """Writes the weights of a bare network, without normalisation, and a description, for `load_classifier`.
 
     Arguments, result and errors are those of `export_pt2`.
-
-    Args:
-        network: the bare one, without normalisation.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    metadata = {_KEY: description.model_dump_json()}
+    metadata = {_DESCRIPTION_KEY: description.model_dump_json()}
     save = lambda file: save_file(state, file, metadata)  # noqa: E731
     return _export(out, ".safetensors", save, load_classifier, images, expected, TOLERANCE)
 
 
 def load_classifier(path: Path) -> ServedClassifier:
-    """The classifier in a file that `export_weights` has written.
+    """Loads the classifier from a file that `export_weights` has written.
 
     Raises:
-        InputError: it is no such file, or is damaged.
+        InputError: the file is no such file, or is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-        description = Description.model_validate_json(metadata[_KEY])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  the file is no mapping
+        description = Description.model_validate_json(metadata[_DESCRIPTION_KEY])
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as a safetensors file: {error}") from None
     except (KeyError, ValidationError):
-        raise InputError(f"{path} holds weights, but no description by this version of Convoy") from None
+        raise InputError(f"{path} has weights, but no description by this version of Convoy; export again") from None
     if weights_sha256(state) != description.weights_sha256:
-        raise InputError(f"{path} is damaged: its weights are not those that it describes")
+        raise InputError(f"{path} is damaged: its weights differ from its description; export again")
     network, served = description.classifier()
     network.load_state_dict(state)
     return served
@@ -174,7 +171,7 @@ def _export(
         worst = _largest_difference(load(file), images, expected)
         if not worst <= tolerance:  # so that NaN fails too
             raise ExportDiffers(
-                f"{out}: the exported model is not the original: a probability differs by {worst:.2g}, "
+                f"{out}: the exported model differs from the original: a probability by {worst:.2g}, "
                 f"more than {tolerance:g}; nothing was written"
             )
         os.replace(file, out)
@@ -182,7 +179,7 @@ def _export(
 
 
 def _largest_difference(predict: Predict, images: Tensor, expected: Tensor) -> float:
-    """Over a batch of one and a batch of all."""
+    """Returns the largest difference of a probability, in a batch of one image and in a batch of all."""
     differences = []
     with torch.inference_mode():
         for size in (1, len(images)):

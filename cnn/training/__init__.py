@@ -1,1 +1,1 @@
-"""The training step, the loop around it, and what they are made of."""
+"""The training step, the loop around it, and their parts."""

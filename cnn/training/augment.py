@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, on their device. No per-sample Python.
+"""Augments whole batches, on their device, without Python code per image.
 
 The distributions are those of torchvision's transforms: `RandomHorizontalFlip`, `RandomCrop` with zero padding,
 `RandomErasing` of a fixed square that may reach over the edge (Cutout: DeVries and Taylor, 2017), `MixUp`, `CutMix`.
@@ -12,15 +12,15 @@ from cnn.config.training import AugmentConfig
 
 
 def augment(images: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
-    """Change each image of a batch at random.
+    """Changes each image of a batch at random.
 
     Args:
         images: uint8 N×C×H×W.
-        config: which changes, and how large.
+        config: selects the changes and their sizes.
         generator: on the images' device; the result is a function of its seed.
 
     Returns:
-        uint8 N×C×H×W, new memory unless nothing is switched on.
+        uint8 N×C×H×W, in new memory unless no change is on.
     """
     if config.flip:
         images = _flip(images, generator)
@@ -47,7 +47,7 @@ def _shift(images: Tensor, distance: int, generator: torch.Generator) -> Tensor:
 def _cutout(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
     count, _, height, width = images.shape
     device = images.device
-    # The centre is uniform over the image, so that the square may reach over the edge, as in the paper.
+    # The centre is uniform over the image, so the square may reach over the edge, as in the paper.
     row = torch.randint(height, (count, 1, 1, 1), device=device, generator=generator) - side // 2
     column = torch.randint(width, (count, 1, 1, 1), device=device, generator=generator) - side // 2
     rows = torch.arange(height, device=device).view(1, 1, -1, 1)
@@ -59,7 +59,7 @@ def _cutout(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
 def mix(
     images: Tensor, labels: Tensor, classes: int, config: AugmentConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Mix each image of a batch, and its label, with another: mixup (Zhang et al., 2018) or cutmix (Yun et al., 2019).
+    """Mixes each image of a batch, and its label, with another: mixup (Zhang et al., 2018), cutmix (Yun et al., 2019).
 
     The partners are a random permutation of the batch, and all pairs share one Beta-distributed mixing ratio and box.
 
@@ -67,34 +67,34 @@ def mix(
         images: float N×C×H×W, normalised.
         labels: int64 N.
         classes: number of classes.
-        config: what is on; with both, each batch takes one or the other, with equal chance.
+        config: says which is on; with both, each batch picks one of them with equal probability.
         generator: on the images' device; the result is a function of its seed.
 
     Returns:
-        Images in the same memory format, and targets float32 N×classes: each row has the sum 1. Both arguments as
-        they are, if neither is on.
+        Images in the same memory format, and targets float32 N×classes, whose rows have the sum 1. If neither is on,
+        the unchanged images and labels.
     """
     if not (config.mixup or config.cutmix):
         return images, labels
-    # What is drawn stays on the device, and no branch depends on it: reading it would make the host wait for a GPU.
+    # Random values stay on the device, and no branch depends on them: reading them would make the host wait for a GPU.
     device = images.device
     cutmix_chance = 0.5 if config.mixup and config.cutmix else float(config.cutmix > 0)
     cuts = torch.rand((), device=device, generator=generator) < cutmix_chance
     alpha = torch.where(cuts, config.cutmix, config.mixup).double().expand(2)
-    # Two Gamma variates make a Beta one; float64, since small alphas give values below float32's smallest.
+    # Two Gamma variates give a Beta variate; in float64, since small alphas give values below float32's smallest.
     gammas = torch._standard_gamma(alpha, generator=generator)
     theirs = gammas[0] / gammas.sum()
     rows, columns = (_interval(size, theirs.sqrt(), generator) for size in images.shape[2:])
-    # The partner's share of each pixel, H×W: the same everywhere, or all of a box and nothing around it.
+    # The partner's share of each pixel, H×W: the same everywhere (mixup), or one in a box and zero outside (cutmix).
     share = torch.where(cuts, (rows[:, None] & columns).float(), theirs.float())
     partner = torch.randperm(len(images), device=device, generator=generator)
     targets = (labels[:, None] == torch.arange(classes, device=device)).float()
-    # The mean is the box's true share of the area, also where the edge cuts it.
+    # The mean is the box's true share of the area, even if the edge cuts it.
     return torch.lerp(images, images[partner], share.to(images.dtype)), targets.lerp(targets[partner], share.mean())
 
 
 def _interval(size: int, share: Tensor, generator: torch.Generator) -> Tensor:
-    """Which of `size` pixels lie in an interval of this share of them around a random one: bool, length `size`."""
+    """Returns a mask of `size` pixels: an interval with this share of them, around a random pixel."""
     half = (share * size / 2).floor()
     centre = torch.randint(size, (), device=share.device, generator=generator)
     pixels = torch.arange(size, device=share.device)

@@ -1,27 +1,26 @@
-"""The training loop: steps, reports, validations, and moments to store a checkpoint."""
+"""The training loop: runs steps and validations, passes on reports, and offers to store checkpoints."""
 
 from typing import Protocol
 
 from cnn.training.reports import EpochReport, StepReport
 from cnn.training.trainer import Trainer
 
-STEPS_LATE = 2  # figures are acted on this many steps after they were computed, so that nothing waits for a GPU
+REPORT_DELAY_STEPS = 2  # figures are read so many steps after their computation, so that nothing waits for a GPU
 
 
 class Reporter(Protocol):
-    """Is told how a training goes."""
+    """Receives the reports of a training."""
 
     def on_step(self, report: StepReport) -> None: ...
 
     def on_epoch(self, report: EpochReport) -> None: ...
 
     def after_step(self, trainer: Trainer, *, milestone: bool) -> None:
-        """Hears of a good moment to take the state; a `milestone` is an epoch's end, or the last step before a stop."""
-        ...
+        """May store the trainer's state; a `milestone` is the end of an epoch, or the last step before a stop."""
 
 
 def fit(trainer: Trainer, reporter: Reporter) -> bool:
-    """Trains to the last step, or to the step at which the ranks agree to stop; returns whether it is finished.
+    """Trains to the last step, or to the step at which the ranks agree to stop; returns whether training is finished.
 
     Raises:
         NonFinite: a loss or gradient was infinite or not a number.
@@ -29,11 +28,11 @@ def fit(trainer: Trainer, reporter: Reporter) -> bool:
     while not trainer.finished:
         trainer.train_step()
         epoch_ends = trainer.step % trainer.steps_per_epoch == 0
-        settled = trainer.step if epoch_ends else trainer.step - STEPS_LATE
+        settled = trainer.step if epoch_ends else trainer.step - REPORT_DELAY_STEPS
         for report in trainer.reports.until(settled):
             reporter.on_step(report)
         if trainer.reports.broken_step <= settled:
-            raise trainer.blame()
+            raise trainer.non_finite_error()
         if epoch_ends:
             epoch = trainer.step // trainer.steps_per_epoch
             reporter.on_epoch(EpochReport(epoch=epoch, step=trainer.step, val=trainer.validate()))

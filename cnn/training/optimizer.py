@@ -1,4 +1,4 @@
-"""Optimizers, with no weight decay on norms and biases."""
+"""Builds optimizers, without weight decay of norms and biases."""
 
 import torch
 from torch import nn
@@ -7,10 +7,10 @@ from cnn.config.training import TrainConfig
 
 
 def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that the configuration names, over the network's parameters.
+    """Builds the optimizer that the configuration names, for the network's parameters.
 
-    Only weight matrices and kernels are decayed: decaying a norm's scale or a bias gains nothing and, on small
-    networks, costs accuracy (Bello et al., "Revisiting ResNets", 2021).
+    Only matrices and kernels are decayed: decaying a norm's scale or a bias gains nothing and, on small networks, costs
+    accuracy (Bello et al., "Revisiting ResNets", 2021).
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
@@ -31,12 +31,12 @@ def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Opti
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
-    """A matrix or kernel, rather than a bias or one factor a channel, whatever its shape (ConvNeXt's are C×1×1)."""
+    """Checks for a matrix or kernel, not a bias or one factor per channel, of any shape (ConvNeXt's are C×1×1)."""
     return parameter.shape[1:].numel() > 1
 
 
 def _fill_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the state that torch would make at the first step, so that a checkpoint can be loaded into it."""
+    """Creates the state that torch would create in the first step, so that a checkpoint can be loaded into it."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if isinstance(optimizer, torch.optim.SGD):
@@ -51,6 +51,6 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate` from the next step on."""
+    """Sets the learning rate of the next steps."""
     for group in optimizer.param_groups:
         group["lr"] = rate

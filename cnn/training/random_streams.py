@@ -1,4 +1,4 @@
-"""Random streams as pure functions of what they are for: no generator state is ever carried over or saved."""
+"""Derives random streams from their purpose by pure functions: no generator state is ever carried over or saved."""
 
 import hashlib
 
@@ -7,20 +7,20 @@ from torch import Tensor
 
 
 def stream_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part, and on nothing else: `stream_seed(seed, "augment", step, lane)`."""
+    """Returns a 63-bit seed that depends on the parts only, such as `stream_seed(seed, "augment", step, lane)`."""
     text = "\0".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 def generator(device: torch.device, *parts: int | str) -> torch.Generator:
-    """A new generator on `device`, seeded by the parts."""
+    """Returns a new generator on `device`, seeded by the parts."""
     return torch.Generator(device).manual_seed(stream_seed(*parts))
 
 
 def seed_default_generator(device: torch.device, *parts: int | str) -> None:
-    """Seed the generator that layers such as dropout draw from on `device`.
+    """Seeds the generator from which layers such as dropout draw on `device`.
 
-    `torch.manual_seed` seeds those of every kind of device, which takes fifty times as long.
+    `torch.manual_seed` seeds the generators of all kinds of devices, which takes fifty times as long.
     """
     seed = stream_seed(*parts)
     if device.type == "cuda":
@@ -30,5 +30,5 @@ def seed_default_generator(device: torch.device, *parts: int | str) -> None:
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order of a split's images in an epoch: int64 permutation of 0 … count - 1, on the CPU."""
+    """Returns the order of a split's images in an epoch: an int64 permutation of 0 … count - 1, on the CPU."""
     return torch.randperm(count, generator=generator(torch.device("cpu"), seed, "order", epoch))

@@ -1,4 +1,4 @@
-"""What a training says of itself; equal on every rank, the ranks' own times included."""
+"""Progress reports of a training. All ranks produce equal reports, including every rank's timings."""
 
 from dataclasses import dataclass
 
@@ -13,21 +13,21 @@ class StepReport:
     steps: int
     loss: float
     accuracy: float
-    """Of the augmented images."""
+    """On augmented images."""
 
     gradient_norm: float
     """Before clipping."""
 
     learning_rate: float
-    """Of the last step."""
+    """Of the last step; not a mean."""
 
     rank_seconds: tuple[float, ...]
-    """Seconds a step that each rank computed, without the time it waited for others; empty if not known yet."""
+    """Computing time per step and rank, without the time of waiting for other ranks; empty if not known yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochReport:
-    """What the validation split says after an epoch. `epoch` and `step` count from 1."""
+    """The validation score after an epoch. `epoch` and `step` count from 1."""
 
     epoch: int
     step: int

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that a checkpoint needs only the step."""
+"""Computes the learning rate as a pure function of the step, so that a checkpoint needs only the step."""
 
 import math
 
@@ -6,7 +6,7 @@ from cnn.config.training import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Learning rate of step `step` of 0 … total_steps - 1.
+    """Returns the learning rate of a step of 0 … total_steps - 1.
 
     `one-cycle` is the triangle of Smith, "Super-convergence" (2018): linear up over the warm-up, linear down to zero.
     `cosine` is the half cosine of Loshchilov and Hutter, "SGDR" (2017), after a linear warm-up.
@@ -23,5 +23,5 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def average_decay(config: TrainConfig, step: int) -> float:
-    """Decay of the moving average of the weights at step `step` of 0 …: shorter at first, when all is still moving."""
+    """Returns the decay of the weights' moving average at a step of 0 …; smaller at first, when weights change fast."""
     return min(config.ema, (1 + step) / (10 + step))

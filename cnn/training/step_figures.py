@@ -1,4 +1,4 @@
-"""The figures that ranks share in each step: their places in one vector, and the reports that are made of them."""
+"""The figures that ranks share in each step: their positions in one vector, and their reports."""
 
 import math
 from collections import deque
@@ -9,28 +9,23 @@ from torch import Tensor
 
 from cnn.training.reports import StepReport
 
-REPORTS_PER_EPOCH = 50  # at most some more; each is the mean of equally many steps
+REPORTS_PER_EPOCH = 50  # less than twice as many; each covers equally many steps
 
 
 class StepFigures:
-    """Places of a step's figures in one float64 vector, which is summed over all lanes.
-
-    Args:
-        lanes: of the training.
-        ranks: that share them.
-    """
+    """The positions of a step's figures in one float64 vector, which is summed over all lanes."""
 
     def __init__(self, lanes: int, ranks: int) -> None:
         self.lanes = lanes
         self.losses = slice(0, lanes)  # of each lane
         self.correct, self.votes = lanes, lanes + 1  # images classified correctly; ranks that want to stop
-        self.seconds = slice(lanes + 2, lanes + 2 + ranks)  # computed by each rank; 0.0 where not known yet
-        self.norm = lanes + 2 + ranks  # of the gradient, which is appended to the sum
+        self.seconds = slice(lanes + 2, lanes + 2 + ranks)  # computing time of each rank; 0.0 if not known yet
+        self.norm = lanes + 2 + ranks  # the gradient's norm, which is appended to the sum
 
     def pack(
         self, lane: int, *, loss: Tensor, correct: Tensor, rank: int, vote: bool = False, seconds: float = 0.0
     ) -> Tensor:
-        """Returns a lane's part of the vector, where its loss is. One lane per rank brings `vote` and `seconds`."""
+        """Returns a lane's part of the vector, on the loss's device. One lane per rank sets `vote` and `seconds`."""
         figures = torch.zeros(self.norm, dtype=torch.float64)
         figures[self.votes] = vote
         figures[self.seconds.start + rank] = seconds
@@ -41,11 +36,9 @@ class StepFigures:
 
 
 class StepReports:
-    """Averages the figures of steps into reports; equal on every rank.
+    """Averages the figures of steps into reports, which are equal on every rank.
 
     Args:
-        figures: says where each figure is.
-        batch_size: images per step.
         steps_per_epoch: an epoch's last report may cover fewer steps than the others.
     """
 
@@ -53,17 +46,17 @@ class StepReports:
         self._figures, self._batch_size, self._steps_per_epoch = figures, batch_size, steps_per_epoch
         self._every = max(1, steps_per_epoch // REPORTS_PER_EPOCH)
         self.in_flight: deque[tuple[int, float, Tensor, torch.cuda.Event | None]] = deque()
-        """Step, learning rate, figures and, where they come from a GPU, the event of their arrival."""
+        """Step, learning rate, figures and, for figures from a GPU, the event of their arrival."""
 
         self._seconds: list[list[float]] = []
         self.recent: list[list[float]] = []
-        """Loss, accuracy, gradient norm and learning rate of each step of the report to come."""
+        """Loss, accuracy, gradient norm and learning rate of each step of the next report."""
 
         self.vote_step = self.broken_step = math.inf
-        """First step with a vote to stop, and first with figures that are not finite, as far as they are read."""
+        """First step with a vote to stop, and first step with figures that are not finite, among those read so far."""
 
     def add(self, step: int, rate: float, figures: Tensor) -> None:
-        """Takes the figures of a step and its learning rate, without waiting for the device."""
+        """Adds the figures of a step and its learning rate, without waiting for the device."""
         copied = None
         if figures.is_cuda:
             on_device = figures
@@ -74,7 +67,7 @@ class StepReports:
         self.in_flight.append((step, rate, figures, copied))
 
     def until(self, last: int) -> Iterator[StepReport]:
-        """Yields the reports that are complete with the figures of the steps up to and including `last`."""
+        """Reads the figures of the steps up to and including `last`; yields the reports that are then complete."""
         while self.in_flight and self.in_flight[0][0] <= last and math.isinf(self.broken_step):
             step, rate, figures, copied = self.in_flight.popleft()
             if copied:
@@ -83,7 +76,7 @@ class StepReports:
             loss, norm = sum(values[at.losses]) / at.lanes, values[at.norm]
             if not math.isfinite(loss + norm):
                 self.broken_step = step
-                return  # what came later is worth nothing
+                return  # later figures are worthless
             if values[at.votes]:
                 self.vote_step = min(self.vote_step, step)
             self.recent.append([loss, values[at.correct] / self._batch_size, norm, rate])

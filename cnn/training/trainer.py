@@ -1,4 +1,4 @@
-"""A network in training, and the step that it takes."""
+"""A network in training, and its training step."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +29,12 @@ from cnn.training.step_figures import StepFigures, StepReports
 
 
 class NonFinite(RuntimeError):
-    """The loss or the gradient became infinite or not a number; training again would do the same.
+    """The loss or the gradient became infinite or not a number; training again would give the same result.
 
     Attributes:
-        step: the first such step, counted from 1; the weights are those before it.
-        lanes: the lanes that are to blame.
-        samples: their images, as positions in the training split.
+        step: the first such step, counted from 1; the weights are those before this step.
+        lanes: the lanes with such a loss or gradient.
+        samples: the images of these lanes, as positions in the training split.
     """
 
     exit_status = 1
@@ -45,7 +45,7 @@ class NonFinite(RuntimeError):
 
 
 def check_fits(config: TrainConfig, manifest: Manifest) -> None:
-    """Refuse what cannot be trained on a dataset version, before anything is set up for it.
+    """Checks whether a configuration can be trained on a dataset version, before anything is set up.
 
     Raises:
         InputError: a batch larger than the training split, or images too small for the network.
@@ -61,18 +61,13 @@ def check_fits(config: TrainConfig, manifest: Manifest) -> None:
 
 
 class Trainer:
-    """A network in training: what a step needs, and how far it has come.
+    """A network in training: the parts of a step, and the progress.
 
-    Every rank has one, and all do the same: whatever is decided from figures is decided at the same step.
+    Each rank has one, and all ranks act equally: decisions that depend on figures are taken at the same step.
 
     Args:
-        config: how to train.
-        manifest: of the dataset version: classes, image shape, mean and std.
-        train_split, val_split: readers of its splits.
-        device: of this rank.
-        exchange: between the ranks.
-        pretrained: safetensors file of weights to start from, in place of fresh ones.
-        stop_requested: whether this rank wants to stop soon; asked at each step, all ranks stop at the same one.
+        pretrained: safetensors file of weights to start from, in place of new random weights.
+        stop_requested: returns whether this rank wants to stop; called in each step. All ranks stop at the same step.
 
     Raises:
         InputError: ranks that cannot share the lanes, a batch larger than the training split, or images too small
@@ -111,20 +106,20 @@ class Trainer:
         self.lanes = LaneParallel(self.network, lanes=config.lanes, exchange=exchange, on_computed=self._clock.stop)
         self._parameters = [p for p in self.network.parameters() if p.requires_grad]
         self._class_weights = _class_weights(config, manifest.splits["train"].class_counts, device)
-        self._batches: Iterator[Batch] | None = None  # of the lanes here, from this step on
+        self._batches: Iterator[Batch] | None = None  # of this rank's lanes, from this step on
         self._stop_requested = stop_requested
         self.history: list[Score] = []
-        """What the validation split said after each epoch."""
+        """The validation scores of all epochs so far."""
 
         self.best: dict[str, Tensor] = {}
-        """The weights of the best epoch, where they are what is selected."""
+        """The weights of the best epoch so far; empty unless the configuration selects these."""
 
         self._figures = StepFigures(config.lanes, exchange.world_size)
         self.reports = StepReports(self._figures, batch_size=config.batch_size, steps_per_epoch=self.steps_per_epoch)
         self._broken = torch.zeros((), device=device)
 
     def train_step(self) -> None:
-        """One optimizer step on one global batch."""
+        """Runs one optimizer step on one global batch."""
         self._clock.start()
         if self._batches is None:
             orders = _orders(self.order, self.lanes.lanes_here, self.step, self.total_steps)
@@ -138,7 +133,7 @@ class Trainer:
         norm = get_total_norm(gradients)
         if self.config.clip_norm:
             clip_grads_with_norm_(self._parameters, self.config.clip_norm, norm)
-        # From the first step on that is not finite the optimizer leaves the weights alone, without being waited for.
+        # From the first step that is not finite, the optimizer changes no weights; nothing waits for its result.
         finite = (norm + figures[self._figures.losses].sum()).isfinite()
         self._broken = torch.maximum(self._broken, (~finite).float())
         self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # read by all fused optimizers
@@ -151,7 +146,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """All steps are done, or early stopping has ended it."""
+        """Whether all steps are done, or early stopping has ended the training."""
         if self.step == self.total_steps:
             return True
         at_epoch_end = len(self.history) * self.steps_per_epoch == self.step
@@ -160,11 +155,11 @@ class Trainer:
 
     @property
     def best_epoch(self) -> int:
-        """The first epoch with the best validation accuracy, counted from 1; 0 before there is one."""
+        """The first epoch with the best validation accuracy, counted from 1; 0 before the first validation."""
         return max(range(len(self.history)), key=lambda e: (self.history[e].accuracy, -e)) + 1 if self.history else 0
 
     def validate(self) -> Score:
-        """Score the validation split, and remember it as this epoch's."""
+        """Computes the validation score of this epoch, and adds it to the history."""
         kept = self.average or self.network
         network = nn.Sequential(self.normalise, predictor(kept, self.config))
         self.history.append(evaluate(network, self.val_split, self.device, self.exchange))
@@ -173,16 +168,16 @@ class Trainer:
         return self.history[-1]
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights that this training is for: the best epoch's, the moving average, or simply the last."""
+        """Returns the weights to keep: those of the best epoch, the moving average, or the current ones."""
         return self.best or (self.average or self.network).state_dict()
 
     @property
     def selected(self) -> Score:
-        """What the validation split said of `weights`."""
+        """The validation score of `weights`."""
         return self.history[self.best_epoch - 1 if self.best else -1]
 
-    def blame(self) -> NonFinite:
-        """Find out which lanes of the first step that was not finite are to blame, by doing it again lane by lane."""
+    def non_finite_error(self) -> NonFinite:
+        """Repeats the first step that was not finite, lane by lane, and returns the error that names its lanes."""
         step = int(self.reports.broken_step)
         samples = self._samples(step - 1)
         bad = torch.zeros(self.config.lanes, dtype=torch.float64, device=self.device)
@@ -207,7 +202,7 @@ class Trainer:
         )
 
     def _samples(self, step: int) -> Tensor:
-        """The images of a step, counted from 0: int64 lanes × images a lane, positions in the training split."""
+        """Returns the images of a step, counted from 0: int64 lanes × images per lane, positions in the split."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         return self.order.epoch(epoch, range(self.config.lanes))[step_of_epoch]
 
@@ -241,9 +236,9 @@ class Trainer:
 
 
 def _orders(order: Order, lanes: range, step: int, total_steps: int) -> Iterator[Tensor]:
-    """For each epoch from a step on the images of its steps, lane after lane: int64 [steps · lanes, images].
+    """Yields per epoch, from a step on, the images of all steps, lane after lane: int64 [steps · lanes, images].
 
-    No method of the trainer, which a thread that reads ahead would keep alive.
+    It is not a method, since a thread that reads ahead would then keep the trainer alive.
     """
     while step < total_steps:
         epoch, done = divmod(step, order.steps_per_epoch)
@@ -252,7 +247,7 @@ def _orders(order: Order, lanes: range, step: int, total_steps: int) -> Iterator
 
 
 def _class_weights(config: TrainConfig, class_counts: Sequence[int], device: torch.device) -> Tensor | None:
-    """`balanced`: images / (classes · images of the class), scikit-learn's definition; its mean over images is 1."""
+    """Returns images / (classes · images of the class), scikit-learn's `balanced`; the mean over images is 1."""
     if config.class_weights == "none":
         return None
     counts = torch.tensor(class_counts)

@@ -1,4 +1,4 @@
-"""Takes and restores all that the later steps of a training depend on."""
+"""Copies and restores the state on which the later steps of a training depend."""
 
 from collections.abc import Mapping
 
@@ -26,12 +26,12 @@ def take_state(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def restore(trainer: Trainer, state: Mapping[str, Tensor] | None) -> None:
-    """Has a trainer go on from where the first rank's `state` was taken; changes nothing if that is None.
+    """Restores the first rank's `state` on all ranks; changes nothing if that is None.
 
-    Every rank calls it before its first step. What the others give is not used: they get the first rank's tensors.
+    Every rank calls it before its first step. The `state` of the other ranks is ignored.
 
     Raises:
-        InputError: the state is that of another training.
+        InputError: the state belongs to another training.
     """
     ours = _tensors(trainer)
     header = torch.zeros(4)
@@ -63,7 +63,7 @@ def restore(trainer: Trainer, state: Mapping[str, Tensor] | None) -> None:
 def _check(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
     for name, tensor in ours.items():
         if name not in state or state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
-            raise InputError(f"this is no checkpoint of this training: its {name} is missing or does not fit")
+            raise InputError(f"the checkpoint belongs to another training: its {name} is missing or does not fit")
 
 
 def _from_first(trainer: Trainer, tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from prefect.artifacts import create_markdown_artifact
 
 from cnn.config.data_checks import DataGateConfig
-from cnn.data.checks import COMPARISONS, SLOW, DataCheck, DataChecks, check_dataset
+from cnn.data.checks import CHAMPION_CHECKS, SLOW_DRIFT_CHECKS, DataCheck, DataChecks, check_dataset
 from cnn.data.manifest import Manifest
 from cnn.data.split_reader import SplitReader
 from cnn.data.splits import SPLITS
@@ -87,9 +87,9 @@ def data_gate(
             manifest, splits, config, theirs, advance, oldest=first, images_for_margin=images_for_margin
         )
     report = _publish(store, dataset, checks, png(contact_sheet(checks, splits)))
-    for check in checks.having("warned"):
+    for check in checks.with_outcome("warned"):
         run_logger().warning("%s: %s", dataset.name, _said(check))
-    if failed := checks.having("failed"):
+    if failed := checks.with_outcome("failed"):
         raise DataRefused(
             f"dataset {dataset.name} is refused: {'; '.join(map(_said, failed))}; the report is "
             f"{store.uri(report.prefix + PAGE)}; mend the data, or change data_gate.{failed[0].name} or its limit"
@@ -121,7 +121,8 @@ def log_data_report(run_id: str, report: DataReport) -> None:
             store.get_file(report.prefix + name, file)
             mlflow_runs.log_file(run_id, file, "report")
     if report.checks.champion_version:  # these change from run to run, and are worth a chart
-        compared = {check.name: check.value for check in report.checks.checks if check.name in COMPARISONS + SLOW}
+        names = CHAMPION_CHECKS + SLOW_DRIFT_CHECKS
+        compared = {check.name: check.value for check in report.checks.checks if check.name in names}
         mlflow_runs.log_metrics(
             run_id, {f"data/{name}": value for name, value in compared.items() if value is not None}
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnn.errors import InputError
-from cnn.evaluation.calibration import Reliability, reliability, remark
+from cnn.evaluation.calibration import Reliability, reliability, temperature_note
 from infra.records import Record
 from tasks.evaluation.binomial import wilson_interval
 
@@ -256,7 +256,7 @@ def _calibration(logits: Tensor, labels: Tensor, temperature: float) -> Calibrat
         loss_after=float(F.cross_entropy(cooled, labels)),
         before=before,
         after=after,
-        remark=remark(temperature),
+        remark=temperature_note(temperature),
     )
 
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from prefect.artifacts import create_markdown_artifact
 from scipy.special import softmax
 
-from cnn.formats.archive import MAX_MEMBER
-from cnn.formats.decode import Target, decode_image, look_at, reason_of
+from cnn.formats.archive import MAX_MEMBER_BYTES
+from cnn.formats.decode import Target, decode_image, read_header, reason_of
 from cnn.threads import in_order
 from infra.errors import ServiceError, UsageError
 from infra.records import Record
@@ -200,10 +200,10 @@ def _decode(part: Sequence[Picture], served: Served) -> PredictedBatch:
 
 def _pixels(picture: Picture, served: Served) -> NDArray[np.uint8]:
     """Pixels as preprocessing would give them; colour images are not made grey for a model that never saw any."""
-    if picture.size > MAX_MEMBER:
-        raise ValueError(f"{picture.size:,} bytes is more than {MAX_MEMBER:,}")
+    if picture.size > MAX_MEMBER_BYTES:
+        raise ValueError(f"{picture.size:,} bytes is more than {MAX_MEMBER_BYTES:,}")
     data = picture.read()
-    if not served.colour and not look_at(data).grey:
+    if not served.colour and not read_header(data).grey:
         pixels = decode_image(data, Target(served.target.image_size, 3)).astype(np.int16)
         if np.ptp(pixels, axis=0).max() > GREY_SPREAD:
             raise ValueError("a colour image, and the model was trained on grey ones only")

@@ -232,7 +232,7 @@ class RankZero:
                 "train/rank_seconds_median": times[(len(times) - 1) // 2],
                 "train/rank_seconds_max": times[-1],
             }
-            for rank in self._watch.look(report):
+            for rank in self._watch.check(report):
                 self.warn(f"rank {rank} is slow: {report.rank_seconds[rank]:.3f} s per step, others {times[0]:.3f} s")
         self._metrics.log(report.step, figures)
         self._event(report.step, loss=report.loss, **speed)

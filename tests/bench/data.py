@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cnn.data.manifest import DataReport, Manifest, SplitInfo, Spread
+from cnn.data.manifest import Manifest, SourceReport, SplitInfo, Spread
 from cnn.data.mapped_split import MappedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
 
@@ -41,7 +41,7 @@ def _write_packed(folder: Path, images: int, size: int) -> None:
         writer.add(pixels, random.integers(CLASSES, size=count))
     split = SplitInfo(count=images, class_counts=(images // CLASSES,) * CLASSES, shards=writer.close())
     side = Spread(min=size, median=size, max=size)
-    report = DataReport(
+    report = SourceReport(
         images=images,
         packed=images,
         unreadable=0,

@@ -23,7 +23,7 @@ from cnn.distributed.process_group import make_deterministic, process_group
 from cnn.networks.build import build
 from cnn.networks.wrappers import Normalise
 from cnn.training.augment import augment
-from cnn.training.loop import STEPS_LATE
+from cnn.training.loop import REPORT_DELAY_STEPS
 from cnn.training.optimizer import build_optimizer
 from cnn.training.random_streams import epoch_order, generator
 from cnn.training.trainer import Trainer
@@ -52,7 +52,7 @@ def convoy(job: Job, manifest: Manifest, train: MappedSplit) -> None:
 def train_step(trainer: Trainer) -> None:
     """A step, and what `fit` reads of the steps before it."""
     trainer.train_step()
-    list(trainer.reports.until(trainer.step - STEPS_LATE))
+    list(trainer.reports.until(trainer.step - REPORT_DELAY_STEPS))
 
 
 def packed_ddp(job: Job, manifest: Manifest, train: MappedSplit) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from cnn.errors import InputError
-from cnn.evaluation.calibration import HIGHEST, LOWEST, fit_temperature, reliability, remark
+from cnn.evaluation.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, fit_temperature, reliability, temperature_note
 from tests.cnn.conftest import Packed
 
 
@@ -100,14 +100,14 @@ def test_few_images_move_the_temperature_little() -> None:
 def test_temperature_stays_bounded_and_a_reader_is_told() -> None:
     logits, labels = 100 * torch.eye(4).repeat(1000, 1), torch.arange(4).repeat(1000)
     found = fit_temperature(logits, labels.roll(1))
-    assert found == HIGHEST
-    assert "at its limit of 20" in remark(found)
-    assert "stay as trained" in remark(1.0)
-    assert remark(1.3) == ""
+    assert found == MAX_TEMPERATURE
+    assert "at its limit of 20" in temperature_note(found)
+    assert "stay as trained" in temperature_note(1.0)
+    assert temperature_note(1.3) == ""
 
 
 def test_temperature_of_logits_that_say_nothing_is_a_number() -> None:
-    assert LOWEST <= fit_temperature(torch.zeros(3, 2), torch.tensor([0, 1, 1])) <= HIGHEST
+    assert MIN_TEMPERATURE <= fit_temperature(torch.zeros(3, 2), torch.tensor([0, 1, 1])) <= MAX_TEMPERATURE
 
 
 def test_huge_logits_do_not_overflow() -> None:

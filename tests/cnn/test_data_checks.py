@@ -125,7 +125,7 @@ def test_images_of_another_split_are_leakage(
     leakage = found(checks, "leakage")
     assert (leakage.outcome, leakage.value) == ("failed", pytest.approx(3 / len(images)))
     assert offenders(checks, "leakage")[0] == (into, 0, f"equals {source} 5")
-    assert (checks.outcome, checks.having("failed")) == ("failed", (leakage,))
+    assert (checks.outcome, checks.with_outcome("failed")) == ("failed", (leakage,))
 
 
 def test_equal_images_with_different_labels_are_conflicts(data: Data, check: Callable[..., DataChecks]) -> None:
@@ -191,7 +191,7 @@ def test_what_preprocessing_found_is_judged(digits: Packed, data: Data, check: C
     assert "3/a.png (truncated)" in found(checks, "unreadable").note
     assert found(checks, "size_ratio").value == 10
     assert found(checks, "other_modes").value == pytest.approx(0.1)
-    assert [each.name for each in checks.having("warned")] == ["unreadable", "size_ratio"]
+    assert [each.name for each in checks.with_outcome("warned")] == ["unreadable", "size_ratio"]
 
 
 def test_a_class_that_loses_most_of_its_files_is_warned_of(
@@ -205,7 +205,7 @@ def test_a_class_that_loses_most_of_its_files_is_warned_of(
     assert found(check(data, **report(_3=100)), "left_out").outcome == "passed"
     checks = check(data, **report(_3=9, _5=300))
     assert (found(checks, "left_out").outcome, found(checks, "left_out").value) == ("warned", 0.75)
-    assert found(checks, "left_out").note == "5 300 beside 100, 3 9 beside 100 images"
+    assert found(checks, "left_out").note == "5 300 besides 100, 3 9 besides 100 images"
     assert found(check(data, config=DataGateConfig(left_out="fail"), **report(_5=101)), "left_out").outcome == "failed"
 
 
@@ -237,7 +237,7 @@ def test_other_pixels_and_other_proportions_are_drift(data: Data, check: Callabl
 
 def test_without_a_champion_nothing_is_compared(data: Data, check: Callable[..., DataChecks]) -> None:
     checks = check(data)
-    names = [each.name for each in checks.having("skipped")]
+    names = [each.name for each in checks.with_outcome("skipped")]
     compared = ["missing_classes", "new_classes", "class_drift", "pixel_drift", "trained_on"]
     assert names == [*compared, "slow_class_drift", "slow_pixel_drift"]
     assert checks.outcome == "passed"
@@ -252,7 +252,7 @@ def test_small_drifts_add_up_against_the_oldest_champion(data: Data, check: Call
         steps.append(data | {"train": (images[kept], labels[kept])})
     strict = DataGateConfig(max_class_drift=0.1, max_slow_class_drift=0.1, slow_class_drift="fail")
     checks = check(steps[2], champion=steps[1], oldest=steps[0], config=strict)
-    assert [each.name for each in checks.having("failed")] == ["slow_class_drift"]
+    assert [each.name for each in checks.with_outcome("failed")] == ["slow_class_drift"]
     assert found(checks, "class_drift").outcome == "passed"
 
 
@@ -273,7 +273,7 @@ def test_split_that_can_never_show_the_margin_is_named_before_training(
     images = len(data["test"][1])
     few = found(check(data, images_for_margin=600), "test_images")
     assert (few.outcome, few.value, few.limit) == ("warned", images, 600)
-    assert "no version can ever pass against a champion: it needs 600" in few.note
+    assert "no version can pass against a champion: it needs 600" in few.note
     assert found(check(data, images_for_margin=images), "test_images").outcome == "passed"
 
 

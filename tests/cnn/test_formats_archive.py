@@ -105,12 +105,12 @@ def test_a_link_in_a_zip_is_refused(tmp_path: Path) -> None:
 def test_an_archive_bomb_is_refused_before_any_image_is_read(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archives, "FREE_SIZE", 2**20)
+    monkeypatch.setattr(archives, "ALWAYS_ALLOWED_BYTES", 2**20)
     path = write(tmp_path / "digest", digit_pngs() | {"digits/1/big.bmp": bytes(10 * 2**20)}, kind)
     with pytest.raises(InputError, match=r"big\.bmp makes it too large"):
         open_source("archive", {f"d.{kind}": path})
-    monkeypatch.setattr(archives, "FREE_SIZE", 2**30)
-    monkeypatch.setattr(archives, "MAX_MEMBER", 2**20)
+    monkeypatch.setattr(archives, "ALWAYS_ALLOWED_BYTES", 2**30)
+    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 2**20)
     with pytest.raises(InputError, match=r"big\.bmp makes it too large"):
         open_source("archive", {f"d.{kind}": path})
 
@@ -239,7 +239,7 @@ def test_a_method_that_is_not_understood_is_said_to_be_that(tmp_path: Path) -> N
     data[8] = 9
     data[data.index(b"PK\1\2") + 10] = 9
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"1\.png is compressed by method 9 .*pack it anew with another program"):
+    with pytest.raises(InputError, match=r"1\.png is compressed by method 9 .*pack it again with another program"):
         open_source("archive", {"w.zip": path})
 
 
@@ -283,5 +283,5 @@ def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
         info = tarfile.TarInfo("a/1.png")
         info.type = tarfile.GNUTYPE_SPARSE
         archive.addfile(info)
-    with pytest.raises(InputError, match="sparse file; pack it anew without --sparse"):
+    with pytest.raises(InputError, match="sparse file; pack it again without --sparse"):
         open_source("archive", {"t.tar": tmp_path / "t"})

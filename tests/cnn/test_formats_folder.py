@@ -14,7 +14,7 @@ from cnn.data.splits import TEST, TRAIN, UNDECIDED, VAL
 from cnn.errors import InputError
 from cnn.formats import open_source
 from cnn.formats.block import Decoded, FileBlock
-from cnn.formats.decode import MAX_PIXELS, Target, decode_image, look_at
+from cnn.formats.decode import MAX_PIXELS, Target, decode_image, read_header
 from cnn.formats.image_metadata import pixels_only
 from cnn.formats.layout import Layout, arrange
 
@@ -83,11 +83,11 @@ def test_hidden_files_are_skipped_and_other_files_remarked_on() -> None:
         (["a/1.png", "b/1.png", "c/notes.txt"], [], "class folder c holds no PNG"),
         (["a/1.png", "b/1.png"], ["c"], "class folder c holds no PNG"),
         (["x/a/1.png", "x/b/1.png"], ["x", "x/a", "x/c"], "class folder c holds no PNG"),
-        (["a/1.png", "b/1.png", "stray.png"], [], "stray.png lies outside any class folder"),
+        (["a/1.png", "b/1.png", "stray.png"], [], "stray.png is outside of all class folders"),
         (
             ["train/1.png", "train/a/1.png", "test/b/1.png"],
             [],
-            "train/1.png lies outside .* train/CLASS/IMAGE",
+            "train/1.png is outside .* train/CLASS/IMAGE",
         ),
         (["test/a/1.png", "val/b/1.png"], [], "folders test, val but none called train"),
     ],
@@ -145,8 +145,8 @@ def test_cmyk_jpeg_becomes_rgb() -> None:
 def test_sixteen_bit_grey_keeps_its_upper_bits() -> None:
     deep = GREY.astype(np.uint16) * 256 + 99
     data = encoded(Image.fromarray(deep))
-    assert look_at(data).mode == "I;16"
-    assert look_at(data).grey
+    assert read_header(data).mode == "I;16"
+    assert read_header(data).grey
     assert (decoded(data, channels=1)[..., 0] == GREY).all()
 
 
@@ -212,13 +212,13 @@ def test_grey_is_recognised_in_every_mode() -> None:
         Image.fromarray(GREY).convert("LA"),
         grey_palette,
     ]
-    assert all(look_at(encoded(image)).grey for image in greys)
+    assert all(read_header(encoded(image)).grey for image in greys)
     colours = [
         Image.fromarray(COLOUR),
         Image.fromarray(COLOUR).convert("P"),
         Image.fromarray(GREY).convert("RGB"),
     ]
-    assert not any(look_at(encoded(image)).grey for image in colours)
+    assert not any(read_header(encoded(image)).grey for image in colours)
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ SPOILT = {
 @pytest.mark.parametrize("spoilt", SPOILT)
 def test_metadata_never_make_pixels_unreadable(spoilt: str) -> None:
     assert (decoded(SPOILT[spoilt]) == COLOUR).all()
-    assert (look_at(SPOILT[spoilt]).width, look_at(SPOILT[spoilt]).grey) == (32, False)
+    assert (read_header(SPOILT[spoilt]).width, read_header(SPOILT[spoilt]).grey) == (32, False)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP"])

@@ -90,7 +90,7 @@ def test_swapped_and_foreign_files_are_refused(files: dict[str, Path]) -> None:
 
 
 def test_missing_or_fewer_labels_are_refused(files: dict[str, Path]) -> None:
-    with pytest.raises(InputError, match="train-images-idx3-ubyte has no labels file"):
+    with pytest.raises(InputError, match="train-images-idx3-ubyte has no matching labels file"):
         open_source("idx", {name: path for name, path in files.items() if name != "train-labels-idx1-ubyte"})
     write_idx(files["train-labels-idx1-ubyte"], np.zeros(1499))
     with pytest.raises(InputError, match=r"1500 images but .* 1499 labels"):

@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cnn.data.manifest import DataReport, Losses, Manifest, Shard, SplitInfo, Spread
+from cnn.data.manifest import Losses, Manifest, Shard, SourceReport, SplitInfo, Spread
 from cnn.data.splits import SPLITS
 from cnn.errors import InputError
 from cnn.formats import Format, open_source
-from cnn.formats.decode import Target, decode_image, look_at
+from cnn.formats.decode import Target, decode_image, read_header
 from cnn.formats.layout import arrange
 
 MEMORY = 64 * 2**20  # bytes; all that is tried is smaller than a megabyte
@@ -218,7 +218,7 @@ def test_what_a_jpeg_says_of_itself(segments: list[tuple[int, bytes]]) -> None:
     data = JPEG.getvalue()
     said = b"".join(struct.pack(">BBH", 0xFF, marker, len(text) + 2) + text for marker, text in segments)
     with within_memory():
-        assert look_at(data[:2] + said + data[2:]).width == 16
+        assert read_header(data[:2] + said + data[2:]).width == 16
         decode_image(data[:2] + said + data[2:], Target(16, 3))
 
 
@@ -238,7 +238,7 @@ def test_what_a_png_says_of_itself(chunks: list[tuple[bytes, bytes, bytes, bool,
     data = PNG.getvalue()
     place = -12 if behind else 33
     with within_memory():
-        assert look_at(data[:place] + said + data[place:]).width == 4
+        assert read_header(data[:place] + said + data[place:]).width == 4
         decode_image(data[:place] + said + data[place:], Target(4, 1))
 
 
@@ -259,7 +259,7 @@ MANIFEST = Manifest(
     },
     mean=(0.5,),
     std=(0.5,),
-    report=DataReport(
+    report=SourceReport(
         images=6,
         packed=6,
         unreadable=0,

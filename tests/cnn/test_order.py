@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Shard, SplitInfo
-from cnn.training.order import WHOLE_BYTES, WINDOW_BYTES, Order, mixing, shuffle_window
+from cnn.training.order import DEFAULT_WINDOW_BYTES, MAX_PERMUTED_BYTES, Order, mixing, shuffle_window
 from cnn.training.random_streams import epoch_order
 
 SIZES = (700, 300, 1, 999, 500) * 8  # images a shard
@@ -77,12 +77,12 @@ def test_it_depends_on_seed_epoch_window_and_counts_only() -> None:
 
 
 def test_unset_a_window_comes_with_the_size_of_the_shards() -> None:
-    small = made_split(1000, image_bytes=WHOLE_BYTES // 1000)
+    small = made_split(1000, image_bytes=MAX_PERMUTED_BYTES // 1000)
     assert shuffle_window(config(), small) is None
-    large = made_split(*[1000] * 1000, image_bytes=WHOLE_BYTES // 500_000)
+    large = made_split(*[1000] * 1000, image_bytes=MAX_PERMUTED_BYTES // 500_000)
     window = shuffle_window(config(), large)
     assert window is not None
-    assert window * WHOLE_BYTES // 500_000 == pytest.approx(WINDOW_BYTES, rel=1e-4)
+    assert window * MAX_PERMUTED_BYTES // 500_000 == pytest.approx(DEFAULT_WINDOW_BYTES, rel=1e-4)
     assert shuffle_window(config(shuffle_window=70_000), large) == 70_000
     assert shuffle_window(config(shuffle_window=10**6), large) is None
     assert shuffle_window(config(shuffle_window=999), small) == 999

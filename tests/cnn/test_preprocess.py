@@ -30,7 +30,7 @@ from cnn.preprocessing.pack import code_files, pack, preprocess, shard_bytes
 from cnn.preprocessing.pixel_statistics import PixelSums, moments
 from cnn.preprocessing.resume_records import PackedShard, SurveyPart
 from cnn.preprocessing.survey import survey
-from cnn.threads import READERS, in_order
+from cnn.threads import READER_THREADS, in_order
 
 DIGITS = load_digits()
 PIXELS = np.round(DIGITS.images * 255 / 16).astype(np.uint8)
@@ -216,7 +216,7 @@ def test_a_limit_keeps_so_many_images_of_each_split_and_no_other(digits: dict[st
         assert info.count == 50
         assert info.class_counts == (5,) * 10
         assert as_set(*unpack(out, limited, split)) < as_set(*unpack(out, full, split))
-    with pytest.raises(InputError, match=r"data\.limit 5 leaves no training image of .*; the least is 10"):
+    with pytest.raises(InputError, match=r"data\.limit 5 leaves no training image of .*; set it to at least 10"):
         preprocess("digits", digits, PreprocessConfig(limit=5), out)
 
 
@@ -375,7 +375,7 @@ def test_going_on_after_any_shard_gives_the_same_manifest(folder: Folder, tmp_pa
 def test_going_on_after_any_part_of_the_survey_gives_the_same_plan(
     digits: dict[str, Path], folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cnn.preprocessing.survey.PART", 100)
+    monkeypatch.setattr("cnn.preprocessing.survey.PART_IMAGES", 100)
     folder.add_digits(range(500))
     folder.add("3/bad.png", b"no image at all")
     for source in (open_source("folder", folder.files), open_source("digits", digits)):
@@ -387,18 +387,18 @@ def test_going_on_after_any_part_of_the_survey_gives_the_same_plan(
             done = [SurveyPart.from_bytes(part.to_bytes()) for part in parts[:count]]
             plan = survey(source, CONFIG, told.append, done=done)
             assert (plan.labels == whole.labels).all() and (plan.splits == whole.splits).all()
-            assert (plan.target, plan.looks, plan.duplicates) == (whole.target, whole.looks, whole.duplicates)
+            assert (plan.target, plan.headers, plan.duplicates) == (whole.target, whole.headers, whole.duplicates)
             assert sum(told) == len(source) and told[0] == (parts[count - 1].stop if count else 0)
 
 
 def test_many_files_are_read_at_a_time(folder: Folder) -> None:
-    """As many as `READERS` wait for a slow server side by side, whatever the number of cores."""
+    """As many as `READER_THREADS` wait for a slow server side by side, whatever the number of cores."""
     folder.add_digits(range(1500))
-    everybody = threading.Barrier(READERS)
+    everybody = threading.Barrier(READER_THREADS)
 
     class Slow(LocalFiles):
         def read(self, position: int) -> bytes:
-            if position % 32 == 0 and position < 32 * READERS:  # the first file of a block
+            if position % 32 == 0 and position < 32 * READER_THREADS:  # the first file of a block
                 everybody.wait(20)
             return super().read(position)
 

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from prefect import Flow, get_client
 from prefect.client.schemas.objects import FlowRun, State
 
-from cnn.data.manifest import DataReport, Manifest, Shard, SplitInfo, Spread
+from cnn.data.manifest import Manifest, Shard, SourceReport, SplitInfo, Spread
 from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
 from infra.storage.object_store import ObjectInfo, ObjectStore
@@ -89,7 +89,7 @@ class Leftovers:
             splits={"train": SplitInfo(count=1, class_counts=(1, 0), shards=tuple(parts))},
             mean=(0.0,),
             std=(1.0,),
-            report=DataReport(images=1, packed=1, width=spread, height=spread, **nothing),
+            report=SourceReport(images=1, packed=1, width=spread, height=spread, **nothing),
         )
         self.put(bucket_layout.dataset_manifest(manifest.version), manifest.to_bytes(), days)
         record = json.dumps({"dataset_version": manifest.version} | ({"raw": raw} if raw else {})).encode()

@@ -123,7 +123,7 @@ TABLE: dict[str, tuple[dict[str, bytes], tuple[str, ...], list[str], dict[Split,
 REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
     "train, test and one that is no split": (
         images("train/a", "train/b", "test/a", "test/b", "extra/x"),
-        r"test and train hold folders of the same names \(a, b\): .* call them train, val, test",
+        r"test and train contain folders with the same names \(a, b\): .* call them train, val, test",
     ),
     "other classes in each": (
         images("eval/a", "train/a", "train/b"),

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def machine(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Makes this process one on a machine of that name."""
-    monkeypatch.setattr(cnn.preprocessing.survey, "PART", PART)
+    monkeypatch.setattr(cnn.preprocessing.survey, "PART_IMAGES", PART)
     monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
 
     def be(name: str) -> None:
@@ -70,7 +70,7 @@ def run(folder: Path, keep_raw: bool = False) -> str:
 def stuck(raw: RawSource, environment: dict[str, str], method: str, notes: int, said: Connection) -> None:
     """Preprocess in a process of its own, until so many notes are in the journal; then wait to be killed."""
     os.environ.update(environment)
-    cnn.preprocessing.survey.PART = PART
+    cnn.preprocessing.survey.PART_IMAGES = PART
     note = getattr(Journal, method)
 
     def noting(self: Journal, what: Any) -> None:

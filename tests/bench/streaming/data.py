@@ -12,7 +12,7 @@ from typing import Literal
 from safetensors.numpy import load_file
 
 from cnn.data.encoding import encode
-from cnn.data.manifest import DataReport, Manifest, SplitInfo, Spread
+from cnn.data.manifest import Manifest, SourceReport, SplitInfo, Spread
 from cnn.data.shard_writer import ShardWriter, shard_path
 from infra.settings import Settings
 from infra.sources.base import Workplace
@@ -129,7 +129,7 @@ def _pack(data: Data, folder: Path) -> Manifest:
             writer.add([file for part in files for file in part], labels)
     split = SplitInfo(count=data.images, class_counts=(data.images // CLASSES,) * CLASSES, shards=writer.close())
     side = Spread(min=data.shape[-1], median=data.shape[-1], max=data.shape[-1])
-    report = DataReport(
+    report = SourceReport(
         images=data.images,
         packed=data.images,
         unreadable=0,
