@@ -10,7 +10,7 @@ Encoding = Literal["raw", "jpeg", "webp"]
 
 
 class PreprocessConfig(Config):
-    """Says how source images become a dataset version (`data.*`)."""
+    """Configuration of preprocessing, from source images to a dataset version (`data.*`)."""
 
     image_size: int | None = Field(None, ge=1, le=4096)
     """Height and width in pixels. Unset: that of the images if all are squares of one size, else the median shorter

@@ -31,7 +31,7 @@ class AugmentConfig(Config):
 
 
 class TrainConfig(Config):
-    """Says how a network is trained. Equal configurations on one dataset version give equal weights, bit for bit."""
+    """Configuration of training. Equal configurations on one dataset version give equal weights, bit for bit."""
 
     model: str = "convoy9"
     """The network: `notes` (the classic teaching network), `convoy9` (deeper, with batch norm), or one of

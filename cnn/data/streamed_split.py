@@ -21,7 +21,7 @@ AHEAD_BYTES = 2 * 2**30
 """Bytes of shards that may be fetched before they are needed."""
 
 READY_BYTES = 256 * 2**20  # batches that are gathered and decoded ahead of the one in use
-MIN_READY, MAX_READY = 2, 16  # limits of their number
+MIN_READY_BATCHES, MAX_READY_BATCHES = 2, 16
 OPEN_SHARDS = 8  # stay open after a gather or slice
 IMAGES_PER_TASK = 8  # that a thread decodes or copies at a time
 LARGE_IMAGE_BYTES = 16 * 2**10  # from here on, copying images one by one is faster than a bulk copy and a reordering
@@ -94,7 +94,7 @@ class StreamedSplit:
         head = next(batches, None)
         if head is None:
             return
-        depth = min(max(READY_BYTES // max(head[0].nbytes, 1), MIN_READY), MAX_READY)
+        depth = min(max(READY_BYTES // max(head[0].nbytes, 1), MIN_READY_BATCHES), MAX_READY_BATCHES)
         yield head
         yield from read_ahead(batches, depth)
 

@@ -61,49 +61,49 @@ def load_pretrained(network: nn.Module, path: Path) -> tuple[str, ...]:
         InputError: the file cannot be read, or contains the weights of another network.
     """
     try:
-        theirs = load_file(path)
+        loaded = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as a safetensors file: {error}") from None
-    ours = network.state_dict()
-    _check_names(ours.keys(), theirs.keys(), path)
+    current = network.state_dict()
+    _check_names(current.keys(), loaded.keys(), path)
     layers = list(network.named_modules())
     first = next((f"{name}.weight" for name, layer in layers if isinstance(layer, nn.Conv2d)), None)
     last = next((name for name, layer in reversed(layers) if isinstance(layer, nn.Linear)), None)
     by_classes = (f"{last}.weight", f"{last}.bias")
-    fitting, fresh = {}, []
-    for name in filter(theirs.__contains__, ours):
-        mine, found = ours[name].shape, theirs[name].shape
-        if found == mine:
-            fitting[name] = theirs[name]
-        elif name == first and mine == (*found[:1], 1, *found[2:]) and found[1] == 3:
-            fitting[name] = theirs[name].sum(1, keepdim=True)
-        elif (name == first and mine == (*found[:1], mine[1], *found[2:])) or (
-            name in by_classes and mine[1:] == found[1:]
+    fitting, kept = {}, []
+    for name in filter(loaded.__contains__, current):
+        wanted, found = current[name].shape, loaded[name].shape
+        if found == wanted:
+            fitting[name] = loaded[name]
+        elif name == first and wanted == (*found[:1], 1, *found[2:]) and found[1] == 3:
+            fitting[name] = loaded[name].sum(1, keepdim=True)
+        elif (name == first and wanted == (*found[:1], wanted[1], *found[2:])) or (
+            name in by_classes and wanted[1:] == found[1:]
         ):
-            fresh.append(name)
+            kept.append(name)
         else:
             raise InputError(
-                f"{path} is of another network: {name} is {_size(found)} in the file, but {_size(mine)} here; "
+                f"{path} is of another network: {name} is {_size(found)} in the file, but {_size(wanted)} here; "
                 "set the network's options (network.*) and data.image_size as for that file"
             )
     network.load_state_dict(fitting, strict=False)
-    return tuple(fresh)
+    return tuple(kept)
 
 
-def _check_names(ours: Collection[str], theirs: Collection[str], path: Path) -> None:
+def _check_names(current: Collection[str], loaded: Collection[str], path: Path) -> None:
     # Batch norm's step counters are not needed, and older files do not have them.
-    missing = [name for name in ours if name not in theirs and not name.endswith(".num_batches_tracked")]
-    unknown = sorted(name for name in theirs if name not in ours)
+    missing = [name for name in current if name not in loaded and not name.endswith(".num_batches_tracked")]
+    unknown = sorted(name for name in loaded if name not in current)
     if not missing and not unknown:
         return
-    matched = sum(name in theirs for name in ours)
+    matched = sum(name in loaded for name in current)
     if missing:
         near = difflib.get_close_matches(missing[0], unknown, n=1, cutoff=0)
         detail = f"there is no {missing[0]!r} in it" + (f", the nearest is {near[0]!r}" if near else "")
     else:
-        near = difflib.get_close_matches(unknown[0], ours, n=1, cutoff=0)
+        near = difflib.get_close_matches(unknown[0], current, n=1, cutoff=0)
         detail = f"there is no {unknown[0]!r} here, the nearest is {near[0]!r}"
-    raise InputError(f"{path} is of another network: {matched} of {len(ours)} names match; {detail}")
+    raise InputError(f"{path} is of another network: {matched} of {len(current)} names match; {detail}")
 
 
 def _size(shape: torch.Size) -> str:

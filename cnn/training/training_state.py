@@ -33,10 +33,10 @@ def restore(trainer: Trainer, state: Mapping[str, Tensor] | None) -> None:
     Raises:
         InputError: the state belongs to another training.
     """
-    ours = _tensors(trainer)
+    current = _tensors(trainer)
     header = torch.zeros(4)
     if state is not None:
-        _check(state, ours)
+        _check(state, current)
         has_best = any(name.startswith("best/") for name in state)
         header = torch.tensor([1, len(state["progress/history"]), len(state["progress/recent"]), has_best])
     present, epochs, recent, with_best = (int(value) for value in _from_first(trainer, header.double()).tolist())
@@ -44,7 +44,7 @@ def restore(trainer: Trainer, state: Mapping[str, Tensor] | None) -> None:
         return
     best = {f"best/{name}": tensor for name, tensor in trainer.network.state_dict().items()} if with_best else {}
     wanted = {
-        **ours,
+        **current,
         **best,
         "progress/step": torch.tensor(0),
         "progress/history": torch.zeros(epochs, 2, dtype=torch.float64),
@@ -52,7 +52,7 @@ def restore(trainer: Trainer, state: Mapping[str, Tensor] | None) -> None:
     }
     got = {name: _from_first(trainer, like if state is None else state[name]) for name, like in wanted.items()}
     with torch.no_grad():
-        for name, tensor in ours.items():
+        for name, tensor in current.items():
             tensor.copy_(got[name])
     trainer.step = int(got["progress/step"])
     trainer.history = [Score(loss=loss, accuracy=accuracy) for loss, accuracy in got["progress/history"].tolist()]
@@ -60,8 +60,8 @@ def restore(trainer: Trainer, state: Mapping[str, Tensor] | None) -> None:
     trainer.best = {name.removeprefix("best/"): got[name].cpu() for name in best}
 
 
-def _check(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
-    for name, tensor in ours.items():
+def _check(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+    for name, tensor in current.items():
         if name not in state or state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
             raise InputError(f"the checkpoint belongs to another training: its {name} is missing or does not fit")
 

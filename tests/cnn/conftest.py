@@ -138,7 +138,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 
 
 Plans = list[list[dict[str, Any]]]
-"""What each rank says, for each plan."""
+"""The reports of all ranks, per plan."""
 
 
 class Ranks:
@@ -153,7 +153,7 @@ class Ranks:
         self._program.stdin.write(json.dumps(asked) + "\n")
         self._program.stdin.flush()
         found = json.loads(self._program.stdout.readline())
-        assert found is not None, "a rank failed, and has said why"
+        assert found is not None, "a rank failed, and printed why"
         return found
 
 

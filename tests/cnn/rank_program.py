@@ -93,7 +93,7 @@ def run_rank(
 
 
 def run_or_end(arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Runs a rank; one that fails ends its process, and with it the pool: the others would wait for it."""
+    """Runs a rank; a failed rank ends its process, and with it the pool, since the other ranks would wait for it."""
     try:
         return run_rank(*arguments)
     except BaseException:

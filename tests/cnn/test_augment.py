@@ -116,7 +116,7 @@ def mixed_batches(mixing: Mix, draws: int) -> tuple[Tensor, Tensor]:
 
 
 def own_shares(targets: Tensor) -> Tensor:
-    """The share that images keep, one a batch; an image may be its own partner, but not all eight of them."""
+    """Returns the share that images keep, one per batch; an image may be its own partner, but not all eight images."""
     return targets.diagonal(dim1=1, dim2=2).amin(1).round(decimals=4)  # whatever the order of the arithmetic
 
 

@@ -280,7 +280,7 @@ def test_split_that_can_never_show_the_margin_is_named_before_training(
 def test_pixels_of_another_number_of_channels_are_not_compared(data: Data, check: Callable[..., DataChecks]) -> None:
     rgb = {name: (np.repeat(images, 3, axis=1), labels) for name, (images, labels) in data.items()}
     drift = found(check(rgb, champion=data, channels=3), "pixel_drift")
-    assert (drift.outcome, drift.note) == ("skipped", "3 channels, the champion's data have 1")
+    assert (drift.outcome, drift.note) == ("skipped", "3 channels; the champion's data have 1")
 
 
 @pytest.mark.parametrize("level, outcome", [("off", "passed"), ("warn", "warned"), ("fail", "failed")])

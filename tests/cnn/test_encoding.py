@@ -40,7 +40,7 @@ def packed(files: dict[str, Path], out: Path, **config: object) -> Manifest:
 
 
 def contents(out: Path, info: SplitInfo) -> list[bytes]:
-    """The files in a split's shards, after a look at the shards' form."""
+    """Returns the files in a split's shards, after checking the shards' form."""
     found = []
     for shard in info.shards:
         tensors = load_file(shard_path(out, shard.sha256))

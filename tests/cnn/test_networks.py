@@ -31,7 +31,7 @@ def test_convoy9_takes_a_single_pixel() -> None:
 
 
 def test_notes_is_the_network_of_the_notes() -> None:
-    """Filters, kernels, strides, pooling, flatten, dropout and linear layers are where the options say."""
+    """Filters, kernels, strides, pooling, flatten, dropout and linear layers follow the options."""
     built = build_network(
         TrainConfig(
             model="notes",
@@ -57,7 +57,7 @@ def test_notes_is_the_network_of_the_notes() -> None:
     assert sum(isinstance(layer, nn.Flatten) for layer in layers) == 1
     assert {layer.p for layer in layers if isinstance(layer, nn.Dropout)} == {0.4}
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    # 48 → conv 3 → 46 → pool 3/2 → 22 → conv 5/2 → 9 → pool 3/2 → 4: nobody had to spell out 48·4·4.
+    # 48 → conv 3 → 46 → pool 3/2 → 22 → conv 5/2 → 9 → pool 3/2 → 4: the input size 48·4·4 is found.
     assert [(layer.in_features, layer.out_features) for layer in linear] == [(48 * 4 * 4, 64), (64, 16), (16, 5)]
 
 

@@ -100,7 +100,7 @@ def test_a_lane_goes_through_its_own_share_of_the_shards_with_few_in_use_at_a_ti
     # A window of 2 000 images covers parts of 21 shards at most; there are two lanes.
     assert int(in_use.max()) <= 2 * 22
     assert float(in_use[len(order) // 4 : -len(order) // 4].double().mean()) == pytest.approx(2 * 21, rel=0.1)
-    # They come into use one after another, not all at once.
+    # They come into use one after another, not all at the same time.
     came = torch.bincount(first[last >= 0], minlength=len(order)).double()
     assert float(came.view(-1)[: len(order) // 10 * 10].view(10, -1).sum(1).max()) < 3 * 200 / 10
 

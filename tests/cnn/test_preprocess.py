@@ -1,4 +1,4 @@
-"""From real images to shards and manifest: what is packed, into which split, and what the report says."""
+"""Preprocessing of real images: the packed images, their splits, and the report."""
 
 import gzip
 import hashlib

@@ -27,5 +27,5 @@ def test_rank_that_catches_up_now_and_then_is_not_named() -> None:
         assert watch.check(report(0.1, 0.1)) == []
 
 
-def test_unknown_times_name_nobody() -> None:
+def test_unknown_times_name_no_rank() -> None:
     assert StragglerWatch(steps=1).check(report()) == []

@@ -1,4 +1,4 @@
-"""The figures of a step come out of the vector as the lanes have put them in."""
+"""Figures that lanes pack into a step's vector are read from it unchanged."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Reading a split whose shards come when they are needed: the same images, in time, and honest about trouble."""
+"""A streamed split gives the same images as a mapped one, ahead of their use, and raises the errors of its shards."""
 
 import threading
 import time
@@ -216,7 +216,7 @@ def test_an_image_that_cannot_be_decoded_or_has_another_size_is_named(encoded: P
         split.gather(torch.tensor([0]))
 
 
-def test_items_are_made_ahead_as_far_as_asked_and_the_thread_ends_when_nobody_wants_more() -> None:
+def test_items_are_made_ahead_up_to_the_depth_and_the_thread_ends_with_the_consumer() -> None:
     made: list[int] = []
     closed = threading.Event()
 

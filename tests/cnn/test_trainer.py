@@ -169,7 +169,7 @@ def test_figures_that_are_not_finite_stop_training_and_leave_the_weights_of_the_
     assert all(torch.equal(weights[name], tensor) for name, tensor in trainer.network.named_parameters())
 
 
-def test_the_lane_and_the_images_to_blame_are_named(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lane_and_the_images_that_are_not_finite_are_named(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = lab.trainer(lanes=4)
     poisoned = int(trainer._samples(3)[2][5])
     gather = type(trainer.train_split).gather
