@@ -1,1 +1,1 @@
-"""The flows, and the command line that starts them."""
+"""Defines the flows and the command line that starts them."""

@@ -1,4 +1,4 @@
-"""Deployments in Prefect: registering them from a file, starting a run of one from anywhere, and following it."""
+"""Registers deployments with Prefect from a file, starts their flow runs, follows and cancels them."""
 
 import json
 import subprocess
@@ -29,27 +29,29 @@ from infra.records import Record
 from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN
 from tasks.config.run import load_config
 
-POLL = 2.0  # seconds between looks at a flow run, at most
-PACE = 0.05  # share of the time waited so far after which to look again: a short run is not waited for much longer
-OUTAGE = 1800.0  # seconds that Prefect may be away while a command waits for a flow run
-AWAY = "Prefect does not answer"
-PREFECT = "import cnn, infra, tasks, flows, runpy; runpy.run_module('prefect', run_name='__main__', alter_sys=True)"
-"""Prefect's command line with our packages loaded: it looks in the working folder first, which may have its own."""
-
-UNTAKEN = 30.0  # seconds after which to say that no worker has taken a run
+MAX_POLL_SECONDS = 2.0  # between polls of a flow run
+POLL_SHARE = 0.05  # of the time waited so far, as a pause before the next poll: short runs are polled often
+MAX_OUTAGE_SECONDS = 1800.0  # that Prefect may be down while a command waits for a flow run
+NO_ANSWER = "Prefect does not answer"
+UNTAKEN_WARNING_SECONDS = 30.0  # after which a warning says that no worker has taken a flow run
 DATA_CHANGED = "convoy.data.changed"
-PAGES = ("quality-gate", "evaluation")  # artifacts that belong into a report, in this order
+REPORT_ARTIFACTS = ("quality-gate", "evaluation")  # in the order of a report
+PREFECT_PROGRAM = (
+    "import cnn, infra, tasks, flows, runpy; runpy.run_module('prefect', run_name='__main__', alter_sys=True)"
+)
+"""Prefect's command line with Convoy's packages loaded: Prefect searches the working folder first, which may hold other
+packages of these names."""
 
 
 class Started(Record):
-    """A flow run that was asked for."""
+    """A flow run that was requested."""
 
     id: UUID
     url: str
 
 
 def deploy(file: Path) -> Iterator[str]:
-    """Register all deployments of a file in Prefect's format; yields a line for each.
+    """Registers all deployments of a file in Prefect's format; yields one line per deployment.
 
     Raises:
         UsageError: the file cannot be used.
@@ -58,27 +60,26 @@ def deploy(file: Path) -> Iterator[str]:
     entries = _entries(file)
     for pool in sorted({entry["work_pool"]["name"] for entry in entries}):
         ensure_pool(pool)
-    command = [sys.executable, "-c", PREFECT, "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+    command = [sys.executable, "-c", PREFECT_PROGRAM, "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        said = one_line(done.stderr or done.stdout)
-        raise ServiceError(f"Prefect did not take the deployments of {file}: {said[-400:]}")
+        output = one_line(done.stderr or done.stdout)
+        raise ServiceError(f"Prefect did not register the deployments of {file}: {output[-400:]}")
     with get_client(sync_client=True) as client:
         for entry in entries:
             flow_name = flow_of(entry["entrypoint"]).name
             found = client.read_deployment_by_name(f"{flow_name}/{entry['name']}")
-            wanted = {schedule.get("slug") for schedule in entry.get("schedules", [])}
+            schedules = entry.get("schedules", [])
+            wanted = {schedule.get("slug") for schedule in schedules}
             for schedule in found.schedules:
                 if schedule.slug not in wanted:
                     client.delete_deployment_schedule(found.id, schedule.id)
-            when = ", ".join(
-                f"{s['cron']} {s.get('timezone', 'UTC')}" for s in entry.get("schedules", []) if "cron" in s
-            )
+            when = ", ".join(f"{each['cron']} {each.get('timezone', 'UTC')}" for each in schedules if "cron" in each)
             yield f"{flow_name}/{found.name}" + (f"  at {when}" if when else "")
 
 
 def ensure_pool(name: str) -> None:
-    """Have a work pool, of type process unless it is there already."""
+    """Creates a work pool of type process if there is none of that name."""
     with get_client(sync_client=True) as client:
         try:
             client.read_work_pool(name)
@@ -97,21 +98,21 @@ def _entries(file: Path) -> list[dict[str, Any]]:
         if missing := {"name", "entrypoint", "work_pool"} - entry.keys():
             raise UsageError(f"{file}: a deployment lacks {', '.join(sorted(missing))}")
         if any("slug" not in schedule for schedule in entry.get("schedules", [])):
-            raise UsageError(f"{file}: every schedule of {entry['name']} needs a slug, by which it is found again")
+            raise UsageError(f"{file}: every schedule of {entry['name']} needs a slug, which identifies it")
     return entries
 
 
 def flow_of(entrypoint: str) -> Flow[..., Any]:
-    """The flow at an entrypoint such as `flows.train.train_flow`."""
+    """Returns the flow at an entrypoint such as `flows.train.train_flow`."""
     return load_flow_from_entrypoint(entrypoint)
 
 
 def start_retraining(deployment: str, settings: list[str], *, force: bool) -> Started:
-    """Start a run of a deployment of `retrain`.
+    """Starts a flow run of a `retrain` deployment.
 
     Args:
-        deployment: its name, with or without that of the flow.
-        settings: `key=value`, on top of the deployment's configuration.
+        deployment: its name, with or without the flow's name.
+        settings: `key=value` texts that change the deployment's configuration.
 
     Raises:
         UsageError: there is no such deployment, or a setting cannot be used.
@@ -119,8 +120,7 @@ def start_retraining(deployment: str, settings: list[str], *, force: bool) -> St
     """
     with get_client(sync_client=True) as client:
         found = _deployment(client, deployment if "/" in deployment else f"retrain/{deployment}")
-        # A mistake is found here, rather than by the worker.
-        config = load_config(None, settings, base=found.parameters.get("config", {}))
+        config = load_config(None, settings, base=found.parameters.get("config", {}))  # mistakes are reported here
         parameters = {"config": config.model_dump(mode="json", exclude_unset=True), "force": force}
         try:
             run = client.create_flow_run_from_deployment(found.id, parameters=parameters)
@@ -137,54 +137,52 @@ def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
         raise UsageError(f"Prefect has no deployment {name}; there are: {known}") from None
 
 
-def follow(flow_run_id: UUID, tell: Callable[[str], None]) -> tuple[Summary, list[str]]:
-    """Wait until a flow run has ended; returns how, and its pages for a report.
+def follow(flow_run_id: UUID, report: Callable[[str], None]) -> tuple[Summary, list[str]]:
+    """Waits until a flow run has ended; returns its summary, and its pages for a report.
 
     Args:
-        tell: is given a line whenever the state changes.
+        report: is called with one line at each change of the state.
 
     Raises:
-        ServiceError: Prefect did not answer for a long time.
+        ServiceError: Prefect did not answer for `MAX_OUTAGE_SECONDS`.
     """
     shown: str | None = None
-    away: float | None = None
-    began, told = time.monotonic(), False
+    down_since: float | None = None
+    began, warned = time.monotonic(), False
     with get_client(sync_client=True) as client:
         while True:
             try:
                 run = client.read_flow_run(flow_run_id)
             except httpx.HTTPError as error:
-                if not _may_pass(error):
+                if not _is_outage(error):
                     raise
-                away = away or time.monotonic()
-                if time.monotonic() - away > OUTAGE:
-                    raise ServiceError(
-                        f"Prefect does not answer ({error}); the flow run may go on without it"
-                    ) from None
-                if shown != AWAY:
-                    shown = AWAY
-                    tell(f"{AWAY}, which does not end the flow run: waiting for it")
-                time.sleep(POLL)
+                down_since = down_since or time.monotonic()
+                if time.monotonic() - down_since > MAX_OUTAGE_SECONDS:
+                    raise ServiceError(f"{NO_ANSWER} ({error}); the flow run may go on without it") from None
+                if shown != NO_ANSWER:
+                    shown = NO_ANSWER
+                    report(f"{NO_ANSWER}, which does not end the flow run: waiting for it")
+                time.sleep(MAX_POLL_SECONDS)
                 continue
-            away = None
+            down_since = None
             state = run.state
             if state and state.name != shown:
                 shown = state.name
-                tell(f"{shown}{': ' + state.message if state.message else ''}")
+                report(f"{shown}{': ' + state.message if state.message else ''}")
             if state and state.is_final():
                 break
-            if not told and run.start_time is None and time.monotonic() - began > UNTAKEN:
-                tell("no worker has taken it yet: is a `convoy worker` running?")
-                told = True
-            time.sleep(min(POLL, 0.1 + PACE * (time.monotonic() - began)))
+            if not warned and run.start_time is None and time.monotonic() - began > UNTAKEN_WARNING_SECONDS:
+                report("no worker has taken it yet: is a `convoy worker` running?")
+                warned = True
+            time.sleep(min(MAX_POLL_SECONDS, 0.1 + POLL_SHARE * (time.monotonic() - began)))
         artifacts = client.read_artifacts(
             artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
         )
     data = {artifact.key: artifact.data for artifact in artifacts}
-    return _summary(run, data.get("summary")), [str(data[key]) for key in PAGES if key in data]
+    return _summary(run, data.get("summary")), [str(data[key]) for key in REPORT_ARTIFACTS if key in data]
 
 
-def _may_pass(error: httpx.HTTPError) -> bool:
+def _is_outage(error: httpx.HTTPError) -> bool:
     """Returns whether an error means that Prefect, or the network in between, is down or overloaded."""
     return not isinstance(error, httpx.HTTPStatusError) or error.response.status_code in (408, 429, *range(500, 600))
 
@@ -206,40 +204,36 @@ def _summary(run: FlowRun, rows: Any) -> Summary:
 
 
 def cancel(run: str) -> str:
-    """Ask Prefect to cancel a training; returns what was done.
+    """Asks Prefect to cancel a training; returns a line to print.
 
     Args:
         run: id of an MLflow run or of a flow run.
 
     Raises:
-        UsageError: there is none of that id, or it has ended.
+        UsageError: there is no such run, or it has ended.
         ServiceError: Prefect refuses.
     """
-    from infra.tracking import mlflow_runs  # only here: it loads MLflow, which the other commands do without
+    from infra.tracking import mlflow_runs  # here, since it loads MLflow, which the other commands do not need
 
     flow_run_id = mlflow_runs.run_tags(run).get(FLOW_RUN, run)
     with get_client(sync_client=True) as client:
         try:
             found = client.read_flow_run(UUID(flow_run_id))
         except (ObjectNotFound, ValueError):
-            raise UsageError(
-                f"{run} is neither an MLflow run of ours nor a flow run; `convoy runs` lists them"
-            ) from None
+            raise UsageError(f"{run} is neither a training in MLflow nor a flow run; see `convoy runs`") from None
         if found.state and found.state.is_final():
             raise UsageError(f"flow run {found.name} has ended: {found.state.name}")
         wanted: State[None] = Cancelling()
         answer = client.set_flow_run_state(found.id, wanted)
     if answer.status != SetStateStatus.ACCEPT:
-        why = (
-            getattr(answer.details, "reason", None)
-            or f"it is {answer.state.name if answer.state else found.state_name}"
-        )
-        raise ServiceError(f"Prefect does not cancel flow run {found.name}: {why}")
+        state = answer.state.name if answer.state else found.state_name
+        reason = getattr(answer.details, "reason", None) or f"it is {state}"
+        raise ServiceError(f"Prefect does not cancel flow run {found.name}: {reason}")
     return f"flow run {found.name} is being cancelled: {url_for('flow-run', obj_id=found.id)}"
 
 
-def data_changed(dataset: str) -> None:
-    """Emit the event that deployments' triggers wait for."""
+def emit_data_changed(dataset: str) -> None:
+    """Emits the event that deployments' triggers wait for."""
     with get_client(sync_client=True) as client:
-        client.hello()  # events are sent in the background, where nobody would hear that they were refused
+        client.hello()  # events are sent in the background, where a refusal would not be noticed
     emit_event(event=DATA_CHANGED, resource={"prefect.resource.id": f"convoy.dataset.{dataset}"})

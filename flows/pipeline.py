@@ -1,4 +1,4 @@
-"""A training from its source to the champion, as `train` and `retrain` do it: read it as their table of contents."""
+"""The way of a training from its source to the champion: the table of contents of the flows `train` and `retrain`."""
 
 import time
 from contextlib import ExitStack
@@ -44,28 +44,27 @@ from tasks.training.runs.run_record import check_resumable, read_record
 from tasks.training.runs.tracked_run import TrackedRun, log_cost, recorded_dataset, tracked_run, with_batch_size
 from tasks.training.train import TrainResult, train
 
-NOTHING: frozenset[str] = frozenset()
 Output = TypeVar("Output")
 
 
 def train_and_release(
     config: RunConfig,
-    refresh: frozenset[str] = NOTHING,
+    refresh: frozenset[str],
     resume: str | None = None,
     *,
     only_if_changed: bool = False,
     force: bool = False,
 ) -> Summary | State[Summary]:
-    """Go from the source to a version that is champion, if it passes its gates; what a flow returns.
+    """Goes from the source to a version that is champion if it passes its gates; returns the result of a flow.
 
     Args:
-        config: what to train on, and how.
-        refresh: steps (`download`, `preprocess`) to do anew although their output exists.
-        resume: id of the MLflow run of an earlier, unfinished training to go on with.
-        only_if_changed: end after preprocessing if the champion was made of the same.
-        force: train all the same.
+        config: the configuration of the run.
+        refresh: steps (`download`, `preprocess`) to repeat although their output exists.
+        resume: id of the MLflow run of an unfinished training to continue.
+        only_if_changed: end after preprocessing if the champion was made of the same data, code and configuration.
+        force: train in any case.
     """
-    with outlive_readers("stdout", "stderr"), flow_is_alive():  # the worker that reads them may be killed
+    with outlive_readers("stdout", "stderr"), flow_is_alive():  # the worker that reads the output may be killed
         return _train_and_release(config, refresh, resume, only_if_changed=only_if_changed, force=force)
 
 
@@ -73,16 +72,16 @@ def _train_and_release(
     config: RunConfig, refresh: frozenset[str], resume: str | None, *, only_if_changed: bool, force: bool
 ) -> Summary | State[Summary]:
     stopping.overhear()  # in a worker's process; see tasks.orchestration.cancellation.stop_if_told
-    laps = _Laps()
-    check_installed(config.launcher)  # before hours of work, rather than after
+    step_timer = _StepTimer()
+    check_installed(config.launcher)  # before hours of work
     check_server()
     reused: tuple[str, ...]
     if resume:
         dataset, reused = recorded_dataset(read_record(resume)), ("download", "preprocess")
     else:
         raw = download(config.dataset, refresh="download" in refresh, keep_raw=config.data.keep_raw)
-        laps("download", raw)
-        dataset = laps("preprocess", preprocess(raw, config.data, refresh="preprocess" in refresh))
+        step_timer("download", raw)
+        dataset = step_timer("preprocess", preprocess(raw, config.data, refresh="preprocess" in refresh))
         reused = tuple(step for step, output in (("download", raw), ("preprocess", dataset)) if output.reused)
         config = with_batch_size(config, dataset)
         if config.pretrained:
@@ -103,12 +102,12 @@ def _train_and_release(
                 check_resumable(resume)  # again: another process may have finished it while this one waited
             warm = False
             if only_if_changed:
-                decision = laps("decide", what_changed(name, config, dataset, force=force))
+                decision = step_timer("decide", what_changed(name, config, dataset, force=force))
                 summary = summary.model_copy(update={"reason": decision.why})
                 if decision.judge:
-                    return _ended(_judged_again(summary, config, decision.judge), laps)
+                    return _finish(_judge_again(summary, config, decision.judge), step_timer)
                 if not decision.train:
-                    return _ended(summary.model_copy(update={"status": "unchanged"}), laps)
+                    return _finish(summary.model_copy(update={"status": "unchanged"}), step_timer)
                 if config.warm_start and decision.champion_weights and not config.pretrained:
                     config = pretrained(config.model_copy(update={"pretrained": decision.champion_weights}), dataset)
                     warm = True
@@ -121,36 +120,37 @@ def _train_and_release(
                 images_for_margin=config.gate.images_for_margin(),
                 warm_start=warm,
             )
-            laps("data-gate", checked)
+            step_timer("data-gate", checked)
             with tracked_run(config, dataset, resume) as run:
                 outlast(partial(log_data_report, run.run_id, checked))
-                trained = laps("train", train(run, dataset, config))
-                evaluated = laps("evaluate", evaluate(config.training(), dataset, trained))
-                with ExitStack() as beside:
+                trained = step_timer("train", train(run, dataset, config))
+                evaluated = step_timer("evaluate", evaluate(config.training(), dataset, trained))
+                with ExitStack() as background:
                     published = publish.submit(dataset, evaluated)
-                    beside.callback(published.wait)  # nothing writes to the run once it is closed
-                    # Those who try the model load their libraries while others work.
-                    consumer = beside.enter_context(Consumer())
-                    server = beside.enter_context(Server()) if config.serving.http else None
-                    registered = laps("register", register(name, config.training(), dataset, trained, evaluated))
+                    background.callback(published.wait)  # nothing writes to the run once it is closed
+                    # The processes of the serving gate load their libraries while the version is registered.
+                    consumer = background.enter_context(Consumer())
+                    server = background.enter_context(Server()) if config.serving.http else None
+                    registered = register(name, config.training(), dataset, trained, evaluated)
+                    step_timer("register", registered)
                     write_model_card(registered, config, dataset, trained, evaluated)
                     summary = _with_version(summary, run, trained, evaluated, registered)
                     summary = _through_gates(summary, config, registered, evaluated, consumer, server, published)
-                    laps("gates", summary)
-                published.result()  # where a gate refused, nobody has asked for it yet
+                    step_timer("gates", summary)
+                published.result()  # raises its error here if a gate refused before the result was read
                 publish_page(outlast(partial(find_version, registered.address)))
-                log_cost(run.run_id, laps.seconds, trained.world_size * trained.train_seconds / 3600)
+                log_cost(run.run_id, step_timer.seconds, trained.world_size * trained.train_seconds / 3600)
     except DataRefused as refused:
         summary = _refused(summary, refused)
     except Cancelled as cancelled:
-        # Prefect lets a cancelled run end in this state only; the caller is raised `cancelled` from it.
+        # Prefect lets a cancelled run end in this state only, and raises `cancelled` from it in the caller.
         return states.Cancelled(message=str(cancelled), data=cancelled)  # type: ignore[arg-type]
-    return _ended(summary, laps)
+    return _finish(summary, step_timer)
 
 
-def _ended(summary: Summary, laps: "_Laps") -> Summary | State[Summary]:
-    """Tell Prefect how it ended: by an artifact that holds the summary, and by the state's name."""
-    summary = summary.model_copy(update={"total_seconds": laps.total, "step_seconds": laps.seconds})
+def _finish(summary: Summary, step_timer: "_StepTimer") -> Summary | State[Summary]:
+    """Reports the end to Prefect: stores the summary as an artifact, and returns a state with a fitting name."""
+    summary = summary.model_copy(update={"total_seconds": step_timer.total, "step_seconds": step_timer.seconds})
     rows = [{"name": name, "value": value} for name, value in summary.as_dict().items()]
     create_table_artifact(rows, key="summary", description=summary.headline)
     if summary.status == "done" and flow_run.run_count > 1:
@@ -159,8 +159,8 @@ def _ended(summary: Summary, laps: "_Laps") -> Summary | State[Summary]:
     return states.Completed(name=names.get(summary.status, "Completed"), message=summary.headline, data=summary)
 
 
-def _judged_again(summary: Summary, config: RunConfig, version: ModelVersion) -> Summary:
-    """Judges and releases a version of an earlier training, to which a new one would be equal."""
+def _judge_again(summary: Summary, config: RunConfig, version: ModelVersion) -> Summary:
+    """Judges and releases the version of an earlier training that a new training would repeat."""
     summary = _through_gates(summary.model_copy(update={"model_version": version.version}), config, version, None)
     publish_page(find_version(version.address))
     return summary
@@ -177,13 +177,13 @@ def _through_gates(
 ) -> Summary:
     """Runs serving gate, quality gate, approval and release; returns the summary with the outcome.
 
-    A version that an earlier try has promoted is not judged again: that would be against itself.
+    A version that an earlier try has promoted is not judged again: it would be compared with itself.
 
     Args:
-        evaluated: None if the serving gate has passed the version before.
-        consumer: the fresh process of the serving gate, if one was started ahead.
-        server: likewise, its HTTP server.
-        published: the publication of the evaluation.
+        evaluated: None if the version passed the serving gate before.
+        consumer: the fresh process of the serving gate, if it was started in advance.
+        server: the HTTP server of the serving gate, if it was started in advance.
+        published: the task run that publishes the evaluation.
     """
     if evaluated and (entries := promotions_of(registered)):
         is_champion = entries[-1].to_version == registered.version
@@ -230,8 +230,8 @@ def _with_version(
     )
 
 
-class _Laps:
-    """Seconds that each step took."""
+class _StepTimer:
+    """Measures the seconds of each step: a call ends a step and returns its output."""
 
     def __init__(self) -> None:
         self._began = self._last = time.monotonic()

@@ -1,4 +1,4 @@
-"""The prediction flow: the classes of any number of images, by a registered model, as a table."""
+"""The prediction flow: writes the classes of any number of images, predicted by a registered model, as a table."""
 
 import json
 import os
@@ -11,25 +11,25 @@ from prefect import flow
 
 from tasks.prediction.predict import Predictions, predict
 
-PARAMETER_BYTES = 100_000  # Prefect refuses parameters of more than 524 288 bytes, and keeps and shows what it takes
+MAX_PARAMETER_BYTES = 100_000  # Prefect refuses more than 524 288 bytes, and stores and shows all parameters
 
 
 @flow(name="predict", flow_run_name="{model}", persist_result=False)
 def predict_flow(model: str, inputs: list[str], out: str, inputs_file: str | None = None) -> Predictions:
-    """Predict the class of every image among the inputs; for the arguments see `tasks.prediction.predict.predict`.
+    """Predicts the class of every image among the inputs; for the arguments see `tasks.prediction.predict.predict`.
 
     Args:
-        inputs_file: a file that names more inputs, each followed by a NUL byte, as `find -print0` writes them.
+        inputs_file: a file that names more inputs, each followed by a NUL byte, as written by `find -print0`.
     """
     return predict(model, [*inputs, *(_named_in(Path(inputs_file)) if inputs_file else ())], out)
 
 
 @contextmanager
 def as_parameters(inputs: list[str]) -> Iterator[tuple[list[str], str | None]]:
-    """Yields `inputs` and `inputs_file` for the flow: the file if they are too long for Prefect, or not Unicode."""
+    """Yields the parameters `inputs` and `inputs_file`; the file is used if names are too long or not Unicode."""
     try:
-        fits = len(json.dumps(inputs, ensure_ascii=False).encode()) <= PARAMETER_BYTES
-    except UnicodeEncodeError:  # a file's name is bytes
+        fits = len(json.dumps(inputs, ensure_ascii=False).encode()) <= MAX_PARAMETER_BYTES
+    except UnicodeEncodeError:  # names of files are bytes
         fits = False
     if fits:
         yield inputs, None

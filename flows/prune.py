@@ -1,4 +1,4 @@
-"""The flow that removes what is old enough to go: for a schedule, or by hand."""
+"""The prune flow: removes old objects and files that are not in use, on a schedule or by hand."""
 
 from prefect import flow
 
@@ -10,11 +10,11 @@ DEFAULTS = RetentionConfig()
 
 @flow(name="prune", persist_result=False)
 def prune_flow(retention: RetentionConfig = DEFAULTS, dry_run: bool = False, forget_unknown: bool = False) -> Pruned:
-    """Remove what nothing rests on and has had its time.
+    """Removes old checkpoints, data, reports and cached files that are not in use.
 
     Args:
-        retention: how long what is kept.
-        dry_run: only say what would go.
-        forget_unknown: go on if MLflow does not know runs or promoted versions of which the bucket holds data.
+        retention: how long each kind is kept.
+        dry_run: only report what would be removed.
+        forget_unknown: continue if MLflow does not know runs or promoted versions of which the bucket holds data.
     """
     return prune(retention, dry_run=dry_run, forget_unknown=forget_unknown)

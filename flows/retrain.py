@@ -1,4 +1,4 @@
-"""The retraining flow: what `train` does, if there is a reason for it."""
+"""The retraining flow: does the same as `train` if there is a reason to train."""
 
 from prefect import flow
 
@@ -9,14 +9,14 @@ from tasks.config.run import RunConfig
 
 @flow(name="retrain", flow_run_name="{config.dataset} {config.model}", persist_result=False)
 def retrain_flow(config: RunConfig, force: bool = False, refresh: frozenset[str] = frozenset()) -> Summary:
-    """Retrain a model if data, code, configuration or lock file have changed since its champion.
+    """Retrains a model if data, code, configuration or lock file have changed since its champion.
 
-    If nothing has, the flow run ends as completed, in a state called Skipped, and says so; a gate that refuses ends it
-    in one called Refused.
+    If nothing has changed, the flow run completes in the state Skipped; if a gate refuses, in the state Refused.
 
     Args:
-        config: what to train on, and how.
+        config: the configuration of the run.
         force: train although nothing has changed.
-        refresh: steps (`download`, `preprocess`) to do anew although their output exists.
+        refresh: steps (`download`, `preprocess`) to repeat although their output exists.
     """
-    return train_and_release(config, refresh, only_if_changed=True, force=force)  # type: ignore[return-value]  # likewise
+    # Prefect turns the returned state into its summary.
+    return train_and_release(config, refresh, only_if_changed=True, force=force)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""The result of a training run, as people see it and as scripts read it (`--summary FILE`)."""
+"""The result of a training run: as JSON for scripts (`--summary FILE`) and as a page for people."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from tasks.reporting.markdown import Markup, plain, shown, table
 
 
 class Summary(Record):
-    """What `convoy train` found. Scripts and CI depend on these names; values that never came to be are left out."""
+    """The result of a training run. Scripts and CI depend on these names; values that do not exist are left out."""
 
     status: Literal["done", "unchanged", "refused", "failed", "interrupted"]
-    """`unchanged`: there was nothing to retrain for; `refused`: a gate did not let the data or the model pass."""
+    """`unchanged`: there was no reason to retrain; `refused`: a gate refused the data or the model."""
 
     reason: str | None = None
     """Why `convoy retrain` did or did not train."""
@@ -30,17 +30,17 @@ class Summary(Record):
     """Fraction of the test split that the registered weights classify correctly."""
 
     weights_sha256: str | None = None
-    """Over the tensors in sorted name order."""
+    """Digest of the tensors in sorted name order."""
 
     dataset: str | None = None
     dataset_version: str | None = None
     model_name: str | None = None
     model_version: str | None = None
     champion: bool | None = None
-    """Whether the version is now the champion; left out where no gate was reached."""
+    """Whether the version is now the champion; left out if no gate was reached."""
 
     verdict: str | None = None
-    """The quality gate's, in a line."""
+    """The quality gate's verdict as one line."""
 
     world_size: int | None = None
     train_seconds: float | None = None
@@ -53,13 +53,13 @@ class Summary(Record):
     prefect_flow_run_url: str | None = None
     checkpoint_prefix: str | None = None
     reused: tuple[str, ...] = ()
-    """Steps whose output was there already."""
+    """Steps whose output existed already."""
 
     step_seconds: dict[str, float] = Field(default_factory=dict)
 
     @property
     def headline(self) -> str:
-        """How it ended, in a line."""
+        """The outcome as one line."""
         if self.status == "done":
             return f"{self.model_name}/{self.model_version} is " + ("champion" if self.champion else "registered")
         return (self.reason if self.status == "unchanged" else self.error) or self.status
@@ -69,29 +69,29 @@ class Summary(Record):
 
 
 def check_writable(path: Path, option: str = "--summary") -> None:
-    """Raise UsageError now, rather than after a long training, if a file cannot be written there."""
-    place = path if path.exists() and _is_written_to(path) else Path(os.path.realpath(path)).parent
+    """Raises UsageError before a long training if a file cannot be written there."""
+    place = path if path.exists() and _is_irreplaceable(path) else Path(os.path.realpath(path)).parent
     if path.is_dir() or not os.access(place, os.W_OK):
         raise UsageError(f"{option} {path}: cannot write there; name a file in a folder that exists")
 
 
-def _is_written_to(path: Path) -> bool:
-    """Whether a path must not be replaced by a new file: a device, a pipe, or a link such as /dev/stdout."""
+def _is_irreplaceable(path: Path) -> bool:
+    """Returns whether a new file must not replace the path: a device, a pipe, or a link such as /dev/stdout."""
     return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 def write_summary(path: Path, summary: Summary) -> None:
-    """Write the summary as JSON; readers see the old file or the whole new one."""
+    """Writes the summary as JSON, atomically: readers see the old file or the whole new one."""
     _write(path, json.dumps(summary.as_dict(), indent=2) + "\n")
 
 
 def write_report(path: Path, summary: Summary, pages: Sequence[str]) -> None:
-    """Write a page about a run, in Markdown, for a job's summary or a comment.
+    """Writes a page about a run, in Markdown, for the summary of a CI job or a comment.
 
     Args:
-        pages: of the run, which follow folded up.
+        pages: the run's own pages, which are appended folded.
     """
-    words = {"done": "promoted" if summary.champion else "registered, not promoted", "unchanged": "nothing to do"}
+    outcomes = {"done": "promoted" if summary.champion else "registered, not promoted", "unchanged": "nothing to do"}
     rows = {
         "model": f"{summary.model_name} version {summary.model_version}" if summary.model_version else None,
         "accuracy": f"{summary.accuracy:.2%} of the test split" if summary.accuracy is not None else None,
@@ -103,7 +103,8 @@ def write_report(path: Path, summary: Summary, pages: Sequence[str]) -> None:
         "MLflow": Markup(f"[run, charts and report]({summary.mlflow_run_url})") if summary.mlflow_run_url else None,
         "Prefect": Markup(f"[flow run]({summary.prefect_flow_run_url})") if summary.prefect_flow_run_url else None,
     }
-    lines = [f"### {plain(summary.model_name or 'Retraining')}: **{words.get(summary.status, summary.status)}**", ""]
+    outcome = outcomes.get(summary.status, summary.status)
+    lines = [f"### {plain(summary.model_name or 'Retraining')}: **{outcome}**", ""]
     lines += table(("", ""), ((name, value) for name, value in rows.items() if value), "ll")
     for page in pages:
         title = escape(shown(page.partition("\n")[0]))
@@ -122,7 +123,7 @@ def _cost(summary: Summary) -> str | None:
 
 
 def _write(path: Path, text: str) -> None:
-    if _is_written_to(path):
+    if _is_irreplaceable(path):
         path.write_text(text)
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

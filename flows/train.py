@@ -1,4 +1,4 @@
-"""The training flow: download, preprocess, check, train, evaluate, register, try, judge, release."""
+"""The training flow: download, preprocess, data gate, train, evaluate, register, serving and quality gate, release."""
 
 from prefect import flow
 
@@ -9,13 +9,14 @@ from tasks.config.run import RunConfig
 
 @flow(name="train", flow_run_name="{config.dataset} {config.model}", persist_result=False)
 def train_flow(config: RunConfig, refresh: frozenset[str] = frozenset(), resume: str | None = None) -> Summary:
-    """Train a network on a dataset, register it, and release it if it passes its gates.
+    """Trains a network on a dataset, registers it, and releases it if it passes its gates.
 
-    A gate that refuses is no failure: the flow run ends as completed, in a state called Refused.
+    A refusal by a gate is no failure: the flow run completes in the state Refused.
 
     Args:
-        config: what to train on, and how.
-        refresh: steps (`download`, `preprocess`) to do anew although their output exists.
-        resume: id of the MLflow run of an earlier, unfinished training to go on with.
+        config: the configuration of the run.
+        refresh: steps (`download`, `preprocess`) to repeat although their output exists.
+        resume: id of the MLflow run of an unfinished training to continue.
     """
-    return train_and_release(config, refresh, resume)  # type: ignore[return-value]  # Prefect makes a summary of a state
+    # Prefect turns the returned state into its summary.
+    return train_and_release(config, refresh, resume)  # type: ignore[return-value]

@@ -2,7 +2,7 @@
 
 
 def main() -> None:
-    """Runs the command line; only then is it loaded, and listens for signals."""
+    """Runs the command line. It is imported only here, since the import installs signal handlers."""
     from flows.cli.app import main as run
 
     run()

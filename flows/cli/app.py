@@ -1,9 +1,9 @@
-"""The command line. Torch, Prefect and MLflow are loaded only by the commands that need them, once they need them."""
+"""The command line. Only commands that need torch, Prefect or MLflow import them, and only when they need them."""
 # ruff: noqa: E402
 
 from infra.machine import stopping
 
-stopping.listen()  # before all else, since a signal may come while the rest is imported
+stopping.listen()  # first, since a signal may arrive while the rest is imported
 
 import os
 import signal
@@ -21,16 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli import models, notify, prediction, service, upkeep
-from flows.cli.console import (
-    describe,
-    exit_status,
-    foreseen,
-    loading,
-    print_pairs,
-    say,
-    servers_up,
-    terminal,
-)
+from flows.cli.console import as_known_error, describe, loading, print_line, print_pairs, servers_up, terminal
 from flows.summary import Summary, check_writable, write_summary
 from infra.errors import UsageError
 from infra.machine.output import outlive_readers
@@ -38,9 +29,9 @@ from infra.settings import Settings
 from infra.sources.entries import CATALOGUE
 from tasks.config.run import RunConfig, load_config, networks, recipes
 
-INTERRUPTED, CTRL_C = 75, 130
-STOPPABLE = ("train", "resume")
-"""Commands that look for signals themselves; the others leave them their default actions."""
+INTERRUPTED_STATUSES = (75, 130)
+HANDLE_SIGNALS = ("train", "resume")
+"""Commands that handle signals themselves; for the others the default actions are restored."""
 
 app = typer.Typer(
     name="convoy",
@@ -51,7 +42,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Retrain convolutional image classifiers: download, check, preprocess, train on all GPUs or cores, evaluate, "
     "register, and release what is good enough.\n\n"
-    "Start with [bold]convoy train[/]: it brings up local servers, trains on Fashion-MNIST and says where to look.",
+    "Start with [bold]convoy train[/]: it starts local servers, trains on Fashion-MNIST and prints where the results "
+    "are.",
     epilog="Exit status: 0 done, 1 failed or a server did not answer, 2 your mistake, 3 a gate refused, "
     "75 interrupted, 130 Ctrl-C.",
 )
@@ -64,7 +56,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _begin(
+def _before_command(
     context: typer.Context,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
@@ -74,12 +66,12 @@ def _begin(
         os.getcwd()
     except FileNotFoundError:
         raise UsageError("the working folder was removed; change to one that exists") from None
-    if context.invoked_subcommand not in STOPPABLE:
+    if context.invoked_subcommand not in HANDLE_SIGNALS:
         stopping.unlisten()
 
 
 class Step(StrEnum):
-    """Steps whose output is kept and found again."""
+    """Steps whose stored output is reused."""
 
     download = "download"
     preprocess = "preprocess"
@@ -88,10 +80,7 @@ class Step(StrEnum):
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file of configuration keys; see `convoy config`.")
 ]
-RecipeOption = Annotated[
-    str | None,
-    typer.Option(help=f"Named configuration to build on: {', '.join(recipes())}."),
-]
+RecipeOption = Annotated[str | None, typer.Option(help=f"Named configuration to build on: {', '.join(recipes())}.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set any key: -s lr=0.05 -s augment.shift=3. Repeatable."),
@@ -100,7 +89,7 @@ DatasetOption = Annotated[
     str | None,
     typer.Option(
         help=f"{', '.join(entry.name for entry in CATALOGUE)}; or a folder or archive of class sub-folders; "
-        "or an s3:// or https:// address of one.",
+        "or the s3:// or https:// address of one."
     ),
 ]
 ModelOption = Annotated[
@@ -109,7 +98,7 @@ ModelOption = Annotated[
 ]
 EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]
 RanksOption = Annotated[
-    int | None, typer.Option(help="Processes; the result does not depend on it. Default: one a GPU, or one a core.")
+    int | None, typer.Option(help="Processes; the result does not depend on it. Default: one per GPU or core.")
 ]
 NameOption = Annotated[str | None, typer.Option(help="Name of the registered model. Default: the dataset's.")]
 SummaryOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON, also on failure.")]
@@ -133,7 +122,7 @@ def _config(
 
 
 def configured(command: Callable[..., None]) -> Callable[..., None]:
-    """Puts the options of `_config` before the command's own; its first argument is `_config` with what they say."""
+    """Adds the options of `_config` to a command, which gets `_config` with their values as its first argument."""
     shared, (_, *own) = signature(_config).parameters, signature(command).parameters.values()
 
     @wraps(command)
@@ -148,13 +137,13 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @configured
 def train(
-    read: partial[RunConfig],
-    refresh: Annotated[list[Step] | None, typer.Option(help="Do a step anew although its output exists.")] = None,
+    read_config: partial[RunConfig],
+    refresh: Annotated[list[Step] | None, typer.Option(help="Repeat a step although its output exists.")] = None,
     summary: SummaryOption = None,
 ) -> None:
-    """Train a network, evaluate and register it, and make it the champion if its gates let it pass.
+    """Train a network, evaluate and register it, and make it the champion if it passes its gates.
 
-    A key may be given by a recipe, in a file, by --set or by its own option; the later of these wins.
+    A key is read from a recipe, a file, --set or its own option; the later of these wins.
 
     [dim]convoy train --dataset digits --epochs 3[/]
     [dim]convoy train --dataset photos/ --set data.image_size=64 --set augment.flip=false[/]
@@ -163,16 +152,14 @@ def train(
     def run() -> Summary:
         from infra.sources.entries import check_dataset, is_catalogued
 
-        config = read()
-        check_dataset(config.dataset)  # a wrong name should not have to wait for servers
-        if os.path.isdir(config.dataset) and is_catalogued(config.dataset):
-            say(
-                f"{config.dataset} is the data set of that name; for the folder here, write ./{config.dataset}",
-                error=True,
-            )
+        config = read_config()
+        name = config.dataset
+        check_dataset(name)  # a wrong name is reported before servers start
+        if os.path.isdir(name) and is_catalogued(name):
+            print_line(f"{name} is the data set of that name; for the folder here, write ./{name}", error=True)
         return _train(config, refresh or [])
 
-    _summarised(run, summary, read.keywords["dataset"])
+    _run_with_summary(run, summary, read_config.keywords["dataset"])
 
 
 @app.command()
@@ -181,13 +168,13 @@ def resume(
     ranks: RanksOption = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a key that is no part of the result."),
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a key that does not affect the result."),
     ] = None,
     summary: SummaryOption = None,
 ) -> None:
-    """Go on with a training that was interrupted, from its last checkpoint.
+    """Continue an interrupted training from its last checkpoint.
 
-    Where its ranks run, and how many, may differ: the weights are those that the undisturbed training would have had.
+    The number and the place of its ranks may differ: the weights are the same as without the interruption.
 
     [dim]convoy resume $(convoy runs --last --id) --ranks 1 --set launcher=local[/]
     """
@@ -200,16 +187,16 @@ def resume(
         config = load_config(None, settings or (), {"ranks": ranks}, base=config.model_dump(exclude_unset=True))
         return _train(config, [], resume=run)
 
-    _summarised(go_on, summary)
+    _run_with_summary(go_on, summary)
 
 
 @app.command()
 def runs(
-    limit: Annotated[int, typer.Option(help="Show at most so many.", min=1)] = 20,
-    last: Annotated[bool, typer.Option("--last", help="Only the newest.")] = False,
-    only_id: Annotated[bool, typer.Option("--id", help="Only their ids, for scripts.")] = False,
+    limit: Annotated[int, typer.Option(help="Show at most this many.", min=1)] = 20,
+    last: Annotated[bool, typer.Option("--last", help="Show only the newest.")] = False,
+    only_id: Annotated[bool, typer.Option("--id", help="Print only ids, for scripts.")] = False,
 ) -> None:
-    """List the trainings, the newest first: how they stand, and what can be resumed."""
+    """List the trainings, the newest first, with status and last checkpoint."""
     servers_up()
     with loading():
         from tasks.training.runs.run_list import list_trainings
@@ -221,39 +208,39 @@ def runs(
     table = Table("run", "started", "status", "checkpoint", "dataset", "model", "validation", box=None)
     for training in found:
         table.add_row(*training.cells())
-    terminal(width=160).print(table if found else "No training yet.")  # ids are for copying: never shortened
+    terminal(width=160).print(table if found else "No training yet.")  # wide: ids are copied, so never shortened
 
 
-MORE: dict[str, tuple[Callable[..., None], ...]] = {
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Models": (models.promote, models.rollback, models.history, models.compare, prediction.predict, prediction.export),
     "Service": (
         *(service.deploy, service.worker, service.join, service.retrain, service.cancel, service.notify_data),
         *(notify.notify, upkeep.prune, upkeep.doctor),
     ),
 }
-for panel, commands in MORE.items():
+for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 
 
 @app.command()
 @configured
-def config(read: partial[RunConfig]) -> None:
+def config(read_config: partial[RunConfig]) -> None:
     """Print the configuration that `convoy train` would use with the same options, as YAML for --config."""
-    typer.echo(yaml.safe_dump(read().resolved(), sort_keys=False).rstrip())
+    typer.echo(yaml.safe_dump(read_config().resolved(), sort_keys=False).rstrip())
 
 
 @app.command()
 def up() -> None:
-    """Start the local servers (object storage, MLflow, Prefect) that are not running, and say where they are."""
-    settings = Settings()  # afterwards the environment names them, as if they were external
+    """Start the local servers (object storage, MLflow, Prefect) that are not running, and print their addresses."""
+    settings = Settings()  # read first: servers_up() puts addresses into the environment, as if they were external
     servers_up()
     _show_servers(settings)
 
 
 @app.command()
 def down() -> None:
-    """Stop the local servers. What they stored stays."""
+    """Stop the local servers. Their data stay."""
     from infra.stack import local_stack
 
     stopped = local_stack.down(Settings())
@@ -262,7 +249,7 @@ def down() -> None:
 
 @app.command()
 def status() -> None:
-    """Show the servers: where they are, and whether they answer."""
+    """Show the servers' addresses, and whether they answer."""
     _show_servers(Settings())
 
 
@@ -280,40 +267,40 @@ def _show_servers(settings: Settings) -> None:
 
 @app.command()
 def env() -> None:
-    """Print versions, devices and servers, for bug reports. Holds no secrets."""
+    """Print versions, devices and servers for bug reports, without secrets."""
     from tasks.upkeep.environment import describe
 
     print_pairs(describe())
     status()
 
 
-def _summarised(run: Callable[[], Summary], file: Path | None, dataset: str | None = None) -> None:
-    """Run something, and write how it went, also when it fails."""
+def _run_with_summary(run: Callable[[], Summary], file: Path | None, dataset: str | None = None) -> None:
+    """Runs a flow and writes its summary to a file, also when it fails."""
     if file:
         check_writable(file)
     result = Summary(status="failed", dataset=dataset)
     try:
         with outlive_readers("stdout"):
             result = stopping.attended(run)
-        if stopped := stopping.asked():  # too late to change anything but what we say
-            result = _told_to_stop(result, stopped)
+        if stopped := stopping.asked():  # the flow has ended: only the summary can still change
+            result = _stopped_after_end(result, stopped)
     except BaseException as raised:
-        error = foreseen(raised)
-        status = exit_status(error)
-        kind = "interrupted" if status in (INTERRUPTED, CTRL_C) else "failed"
+        error = as_known_error(raised)
+        status = getattr(error, "exit_status", 1)
+        kind = "interrupted" if status in INTERRUPTED_STATUSES else "failed"
         result = result.model_copy(update={"status": kind, "error": describe(error), "exit_status": status})
         raise
     finally:
         if file:
             write_summary(file, result)
-            stopping.at_end(lambda stopped: write_summary(file, _told_to_stop(result, stopped)))
+            stopping.at_end(lambda stopped: write_summary(file, _stopped_after_end(result, stopped)))
     if result.error:
-        say(f"convoy: {result.error}", error=True)
+        print_line(f"convoy: {result.error}", error=True)
         raise typer.Exit(result.exit_status)
 
 
-def _told_to_stop(result: Summary, stopped: stopping.Stopped) -> Summary:
-    """Returns the result of a flow that had ended when a signal came; `champion` still says what its version became."""
+def _stopped_after_end(result: Summary, stopped: stopping.Stopped) -> Summary:
+    """Returns the summary of a flow that had ended when a signal arrived; `champion` keeps its value."""
     why = f"{stopped}, after the flow had ended: {result.headline}"
     return result.model_copy(update={"status": "interrupted", "error": why, "exit_status": stopped.exit_status})
 
@@ -328,7 +315,7 @@ def _train(config: RunConfig, refresh: list[Step], resume: str | None = None) ->
     stopping.check()
     try:
         result = train_flow(config, frozenset(step.value for step in refresh), resume)
-    except KeyboardInterrupt:  # where a program that calls us has kept Python's handler
+    except KeyboardInterrupt:  # if a program that calls this function kept Python's signal handler
         raise stopping.Stopped(signal.SIGINT) from None
     _print(result)
     return result
@@ -353,9 +340,9 @@ def _print(result: Summary) -> None:
 
 
 def main() -> None:
-    """Entry point. An error that we foresaw is one line; a traceback means a bug."""
+    """Runs the command line. A known error is printed as one line; a traceback means a bug."""
     status = 0
-    if os.environ.get("COLUMNS") == "0":  # as some terminals of editors and containers say: nothing would be shown
+    if os.environ.get("COLUMNS") == "0":  # set by some terminals of editors and containers; nothing would be shown
         del os.environ["COLUMNS"]
     with outlive_readers("stderr"):
         try:
@@ -363,9 +350,9 @@ def main() -> None:
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         except (stopping.Stopped, Exception) as raised:
-            error = foreseen(raised)
+            error = as_known_error(raised)
             if not hasattr(error, "exit_status"):
                 raise
-            say(f"convoy: {describe(error)}", error=True)
-            status = exit_status(error)
+            print_line(f"convoy: {describe(error)}", error=True)
+            status = error.exit_status
     stopping.end(status)

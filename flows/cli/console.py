@@ -1,4 +1,4 @@
-"""What all commands share: servers, messages while things load, and how results and errors are printed."""
+"""Functions that all commands share: starting servers, and printing results and errors."""
 
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -16,17 +16,13 @@ if TYPE_CHECKING:
 
     from infra.stack.state import ServerName
 
-SAID = 300  # characters of a server's answer
-FULL_DISK = ("No space left on device", "unexpected pos ")
-"""In errors of Python's own and of libraries in other languages; the second of torch, where it could not write."""
+ANSWER_CHARACTERS = 300  # of a server's answer, in an error line
+DISK_FULL_TEXTS = ("No space left on device", "unexpected pos ")
+"""Parts of error messages: of Python and of native libraries, and of torch when it could not write."""
 
 
 def servers_up(*, only: "Collection[ServerName] | None" = None) -> None:
-    """Have the servers running, and tell every client of this process, and of those it starts, where they are.
-
-    Args:
-        only: those that are needed; None for all.
-    """
+    """Starts the servers (all, or `only` some) that are not running, and puts their addresses into the environment."""
     from infra.stack.local_stack import up
     from infra.stack.state import SERVER_NAMES
 
@@ -38,36 +34,34 @@ def servers_up(*, only: "Collection[ServerName] | None" = None) -> None:
 
 
 def loading() -> AbstractContextManager[object]:
-    """Says that imports take a while."""
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # its tracebacks stay in its UI
+    """Shows a status line while slow imports run."""
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # tracebacks are shown in its UI only
     return terminal(error=True).status("Loading torch, Prefect and MLflow …")
 
 
 def terminal(*, error: bool = False, width: int | None = None, soft_wrap: bool = False) -> Console:
-    """Returns the console for all output, which prints texts as they are, since names of files may look like markup.
-
-    Colours are for `rich.text.Text`.
-    """
+    """Returns a console that prints texts unchanged, since file names may look like markup; `Text` has colours."""
     return Console(stderr=error, width=width, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
 
 
 def print_pairs(lines: Mapping[str, str | Text]) -> None:
-    """Prints names and values side by side; never shortened, so that addresses can be clicked and copied."""
+    """Prints names and values side by side, never shortened, so that addresses can be clicked and copied."""
     width = max(map(len, lines))
     console = terminal(soft_wrap=True)
     for key, value in lines.items():
         console.print(Text.assemble((f"{key:{width}}", "bold"), "  ", value))
 
 
-def say(line: str, *, error: bool = False) -> None:
-    """Prints a line as it is, whole; an error goes to standard error."""
+def print_line(line: str, *, error: bool = False) -> None:
+    """Prints a line unchanged and whole, to standard error if `error`."""
     terminal(error=error, soft_wrap=True).print(line)
 
 
-def foreseen(error: BaseException) -> BaseException:
-    """Returns the error, or a one-line error if Prefect refuses or is gone, its settings are wrong, or a disk is full.
+def as_known_error(error: BaseException) -> BaseException:
+    """Returns a one-line error if Prefect refuses, is down or has wrong settings, or a disk is full; else the error.
 
-    Only Prefect's client lets such errors through: those of the other servers are translated where they are asked.
+    Only Prefect's client raises such errors here; errors of the other servers are translated by the code that calls
+    them.
     """
     from httpx import HTTPStatusError, TransportError
     from pydantic import ValidationError
@@ -93,14 +87,14 @@ def foreseen(error: BaseException) -> BaseException:
                 f"Prefect at {address} does not answer ({describe(each)}); "
                 "start it with `convoy up`, or correct PREFECT_API_URL"
             )
-        if any(words in str(each) for words in FULL_DISK):
+        if any(text in str(each) for text in DISK_FULL_TEXTS):
             where = f" for {each.filename}" if isinstance(each, OSError) and each.filename else ""
             return ServiceError(f"no space left on the disk{where}; free some (`convoy prune` may help) and try again")
     return error
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yields an error, those in it if it is a group, and what caused them."""
+    """Yields an error, the members of a group, and the causes of all of them."""
     yield error
     for inner in (*getattr(error, "exceptions", ()), error.__cause__):
         if inner is not None:
@@ -116,21 +110,17 @@ def _refusal(error: "HTTPStatusError") -> str:
             "or PREFECT_API_KEY for Prefect Cloud"
         )
     try:
-        said = error.response.json()
-        said = said.get("exception_message") or said.get("detail") or said
+        answer = error.response.json()
+        answer = answer.get("exception_message") or answer.get("detail") or answer
     except (ValueError, AttributeError):
-        said = error.response.text
-    said = one_line(said)
-    return f"{server} answered {asked.path} with status {status}: {said[:SAID]}{'…' if len(said) > SAID else ''}"
-
-
-def exit_status(error: BaseException) -> int:
-    """What the command exits with because of an error; `convoy --help` lists them."""
-    return int(getattr(error, "exit_status", 1))
+        answer = error.response.text
+    answer = one_line(answer)
+    more = "…" if len(answer) > ANSWER_CHARACTERS else ""
+    return f"{server} answered {asked.path} with status {status}: {answer[:ANSWER_CHARACTERS]}{more}"
 
 
 def describe(error: BaseException) -> str:
-    """The error as one line."""
+    """Returns the error as one line."""
     text = one_line(error)
     known = hasattr(error, "exit_status")
     return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")

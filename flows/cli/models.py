@@ -1,4 +1,4 @@
-"""Commands about which version of a model is in use: `promote`, `rollback`, `history`, `compare`."""
+"""Commands that choose the version of a model that is in use: `promote`, `rollback`, `history`, `compare`."""
 
 from typing import Annotated
 
@@ -6,7 +6,7 @@ import typer
 from rich.markdown import Markdown
 from rich.table import Table
 
-from flows.cli.console import loading, say, servers_up, terminal
+from flows.cli.console import loading, print_line, servers_up, terminal
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a registered model.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="Number, or @alias.")]
@@ -23,14 +23,14 @@ SetOption = Annotated[
 def promote(
     name: NameArgument,
     version: VersionArgument,
-    force: Annotated[bool, typer.Option("--force", help="Whatever the gates say; wants --reason.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Override the gates; needs --reason.")] = False,
     reason: ReasonOption = "",
     judge: Annotated[bool, typer.Option("--judge", help="Score it against the present champion first.")] = False,
     settings: SetOption = None,
 ) -> None:
-    """Make a version the champion, if its gates passed it against the present one.
+    """Make a version the champion, if it passed its gates against the present one.
 
-    Of several promotions at once, one wins; the others are told who did. Exit status 3: a gate refused.
+    Of several simultaneous promotions, one wins; the others report which. Exit status 3: a gate refused.
 
     [dim]convoy promote fashion-mnist 4[/]
     [dim]convoy promote fashion-mnist 4 --force --reason "the only one that knows the new sizes"[/]
@@ -53,11 +53,11 @@ def promote(
         publish(found, verdict)
         make_page(find_version(found.address))
         terminal().print(Markdown(verdict.markdown()))
-    say(f"{name} was {promote_version(found, force=force, reason=reason)}")
+    print_line(f"{name} was {promote_version(found, force=force, reason=reason)}")
 
 
 def rollback(name: NameArgument, reason: ReasonOption = "") -> None:
-    """Bring back the champion before the present one; again, and the one before that.
+    """Restore the champion before the present one; a second call restores the one before that.
 
     [dim]convoy rollback fashion-mnist[/]
     """
@@ -65,7 +65,7 @@ def rollback(name: NameArgument, reason: ReasonOption = "") -> None:
     from infra.storage.object_store import open_bucket
     from infra.tracking.promotion_history import rollback as roll_back
 
-    say(f"{name} was {roll_back(open_bucket(create=True), name, reason=reason)}")
+    print_line(f"{name} was {roll_back(open_bucket(create=True), name, reason=reason)}")
 
 
 def history(name: NameArgument) -> None:
@@ -80,7 +80,7 @@ def history(name: NameArgument) -> None:
     entries = changes(store, name)
     if not entries:
         check_model_exists(name)
-        say(f"{name} has no champion yet; `convoy promote {name} VERSION` makes one.")
+        print_line(f"{name} has no champion yet; `convoy promote {name} VERSION` makes one.")
         return
     table = Table("", "when (UTC)", "change", "from", "to", "who", "why", "verdict", box=None)
     for entry in reversed(entries):
@@ -96,17 +96,17 @@ def history(name: NameArgument) -> None:
         )
     terminal(width=None if terminal().is_terminal else 240).print(table)
     for change in repair_aliases(store, name):
-        say(f"alias repaired: {change}")
+        print_line(f"alias repaired: {change}")
 
 
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help=f"The challenger: {REFERENCE_HELP}")],
-    b: Annotated[str, typer.Argument(metavar="B", help=f"The one to compare it with: {REFERENCE_HELP}")],
+    b: Annotated[str, typer.Argument(metavar="B", help=f"The version to compare it with: {REFERENCE_HELP}")],
     settings: SetOption = None,
 ) -> None:
-    """Compare two versions on the test split of the first one's dataset, image by image, as the quality gate does.
+    """Compare two versions on the test split of A's dataset, image by image, as the quality gate does.
 
-    Nothing is stored or promoted. Exit status 0 whatever the verdict.
+    Nothing is stored or promoted. Exit status 0, whatever the verdict.
 
     [dim]convoy compare fashion-mnist@challenger fashion-mnist@champion[/]
     """

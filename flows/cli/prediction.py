@@ -1,20 +1,20 @@
-"""Commands for those who use a registered model: `predict` and `export`."""
+"""Commands that use a registered model: `predict` and `export`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.console import loading, print_pairs, say, servers_up
+from flows.cli.console import loading, print_line, print_pairs, servers_up
 from infra.machine.output import outlive_readers
 
 if TYPE_CHECKING:
     from tasks.prediction.predict import Predictions
 
-SHOWN = 10  # unreadable files
+MAX_PRINTED = 10  # unreadable files, and classes
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL[@ALIAS|/VERSION]", help="A registered model; without more, its champion.")
+    str, typer.Argument(metavar="MODEL[@ALIAS|/VERSION]", help="A registered model; a bare name means its champion.")
 ]
 
 
@@ -25,7 +25,7 @@ def predict(
 ) -> None:
     """Write a table of images with their classes and probabilities.
 
-    A file that cannot be used has its reason in the table, and stops nothing.
+    For a file that cannot be used, the table holds the reason; the other files are predicted.
 
     [dim]convoy predict fashion-mnist@champion photos/ --out results.csv[/]
     """
@@ -43,15 +43,15 @@ def predict(
 
 def _print_predictions(done: "Predictions") -> None:
     if done.unreadable:
-        for each in done.unreadable_examples[:SHOWN]:
-            say(f"not used: {each.file}: {each.reason}", error=True)
-        if done.unreadable > SHOWN:
-            say(f"not used: {done.unreadable - SHOWN} more; see column error", error=True)
+        for each in done.unreadable_examples[:MAX_PRINTED]:
+            print_line(f"not used: {each.file}: {each.reason}", error=True)
+        if done.unreadable > MAX_PRINTED:
+            print_line(f"not used: {done.unreadable - MAX_PRINTED} more; see column error", error=True)
     print_pairs(
         {
             "model": done.model,
             "images": f"{done.images - done.unreadable:,}, unreadable {done.unreadable:,}",
-            "classes": ", ".join(f"{name} {count:,}" for name, count in list(done.classes.items())[:SHOWN]),
+            "classes": ", ".join(f"{name} {count:,}" for name, count in list(done.classes.items())[:MAX_PRINTED]),
             "table": done.out,
         }
     )
@@ -59,10 +59,10 @@ def _print_predictions(done: "Predictions") -> None:
 
 def export(
     model: ModelArgument,
-    format: Annotated[str, typer.Option(help="pt2 (torch.export), onnx, or safetensors (weights, described).")],
+    format: Annotated[str, typer.Option(help="pt2 (torch.export), onnx, or safetensors (weights with a description).")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The file to write.")],
 ) -> None:
-    """Write a model to a file, after checking that it gives what the registered one gives.
+    """Write a model to a file, after checking that it gives the same answers as the registered one.
 
     [dim]convoy export fashion-mnist --format onnx --out fashion.onnx[/]
     """
@@ -70,7 +70,7 @@ def export(
     with loading():
         from tasks.prediction.export import export as write
 
-    done = write(model, format, out)  # type: ignore[arg-type]  # it refuses what is no format
+    done = write(model, format, out)  # type: ignore[arg-type]  # it refuses unknown formats
     print_pairs(
         {
             "model": done.model,

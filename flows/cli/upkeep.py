@@ -1,4 +1,4 @@
-"""Commands that tidy up: `prune`, `doctor`."""
+"""Commands that clean up: `prune`, `doctor`."""
 
 from typing import Annotated
 
@@ -7,7 +7,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli.console import loading, say, servers_up, terminal
+from flows.cli.console import loading, print_line, servers_up, terminal
 from infra.settings import Settings
 from tasks.config.retention import RetentionConfig, load_retention
 
@@ -17,32 +17,32 @@ SetOption = Annotated[
         "--set",
         "-s",
         metavar="KEY=VALUE",
-        help=f"How long what is kept. Repeatable. Keys: {', '.join(RetentionConfig.model_fields)}.",
+        help=f"Change how long something is kept. Repeatable. Keys: {', '.join(RetentionConfig.model_fields)}.",
     ),
 ]
 
 
 def prune(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
     settings: SetOption = None,
     forget_unknown: Annotated[
         bool,
         typer.Option(
             "--forget-unknown",
-            help="Go on although MLflow does not know some runs or promoted versions: they were deleted.",
+            help="Continue although MLflow does not know some runs or promoted versions: they were deleted.",
         ),
     ] = False,
 ) -> None:
-    """Remove old checkpoints, data, reports and cached files that nothing rests on.
+    """Remove old checkpoints, data, reports and cached files that are not in use.
 
-    What a champion, an earlier champion, a version with an alias or a running training needs stays, whatever its age;
-    so do all verdicts and promotions. Nothing is removed if the bucket holds data of runs that MLflow does not
-    know: it may be another server than the one that they were made with.
+    Data that a champion, an earlier champion, a version with an alias or a running training needs stay, whatever their
+    age; so do all verdicts and promotions. Nothing is removed if the bucket holds data of runs that MLflow does not
+    know: this may be another MLflow server than the one that recorded them.
 
     [dim]convoy prune --dry-run[/]
     [dim]convoy prune --set datasets_keep=2 --set unfinished_checkpoints_days=7[/]
     """
-    retention = load_retention(settings or [])  # a wrong key should not have to wait for servers
+    retention = load_retention(settings or [])  # a wrong key is reported before servers start
     servers_up()
     with loading():
         from flows.prune import prune_flow
@@ -51,20 +51,18 @@ def prune(
     table = Table("would go" if dry_run else "removed", "objects", "size", box=None)
     for each in result.freed:
         table.add_row(each.kind, f"{each.count:,}", decimal(each.bytes))
-    terminal().print(table if result.freed else "Nothing was old enough to go.")
+    terminal().print(table if result.freed else "Nothing was old enough to be removed.")
     for note in result.notes:
-        say(note)
+        print_line(note)
 
 
-def doctor(
-    fix: Annotated[bool, typer.Option("--fix", help="Settle what is found.")] = False,
-) -> None:
-    """Find what killed processes have left behind: runs that only seem to run, processes, half-written data, aliases.
+def doctor(fix: Annotated[bool, typer.Option("--fix", help="Settle the findings.")] = False) -> None:
+    """Find leftovers of killed processes: runs that only seem to run, processes, half-written data, wrong aliases.
 
-    First it tries what the object store honours of S3, on small objects that it removes, and says what Convoy does
-    without.
+    First it tests which features of S3 the object store supports, with small objects that it removes, and prints what
+    Convoy does without them.
 
-    Exit status 0 if the store has what is needed, and nothing was left behind or all was settled; else 1.
+    Exit status 0 if the store has all that Convoy needs and no finding is left; otherwise 1.
 
     [dim]convoy doctor --fix[/]
     """
@@ -76,9 +74,9 @@ def doctor(
     capabilities = probe(Settings().bucket)
     table = Table("object storage", "", "without it, Convoy", box=None)
     for each in capabilities:
-        lack = ("missing", "red") if each.needed else "no"
-        word = Text("honoured") if each.honoured else Text.assemble(lack, f": {each.answer}")
-        table.add_row(each.name, word, each.without if not each.honoured else "")
+        missing = ("missing", "red") if each.needed else "no"
+        answer = Text("supported") if each.honoured else Text.assemble(missing, f": {each.answer}")
+        table.add_row(each.name, answer, "" if each.honoured else each.without)
     terminal(width=160).print(table)
     lacking = [each.name for each in capabilities if each.needed and not each.honoured]
 
@@ -86,13 +84,13 @@ def doctor(
     settled = {(each.kind, each.what) for each in settle(found)} if fix else set()
     for finding in found:
         mark = "settled: " if (finding.kind, finding.what) in settled else ""
-        say(f"{mark}{finding}")
+        print_line(f"{mark}{finding}")
     left = len(found) - len(settled)
     if not found:
-        say("Nothing was left behind.")
+        print_line("Nothing was left behind.")
     if left:
-        say(f"{left} to settle: {'see above' if fix else '`convoy doctor --fix` does'}", error=True)
+        print_line(f"{left} to settle: {'see above' if fix else '`convoy doctor --fix` does'}", error=True)
     if lacking:
-        say(f"convoy: this object store cannot be used: it lacks {', '.join(lacking)}", error=True)
+        print_line(f"convoy: this object store cannot be used: it lacks {', '.join(lacking)}", error=True)
     if left or lacking:
         raise typer.Exit(1)

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from rich.table import Table
 
-from flows.cli.console import describe, foreseen, print_pairs, say, terminal
+from flows.cli.console import as_known_error, describe, print_line, print_pairs, terminal
 from flows.summary import Summary, check_writable, write_summary
 from infra.errors import Outage, ServiceError, UsageError
 from tests.conftest import REPOSITORY
@@ -19,7 +19,7 @@ ODD = "[red]cat 5, [blue]:dog: 3 [/x] [link=http://x]y[/]"
 TALKATIVE = """
 import logging, sys
 from pathlib import Path
-from flows.cli.console import say
+from flows.cli.console import print_line
 from infra.machine.output import outlive_readers
 from tasks.orchestration.progress import progress, show_task_logs
 show_task_logs()
@@ -27,8 +27,8 @@ task = sys.modules["tasks.orchestration.progress"].__file__
 with outlive_readers("stderr"):
     with outlive_readers("stdout"):
         for number in range(50):
-            say("x" * 10_000)
-            say("naïve 花 \\udcff", error=True)
+            print_line("x" * 10_000)
+            print_line("naïve 花 \\udcff", error=True)
             record = logging.LogRecord("x", logging.INFO, task, 1, "花", (), None)
             logging.getLogger("prefect.flow_runs").handle(record)
             print("y" * 10_000)
@@ -38,19 +38,19 @@ with outlive_readers("stderr"):
 """
 DEAD_API = """
 from prefect import flow
-from flows.cli.console import foreseen, describe
+from flows.cli.console import as_known_error, describe
 @flow
 def nothing(): pass
 try:
     nothing()
 except Exception as error:
-    print(describe(foreseen(error)))
+    print(describe(as_known_error(error)))
 """
 
 
 def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     print_pairs({"classes": ODD, "table": "x[/y].csv"})
-    say(ODD)
+    print_line(ODD)
     table = Table("[b]", "b", box=None)
     table.add_row(ODD, "x[/y].csv")
     terminal(width=200).print(table)
@@ -112,7 +112,7 @@ def test_errors_that_are_nobodys_bug_are_one_line(error: Exception, kind: type[E
     outer = RuntimeError("the flow failed")
     outer.__cause__ = error
     for each in (error, outer):
-        found = foreseen(each)
+        found = as_known_error(each)
         assert type(found) is kind
         assert hint in describe(found)
         assert len(describe(found)) < 500
@@ -146,9 +146,9 @@ def test_settings_of_prefects_in_the_working_folder_that_are_wrong_are_one_line(
 ) -> None:
     (tmp_path / file).write_text(content)
     code = (
-        "from flows.cli.console import foreseen, describe\n"
+        "from flows.cli.console import as_known_error, describe\n"
         "try: import prefect.context\n"
-        "except Exception as error: print(describe(foreseen(error)))"
+        "except Exception as error: print(describe(as_known_error(error)))"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.count("\n") == 1
@@ -158,10 +158,10 @@ def test_settings_of_prefects_in_the_working_folder_that_are_wrong_are_one_line(
 
 def test_a_bug_stays_a_bug() -> None:
     error = ValueError("no")
-    assert foreseen(error) is error
+    assert as_known_error(error) is error
     known = UsageError("no")
     known.__cause__ = httpx.ConnectError("refused")
-    assert foreseen(known) is known
+    assert as_known_error(known) is known
 
 
 def test_a_prefect_that_is_gone_just_before_the_flow_begins_is_one_line(tmp_path: Path) -> None:

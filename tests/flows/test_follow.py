@@ -57,7 +57,7 @@ def relay(stack: object, quiet_prefect: None, monkeypatch: pytest.MonkeyPatch) -
     class Ours(Relay):
         api = PREFECT_API_URL.value().removesuffix("/api")
 
-    monkeypatch.setattr(deployments, "POLL", 0.05)
+    monkeypatch.setattr(deployments, "MAX_POLL_SECONDS", 0.05)
     with ThreadingHTTPServer(("127.0.0.1", 0), Ours) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/api"
@@ -97,7 +97,7 @@ def test_an_outage_of_prefect_does_not_end_the_waiting_and_a_crash_names_the_mlf
 
 
 def test_an_outage_without_end_is_one_line(relay: type[Relay], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployments, "OUTAGE", 0.2)
+    monkeypatch.setattr(deployments, "MAX_OUTAGE_SECONDS", 0.2)
     run = flow_run_in(Running(), name="retrain")
 
     def tell(_: str) -> None:

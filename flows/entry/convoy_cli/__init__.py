@@ -1,7 +1,7 @@
-"""The target of the `convoy` script: a package with a unique name, which makes Python find Convoy's other packages.
+"""The target of the `convoy` script: a package with a unique name that makes Python find Convoy's other packages.
 
-Convoy's packages have common names, and a PYTHONPATH, a `.pth` file or the working folder may hold modules of the same
-names: `tasks.py` is what Invoke calls its own file.
+Convoy's packages have common names. PYTHONPATH, a `.pth` file or the working folder may hold modules of the same names,
+such as Invoke's `tasks.py`.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ PACKAGES = ("cnn", "infra", "tasks", "flows")
 
 
 def main() -> None:
-    """Runs the command line, with Convoy's own packages in this process and in all that it starts."""
+    """Runs the command line with Convoy's own packages, in this process and its child processes."""
     use_own_packages()
     from flows.cli import main as run
 
@@ -24,10 +24,8 @@ def use_own_packages() -> None:
     """Makes Python find Convoy's own packages first; child processes never search the working folder."""
     os.environ["PYTHONSAFEPATH"] = "1"
     here = Path(__file__).resolve()
-    # Beside this package where it is installed, or above it in the repository.
-    root = next(
-        folder for folder in (here.parents[1], here.parents[3]) if (folder / "flows" / "cli" / "__init__.py").is_file()
-    )
+    roots = (here.parents[1], here.parents[3])  # of an installation, and of the repository
+    root = next(folder for folder in roots if (folder / "flows" / "cli" / "__init__.py").is_file())
     if all(_is_found_in(root, name) for name in PACKAGES):
         return
     sys.path.insert(0, str(root))
