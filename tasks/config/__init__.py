@@ -1,1 +1,1 @@
-"""Everything that a user may set, read and checked without loading torch."""
+"""Reads and checks everything that a user may set, without loading torch."""

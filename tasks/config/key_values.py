@@ -1,4 +1,4 @@
-"""Reads configurations from `--set key=value`, and says what is wrong with one; this module loads pydantic only."""
+"""Reads configurations from `--set key=value`, and explains errors in them. Importing this loads pydantic only."""
 
 import difflib
 import reprlib
@@ -14,18 +14,18 @@ from tasks.config.plain_yaml import read_yaml
 
 Flat = TypeVar("Flat", bound=Config)
 
-_SHORT = reprlib.Repr()  # of what was given, which may be of any size
+_SHORT = reprlib.Repr()  # for given values, which may be of any size
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
 
 def read_settings(settings: Iterable[str], values: dict[str, Any], *, example: str) -> None:
-    """Puts what `key=value` texts say into `values`; a dot reaches into a section, the value is read as YAML.
+    """Puts `key=value` texts into `values`; a dot separates section and key, the value is read as YAML.
 
     Args:
-        example: a setting that could be meant, for messages.
+        example: a valid setting, for error messages.
 
     Raises:
-        UsageError: a text is no setting.
+        UsageError: a text is not of this form.
     """
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -45,22 +45,22 @@ def from_settings(model: type[Flat], settings: Iterable[str], *, example: str, s
 
     Args:
         example: as `read_settings`.
-        section: what keys may begin with, since they do so in a whole configuration: `gate.`.
+        section: optional prefix of the keys, as in a whole configuration: `gate.`.
 
     Raises:
-        UsageError: a key or value that cannot be used.
+        UsageError: a key or value is invalid.
     """
     values: dict[str, Any] = {}
     read_settings((setting.strip().removeprefix(section) for setting in settings), values, example=example)
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        said, keys = explain(error, model, values), ", ".join(model.model_fields)
-        raise UsageError(said if keys in said else f"{said} (the keys: {keys})") from None
+        message, keys = explain(error, model, values), ", ".join(model.model_fields)
+        raise UsageError(message if keys in message else f"{message} (the keys: {keys})") from None
 
 
 def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]) -> str:
-    """Say in one line what is wrong with each key; for an unknown key name the nearest that there is."""
+    """Returns one line that explains the error of each key, with the nearest valid key for an unknown one."""
     complaints = []
     for detail in error.errors(include_url=False):
         path = [str(part) for part in detail["loc"]]
@@ -78,7 +78,7 @@ def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str,
 
 
 def _nearest(path: list[str], model: type[BaseModel], values: Mapping[str, Any]) -> str:
-    """The key that was probably meant, searched where it was written, then everywhere."""
+    """Suggests the key that was probably meant: the nearest in the same section, or else in all sections."""
     keys = list(known_keys(model, values.get("model")))
     key = ".".join(path)
     others = [name for name, each in NETWORKS.items() if path[-1] in each.options.model_fields]
@@ -92,7 +92,7 @@ def _nearest(path: list[str], model: type[BaseModel], values: Mapping[str, Any])
 
 
 def known_keys(model: type[BaseModel], network: object = None) -> Iterable[str]:
-    """Every key that a configuration may hold, in dotted form."""
+    """Yields every key of a configuration, in dotted form."""
     for name, field in model.model_fields.items():
         candidates = (field.annotation, *get_args(field.annotation))
         section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), None)

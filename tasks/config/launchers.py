@@ -1,7 +1,4 @@
-"""Where the ranks of a training run, and what their nodes are; no part of the result.
-
-Like `tasks.config.run`, importing it loads pydantic only.
-"""
+"""Where the ranks of a training run, and on which nodes; the result does not depend on it. Imports pydantic only."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,24 +11,24 @@ from infra.errors import UsageError
 
 Launcher = Literal["local", "nodes", "ray", "kubernetes"]
 
-EXTRAS = ("ray", "kubernetes")
-"""Launchers that need a package of their name, which a plain installation lacks."""
+NEED_PACKAGE = ("ray", "kubernetes")
+"""Launchers that need the package of the same name, which a plain installation lacks."""
 
 
 class NodesConfig(Config):
-    """Training on several nodes, whoever starts their agents; no part of the result (`nodes.*`)."""
+    """Training on several nodes, with any launcher; the result does not depend on it (`nodes.*`)."""
 
     min: int = Field(1, ge=1)
-    """Nodes to wait for; with fewer left, training pauses."""
+    """Least nodes to train on; with fewer, training pauses."""
 
     max: int | None = Field(None, ge=1)
-    """Nodes that train at a time, at most. Further ones stand by. Unset: as many as add ranks."""
+    """Most nodes to train on at a time; further nodes stand by. Unset: as many as add ranks."""
 
     here: bool = True
-    """This machine is one of them."""
+    """Whether this machine is one of the nodes."""
 
     patience: float = Field(30.0, ge=5)
-    """Seconds of silence after which a node is lost, and the others go on without it."""
+    """Seconds without a message after which a node counts as lost; the others continue without it."""
 
     wait: float = Field(600.0, ge=0)
     """Seconds to wait for `min` nodes before the training ends as interrupted."""
@@ -44,62 +41,62 @@ class NodesConfig(Config):
 
 
 class RayConfig(Config):
-    """Agents in a Ray cluster, one a rank (`ray.*`)."""
+    """Agents in a Ray cluster, one per rank (`ray.*`)."""
 
     address: str | None = None
-    """Of the cluster, which this machine must be a node of. Unset: RAY_ADDRESS, or the cluster that runs here."""
+    """Address of the cluster; this machine must be one of its nodes. Unset: RAY_ADDRESS, or the local cluster."""
 
     strategy: Literal["PACK", "SPREAD"] = "PACK"
-    """Whether ranks share as few or as many Ray nodes as they can."""
+    """Whether ranks run on as few or as many Ray nodes as possible."""
 
     cpus: float = Field(1.0, ge=0)
-    """That Ray sets aside for each rank."""
+    """CPUs that Ray reserves per rank."""
 
     gpus: int = Field(0, ge=0, le=1)
-    """Likewise; a rank uses one, or none."""
+    """GPUs that Ray reserves per rank; a rank uses one, or none."""
 
 
 class KubernetesConfig(Config):
     """Agents in the pods of a Job (`kubernetes.*`)."""
 
     image: str | None = None
-    """Container image that holds Convoy, best by digest; the one that the flow runs in."""
+    """Container image with Convoy, preferably by digest; the same as the flow's own."""
 
     namespace: str = "convoy"
 
     pods: int | None = Field(None, ge=1)
-    """Unset: as many as hold all ranks."""
+    """Number of pods. Unset: as many as hold all ranks."""
 
     ranks_per_pod: int = Field(1, ge=1)
 
     cpus: float = Field(1.0, gt=0)
-    """Of a rank, requested."""
+    """CPUs requested per rank."""
 
     gpus: int = Field(0, ge=0, le=1)
-    """Of a rank, which uses one, or none."""
+    """GPUs per rank; a rank uses one, or none."""
 
     memory: str = Field("2Gi", pattern=r"^\d+(Mi|Gi)$")
-    """Of a rank; more than that ends its pod."""
+    """Memory limit per rank; a pod that exceeds its limit is ended."""
 
     secret: str = "convoy-servers"
     """The Secret that holds the variables of the object storage and of MLflow."""
 
     service_account: str = "convoy-training"
-    """Of the pods, which are given no token of it."""
+    """Service account of the pods; its token is not mounted."""
 
     template: Path | None = None
     """Another manifest than infra/kubernetes/training-job.yaml to build the Job on: tolerations, node selectors, …"""
 
 
 class Launch(Config):
-    """Where the ranks of a job run: on this machine, or on it and on nodes that join; made of a run's configuration."""
+    """Launch on this machine, or on it and on nodes that join."""
 
     launcher: Literal["local", "nodes"] = "local"
     nodes: NodesConfig = NodesConfig()
 
 
 class RayLaunch(Config):
-    """In actors of a Ray cluster."""
+    """Launch in actors of a Ray cluster."""
 
     launcher: Literal["ray"] = "ray"
     nodes: NodesConfig = NodesConfig()
@@ -107,7 +104,7 @@ class RayLaunch(Config):
 
 
 class KubernetesLaunch(Config):
-    """In the pods of a Job."""
+    """Launch in the pods of a Job."""
 
     launcher: Literal["kubernetes"] = "kubernetes"
     nodes: NodesConfig = NodesConfig()
@@ -123,12 +120,8 @@ def launch_of(config: object) -> AnyLaunch:
 
 
 def check_installed(launcher: Launcher) -> None:
-    """See that the launcher's package is there.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if launcher in EXTRAS and find_spec(launcher) is None:
+    """Raises UsageError if the launcher's package is not installed."""
+    if launcher in NEED_PACKAGE and find_spec(launcher) is None:
         raise UsageError(
             f"launcher={launcher} needs a package that is not installed: pip install 'convoy-cnn[{launcher}]'"
         )

@@ -1,4 +1,4 @@
-"""Reads YAML as people mean it: version 1.2's plain values, and no key given twice. Imports nothing slow."""
+"""Reads YAML with the plain values of version 1.2, and refuses duplicate keys. Imports nothing slow."""
 
 import re
 from collections.abc import Hashable
@@ -9,23 +9,23 @@ import yaml
 from infra.errors import UsageError
 
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-_OLD = {"int", "float", "timestamp"}
-"""Types that YAML 1.1, which PyYAML reads, finds in texts of other meanings: `010` is 8 there, and `12:30` is 750."""
+_YAML_1_1 = {"int", "float", "timestamp"}
+"""Types for which YAML 1.1, which PyYAML reads, has surprising notations: `010` is 8, and `12:30` is 750."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Numbers are decimal or hexadecimal; dates are texts."""
+    """Reads numbers as decimal or hexadecimal, and dates as texts."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - of the base class
-        first: [(tag, pattern) for tag, pattern in each if tag.rpartition(":")[2] not in _OLD]
+        first: [(tag, pattern) for tag, pattern in each if tag.rpartition(":")[2] not in _YAML_1_1]
         for first, each in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def whole_mapping(self, node: yaml.MappingNode) -> dict[Hashable, Any]:
-        """Returns a mapping with all that is in it, so that one that holds itself is an error.
+        """Returns a mapping with all its contents, so that a mapping that contains itself is an error.
 
         Raises:
-            UsageError: a key is there twice; YAML would forget the first value.
+            UsageError: a key is there twice; YAML would drop the first value.
         """
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
         return self.construct_mapping(node, deep=True)
 
     def whole_number(self, node: yaml.ScalarNode) -> int:
-        """Returns a decimal (also `010`) or hexadecimal number."""
+        """Reads a decimal (also `010`) or hexadecimal number."""
         return int(node.value, 16 if "x" in node.value else 10)
 
 
@@ -52,13 +52,13 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str, invalid: str) -> Any:
-    """Returns what a text says.
+    """Returns the value of a YAML text.
 
     Args:
-        invalid: begins the message: what is not valid YAML.
+        invalid: the text's name, with which error messages begin.
 
     Raises:
-        UsageError: it is no YAML, gives a key twice, or holds itself.
+        UsageError: the text is no YAML, gives a key twice, or contains itself.
     """
     try:
         return yaml.load(text, _Loader)
@@ -66,8 +66,8 @@ def read_yaml(text: str, invalid: str) -> Any:
         where = getattr(error, "problem_mark", None) if "\n" in text.strip() else None
         raise UsageError(f"{invalid} is not valid YAML" + (f" (line {where.line + 1})" if where else "")) from None
     except RecursionError:
-        raise UsageError(f"{invalid} is not valid YAML that ends: it is nested too deep, or holds itself") from None
+        raise UsageError(f"{invalid} is not valid YAML: it is nested too deep, or contains itself") from None
     except UsageError as error:
         raise UsageError(f"{invalid}: {error}") from None
-    except (ValueError, AttributeError):  # PyYAML's own, of a tag that does not fit its value
+    except (ValueError, AttributeError):  # raised by PyYAML if a tag does not fit its value
         raise UsageError(f"{invalid} is not valid YAML") from None

@@ -1,6 +1,6 @@
-"""The configuration of a whole run: what to train on, how, and under which name; from a file, `--set` and options.
+"""The configuration of a whole run, read from a file, `--set` and options.
 
-Importing this module loads pydantic only, so that a mistake is refused before torch, Prefect or MLflow are loaded.
+Importing this loads pydantic only, so that mistakes are refused before torch, Prefect or MLflow are loaded.
 """
 
 import difflib
@@ -26,42 +26,42 @@ from tasks.config.key_values import explain, read_settings
 from tasks.config.launchers import KubernetesConfig, Launcher, NodesConfig, RayConfig
 from tasks.config.plain_yaml import read_yaml
 
-STEPS_AN_EPOCH = 20  # at least, where the batch size is ours to choose
-LONGEST = 100_000  # characters of a configuration as JSON: it is a parameter of flow runs, and tags of MLflow's runs
+MIN_STEPS_PER_EPOCH = 20  # where Convoy chooses the batch size
+MAX_CHARACTERS = 100_000  # of a configuration as JSON, which is a parameter of flow runs, and tags of MLflow's runs
 RECIPES = Path(__file__).parent / "recipes"
 
 
 class CheckpointConfig(Config):
-    """When the state of a training is stored; no part of the result (`checkpoints.*`)."""
+    """When checkpoints are stored; the result does not depend on it (`checkpoints.*`)."""
 
     every: float = Field(30.0, ge=0)
-    """Seconds between checkpoints; there is one at each epoch's end too."""
+    """Seconds between checkpoints; one more is stored at the end of each epoch."""
 
     keep: int = Field(2, ge=1)
-    """Newest checkpoints to keep; the one with the best validation accuracy stays too."""
+    """Number of newest checkpoints to keep; the one with the best validation accuracy is kept in addition."""
 
     patience: float = Field(1800.0, gt=0)
-    """Seconds to go on training while no checkpoint can be stored."""
+    """Seconds to continue training while no checkpoint can be stored."""
 
 
 class RunConfig(TrainConfig):
-    """Everything that `convoy train` can be told. `TrainConfig`, `data` and the dataset decide the weights."""
+    """All keys of `convoy train`. `TrainConfig`, `data` and the dataset decide the weights."""
 
     dataset: str = "fashion-mnist"
-    """A catalogue name, a folder or archive of class sub-folders, or an s3:// or https:// address of one."""
+    """A catalogue name, a folder or archive of class sub-folders, or the s3:// or https:// address of one."""
 
     name: str | None = None
     """Name of the registered model. Unset: the dataset's name."""
 
     batch_size: int = Field(0, ge=0)
-    """Images in a global batch, over all ranks; a multiple of `lanes`. 0: 256, fewer for a small training split."""
+    """Images in a global batch, over all ranks; a multiple of `lanes`. 0: 256, or fewer for a small training split."""
 
     ranks: int | None = Field(None, ge=1, le=4096)
-    """Processes to train with; no part of the result. Unset: as many as share the lanes and have a GPU or core each."""
+    """Processes to train with; the result does not depend on it. Unset: one per GPU or core, as far as lanes allow."""
 
     launcher: Launcher = "local"
-    """Where the ranks run; no part of the result. `local`: on this machine. `nodes`: on it and on each that has
-    called `convoy join`. `ray`: in actors of a Ray cluster. `kubernetes`: in the pods of a Job."""
+    """Where the ranks run; the result does not depend on it. `local`: on this machine. `nodes`: on it and on each that
+    has called `convoy join`. `ray`: in actors of a Ray cluster. `kubernetes`: in the pods of a Job."""
 
     nodes: NodesConfig = NodesConfig()
 
@@ -74,7 +74,7 @@ class RunConfig(TrainConfig):
     checkpoints: CheckpointConfig = CheckpointConfig()
 
     restarts: int = Field(3, ge=0)
-    """How often in a row a training whose ranks died is taken up again without having come further."""
+    """Restarts of died ranks in a row without progress, before the training is given up."""
 
     data_gate: DataGateConfig = DataGateConfig()
 
@@ -83,21 +83,21 @@ class RunConfig(TrainConfig):
     gate: GateConfig = GateConfig()
 
     promote: bool | None = None
-    """Make a version that passes its gates the champion. Unset: yes, but for a trial run (`data.limit`)."""
+    """Make a version that passes its gates the champion. Unset: yes, except in a trial run (`data.limit`)."""
 
     approval: bool = False
-    """Before that, pause the flow run until a person approves it in Prefect."""
+    """Pause the flow run before a promotion until a person approves it in Prefect."""
 
     warm_start: bool = False
-    """Retrain from the champion's weights rather than from fresh ones (`convoy retrain`)."""
+    """Start `convoy retrain` from the champion's weights instead of fresh ones."""
 
     approval_patience: float = Field(86_400.0, gt=0)
-    """Seconds to wait for that person."""
+    """Seconds to wait for an approval."""
 
     @model_validator(mode="before")
     @classmethod
     def _no_mirror_images_of_digits(cls, values: Any) -> Any:
-        """Where a data set's images have a left and a right, `augment.flip` is off unless asked for."""
+        """Switches `augment.flip` off, unless it is set, for data sets whose images must not be mirrored."""
         if not isinstance(values, dict):
             return values
         handed = any(entry.handed for entry in CATALOGUE if entry.name == values.get("dataset"))
@@ -109,7 +109,7 @@ class RunConfig(TrainConfig):
     @field_validator("dataset")
     @classmethod
     def _holds_no_secret(cls, dataset: str) -> str:
-        """Parameters are shown in Prefect and MLflow, so an address that gives access may not be one."""
+        """Refuses addresses that give access, since Prefect and MLflow show parameters."""
         scheme, separator, rest = dataset.partition("://")
         if separator:
             dataset = f"{scheme.lower()}://{rest}"
@@ -119,7 +119,7 @@ class RunConfig(TrainConfig):
         _ = address.port  # raises ValueError if it is no number
         if address.scheme in ("http", "https") and (address.query or "@" in address.netloc):
             raise ValueError(
-                "an address with a password or a query would be stored with the run, for all to see; "
+                "an address with a password or a query would be stored with the run, visible to all; "
                 "download it and give the file"
             )
         return dataset
@@ -144,11 +144,11 @@ class RunConfig(TrainConfig):
         return self
 
     def for_images(self, count: int) -> "RunConfig":
-        """With a batch size for a training split of so many images, if none was asked for."""
+        """Returns the configuration with a batch size for this number of training images, unless it has one."""
         if self.batch_size:
             return self
         size = max(TrainConfig().batch_size, 2 * self.lanes)
-        while size > 2 * self.lanes and count // size < STEPS_AN_EPOCH:
+        while size > 2 * self.lanes and count // size < MIN_STEPS_PER_EPOCH:
             size //= 2
         return self.model_copy(update={"batch_size": size})
 
@@ -158,16 +158,16 @@ class RunConfig(TrainConfig):
         return self.data.limit is None if self.promote is None else self.promote
 
     def training(self) -> TrainConfig:
-        """The part that `cnn` trains by."""
+        """Returns the part of the configuration that `cnn` needs."""
         return TrainConfig.model_validate({key: getattr(self, key) for key in TrainConfig.model_fields})
 
     def resolved(self) -> dict[str, Any]:
-        """Every key with its value, defaults of the network's options included, as JSON types."""
+        """Returns every key with its value as JSON types, including defaults of the network's options."""
         return self.model_dump(mode="json")
 
 
 def recipes() -> dict[str, Path]:
-    """The named configurations that come with Convoy."""
+    """Returns the files of the named configurations that come with Convoy, by name."""
     return {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
 
 
@@ -184,17 +184,17 @@ def load_config(
     recipe: str | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """Read a configuration. Options win over settings, these over the file, and the file over recipe and base.
+    """Reads a configuration. Options override settings, then come the file, the recipe and the base.
 
     Args:
-        base: values that all else builds on.
-        recipe: name of one of `recipes()`, which all else builds on.
         file: YAML mapping, or None.
-        settings: `key=value` texts; a dot reaches into a section (`augment.shift=1`), the value is read as YAML.
-        options: top-level keys that take precedence over both; None values are left out.
+        settings: `key=value` texts; a dot separates section and key (`augment.shift=1`), the value is read as YAML.
+        options: top-level keys; None values are ignored.
+        recipe: name of one of `recipes()`.
+        base: values of lowest precedence.
 
     Raises:
-        UsageError: one line that names the file or key that is wrong, and the nearest that is right.
+        UsageError: one line that names the wrong file or key, and the nearest valid key.
     """
     values = _merge({}, base or {})
     if recipe is not None:
@@ -212,18 +212,18 @@ def load_config(
     except ValidationError as error:
         raise UsageError(explain(error, RunConfig, values)) from None
     lengths = {key: len(json.dumps(value)) for key, value in config.model_dump(mode="json", exclude_unset=True).items()}
-    if sum(lengths.values()) > LONGEST:
+    if sum(lengths.values()) > MAX_CHARACTERS:
         key = max(lengths, key=lambda key: lengths[key])
         raise UsageError(
-            f"{key}: {lengths[key]:,} characters; a whole configuration may have {LONGEST:,}, so shorten it"
+            f"{key}: {lengths[key]:,} characters; a whole configuration may have {MAX_CHARACTERS:,}, so shorten it"
         )
     return config
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, section by section; `over` wins."""
+def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges two configurations, section by section."""
     merged = {**base}
-    for key, value in over.items():
+    for key, value in override.items():
         below = merged.get(key)
         if isinstance(value, Mapping):
             value = _merge(below if isinstance(below, Mapping) else {}, value)
