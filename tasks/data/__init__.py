@@ -1,1 +1,1 @@
-"""Brings a data set from its source to a checked dataset version, and opens it."""
+"""Turns a data set from its source into a checked dataset version, and opens it."""

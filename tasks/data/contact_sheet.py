@@ -1,4 +1,4 @@
-"""The contact sheet of the data gate: training images of each class, and those that a check complains of."""
+"""Draws the contact sheet of the data gate: training images of each class, and images that fail a check."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,22 +13,22 @@ from cnn.data.split_reader import SplitReader
 from cnn.data.splits import Split
 from tasks.reporting.drawing import CELL, COLUMNS, images_at, rgb, section, section_height, short
 
-SAMPLED_CLASSES = 40  # rows of a contact sheet; of more classes, evenly spaced ones are shown
-SAMPLES = 12  # images of each class
+MAX_CLASSES = 40  # rows of a contact sheet; with more classes, evenly spaced ones are shown
+IMAGES_PER_CLASS = 12
 
 
 def contact_sheet(checks: DataChecks, splits: Mapping[Split, SplitReader]) -> Figure:
-    """Show training images of each class, and below them the images that a check complains of.
+    """Returns a figure of training images of each class, and below them the images that fail a check.
 
     Args:
-        splits: those that were checked.
+        splits: the splits that were checked.
     """
     train = splits["train"]
-    shown = np.unique(np.linspace(0, len(checks.classes) - 1, SAMPLED_CLASSES).round().astype(int)).tolist()
-    rows = [images_at(train, _evenly(train.labels == label, SAMPLES)) for label in shown]
+    shown = np.unique(np.linspace(0, len(checks.classes) - 1, MAX_CLASSES).round().astype(int)).tolist()
+    rows = [images_at(train, _evenly(train.labels == label, IMAGES_PER_CLASS)) for label in shown]
     offenders = [
         (
-            f"{kind}: the first of those found",
+            f"{kind}: the first images found",
             torch.cat([images_at(splits[each.split], [each.index]) for each in found]),
             [f"{each.split} {each.index}: {short(checks.classes[each.label])}\n{each.note}" for each in found],
         )
@@ -42,7 +42,7 @@ def contact_sheet(checks: DataChecks, splits: Mapping[Split, SplitReader]) -> Fi
     axes = parts[0].add_subplot()
     some = f"{len(shown)} of " if len(shown) < len(checks.classes) else ""
     parts[0].suptitle(f"Training images of {some}{len(checks.classes)} classes")
-    sheet = _mosaic(rows, SAMPLES)
+    sheet = _mosaic(rows, IMAGES_PER_CLASS)
     axes.imshow(sheet, aspect="equal", interpolation="nearest")
     side = len(sheet) / len(rows)
     axes.set_yticks(side * (np.arange(len(rows)) + 0.5), [short(checks.classes[label]) for label in shown])
@@ -55,7 +55,7 @@ def contact_sheet(checks: DataChecks, splits: Mapping[Split, SplitReader]) -> Fi
 
 
 def _mosaic(rows: Sequence[Tensor], columns: int) -> NDArray[np.uint8]:
-    """Rows of images n×C×H×W as one picture; what a row lacks stays white, and so does a frame around each image."""
+    """Joins rows of images n×C×H×W to one picture; missing images and a frame around each image are white."""
     _, _, height, width = rows[0].shape
     frame = max(1, height // 24)
     sheet = np.full((len(rows) * (height + frame), columns * (width + frame), 3), 255, dtype=np.uint8)
@@ -67,7 +67,7 @@ def _mosaic(rows: Sequence[Tensor], columns: int) -> NDArray[np.uint8]:
 
 
 def _evenly(mask: Tensor, most: int) -> list[int]:
-    """Places where the mask is true, spread evenly over all such places."""
-    places = mask.nonzero().squeeze(1)
-    chosen = torch.linspace(0, len(places) - 1, min(most, len(places))).round().long()
-    return places[chosen].tolist()
+    """Returns up to `most` positions where the mask is true, evenly spaced among all of them."""
+    positions = mask.nonzero().squeeze(1)
+    chosen = torch.linspace(0, len(positions) - 1, min(most, len(positions))).round().long()
+    return positions[chosen].tolist()

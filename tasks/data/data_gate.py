@@ -1,6 +1,6 @@
-"""The data gate: a dataset version is checked before a network learns from it, and everyone can see what was found.
+"""The data gate: checks a dataset version before a training uses it, and publishes a report.
 
-The report is kept in the bucket, since refused data never have an MLflow run:
+The report is stored in the bucket, since refused data have no MLflow run:
 reports/data/<dataset version>/<digest of the report>/{data.json,data.md,data_samples.png}
 """
 
@@ -35,7 +35,7 @@ JSON, PAGE, SHEET = "data.json", "data.md", "data_samples.png"
 
 
 class DataRefused(GateRefused):
-    """The data are not fit to be trained on; nothing was trained."""
+    """The data gate refused the data; nothing was trained."""
 
 
 class DataReport(Record):
@@ -45,7 +45,7 @@ class DataReport(Record):
     checks: DataChecks
 
     prefix: str
-    """Of its objects in the bucket, with a slash at the end."""
+    """Prefix of its objects in the bucket, with a slash at the end."""
 
 
 @step("data-gate")
@@ -58,18 +58,17 @@ def data_gate(
     images_for_margin: int = 0,
     warm_start: bool = False,
 ) -> DataReport:
-    """Checks a dataset version, publishes what was found, and lets it pass or refuses it.
+    """Checks a dataset version, publishes a report, and passes or refuses the version.
 
     Args:
-        champion: dataset version that the champion learned from, if there is one; one that is not in the bucket any
-            more is not compared with.
-        oldest: likewise for the oldest champion that a rollback can reach.
+        champion: dataset version of the champion, if there is one; it is not compared if the bucket has lost it.
+        oldest: dataset version of the oldest champion that a rollback can restore.
         images_for_margin: test images that the quality gate needs to show its margin.
         warm_start: the training starts from the champion's weights.
 
     Raises:
         Cancelled: the flow run was cancelled.
-        DataRefused: a check with the level `fail` did, or a warm start would be judged on images that the champion was
+        DataRefused: a check of level `fail` failed, or a warm start would be judged on images that the champion was
             trained on.
         ServiceError: the object store failed.
     """
@@ -78,36 +77,35 @@ def data_gate(
     cache = open_cache(store)
     manifest = load_manifest(store, dataset.version)
     splits = {name: open_split(cache, manifest, name) for name in SPLITS}
-    theirs = _champions(cache, manifest, splits["train"], champion)
-    first = _champions(cache, manifest, splits["train"], oldest) if oldest != champion else None
+    present = _champion_split(cache, manifest, splits["train"], champion)
+    first = _champion_split(cache, manifest, splits["train"], oldest) if oldest != champion else None
     total = sum(map(len, splits.values()))
-    total += sum(len(train) for other, train in filter(None, (theirs, first)) if other.version != dataset.version)
+    total += sum(len(train) for other, train in filter(None, (present, first)) if other.version != dataset.version)
     with progress(f"Checking {dataset.name}", total, unit="images") as advance:
         checks = check_dataset(
-            manifest, splits, config, theirs, advance, oldest=first, images_for_margin=images_for_margin
+            manifest, splits, config, present, advance, oldest=first, images_for_margin=images_for_margin
         )
     report = _publish(store, dataset, checks, png(contact_sheet(checks, splits)))
     for check in checks.with_outcome("warned"):
-        run_logger().warning("%s: %s", dataset.name, _said(check))
+        run_logger().warning("%s: %s", dataset.name, _describe(check))
     if failed := checks.with_outcome("failed"):
         raise DataRefused(
-            f"dataset {dataset.name} is refused: {'; '.join(map(_said, failed))}; the report is "
-            f"{store.uri(report.prefix + PAGE)}; mend the data, or change data_gate.{failed[0].name} or its limit"
+            f"dataset {dataset.name} is refused: {'; '.join(map(_describe, failed))}; the report is "
+            f"{store.uri(report.prefix + PAGE)}; fix the data, or change data_gate.{failed[0].name} or its limit"
         )
-    learned = next(check for check in checks.checks if check.name == "trained_on")
-    if warm_start and learned.outcome == "warned":
+    trained_on = next(check for check in checks.checks if check.name == "trained_on")
+    if warm_start and trained_on.outcome == "warned":
         raise DataRefused(
-            f"a warm start on {dataset.name} is refused, since the champion has learned test images: {_said(learned)}; "
-            "set warm_start=false, or raise data_gate.max_trained_on"
+            f"a warm start on {dataset.name} is refused, since the champion was trained on test images: "
+            f"{_describe(trained_on)}; set warm_start=false, or raise data_gate.max_trained_on"
         )
     run_logger().info("the data of %s may be trained on: %s", dataset.name, _count(checks))
     return report
 
 
 def log_data_report(run_id: str, report: DataReport) -> None:
-    """Puts a report into an MLflow run: `report/data.json`, `data.md`, `data_samples.png`, a tag, and metrics
-    of what changed against the champion's data. A resumed run keeps what was found when it began: it may itself be
-    the champion by now.
+    """Puts a report into an MLflow run: `report/data.json`, `data.md`, `data_samples.png`, a tag, and metrics of
+    changes since the champion's data. A resumed run keeps its first report: its version may be the champion by now.
 
     Raises:
         ServiceError: a server failed.
@@ -120,17 +118,17 @@ def log_data_report(run_id: str, report: DataReport) -> None:
             file = Path(temporary) / name
             store.get_file(report.prefix + name, file)
             mlflow_runs.log_file(run_id, file, "report")
-    if report.checks.champion_version:  # these change from run to run, and are worth a chart
+    if report.checks.champion_version:  # these values differ between runs, so that a chart shows something
         names = CHAMPION_CHECKS + SLOW_DRIFT_CHECKS
-        compared = {check.name: check.value for check in report.checks.checks if check.name in names}
+        compared = (check for check in report.checks.checks if check.name in names)
         mlflow_runs.log_metrics(
-            run_id, {f"data/{name}": value for name, value in compared.items() if value is not None}
+            run_id, {f"data/{check.name}": check.value for check in compared if check.value is not None}
         )
     mlflow_runs.set_tags(run_id, {DATA_GATE: report.checks.outcome})
 
 
-def data_markdown(name: str, checks: DataChecks) -> str:
-    """What was found, as a page: the verdict, the checks, the worst first, the splits and the images complained of."""
+def _markdown(name: str, checks: DataChecks) -> str:
+    """Returns a page with the verdict, the checks (the worst first), the splits and the images that fail a check."""
     order = ("failed", "warned", "passed", "skipped", "off")
     verdict = {"passed": "passed", "warned": "passed with warnings", "failed": "refused"}[checks.outcome]
     found = sorted(checks.checks, key=lambda check: order.index(check.outcome))
@@ -160,29 +158,29 @@ def data_markdown(name: str, checks: DataChecks) -> str:
     return "\n".join(lines)
 
 
-def _champions(
+def _champion_split(
     cache: Cache, manifest: Manifest, train: SplitReader, version: str | None
 ) -> tuple[Manifest, SplitReader] | None:
-    """The manifest and training split of the champion's dataset version, if it is still there."""
+    """Returns the manifest and training split of a champion's dataset version, if the bucket still has it."""
     if version is None:
         return None
     if version == manifest.version:
         return manifest, train
     try:
-        theirs = load_manifest(cache.store, version)
-        return theirs, open_split(cache, theirs, "train")
+        found = load_manifest(cache.store, version)
+        return found, open_split(cache, found, "train")
     except (ObjectMissing, DatasetDamaged) as error:
         run_logger().warning("the data are not compared with the champion's: %s", error)
         return None
 
 
 def _publish(store: ObjectStore, dataset: DatasetRef, checks: DataChecks, sheet: bytes) -> DataReport:
-    data, page = checks.model_dump_json(indent=2).encode(), data_markdown(dataset.name, checks)
+    data, page = checks.model_dump_json(indent=2).encode(), _markdown(dataset.name, checks)
     prefix = bucket_layout.data_report(dataset.version, hashlib.sha256(data).hexdigest())
     store.put_bytes(prefix + SHEET, sheet)
     store.put_bytes(prefix + PAGE, page.encode())
     store.put_bytes(prefix + JSON, data)
-    page += f"\n\nSamples of each class, and the images complained of: `{store.uri(prefix + SHEET)}`"
+    page += f"\n\nSamples of each class, and the images that fail a check: `{store.uri(prefix + SHEET)}`"
     create_markdown_artifact(page, key="data-gate", description=f"Data gate, dataset version {dataset.version}")
     return DataReport(dataset=dataset, checks=checks, prefix=prefix)
 
@@ -192,7 +190,7 @@ def _count(checks: DataChecks) -> str:
     return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in sorted(set(outcomes)))
 
 
-def _said(check: DataCheck) -> str:
+def _describe(check: DataCheck) -> str:
     return f"{check.name} is {_number(check.value)}, limit {_number(check.limit)} ({check.note})"
 
 

@@ -1,7 +1,4 @@
-"""Dataset versions in the bucket: where they are, whether they are whole, and opening them for reading.
-
-Only opening loads torch.
-"""
+"""Finds, verifies and opens dataset versions in the bucket. Only opening loads torch."""
 
 import hashlib
 import os
@@ -29,11 +26,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ASKED_ONE_BY_ONE = 1000  # shards; of more, a listing of the bucket's is quicker
+MAX_HEAD_REQUESTS = 1000  # shards that are checked one by one; for more, listing the bucket is faster
 
 
 class DatasetDamaged(ServiceError):
-    """A dataset version in the bucket is not what its digest says."""
+    """A dataset version in the bucket that does not match its digest."""
 
 
 class DatasetRef(Record):
@@ -44,72 +41,72 @@ class DatasetRef(Record):
 
     name: str
     reused: bool = False
-    """It was there already."""
+    """Whether it existed already."""
 
 
 def load_manifest(store: ObjectStore, version: str) -> Manifest:
-    """Read and verify a manifest.
+    """Reads and verifies a manifest.
 
     Raises:
-        ObjectMissing: no such version in the bucket.
-        DatasetDamaged: the object is not what the version says, or this code cannot read it.
+        ObjectMissing: the bucket has no such version.
+        DatasetDamaged: the object does not match the version, or this code cannot read it.
     """
     key = bucket_layout.dataset_manifest(version)
     data = store.get_bytes(key)
     digest = hashlib.sha256(data).hexdigest()
     if digest != version:
         raise DatasetDamaged(
-            f"{store.uri(key)} is damaged: its SHA-256 is {digest}; write it anew with --refresh preprocess"
+            f"{store.uri(key)} is damaged: its SHA-256 is {digest}; write it again with --refresh preprocess"
         )
     try:
         return Manifest.from_bytes(data)
     except InputError as error:
-        raise DatasetDamaged(f"{store.uri(key)}: {error}; write it anew with --refresh preprocess") from error
+        raise DatasetDamaged(f"{store.uri(key)}: {error}; write it again with --refresh preprocess") from error
 
 
 def is_stored(store: ObjectStore, shard: Shard) -> bool:
-    """Whether the bucket has the shard, undamaged as far as its size and noted digest tell."""
+    """Returns whether the bucket has the shard, judged by its size and, if noted there, its digest."""
     info = store.head(bucket_layout.shard(shard.sha256))
     return info is not None and info.size == shard.bytes and info.sha256 in (None, shard.sha256)
 
 
-def is_whole(store: ObjectStore, version: str) -> bool:
-    """Whether a version's manifest and all its shards are in the bucket, as far as `is_stored` can tell."""
+def is_complete(store: ObjectStore, version: str) -> bool:
+    """Returns whether the bucket has a version's manifest and all its shards, judged as by `is_stored`."""
     try:
         manifest = load_manifest(store, version)
     except (ObjectMissing, DatasetDamaged):
         return False
     shards = shards_of(manifest)
-    if len(shards) <= ASKED_ONE_BY_ONE:
+    if len(shards) <= MAX_HEAD_REQUESTS:
         return all(in_parallel(lambda shard: is_stored(store, shard), shards))
     sizes = {info.key: info.size for info in store.list(bucket_layout.SHARDS)}
     return all(sizes.get(bucket_layout.shard(shard.sha256)) == shard.bytes for shard in shards)
 
 
 def shards_of(manifest: Manifest) -> list[Shard]:
-    """All different shards of all splits."""
+    """Returns the distinct shards of all splits."""
     shards = (shard for split in manifest.splits.values() for shard in split.shards)
     return list({shard.sha256: shard for shard in shards}.values())
 
 
 def open_cache(store: ObjectStore) -> Cache:
-    """This machine's cache, held within CONVOY_CACHE_BYTES or what its disk has to spare."""
+    """Returns this machine's cache, limited by CONVOY_CACHE_BYTES or by the free space on its disk."""
     settings = Settings()
     return Cache(settings.cache, store, limit=settings.cache_bytes or disk_limit(settings.cache))
 
 
 def fits(cache: Cache, manifest: Manifest) -> bool:
-    """Whether the cache may hold all shards of a dataset version."""
+    """Returns whether the cache may hold all shards of a dataset version."""
     return cache.limit is None or sum(shard.bytes for shard in shards_of(manifest)) <= cache.limit
 
 
 def open_split(cache: Cache, manifest: Manifest, split: Split) -> "SplitReader":
-    """Opens a split for reading: mapped, each shard as it is fetched, if all of the version may be here.
+    """Opens a split for reading: fetches all its shards and maps them, if the cache may hold the whole version.
 
-    Otherwise, or if the images are encoded, its shards come when they are needed. The images are the same.
+    Otherwise, or if the images are encoded, shards are fetched when they are needed. The images are the same.
 
     Raises:
-        ObjectMissing: a shard is neither here nor in the bucket; when it is needed, if they come then.
+        ObjectMissing: a shard is neither in the cache nor in the bucket; raised when the shard is fetched.
     """
     if manifest.encoding == "raw" and fits(cache, manifest):
         from cnn.data.mapped_split import MappedSplit
@@ -119,11 +116,11 @@ def open_split(cache: Cache, manifest: Manifest, split: Split) -> "SplitReader":
 
 
 def stream_split(cache: Cache, manifest: Manifest, split: Split, *, ahead: int | None = None) -> "StreamedSplit":
-    """A reader that fetches the split's shards when they are needed.
+    """Returns a reader that fetches the split's shards when they are needed.
 
     Args:
-        ahead: bytes that may be here before; unset: a quarter of what the cache may hold, shared by this machine's
-            ranks, and no more than `cnn.data.streamed_split.AHEAD_BYTES`.
+        ahead: bytes to fetch in advance; None: a quarter of the cache's limit, shared by this machine's ranks, and at
+            most `cnn.data.streamed_split.AHEAD_BYTES`.
     """
     from cnn.data.streamed_split import AHEAD_BYTES, StreamedSplit
 
@@ -134,7 +131,7 @@ def stream_split(cache: Cache, manifest: Manifest, split: Split, *, ahead: int |
 
 
 def local_ranks() -> int:
-    """Ranks of this training on this machine, as torchrun says."""
+    """Returns the number of this training's ranks on this machine, from torchrun's environment."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

@@ -1,4 +1,4 @@
-"""The raw files of a data set, verified, in the bucket."""
+"""The download task: stores the verified raw files of a data set in the bucket."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,12 +25,12 @@ from tasks.orchestration.step import step
 
 @step("download")
 def download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = None) -> RawSource:
-    """Bring a data set into the bucket; what is there already is not fetched again.
+    """Stores a data set in the bucket; files that are there already are not fetched again.
 
     Args:
-        dataset: a catalogue name, a folder, an archive, or an `s3://` or `https://` address of one.
-        refresh: fetch everything anew.
-        keep_raw: `PreprocessConfig.keep_raw`; if not, of a folder only a listing is stored.
+        dataset: a catalogue name, a folder, an archive, or the `s3://` or `https://` address of one.
+        refresh: fetch everything again.
+        keep_raw: `PreprocessConfig.keep_raw`; False stores only a listing of a folder.
 
     Raises:
         UsageError: there is no such data set, or it is no collection of labelled images.
@@ -42,9 +42,9 @@ def download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = Non
     wait_for_prune(store)
     try:
         raw = _download(dataset, settings, store, refresh, keep_raw)
-    except OSError as error:  # a full disk, say; what the user's own files do wrong is a UsageError already
+    except OSError as error:  # such as a full disk; errors in the user's own files are UsageErrors already
         where = error.filename or settings.cache
-        raise ServiceError(f"{where}: {error.strerror or error}; CONVOY_HOME chooses another place") from error
+        raise ServiceError(f"{where}: {error.strerror or error}; CONVOY_HOME chooses another folder") from error
     run_logger().info(_summary(raw))
     return raw
 
@@ -60,17 +60,16 @@ def _download(dataset: str, settings: Settings, store: ObjectStore, refresh: boo
             if keep_raw is False or (keep_raw is None and source.is_large):
                 return source.refer(place, refresh=refresh)
         elif keep_raw is False:
-            raise UsageError(f"{dataset}: data.keep_raw=false is for folders; what has to be fetched is kept")
-        raw = None if refresh else reusable(source, place)
-        if raw is None:
-            with progress(f"Downloading {source.name}", source.size, unit="bytes", artifact="download") as advance:
-                raw = source.fetch(place, advance, refresh=refresh)
-    return raw
+            raise UsageError(f"{dataset}: data.keep_raw=false is for folders only; unset it")
+        if not refresh and (raw := reusable(source, place)):
+            return raw
+        with progress(f"Downloading {source.name}", source.size, unit="bytes", artifact="download") as advance:
+            return source.fetch(place, advance, refresh=refresh)
 
 
 @contextmanager
 def _listing(dataset: str) -> Iterator[OnFiles]:
-    """Progress of a listing, shown once it turns out to be a long one."""
+    """Shows the progress of a listing once it proves to be long."""
     with ExitStack() as stack:
         advance: Advance | None = None
 
@@ -83,10 +82,10 @@ def _listing(dataset: str) -> Iterator[OnFiles]:
 
 
 def images_of(folder: FolderSource, dataset: str) -> FolderSource:
-    """Returns the folder with its images only, and what is said of the rest: nothing is uploaded that cannot be used.
+    """Returns the folder reduced to its usable images, with remarks about the rest, which is not uploaded.
 
     Raises:
-        UsageError: the images do not lie in class folders.
+        UsageError: the images are not in class folders.
     """
     try:
         layout = arrange(folder.files.paths, folder.folders, folder.unreachable)
@@ -96,11 +95,9 @@ def images_of(folder: FolderSource, dataset: str) -> FolderSource:
 
 
 def _summary(raw: RawSource) -> str:
-    if raw.listing:
-        listed = "as before" if raw.reused else "listed anew"
-        return (
-            f"{raw.name}: {raw.listing.count} files, {decimal(raw.listing.bytes)}, {listed}; in {raw.listing.address}"
-        )
+    if listing := raw.listing:
+        listed = "as before" if raw.reused else "listed again"
+        return f"{raw.name}: {listing.count} files, {decimal(listing.bytes)}, {listed}; in {listing.address}"
     size = decimal(sum(file.size for file in raw.files))
     origins = {origin.removesuffix(f"/{path}.gz").removesuffix(f"/{path}") for path, origin in raw.served_by.items()}
     done = "in the bucket already" if raw.reused else "stored in the bucket"

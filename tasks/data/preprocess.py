@@ -1,4 +1,4 @@
-"""The preprocess task: from raw files in the bucket to a dataset version there, or finding an earlier one."""
+"""The preprocess task: packs raw files in the bucket into a dataset version there, or finds an existing one."""
 
 import hashlib
 import shutil
@@ -29,7 +29,7 @@ from infra.storage import bucket_layout
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore, open_bucket
 from infra.storage.s3_client import ObjectMissing
-from tasks.data.dataset import DatasetRef, is_whole, load_manifest
+from tasks.data.dataset import DatasetRef, is_complete, load_manifest
 from tasks.data.preprocessing_journal import Journal
 from tasks.data.shard_uploads import ShardStore, fits_cache
 from tasks.orchestration.cancellation import stop_if_cancelled
@@ -38,7 +38,7 @@ from tasks.orchestration.step import step
 
 
 class StepRecord(Record, extra="forbid"):
-    """What an earlier run of the step made of the same input."""
+    """The dataset version that a preprocessing made of its input."""
 
     dataset_version: str
     raw: str | None = None
@@ -47,12 +47,12 @@ class StepRecord(Record, extra="forbid"):
 
 @step("preprocess")
 def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = False) -> DatasetRef:
-    """Pack a source into a dataset version, unless that was done before.
+    """Packs a source into a dataset version, unless that was done before.
 
-    What an interrupted run has done, on whatever machine, is not done again; see `tasks.data.preprocessing_journal`.
+    Work of an interrupted run, on any machine, is reused; see `tasks.data.preprocessing_journal`.
 
     Args:
-        refresh: compute and store everything anew, even if it is there.
+        refresh: compute and store everything again.
 
     Raises:
         InputError: the images cannot be used.
@@ -64,7 +64,7 @@ def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = Fals
     store = open_bucket(create=True)
     cache = Cache(settings.cache, store)
     key = step_key(raw, config)
-    with locked(settings.cache / "locks" / f"preprocess-{key}"):  # whoever waits here finds the result
+    with locked(settings.cache / "locks" / f"preprocess-{key}"):  # a process that waits here finds the result
         if not refresh and (version := _find(store, key)):
             _warn(raw.name, load_manifest(store, version))
             return DatasetRef(version=version, name=raw.name, reused=True)
@@ -82,16 +82,16 @@ def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = Fals
         _commit(store, bucket_layout.dataset_manifest(version), manifest.to_bytes())
         _commit(store, bucket_layout.preprocess_record(key), record.model_dump_json().encode())
         journal.clear()
-    _tell(raw.name, manifest)
+    _log_summary(raw.name, manifest)
     return DatasetRef(version=version, name=raw.name)
 
 
 def step_key(raw: RawSource, config: PreprocessConfig) -> str:
-    """Digest of all that decides the outcome: raw data, parameters, code, and the image decoders used."""
+    """Returns a digest of all that decides the result: raw data, parameters, code and image decoders."""
     content = {
         "raw": raw.digest,
         "classes": raw.classes,
-        "config": config.model_dump(mode="json", exclude={"keep_raw"}),  # where a file is read makes no difference
+        "config": config.model_dump(mode="json", exclude={"keep_raw"}),  # the place of a file makes no difference
         "code": code_digest(code_files()),
         "decoders": decoder_versions(),
     }
@@ -99,12 +99,12 @@ def step_key(raw: RawSource, config: PreprocessConfig) -> str:
 
 
 def _find(store: ObjectStore, step: str) -> str | None:
-    """The dataset version of an earlier run, if all of it is still there."""
+    """Returns the dataset version of an earlier run, if the bucket still has all of it."""
     try:
         version = StepRecord.model_validate_json(store.get_bytes(bucket_layout.preprocess_record(step))).dataset_version
     except (ObjectMissing, ValidationError):
         return None
-    return version if is_whole(store, version) else None
+    return version if is_complete(store, version) else None
 
 
 def _in_place(listing: ListingRef, cache: Cache) -> ListedFiles:
@@ -113,7 +113,7 @@ def _in_place(listing: ListingRef, cache: Cache) -> ListedFiles:
 
 
 def _fetch(raw: RawSource, cache: Cache) -> dict[str, Path]:
-    """Local paths of the raw files by their paths in the source."""
+    """Returns local paths of the raw files, by their paths in the source."""
     missing = sum(file.size for file in raw.files if not cache.holds(file.sha256, file.size))
     if not missing:
         return {file.path: cache.path(file.sha256) for file in raw.files}
@@ -126,7 +126,7 @@ def _fetch(raw: RawSource, cache: Cache) -> dict[str, Path]:
 
 @contextmanager
 def _workspace(folder: Path) -> Iterator[Path]:
-    """An empty folder, removed afterwards; a killed run's leavings too, since the step's lock is held."""
+    """Yields an empty folder and removes it afterwards. Files of a killed run are removed: the step's lock is held."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -145,10 +145,9 @@ def _pack(
     *,
     refresh: bool,
 ) -> Manifest:
-    """Both passes; the shards are in the bucket afterwards."""
-    source = open_source(
-        raw.format, files, raw.classes or None, LeftOut(raw.remarks, raw.left_out) if raw.remarks else None
-    )
+    """Surveys and packs the images; the shards are in the bucket afterwards."""
+    left_out = LeftOut(raw.remarks, raw.left_out) if raw.remarks else None
+    source = open_source(raw.format, files, raw.classes or None, left_out)
     surveyed, packed = journal.survey_parts(), journal.shards()
     if surveyed:
         count = sum(each.shard.count for each in packed)
@@ -165,23 +164,15 @@ def _pack(
 
 
 def _commit(store: ObjectStore, key: str, data: bytes) -> None:
-    """Write a commit object; one that is there with other content is damaged or outdated, and is replaced."""
+    """Writes a commit object; replaces one with other content, which is damaged or outdated."""
     if not store.put_if_absent(key, data) and store.get_bytes(key) != data:
         store.put_bytes(key, data)
 
 
-def _tell(name: str, manifest: Manifest) -> None:
+def _log_summary(name: str, manifest: Manifest) -> None:
     counts = ", ".join(f"{split} {info.count}" for split, info in manifest.splits.items())
-    size = manifest.image_size
-    run_logger().info(
-        "%s: %d classes, %d x %d x %d pixels, %s images",
-        name,
-        len(manifest.classes),
-        manifest.channels,
-        size,
-        size,
-        counts,
-    )
+    shape = f"{manifest.channels} x {manifest.image_size} x {manifest.image_size}"
+    run_logger().info("%s: %d classes, %s pixels, %s images", name, len(manifest.classes), shape, counts)
     _warn(name, manifest)
 
 

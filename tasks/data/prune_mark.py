@@ -1,11 +1,11 @@
-"""Keeps trainings from relying on data that `convoy prune` is about to delete.
+"""Prevents trainings from using data that `convoy prune` is about to delete.
 
-pruning/<random>        there while a prune is at work; written anew every `RENEWED` seconds
+pruning/<random>        exists while a prune runs, which rewrites it every `RENEWAL_SECONDS`
 
-A prune puts its mark and then asks Prefect which trainings are under way. A training's flow run is in Prefect before
-it looks for marks, which it does before it looks for data. So whichever comes second sees the other: the prune leaves
-data alone, or the training waits, and finds afterwards what is left. Both may be on different machines; they need the
-same bucket and the same Prefect.
+A prune writes its mark, then asks Prefect for running trainings. A training's flow run is known to Prefect before the
+training checks for marks, and it checks for marks before it looks up data. So the second of the two sees the first: the
+prune keeps all data, or the training waits and then finds the remaining data. Both may run on different machines; they
+need the same bucket and the same Prefect.
 """
 
 import threading
@@ -21,17 +21,17 @@ from infra.storage.object_store import ObjectStore
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import run_logger
 
-RENEWED = 20.0  # seconds
-SILENCE = 300.0  # seconds without a renewal after which its prune counts as killed
-ASK_EVERY = 1.0  # seconds
+RENEWAL_SECONDS = 20.0
+MAX_SILENCE_SECONDS = 300.0  # without a renewal, after which the prune counts as killed
+POLL_SECONDS = 1.0
 
 
 @contextmanager
 def marked(store: ObjectStore) -> Iterator[Callable[[], None]]:
-    """Shows, while the block runs, that this process prunes; yields a function to be called before data are deleted.
+    """Keeps a mark in the bucket while the block runs; yields a check to be called before data are deleted.
 
     Raises:
-        ServiceError: the object store failed; from the function: the mark is gone, since it was not renewed in time.
+        ServiceError: the object store failed; from the check: the mark is gone, since it was not renewed in time.
     """
     key, ended = bucket_layout.prune_mark(uuid4().hex), threading.Event()
 
@@ -42,8 +42,8 @@ def marked(store: ObjectStore) -> Iterator[Callable[[], None]]:
             )
 
     def renew() -> None:
-        while not ended.wait(RENEWED):
-            with suppress(ServiceError):  # `check` finds out
+        while not ended.wait(RENEWAL_SECONDS):
+            with suppress(ServiceError):  # `check` notices a lost mark
                 check()
                 store.put_bytes(key, uuid4().bytes)
 
@@ -55,15 +55,15 @@ def marked(store: ObjectStore) -> Iterator[Callable[[], None]]:
     finally:
         ended.set()
         thread.join()
-        with suppress(ServiceError):  # trainings see that it is silent
+        with suppress(ServiceError):  # trainings notice that it is no longer renewed
             store.delete(key)
 
 
 def wait_for_prune(store: ObjectStore) -> None:
-    """Returns once no prune is at work; removes the mark of one that was killed.
+    """Waits until no prune runs; removes marks of killed prunes.
 
     Raises:
-        Cancelled: the flow run was cancelled meanwhile.
+        Cancelled: the flow run was cancelled while it waited.
         ServiceError: the object store failed.
     """
     last: dict[str, str] = {}
@@ -73,8 +73,8 @@ def wait_for_prune(store: ObjectStore) -> None:
             run_logger().info("`convoy prune` is deleting data: waiting for it to end")
         if marks != last:
             last, since = marks, time.monotonic()
-        elif time.monotonic() - since > SILENCE:
+        elif time.monotonic() - since > MAX_SILENCE_SECONDS:
             for key in marks:
                 store.delete(key)
         stop_if_cancelled()
-        stopping.wait(ASK_EVERY)
+        stopping.wait(POLL_SECONDS)

@@ -1,10 +1,9 @@
-"""Finished shards on their way into the bucket, while the next ones are being packed."""
+"""Uploads finished shards to the bucket while the next ones are packed."""
 
 import shutil
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from cnn.preprocessing.resume_records import PackedShard
@@ -14,17 +13,17 @@ from infra.storage.cache import Cache
 from tasks.data.dataset import is_stored
 from tasks.data.preprocessing_journal import Journal
 
-UPLOADS = 2  # side by side
-WAITING = 4  # shards on this machine that are not in the bucket yet; the packing waits for the oldest then
-CACHE_SHARE = 0.5  # of the free disk: a larger dataset version does not go into this machine's cache
+UPLOADS = 2  # in parallel
+MAX_PENDING = 4  # shards that are not in the bucket yet; beyond it, packing waits for the oldest
+CACHE_SHARE = 0.5  # of the free disk: a larger dataset version is not put into this machine's cache
 
 
 class ShardStore:
-    """Uploads shards in the background and notes each in the journal once it is there.
+    """Uploads shards in the background and records each uploaded shard in the journal.
 
     Args:
-        keep: whether the shards go into the cache too, for the training that follows on this machine.
-        refresh: upload what the bucket has already, too.
+        keep: whether shards are put into the cache too, for a training on this machine.
+        refresh: whether shards that the bucket has are uploaded again.
     """
 
     def __init__(self, cache: Cache, journal: Journal, *, keep: bool, refresh: bool) -> None:
@@ -36,25 +35,24 @@ class ShardStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """All shards are in the bucket, unless there is an error already."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits until all shards are in the bucket; after an error, cancels uploads that have not begun."""
         self._pool.shutdown(cancel_futures=kind is not None)
         if kind is None:
             self._wait(0)
 
     def add(self, packed: PackedShard, path: Path) -> None:
-        """Take a shard over; its file is moved or removed.
+        """Starts the upload of a shard; its file is moved or removed.
 
         Raises:
-            ServiceError: an earlier one could not be stored.
+            ServiceError: an earlier shard could not be stored.
         """
-        self._wait(WAITING - 1)
-        own = path.rename(path.with_name(f"{packed.split}-{packed.number}"))  # equal shards have one name
+        self._wait(MAX_PENDING - 1)
+        own = path.rename(path.with_name(f"{packed.split}-{packed.number}"))  # shards of equal content share a name
         self._pending.append(self._pool.submit(self._store, packed, own))
 
     def _wait(self, most: int) -> None:
+        """Waits until at most so many uploads are pending; raises the error of a failed upload."""
         while len(self._pending) > most or (self._pending and self._pending[0].done()):
             self._pending.popleft().result()
 
@@ -69,6 +67,6 @@ class ShardStore:
 
 
 def fits_cache(plan: Plan, cache: Cache) -> bool:
-    """Whether this machine has room for the whole dataset version."""
+    """Returns whether this machine has space for the whole dataset version in its cache."""
     cache.root.mkdir(parents=True, exist_ok=True)
     return plan.pixel_bytes <= CACHE_SHARE * shutil.disk_usage(cache.root).free

@@ -30,7 +30,7 @@ from infra.tracking.promotion_history import Lineage, newest, promote
 from tasks.config.retention import RetentionConfig, load_retention
 from tasks.data.prune_mark import marked, wait_for_prune
 from tasks.training.liveness import hold_run_lock
-from tasks.upkeep.prune import Pruned, trainings_under_way
+from tasks.upkeep.prune import Pruned, active_trainings
 from tests.tasks.leftovers import Leftovers, flow_run_in
 
 NO_DATASET = RetentionConfig(datasets_keep=0)
@@ -41,7 +41,7 @@ def made(stack: object, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("CONVOY_BUCKET", "test")
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
     refresh_global_settings_context()  # Prefect was imported before the stack named its server
-    monkeypatch.setattr(tasks.upkeep.prune, "trainings_under_way", set)  # other tests' flows are no concern of ours
+    monkeypatch.setattr(tasks.upkeep.prune, "active_trainings", set)  # other tests' flows are no concern of ours
     leftovers = Leftovers(store, monkeypatch)
     with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}):  # else logs are on their way when Prefect ends
         yield leftovers
@@ -275,15 +275,15 @@ def test_data_are_left_alone_while_a_training_prepares_its_own(
     made: Leftovers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    before = trainings_under_way()
+    before = active_trainings()
     flow_run = flow_run_in(Running(), "train")
-    assert trainings_under_way() == before | {str(flow_run.id)}
+    assert active_trainings() == before | {str(flow_run.id)}
 
 
 def test_what_is_no_data_goes_all_the_same(made: Leftovers, monkeypatch: pytest.MonkeyPatch) -> None:
     made.run(dataset=made.dataset("shard"))
     made.source("data", "file")
-    monkeypatch.setattr(tasks.upkeep.prune, "trainings_under_way", lambda: {"a flow run without an MLflow run"})
+    monkeypatch.setattr(tasks.upkeep.prune, "active_trainings", lambda: {"a flow run without an MLflow run"})
     result = prune()
     assert not made.there("runs/") and len(made.there()) == 5 and "preparing" in result.notes[0]
 
@@ -385,7 +385,7 @@ def test_a_training_that_begins_while_data_are_deleted_waits_and_stores_them_aga
 def test_a_prune_that_was_killed_holds_up_a_training_only_for_a_while(
     made: Leftovers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks.data.prune_mark, "SILENCE", 0.0)
+    monkeypatch.setattr(tasks.data.prune_mark, "MAX_SILENCE_SECONDS", 0.0)
     made.put(f"{bucket_layout.PRUNING}left behind")
     wait_for_prune(made.store)
     assert not made.there(bucket_layout.PRUNING)

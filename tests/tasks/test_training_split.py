@@ -25,7 +25,7 @@ from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore
 from infra.storage.s3_client import ObjectMissing
 from tasks.data import dataset
-from tasks.data.dataset import DatasetRef, is_whole, open_cache, open_split, shards_of
+from tasks.data.dataset import DatasetRef, is_complete, open_cache, open_split, shards_of
 from tasks.data.training_split import bytes_at_a_time, open_training_split
 from tests.cnn.conftest import Packed, digits, encoded, joined_group, many_shards  # noqa: F401  # fixtures
 from tests.infra.test_cache import flip
@@ -210,15 +210,15 @@ def test_the_cache_keeps_to_the_setting(store: ObjectStore, tmp_path: Path, monk
 def test_a_version_is_whole_if_all_its_shards_are_there_in_their_size(
     store: ObjectStore, stored: Manifest, one_by_one: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "ASKED_ONE_BY_ONE", one_by_one)
+    monkeypatch.setattr(dataset, "MAX_HEAD_REQUESTS", one_by_one)
     version = DatasetRef(version=stored.version, name="digits").version
-    assert is_whole(store, version)
+    assert is_complete(store, version)
     shard = shards_of(stored)[-1]
     content = store.get_bytes(bucket_layout.shard(shard.sha256))
     store.put_bytes(bucket_layout.shard(shard.sha256), content[:-1])
-    assert not is_whole(store, version)
+    assert not is_complete(store, version)
     store.delete(bucket_layout.shard(shard.sha256))
-    assert not is_whole(store, version)
+    assert not is_complete(store, version)
 
 
 @pytest.mark.parametrize("window", [None, 160], ids=["mapped", "streamed"])

@@ -20,7 +20,7 @@ from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking import mlflow_runs, tags
 from infra.tracking.provenance import Provenance, provenance
 from tasks.config.run import RunConfig
-from tasks.data.dataset import DatasetRef, is_whole, load_manifest
+from tasks.data.dataset import DatasetRef, is_complete, load_manifest
 from tasks.data.prune_mark import wait_for_prune
 from tasks.orchestration.cancellation import Cancelled
 from tasks.orchestration.flow_runs import flow_run_id, label_flow_run
@@ -55,7 +55,7 @@ def recorded_dataset(record: RunRecord) -> DatasetRef:
     version = record.dataset.version
     store = open_bucket()
     wait_for_prune(store)
-    if not is_whole(store, version):
+    if not is_complete(store, version):
         raise UsageError(f"the bucket lacks parts of dataset version {version}: the run cannot go on; train again")
     return record.dataset.model_copy(update={"reused": True})
 
