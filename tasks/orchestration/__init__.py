@@ -1,1 +1,1 @@
-"""What every task needs of Prefect: retries, progress, cancelling, leases and notifications."""
+"""Connects tasks with Prefect: retries, progress, cancellation, leases and notifications."""

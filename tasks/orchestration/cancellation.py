@@ -1,4 +1,4 @@
-"""Tells whether the flow is to end: cancelled in Prefect, which only marks it so, or asked by a signal."""
+"""Checks whether the flow must end: it was cancelled in Prefect, which only marks it, or a signal arrived."""
 
 import signal
 import time
@@ -13,7 +13,7 @@ from infra.machine import stopping
 from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.progress import run_logger
 
-ASK_EVERY = 2.0  # seconds between questions
+POLL_SECONDS = 2.0  # between requests to Prefect
 
 
 class Cancelled(RuntimeError):
@@ -23,24 +23,21 @@ class Cancelled(RuntimeError):
 
 
 class CancelWatch:
-    """Looks for a signal, and asks Prefect now and then whether this flow run is to be cancelled.
-
-    An unreachable Prefect says no.
-    """
+    """Checks for a signal, and every `POLL_SECONDS` asks Prefect whether this flow run was cancelled."""
 
     def __init__(self) -> None:
-        self._asked = time.monotonic()
+        self._polled = time.monotonic()
 
     def __call__(self) -> bool:
         stop_if_told()
-        if time.monotonic() - self._asked < ASK_EVERY:
+        if time.monotonic() - self._polled < POLL_SECONDS:
             return False
-        self._asked = time.monotonic()
+        self._polled = time.monotonic()
         return is_cancelled()
 
 
 def is_cancelled() -> bool:
-    """Ask Prefect now; no if this is no flow run, or Prefect does not answer."""
+    """Asks Prefect whether this flow run was cancelled; False outside a flow run or if Prefect does not answer."""
     if not (flow := flow_run_id()):
         return False
     try:
@@ -56,9 +53,8 @@ def stop_if_told() -> None:
     """Raises if a signal has asked this process to end.
 
     Raises:
-        Stopped: the flow is one of the command line.
-        TerminationSignal: Prefect's own of the same meaning, in a process of a worker, whose handler's exception got
-            lost on its way.
+        Stopped: the command line runs the flow.
+        TerminationSignal: a worker runs the flow. It is Prefect's own; the one that Prefect's handler raised got lost.
     """
     try:
         stopping.check()
@@ -69,7 +65,7 @@ def stop_if_told() -> None:
 
 
 def stop_if_cancelled() -> None:
-    """Raises if the flow is to end; tasks too short to watch ask once, before they begin.
+    """Raises if the flow must end; short tasks check only once, before they begin.
 
     Raises:
         Cancelled: the flow run was cancelled.

@@ -1,6 +1,6 @@
-"""Finds flow runs of trainings, and those of this machine whose process was killed, of which it tells Prefect.
+"""Finds the flow runs of trainings, and reports those whose process on this machine was killed to Prefect.
 
-<home>/flows/<flow run>      a lock that the flow's process holds; the kernel frees it when that ends, however that is
+<home>/flows/<flow run>      a lock that the flow's process holds; the kernel releases it when the process ends
 """
 
 from collections.abc import Collection, Iterator
@@ -30,18 +30,18 @@ from infra.machine.locks import note_of_dead_holder
 from infra.settings import Settings
 
 TRAINING_FLOWS = ("train", "retrain")
-PAGE = 200  # what Prefect gives at a time
+PAGE = 200  # results per request to Prefect
 
 
 def flow_run_id() -> UUID | None:
-    """Returns the id of the flow run that this code is part of; None outside of any."""
+    """Returns the id of the current flow run; None outside a flow run."""
     context = FlowRunContext.get()
     return context.flow_run.id if context and context.flow_run else None
 
 
 @contextmanager
 def flow_is_alive() -> Iterator[None]:
-    """Shows, while the block runs, that the process of this flow run lives."""
+    """Holds the lock of this flow run while the block runs."""
     with locked(_folder() / str(flow_run_id())):
         yield
 
@@ -52,7 +52,7 @@ def training_flow_runs(
     """Yields the flow runs of trainings in any of these states, page by page.
 
     Args:
-        after: leaves out those that were to start earlier.
+        after: excludes flow runs with an earlier expected start.
     """
     flows = FlowFilter(name=FlowFilterName(any_=list(TRAINING_FLOWS)))
     wanted = FlowRunFilter(
@@ -66,9 +66,9 @@ def training_flow_runs(
 
 
 def killed_flow_runs() -> Iterator[FlowRun]:
-    """Yields the flow runs whose process on this machine was killed, and which Prefect takes for unfinished.
+    """Yields the flow runs whose process on this machine was killed, and which are unfinished in Prefect.
 
-    One that is scheduled is left out: a worker will take it up again.
+    Scheduled flow runs are excluded: a worker will run them again.
     """
     for lock in sorted(_folder().glob("*")):
         if note_of_dead_holder(lock) is None:
@@ -81,7 +81,7 @@ def killed_flow_runs() -> Iterator[FlowRun]:
 
 
 def settle_killed_flow_runs() -> list[FlowRun]:
-    """Tells Prefect of the flow runs whose process on this machine was killed; returns them as they were."""
+    """Marks the flow runs whose process on this machine was killed as crashed; returns them as they were before."""
     killed = list(killed_flow_runs())
     for each in killed:
         mark_crashed(str(each.id))
@@ -89,14 +89,14 @@ def settle_killed_flow_runs() -> list[FlowRun]:
 
 
 def label_flow_run(labels: dict[str, str]) -> None:
-    """Adds labels to this flow run, or changes them; does nothing outside of one."""
+    """Adds or changes labels of this flow run; does nothing outside a flow run."""
     if flow := flow_run_id():
         with get_client(sync_client=True) as client:
             client.update_flow_run_labels(flow, dict(labels))
 
 
 def read_flow_run(flow_run_id: str) -> FlowRun | None:
-    """Returns the flow run of an id; None if Prefect has none."""
+    """Returns the flow run with this id; None if Prefect has none."""
     try:
         with get_client(sync_client=True) as client:
             return client.read_flow_run(UUID(flow_run_id))
@@ -105,13 +105,13 @@ def read_flow_run(flow_run_id: str) -> FlowRun | None:
 
 
 def mark_crashed(flow_run_id: str) -> None:
-    """Tells Prefect that a flow run was killed, if Prefect does not know how it ended."""
+    """Marks a flow run as crashed in Prefect, unless it has ended there."""
     found = read_flow_run(flow_run_id)
     if found is None or found.state is None or found.state.is_final():
         return
     state: State[None] = Crashed(message="its process was killed")
     with get_client(sync_client=True) as client:
-        # Asked rather than ordered, Prefect frees what the flow run held.
+        # Without force, Prefect releases what the flow run held.
         answer = client.set_flow_run_state(found.id, state)
         if answer.status != SetStateStatus.ACCEPT:
             client.set_flow_run_state(found.id, state, force=True)

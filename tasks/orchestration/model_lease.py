@@ -1,9 +1,9 @@
-"""Lets one training of a model run at a time, by a lease in Prefect, which ends by itself if its holder dies.
+"""Lets one training of a model run at a time, by a lease in Prefect that expires if its holder dies.
 
-The slot that a lease takes is in Prefect's database, the lease itself where the server's setting
-`PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE` says: by default in its memory. A server that was restarted has then
-forgotten the lease and keeps the slot for ever. So a flow run that holds a lease bears a label that says so; and a
-slot that is taken for longer than a lease lasts, while no unfinished flow run bears that label, is freed.
+The slot of a lease is in Prefect's database. The lease itself is where the server's setting
+`PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE` says: by default in memory. A server that restarts then loses the lease and
+keeps the slot taken for ever. So a flow run that holds a lease has a label, and a slot is freed if it was taken for
+longer than a lease lasts while no unfinished flow run has that label.
 """
 
 import re
@@ -26,58 +26,58 @@ from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.flow_runs import PAGE, flow_run_id, label_flow_run, settle_killed_flow_runs, training_flow_runs
 from tasks.orchestration.progress import run_logger
 
-LEASE = 60.0  # seconds after which the lease of a holder that died is free: the least that Prefect takes
-PATIENCE = 5.0  # seconds to try for a lease that seems to be free
-LOOK_EVERY = 2.0  # seconds between looks whether it is
-FORGOTTEN = timedelta(seconds=LEASE + 45)
-"""A slot that is taken for longer without a holder: LEASE, and three rounds of the service that ends leases."""
+LEASE_SECONDS = 60.0  # after which the lease of a dead holder expires: the least that Prefect accepts
+ACQUIRE_SECONDS = 5.0  # timeout for acquiring a lease that seems to be free
+POLL_SECONDS = 2.0  # between checks whether a lease is free
+FORGOTTEN_AFTER = timedelta(seconds=LEASE_SECONDS + 45)
+"""Age from which a slot without a holder is freed: a lease, and three rounds of Prefect's service that ends leases."""
 
-LIMITS = "convoy-model-"  # names of limits begin so
+LIMIT_PREFIX = "convoy-model-"
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.PAUSED, StateType.CANCELLING]
 
 
 def limit_of(name: str) -> str:
-    """Returns the name of the limit in Prefect that is a model's lease."""
-    return LIMITS + re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+    """Returns the name of the concurrency limit in Prefect that is a model's lease."""
+    return LIMIT_PREFIX + re.sub(r"[^A-Za-z0-9_-]+", "-", name)
 
 
 @contextmanager
 def model_lease(name: str) -> Iterator[None]:
-    """Holds the lease of a model; of several flow runs that wait for it, any may be the next.
+    """Holds the lease of a model while the block runs; waiting flow runs get it in any order.
 
     Raises:
         Cancelled: the flow run was cancelled while it waited.
         Stopped: a signal asked this process to end.
     """
     limit = limit_of(name)
-    # Before one of them is taken for a holder; and what it held need not be waited for.
+    # First, since a killed flow run would count as a holder; there is no need to wait for its lease to expire.
     if any(killed.labels.get(HELD_LEASE) == limit for killed in settle_killed_flow_runs()):
         free_forgotten(limit, after=timedelta(0))
-    told = False
+    logged = False
     with ExitStack() as held:
-        while not _take(limit, held):
+        while not _acquire(limit, held):
             stop_if_cancelled()
-            if not told:
+            if not logged:
                 run_logger().info("another run trains model %s: waiting for it to end", name)
-                told = True
-            stopping.wait(LOOK_EVERY)
+                logged = True
+            stopping.wait(POLL_SECONDS)
         yield
 
 
 def forgotten_leases() -> list[str]:
-    """Returns the names of limits whose slot is taken although no flow run holds a lease of it."""
+    """Returns the names of limits whose slot is taken although no flow run holds its lease."""
     with get_client(sync_client=True) as client:
         limits: list[GlobalConcurrencyLimitResponse] = []
         while page := client.read_global_concurrency_limits(limit=PAGE, offset=len(limits)):
             limits += page
-        return [limit.name for limit in limits if limit.name.startswith(LIMITS) and _is_forgotten(client, limit)]
+        return [limit.name for limit in limits if limit.name.startswith(LIMIT_PREFIX) and _is_forgotten(client, limit)]
 
 
 def free_forgotten(name: str, after: timedelta | None = None) -> bool:
-    """Frees the slot of a limit if no flow run holds it; says whether it did.
+    """Frees the slot of a limit if no flow run holds it; returns whether it did.
 
     Args:
-        after: how long it must have been taken; None takes `FORGOTTEN`.
+        after: how long it must have been taken; None: `FORGOTTEN_AFTER`.
     """
     with get_client(sync_client=True) as client:
         try:
@@ -87,10 +87,11 @@ def free_forgotten(name: str, after: timedelta | None = None) -> bool:
         return _is_forgotten(client, limit, after) and _free(client, limit)
 
 
-def _take(limit: str, held: ExitStack) -> bool:
-    """Tries for the lease if it seems to be free (Prefect logs an error for each try in vain)."""
+def _acquire(limit: str, held: ExitStack) -> bool:
+    """Tries to acquire the lease if it seems to be free (Prefect logs an error for each failed try)."""
+    flow_run = flow_run_id()
     with get_client(sync_client=True) as client:
-        with suppress(ObjectAlreadyExists):  # another flow run may be as fast
+        with suppress(ObjectAlreadyExists):  # another flow run may create it at the same moment
             client.upsert_global_concurrency_limit_by_name(limit, 1)
         try:
             found = client.read_global_concurrency_limit_by_name(limit)
@@ -100,7 +101,7 @@ def _take(limit: str, held: ExitStack) -> bool:
             if _is_forgotten(client, found) and _free(client, found):
                 run_logger().warning(
                     "the lease %s was taken but had no holder, so it was freed: Prefect forgets leases at a restart; "
-                    "to prevent that, set PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE for its server, as the README says",
+                    "to prevent that, set PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE for its server, see flows/README.md",
                     limit,
                 )
             return False
@@ -108,11 +109,11 @@ def _take(limit: str, held: ExitStack) -> bool:
             held.enter_context(
                 concurrency(
                     limit,
-                    lease_duration=LEASE,
-                    timeout_seconds=PATIENCE,
+                    lease_duration=LEASE_SECONDS,
+                    timeout_seconds=ACQUIRE_SECONDS,
                     strict=True,
-                    holder=_holder(),
-                    raise_on_lease_renewal_failure=False,  # an outage of Prefect shall not end a training under way
+                    holder=ConcurrencyLeaseHolder(type="flow_run", id=flow_run) if flow_run else None,
+                    raise_on_lease_renewal_failure=False,  # an outage of Prefect must not end a running training
                 )
             )
         except (TimeoutError, ConcurrencySlotAcquisitionError):  # another flow run was faster
@@ -123,33 +124,25 @@ def _take(limit: str, held: ExitStack) -> bool:
 
 
 def _unlabel() -> None:
-    with suppress(httpx.HTTPError):  # the label of a flow run that has ended counts for nothing
+    with suppress(httpx.HTTPError):  # the label of an ended flow run has no effect
         label_flow_run({HELD_LEASE: ""})
-
-
-def _holder() -> ConcurrencyLeaseHolder | None:
-    flow = flow_run_id()
-    return ConcurrencyLeaseHolder(type="flow_run", id=flow) if flow else None
 
 
 def _is_forgotten(
     client: SyncPrefectClient, limit: GlobalConcurrencyLimitResponse, after: timedelta | None = None
 ) -> bool:
-    """Returns whether a slot without a holder is taken for longer than a lease lasts (renewing does not touch it)."""
-    taken = limit.active_slots >= limit.limit
-    after = FORGOTTEN if after is None else after
-    long_ago = not after or (limit.updated is not None and datetime.now(UTC) - limit.updated > after)
-    return (
-        taken
-        and long_ago
-        and not any(run.labels.get(HELD_LEASE) == limit.name for run in training_flow_runs(client, UNFINISHED))
-    )
+    """Returns whether a slot without a holder was taken long ago; renewing a lease does not change `limit.updated`."""
+    after = FORGOTTEN_AFTER if after is None else after
+    old = not after or (limit.updated is not None and datetime.now(UTC) - limit.updated > after)
+    if limit.active_slots < limit.limit or not old:
+        return False
+    return not any(run.labels.get(HELD_LEASE) == limit.name for run in training_flow_runs(client, UNFINISHED))
 
 
 def _free(client: SyncPrefectClient, limit: GlobalConcurrencyLimitResponse) -> bool:
-    """Deletes a limit, which the next flow run makes anew; says whether this process did so.
+    """Deletes a limit, which the next flow run creates again; returns whether this process deleted it.
 
-    By its id, so that of two that find it forgotten the slower one does not delete the limit that the faster one made.
+    It deletes by id: of two processes that find the limit forgotten, the slower one must not delete a new limit.
     """
     try:
         client.delete_global_concurrency_limit_by_name(str(limit.id))

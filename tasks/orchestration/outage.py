@@ -1,4 +1,4 @@
-"""Waits for servers that are away for a while: a short outage should not cost the long work before it."""
+"""Retries work during an outage of a server, so that a short outage does not cost the long work before it."""
 
 import time
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from infra.errors import Outage
 
-PATIENCE = 180.0  # seconds; a restart of a server, or a node of it, takes less
-LONGEST_PAUSE = 10.0  # seconds between tries
+MAX_OUTAGE_SECONDS = 180.0  # a restart of a server, or of one of its nodes, takes less
+MAX_PAUSE_SECONDS = 10.0  # between tries
 
 Result = TypeVar("Result")
 
@@ -15,20 +15,20 @@ Result = TypeVar("Result")
 def through_outage(
     work: Callable[[], Result],
     warn: Callable[[str], None],
-    patience: float = PATIENCE,
+    patience: float = MAX_OUTAGE_SECONDS,
     *,
     wait: Callable[[float], None] = time.sleep,
 ) -> Result:
-    """Returns what `work` returns, tried again while a server is away.
+    """Returns the result of `work`, which is tried again while a server is down.
 
     Args:
-        work: may be done twice.
-        warn: told in one line when an outage begins.
+        work: may be called several times.
+        warn: is called with one line when an outage begins.
         patience: seconds after which an outage is too long.
-        wait: waits so many seconds before a further try; may raise, to end the waiting.
+        wait: waits so many seconds before the next try; may raise to end the wait.
 
     Raises:
-        Outage: the server is away for longer than that.
+        Outage: it lasted longer than `patience`.
     """
     deadline, pause = time.monotonic() + patience, 1.0
     while True:
@@ -40,4 +40,4 @@ def through_outage(
             if pause == 1.0:
                 warn(f"trying again for up to {patience:.0f} s: {error}")
         wait(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+        pause = min(2 * pause, MAX_PAUSE_SECONDS)

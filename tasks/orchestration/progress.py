@@ -1,4 +1,4 @@
-"""Progress of long work: one line, beside a bar in a terminal, in the log now and then elsewhere, and in Prefect."""
+"""Shows the progress of long work as one line: next to a bar in a terminal, otherwise in the log, and in Prefect."""
 
 import logging
 import sys
@@ -22,28 +22,28 @@ from rich.text import Text
 from infra.machine import stopping
 from tasks.orchestration.flow_runs import flow_run_id
 
-LOG_EVERY = 10.0  # seconds between log lines where there is no terminal
-WIDE = 100  # columns of a terminal that has room for a bar
-ARTIFACT_EVERY = 3.0  # seconds between updates of the artifact: each one is a request to Prefect
+LOG_SECONDS = 10.0  # between log lines where there is no terminal
+MIN_COLUMNS_FOR_BAR = 100  # of a terminal
+ARTIFACT_SECONDS = 3.0  # between updates of the artifact: each one is a request to Prefect
 
 Unit = Literal["bytes", "images", "files", "epochs"]
 
 
 class Advance(Protocol):
-    """Say that `amount` more is done, from any thread; `note` stays beside the bar until the next one."""
+    """Adds `amount` to the work done, from any thread; `note` is shown next to the bar until the next note."""
 
     def __call__(self, amount: float, note: str | None = None) -> None: ...
 
 
 @contextmanager
 def progress(description: str, total: float | None, *, unit: Unit, artifact: str | None = None) -> Iterator[Advance]:
-    """Yields a function that is told what has been done; it raises Stopped if a signal asks this process to end.
+    """Yields a function that reports work done; it raises Stopped if a signal asks this process to end.
 
     Args:
-        description: what is being done, for people: "Downloading fashion-mnist".
-        total: how much there is to do, in `unit`; None if unknown.
-        unit: what is counted.
-        artifact: key (`a-z0-9-`) of a Prefect progress artifact to keep up to date, or None for none.
+        description: shown to people: "Downloading fashion-mnist".
+        total: amount of work, in `unit`; None if unknown.
+        unit: of `total` and of all amounts.
+        artifact: key (`a-z0-9-`) of a Prefect progress artifact to update, or None.
     """
     pace = _Pace(total, unit)
     shown = _Bar(description, total, pace) if sys.stderr.isatty() else _LogLines(description)
@@ -63,23 +63,21 @@ def progress(description: str, total: float | None, *, unit: Unit, artifact: str
         pace.finished = True
         shown.update(pace)
     if published:
-        published.update(pace, at_once=True)
+        published.update(pace, force=True)
 
 
 def run_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
-    """Prefect's logger of the task or flow run that this is, or a plain one outside of any."""
-    if flow_run_id() or TaskRunContext.get():
-        return get_run_logger()
-    return logging.getLogger("convoy")
+    """Returns Prefect's logger of the current task or flow run, or a plain logger outside a run."""
+    return get_run_logger() if flow_run_id() or TaskRunContext.get() else logging.getLogger("convoy")
 
 
 class _Pace:
-    """How far the work is, how fast it goes, and how long it will take."""
+    """Share, speed and remaining time of the work."""
 
     def __init__(self, total: float | None, unit: Unit) -> None:
         self._total, self._unit = total, unit
         self._began = time.monotonic()
-        self._first: tuple[float, float] | None = None  # the time of the first news, and what was done by then
+        self._first: tuple[float, float] | None = None  # time and amount at the first report
         self._note = ""
         self.done, self.finished = 0.0, False
 
@@ -90,25 +88,25 @@ class _Pace:
 
     @property
     def share(self) -> float | None:
-        """Of the whole; None if that is not known."""
+        """Share of the work that is done; None if the total is unknown."""
         return min(self.done / self._total, 1.0) if self._total else None
 
     def line(self) -> str:
-        """For people: share, speed, time to go or taken, and the note."""
+        """Returns share, speed, remaining or total time, and the note."""
         now = time.monotonic()
         share = "" if self.share is None else f"{self.share:.0%}"
-        time_said = f"in {_duration(now - self._began)}" if self.finished else self._to_go(now)
-        return ", ".join(filter(None, (share, self._speed(now - self._began), time_said, self._note)))
+        duration = f"in {_duration(now - self._began)}" if self.finished else self._remaining(now)
+        return ", ".join(filter(None, (share, self._speed(now - self._began), duration, self._note)))
 
-    def _to_go(self, now: float) -> str:
-        """Counted from the first news: what comes before, such as the start of ranks, is not repeated."""
+    def _remaining(self, now: float) -> str:
+        """Returns the remaining time, by the speed since the first report: the start of ranks is not repeated."""
         if self._first is None or self._total is None or self.done <= self._first[1]:
             return ""
         left = max(self._total - self.done, 0.0)  # sums of shares can exceed the whole
         return f"{_duration(left * (now - self._first[0]) / (self.done - self._first[1]))} to go"
 
     def _speed(self, seconds: float) -> str:
-        if self._unit == "epochs" or not self.done or not seconds:  # the ranks measure theirs themselves
+        if self._unit == "epochs" or not self.done or not seconds:  # ranks measure their own speed
             return ""
         per_second = self.done / seconds
         if self._unit == "bytes":
@@ -124,7 +122,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Line(ProgressColumn):
-    """The pace as text, made when it is drawn rather than at each step of the work."""
+    """The pace as text, made only when it is drawn."""
 
     def __init__(self, pace: _Pace) -> None:
         super().__init__(table_column=_column(ratio=1))
@@ -135,13 +133,13 @@ class _Line(ProgressColumn):
 
 
 class _Bar:
-    """One line, however narrow the terminal is."""
+    """A bar in a terminal: always one line, however narrow the terminal is."""
 
     def __init__(self, description: str, total: float | None, pace: _Pace) -> None:
         console = Console(stderr=True, emoji=False)
         columns = [
-            TextColumn("{task.description}", markup=False, table_column=_column()),  # it names data sets
-            *([BarColumn(bar_width=24)] if console.width >= WIDE else []),
+            TextColumn("{task.description}", markup=False, table_column=_column()),  # names of data sets are no markup
+            *([BarColumn(bar_width=24)] if console.width >= MIN_COLUMNS_FOR_BAR else []),
             _Line(pace),
         ]
         self._bars = Progress(*columns, console=console, expand=True)
@@ -173,41 +171,41 @@ class _LogLines:
     def __exit__(self, *_: object) -> None: ...
 
     def update(self, pace: _Pace) -> None:
-        if pace.finished or time.monotonic() - self._last >= LOG_EVERY:
+        if pace.finished or time.monotonic() - self._last >= LOG_SECONDS:
             self._last = time.monotonic()
             self._logger.info("%s: %s", self._description, pace.line())
 
 
 class _Artifact:
-    """A progress artifact of the flow run; what Prefect cannot take is not worth failing for."""
+    """A progress artifact of the flow run; a failed update is only logged."""
 
     def __init__(self, key: str, description: str) -> None:
         self._description = description
         self._last = time.monotonic()
         created = create_progress_artifact(progress=0.0, key=key, description=description)
-        assert isinstance(created, UUID)  # not a coroutine, since we are not in one
+        assert isinstance(created, UUID)  # not a coroutine, since this is no coroutine
         self._id = created
 
-    def update(self, pace: _Pace, *, at_once: bool = False) -> None:
-        if at_once or time.monotonic() - self._last >= ARTIFACT_EVERY:
+    def update(self, pace: _Pace, *, force: bool = False) -> None:
+        if force or time.monotonic() - self._last >= ARTIFACT_SECONDS:
             self._last = time.monotonic()
-            said = f"{self._description}: {pace.line()}"
+            description = f"{self._description}: {pace.line()}"
             try:
-                update_progress_artifact(self._id, progress=100 * (pace.share or 0.0), description=said)
+                update_progress_artifact(self._id, progress=100 * (pace.share or 0.0), description=description)
             except Exception as error:
                 run_logger().debug("the progress artifact was not updated: %s", error)
 
 
 class _TaskLogs(logging.Handler):
-    """Prints what our tasks log; Prefect's own lines, and its tracebacks, are for its UI."""
+    """Prints log lines of Convoy's tasks; Prefect's own lines and tracebacks are shown in its UI only."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if Path(record.pathname).is_relative_to(Path(__file__).parents[1]):
-            print(self.format(record), file=sys.stderr)  # looked up now: a progress bar puts itself in between
+            print(self.format(record), file=sys.stderr)  # read at each call: a progress bar replaces sys.stderr
 
 
 def show_task_logs() -> None:
-    """Have tasks' log lines on standard error, for flows that run in this process."""
+    """Prints tasks' log lines to standard error, for flows that run in this process."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addHandler(_TaskLogs(logging.INFO))

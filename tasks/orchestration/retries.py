@@ -1,4 +1,4 @@
-"""Which failures of a task are worth another try, and the wait for it, which a signal or a cancel ends."""
+"""Retries tasks after outages; a signal or a cancellation ends the wait between two tries."""
 
 import random
 import time
@@ -10,21 +10,21 @@ from prefect.tasks import Task
 
 from infra.errors import Outage
 from infra.machine import stopping
-from tasks.orchestration.cancellation import ASK_EVERY, CancelWatch, stop_if_cancelled
+from tasks.orchestration.cancellation import POLL_SECONDS, CancelWatch, stop_if_cancelled
 from tasks.orchestration.outage import through_outage
 from tasks.orchestration.progress import run_logger
 
 T = TypeVar("T")
 
-PATIENCE = 600.0  # seconds that an outage may last
+MAX_OUTAGE_SECONDS = 600.0
 PAUSES = (3.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0, 60.0)  # seconds before each further try of a task
-JITTER = 0.3  # share by which a pause varies, lest many flows come back at once
+JITTER = 0.3  # share by which a pause varies, so that many flows do not retry at the same moment
 
 
-def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Returns whether what failed may succeed in a while: an outage may; a mistake, a refusal or a NaN never do.
+def is_outage_after_wait(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Returns whether a task failed by an outage, after a pause; a mistake, a refusal or a NaN would fail again.
 
-    It waits for that while itself: Prefect would sleep through a signal, and through a cancel.
+    It waits here because Prefect's own wait does not react to a signal or a cancellation.
 
     Raises:
         Stopped, TerminationSignal: as `stop_if_told`.
@@ -34,19 +34,18 @@ def may_pass(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     seconds = PAUSES[min(run.run_count, len(PAUSES)) - 1] * random.uniform(1 - JITTER, 1 + JITTER)
     run_logger().warning("%s; trying again in %.0f s", error, seconds)
     _pause(seconds)
-    return True  # also if it was cancelled: tasks look for that before they begin
+    return True  # also after a cancellation: tasks check for it before they begin
 
 
-RETRIED: dict[str, Any] = {"retries": len(PAUSES), "retry_delay_seconds": 0, "retry_condition_fn": may_pass}
-"""Options of a task that can be done again: servers that restart are waited for, longer each time."""
+RETRIED: dict[str, Any] = {"retries": len(PAUSES), "retry_delay_seconds": 0, "retry_condition_fn": is_outage_after_wait}
+"""Options of a task that is retried after an outage, with growing pauses."""
 
 
-def outlast(work: Callable[[], T], *, patience: float = PATIENCE) -> T:
-    """Returns what `work` returns, tried again while a server is away, for the end of a training, which is no task that
-    could be done again.
+def outlast(work: Callable[[], T], *, patience: float = MAX_OUTAGE_SECONDS) -> T:
+    """Returns the result of `work`, which is tried again during an outage: for code that is no retried task.
 
     Raises:
-        Cancelled: the flow run was cancelled meanwhile.
+        Cancelled: the flow run was cancelled during the outage.
         Stopped, TerminationSignal: as `stop_if_told`.
         Outage: it lasted longer than `patience` seconds.
     """
@@ -65,6 +64,6 @@ def _pause(seconds: float) -> None:
         Stopped, TerminationSignal: as `stop_if_told`.
     """
     until = time.monotonic() + seconds
-    is_to_end = CancelWatch()
-    while not is_to_end() and (left := until - time.monotonic()) > 0:
-        stopping.wait(min(left, ASK_EVERY))
+    cancelled = CancelWatch()
+    while not cancelled() and (left := until - time.monotonic()) > 0:
+        stopping.wait(min(left, POLL_SECONDS))

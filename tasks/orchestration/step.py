@@ -1,4 +1,4 @@
-"""Makes a function a step of a flow: a Prefect task that behaves as all of them do."""
+"""Defines the steps of flows: Prefect tasks with common options."""
 
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -13,11 +13,12 @@ R = TypeVar("R")
 
 
 def step(name: str, *, retried: bool = True) -> Callable[[Callable[P, R]], Task[P, R]]:
-    """Returns the decorator of a task whose results are neither kept nor reused: Prefect's cache knows neither our code
-    nor what the bucket still holds.
+    """Returns a decorator that makes a function a task without stored or cached results.
+
+    Prefect's cache would notice neither changes of Convoy's code nor deletions in the bucket.
 
     Args:
-        retried: whether it can be done again, and so is after an outage.
+        retried: whether the task is retried after an outage.
     """
     options: dict[str, Any] = RETRIED if retried else {}
     return task(name=name, cache_policy=NO_CACHE, persist_result=False, **options)

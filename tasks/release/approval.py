@@ -8,7 +8,7 @@ from prefect.input import RunInput
 
 from infra.errors import GateRefused
 from infra.tracking.model_registry import ModelVersion
-from tasks.orchestration.cancellation import ASK_EVERY, Cancelled, is_cancelled, stop_if_told
+from tasks.orchestration.cancellation import POLL_SECONDS, Cancelled, is_cancelled, stop_if_told
 from tasks.orchestration.progress import run_logger
 from tasks.release.verdict import Verdict
 
@@ -57,9 +57,9 @@ async def _paused(page: str, patience: float) -> Approval | None:
     """
     form = Approval.with_initial_data(description=page)
     pause = asyncio.ensure_future(
-        apause_flow_run(wait_for_input=form, timeout=int(patience), poll_interval=int(ASK_EVERY))
+        apause_flow_run(wait_for_input=form, timeout=int(patience), poll_interval=int(POLL_SECONDS))
     )
-    while not (await asyncio.wait({pause}, timeout=ASK_EVERY))[0]:
+    while not (await asyncio.wait({pause}, timeout=POLL_SECONDS))[0]:
         stop_if_told()
         if is_cancelled():
             raise Cancelled("the flow run was cancelled while it waited for approval")

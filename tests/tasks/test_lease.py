@@ -30,7 +30,7 @@ def model(stack: object, quiet_prefect: None) -> Iterator[str]:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease without a holder counts as forgotten from its first moment."""
-    monkeypatch.setattr(lease, "FORGOTTEN", timedelta(seconds=-60))
+    monkeypatch.setattr(lease, "FORGOTTEN_AFTER", timedelta(seconds=-60))
 
 
 def take_without_lease(name: str) -> None:

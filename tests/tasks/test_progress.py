@@ -33,7 +33,7 @@ def test_without_a_terminal_the_beginning_and_the_end_are_logged(caplog: pytest.
 
 
 def test_long_work_is_logged_now_and_then(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOG_EVERY", 0.0)
+    monkeypatch.setattr(module, "LOG_SECONDS", 0.0)
     with progress("Packing", 4, unit="files") as advance:
         for _ in range(4):
             advance(1)

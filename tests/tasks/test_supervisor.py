@@ -188,7 +188,7 @@ def test_an_outage_at_the_end_of_long_work_is_waited_for_and_told_once() -> None
 
     assert through_outage(work, told.append) == "done"
     assert told == ["trying again for up to 180 s: the storage is away"]
-    assert outage.PATIENCE >= 120
+    assert outage.MAX_OUTAGE_SECONDS >= 120
     with pytest.raises(Outage, match="for ever"):
         through_outage(always_away, told.append, patience=0.0)
 
