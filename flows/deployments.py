@@ -12,11 +12,10 @@ from uuid import UUID
 import httpx
 import yaml
 from prefect import get_client
-from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.client.schemas.responses import DeploymentResponse, SetStateStatus
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flows import Flow, load_flow_from_entrypoint
@@ -118,8 +117,13 @@ def start_retraining(deployment: str, settings: list[str], *, force: bool) -> St
         UsageError: there is no such deployment, or a setting cannot be used.
         ServiceError: Prefect refuses the run.
     """
+    name = deployment if "/" in deployment else f"retrain/{deployment}"
     with get_client(sync_client=True) as client:
-        found = _deployment(client, deployment if "/" in deployment else f"retrain/{deployment}")
+        try:
+            found = client.read_deployment_by_name(name)
+        except ObjectNotFound:
+            known = ", ".join(sorted(each.name for each in client.read_deployments())) or "none; see `convoy deploy`"
+            raise UsageError(f"Prefect has no deployment {name}; there are: {known}") from None
         config = load_config(None, settings, base=found.parameters.get("config", {}))  # mistakes are reported here
         parameters = {"config": config.model_dump(mode="json", exclude_unset=True), "force": force}
         try:
@@ -127,14 +131,6 @@ def start_retraining(deployment: str, settings: list[str], *, force: bool) -> St
         except PrefectHTTPStatusError as error:
             raise ServiceError(f"Prefect refuses the run: {error.response.text[:300]}") from None
     return Started(id=run.id, url=url_for("flow-run", obj_id=run.id) or str(run.id))
-
-
-def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
-    try:
-        return client.read_deployment_by_name(name)
-    except ObjectNotFound:
-        known = ", ".join(sorted(each.name for each in client.read_deployments())) or "none; `convoy deploy` makes them"
-        raise UsageError(f"Prefect has no deployment {name}; there are: {known}") from None
 
 
 def follow(flow_run_id: UUID, report: Callable[[str], None]) -> tuple[Summary, list[str]]:

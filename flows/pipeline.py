@@ -47,6 +47,8 @@ from tasks.training.train import TrainResult, train
 Output = TypeVar("Output")
 
 
+@outlive_readers("stdout", "stderr")  # the worker that reads the output may be killed
+@flow_is_alive()
 def train_and_release(
     config: RunConfig,
     refresh: frozenset[str],
@@ -64,13 +66,6 @@ def train_and_release(
         only_if_changed: end after preprocessing if the champion was made of the same data, code and configuration.
         force: train in any case.
     """
-    with outlive_readers("stdout", "stderr"), flow_is_alive():  # the worker that reads the output may be killed
-        return _train_and_release(config, refresh, resume, only_if_changed=only_if_changed, force=force)
-
-
-def _train_and_release(
-    config: RunConfig, refresh: frozenset[str], resume: str | None, *, only_if_changed: bool, force: bool
-) -> Summary | State[Summary]:
     stopping.overhear()  # in a worker's process; see tasks.orchestration.cancellation.stop_if_told
     step_timer = _StepTimer()
     check_installed(config.launcher)  # before hours of work

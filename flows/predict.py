@@ -21,7 +21,8 @@ def predict_flow(model: str, inputs: list[str], out: str, inputs_file: str | Non
     Args:
         inputs_file: a file that names more inputs, each followed by a NUL byte, as written by `find -print0`.
     """
-    return predict(model, [*inputs, *(_named_in(Path(inputs_file)) if inputs_file else ())], out)
+    named = Path(inputs_file).read_bytes().split(b"\0") if inputs_file else ()
+    return predict(model, [*inputs, *(os.fsdecode(each) for each in named if each)], out)
 
 
 @contextmanager
@@ -38,7 +39,3 @@ def as_parameters(inputs: list[str]) -> Iterator[tuple[list[str], str | None]]:
         file.write(b"".join(os.fsencode(each) + b"\0" for each in inputs))
         file.flush()
         yield [], file.name
-
-
-def _named_in(file: Path) -> list[str]:
-    return [os.fsdecode(each) for each in file.read_bytes().split(b"\0") if each]

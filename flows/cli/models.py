@@ -84,16 +84,10 @@ def history(name: NameArgument) -> None:
         return
     table = Table("", "when (UTC)", "change", "from", "to", "who", "why", "verdict", box=None)
     for entry in reversed(entries):
-        table.add_row(
-            str(entry.number),
-            f"{entry.when:%Y-%m-%d %H:%M:%S}",
-            entry.action + (" (forced)" if entry.forced else ""),
-            entry.from_version or "",
-            entry.to_version,
-            entry.who,
-            entry.reason,
-            entry.verdict_summary,
-        )
+        when = f"{entry.when:%Y-%m-%d %H:%M:%S}"
+        change = entry.action + (" (forced)" if entry.forced else "")
+        versions = (entry.from_version or "", entry.to_version)
+        table.add_row(str(entry.number), when, change, *versions, entry.who, entry.reason, entry.verdict_summary)
     terminal(width=None if terminal().is_terminal else 240).print(table)
     for change in repair_aliases(store, name):
         print_line(f"alias repaired: {change}")

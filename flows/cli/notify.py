@@ -33,6 +33,10 @@ def notify(
     """
     if url is None and not off:
         raise UsageError("no address: set CONVOY_NOTIFY_URL to the address of a webhook, or give --off")
+    try:
+        span = timedelta(days=stale_after)
+    except (OverflowError, ValueError):
+        raise UsageError(f"--stale-after {stale_after}: give a number of days") from None
     servers_up()
     with loading():
         from tasks.orchestration.notifications import ensure_notifications, remove_notifications
@@ -42,12 +46,5 @@ def notify(
         print_line(f"removed {', '.join(removed)}" if removed else "There were no notifications.")
         return
     assert url is not None
-    for name in ensure_notifications(SecretStr(url), stale_after=_days(stale_after)):
+    for name in ensure_notifications(SecretStr(url), stale_after=span):
         print_line(name)
-
-
-def _days(number: float) -> timedelta:
-    try:
-        return timedelta(days=number)
-    except (OverflowError, ValueError):
-        raise UsageError(f"--stale-after {number}: give a number of days") from None

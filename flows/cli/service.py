@@ -80,9 +80,8 @@ def join(
     if settings.s3_url is None or settings.mlflow_uri is None:
         from infra.stack import local_stack
 
-        if any(
-            server.state in ("stopped", "dead") for server in local_stack.status(settings) if server.name != "prefect"
-        ):
+        states = {server.state for server in local_stack.status(settings) if server.name != "prefect"}
+        if states & {"stopped", "dead"}:
             raise UsageError(
                 "set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, CONVOY_BUCKET and MLFLOW_TRACKING_URI "
                 "to the servers of the machine that trains"
@@ -99,9 +98,7 @@ def join(
 def retrain(
     deployment: Annotated[
         str,
-        typer.Option(
-            "--deployment", "-d", envvar="CONVOY_DEPLOYMENT", help="Name of a deployment, as `convoy deploy` prints it."
-        ),
+        typer.Option("--deployment", "-d", envvar="CONVOY_DEPLOYMENT", help="Name, as `convoy deploy` prints it."),
     ] = "retrain/fashion-mnist",
     settings: Annotated[
         list[str] | None,

@@ -48,7 +48,7 @@ def prune(
         from flows.prune import prune_flow
 
     result = prune_flow(retention, dry_run, forget_unknown)
-    table = Table("would go" if dry_run else "removed", "objects", "size", box=None)
+    table = Table("would be removed" if dry_run else "removed", "objects", "size", box=None)
     for each in result.freed:
         table.add_row(each.kind, f"{each.count:,}", decimal(each.bytes))
     terminal().print(table if result.freed else "Nothing was old enough to be removed.")

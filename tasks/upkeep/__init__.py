@@ -1,1 +1,1 @@
-"""What was left behind, what may go, and what to put into a bug report."""
+"""Finds leftovers, removes old data, and describes the machine for bug reports."""

@@ -1,15 +1,15 @@
-"""What killed processes and machines have left behind, and settling it.
+"""Finds and settles what killed processes and machines have left behind.
 
-It finds MLflow runs that no process goes on with, processes without their flow, flow runs without their process, leases
-without their flow run, uploads and checkpoints that were never completed, half-written files on this machine, and
-aliases that do not follow their model's history.
+Leftovers are MLflow runs that no process continues, processes without their flow, flow runs without their process,
+leases without their flow run, uploads and checkpoints that were never completed, half-written files on this machine,
+and aliases that do not follow their model's history.
 """
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import psutil
 from prefect.client.schemas.objects import StateType
@@ -30,9 +30,9 @@ from tasks.training.liveness import liveness, lock_file, orphaned, processes_of
 from tasks.training.protocol.patience import SUPERVISOR_WAIT
 
 GRACE = timedelta(days=1)
-"""What is younger may be under way: a checkpoint between its file and its commit, or a large upload."""
+"""Younger objects may still be in use: a checkpoint between its file and its commit, or a large upload."""
 
-ENDS_WITHIN = SUPERVISOR_WAIT + 10  # seconds that a supervisor takes at most to end its ranks, with a last checkpoint
+END_SECONDS = SUPERVISOR_WAIT + 10  # that a supervisor takes at most to end its ranks, including a last checkpoint
 
 Kind = Literal["process", "run", "flow", "lease", "upload", "checkpoint", "files", "alias"]
 
@@ -42,7 +42,7 @@ class Finding(Record):
 
     kind: Kind
     what: str
-    """Which one: a run's id, a process id, an upload's key and id, a checkpoint's prefix, a folder, a model's name."""
+    """A run's id, a process id, an upload's key and id, a checkpoint's prefix, a folder, or a model's name."""
 
     detail: str
     """Why it counts as left behind."""
@@ -54,8 +54,23 @@ class Finding(Record):
         return f"{self.kind} {self.what}: {self.detail}; {self.action}"
 
 
+class _Method(NamedTuple):
+    """How one kind of finding is found and settled."""
+
+    find: Callable[[], Iterator[tuple[str, str]]]
+    """Yields `what` and `detail` of each finding."""
+
+    settle: Callable[[str], bool]
+    """Settles the finding of a `what` and returns True, unless a new check shows that it is no longer left behind."""
+
+    action: str
+
+    def findings(self, kind: Kind) -> list[Finding]:
+        return [Finding(kind=kind, what=what, detail=detail, action=self.action) for what, detail in self.find()]
+
+
 def find_orphans(grace: timedelta = GRACE) -> list[Finding]:
-    """All that was left behind, in the order in which it is settled.
+    """Returns all leftovers, in the order in which they are settled.
 
     Args:
         grace: age from which something unfinished in the bucket counts.
@@ -63,64 +78,59 @@ def find_orphans(grace: timedelta = GRACE) -> list[Finding]:
     Raises:
         ServiceError: the object store or MLflow failed.
     """
-    return [finding for find, _ in _kinds(grace).values() for finding in find()]
+    return [finding for kind, method in _methods(grace).items() for finding in method.findings(kind)]
 
 
 def settle(findings: Iterable[Finding], grace: timedelta = GRACE) -> list[Finding]:
-    """Settle findings, and return those that were; one that is no longer so, when it is looked at again, is not."""
-    settled = []
-    kinds = _kinds(grace)
+    """Settles findings that are still left behind when they are checked again; returns the settled ones."""
     wanted = {(finding.kind, finding.what) for finding in findings}
-    for kind in {kind: None for kind, _ in sorted(wanted, key=lambda each: list(kinds).index(each[0]))}:
-        find, end = kinds[kind]
-        for finding in list(find()):
-            if (kind, finding.what) in wanted and end(finding.what):
+    kinds = {kind for kind, _ in wanted}
+    settled = []
+    for kind, method in _methods(grace).items():
+        for finding in method.findings(kind) if kind in kinds else ():
+            if (kind, finding.what) in wanted and method.settle(finding.what):
                 settled.append(finding)
     return settled
 
 
 def settle_all(grace: timedelta = GRACE) -> list[Finding]:
-    """Find and settle; what a worker does before it takes up work."""
+    """Finds and settles all leftovers; a worker does so when it starts."""
     return settle(find_orphans(grace), grace)
 
 
-Finder = Callable[[], Iterator[Finding]]
-Ender = Callable[[str], bool]
-
-
-def _kinds(grace: timedelta) -> dict[Kind, tuple[Finder, Ender]]:
-    """For each kind, how to find and how to end; processes come first, since they keep their runs alive."""
+def _methods(grace: timedelta) -> dict[Kind, _Method]:
+    """Returns the method of each kind. Processes come first, since they keep their runs alive."""
     store = open_bucket(create=True)
     young = datetime.now(UTC) - grace
+    closed = "it becomes KILLED, its flow run Crashed; `convoy resume` goes on with it"
     return {
-        "process": (_processes, _end_process),
-        "run": (_runs, _close_run),
-        "flow": (_flow_runs, _end_flow_run),
-        "lease": (_leases, free_forgotten),
-        "upload": (lambda: _uploads(store, young), lambda what: _abort(store, what)),
-        "checkpoint": (lambda: _checkpoints(store, young), lambda what: _delete_checkpoint(store, what, young)),
-        "files": (_work, _remove_work),
-        "alias": (lambda: _aliases(store), lambda name: bool(repair_aliases(store, name))),
+        "process": _Method(_processes, _end_process, "it is ended"),
+        "run": _Method(_runs, _close_run, closed),
+        "flow": _Method(_flow_runs, _end_flow_run, "it becomes Crashed"),
+        "lease": _Method(_leases, free_forgotten, "it is freed"),
+        "upload": _Method(lambda: _uploads(store, young), lambda what: _abort(store, what), "it is aborted"),
+        "checkpoint": _Method(
+            lambda: _checkpoints(store, young), lambda what: _delete_checkpoint(store, what, young), "they are deleted"
+        ),
+        "files": _Method(_work, _remove_work, "they are removed"),
+        "alias": _Method(
+            lambda: _aliases(store), lambda name: bool(repair_aliases(store, name)), "they are moved there"
+        ),
     }
 
 
-def _processes() -> Iterator[Finding]:
+def _processes() -> Iterator[tuple[str, str]]:
     for process in processes_of(Settings().runs):
         if orphaned(process):
-            yield Finding(
-                kind="process",
-                what=str(process.pid),
-                detail=f"the flow of {' '.join(process.cmdline()[1:])} is gone",
-                action="it is ended",
-            )
+            yield str(process.pid), f"the flow of {' '.join(process.cmdline()[1:])} is gone"
 
 
 def _end_process(what: str) -> bool:
     try:
         process = psutil.Process(int(what))
-        for ask in (process.terminate, process.kill):
-            ask()
-            _, alive = psutil.wait_procs([process], timeout=ENDS_WITHIN)
+        for end in (process.terminate, process.kill):
+            end()
+            _, alive = psutil.wait_procs([process], timeout=END_SECONDS)
             if not alive:
                 return True
     except psutil.NoSuchProcess:
@@ -128,19 +138,14 @@ def _end_process(what: str) -> bool:
     return False
 
 
-def _runs() -> Iterator[Finding]:
+def _runs() -> Iterator[tuple[str, str]]:
     for run in mlflow_runs.search_runs(MANIFEST_DIGEST):
         if run.status == "RUNNING" and (why := _abandoned(run)):
-            yield Finding(
-                kind="run",
-                what=run.run_id,
-                detail=f"MLflow says that it is running, but {why}",
-                action="it becomes KILLED, its flow run Crashed; `convoy resume` goes on with it",
-            )
+            yield run.run_id, f"MLflow says that it is running, but {why}"
 
 
 def _abandoned(run: Run) -> str | None:
-    """Why nobody goes on with a run; None if somebody may."""
+    """Returns why no process continues a run; None if one may."""
     tag = run.tags.get(FLOW_RUN, "")
     flow_run = read_flow_run(tag)
     here = liveness(run.run_id, tag, flow_run.start_time if flow_run else None)
@@ -150,7 +155,7 @@ def _abandoned(run: Run) -> str | None:
         return f"its flow run {tag} is gone"
     if flow_run and flow_run.state and flow_run.state.is_final():
         return f"its flow run {flow_run.name} is {flow_run.state.name}"
-    if here == "dead" and not (flow_run and flow_run.state_type == StateType.SCHEDULED):  # a worker will take it up
+    if here == "dead" and not (flow_run and flow_run.state_type == StateType.SCHEDULED):  # a worker will run it again
         return "the process of its flow was killed"
     return None
 
@@ -159,7 +164,7 @@ def _close_run(run_id: str) -> bool:
     lock = lock_file(run_id)
     flow_run_id = ""
     try:
-        with try_locked(lock) as held:  # whoever resumes it just now waits, or was faster
+        with try_locked(lock) as held:  # a resume at the same moment waits, or was faster
             tags = mlflow_runs.run_tags(run_id)
             if not held or MANIFEST_DIGEST not in tags or mlflow_runs.run_status(run_id) != "RUNNING":
                 return False
@@ -167,19 +172,15 @@ def _close_run(run_id: str) -> bool:
             mark_crashed(flow_run_id)
             mlflow_runs.end_run(run_id, "KILLED")
     except Exception:
-        lock.write_text(flow_run_id)  # the next look should find it dead again
+        lock.write_text(flow_run_id)  # so that the next check finds it dead again
         raise
     return True
 
 
-def _flow_runs() -> Iterator[Finding]:
+def _flow_runs() -> Iterator[tuple[str, str]]:
     for killed in killed_flow_runs():
-        yield Finding(
-            kind="flow",
-            what=str(killed.id),
-            detail=f"Prefect says that flow run {killed.name} is {killed.state_name}, but its process was killed",
-            action="it becomes Crashed",
-        )
+        state = killed.state_name
+        yield str(killed.id), f"Prefect says that flow run {killed.name} is {state}, but its process was killed"
 
 
 def _end_flow_run(what: str) -> bool:
@@ -187,25 +188,15 @@ def _end_flow_run(what: str) -> bool:
     return True
 
 
-def _leases() -> Iterator[Finding]:
+def _leases() -> Iterator[tuple[str, str]]:
     for limit in forgotten_leases():
-        yield Finding(
-            kind="lease",
-            what=limit,
-            detail="Prefect says that it is taken, but no flow run holds it",
-            action="it is freed",
-        )
+        yield limit, "Prefect says that it is taken, but no flow run holds it"
 
 
-def _uploads(store: ObjectStore, young: datetime) -> Iterator[Finding]:
+def _uploads(store: ObjectStore, young: datetime) -> Iterator[tuple[str, str]]:
     for upload in store.uploads():
         if upload.begun < young:
-            yield Finding(
-                kind="upload",
-                what=f"{upload.key} {upload.id}",
-                detail=f"begun {upload.begun:%Y-%m-%d %H:%M} UTC and never completed",
-                action="it is aborted",
-            )
+            yield f"{upload.key} {upload.id}", f"begun {upload.begun:%Y-%m-%d %H:%M} UTC and never completed"
 
 
 def _abort(store: ObjectStore, what: str) -> bool:
@@ -215,30 +206,25 @@ def _abort(store: ObjectStore, what: str) -> bool:
     return True
 
 
-def _checkpoints(store: ObjectStore, young: datetime) -> Iterator[Finding]:
+def _checkpoints(store: ObjectStore, young: datetime) -> Iterator[tuple[str, str]]:
     found: dict[str, list[ObjectInfo]] = {}
     for info in store.list(bucket_layout.RUNS):
         if bucket_layout.part(info.key, 2) == "checkpoints":
             found.setdefault(info.key.rpartition("/")[0] + "/", []).append(info)
     for prefix, files in found.items():
         if _is_abandoned(files, young):
-            yield Finding(
-                kind="checkpoint",
-                what=prefix,
-                detail=f"{len(files)} files without a commit, which nobody can use",
-                action="they are deleted",
-            )
+            yield prefix, f"{len(files)} files without a commit, which cannot be used"
 
 
 def _is_abandoned(files: Sequence[ObjectInfo], young: datetime) -> bool:
-    """Returns whether these files of a checkpoint have neither a commit nor a process that may still write one."""
+    """Returns whether these files of a checkpoint have no commit, and are too old for a process to write one."""
     committed = any(info.key.endswith(f"/{COMMIT}") for info in files)
     return not committed and all(info.modified and info.modified < young for info in files)
 
 
 def _delete_checkpoint(store: ObjectStore, prefix: str, young: datetime) -> bool:
     files = list(store.list(prefix))
-    # Looked at again: a training that was resumed meanwhile makes its steps anew, under the same keys.
+    # Checked again: a training that was resumed since then writes the same steps under the same keys.
     if is_held(lock_file(bucket_layout.part(prefix, 1))) or not _is_abandoned(files, young):
         return False
     for info in files:
@@ -246,26 +232,16 @@ def _delete_checkpoint(store: ObjectStore, prefix: str, young: datetime) -> bool
     return True
 
 
-def _aliases(store: ObjectStore) -> Iterator[Finding]:
+def _aliases(store: ObjectStore) -> Iterator[tuple[str, str]]:
     for name in names_with_history(store):
         if wrong := misplaced_aliases(store, name):
-            yield Finding(
-                kind="alias",
-                what=name,
-                detail=f"its aliases are not where its history says ({'; '.join(wrong)})",
-                action="they are moved there",
-            )
+            yield name, f"its aliases are not where its history says ({'; '.join(wrong)})"
 
 
-def _work() -> Iterator[Finding]:
+def _work() -> Iterator[tuple[str, str]]:
     for folder in (Settings().home / "work").glob("*"):
         if not is_held(_work_lock(folder)):
-            yield Finding(
-                kind="files",
-                what=str(folder),
-                detail="half-written by a step that was killed",
-                action="they are removed",
-            )
+            yield str(folder), "half-written by a step that was killed"
 
 
 def _remove_work(what: str) -> bool:
@@ -276,5 +252,5 @@ def _remove_work(what: str) -> bool:
 
 
 def _work_lock(folder: Path) -> Path:
-    """Of the step that works in the folder."""
+    """Returns the lock of the step that works in the folder."""
     return Settings().cache / "locks" / folder.name

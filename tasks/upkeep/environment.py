@@ -1,4 +1,4 @@
-"""What a bug report needs to know of the machine."""
+"""Describes the machine for bug reports."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ LIBRARIES = ("convoy-cnn", "torch", "torchvision", "prefect", "mlflow", "boto3",
 
 
 def describe() -> dict[str, str]:
-    """Versions, devices and memory, by name."""
+    """Returns versions, devices and memory, by name."""
     described = {name: version(name) for name in LIBRARIES}
     described["python"] = platform.python_version()
     described["system"] = f"{platform.system()} {platform.release()} {platform.machine()}"
@@ -23,5 +23,5 @@ def describe() -> dict[str, str]:
     described["memory"] = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     described["gpus"] = ", ".join(gpus) or "none"
-    described["devices"] = f"{device_count()} (ranks by default, as far as the lanes allow)"
+    described["devices"] = f"{device_count()} (default number of ranks, as far as the lanes allow)"
     return described

@@ -16,56 +16,56 @@ from infra.tracking.tags import DATASET_VERSION, FLOW_RUN, MANIFEST_DIGEST
 from tasks.training.liveness import lock_file, orphaned, processes_of
 from tasks.training.runs.lineage import run_lineage, version_lineage
 
-NAMED = 5  # of what MLflow does not know, in a message
+MAX_NAMED = 5  # unknown versions, and unknown runs, in a message
 
 
 class References(Record):
-    """Who needs what."""
+    """Runs, dataset versions and lineages that are in use."""
 
     statuses: dict[str, str]
-    """Of MLflow's runs that are ours."""
+    """Statuses of MLflow's runs that Convoy made, by id."""
 
     running: frozenset[str]
-    """Runs that are at work, as MLflow or this machine's processes say."""
+    """Runs that are running according to MLflow or to this machine's processes."""
 
     in_force: frozenset[str]
-    """Runs of versions that have an alias, or that are or can again be champion."""
+    """Runs of versions that have an alias, are champion, or can be restored by a rollback."""
 
     registered: frozenset[str]
     """Runs of any version."""
 
     lineages: tuple[Lineage, ...]
-    """Of the runs at work and in force; several of one run say the same, or one says more."""
+    """Lineages of the runs that are running or in force; one run may have several, of which one may hold more."""
 
     datasets: frozenset[str]
-    """Dataset versions of the runs at work and in force."""
+    """Dataset versions of the runs that are running or in force."""
 
     flow_runs: frozenset[str]
-    """Of the runs at work."""
+    """Flow runs of the running runs."""
 
 
 def references(store: ObjectStore, stored: Collection[str], *, forget_unknown: bool = False) -> References:
-    """Asks the promotion histories, the registry, MLflow and this machine.
+    """Collects the references from the promotion histories, the registry, MLflow and this machine.
 
     Args:
-        stored: runs that have something in the bucket.
-        forget_unknown: go on if MLflow does not know some of them, or versions that the histories name. What the
-            histories say of these stays in force all the same.
+        stored: runs that have objects in the bucket.
+        forget_unknown: continue if MLflow does not know some of these runs, or versions in the histories. Champions in
+            the histories stay in force.
 
     Raises:
-        ServiceError: a server failed, a history is damaged, or MLflow does not know what it should: then it may not be
-            the one that the bucket belongs to, and nothing may go.
+        ServiceError: a server failed, a history is damaged, or MLflow does not know what it should: the bucket may
+            belong to another MLflow, so nothing may be removed.
     """
     aliased = aliased_versions()
     versions = {(version.name, version.version): version for version in search_versions()}
     runs = {run.run_id: run for run in mlflow_runs.search_runs(MANIFEST_DIGEST)}
-    standing = _standing(store)
+    restorable = _restorable(store)
     if not forget_unknown:
-        _check_known(sorted(standing.keys() - versions.keys()), sorted(set(stored) - runs.keys()))
-    in_force = [version for key, version in versions.items() if key in aliased or key in standing]
-    running = {run.run_id for run in runs.values() if run.status == "RUNNING"} | _alive(runs)
+        _check_known(sorted(restorable.keys() - versions.keys()), sorted(set(stored) - runs.keys()))
+    in_force = [version for key, version in versions.items() if key in aliased or key in restorable]
+    running = {run.run_id for run in runs.values() if run.status == "RUNNING"} | _with_process(runs)
     lineages = [
-        *standing.values(),  # MLflow may not know them
+        *restorable.values(),  # MLflow may not know them
         *(version_lineage(store, version) for version in in_force),
         *(run_lineage(store, run_id) for run_id in sorted(running)),
     ]
@@ -83,8 +83,8 @@ def references(store: ObjectStore, stored: Collection[str], *, forget_unknown: b
     )
 
 
-def _standing(store: ObjectStore) -> dict[tuple[str, str], Lineage]:
-    """Returns what each champion that a rollback can restore was made of, by name and version, by the histories."""
+def _restorable(store: ObjectStore) -> dict[tuple[str, str], Lineage]:
+    """Returns the lineages of champions and of earlier champions that a rollback can restore, by name and version."""
     histories = {name: history(store, name) for name in names_with_history(store)}
     return {
         (name, version): lineage_of(entries, version)
@@ -95,20 +95,20 @@ def _standing(store: ObjectStore) -> dict[tuple[str, str], Lineage]:
 
 def _check_known(versions: list[tuple[str, str]], runs: list[str]) -> None:
     """Raises ServiceError if any of them is unknown to MLflow; runs that were deleted there are known."""
-    unknown = list(islice((run_id for run_id in runs if not mlflow_runs.run_tags(run_id)), NAMED))
+    unknown = list(islice((run_id for run_id in runs if not mlflow_runs.run_tags(run_id)), MAX_NAMED))
     if not versions and not unknown:
         return
-    kinds = {"promoted versions": ["/".join(each) for each in versions[:NAMED]], "runs": unknown}
+    kinds = {"promoted versions": ["/".join(each) for each in versions[:MAX_NAMED]], "runs": unknown}
     named = " and ".join(f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names)
     raise ServiceError(
-        f"MLflow at {tracking_uri()} does not know {named}, of which the bucket holds data: is it the one "
-        "that they were made with? Nothing was removed; if they were deleted, use `convoy prune --forget-unknown`"
+        f"MLflow at {tracking_uri()} does not know {named}, of which the bucket holds data: is it the MLflow "
+        "that recorded them? Nothing was removed; if they were deleted, use `convoy prune --forget-unknown`"
     )
 
 
-def _alive(runs: Iterable[str]) -> set[str]:
-    """Runs of this machine that have a process, whatever MLflow says."""
+def _with_process(runs: Iterable[str]) -> set[str]:
+    """Returns the runs that have a process on this machine, whatever MLflow says."""
     folder = Settings().runs
-    working = (process for process in processes_of(folder) if not orphaned(process))
-    said = {name for process in working for name in process.cmdline() if name.startswith(str(folder))}
-    return {run_id for run_id in runs if is_held(lock_file(run_id)) or str(folder / run_id) in said}
+    processes = (process for process in processes_of(folder) if not orphaned(process))
+    folders = {name for process in processes for name in process.cmdline() if name.startswith(str(folder))}
+    return {run_id for run_id in runs if is_held(lock_file(run_id)) or str(folder / run_id) in folders}

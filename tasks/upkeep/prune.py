@@ -1,8 +1,8 @@
-"""Retention: what may go of what trainings leave behind, and letting it go, the commits first.
+"""The prune task: removes old objects and files that are not in use, commits first.
 
-A dataset's shards and raw files are shared between versions, so they go only when no kept manifest or record names
-them. A training that prepares its data may rely on what is there already, before MLflow shows that it does: while such
-a training runs, no data are removed, and one that begins meanwhile waits (`tasks.data.prune_mark`).
+Dataset versions share shards and raw files, so these are removed only when no kept manifest or record names them. A
+training that prepares its data may use existing data before MLflow shows it: while such a training runs, no data are
+removed, and a training that begins during a prune waits (`tasks.data.prune_mark`).
 """
 
 import shutil
@@ -44,11 +44,11 @@ from tasks.upkeep.in_use import References, references
 
 M = TypeVar("M", bound=BaseModel)
 
-PREPARATION = timedelta(days=7)  # longer than any; a flow run that is said to run, but was killed, is passed over then
+MAX_PREPARATION = timedelta(days=7)  # of a training's data; an older flow run that seems to run was killed
 
 
 class Freed(Record):
-    """What went of one kind, or would go."""
+    """What was removed of one kind, or would be."""
 
     kind: str
     count: int
@@ -58,37 +58,37 @@ class Freed(Record):
 
 
 class Pruned(Record):
-    """What went, or would go in a dry run."""
+    """What was removed, or would be in a dry run."""
 
     dry_run: bool
     freed: tuple[Freed, ...]
-    """Kinds of which there was something."""
+    """Kinds with at least one object or file."""
 
     notes: tuple[str, ...] = ()
-    """What was left alone, and why."""
+    """What was kept, and why."""
 
     def markdown(self) -> str:
-        """As a page."""
+        """Returns it as a page."""
         rows = [(each.kind, each.count, decimal(each.bytes)) for each in self.freed]
-        found = table(("what", "objects", "size"), rows, "lrr") if rows else ["Nothing was old enough to go."]
+        found = table(("what", "objects", "size"), rows, "lrr") if rows else ["Nothing was old enough to be removed."]
         title = "Would be removed" if self.dry_run else "Removed"
         return "\n".join([f"**{title}**", "", *found, *(f"\n{note}" for note in self.notes)])
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """When objects go; the commits go before what they commit."""
+    """When objects under a prefix are removed; commits are removed before what they commit."""
 
     prefix: str
     ages: tuple[str, ...] = ()
     """Fields of `RetentionConfig`, of which the longest counts; `grace_days` counts always."""
 
     group: int | None = None
-    """The part of the key by which they are named, and stay together while one is young; unset: the whole key."""
+    """The part of the key that names a group, which is kept while one object is young; None: the whole key."""
 
     commit: str = ""
     is_data: bool = True
-    """A training that prepares its data may be about to rely on them."""
+    """Whether a training that prepares its data may be about to use them."""
 
 
 UNFINISHED, FINISHED = ("unfinished_checkpoints_days",), ("finished_checkpoints_days",)
@@ -99,7 +99,7 @@ SWEPT = {
         bucket_layout.RUNS, ("runs_days", *UNFINISHED, *FINISHED), group=1, commit=COMMIT, is_data=False
     ),
     "interrupted preprocessing": _Rule(bucket_layout.JOURNALS, ("journals_days",), group=1),
-    "records of preprocessing": _Rule(bucket_layout.STEPS),  # with their versions, or at the age of `steps_days`
+    "records of preprocessing": _Rule(bucket_layout.STEPS),  # removed with their versions, or after `steps_days`
     "dataset versions": _Rule(bucket_layout.DATASETS, ("datasets_days",), group=1),
     "shards": _Rule(bucket_layout.SHARDS),
     "data reports": _Rule(bucket_layout.REPORTS, ("reports_days",), group=2, commit="data.json", is_data=False),
@@ -108,38 +108,39 @@ SWEPT = {
     "raw files": _Rule(bucket_layout.RAW),
     "weights to start from": _Rule(bucket_layout.PRETRAINED, ("raw_days",)),
 }
-"""What goes, in this order, unless it is marked."""
+"""Kinds of objects, in the order of their removal; marked objects are kept."""
 
 
 @step("prune", retried=False)
 def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: bool = False) -> Pruned:
-    """Remove what nothing rests on and is older than its age, from the bucket and from this machine.
+    """Removes old objects that are not in use from the bucket, and old files from this machine.
 
     Args:
-        forget_unknown: go on if MLflow does not know runs or promoted versions of which the bucket holds data.
+        forget_unknown: continue if MLflow does not know runs or promoted versions of which the bucket holds data.
 
     Raises:
-        ServiceError: a server failed, or something that says what is needed is damaged; what went until then is gone,
-            and nothing is half there.
+        ServiceError: a server failed, or a record of what is in use is damaged. Objects removed before stay removed;
+            nothing is half removed.
     """
     settings = Settings()
     store = open_bucket()
     mark: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None) if dry_run else marked(store)
     with mark as check:
-        under_way = trainings_under_way()  # those that begin from now on wait
-        objects = list(store.list(""))  # before it is asked what is needed: what comes later is not looked at
+        active = active_trainings()  # trainings that begin from now on wait
+        objects = list(store.list(""))  # listed before references are read: later objects are not considered
         stored = {bucket_layout.part(info.key, 1) for info in objects if info.key.startswith(bucket_layout.RUNS)}
         needed = references(store, stored, forget_unknown=forget_unknown)
-        busy = not under_way <= needed.flow_runs  # one without an MLflow run may be preparing its data
-        notes = ("Data were left alone: a training is preparing its own; try again later.",) if busy else ()
+        busy = not active <= needed.flow_runs  # a training without an MLflow run may be preparing its data
+        notes = ("Data were kept: a training is preparing its own; try again later.",) if busy else ()
         freed = []
         marks = _Marks(store, objects, needed, config)
         for kind, rule in SWEPT.items():
-            gone = [] if rule.is_data and busy else marks.unmarked(kind)
+            unmarked = [] if rule.is_data and busy else marks.unmarked(kind)
             for commits in () if dry_run else (True, False):
                 check()
-                _delete(store, [info for info in gone if info.key.endswith(f"/{rule.commit}") is commits])
-            freed.append(Freed(kind=kind, count=len(gone), bytes=sum(info.size for info in gone)))
+                deleted = [info for info in unmarked if info.key.endswith(f"/{rule.commit}") is commits]
+                in_parallel(lambda info: store.delete(info.key), deleted)
+            freed.append(Freed(kind=kind, count=len(unmarked), bytes=sum(info.size for info in unmarked)))
     freed += _prune_machine(settings, needed, config, dry_run=dry_run)
     result = Pruned(dry_run=dry_run, freed=tuple(each for each in freed if each.count), notes=notes)
     create_markdown_artifact(result.markdown(), key="prune", description="What was removed")
@@ -148,16 +149,16 @@ def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: boo
     return result
 
 
-def trainings_under_way() -> set[str]:
-    """Returns the flow runs of trainings that Prefect says are running or about to run."""
-    since = datetime.now(UTC) - PREPARATION
+def active_trainings() -> set[str]:
+    """Returns the flow runs of trainings that are running or pending in Prefect."""
+    since = datetime.now(UTC) - MAX_PREPARATION
     with get_client(sync_client=True) as client:
         found = training_flow_runs(client, [StateType.RUNNING, StateType.PENDING], after=since)
         return {str(run.id) for run in found}
 
 
 class _Marks:
-    """Marks what is in use or young, and all that this names."""
+    """Marks objects that are in use or young, and all objects that these name."""
 
     def __init__(
         self, store: ObjectStore, objects: Iterable[ObjectInfo], needed: References, config: RetentionConfig
@@ -184,7 +185,7 @@ class _Marks:
 
     def _mark(self, kind: str, named: Container[str] = ()) -> set[str]:
         """Marks the objects of each group that is named or young; returns the groups."""
-        part, staying = SWEPT[kind].group, set[str]()
+        part, kept = SWEPT[kind].group, set[str]()
         groups: dict[str, list[ObjectInfo]] = defaultdict(list)
         for info in self._objects[kind]:
             groups[info.key if part is None else bucket_layout.part(info.key, part)].append(info)
@@ -193,15 +194,15 @@ class _Marks:
             ages = FINISHED if finished else SWEPT[kind].ages
             if group in named or any(self._is_young(info, *ages) for info in objects):
                 self._marked |= {info.key for info in objects}
-                staying.add(group)
-        return staying
+                kept.add(group)
+        return kept
 
     def _is_young(self, info: ObjectInfo, *ages: str) -> bool:
         days = max(getattr(self._config, age) for age in ("grace_days", *ages))
         return bool((self._now - _written(info)) / timedelta(days=1) <= days)
 
     def _mark_runs(self) -> list[Lineage]:
-        """Returns what the runs at work, in force and resumable were made of."""
+        """Marks the runs that are running, in force, registered or resumable; returns the lineages of those in use."""
         needed = self._needed
         checkpoints = self._mark("checkpoints", needed.running)
         self._mark("unregistered trainings", needed.running | needed.in_force | needed.registered | checkpoints)
@@ -219,7 +220,7 @@ class _Marks:
             try:
                 shards += shards_of(load_manifest(self._store, version))
             except (ObjectMissing, DatasetDamaged) as error:
-                # One that is no use to anybody names nothing; but one that a run needs, people may want to mend.
+                # A damaged version that no run needs is ignored; one that a run needs may have to be repaired.
                 if version in self._needed.datasets:
                     raise
                 run_logger().warning("%s", error)
@@ -229,8 +230,8 @@ class _Marks:
     def _mark_raw(self, lineages: Iterable[Lineage], versions: Set[str]) -> None:
         """Marks records of preprocessing, and the sources and raw files that the dataset versions were made of.
 
-        Records by older code do not name the source: it is found by the name that it gave the version, which runs tell.
-        A version that no run has used yet may be of any source, so all stay until it is older than raw data may become.
+        Records of older code do not name the source. It is found by the dataset name in the records of runs. A version
+        that no run has used yet may be of any source, so all sources are kept until it is older than `raw_days`.
         """
         steps = [
             (info, record)
@@ -243,7 +244,7 @@ class _Marks:
         names = self._names(unknown)
         unused = {bucket_layout.dataset_manifest(version) for version in unknown - {used for used, _ in names}}
         if any(info.key in unused and self._is_young(info, "raw_days") for info in self._objects["dataset versions"]):
-            run_logger().info("raw data are kept: it is not known yet what a new dataset version was made of")
+            run_logger().info("raw data are kept: the source of a new dataset version is not known yet")
             self._marked |= {info.key for kind in ("records of sources", "raw files") for info in self._objects[kind]}
             return
         in_use = {record.raw for _, record in steps} | {name for _, name in names}
@@ -253,7 +254,7 @@ class _Marks:
         self._mark("raw files", {file.key for info, it in sources if info.key in self._marked for file in it.files})
 
     def _names(self, versions: Set[str]) -> set[tuple[str, str]]:
-        """Returns dataset versions with the names that the staying runs give them."""
+        """Returns dataset versions with their names in the records of kept runs."""
         runs = {bucket_layout.part(info.key, 1) for info in self._objects["unregistered trainings"]} if versions else ()
         names = set()
         for run_id in runs:
@@ -268,7 +269,7 @@ class _Marks:
         return names
 
     def _read(self, kind: str, model: type[M]) -> Iterator[tuple[ObjectInfo, M]]:
-        """Yields the records of a kind, but those that are damaged, which nobody can use."""
+        """Yields the records of a kind, without damaged ones, which cannot be used."""
         for info in self._objects[kind]:
             with suppress(ObjectMissing, ValidationError):
                 yield info, model.model_validate_json(self._store.get_bytes(info.key))
@@ -279,12 +280,8 @@ def _written(info: ObjectInfo) -> datetime:
     return info.modified
 
 
-def _delete(store: ObjectStore, objects: Iterable[ObjectInfo]) -> None:
-    in_parallel(lambda info: store.delete(info.key), objects)
-
-
 def _prune_machine(settings: Settings, needed: References, config: RetentionConfig, *, dry_run: bool) -> list[Freed]:
-    """Cached files, and folders of trainings that have ended."""
+    """Removes cached files, and folders of trainings that have ended."""
     before = time.time() - 86_400 * max(config.cache_days, config.grace_days)
     cached = [file for file in settings.cache.glob("[0-9a-f][0-9a-f]/*") if file.is_file() and _used(file) < before]
     folders = [

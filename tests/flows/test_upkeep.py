@@ -36,7 +36,7 @@ def made(
 def test_prune_says_what_goes(made: Leftovers, capsys: Output) -> None:
     made.run(days=2)
     upkeep.prune(dry_run=True)
-    assert "would go" in (said := capsys.readouterr().out) and "checkpoints" in said
+    assert "would be removed" in (said := capsys.readouterr().out) and "checkpoints" in said
     assert len(made.there("runs/")) == 7
     upkeep.prune(settings=["finished_checkpoints_days=3"])
     assert "Nothing was old enough" in capsys.readouterr().out
