@@ -1,4 +1,4 @@
-"""One whole training of a session, which several tests look at, and the means to run more."""
+"""Fixtures for flows: one whole training per session, which several tests check, and helpers to run more."""
 
 import logging
 import os
@@ -31,12 +31,12 @@ CONFIG = RunConfig.model_validate(
         "promote": True,
     }
 )
-"""Of `trained`: small, and with all that takes part in a training: several lanes a rank."""
+"""Configuration of `trained`: small, but with every part of a training, such as several lanes per rank."""
 
 
 @pytest.fixture(scope="session")
 def requests_made() -> Counter[tuple[str, str]]:
-    """What `trained` asks of the servers; empty before."""
+    """Counts the requests of `trained` to the servers; empty before it."""
     return Counter()
 
 
@@ -72,7 +72,7 @@ def program(stack: object, tmp_path: Path) -> Iterator[Callable[..., Program]]:
 
 @pytest.fixture
 def convoy(capfd: pytest.CaptureFixture[str], quiet_prefect: None) -> Iterator[Convoy]:
-    """Runs `convoy` in this process, where everything is imported; what it changes here is undone."""
+    """Runs `convoy` in this process, where everything is imported; changes to the process are undone."""
     from flows.cli import app
 
     environment = dict(os.environ)
@@ -100,7 +100,7 @@ def convoy(capfd: pytest.CaptureFixture[str], quiet_prefect: None) -> Iterator[C
 
 @pytest.fixture(scope="session")
 def quiet_prefect(stack: object) -> None:
-    """What `convoy` does before it loads Prefect: Prefect's own console log says nothing."""
+    """Silences Prefect's own console log, as `convoy` does before it loads Prefect."""
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     from prefect.context import refresh_global_settings_context
     from prefect.logging.configuration import setup_logging

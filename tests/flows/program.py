@@ -22,7 +22,7 @@ from infra.settings import Settings
 PATIENCE = 120.0  # seconds until a wait counts as a failure, on a busy machine
 ENDS_WITHIN = 20.0  # seconds that a training's processes have to end
 
-# Small, and long enough that whoever wants to disturb it comes in time.
+# Small, and long enough that a test can disturb it in time.
 # What no gate refuses, and what takes no time to try.
 LET_PASS = ("gate.floor=0", "gate.min_class_recall=0", "serving.http=false")
 SMALL = ("data.limit=400", "network.width=4", "batch_size=64", "augment.shift=0", *LET_PASS)
@@ -37,11 +37,11 @@ RESUMABLE = (
 RESUMABLE_STEPS = 180
 
 NOT_EXACT = re.compile(r"(system|cost)/|train/(rank_seconds_|images_per_second)|test/")
-"""Metrics that differ from run to run; and those of the evaluation, which are looked at apart."""
+"""Metrics that differ from run to run; and those of the evaluation, which are checked separately."""
 
 
 def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
-    """Poll until `condition` gives something true; returns that."""
+    """Polls until `condition` returns a true value; returns this value."""
     deadline = time.monotonic() + patience
     while not (found := condition()):
         assert time.monotonic() < deadline, f"waited in vain for {what}"
@@ -56,7 +56,7 @@ def sets(*settings: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Done:
-    """What a command did."""
+    """The result of a command."""
 
     status: int
     stdout: str
@@ -64,7 +64,7 @@ class Done:
 
     @property
     def complaint(self) -> str:
-        """The one line that a failed command ends with; nothing of it may be a traceback."""
+        """Returns the last line of a failed command; there must be no traceback."""
         assert "Traceback" not in self.stderr, self.stderr
         lines = self.stderr.strip().splitlines() or [""]
         assert lines[-1].startswith("convoy: "), self.stderr
@@ -152,7 +152,7 @@ class Training:
 
 
 def history(run_id: str) -> dict[str, list[tuple[int, float]]]:
-    """Step and value of each row that MLflow has of each metric, but for `NOT_EXACT`."""
+    """Returns step and value of each row of each metric in MLflow, except `NOT_EXACT`."""
     client = MlflowClient()
     names = [name for name in client.get_run(run_id).data.metrics if not NOT_EXACT.match(name)]
     return {
@@ -161,7 +161,7 @@ def history(run_id: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def assert_as_undisturbed(found: Summary, undisturbed: Summary) -> None:
-    """Whatever happened to a training, it ended as one to which nothing happened."""
+    """Checks that a disturbed training ended like an undisturbed one."""
     assert found.status == "done", found.error
     assert found.weights_sha256 == undisturbed.weights_sha256
     assert found.accuracy == undisturbed.accuracy
@@ -181,7 +181,7 @@ def assert_as_undisturbed(found: Summary, undisturbed: Summary) -> None:
 
 
 def difference(found: list[int], expected: list[int]) -> str:
-    """Which steps are missing, and which are there more than once or should not be there."""
+    """Returns missing steps, and steps that are repeated or unexpected."""
     missing = sorted(set(expected) - set(found))
     surplus = sorted(set(found) - set(expected) | {step for step in found if found.count(step) > expected.count(step)})
     return f"missing {missing}, surplus {surplus}"

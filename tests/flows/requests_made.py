@@ -39,7 +39,7 @@ def counting() -> Iterator[Counter[tuple[str, str]]]:
 
 
 def table(found: Counter[tuple[str, str]]) -> str:
-    """The counts for people, a line per step."""
+    """Returns the counts as text, one line per step."""
     steps = sorted({step for _, step in found})
     lines = [f"{'step':22}" + "".join(f"{server:>10}" for server in SENDERS)]
     for step in (*steps, "all"):

@@ -227,7 +227,7 @@ HEAVY = "boto3 matplotlib mlflow prefect scipy.stats sklearn torch torch._dynamo
 
 
 def loaded_by(code: str, *arguments: str, folder: Path) -> str:
-    """Which heavy libraries a program has loaded when it ends."""
+    """Returns the heavy libraries that a program has loaded when it ends."""
     told = f"atexit.register(lambda: print('LOADED', *sorted(set('{HEAVY}'.split()) & set(sys.modules)), flush=True))"
     command = [sys.executable, "-P", "-c", f"import atexit, sys\n{told}\n{code}", *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -235,7 +235,7 @@ def loaded_by(code: str, *arguments: str, folder: Path) -> str:
     return done.stdout.splitlines()[-1].removeprefix("LOADED").strip()
 
 
-# The command line leaves by os._exit, once it listens to signals: it is told not to end before we have looked.
+# The command line ends by os._exit once it handles signals, so it is kept from ending before the check.
 COMMAND = "from flows.cli import app as cli\nfrom infra.machine import stopping\nstopping.end = sys.exit\ncli.main()"
 
 
@@ -296,7 +296,7 @@ def test_wrong_usage_ends_with_status_2(convoy: Convoy, arguments: list[str]) ->
 def test_second_training_by_one_rank_skips_what_is_there_and_gives_the_same_weights(
     trained: Summary, program: Callable[..., Program], tmp_path: Path, settings: Settings
 ) -> None:
-    for name in ("tasks", "cnn", "torch"):  # what lies in the user's folder is none of our modules
+    for name in ("tasks", "cnn", "torch"):  # the user's folder holds modules with names of Convoy's packages
         (tmp_path / f"{name}.py").write_text("raise SystemExit('this is not ours')")
     config = {key: value for key, value in CONFIG.resolved().items() if key != "ranks"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

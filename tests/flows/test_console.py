@@ -1,4 +1,4 @@
-"""What is printed, whatever it holds and whoever reads it; and errors of others as one line."""
+"""Printing any text to any reader, and errors of other libraries as one line."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`convoy` in a folder, or with a PYTHONPATH, that holds modules called as Convoy's own."""
+"""`convoy` in a folder, or with a PYTHONPATH, that holds modules with the names of Convoy's own."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ subprocess.run([sys.executable, "-m", "tasks.config.key_values"], check=True)
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder of somebody's project."""
+    """A folder of another project."""
     for name in ("tasks.py", "flows.py", "yaml.py", "cnn/__init__.py", "infra/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("raise SystemExit('not this one')" if name.endswith(".py") else "")

@@ -1,4 +1,4 @@
-"""Following a flow run from outside, and cancelling it, where Prefect is away or refuses."""
+"""Following and cancelling a flow run from outside while Prefect is down or refuses."""
 
 import json
 import threading
@@ -52,7 +52,7 @@ class Relay(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def relay(stack: object, quiet_prefect: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Relay]]:
-    """A Prefect that can be switched off, in front of the real one, which the client is told to use."""
+    """A proxy of the real Prefect that can be switched off, and that the client uses."""
 
     class Ours(Relay):
         api = PREFECT_API_URL.value().removesuffix("/api")
@@ -110,7 +110,7 @@ def test_an_outage_without_end_is_one_line(relay: type[Relay], monkeypatch: pyte
 def test_a_cancel_that_prefect_refuses_is_not_taken_for_one(
     relay: type[Relay], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A flow run that ends between our look at it and our asking."""
+    """A flow run that ends between the read of its state and the request to cancel it."""
     run = flow_run_in(Scheduled(), name="retrain")
     refused = {
         "state": None,

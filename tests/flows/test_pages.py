@@ -1,4 +1,4 @@
-"""What a reviewer sees: MLflow's and Prefect's pages of a training, in a real browser.
+"""MLflow's and Prefect's pages of a training, in a real browser, as a reviewer sees them.
 
 Each test leaves a screenshot in `SCREENSHOTS`, or in pytest's temporary folder.
 """

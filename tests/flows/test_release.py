@@ -1,4 +1,4 @@
-"""Gates as people meet them: what is refused and what is said of it, and the commands that change the champion."""
+"""Gates through the command line: refusals and their messages, and the commands that change the champion."""
 
 import contextvars
 import json
@@ -102,7 +102,7 @@ def test_unknown_model_is_named(convoy: Convoy, stack: object, arguments: list[s
 
 
 def asking(patience: float, answer: dict[str, object] | None = None, *, cancel: bool = False) -> str:
-    """Ask in a flow run; someone answers, or cancels it, as soon as it has paused."""
+    """Asks for approval in a flow run, which is answered or cancelled as soon as it has paused."""
     right = np.ones(10, dtype=np.bool_)
     verdict = judge(
         Scored(address="asked/1", correct=right), None, GateConfig(), labels=np.arange(10) % 2, classes=("a", "b")
@@ -165,4 +165,4 @@ def test_flow_run_is_cancelled_while_it_waits(stack: object, quiet_prefect: None
     with pytest.raises(Cancelled, match="while it waited"):
         asking(600, cancel=True)
     left = [thread for thread in threading.enumerate() if thread not in threads and "(run)" in thread.name]
-    assert not left  # one that goes on asking Prefect; libraries name theirs
+    assert not left  # a thread that still polls Prefect; threads of libraries have names

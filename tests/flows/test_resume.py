@@ -1,4 +1,4 @@
-"""A training that was disturbed and went on ends as if nothing had happened: to the bit, with one whole history."""
+"""A disturbed and resumed training ends like an undisturbed one: the same bits, with one whole history."""
 
 import signal
 import threading
@@ -45,7 +45,7 @@ THIRD = RESUMABLE_STEPS // 3
 
 @pytest.fixture(scope="module")
 def undisturbed(stack: object, quiet_prefect: None) -> Summary:
-    """The training to which nothing happened."""
+    """The undisturbed training."""
     from flows.train import train_flow
 
     return train_flow(load_config(None, [*RESUMABLE, "ranks=2"], OPTIONS))
@@ -63,7 +63,7 @@ def bucket(stack: object, settings: Settings) -> ObjectStore:
 
 @pytest.fixture
 def resume(convoy: Convoy, tmp_path: Path, summary: Callable[[], Summary]) -> Callable[..., Summary]:
-    """Goes on with a training by the command line."""
+    """Resumes a training by the command line."""
 
     def run(training: Training, ranks: int) -> Summary:
         to = str(tmp_path / "out.json")
@@ -76,12 +76,12 @@ def resume(convoy: Convoy, tmp_path: Path, summary: Callable[[], Summary]) -> Ca
 
 @dataclass(frozen=True)
 class Survived:
-    """What is left of a flow run that met several mishaps."""
+    """What a flow run with several failures leaves behind."""
 
     summary: Summary
     training: Training
     events: list[bytes]
-    """The ranks' account, as it was at each try of the registration."""
+    """The outcome that the ranks wrote, at each try of the registration."""
     published: list[RegisteredVersion]
     """The version, at each try of the publication of its page."""
 
@@ -191,7 +191,7 @@ def test_weights_and_history_are_those_of_the_undisturbed_training_after_the_flo
     training.comes_to(THIRD)
     flow.process.kill()
     training.assert_ends()
-    assert MlflowClient().get_run(training.run_id).info.status == "RUNNING"  # nobody lived to say otherwise
+    assert MlflowClient().get_run(training.run_id).info.status == "RUNNING"  # no process was left to change it
     found = resume(training, ranks=1)
     assert (found.world_size, found.mlflow_run_id) == (1, training.run_id)
     assert min(training.reported()) > 1

@@ -1,4 +1,4 @@
-"""Convoy as a service: deployments, a real worker, runs that are asked for from outside, events and cancels."""
+"""Convoy as a service: deployments, a real worker, requested runs, events and cancellations."""
 
 import json
 import os
@@ -38,7 +38,7 @@ CONFIG = {
 
 
 def written(file: Path, **changes: object) -> Path:
-    """A file with one deployment of `retrain`, on a pool of our own."""
+    """A file with one deployment of `retrain`, on a pool of its own."""
     deployment = {
         "name": MODEL,
         "entrypoint": "flows.retrain.retrain_flow",
@@ -140,7 +140,7 @@ def test_the_deployments_that_come_with_convoy_are_whole() -> None:
     flows = {entry["entrypoint"]: flow_of(entry["entrypoint"]) for entry in entries}
     assert {flow.name for flow in flows.values()} == {"retrain", "train", "predict", "prune"}
     for entry in entries:
-        if "schedules" in entry:  # which nobody fills a form for
+        if "schedules" in entry:  # without a person who fills in a form
             wanted = set(flows[entry["entrypoint"]].parameters.required or ())
             assert wanted <= entry.get("parameters", {}).keys()
 
@@ -194,7 +194,7 @@ def test_ci_asks_for_a_training_and_hears_how_it_ended(
 def test_the_workflows_script_works_against_a_real_worker(
     convoy: Convoy, worker: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
-    """What the job on GitHub runs, after the test above has made a champion."""
+    """The command of the job on GitHub, after the test above has made a champion."""
     variables = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PREFECT_API_URL": os.environ["PREFECT_API_URL"],
@@ -280,7 +280,7 @@ def test_mistake_is_refused_before_anything_runs(
 
 
 def test_one_training_of_a_model_at_a_time(stack: object, quiet_prefect: None) -> None:
-    """Two flow runs want the lease; the second one gets it when the first one gives it back."""
+    """Two flow runs need the lease; the second gets it when the first releases it."""
     import threading
 
     from prefect import flow

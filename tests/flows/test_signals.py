@@ -17,7 +17,7 @@ from infra.tracking.promotion_history import history
 from tests.flows.program import LET_PASS, PATIENCE, Done, NextTraining, Program, flow_run_of, sets, wait_for
 
 WHOLE = ("data.limit=400", "network.width=4", "batch_size=64", "augment.shift=0", "epochs=2", "promote=true", *LET_PASS)
-"""A flow that comes to its end, and promotes."""
+"""A flow that completes and promotes."""
 
 STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
@@ -49,7 +49,7 @@ def send(flow: Program, sent: signal.Signals) -> tuple[Done, datetime]:
 
 
 def assert_stopped(done: Done, sent: signal.Signals, when: datetime, name: str, folder: Path) -> None:
-    """It ended as the signal says, without a word too many, and promoted nothing after it."""
+    """Checks that it ended by the signal, printed nothing else, and promoted nothing afterwards."""
     assert done.status == STATUS[sent], done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
     assert done.complaint

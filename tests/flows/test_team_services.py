@@ -1,4 +1,4 @@
-"""The pipeline against a team's services, as infra/compose.yaml says: PostgreSQL, and passwords for everything."""
+"""The pipeline with a team's services, as in infra/compose.yaml: PostgreSQL, and passwords for everything."""
 
 import json
 import os
@@ -26,13 +26,13 @@ SMALL_TRAINING = ("train", "--dataset", "digits", "--epochs", "1", "--limit", "3
 
 @pytest.fixture(scope="module")
 def team() -> Iterator[Team]:
-    """All services but the worker, ready."""
+    """All services except the worker, ready."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parts[-2]))
     if not programs or int(programs[-1].parts[-2]) < 15 or not shutil.which("psql"):
         pytest.skip("PostgreSQL 15 or newer is not installed: install Debian's package postgresql")
     for module in ("psycopg2", "flask_wtf"):
         pytest.importorskip(module, reason="the extra `team` is not installed: run `make setup`")
-    folder = Path(tempfile.mkdtemp(prefix="convoy-team-"))  # pytest's own may not be entered by PostgreSQL's user
+    folder = Path(tempfile.mkdtemp(prefix="convoy-team-"))  # PostgreSQL's user cannot enter pytest's own folder
     folder.chmod(0o711)
     team = Team(folder)
     try:
@@ -93,7 +93,7 @@ def api(team: Team, path: str, **question: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(team: Team) -> tuple[dict[str, Any], set[str], str]:
-    """A whole training: its summary, the command lines seen meanwhile, and what it printed."""
+    """A whole training: its summary, the command lines seen while it ran, and its output."""
     with CommandLines() as lines:
         done = convoy(team, *SMALL_TRAINING, "--summary", "summary.json")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The whole flow on the real stack: what it leaves in the bucket, in MLflow and in Prefect."""
+"""The whole flow on the real stack: its objects in the bucket, its MLflow run and its flow run."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def bucket(trained: Summary) -> ObjectStore:
 def test_servers_are_asked_no_more_than_they_need_to_be(
     trained: Summary, requests_made: Counter[tuple[str, str]]
 ) -> None:
-    """Of Prefect's, some come with time: log lines, progress, and the lease's renewal."""
+    """Some of the requests to Prefect depend on time: log lines, progress, and renewals of the lease."""
     print(table(requests_made))
     for server, most in {"MLflow": 110, "Prefect": 110, "bucket": 82}.items():
         assert sum(count for (each, _), count in requests_made.items() if each == server) <= most, server
@@ -62,7 +62,7 @@ def test_servers_are_asked_no_more_than_they_need_to_be(
 def test_every_object_in_the_bucket_has_its_row_in_the_layout(trained: Summary, bucket: ObjectStore) -> None:
     patterns = [re.sub("<[^>]+>", "[^/]+", place.pattern.replace(".", r"\.").replace("**", ".+")) for place in LAYOUT]
     tops = {place.pattern.partition("/")[0] for place in LAYOUT}
-    keys = [info.key for info in bucket.list("") if info.key.partition("/")[0] in tops]  # users' own lie beside ours
+    keys = [info.key for info in bucket.list("") if info.key.partition("/")[0] in tops]  # without the user's own
     assert any(str(trained.mlflow_run_id) in key for key in keys)
     assert [key for key in keys if sum(bool(re.fullmatch(pattern, key)) for pattern in patterns) != 1] == []
 

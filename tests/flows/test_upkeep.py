@@ -1,4 +1,4 @@
-"""The commands that tidy up: what they print, and what they exit with."""
+"""The commands that clean up: their output and exit statuses."""
 
 from collections.abc import Iterator
 from pathlib import Path

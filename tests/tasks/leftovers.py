@@ -1,4 +1,4 @@
-"""What trainings leave behind, made by hand in an empty bucket, as old as a test wants it."""
+"""Makes leftovers of trainings in an empty bucket, with the age that a test needs."""
 
 import hashlib
 import json
@@ -140,7 +140,7 @@ class Leftovers:
         return run_id
 
     def outputs(self, run_id: str) -> set[str]:
-        """Keys of what a run leaves beside its checkpoints."""
+        """Returns the keys of a run's objects, without its checkpoints."""
         return {key for key in self.there(f"runs/{run_id}/") if "/checkpoints/" not in key}
 
     def version(self, run_id: str, dataset: str, name: str | None = None) -> ModelVersion:

@@ -1,4 +1,4 @@
-"""The configuration of a run: files, settings, options, and what is said about mistakes."""
+"""The configuration of a run: files, settings, options, and messages about mistakes."""
 
 import json
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Whatever a configuration file or a setting holds, it is taken or refused in one line."""
+"""Any configuration file or setting is accepted, or refused in one line."""
 
 import tempfile
 from datetime import timedelta

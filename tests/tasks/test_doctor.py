@@ -1,4 +1,4 @@
-"""What counts as left behind, what does not, and how it is settled: with real servers and real processes."""
+"""What the doctor finds and settles, and what it leaves alone, with real servers and real processes."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ OPEN = {"running": Running, "cancelling": Cancelling, "paused": Paused}
 
 @pytest.fixture
 def made(stack: object, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leftovers]:
-    """Nothing but what a test makes: the runs of other tests are not to be seen."""
+    """An empty MLflow and bucket, without the runs of other tests."""
     monkeypatch.setenv("CONVOY_BUCKET", "test")
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
     refresh_global_settings_context()
@@ -78,14 +78,14 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def hold(start: Callable[..., subprocess.Popen[str]], run_id: str, flow_run: object) -> subprocess.Popen[str]:
-    """A process that goes on with a run."""
+    """A process that continues a run."""
     process = start(sys.executable, "-c", HOLD, run_id, str(flow_run))
     assert process.stdout and process.stdout.readline() == "held\n"
     return process
 
 
 def running(made: Leftovers, flow_run: FlowRun | UUID) -> str:
-    """An MLflow run that is said to be running."""
+    """An MLflow run with the status RUNNING."""
     return made.run("RUNNING", flow_run=str(flow_run if isinstance(flow_run, UUID) else flow_run.id))
 
 

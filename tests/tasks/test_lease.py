@@ -1,4 +1,4 @@
-"""A model's lease: who waits, and what becomes of one that Prefect has forgotten."""
+"""A model's lease: who waits for it, and how a lease that Prefect has lost is freed."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -34,7 +34,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def take_without_lease(name: str) -> None:
-    """What is left in Prefect's database when its server has forgotten a lease."""
+    """The rows in Prefect's database after its server has lost a lease."""
     with get_client(sync_client=True) as client:
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=limit_of(name), limit=1))
         client.increment_concurrency_slots([limit_of(name)], 1, "concurrency")

@@ -32,7 +32,7 @@ LONG = timedelta(days=7)
 
 
 class Receiver:
-    """A chat; `answer` is the status that it answers with, and `takes` how long that takes, in seconds."""
+    """A chat; `answer` is the status of its answers, and `takes` the seconds until it answers."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -59,7 +59,7 @@ class Receiver:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def of(self, name: str) -> list[str]:
-        """What was said of a flow run."""
+        """Returns the messages about a flow run."""
         return [text for text in self.texts if f" {name}: " in text]
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ def chat(stack: object) -> Iterator[Receiver]:
 
 
 def ends(flow_name: str, how: Callable[[], object]) -> UUID:
-    """Run a flow of a name, with a run of its own name; returns the run's id."""
+    """Runs a flow with these names of flow and run; returns the run's id."""
 
     @flow(name=flow_name, flow_run_name=f"run-{uuid4().hex}", persist_result=False)
     def small() -> object:
@@ -86,14 +86,14 @@ def ends(flow_name: str, how: Callable[[], object]) -> UUID:
 
 
 def stored(settings: Settings, query: str = "") -> list[str]:
-    """What Prefect's server has stored: the answer to a query, or everything as SQL."""
+    """Reads the database of Prefect's server: the result of a query, or everything as SQL."""
     file = settings.home / "prefect" / "prefect.db"
     with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
         return [row for (row,) in database.execute(query)] if query else list(database.iterdump())
 
 
 def statuses(settings: Settings) -> list[int]:
-    """What receivers have answered, as Prefect has noted it."""
+    """Returns the receivers' answers that Prefect has recorded."""
     query = "SELECT payload FROM events WHERE event = 'prefect.automation.action.executed'"
     return [json.loads(payload)["status_code"] for payload in stored(settings, query)]
 
@@ -198,7 +198,7 @@ def test_runs_that_end_at_the_same_moment_are_each_told_once(chat: Receiver) -> 
 
     @flow(name="train", flow_run_name=f"together-{uuid4().hex}", persist_result=False)
     def small() -> None:
-        """Exists so that its runs can be made to end by hand."""
+        """A flow whose runs are ended by hand."""
 
     def end(number: int) -> str:
         with get_client(sync_client=True) as client:

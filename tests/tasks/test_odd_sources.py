@@ -156,7 +156,7 @@ def laid_out(contents: dict[str, bytes], root: Path) -> Path:
 
 
 def forms(contents: dict[str, bytes], folder: Path) -> list[Path]:
-    """The content as a folder, a zip and a tar; archives hold it in no order."""
+    """Writes the content as a folder, a zip and a tar; the order in archives is arbitrary."""
     shuffled = list(contents.items())
     random.Random(1).shuffle(shuffled)
     with zipfile.ZipFile(folder / "d.zip", "w", zipfile.ZIP_DEFLATED) as archive:

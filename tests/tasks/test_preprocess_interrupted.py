@@ -1,4 +1,4 @@
-"""Preparing data, killed in mid-survey and mid-packing, or without its store for a while: the outcome is the same."""
+"""A preprocessing that is killed during survey or packing, or whose store is down for a while: the same result."""
 
 import io
 import multiprocessing
@@ -63,12 +63,12 @@ def machine(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def run(folder: Path, keep_raw: bool = False) -> str:
-    """The version that comes out."""
+    """The resulting version."""
     return preprocess.fn(download.fn(str(folder), keep_raw=keep_raw), CONFIG).version
 
 
 def stuck(raw: RawSource, environment: dict[str, str], method: str, notes: int, said: Connection) -> None:
-    """Preprocess in a process of its own, until so many notes are in the journal; then wait to be killed."""
+    """Preprocesses in a process of its own until the journal has so many entries; then waits to be killed."""
     os.environ.update(environment)
     cnn.preprocessing.survey.PART_IMAGES = PART
     note = getattr(Journal, method)
@@ -123,7 +123,7 @@ def test_killed_again_and_again_it_gives_the_same_version(
     read = LocalLocation.read
     monkeypatch.setattr(LocalLocation, "read", lambda self, entry: reads.append(entry.path) or read(self, entry))
     assert preprocess.fn(raw, CONFIG).version == expected
-    assert keep_raw or 0 < len(reads) < IMAGES - 100  # neither surveyed nor packed anew
+    assert keep_raw or 0 < len(reads) < IMAGES - 100  # neither surveyed nor packed again
     assert store.get_bytes(f"datasets/{expected}/manifest.json") == manifest
     after = {info.key: info.modified for info in store.list("shards/")}
     assert after.items() >= shards.items()

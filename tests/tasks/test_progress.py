@@ -1,4 +1,4 @@
-"""Progress where there is no terminal, and in Prefect."""
+"""Progress without a terminal, and in Prefect."""
 
 import logging
 import re

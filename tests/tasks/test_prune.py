@@ -1,4 +1,4 @@
-"""Retention on the real servers: what goes, what never goes, and in which order."""
+"""Retention on the real servers: what is removed, what is always kept, and in which order."""
 
 import hashlib
 import os
@@ -41,7 +41,7 @@ def made(stack: object, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("CONVOY_BUCKET", "test")
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
     refresh_global_settings_context()  # Prefect was imported before the stack named its server
-    monkeypatch.setattr(tasks.upkeep.prune, "active_trainings", set)  # other tests' flows are no concern of ours
+    monkeypatch.setattr(tasks.upkeep.prune, "active_trainings", set)  # flows of other tests are ignored
     leftovers = Leftovers(store, monkeypatch)
     with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}):  # else logs are on their way when Prefect ends
         yield leftovers
@@ -299,7 +299,7 @@ def test_nothing_goes_if_it_is_not_known_what_a_version_rests_on(made: Leftovers
 
 
 def champion_unknown_to_mlflow(made: Leftovers, *, written_down: bool) -> tuple[str, set[str]]:
-    """A champion by the history alone; returns its run and the keys of all that it rests on."""
+    """Makes a champion that only the history knows; returns its run and the keys of all objects that it needs."""
     dataset, run = made.dataset("shard"), uuid4().hex
     made.source("ours", "file")
     made.put(f"pretrained/{sha256('w')}.safetensors")

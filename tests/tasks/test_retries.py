@@ -1,4 +1,4 @@
-"""The wait for another try of a task, while a server is away, ends at once when the flow is to end."""
+"""The wait for another try of a task, while a server is down, ends immediately when the flow must end."""
 
 import subprocess
 import sys
@@ -65,7 +65,7 @@ def test_a_cancel_ends_the_wait_for_another_try(
     def waits() -> State[None]:
         try:
             away()
-        except Cancelled as cancelled:  # as our flows do: Prefect lets a cancelled run end in no other state
+        except Cancelled as cancelled:  # as Convoy's flows do: Prefect lets a cancelled run end in no other state
             return states.Cancelled(data=cancelled)  # type: ignore[arg-type]
         pytest.fail("it was not noticed")
 

@@ -1,4 +1,4 @@
-"""The training split where the cache may hold little: the same weights, within the limit, or a clear refusal."""
+"""The training split with a small cache: the same weights, within the limit, or a clear refusal."""
 
 import threading
 from collections.abc import Iterator
@@ -69,12 +69,12 @@ class Silent:
 
 
 class DiskUse:
-    """The most that a folder took at a time."""
+    """The largest size that a folder had at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.files = 0
         self.all = 0
-        """Files that are removed but still mapped included, in whole pages."""
+        """Returns the size in whole pages, including files that are removed but still mapped."""
 
         self._folder, self._done = folder, threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -94,7 +94,7 @@ class DiskUse:
             self.files, self.all = max(self.files, files), max(self.all, files + mapped)
 
     def _now(self) -> tuple[int, int]:
-        sizes: dict[int, int] = {}  # by inode, since a file that comes in is renamed meanwhile
+        sizes: dict[int, int] = {}  # by inode, since an incoming file is renamed
         for path in self._folder.glob("??/*"):
             try:
                 status = path.stat()
