@@ -1,1 +1,1 @@
-"""How the trained weights do, as numbers, pictures and a page."""
+"""Evaluates trained weights: numbers, pictures and a report page."""

@@ -1,6 +1,6 @@
-"""Binomial and normal probabilities, exactly, by `scipy.special`: `scipy.stats`, which has the same, loads for seconds.
+"""Exact binomial and normal probabilities by `scipy.special`: `scipy.stats` has the same, but takes seconds to import.
 
-Arrays are taken element by element.
+Array arguments are taken element by element.
 """
 
 import math
@@ -11,31 +11,33 @@ from scipy.special import bdtr, bdtrc, ndtr, ndtri
 
 Floats = NDArray[np.float64]
 
+CONFIDENCE = 0.95  # of every interval in reports and verdicts
+
 
 def at_most(successes: ArrayLike, trials: ArrayLike, probability: ArrayLike) -> Floats:
-    """Returns how probable so many successes are, or fewer."""
+    """Returns the probability of at most this many successes."""
     found: Floats = bdtr(np.asarray(successes, dtype=np.float64), np.asarray(trials, dtype=np.int64), probability)
     return found
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Returns how probable so many wins are, or more, if a loss is as probable; 1 without any."""
+    """Returns the probability of at least this many wins if wins and losses are equally likely; 1 without wins."""
     return float(bdtrc(wins - 1, wins + losses, 0.5)) if wins else 1.0
 
 
 def normal_tail(score: ArrayLike) -> Floats:
-    """Returns how probable a standard normal figure above this is."""
+    """Returns the probability that a standard normal variable exceeds the score."""
     found: Floats = ndtr(-np.asarray(score, dtype=np.float64))
     return found
 
 
 def normal_score(tail: float) -> float:
-    """Returns the figure that a standard normal one exceeds with this probability."""
+    """Returns the score that a standard normal variable exceeds with this probability."""
     return -float(ndtri(tail))
 
 
-def wilson_interval(successes: int, trials: int, confidence: float) -> tuple[float, float]:
-    """Returns Wilson's interval for the probability of a success (1927), without a correction for continuity."""
+def wilson_interval(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Returns Wilson's interval (1927) for the probability of a success, without continuity correction."""
     z = normal_score((1 - confidence) / 2)
     share, width = successes / trials, 1 + z**2 / trials
     centre = (share + z**2 / (2 * trials)) / width

@@ -1,4 +1,4 @@
-"""The evaluate task: how the trained weights do on the test split, and what their probabilities are worth."""
+"""The evaluate task: scores the trained weights on the test split, and calibrates their probabilities."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +28,7 @@ from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
 from tasks.training.train import TrainResult
 
-REFERENCE_IMAGES = 64
+REFERENCE_IMAGES = 64  # the serving gate and exports are compared on these
 
 
 class Evaluation(Record):
@@ -38,10 +38,10 @@ class Evaluation(Record):
     report: EvaluationReport
 
     device: str
-    """`cpu` or `cuda`: what the network ran on."""
+    """`cpu` or `cuda`: where the network ran."""
 
     reference_key: str
-    """Key of the first test images with the probabilities found for them (tasks/evaluation/reference_images.py)."""
+    """Key of the first test images and their probabilities (tasks/evaluation/reference_images.py)."""
 
     @property
     def accuracy(self) -> float:
@@ -50,19 +50,19 @@ class Evaluation(Record):
 
     @property
     def temperature(self) -> float:
-        """What logits are divided by for calibrated probabilities; fitted on the validation split."""
+        """Divisor of the logits that calibrates the probabilities; fitted on the validation split."""
         return self.report.calibration.temperature
 
 
 @step("evaluate")
 def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> Evaluation:
-    """Score the trained weights on the test split, each image once; a temperature is fitted on the validation split.
+    """Scores the trained weights on the test split, each image once, and fits a temperature on the validation split.
 
-    What was predicted is kept for the quality gate.
+    Stores the predictions for the quality gate.
 
     Raises:
         Cancelled: the flow run was cancelled.
-        ServiceError: a server failed, or the bucket has other weights than the training left.
+        ServiceError: a server failed, or the weights in the bucket are not those of the training.
     """
     stop_if_cancelled()
     store = open_bucket()
@@ -97,7 +97,7 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
 
 @step("publish-evaluation")
 def publish(dataset: DatasetRef, evaluated: Evaluation) -> None:
-    """Puts the report into the MLflow run (`report/`, metrics `test/...`) and, as a page, into Prefect.
+    """Publishes the report in the MLflow run (`report/`, metrics `test/...`) and as a page in Prefect.
 
     Raises:
         Cancelled: the flow run was cancelled.
@@ -110,7 +110,7 @@ def publish(dataset: DatasetRef, evaluated: Evaluation) -> None:
 
 
 def trained_network(store: ObjectStore, config: TrainConfig, manifest: Manifest, trained: TrainResult) -> nn.Module:
-    """The network with the weights that a training committed, verified; on the CPU, in evaluation mode.
+    """Returns the network with the verified weights that a training committed, on the CPU, in evaluation mode.
 
     Raises:
         ServiceError: the weights in the bucket are not those of the training.
@@ -123,7 +123,7 @@ def trained_network(store: ObjectStore, config: TrainConfig, manifest: Manifest,
     found = weights_sha256(network.state_dict())
     if found != trained.weights_sha256:
         raise ServiceError(
-            f"{store.uri(trained.weights_key)} holds other weights than the training left: "
+            f"{store.uri(trained.weights_key)} does not hold the weights of the training: "
             f"their SHA-256 is {found}, expected {trained.weights_sha256}"
         )
     return network.eval()

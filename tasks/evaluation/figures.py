@@ -1,27 +1,24 @@
-"""The pictures of an evaluation, by matplotlib: confusion matrix, reliability, galleries of images."""
-
-from collections.abc import Sequence
+"""Draws the pictures of an evaluation with matplotlib: confusion matrix, reliability diagram, gallery of images."""
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from cnn.data.split_reader import SplitReader
 from cnn.evaluation.calibration import Reliability
 from tasks.evaluation.report import EvaluationReport, Example
 from tasks.reporting.drawing import CELL, COLUMNS, images_at, section, section_height, short
 
-COUNTED_CLASSES = 20  # up to so many, the confusion matrix has the number in each cell; more would be unreadable
+COUNTED_CLASSES = 20  # with more classes, numbers in the confusion matrix's cells would be unreadable
 
 DARK, BLUE, ORANGE = "#1b2a41", "#2f6db5", "#d9822b"
 
 
 def confusion_figure(report: EvaluationReport) -> Figure:
-    """Draw the confusion matrix: the colour is the share of the true class, the number counts images.
+    """Draws the confusion matrix: a cell's colour is its share of the true class, its number counts images.
 
-    The colour scale is a square root, so that a confusion of one image in a hundred can still be seen.
+    The colour scale is a square root, so that a confusion of one image in a hundred remains visible.
     """
     counts = np.array(report.confusion)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
@@ -58,9 +55,9 @@ def confusion_figure(report: EvaluationReport) -> Figure:
 
 
 def reliability_figure(report: EvaluationReport) -> Figure:
-    """Draw accuracy over confidence, before and after the temperature, and how many images each bin has.
+    """Draws accuracy over confidence, before and after the temperature, and the number of images per bin.
 
-    On the diagonal a network keeps its word; below, it is too sure of itself.
+    On the diagonal, confidence equals accuracy; below it, the network is overconfident.
     """
     calibration = report.calibration
     figure = Figure(figsize=(10, 5.2), layout="constrained")
@@ -94,16 +91,16 @@ def _reliability(upper: Axes, lower: Axes, found: Reliability) -> None:
 
 
 def gallery_figure(report: EvaluationReport, split: SplitReader) -> Figure:
-    """Show the most confidently wrong and the hardest images of a report, each with what it is and was taken for.
+    """Draws the most confidently wrong and the hardest images of a report, with their predicted and true classes.
 
     Args:
-        split: the one that the report is about.
+        split: the split of the report.
     """
     names = [scores.name for scores in report.classes]
 
     def caption(example: Example) -> str:
-        said = f"said {short(names[example.predicted])} ({example.probability:.0%})"
-        return f"{said}\ntrue {short(names[example.label])} ({example.true_probability:.0%})"
+        predicted = f"model: {short(names[example.predicted])} ({example.probability:.0%})"
+        return f"{predicted}\nlabel: {short(names[example.label])} ({example.true_probability:.0%})"
 
     sections = [
         (
@@ -113,15 +110,10 @@ def gallery_figure(report: EvaluationReport, split: SplitReader) -> Figure:
         )
         for title, examples in (
             ("Most confidently wrong", report.confidently_wrong),
-            ("Hardest to decide: the two likeliest classes are closest", report.hardest),
+            ("Hardest: the two most probable classes are closest", report.hardest),
         )
         if examples
     ]
-    return _gallery(sections)
-
-
-def _gallery(sections: Sequence[tuple[str, Tensor, Sequence[str]]]) -> Figure:
-    """Titled groups of uint8 images n×C×H×W, each with a caption."""
     heights = [section_height(len(images)) for _, images, _ in sections]
     figure = Figure(figsize=(COLUMNS * CELL[0], max(1.0, sum(heights))), layout="constrained")
     if not sections:

@@ -1,4 +1,4 @@
-"""Compares two accuracies that were measured on the same images, by the images that only one of the two has right.
+"""Compares two accuracies measured on the same images, by the images that only one of the two versions has right.
 
 Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample design",
 Statistics in Medicine 17:891 (1998).
@@ -16,15 +16,15 @@ def tango(wins: ArrayLike, losses: ArrayLike, images: int, difference: float) ->
     """Returns Tango's score: standard deviations by which the gain, (wins − losses) / images, exceeds a difference.
 
     Args:
-        wins: images that only the first has right; arrays are taken element by element.
-        losses: images that only the second has right.
-        images: those compared, at least 1.
-        difference: of the two true accuracies, in −1 … 1.
+        wins: images that only the first version has right; arrays are taken element by element.
+        losses: images that only the second version has right.
+        images: number of compared images, at least 1.
+        difference: assumed difference between the true accuracies, in −1 … 1.
     """
     b, c = np.asarray(wins, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     linear = (2 * images - b + c) * difference - b - c
     root = np.sqrt(np.maximum(linear**2 + 8 * images * c * difference * (1 - difference), 0))
-    losing = (root - linear) / (4 * images)  # likeliest probability of a loss, if this is the true difference
+    losing = (root - linear) / (4 * images)  # maximum-likelihood probability of a loss under this difference
     variance = images * (2 * losing + difference * (1 - difference))
     excess = b - c - images * difference
     score: Floats = excess / np.sqrt(np.maximum(variance, 1e-300))
@@ -32,14 +32,14 @@ def tango(wins: ArrayLike, losses: ArrayLike, images: int, difference: float) ->
 
 
 def p_worse(wins: ArrayLike, losses: ArrayLike, images: int, margin: float) -> Floats:
-    """Returns how probable so good a result is, at most, if the first's true accuracy is `margin` below the second's.
+    """Returns the probability of this or a better result if the first's true accuracy is `margin` below the second's.
 
-    Where the two agree on nearly all images, the score alone is wrong up to 6 % of the time at 5 %. So the number of
-    losses has to be improbably small as well, for a probability of a loss of margin + wins / images, exactly. Without
-    any disagreement this is the rule of three: 5 % need 3 / margin images.
+    Where the two agree on nearly all images, the score alone errs up to 6 % of the time at a level of 5 %. So the
+    number of losses must also be improbably small, by the exact binomial probability with a loss rate of
+    margin + wins / images. Without any disagreement this is the rule of three: a level of 5 % needs 3 / margin images.
 
     Args:
-        margin: negative for a first one that is better by so much.
+        margin: negative if the first version's true accuracy is above the second's.
     """
     score = normal_tail(tango(wins, losses, images, -margin))
     if margin <= 0:
@@ -50,12 +50,12 @@ def p_worse(wins: ArrayLike, losses: ArrayLike, images: int, margin: float) -> F
 
 
 def p_no_worse(wins: ArrayLike, losses: ArrayLike, images: int, margin: float) -> Floats:
-    """Returns how probable so bad a result is, at most, if the first's true accuracy is `margin` below the second's."""
+    """Returns the probability of this or a worse result if the first's true accuracy is `margin` below the second's."""
     return normal_tail(-tango(wins, losses, images, -margin))
 
 
 def lower_bound(wins: int, losses: int, images: int, alpha: float) -> float:
-    """Returns the difference of the accuracies that the true one exceeds with confidence 1 − alpha: see `p_worse`."""
+    """Returns the lower confidence bound (1 − alpha) of the difference between the true accuracies: see `p_worse`."""
     low, high = -1.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

@@ -1,8 +1,7 @@
-"""Publishes an evaluation: numbers, pictures and a page, in MLflow and Prefect."""
+"""Publishes an evaluation in MLflow and Prefect: numbers, pictures and a page."""
 
 from collections.abc import Iterable
 
-import torch
 from prefect.artifacts import create_markdown_artifact
 from rich.filesize import decimal
 
@@ -13,15 +12,16 @@ from tasks.evaluation.figures import confusion_figure, gallery_figure, reliabili
 from tasks.evaluation.report import EvaluationReport
 from tasks.reporting.markdown import Markup, table
 
-LISTED_CLASSES = 40  # up to so many, the table lists every class; else the worst ones
-LISTED_SLICES = 10  # of each column, the worst ones
+LISTED_CLASSES = 40  # of more classes, the table lists those with the lowest F1
+LISTED_SLICES = 10  # per column, those with the lowest accuracy
+LISTED_MISTAKES = 8
 
 
 def publish_evaluation(run_id: str, report: EvaluationReport, split: SplitReader) -> None:
-    """Put a report into an MLflow run (`report/`, metrics, tag `convoy.temperature`) and on a page in Prefect.
+    """Publishes a report in an MLflow run (`report/`, metrics, tag `convoy.temperature`) and as a page in Prefect.
 
     Args:
-        split: the one that the report is about.
+        split: the split of the report.
 
     Raises:
         ServiceError: MLflow cannot be reached, or refuses.
@@ -38,34 +38,32 @@ def publish_evaluation(run_id: str, report: EvaluationReport, split: SplitReader
 
 
 def report_markdown(report: EvaluationReport) -> str:
-    """The report as a page: headline, classes, the hardest first, the commonest mistakes, the worst slices."""
+    """Returns the report as a page: headline, classes by F1, most frequent mistakes, worst slices."""
     ordered = sorted(report.classes, key=lambda scores: scores.f1)
     listed = ordered[:LISTED_CLASSES]
     means = ((Markup("*macro mean*"), report.macro), (Markup("*weighted mean*"), report.weighted))
     scores = [*((s.name, s, s.support) for s in listed), *((name, s, report.images) for name, s in means)]
     rows = ((name, f"{s.precision:.3f}", f"{s.recall:.3f}", f"{s.f1:.3f}", images) for name, s, images in scores)
     lines = [
-        f"**{report.accuracy:.2%}** of {report.images:,} {report.split} images right, "
-        f"cross-entropy {report.loss:.4f}, macro F1 {report.macro.f1:.4f}",
+        f"{report.headline}, cross-entropy {report.loss:.4f}, macro F1 {report.macro.f1:.4f}",
         "",
         *_facts(report),
         "",
         *table(("class", "precision", "recall", "F1", "images"), rows, "lrrrr"),
     ]
     if len(listed) < len(ordered):
-        lines += ["", f"The {len(listed)} hardest of {len(ordered)} classes."]
-    if mistakes := _mistakes(report):
-        lines += ["", *table(("true", "taken for", "images"), mistakes, "llr")]
+        lines += ["", f"These {len(listed)} of {len(ordered)} classes have the lowest F1."]
+    if mistakes := report.mistakes(LISTED_MISTAKES):
+        lines += ["", *table(("true", "predicted", "images"), mistakes, "llr")]
     for name, slices in report.slices.items():
         if name != "class":
             worst = sorted(slices, key=lambda s: s.accuracy)[:LISTED_SLICES]
-            found = ((s.value, f"{s.accuracy:.2%}", _range(s.interval), s.images) for s in worst)
-            lines += ["", *table((name, "accuracy", "95 %", "images"), found, "lrcr")]
+            found = ((s.value, f"{s.accuracy:.2%}", "{:.2%} … {:.2%}".format(*s.interval), s.images) for s in worst)
+            lines += ["", *table((name, "accuracy", "95 % interval", "images"), found, "lrcr")]
     return "\n".join(lines)
 
 
 def _facts(report: EvaluationReport) -> Iterable[str]:
-    yield f"- accuracy, 95 % interval (Wilson): {_range(report.accuracy_interval)}"
     if report.top_k:
         yield "- " + ", ".join(f"top-{k} {share:.2%}" for k, share in report.top_k.items())
     found = report.calibration
@@ -76,19 +74,4 @@ def _facts(report: EvaluationReport) -> Iterable[str]:
     if report.footprint:
         each = ", ".join(f"{ms:.2f} ms (batch {size})" for size, ms in report.footprint.latency_ms.items())
         place = f"{report.footprint.device}, {report.footprint.threads} threads"
-        yield f"- {decimal(report.footprint.size_bytes)} of weights; {each} an image on {place}"
-
-
-def _mistakes(report: EvaluationReport, most: int = 8) -> list[tuple[str, str, int]]:
-    counts = torch.tensor(report.confusion).fill_diagonal_(0)
-    found = counts.flatten().topk(min(most, counts.numel()))
-    rows = []
-    for count, place in zip(found.values.tolist(), found.indices.tolist(), strict=True):
-        true, predicted = (report.classes[number].name for number in divmod(place, len(counts)))
-        if count:
-            rows.append((true, predicted, count))
-    return rows
-
-
-def _range(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:.2%} … {interval[1]:.2%}"
+        yield f"- {decimal(report.footprint.size_bytes)} of weights; per image {each} on {place}"

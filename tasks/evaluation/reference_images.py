@@ -1,4 +1,4 @@
-"""The first test images and what the evaluated network said of them: an object in the bucket."""
+"""Stores the first test images with the evaluated network's probabilities, as one object in the bucket."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +10,7 @@ from infra.storage.object_store import ObjectStore
 
 
 def store_reference(store: ObjectStore, key: str, images: Tensor, probabilities: Tensor) -> None:
-    """Write uint8 N×C×H×W and float32 N×classes."""
+    """Stores images, uint8 N×C×H×W, with their probabilities, float32 N×classes."""
     with TemporaryDirectory() as temporary:
         file = Path(temporary) / "reference.safetensors"
         save_file({"images": images.contiguous(), "probabilities": probabilities.contiguous()}, file)
@@ -18,7 +18,7 @@ def store_reference(store: ObjectStore, key: str, images: Tensor, probabilities:
 
 
 def load_reference(store: ObjectStore, key: str) -> dict[str, Tensor]:
-    """Read `images` and `probabilities` back, verified by the digest that was stored with them."""
+    """Returns the stored `images` and `probabilities`, verified by the digest stored with them."""
     info = store.head(key)
     with TemporaryDirectory() as temporary:
         file = Path(temporary) / "reference.safetensors"

@@ -1,9 +1,9 @@
-"""What an evaluation found, as numbers."""
+"""Computes the numbers of an evaluation: scores, confusion matrix, calibration, latency."""
 
 import json
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,14 +22,13 @@ Labels = NDArray[np.int64]
 
 EXAMPLES = 24  # images of each kind in the gallery
 TOP_K = (3, 5)
-CONFIDENCE = 0.95  # of intervals
-BATCH_SIZES = (1, 64)
-WARM_UP, REPEATS = 2, 10  # calls that are not measured, and that are
+TIMED_BATCHES = (1, 64)
+WARM_UP_CALLS, TIMED_CALLS = 2, 10  # per batch size
 NO_SLICES: Mapping[str, Sequence[object]] = MappingProxyType({})
 
 
 class Scores(Record):
-    """Precision, recall and their harmonic mean; 0 where nothing was predicted, or nothing is there."""
+    """Precision, recall and their harmonic mean; 0 where the divisor is 0."""
 
     precision: float
     recall: float
@@ -37,7 +36,7 @@ class Scores(Record):
 
 
 class ClassScores(Scores):
-    """Scores of one class, one against the rest."""
+    """Scores of one class against the rest."""
 
     name: str
 
@@ -46,20 +45,20 @@ class ClassScores(Scores):
 
 
 class SliceScores(Record):
-    """Accuracy on the images that share a value."""
+    """Accuracy on the images that have one value of a metadata column."""
 
     value: str
     images: int
     accuracy: float
     interval: tuple[float, float]
-    """Of the accuracy: Wilson's, 95 %."""
+    """Wilson's 95 % interval of the accuracy."""
 
 
 class Calibration(Record):
-    """What the network's probabilities are worth, as trained and with logits divided by a temperature."""
+    """Calibration of the network's probabilities, as trained and with logits divided by a temperature."""
 
     temperature: float
-    """Fitted on other images than those of the report; 1 changes nothing."""
+    """Fitted on another split than the report's; 1 changes nothing."""
 
     ece_before: float
     """Expected calibration error in 15 bins (Guo et al., 2017)."""
@@ -72,14 +71,14 @@ class Calibration(Record):
     after: Reliability
 
     remark: str = ""
-    """What a reader should know about the temperature."""
+    """A remark for readers about the temperature; may be empty."""
 
 
 class Example(Record):
-    """An image, and what was said of it; probabilities are as trained."""
+    """An image and its prediction; probabilities are as trained."""
 
     index: int
-    """Its place in the split."""
+    """Position in the split."""
 
     label: int
     predicted: int
@@ -90,23 +89,23 @@ class Example(Record):
 
 
 class Footprint(Record):
-    """What a network takes to run."""
+    """Size and speed of a network."""
 
     device: str
     """`cpu` or `cuda`."""
 
     threads: int
-    """Of PyTorch, on the CPU."""
+    """PyTorch's threads on the CPU."""
 
     size_bytes: int
     """Parameters and buffers."""
 
     latency_ms: dict[int, float]
-    """Milliseconds an image, by batch size: the median of ten calls."""
+    """Milliseconds per image, by batch size: the median of ten calls."""
 
 
 class EvaluationReport(Record):
-    """How a network does on a split."""
+    """Results of a network on a split."""
 
     split: str
     images: int
@@ -115,7 +114,7 @@ class EvaluationReport(Record):
     """Share of the images whose most probable class is right."""
 
     accuracy_interval: tuple[float, float]
-    """Wilson's, 95 %."""
+    """Wilson's 95 % interval."""
 
     top_k: dict[int, float]
     """Share of the images whose class is among the k most probable, for k below the number of classes."""
@@ -137,18 +136,36 @@ class EvaluationReport(Record):
     calibration: Calibration
 
     slices: dict[str, tuple[SliceScores, ...]]
-    """By `class`, and by each column of metadata that was given."""
+    """By `class`, and by each column of metadata."""
 
     confidently_wrong: tuple[Example, ...]
-    """Wrong ones, the highest probability of the predicted class first."""
+    """Misclassified images, the highest probability of the predicted class first."""
 
     hardest: tuple[Example, ...]
-    """Others, right or wrong, the smallest gap between the two most probable classes first."""
+    """Other images, the smallest gap between the two most probable classes first."""
 
     footprint: Footprint | None = None
 
+    @property
+    def headline(self) -> str:
+        """The accuracy with its interval, as Markdown."""
+        low, high = self.accuracy_interval
+        return (
+            f"**{self.accuracy:.2%}** of {self.images:,} {self.split} images right "
+            f"(95 % interval {low:.2%} to {high:.2%})"
+        )
+
+    def mistakes(self, most: int) -> list[tuple[str, str, int]]:
+        """Returns the most frequent confusions: true class, predicted class, number of images."""
+        counts = np.array(self.confusion)
+        np.fill_diagonal(counts, 0)
+        names = [scores.name for scores in self.classes]
+        places = np.argsort(-counts, axis=None, kind="stable")[:most].tolist()
+        pairs = (divmod(place, len(counts)) for place in places if counts.flat[place])
+        return [(names[true], names[predicted], int(counts[true, predicted])) for true, predicted in pairs]
+
     def metrics(self) -> dict[str, float]:
-        """The figures that MLflow compares runs by; those of a group share a chart section there."""
+        """Returns the figures by which MLflow compares runs; equal prefixes share a chart section there."""
         found = {
             "accuracy": self.accuracy,
             "accuracy_low": self.accuracy_interval[0],
@@ -170,7 +187,7 @@ class EvaluationReport(Record):
         return {f"{self.split}/{name}": value for name, value in found.items()}
 
     def confusion_json(self) -> str:
-        """The confusion matrix alone, with the names of its rows and columns."""
+        """Returns the confusion matrix alone, with the names of its rows and columns."""
         names = [scores.name for scores in self.classes]
         return json.dumps({"classes": names, "counts": self.confusion})
 
@@ -185,7 +202,7 @@ def evaluation_report(
     slices: Mapping[str, Sequence[object]] = NO_SLICES,
     footprint: Footprint | None = None,
 ) -> EvaluationReport:
-    """Compare predictions with labels.
+    """Compares predictions with labels.
 
     Args:
         split: name of the split, for example `test`.
@@ -193,11 +210,11 @@ def evaluation_report(
         labels: int64 [N].
         classes: names, by label.
         temperature: from `cnn.evaluation.calibration.fit_temperature` on another split's logits.
-        slices: columns of metadata by name, each with a value for every image.
+        slices: columns of metadata by name, each with one value per image.
         footprint: from `measure_footprint`.
 
     Raises:
-        InputError: a column has not one value for every image.
+        InputError: a column does not have one value per image.
     """
     truth, predicted = labels.numpy(), logits.argmax(1).numpy()
     right = truth == predicted
@@ -211,7 +228,7 @@ def evaluation_report(
         split=split,
         images=len(labels),
         accuracy=float(right.mean()),
-        accuracy_interval=_interval(int(right.sum()), len(labels)),
+        accuracy_interval=wilson_interval(int(right.sum()), len(labels)),
         top_k={k: float(likeliest[:, :k].any(1).double().mean()) for k in TOP_K if k < len(classes)},
         loss=float(F.cross_entropy(logits.double(), labels)),
         macro=_average(scores, occurring),
@@ -230,9 +247,9 @@ def evaluation_report(
 
 
 def _scores(confusion: Labels) -> NDArray[np.float64]:
-    """Returns precision, recall and F1 of each class [classes, 3]; 0 where there is nothing to divide by."""
-    right, predicted, there = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
-    parts, wholes = np.stack([right, right, 2 * right], 1), np.stack([predicted, there, predicted + there], 1)
+    """Returns precision, recall and F1 of each class [classes, 3]; 0 where the divisor is 0."""
+    right, predicted, true = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
+    parts, wholes = np.stack([right, right, 2 * right], 1), np.stack([predicted, true, predicted + true], 1)
     scores: NDArray[np.float64] = parts / np.maximum(wholes, 1)
     return scores
 
@@ -240,10 +257,6 @@ def _scores(confusion: Labels) -> NDArray[np.float64]:
 def _average(scores: NDArray[np.float64], weights: NDArray[Any]) -> Scores:
     precision, recall, f1 = np.average(scores, axis=0, weights=weights).tolist()
     return Scores(precision=precision, recall=recall, f1=f1)
-
-
-def _interval(right: int, images: int) -> tuple[float, float]:
-    return wilson_interval(right, images, CONFIDENCE)
 
 
 def _calibration(logits: Tensor, labels: Tensor, temperature: float) -> Calibration:
@@ -266,11 +279,11 @@ def _sliced(name: str, values: Sequence[object] | NDArray[np.str_], right: NDArr
     found, places = np.unique(np.asarray([str(value) for value in values]), return_inverse=True)
     counts, hits = np.bincount(places), np.bincount(places, weights=right)
     for value, images, hit in zip(found.tolist(), counts.tolist(), hits.tolist(), strict=True):
-        yield SliceScores(value=value, images=images, accuracy=hit / images, interval=_interval(int(hit), images))
+        yield SliceScores(value=value, images=images, accuracy=hit / images, interval=wilson_interval(int(hit), images))
 
 
 def _examples(logits: Tensor, labels: Tensor) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """The most confidently wrong images, and of the others those that were hardest to decide."""
+    """Returns the most confidently wrong images, and the hardest of the others."""
     probabilities = logits.double().softmax(1)
     best = probabilities.topk(min(2, logits.shape[1]), dim=1)
     predicted, gap = best.indices[:, 0], best.values[:, 0] - best.values[:, -1]
@@ -295,28 +308,34 @@ def _examples(logits: Tensor, labels: Tensor) -> tuple[tuple[Example, ...], tupl
 
 
 def measure_footprint(network: nn.Module, images: Tensor, device: torch.device) -> Footprint:
-    """Measure how large a network is, and how long it takes for an image, alone and in a batch of 64.
+    """Measures a network's size, and its time per image, alone and in a batch of 64.
 
     Args:
-        network: on the device, in evaluation mode; takes what `images` are, normalisation included.
+        network: on the device, in evaluation mode, with its normalisation.
         images: uint8 N×C×H×W, N ≥ 1; repeated where a batch needs more.
     """
+
+    def latency(size: int) -> float:
+        batch = images[torch.arange(size) % len(images)].to(device)
+        # `cpu` waits until a GPU has finished.
+        return median_ms(lambda: network(batch).cpu(), warm_up=WARM_UP_CALLS, timed=TIMED_CALLS) / size
+
     tensors = [*network.parameters(), *network.buffers()]
-    latency = {}
     with torch.inference_mode():
-        for size in BATCH_SIZES:
-            batch = images[torch.arange(size) % len(images)].to(device)
-            seconds = [_seconds(network, batch) for _ in range(WARM_UP + REPEATS)][WARM_UP:]
-            latency[size] = 1000 * statistics.median(seconds) / size
+        latency_ms = {size: latency(size) for size in TIMED_BATCHES}
     return Footprint(
         device=device.type,
         threads=torch.get_num_threads(),
         size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        latency_ms=latency,
+        latency_ms=latency_ms,
     )
 
 
-def _seconds(network: nn.Module, batch: Tensor) -> float:
-    began = time.perf_counter()
-    network(batch).cpu()  # a GPU has finished when its answer is here
-    return time.perf_counter() - began
+def median_ms(call: Callable[[], object], *, warm_up: int, timed: int) -> float:
+    """Returns the median time of a call in milliseconds, after calls that are not timed."""
+    seconds = []
+    for _ in range(warm_up + timed):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return 1000 * statistics.median(seconds[warm_up:])

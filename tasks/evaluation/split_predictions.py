@@ -1,6 +1,6 @@
-"""What a run's weights predicted for a test split: an object in the bucket, so that no gate has to predict it again.
+"""Stores a run's predictions for a test split in the bucket, so that no gate has to predict them again.
 
-runs/<run>/test-predictions.safetensors; it counts when the test split and the weights are the same.
+The object is runs/<run>/test-predictions.safetensors. It is valid for the same test split and the same weights only.
 """
 
 import json
@@ -22,12 +22,12 @@ from infra.storage.s3_client import ObjectMissing
 def store_predictions(
     store: ObjectStore, run_id: str, predicted: Tensor, classes: Sequence[str], manifest: Manifest, weights_sha256: str
 ) -> None:
-    """Keep what a run's weights predicted for the test split, in place of an earlier split's.
+    """Stores a run's predictions for the test split; they replace those for another split.
 
     Args:
         predicted: int64 [N], positions in `classes`.
-        classes: names, as the network was trained.
-        manifest: of the dataset version that the test split belongs to.
+        classes: class names, in the order of the network's outputs.
+        manifest: of the test split's dataset version.
     """
     marks = {"of": _mark(manifest, weights_sha256), "classes": json.dumps(list(classes))}
     with TemporaryDirectory() as temporary:
@@ -39,7 +39,7 @@ def store_predictions(
 def load_predictions(
     store: ObjectStore, run_id: str, manifest: Manifest, weights_sha256: str
 ) -> tuple[Tensor, tuple[str, ...]] | None:
-    """Predictions int64 [N] and the classes that they count in; None if there are none of this test split."""
+    """Returns predictions, int64 [N], and the class names they index; None if none are stored for this split."""
     with TemporaryDirectory() as temporary:
         file = Path(temporary) / "predictions.safetensors"
         try:
@@ -54,5 +54,5 @@ def load_predictions(
 
 
 def _mark(manifest: Manifest, weights_sha256: str) -> str:
-    """What predictions depend on: the weights, and the images in their order."""
+    """Returns what predictions depend on: the weights, and the images in their order."""
     return " ".join([weights_sha256, *(shard.sha256 for shard in manifest.splits["test"].shards)])

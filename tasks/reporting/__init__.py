@@ -1,1 +1,1 @@
-"""Markdown and grids of images, for all reports."""
+"""Markdown and image grids for all reports."""

@@ -11,27 +11,27 @@ from torch import Tensor
 
 from cnn.data.split_reader import SplitReader
 
-COLUMNS = 8  # images side by side in a gallery
-CELL, SIDE = (1.25, 1.6), 1.15  # inches: an image with its caption and the space around, and the image's side
-NAME_LETTERS = 20
+COLUMNS = 8  # images per row of a gallery
+CELL, SIDE = (1.25, 1.6), 1.15  # inches: a cell with image, caption and margin; the image's side
+NAME_LETTERS = 20  # of a class beside an image
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+    """Returns the figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     return buffer.getvalue()
 
 
 def section_height(images: int) -> float:
-    """The height of a section with so many images, in inches."""
+    """Returns the height of a section with this number of images, in inches."""
     return 0.5 + CELL[1] * -(-images // COLUMNS)
 
 
 def section(part: SubFigure, title: str, images: Tensor, captions: Sequence[str]) -> None:
-    """Fill a part of a figure with uint8 images n×C×H×W, side by side, below a title; each has a caption."""
+    """Draws a title, and below it a grid of uint8 images n×C×H×W with a caption each, into a part of a figure."""
     part.suptitle(title)
-    axes = part.add_subplot()  # one for all: matplotlib takes seconds to lay out a pair of axes per image
+    axes = part.add_subplot()  # one for all images: matplotlib takes seconds to lay out a pair of axes per image
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = CELL[0] * (number % COLUMNS), CELL[1] * (number // COLUMNS)
         axes.imshow(
@@ -47,15 +47,15 @@ def section(part: SubFigure, title: str, images: Tensor, captions: Sequence[str]
 
 
 def rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """C×H×W, grey or RGB, to H×W×3."""
+    """Converts C×H×W, grey or RGB, to H×W×3."""
     return np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3))
 
 
 def images_at(split: SplitReader, indices: Sequence[int]) -> Tensor:
-    """The images at some places of a split."""
+    """Returns the images at these positions of a split."""
     return split.gather(torch.tensor(indices, dtype=torch.int64))[0]
 
 
 def short(name: str) -> str:
-    """A name, cut to what fits beside an image."""
+    """Returns the name, shortened to what fits beside an image."""
     return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"

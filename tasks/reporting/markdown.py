@@ -1,36 +1,36 @@
-"""Escapes texts for Markdown pages: names of classes, files, models and data sets may hold anything."""
+"""Escapes texts for Markdown pages: names of classes, files, models and data sets may contain any character."""
 
 import re
 from collections.abc import Iterable
 
 from infra.errors import one_line
 
-IN_LINE = r"[\\`*\[\]<|~$]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])"
-"""What CommonMark, GitHub's tables and strikethrough, or a page's mathematics would take for more than a character."""
+MARKUP_IN_LINE = r"[\\`*\[\]<|~$]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])"
+"""Characters that CommonMark, GitHub's tables and strikethrough, or mathematics in a page would read as markup."""
 
-AT_BEGINNING = r"^(?:[-+>#=]|\d+(?=[.)]))"
-"""The same, where a line begins; a cell begins none."""
+MARKUP_AT_LINE_START = r"^(?:[-+>#=]|\d+(?=[.)]))"
+"""The same at the start of a line. A table's cell does not start a line."""
 
 ALIGN = {"l": ":--", "c": ":-:", "r": "--:"}
 
 
-def plain(text: str, meaning: str = f"{IN_LINE}|{AT_BEGINNING}") -> str:
-    """Returns Markdown that shows a text as it is, on one line: in a paragraph, a list or a cell of a table.
+def plain(text: str, markup: str = f"{MARKUP_IN_LINE}|{MARKUP_AT_LINE_START}") -> str:
+    """Returns Markdown that shows a text literally, on one line of a paragraph, list or table cell.
 
-    See CommonMark 0.31, section 2.4, for what a backslash does.
+    Backslashes escape markup: CommonMark 0.31, section 2.4.
     """
-    return re.sub(meaning, _escaped, one_line(re.sub(r"[\x00-\x1f\x7f]", " ", text)))
+    return re.sub(markup, _escaped, one_line(re.sub(r"[\x00-\x1f\x7f]", " ", text)))
 
 
 class Markup(str):
-    """Markdown that `table` leaves as it is."""
+    """Markdown that `table` does not escape."""
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str | int]], align: str) -> list[str]:
-    """Returns the lines of a table whose cells show their texts as they are, but for `Markup`.
+    """Returns the lines of a table. Cells show their texts literally, except for `Markup`.
 
     Args:
-        align: `l`, `c` or `r` for each column.
+        align: `l`, `c` or `r` per column.
     """
     first, *others = (
         "".join(f"| {_cell(each)} " if each != "" else "| " for each in row) + "|" for row in (head, *rows)
@@ -41,14 +41,14 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str | int]], align: str) 
 def _cell(content: str | int) -> str:
     if isinstance(content, int):
         return f"{content:,}"
-    return content if isinstance(content, Markup) else plain(content, IN_LINE)
+    return content if isinstance(content, Markup) else plain(content, MARKUP_IN_LINE)
 
 
 def _escaped(found: re.Match[str]) -> str:
-    # Of a number that would begin a list, the dot is what is escaped, and that is the next character.
+    # A number matches where it would start a list; the character after it is escaped.
     return f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}"
 
 
 def shown(line: str) -> str:
-    """Returns what such a line shows, without marks of emphasis and backslashes."""
+    """Returns the text that an escaped line shows, without emphasis marks and backslashes."""
     return re.sub(r"\\([!-/:-@\[-`{-~])|\*\*", r"\1", line)

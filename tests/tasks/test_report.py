@@ -215,7 +215,7 @@ def test_gallery_shows_the_images_themselves_with_label_and_prediction(split: Ma
     assert len(shown) == len(report.confidently_wrong) + len(report.hardest)
     first = report.confidently_wrong[0]
     assert drawn[0].texts[0].get_text() == (
-        f"said {first.predicted} ({first.probability:.0%})\ntrue {first.label} ({first.true_probability:.0%})"
+        f"model: {first.predicted} ({first.probability:.0%})\nlabel: {first.label} ({first.true_probability:.0%})"
     )
     pixels = shown[0].get_array()
     assert torch.equal(torch.from_numpy(pixels[..., 0].copy()), split.slice(first.index, first.index + 1)[0][0, 0])
