@@ -1,1 +1,1 @@
-"""Uses a registered version: predicts images, and exports it to a file."""
+"""Predicts images with a registered version, and exports the version to a file."""

@@ -1,4 +1,4 @@
-"""A registered version as a file for use elsewhere."""
+"""Exports a registered version to a file for use elsewhere."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ Format = Literal["pt2", "onnx", "safetensors"]
 
 
 class Exported(Record):
-    """A file that was written."""
+    """The exported file, and how it was checked."""
 
     model: str
     """`models:/name/version`."""
@@ -36,25 +36,26 @@ class Exported(Record):
     bytes: int
     sha256: str
     largest_difference: float
-    """Of a probability, from the registered model's."""
+    """Between the probabilities of the file and of the registered model."""
 
     images: int
-    """That were compared."""
+    """Number of compared images."""
 
 
 def export(model: str, format: Format, out: Path) -> Exported:
-    """Write a registered version to a file, after comparing what the file gives with what the version gives.
+    """Writes a registered version to a file, once the file's probabilities equal the version's.
 
-    `pt2` and `onnx` take raw images and give probabilities; `safetensors` is for `cnn.serving.export.load_classifier`.
+    `pt2` and `onnx` take raw images and return probabilities; `safetensors` is for
+    `cnn.serving.export.load_classifier`.
 
     Args:
-        model: `name`, which means its champion, `name@alias` or `name/version`.
-        out: replaced if it is there.
+        model: `name` (its champion), `name@alias` or `name/version`.
+        out: replaced if it exists.
 
     Raises:
-        UsageError: no such version, no such format, or nothing can be written there.
-        InputError: packages are missing that ONNX takes.
-        ExportDiffers: the file would give something else; nothing is written.
+        UsageError: no such version, no such format, or `out` cannot be written.
+        InputError: packages that ONNX needs are missing.
+        ExportDiffers: the file's probabilities would differ; nothing is written.
         ServiceError: MLflow or the object store failed.
     """
     if format not in get_args(Format):
@@ -65,12 +66,12 @@ def export(model: str, format: Format, out: Path) -> Exported:
         check_onnx()
     version = find_version(model)
     store = open_bucket()
-    images = _reference_images(store, version)
+    images = load_reference(store, version.required("reference_key"))["images"]
     with TemporaryDirectory() as temporary:
         folder = download_version(version, Path(temporary))
         expected = torch.from_numpy(ServedModel(version, folder).predict(images.numpy()))
         if format == "safetensors":
-            worst = _weights(store, version, out, images, expected)
+            worst = _export_weights(store, version, out, images, expected)
         else:
             program = torch.export.load(folder / "data" / "model.pt2")
             if format == "pt2":
@@ -88,11 +89,9 @@ def export(model: str, format: Format, out: Path) -> Exported:
     )
 
 
-def _reference_images(store: ObjectStore, version: RegisteredVersion) -> Tensor:
-    return load_reference(store, version.required("reference_key"))["images"]
-
-
-def _weights(store: ObjectStore, version: RegisteredVersion, out: Path, images: Tensor, expected: Tensor) -> float:
+def _export_weights(
+    store: ObjectStore, version: RegisteredVersion, out: Path, images: Tensor, expected: Tensor
+) -> float:
     digest, key = version.required("weights_sha256"), version.required("weights_key")
     manifest = _manifest(store, version)
     description = Description(
@@ -110,7 +109,7 @@ def _weights(store: ObjectStore, version: RegisteredVersion, out: Path, images: 
         store.get_file(key, file)
         load_weights(network, file)
     if (found := weights_sha256(network.state_dict())) != digest:
-        raise ServiceError(f"{store.uri(key)} holds other weights than {version.uri}: their SHA-256 is {found}")
+        raise ServiceError(f"{store.uri(key)} does not hold the weights of {version.uri}: their SHA-256 is {found}")
     return export_weights(network, description, out, images, expected)
 
 

@@ -1,4 +1,4 @@
-"""The image files that a person means by names of files, folders and prefixes in a bucket; none is read here."""
+"""Lists the image files that names of files, folders and bucket prefixes stand for, without reading them."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -9,12 +9,10 @@ from cnn.formats.layout import SUFFIXES
 from infra.errors import UsageError
 from infra.storage.object_store import ObjectStore, parse_s3
 
-KINDS = "PNG, JPEG, WebP or BMP"
-
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file that has not been read yet."""
+    """An image file that is not read yet."""
 
     name: str
     size: int
@@ -24,10 +22,10 @@ class Picture:
 
 
 def pictures(inputs: Iterable[str]) -> Iterator[Picture]:
-    """The files that inputs mean: those named themselves, whatever they are called, and the images below folders.
+    """Yields the files of the inputs: each named file, whatever its suffix, and the images in folders and prefixes.
 
     Raises:
-        UsageError: there is no such file, or no image in a folder.
+        UsageError: there is no such file, or a folder contains no image.
         ServiceError: the object store failed.
     """
     for given in inputs:
@@ -36,7 +34,7 @@ def pictures(inputs: Iterable[str]) -> Iterator[Picture]:
             found = True
             yield picture
         if not found:
-            raise UsageError(f"{given}: no {KINDS} image there")
+            raise UsageError(f"{given}: no PNG, JPEG, WebP or BMP image there")
 
 
 def _on_disk(given: str) -> Iterator[Picture]:
@@ -57,7 +55,7 @@ def _on_disk(given: str) -> Iterator[Picture]:
 
 
 def _file(path: Path) -> Picture:
-    name = os.fsencode(path).decode(errors="backslashreplace")  # also where it is not valid UTF-8
+    name = os.fsencode(path).decode(errors="backslashreplace")  # it may not be valid UTF-8
     return Picture(name, path.stat().st_size, path.read_bytes)
 
 

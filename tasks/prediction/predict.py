@@ -1,7 +1,7 @@
-"""The predict task: a registered model's classes and probabilities for any number of image files, as a table."""
+"""The predict task: writes a table with a registered model's classes and probabilities for any number of images."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -27,31 +27,31 @@ from tasks.prediction.inputs import Picture, pictures
 from tasks.prediction.table import PredictedBatch, Unread, check_out, result_file, table_writer
 from tasks.reporting.markdown import plain, table
 
-BATCH_IMAGES, BATCH_BYTES = 64, 8 << 20  # of decoded images; what is smaller
-EXAMPLES = 20  # unreadable files that are named
+BATCH_IMAGES, BATCH_BYTES = 64, 8 << 20  # of decoded images; the smaller limit applies
+LISTED_UNREADABLE = 20
 GREY_SPREAD = 8  # levels by which a grey photograph's colour channels may differ after JPEG
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I"})
 
 
 class Predictions(Record):
-    """What a prediction gave."""
+    """Summary of a table of predictions."""
 
     model: str
     """`models:/name/version`."""
 
     out: str
     images: int
-    """Files in the table, unreadable ones included."""
+    """Files in the table, including unreadable ones."""
 
     unreadable: int
     unreadable_examples: tuple[Unread, ...]
     classes: dict[str, int]
-    """Images predicted as each class that occurs, the most frequent first."""
+    """Images per predicted class, the most frequent class first."""
 
     temperature: float
 
     def markdown(self) -> str:
-        """For people."""
+        """Returns the summary as a page."""
         lines = [
             f"{self.images:,} files, {self.unreadable:,} of them unreadable, "
             f"by {plain(self.model)} → {plain(self.out)}",
@@ -66,50 +66,50 @@ class Predictions(Record):
 
 @step("predict", retried=False)
 def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
-    """Predict the class of every image and write a table with a row for each file, in the inputs' order.
+    """Predicts the class of every image, and writes a table with one row per file in the inputs' order.
 
-    Columns: `file`; `class` and its `probability`; `p_CLASS` for each class; `error`, why a file could not be used,
-    in which case the others are empty. Images are decoded, resized and cropped as preprocessing does. Probabilities
-    are calibrated by the temperature in the version's tag `convoy.temperature`, if it has one. Only a few batches are
-    in memory, however many files there are.
+    Columns: `file`; `class` and its `probability`; `p_CLASS` per class; `error`, the reason why a file could not be
+    used (the other columns are then empty). Images are decoded, resized and cropped as in preprocessing. The
+    temperature in the version's tag `convoy.temperature` calibrates the probabilities, if the tag exists. Only a few
+    batches are in memory, however many files there are.
 
     Args:
-        model: `name`, which means its champion, `name@alias` or `name/version`.
+        model: `name` (its champion), `name@alias` or `name/version`.
         inputs: files, folders (links to folders are not followed), `s3://bucket/prefix` addresses.
-        out: where the table goes, a local path or an `s3://` address; `.parquet`, `.csv`, or `.json` and `.jsonl`,
-            which are JSON lines. It appears whole or not at all.
+        out: local path or `s3://` address of the table; `.parquet`, `.csv`, or `.json` and `.jsonl` (both JSON lines).
+            The table appears whole or not at all.
 
     Raises:
-        UsageError: no such model or input, no image among the inputs, or no image that can be read.
+        UsageError: no such model or input, no image among the inputs, or no readable image.
         ServiceError: MLflow or the object store failed.
     """
     check_out(out)
     total = sum(1 for _ in pictures(inputs))
-    served = Served(find_version(model))
+    classifier = ImageClassifier(find_version(model))
     unread: list[Unread] = []
     done, unread_count, classes = 0, 0, Counter[str]()
     with (
         result_file(out) as file,
-        table_writer(file, served.classes) as write,
-        progress(f"Predicting with {served.version.name}", total, unit="images", artifact="predict") as advance,
+        table_writer(file, classifier.classes) as write,
+        progress(f"Predicting with {classifier.version.name}", total, unit="images", artifact="predict") as advance,
     ):
-        for batch, answers in predict_pictures(served, pictures(inputs)):
-            write(batch, answers)
-            classes.update(served.classes[answer] for answer in answers.argmax(1))
+        for batch, probabilities in _predict_batches(classifier, pictures(inputs)):
+            write(batch, probabilities)
+            classes.update(classifier.classes[label] for label in probabilities.argmax(1))
             unread_count += len(batch.unread)
-            unread += batch.unread[: EXAMPLES - len(unread)]
+            unread += batch.unread[: LISTED_UNREADABLE - len(unread)]
             done += len(batch.names)
             advance(len(batch.names))
         if unread_count == done:
             raise UsageError(f"none of {done} files can be used: {unread[0].file}: {unread[0].reason}")
     result = Predictions(
-        model=served.version.uri,
+        model=classifier.version.uri,
         out=out,
         images=done,
         unreadable=unread_count,
         unreadable_examples=tuple(unread),
         classes=dict(classes.most_common()),
-        temperature=served.temperature,
+        temperature=classifier.temperature,
     )
     if flow_run_id():
         create_markdown_artifact(result.markdown(), key="predictions", description=f"Predictions by {result.model}")
@@ -117,11 +117,11 @@ def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
     return result
 
 
-class Served(ServedModel):
-    """A registered version that is loaded, and how images are prepared for it.
+class ImageClassifier(ServedModel):
+    """A loaded version, with the preparation of its images and the calibration of its probabilities.
 
     Raises:
-        UsageError: it is no model of ours, or cannot be loaded here.
+        UsageError: Convoy did not register the version, or it cannot be loaded here.
         ServiceError: MLflow failed.
     """
 
@@ -129,20 +129,20 @@ class Served(ServedModel):
         super().__init__(version)
         channels, side, _ = self.shape
         self.target = Target(side, channels)
-        # Colour images may go in if the network takes them, or was trained on colour images made grey.
+        # Colour images are allowed if the network takes colour, or was trained on colour images converted to grey.
         self.colour = channels == 3 or _trained_on_colour(str(self.metadata.get("dataset_version")))
         self.temperature = _temperature(version)
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Calibrated probabilities N×classes of raw images N×C×H×W."""
+        """Returns calibrated probabilities N×classes of raw images N×C×H×W."""
         return calibrated(self.predict(images), self.temperature)
 
 
 def _trained_on_colour(dataset_version: str) -> bool:
-    """Whether colour images were made grey for the training: then it is clear what to do with them."""
+    """Checks whether the training data had colour images, which preprocessing then converted to grey."""
     try:
         manifest = load_manifest(open_bucket(), dataset_version)
-    except ServiceError:  # the data may be gone, and the model still of use
+    except ServiceError:  # the data may be deleted while the model is still in use
         return False
     return not set(manifest.report.modes) <= GREY_MODES | {"P"}
 
@@ -159,7 +159,7 @@ def _temperature(version: RegisteredVersion) -> float:
 
 
 def calibrated(probabilities: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
-    """Softmax of the logits divided by the temperature, from the softmax of the logits (Guo et al. 2017)."""
+    """Returns softmax(logits / temperature), computed from softmax(logits) (Guo et al. 2017)."""
     if temperature == 1.0:
         return probabilities
     with np.errstate(divide="ignore"):  # a probability of zero stays zero
@@ -167,44 +167,41 @@ def calibrated(probabilities: NDArray[np.float32], temperature: float) -> NDArra
     return np.asarray(softmax(scaled, axis=1), dtype=np.float32)
 
 
-def predict_pictures(served: Served, files: Iterable[Picture]) -> Iterator[tuple[PredictedBatch, NDArray[np.float32]]]:
-    """Batches with the probabilities of their readable images, in the files' order; decoded on threads, ahead."""
-    size = max(1, min(BATCH_IMAGES, BATCH_BYTES // int(np.prod(served.target.shape))))
-    for batch in in_order(lambda part: _decode(part, served), _parts(files, size)):
+def _predict_batches(
+    classifier: ImageClassifier, files: Iterator[Picture]
+) -> Iterator[tuple[PredictedBatch, NDArray[np.float32]]]:
+    """Yields batches in the files' order, each with probabilities of its readable images; threads decode ahead."""
+    size = max(1, min(BATCH_IMAGES, BATCH_BYTES // int(np.prod(classifier.target.shape))))
+    groups = iter(lambda: list(islice(files, size)), [])
+    for batch in in_order(lambda group: _decode(group, classifier), groups):
         if len(batch.images):
-            yield batch, served.probabilities(batch.images)
+            yield batch, classifier.probabilities(batch.images)
         else:
-            yield batch, np.empty((0, len(served.classes)), dtype=np.float32)
+            yield batch, np.empty((0, len(classifier.classes)), dtype=np.float32)
 
 
-def _parts(files: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
-    rest = iter(files)
-    while part := list(islice(rest, size)):
-        yield part
-
-
-def _decode(part: Sequence[Picture], served: Served) -> PredictedBatch:
+def _decode(files: Sequence[Picture], classifier: ImageClassifier) -> PredictedBatch:
     images, unread = [], []
-    for picture in part:
+    for picture in files:
         try:
-            images.append(_pixels(picture, served))
+            images.append(_pixels(picture, classifier))
         except ServiceError:
             raise
         except OSError as error:
             unread.append(Unread(file=picture.name, reason=error.strerror or reason_of(error)))
         except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything
             unread.append(Unread(file=picture.name, reason=reason_of(error)))
-    stack = np.stack(images) if images else np.empty((0, *served.target.shape), dtype=np.uint8)
-    return PredictedBatch(tuple(picture.name for picture in part), stack, tuple(unread))
+    stack = np.stack(images) if images else np.empty((0, *classifier.target.shape), dtype=np.uint8)
+    return PredictedBatch(tuple(picture.name for picture in files), stack, tuple(unread))
 
 
-def _pixels(picture: Picture, served: Served) -> NDArray[np.uint8]:
-    """Pixels as preprocessing would give them; colour images are not made grey for a model that never saw any."""
+def _pixels(picture: Picture, classifier: ImageClassifier) -> NDArray[np.uint8]:
+    """Returns pixels as preprocessing would; refuses colour images if the model was trained on grey ones only."""
     if picture.size > MAX_MEMBER_BYTES:
         raise ValueError(f"{picture.size:,} bytes is more than {MAX_MEMBER_BYTES:,}")
     data = picture.read()
-    if not served.colour and not read_header(data).grey:
-        pixels = decode_image(data, Target(served.target.image_size, 3)).astype(np.int16)
+    if not classifier.colour and not read_header(data).grey:
+        pixels = decode_image(data, Target(classifier.target.image_size, 3)).astype(np.int16)
         if np.ptp(pixels, axis=0).max() > GREY_SPREAD:
             raise ValueError("a colour image, and the model was trained on grey ones only")
-    return decode_image(data, served.target)
+    return decode_image(data, classifier.target)

@@ -1,4 +1,4 @@
-"""The table of predictions, as Parquet, CSV or JSON lines, written batch by batch; it appears whole or not at all."""
+"""Writes the table of predictions batch by batch, as Parquet, CSV or JSON lines; it appears whole or not at all."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from infra.machine.files import publish
 from infra.records import Record
 from infra.storage.object_store import ObjectStore, parse_s3
 
-ROWS = 8192  # of a row group of Parquet
+ROW_GROUP_ROWS = 8192  # of Parquet
 
 
 class Unread(Record):
@@ -30,26 +30,26 @@ class Unread(Record):
 
 
 class PredictedBatch(NamedTuple):
-    """Some files, decoded."""
+    """A batch of decoded files."""
 
     names: tuple[str, ...]
     images: NDArray[np.uint8]
-    """[n, C, H, W], of the readable ones."""
+    """[n, C, H, W], of the readable files."""
 
     unread: tuple[Unread, ...]
 
 
 TableWriter = Callable[[PredictedBatch, NDArray[np.float32]], object]
-"""Appends a row for each file of a batch, given the probabilities of its readable images."""
+"""Appends one row per file of a batch, given the probabilities of its readable images."""
 
 WriteRows = Callable[[pa.RecordBatch], object]
 
 
 def check_out(out: str) -> None:
-    """Refuse a place for the table before the work, rather than after it.
+    """Checks the address of the table, before the work rather than after it.
 
     Raises:
-        UsageError: nothing can be written there, or its ending names no format.
+        UsageError: it cannot be written, or its suffix names no format.
     """
     if PurePosixPath(out).suffix.lower() not in (".parquet", ".csv", ".json", ".jsonl"):
         raise UsageError(f"--out {out}: its name must end with .parquet, .csv or .json")
@@ -61,7 +61,7 @@ def check_out(out: str) -> None:
 
 @contextmanager
 def result_file(out: str) -> Iterator[Path]:
-    """Yield a temporary path of the same ending; what is written there appears at `out` if the block succeeds."""
+    """Yields a temporary path with the same suffix; the file written there appears at `out` if the block succeeds."""
     local = None if out.startswith("s3://") else Path(out).absolute()
     with TemporaryDirectory(dir=local and local.parent, prefix=".convoy-") as temporary:
         file = Path(temporary, PurePosixPath(out).name)
@@ -75,28 +75,24 @@ def result_file(out: str) -> Iterator[Path]:
 
 @contextmanager
 def table_writer(file: Path, classes: Sequence[str]) -> Iterator[TableWriter]:
-    """Open a table for writing; the ending of its name says in which format."""
+    """Opens a table for writing, in the format that its suffix names."""
+    names = ["file", "class", "probability", *(f"p_{name}" for name in classes), "error"]
     types = [pa.string(), pa.string(), *[pa.float32()] * (1 + len(classes)), pa.string()]
-    schema = pa.schema(list(zip(columns(classes), types, strict=True)))
+    schema = pa.schema(list(zip(names, types, strict=True)))
     opened = {".parquet": _parquet, ".csv": _csv}.get(file.suffix.lower(), _json_lines)
     with opened(file, schema) as write:
-        yield lambda batch, answers: write(_rows(batch, answers, classes, schema))
-
-
-def columns(classes: Sequence[str]) -> list[str]:
-    """Names of the table's columns."""
-    return ["file", "class", "probability", *(f"p_{name}" for name in classes), "error"]
+        yield lambda batch, probabilities: write(_rows(batch, probabilities, classes, schema))
 
 
 def _rows(
-    batch: PredictedBatch, answers: NDArray[np.float32], classes: Sequence[str], schema: pa.Schema
+    batch: PredictedBatch, probabilities: NDArray[np.float32], classes: Sequence[str], schema: pa.Schema
 ) -> pa.RecordBatch:
     reasons = {each.file: each.reason for each in batch.unread}
     unread = np.array([name in reasons for name in batch.names])
     best = np.zeros(len(unread), dtype=np.int64)
-    table = np.zeros((1 + len(classes), len(unread)), dtype=np.float32)  # the highest probability above those of each
-    best[~unread] = answers.argmax(1)
-    table[:, ~unread] = np.vstack([answers.max(1), answers.T])
+    table = np.zeros((1 + len(classes), len(unread)), dtype=np.float32)  # highest probability, then one row per class
+    best[~unread] = probabilities.argmax(1)
+    table[:, ~unread] = np.vstack([probabilities.max(1), probabilities.T])
     named = pa.array(best, mask=unread)
     arrays = [
         pa.array(batch.names, pa.string()),
@@ -110,7 +106,7 @@ def _rows(
 @contextmanager
 def _csv(file: Path, schema: pa.Schema) -> Iterator[WriteRows]:
     with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)  # that of pyarrow quotes every text
+        writer = csv.writer(stream)  # pyarrow's writer quotes every text
         writer.writerow(schema.names)
         yield lambda rows: writer.writerows(zip(*(column.to_pylist() for column in rows.columns), strict=True))
 
@@ -128,7 +124,7 @@ def _parquet(file: Path, schema: pa.Schema) -> Iterator[WriteRows]:
 
         def write(rows: pa.RecordBatch) -> None:
             waiting.append(rows)
-            if sum(each.num_rows for each in waiting) >= ROWS:
+            if sum(each.num_rows for each in waiting) >= ROW_GROUP_ROWS:
                 writer.write_table(pa.Table.from_batches(waiting))
                 waiting.clear()
 

@@ -1,1 +1,1 @@
-"""From weights to champion: decide, register, try, judge, approve, promote, describe."""
+"""Registers a trained version, lets gates and people judge it, promotes it to champion, and describes it."""

@@ -1,4 +1,4 @@
-"""A person's yes before a version becomes champion (`approval: true`): the flow run pauses in Prefect and asks."""
+"""Asks a person to approve a promotion (`approval: true`): pauses the flow run in Prefect until the answer."""
 
 import asyncio
 
@@ -14,7 +14,7 @@ from tasks.release.verdict import Verdict
 
 
 class Approval(RunInput):
-    """The form in Prefect."""
+    """The form that Prefect shows."""
 
     promote: bool = False
     reason: str = ""
@@ -22,42 +22,41 @@ class Approval(RunInput):
 
 
 class ApprovalRefused(GateRefused):
-    """A person said no, or nobody said anything in time."""
+    """The promotion was rejected, or not approved in time."""
 
 
-def ask(registered: ModelVersion, verdict: Verdict, patience: float) -> str:
-    """Pause the flow run until someone approves the promotion in Prefect; returns the reason given.
+def ask(registered: ModelVersion, verdict: Verdict, time_limit: float) -> str:
+    """Pauses the flow run until a person approves the promotion in Prefect; returns the reason given.
 
     Args:
-        patience: seconds to wait for the answer.
+        time_limit: seconds to wait for the answer.
 
     Raises:
-        ApprovalRefused: the answer was no, or there was none.
+        ApprovalRefused: the answer was no, or none came in time.
         Cancelled: the flow run was cancelled meanwhile.
     """
     run_logger().info(
-        "waiting for a person: to promote %s, press Resume at this flow run in Prefect and switch `promote` on",
+        "waiting for approval: to promote %s, press Resume at this flow run in Prefect and switch `promote` on",
         registered.uri,
     )
     page = f"Promote **{registered.address}** to champion?\n\n{verdict.markdown()}"
-    answer = asyncio.run(_paused(page, patience))
+    answer = asyncio.run(_answer(page, time_limit))
     if answer is None:
-        raise ApprovalRefused(f"nobody approved {registered.address} within {patience:,.0f} s; it is not promoted")
+        raise ApprovalRefused(f"nobody approved {registered.address} within {time_limit:,.0f} s; it is not promoted")
     if not answer.promote:
-        raise ApprovalRefused(
-            f"{registered.address} was not approved" + (f": {answer.reason}" if answer.reason else "")
-        )
+        reason = f": {answer.reason}" if answer.reason else ""
+        raise ApprovalRefused(f"{registered.address} was not approved{reason}")
     return answer.reason
 
 
-async def _paused(page: str, patience: float) -> Approval | None:
-    """Returns the answer; None if there was none. A pause does not notice that its flow run is cancelled, so we look.
+async def _answer(page: str, time_limit: float) -> Approval | None:
+    """Returns the answer, or None if there was none. Polls for a cancellation, which a paused flow run does not notice.
 
-    Nothing goes on asking after the end: a thread that did could abort the interpreter while that ends.
+    No thread keeps polling afterwards: it could abort the interpreter at its exit.
     """
     form = Approval.with_initial_data(description=page)
     pause = asyncio.ensure_future(
-        apause_flow_run(wait_for_input=form, timeout=int(patience), poll_interval=int(POLL_SECONDS))
+        apause_flow_run(wait_for_input=form, timeout=int(time_limit), poll_interval=int(POLL_SECONDS))
     )
     while not (await asyncio.wait({pause}, timeout=POLL_SECONDS))[0]:
         stop_if_told()

@@ -1,12 +1,11 @@
-"""The model card: what a registered version is, on what data, how good, for what use, as its description in MLflow.
+"""Writes the model card of a registered version, its description in MLflow.
 
-The sections are those of Mitchell et al., Model Cards for Model Reporting (2019), as far as they can be generated.
+The sections follow Mitchell et al., Model Cards for Model Reporting (2019), as far as they can be generated.
 """
 
 import json
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 from prefect.utilities.urls import url_for
 
 from cnn.config.training import TrainConfig
@@ -20,7 +19,6 @@ from infra.tracking.model_versions import find_version
 from infra.tracking.provenance import Provenance, provenance
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, load_manifest
-from tasks.evaluation.binomial import wilson_interval
 from tasks.evaluation.evaluate import Evaluation
 from tasks.evaluation.report import EvaluationReport
 from tasks.orchestration.step import step
@@ -29,12 +27,12 @@ from tasks.training.runs.run_record import flatten
 from tasks.training.train import TrainResult
 
 LISTED_CLASSES = 30
-ALWAYS_SHOWN = ("model", "epochs", "seed")  # configuration keys, whether they have their default or not
-FEW = 100  # images of a class, below which its scores mean little
+ALWAYS_SHOWN = ("model", "epochs", "seed")  # configuration keys that are listed even at their defaults
+MIN_CLASS_IMAGES = 100  # a class with fewer test images has uncertain scores
 
 
 class CardLinks(Record):
-    """Where a version came from: addresses of the things it was made of and by."""
+    """Addresses of the runs, data, weights and code that a version was made with."""
 
     run_url: str
     flow_run_url: str | None
@@ -47,7 +45,7 @@ class CardLinks(Record):
 def write_model_card(
     registered: ModelVersion, config: RunConfig, dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation
 ) -> None:
-    """Generate the card and make it the version's description. Doing it again replaces it.
+    """Makes the card the version's description; replaces an earlier one.
 
     Raises:
         ServiceError: a server failed.
@@ -74,7 +72,7 @@ def model_card(
     report: EvaluationReport,
     links: CardLinks,
 ) -> str:
-    """The card as Markdown, with what matters most first, since MLflow keeps 5000 characters.
+    """Returns the card as Markdown, most important things first, since MLflow keeps 5000 characters.
 
     Args:
         manifest: of the dataset version.
@@ -82,20 +80,17 @@ def model_card(
     """
     channels, size = manifest.channels, manifest.image_size
     kind = "grey" if channels == 1 else "RGB"
-    right = round(report.accuracy * report.images)
-    low, high = wilson_interval(right, report.images, 0.95)
     return "\n".join(
         [
             f"# {plain(model.name)}, version {model.version}",
             "",
-            f"**{report.accuracy:.2%}** of {report.images:,} test images right "
-            f"(95 % interval {low:.2%} to {high:.2%}), cross-entropy {report.loss:.4f}, "
-            f"macro F1 {report.macro.f1:.4f}; validation accuracy {trained.val_accuracy:.2%}.",
+            f"{report.headline}, cross-entropy {report.loss:.4f}, macro F1 {report.macro.f1:.4f}; "
+            f"validation accuracy {trained.val_accuracy:.2%}.",
             "",
             "## Intended use",
             "",
-            f"Tells which of {len(manifest.classes)} classes a {kind} image of {size}×{size} pixels shows, for images "
-            f"that come about like those of {plain(dataset.name)}: {_names(manifest.classes)}.",
+            f"Classifies {kind} images of {size}×{size} pixels that were made like those of {plain(dataset.name)} into "
+            f"{len(manifest.classes)} classes: {_names(manifest.classes)}.",
             "",
             "## How to load",
             "",
@@ -121,7 +116,7 @@ def model_card(
             "",
             "## Configuration",
             "",
-            "What differs from the defaults; the run has every key.",
+            "Keys that differ from their defaults; the MLflow run has every key.",
             "",
             *_bullets(f"`{key}` {plain(str(value))}" for key, value in _configuration(config).items()),
             "",
@@ -131,28 +126,24 @@ def model_card(
 
 def _limits(config: RunConfig, manifest: Manifest, report: EvaluationReport) -> list[str]:
     limits = [
-        "It answers with one of its classes whatever the image shows; nothing else is recognised as foreign.",
-        "Nothing is known of images from other sources, cameras or times than the test split's.",
+        "The model always answers with one of its classes, even if the image shows something else.",
+        "Its accuracy is unknown for images from other sources, cameras or times than those of the test split.",
     ]
     hardest = sorted((scores for scores in report.classes if scores.support), key=lambda scores: scores.recall)[:3]
     if hardest and hardest[0].recall < 1:
         limits.append(
-            "Hardest classes, by share of their images found: "
+            "Classes with the lowest recall: "
             + ", ".join(f"{plain(scores.name)} {scores.recall:.1%}" for scores in hardest)
             + "."
         )
-    counts = np.array(report.confusion)
-    np.fill_diagonal(counts, 0)
-    true, predicted = np.unravel_index(counts.argmax(), counts.shape)
-    if most := int(counts[true, predicted]):
-        names = [plain(scores.name) for scores in report.classes]
-        limits.append(f"Commonest mistake: {names[true]} taken for {names[predicted]}, {most:,} times.")
-    if few := [scores.name for scores in report.classes if scores.support < FEW]:
-        limits.append(f"{len(few)} classes have fewer than {FEW} test images, so their scores are uncertain.")
+    for true, predicted, count in report.mistakes(1):
+        limits.append(f"Most frequent mistake: {plain(true)} classified as {plain(predicted)}, {count:,} times.")
+    if few := sum(scores.support < MIN_CLASS_IMAGES for scores in report.classes):
+        limits.append(f"Classes with fewer than {MIN_CLASS_IMAGES} test images, whose scores are uncertain: {few}.")
     if config.data.limit is not None:
-        limits.append(f"A trial run, on at most {config.data.limit:,} images of each split.")
+        limits.append(f"This was a trial run on at most {config.data.limit:,} images per split.")
     if manifest.report.duplicates:
-        limits.append(f"{manifest.report.duplicates:,} images of the source repeat others.")
+        limits.append(f"{manifest.report.duplicates:,} images of the source are duplicates of others.")
     return limits
 
 
@@ -181,7 +172,7 @@ def _data(config: RunConfig, manifest: Manifest) -> list[str]:
 
 def _configuration(config: RunConfig) -> Mapping[str, object]:
     chosen = flatten(config.training().model_dump(mode="json"))
-    # The network's options have other defaults for each network.
+    # Each network has its own options and defaults.
     default = flatten(TrainConfig.model_validate({"model": config.model}).model_dump(mode="json"))
     return {key: value for key, value in chosen.items() if key in ALWAYS_SHOWN or default.get(key) != value}
 

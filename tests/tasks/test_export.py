@@ -50,7 +50,7 @@ def test_weights_that_are_not_the_version_s_are_not_exported(registered: Registe
     save_file(state, other)
     registered.store.put_file(key, other)
     try:
-        with pytest.raises(ServiceError, match="holds other weights"):
+        with pytest.raises(ServiceError, match="does not hold the weights of"):
             export(NAME, "safetensors", tmp_path / "model.safetensors")
         assert not (tmp_path / "model.safetensors").exists()
     finally:

@@ -67,7 +67,7 @@ def test_card_is_the_description_and_links_to_everything(made: Registered) -> No
         f"flow-run/{version.tags['prefect.flow_run_id']}",
     ):
         assert part in card
-    assert "A trial run, on at most 300 images of each split." in card
+    assert "This was a trial run on at most 300 images per split." in card
     assert "`network.width` 8" in card
     assert "`batch_size` 64" in card
     assert "`momentum`" not in card  # a default
@@ -108,10 +108,10 @@ def test_card_names_weak_classes_and_the_commonest_mistake(made: Registered) -> 
         ORIGIN,
     )
     assert (
-        "Hardest classes, by share of their images found: \\<b>bird 50.0%, cat\\|\\`dog\\` 75.0%, fish 100.0%." in card
+        "Classes with the lowest recall: \\<b>bird 50.0%, cat\\|\\`dog\\` 75.0%, fish 100.0%." in card
     )
-    assert "Commonest mistake: \\<b>bird taken for fish, 2 times." in card
-    assert "3 classes have fewer than 100 test images" in card
+    assert "Most frequent mistake: \\<b>bird classified as fish, 2 times." in card
+    assert "Classes with fewer than 100 test images, whose scores are uncertain: 3." in card
     assert "git commit unknown" in card
 
 

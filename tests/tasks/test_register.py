@@ -112,7 +112,7 @@ def test_evaluation_is_in_the_run(trained: Trained, evaluated: Evaluation) -> No
 
 def test_weights_that_are_not_those_of_the_training_are_not_evaluated(trained: Trained) -> None:
     other = trained.result.model_copy(update={"weights_sha256": "0" * 64})
-    with pytest.raises(ServiceError, match="holds other weights than the training left"):
+    with pytest.raises(ServiceError, match="does not hold the weights of the training"):
         evaluate.fn(CONFIG, trained.dataset, other)
 
 
