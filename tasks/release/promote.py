@@ -1,6 +1,6 @@
-"""Promotion with its conditions: a version becomes champion if its gates passed it against the present champion.
+"""Promotes a version to champion, if its gates passed it against the present champion.
 
-Nothing here loads torch or Prefect.
+Importing this module loads neither torch nor Prefect.
 """
 
 import hashlib
@@ -33,36 +33,36 @@ class PromotionRefused(GateRefused):
 
 
 class ChampionData(NamedTuple):
-    """Dataset versions that champions of a model learned from; None where there is none, or it is not known."""
+    """Dataset versions that a model's champions were trained on; None if there is no champion or no record of it."""
 
     present: str | None
     oldest: str | None
-    """That of the oldest champion that a rollback can reach."""
+    """Of the oldest champion that a rollback can restore."""
 
 
 def champion_data(name: str) -> ChampionData:
-    """Returns what a model's champions learned from, its aliases repaired.
+    """Repairs a model's aliases, and returns the dataset versions of its champions.
 
     Raises:
-        UsageError: not a name for a model.
+        UsageError: invalid name.
         ServiceError: a server failed.
     """
     standing = repaired_champion(open_bucket(create=True), name)
     if standing.version is None:
         return ChampionData(None, None)
-    there = {each.version: each.record.dataset_version for each in search_versions(name=name)}
-    known = (there.get(version) for version in champions(standing.entries))
+    datasets = {each.version: each.record.dataset_version for each in search_versions(name=name)}
+    known = (datasets.get(version) for version in champions(standing.entries))
     return ChampionData(standing.version.record.dataset_version, next(filter(None, known), None))
 
 
 def repaired_champion(store: ObjectStore, name: str) -> Standing:
-    """Repairs a model's aliases, as every flow does at its start, and returns its champion; warns of what was wrong.
+    """Repairs a model's aliases, logs a warning per repair, and returns the champion. Every flow starts with it.
 
     Raises:
-        UsageError: not a name for a model.
+        UsageError: invalid name.
         ServiceError: a server failed.
     """
-    from tasks.orchestration.progress import run_logger  # only here: it loads Prefect, which the commands do without
+    from tasks.orchestration.progress import run_logger  # loads Prefect, which the commands do not need
 
     for change in repair_aliases(store, name):
         run_logger().warning("alias of %s repaired from its history: %s", name, change)
@@ -73,41 +73,41 @@ def repaired_champion(store: ObjectStore, name: str) -> Standing:
 
 
 def promotions_of(version: ModelVersion) -> list[Promotion]:
-    """Returns the history from the promotion of this version on, its aliases repaired; empty if it was never promoted.
+    """Returns the history from this version's promotion on, and repairs the aliases; empty if it was never promoted.
 
     Raises:
         ServiceError: a server failed.
     """
     store = open_bucket()
-    entries = history(store, version.name)
-    entries = list(dropwhile(lambda each: (each.action, each.to_version) != ("promote", version.version), entries))
+    promotion = ("promote", version.version)
+    entries = list(dropwhile(lambda each: (each.action, each.to_version) != promotion, history(store, version.name)))
     if entries:
         repair_aliases(store, version.name)
     return entries
 
 
 def promote_version(version: ModelVersion, *, force: bool = False, reason: str = "") -> Promotion:
-    """Make a version the champion, if it was verified and its quality verdict against the present champion is a yes.
+    """Makes a version the champion, if it passed the serving gate, and the quality gate against the present champion.
 
     Args:
-        force: promote it whatever the gates said; wants a reason.
+        force: promote it whatever the gates decided; needs a reason.
 
     Raises:
         UsageError: there is no such version, or no reason was given.
-        AlreadyChampion: it is the champion.
-        PromotionRefused: a gate has not passed it, or passed it against another champion than the present one.
+        AlreadyChampion: the version is the champion.
+        PromotionRefused: a gate has not passed the version, or passed it against another champion than the present one.
         PromotionLost: another promotion came first.
         ServiceError: a server failed.
     """
     if force and not reason.strip():
-        raise UsageError("--force wants a --reason, which is kept in the history")
+        raise UsageError("--force needs a --reason, which is kept in the history")
     store = open_bucket(create=True)
-    # All that follows is decided on this: a promotion that comes in between makes ours lose.
+    # Every decision below rests on this state: a promotion in between makes this one lose.
     standing = standing_champion(store, version.name)
     last = standing.last
     found = find_version(version.address)
     verdict = verdict_on(store, found)
-    is_champion = last is not None and last.to_version == found.version  # which `promote` says best
+    is_champion = last is not None and last.to_version == found.version  # `promote` raises for it
     objection = None if is_champion else _objection(found, verdict, standing)
     if objection and not force:
         raise PromotionRefused(f"{found.address} is not promoted: {objection}")
@@ -118,17 +118,17 @@ def promote_version(version: ModelVersion, *, force: bool = False, reason: str =
         lineage=version_lineage(store, found),
         reason=reason,
         forced=objection is not None,
-        verdict_sha256=found.record.verdict_sha256 if verdict else None,  # of its bytes, which may be older code's
+        verdict_sha256=found.record.verdict_sha256 if verdict else None,  # older code may have written its bytes
         verdict_summary=verdict.summary if verdict else "",
     )
 
 
 def _objection(found: RegisteredVersion, verdict: Verdict | None, standing: Standing) -> str | None:
-    """Returns why the version may not become champion now, and what would help; None if it may."""
-    force = "--force --reason TEXT promotes it all the same"
+    """Returns why the version must not become champion now, and what to do; None if it can."""
+    force = "--force --reason TEXT promotes it anyway"
     serving = found.record.serving
     if serving != "passed":
-        return f"the serving gate says {serving or 'nothing'} of it; {force}"
+        return f"its result of the serving gate is {serving or 'missing'}; {force}"
     judge = f"`convoy promote {found.name} {found.version} --judge` scores it against the present champion"
     if verdict is None:
         return f"it has no verdict of the quality gate; {judge}"
@@ -136,13 +136,13 @@ def _objection(found: RegisteredVersion, verdict: Verdict | None, standing: Stan
         return f"the quality gate {verdict.summary}; {force}"
     champion = standing.version.address if standing.version else None
     if verdict.champion != champion:
-        now = standing.note or (f"{found.name!r} was {standing.last}" if standing.last else "there is none now")
+        now = standing.note or (f"{found.name!r} was {standing.last}" if standing.last else "there is no champion now")
         return f"it was judged against {verdict.champion or 'no champion'}, but {now}; {judge}"
     return None
 
 
 def verdict_on(store: ObjectStore, found: RegisteredVersion) -> Verdict | None:
-    """Returns the verdict that a version's tag names; None if there is none on this version, or it is not intact.
+    """Returns the verdict that a version's tag names; None if it is missing, damaged or about another version.
 
     Raises:
         ServiceError: the object store failed.
@@ -158,6 +158,6 @@ def verdict_on(store: ObjectStore, found: RegisteredVersion) -> Verdict | None:
         return None
     try:
         verdict = Verdict.model_validate_json(data)
-    except ValidationError:  # written by another Convoy, whose conditions this one does not know
+    except ValidationError:  # another Convoy wrote it, with unknown conditions
         return None
     return verdict if verdict.challenger == found.address else None

@@ -1,11 +1,9 @@
-"""The quality gate: a version and the champion predict the same test split, and a verdict is given and published.
+"""The quality gate: compares a version with the champion on the same test split, and publishes the verdict.
 
-models/<name>/verdicts/<SHA-256>.json in the bucket holds each verdict.
+The bucket holds each verdict as models/<name>/verdicts/<SHA-256>.json.
 """
 
 import hashlib
-import statistics
-import time
 
 import numpy as np
 import torch
@@ -32,17 +30,18 @@ from infra.tracking.served_model import ServedModel
 from infra.tracking.tags import NO_CHAMPION, VersionRecord
 from tasks.config.gates import GateConfig
 from tasks.data.dataset import DatasetDamaged, load_manifest, open_cache, open_split
+from tasks.evaluation.report import median_ms
 from tasks.evaluation.split_predictions import load_predictions, store_predictions
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
 from tasks.release.verdict import Scored, Verdict, judge
 
-LATENCY_CALLS, WARM_UP = 30, 5  # calls with one image
+WARM_UP_CALLS, TIMED_CALLS = 5, 30  # with one image
 
 
 class QualityRefused(GateRefused):
-    """The quality gate did not pass the version; the verdict is published."""
+    """The quality gate has refused the version; the verdict is published."""
 
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(f"the quality gate {verdict.summary}")
@@ -51,14 +50,14 @@ class QualityRefused(GateRefused):
 
 @step("quality-gate")
 def quality_gate(registered: ModelVersion, config: GateConfig) -> Verdict:
-    """Judge a version against the present champion, on the test split of the version's own dataset.
+    """Judges a version against the present champion, on the test split of the version's own dataset.
 
-    The verdict goes to the bucket, to the version's MLflow run (`report/verdict.*`), to the version's tags
-    (`convoy.verdict*`) and, as a page, to Prefect: whether it passed or not.
+    Whatever its outcome, the verdict goes to the bucket, to the version's MLflow run (`report/verdict.*`), to the
+    version's tags (`convoy.verdict*`) and, as a page, to Prefect.
 
     Raises:
         Cancelled: the flow run was cancelled.
-        QualityRefused: it may not become champion.
+        QualityRefused: the version must not become champion.
         ServiceError: a server failed.
     """
     stop_if_cancelled()
@@ -74,7 +73,7 @@ def quality_gate(registered: ModelVersion, config: GateConfig) -> Verdict:
 def judge_version(version: ModelVersion, config: GateConfig) -> Verdict:
     """Returns the verdict on a version against the present champion of its name; publishes nothing.
 
-    A champion that the registry lacks cannot be compared with: a note says what took its place.
+    If the champion is missing in the registry, a note in the verdict names its substitute.
     """
     standing = standing_champion(open_bucket(), version.name)
     verdict = compare(version, standing.version, config)
@@ -85,7 +84,7 @@ def judge_version(version: ModelVersion, config: GateConfig) -> Verdict:
 
 
 def compare(challenger: ModelVersion, champion: ModelVersion | None, config: GateConfig) -> Verdict:
-    """The verdict on any version against any other, or none, on the test split of the first one's dataset.
+    """Returns the verdict on a version against another or none, on the test split of the challenger's dataset.
 
     Raises:
         UsageError: there is no such version.
@@ -109,36 +108,35 @@ def compare(challenger: ModelVersion, champion: ModelVersion | None, config: Gat
         classes=manifest.classes,
         dataset_version=dataset_version,
         test_sha256=test,
-        learned=_only_theirs(open_cache(store), manifest, split, against) if against else None,
+        learned=_only_champions(open_cache(store), manifest, split, against) if against else None,
         judged_before=judged_before(store, found, test, dataset_version),
     )
 
 
 def test_digest(manifest: Manifest) -> str:
-    """Returns a digest of a test split, equal for dataset versions with the same test images in the same order."""
+    """Returns the digest of a test split; dataset versions with the same test images in the same order share it."""
     shards = " ".join(shard.sha256 for shard in manifest.splits["test"].shards)
     return hashlib.sha256(shards.encode()).hexdigest()
 
 
 def judged_before(store: ObjectStore, version: RegisteredVersion, test_sha256: str, dataset_version: str) -> int:
-    """Returns how many other versions of a model the same test split has judged, by the verdicts in the bucket."""
+    """Counts the other versions of a model that the same test split has judged, by the verdicts in the bucket."""
     keys = [info.key for info in store.list(bucket_layout.verdicts(version.name))]
     judged = set()
     for data in in_parallel(store.get_bytes, keys):
         try:
             verdict = Verdict.model_validate_json(data)
-        except ValidationError:  # damaged, or of newer code
+        except ValidationError:  # damaged, or written by newer code
             continue
-        same = verdict.test_sha256 == test_sha256 if verdict.test_sha256 else verdict.dataset_version == dataset_version
-        if same:
+        if (verdict.test_sha256 or verdict.dataset_version) in (test_sha256, dataset_version):
             judged.add(verdict.challenger)
     return len(judged - {version.address})
 
 
-def _only_theirs(
+def _only_champions(
     cache: Cache, manifest: Manifest, split: SplitReader, champion: RegisteredVersion
 ) -> NDArray[np.bool_] | None:
-    """Returns a mask of the test images that only the champion was trained on; None if none are, or none are known."""
+    """Returns a mask of the test images that only the champion was trained on; None if its data are equal or unknown."""
     version = champion.record.dataset_version
     if version is None or version == manifest.version:
         return None
@@ -146,20 +144,20 @@ def _only_theirs(
         learned = pixel_digests(open_split(cache, load_manifest(cache.store, version), "train"))
     except (ObjectMissing, DatasetDamaged) as error:
         run_logger().warning(
-            "the test images that %s was trained on, if any, are compared too, since its data cannot be read: %s",
+            "cannot leave out test images that %s was trained on, since its data cannot be read: %s",
             champion.address,
             error,
         )
         return None
     test = pixel_digests(split)
     mask = np.isin(test, learned)
-    if mask.any():  # images of both training splits give neither an advantage
+    if mask.any():  # images in both training splits favour neither version
         mask &= ~np.isin(test, pixel_digests(open_split(cache, manifest, "train")))
     return mask
 
 
 def publish(version: ModelVersion, verdict: Verdict) -> None:
-    """Store a verdict, and show it in the version's run and tags. The tags come last: they make it count."""
+    """Stores a verdict, and adds it to the version's run and tags. The tags are written last, as the commit."""
     store = open_bucket()
     store.put_bytes(bucket_layout.verdict(version.name, verdict.sha256), verdict.to_bytes())
     run_id = find_version(version.address).run_id
@@ -177,9 +175,9 @@ def publish(version: ModelVersion, verdict: Verdict) -> None:
 def score(
     store: ObjectStore, version: RegisteredVersion, manifest: Manifest, split: SplitReader, *, timed: bool = False
 ) -> Scored:
-    """Which images of the test split a version has right; from its last predictions, if they were of this split.
+    """Scores a version on the test split, with its stored predictions if they are for this split.
 
-    Classes are compared by name, so a champion of other or reordered classes has those images right that it can.
+    Classes are compared by name, so a champion can have other classes, or the same in another order.
 
     Args:
         manifest: of the split's dataset version.
@@ -193,20 +191,21 @@ def score(
             return Scored(
                 address=version.address,
                 correct=np.zeros(len(split), dtype=np.bool_),
-                obstacle=f"{version.address} takes {'×'.join(map(str, model.shape))} images, those of the test split "
-                f"are {'×'.join(map(str, split.shape))}: they cannot be compared",
+                obstacle=f"{version.address} takes {'×'.join(map(str, model.shape))} images, but those of the test "
+                f"split are {'×'.join(map(str, split.shape))}: it cannot be compared",
             )
         found = _predict(model, split), model.classes
         store_predictions(store, version.run_id, found[0], found[1], manifest, weights)
     predicted, classes = found
-    number = {name: label for label, name in enumerate(manifest.classes)}
-    as_ours = torch.tensor([number.get(name, -1) for name in classes])
+    label_of = {name: label for label, name in enumerate(manifest.classes)}
+    labels = torch.tensor([label_of.get(name, -1) for name in classes])
     info = store.head(version.record.weights_key) if version.record.weights_key else None
+    image = split.slice(0, 1)[0].numpy()
     return Scored(
         address=version.address,
-        correct=(as_ours[predicted] == split.labels).numpy(),
+        correct=(labels[predicted] == split.labels).numpy(),
         size_bytes=info.size if info else None,
-        latency_ms=_latency_ms(model, split) if timed else None,
+        latency_ms=median_ms(lambda: model.predict(image), warm_up=WARM_UP_CALLS, timed=TIMED_CALLS) if timed else None,
     )
 
 
@@ -218,14 +217,3 @@ def _predict(model: ServedModel, split: SplitReader) -> Tensor:
             parts.append(torch.from_numpy(model.predict(images.numpy())).argmax(1))
             advance(len(images))
     return torch.cat(parts)
-
-
-def _latency_ms(model: ServedModel, split: SplitReader) -> float:
-    """Returns the median time for one image on the CPU, in milliseconds."""
-    image = split.slice(0, 1)[0].numpy()
-    seconds = []
-    for _ in range(WARM_UP + LATENCY_CALLS):
-        began = time.perf_counter()
-        model.predict(image)
-        seconds.append(time.perf_counter() - began)
-    return 1000 * statistics.median(seconds[WARM_UP:])

@@ -1,4 +1,4 @@
-"""The register task: the model that is served goes to MLflow, and becomes a version of its name."""
+"""The register task: stores the served model in MLflow, and registers it as a new version."""
 
 from importlib.metadata import version
 
@@ -20,26 +20,26 @@ from tasks.orchestration.progress import run_logger
 from tasks.orchestration.step import step
 from tasks.training.train import TrainResult
 
-REQUIREMENTS = ("torch", "numpy")  # what loading and calling the model take, MLflow itself apart
+REQUIREMENTS = ("torch", "numpy")  # packages that the model needs besides MLflow
 
 
 @step("register")
 def register(
     name: str, config: TrainConfig, dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation
 ) -> ModelVersion:
-    """Store the served model with its run and create the next version of `name`, which has no alias yet.
+    """Stores the served model with its run, and creates the next version of `name`, without an alias.
 
-    The version is created last: whatever fails before leaves the registry as it was.
+    The version is created last, so that an earlier failure leaves the registry unchanged.
 
     Raises:
         Cancelled: the flow run was cancelled.
-        UsageError: not a name for a model.
+        UsageError: invalid name.
         ServiceError: a server failed.
     """
     stop_if_cancelled()
     check_model_name(name)
     if found := version_of(name, trained.run_id):
-        run_logger().info("version %s of model %s was registered before", found.version, found.name)
+        run_logger().info("version %s of model %s is already registered", found.version, found.name)
         return found
     store = open_bucket()
     manifest = load_manifest(store, dataset.version)

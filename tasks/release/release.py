@@ -1,4 +1,4 @@
-"""The release task: a version that passed its gates becomes champion."""
+"""The release task: makes a version that passed its gates the champion."""
 
 from infra.tracking.model_registry import ModelVersion
 from infra.tracking.promotion_history import AlreadyChampion
@@ -11,14 +11,14 @@ from tasks.release.promote import promote_version
 
 @step("release")
 def release(registered: ModelVersion, reason: str = "") -> None:
-    """Make the version the champion; nothing happens if an earlier try of this flow did so.
+    """Makes the version the champion; does nothing if an earlier try of this flow did so.
 
     Args:
-        reason: why, beside its gates.
+        reason: the reason that a person gave with the approval, if any.
 
     Raises:
         Cancelled: the flow run was cancelled.
-        PromotionRefused: a gate has not passed it, or the champion is another than it was judged against.
+        PromotionRefused: a gate has not passed it, or the champion has changed since the verdict.
         PromotionLost: another promotion came first.
         ServiceError: a server failed.
     """

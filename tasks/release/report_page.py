@@ -1,6 +1,6 @@
-"""The run's page: `report/index.html`, one file with every table and picture, and the description in MLflow.
+"""Makes a run's page `report/index.html`, one file with every table and picture, and its description in MLflow.
 
-Both are made of what the other steps have left in the run's `report/`, so they can be made anew at any time.
+Both are made from the run's `report/`, which the other steps have filled, so they can be made again at any time.
 """
 
 import base64
@@ -25,9 +25,9 @@ PARTS = (
     ("Serving", "serving.md", ()),
     ("Data", "data.md", ("data_samples.png",)),
 )
-"""In a reader's order: is it in use, how good is it, does it serve, what did it learn from; then what else there is."""
+"""In a reader's order: is it in use, how good is it, can it be served, what was it trained on; other pages follow."""
 
-HARDEST = 3  # classes in the description
+HARDEST_CLASSES = 3  # in the description
 
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1b2a41 }
@@ -39,7 +39,7 @@ code { background: #f1f4f8; padding: 0 .25rem }
 
 @step("report-page")
 def publish_page(version: RegisteredVersion) -> None:
-    """Make the page and the description of the run that a version came from, and show both in Prefect.
+    """Makes the page and the description of a version's run, and links to them in Prefect.
 
     Raises:
         ServiceError: MLflow failed.
@@ -52,7 +52,7 @@ def publish_page(version: RegisteredVersion) -> None:
 
 
 def make_page(version: RegisteredVersion) -> EvaluationReport:
-    """Make the page and the description; returns the report that they are about."""
+    """Makes the page and the description; returns the report that they show."""
     run_id = version.run_id
     with TemporaryDirectory() as temporary:
         folder = mlflow_runs.fetch_artifacts(run_id, "report", Path(temporary))
@@ -63,7 +63,7 @@ def make_page(version: RegisteredVersion) -> EvaluationReport:
 
 
 def html_page(title: str, folder: Path) -> str:
-    """The parts that a folder has as one page, which needs no other file and runs no script."""
+    """Returns the parts that exist in a folder as one page, which needs no other file and runs no script."""
     render = MarkdownIt("commonmark", {"html": False}).enable("table").render
     body = [f"<h1>{escape(title)}</h1>"]
     known = {page for _, page, _ in PARTS}
@@ -82,7 +82,7 @@ def html_page(title: str, folder: Path) -> str:
 
 
 def result_table(version: RegisteredVersion, report: EvaluationReport) -> list[dict[str, str]]:
-    """Rows for Prefect."""
+    """Returns the rows of Prefect's table."""
     low, high = report.accuracy_interval
     rows = {
         "accuracy": f"{report.accuracy:.2%} ({low:.2%} to {high:.2%})",
@@ -94,17 +94,15 @@ def result_table(version: RegisteredVersion, report: EvaluationReport) -> list[d
     }
     if report.footprint:
         rows["weights"] = decimal(report.footprint.size_bytes)
-        rows |= {f"latency, batch of {n}": f"{ms:.2f} ms an image" for n, ms in report.footprint.latency_ms.items()}
+        rows |= {f"latency, batch of {n}": f"{ms:.2f} ms per image" for n, ms in report.footprint.latency_ms.items()}
     return [{"measure": name, "value": value} for name, value in rows.items()]
 
 
 def description(version: RegisteredVersion, report: EvaluationReport) -> str:
-    """What a reviewer wants to know first, as Markdown."""
-    low, high = report.accuracy_interval
-    hardest = sorted((each for each in report.classes if each.support), key=lambda each: each.f1)[:HARDEST]
+    """Returns the description of the run as Markdown: what a reviewer needs first."""
+    hardest = sorted((each for each in report.classes if each.support), key=lambda each: each.f1)[:HARDEST_CLASSES]
     lines = [
-        f"**{report.accuracy:.2%}** of {report.images:,} test images right (95 % interval {low:.2%} to {high:.2%}), "
-        f"as [{plain(version.address)}]({version.url})",
+        f"{report.headline}, as [{plain(version.address)}]({version.url})",
         "",
         f"- quality gate: {plain(version.record.verdict_summary or 'not reached')}",
         f"- serving gate: {plain(version.record.serving or 'not reached')}",

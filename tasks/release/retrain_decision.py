@@ -1,6 +1,6 @@
-"""Whether there is something to retrain for: the inputs of a training against those of the champion's."""
+"""Decides whether to retrain: compares the inputs of a training with those of the champion."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from infra.errors import UsageError
@@ -24,16 +24,16 @@ INPUTS = {
     "digest_format": "Convoy, which records code in another way now",
     "lock_sha256": "lock file",
 }
-"""Keys of a run's manifest that are inputs, with their names for people; so is all below `config`. The rest says what
-machine it was: another worker is no reason to train again."""
+"""Keys of a run's manifest that are inputs, with their names in messages; all keys below `config` are inputs too. The
+other keys describe the machine: another worker is no reason to train again."""
 
 
 class Decision(Record):
-    """Whether to train."""
+    """Whether to train, and why."""
 
     train: bool
     why: str
-    """In a line."""
+    """One line."""
 
     champion: str | None
     """`name/version`."""
@@ -42,20 +42,20 @@ class Decision(Record):
     """Address of the champion's weights."""
 
     judge: ModelVersion | None = None
-    """A version that a training would only give again. It was refused by other conditions of the gate than the present
-    ones, so it is to be judged by these."""
+    """A version to judge again instead of training: it has the same inputs, but was refused by other conditions of the
+    quality gate than the present ones."""
 
 
 @step("what-changed")
 def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bool = False) -> Decision:
-    """Compares what a training would rest on with what the champion rests on.
+    """Compares the inputs of a training with those of the champion.
 
-    There is nothing to do either if a version of the very same inputs was refused in favour of this champion: an exact
-    training would give the same weights, and under the same conditions of the gate the same verdict.
+    Also decides against a training if a version with equal inputs was refused against this champion: an exact training
+    would give the same weights and, under the same conditions of the gate, the same verdict.
 
     Args:
         name: of the model.
-        config: as it will be trained with, but for weights to start from.
+        config: of the training, without weights to start from.
         force: train whatever has changed.
 
     Raises:
@@ -87,18 +87,22 @@ def _decide(
     ours = _inputs(run_manifest(config, dataset, provenance()).model_dump(), config)
     theirs = _inputs_of(champion, config)
     if theirs is None:
-        return True, f"what the champion, version {champion.version}, was made of is not known", None
+        return True, f"the inputs of the champion, version {champion.version}, are unknown", None
     differing = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     if "digest_format" in differing:  # then digests of the same code differ
         differing.remove("code_digest")
-    changed = "; ".join(_said(key, theirs.get(key), ours.get(key)) for key in differing)
+    changed = "; ".join(
+        INPUTS.get(key) or f"{key.removeprefix('config.')} was {theirs.get(key)}, is {ours.get(key)}"
+        for key in differing
+    )
     if force:
-        return True, f"it was asked for; {'changed: ' + changed if changed else 'nothing has changed'}", None
+        return True, f"training was forced; {'changed: ' + changed if changed else 'nothing has changed'}", None
     if not differing:
         return False, f"nothing has changed since the champion, version {champion.version}", None
-    for version in _refused_for(champion):
-        if _inputs_of(version, config) == ours:
-            why = f"version {version.version}, made of the same, was refused for version {champion.version}"
+    for version in search_versions(name=champion.name):
+        refused = version.record.verdict == "refused" and version.record.verdict_champion == champion.address
+        if refused and _inputs_of(version, config) == ours:
+            why = f"version {version.version}, with the same inputs, was refused against version {champion.version}"
             verdict = verdict_on(store, version)
             if verdict and verdict.config == config.gate:
                 return False, why, None
@@ -106,14 +110,8 @@ def _decide(
     return True, f"changed since the champion, version {champion.version}: {changed}", None
 
 
-def _refused_for(champion: RegisteredVersion) -> Iterable[RegisteredVersion]:
-    for version in search_versions(name=champion.name):
-        if version.record.verdict == "refused" and version.record.verdict_champion == champion.address:
-            yield version
-
-
 def _inputs_of(version: RegisteredVersion, config: RunConfig) -> dict[str, Any] | None:
-    """None if its run has left no record that we can read."""
+    """Returns the inputs of a version; None if its run has no readable record."""
     try:
         return _inputs(read_record(version.run_id).manifest.model_dump(), config)
     except UsageError:
@@ -121,12 +119,8 @@ def _inputs_of(version: RegisteredVersion, config: RunConfig) -> dict[str, Any] 
 
 
 def _inputs(manifest: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
-    """The part of a manifest that people change, flat; a warm start is from the last champion, whatever that is."""
+    """Returns a manifest's inputs, flat. A warm start's weights do not count: they are the last champion's."""
     inputs = {key: manifest[key] for key in INPUTS} | flatten({"config": manifest["config"]})
     if config.warm_start:
         inputs.pop("config.pretrained_sha256", None)
     return inputs
-
-
-def _said(key: str, was: Any, now: Any) -> str:
-    return INPUTS[key] if key in INPUTS else f"{key.removeprefix('config.')} was {was}, is {now}"

@@ -77,7 +77,7 @@ def test_what_has_changed_is_named_and_what_was_refused_is_not_tried_again(
     again = retrain_flow(changed)
     assert again.status == "unchanged"
     assert again.reason == (
-        f"version {refused.model_version}, made of the same, was refused for version {before.model_version}"
+        f"version {refused.model_version}, with the same inputs, was refused against version {before.model_version}"
     )
 
 
@@ -85,7 +85,7 @@ def test_what_has_changed_is_named_and_what_was_refused_is_not_tried_again(
 def test_force_trains_all_the_same_from_the_champion_if_asked(first: tuple[RunConfig, Summary]) -> None:
     config, before = first
     summary = retrain_flow(config.model_copy(update={"warm_start": True, "epochs": 1, "lr": 1e-5}), force=True)
-    assert summary.reason is not None and summary.reason.startswith("it was asked for; changed: epochs was 2, is 1")
+    assert summary.reason is not None and summary.reason.startswith("training was forced; changed: epochs was 2, is 1")
     run = MlflowClient().get_run(summary.mlflow_run_id or "")
     assert run.data.params["pretrained_sha256"] != "None"
     assert summary.accuracy is not None and before.accuracy is not None
@@ -130,7 +130,7 @@ def test_what_other_conditions_refused_is_judged_again_rather_than_trained_again
     strict = config.model_copy(update={"lr": 0.5, "gate": GateConfig(floor=1.0)})
     publish(refused, judge_version(refused, strict.gate))
     champion = before.model_version
-    why = f"version {refused.version}, made of the same, was refused for version {champion}"
+    why = f"version {refused.version}, with the same inputs, was refused against version {champion}"
     skipped = retrain_flow(strict)
     assert (skipped.status, skipped.reason) == ("unchanged", why)
     judged = retrain_flow(strict.model_copy(update={"gate": config.gate}))

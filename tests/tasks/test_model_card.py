@@ -107,9 +107,7 @@ def test_card_names_weak_classes_and_the_commonest_mistake(made: Registered) -> 
         evaluation_report("test", logits, labels, classes),
         ORIGIN,
     )
-    assert (
-        "Classes with the lowest recall: \\<b>bird 50.0%, cat\\|\\`dog\\` 75.0%, fish 100.0%." in card
-    )
+    assert "Classes with the lowest recall: \\<b>bird 50.0%, cat\\|\\`dog\\` 75.0%, fish 100.0%." in card
     assert "Most frequent mistake: \\<b>bird classified as fish, 2 times." in card
     assert "Classes with fewer than 100 test images, whose scores are uncertain: 3." in card
     assert "git commit unknown" in card

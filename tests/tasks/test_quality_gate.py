@@ -437,7 +437,7 @@ def test_only_better_versions_become_champion(line: Line, capsys: pytest.Capture
     assert second.champion == line.weak.address
     assert second.p_value is not None and second.p_value < 0.001
     tag_version(line.good, {"convoy.serving": "failed"})
-    with pytest.raises(PromotionRefused, match="the serving gate says failed of it"):
+    with pytest.raises(PromotionRefused, match="its result of the serving gate is failed"):
         promote_version(line.good)
     tag_version(line.good, {"convoy.serving": "passed"})
     promoted(line.good)
@@ -445,7 +445,7 @@ def test_only_better_versions_become_champion(line: Line, capsys: pytest.Capture
 
     with pytest.raises(QualityRefused, match=r"superior: gain -"):
         gate(line.bad, mode="superior")
-    with pytest.raises(UsageError, match="--force wants a --reason"):
+    with pytest.raises(UsageError, match="--force needs a --reason"):
         promote_version(line.bad, force=True)
     forced = promote_version(line.bad, force=True, reason="to see what happens")
     assert (forced.forced, forced.reason) == (True, "to see what happens")
