@@ -128,6 +128,7 @@ def judged_before(store: ObjectStore, version: RegisteredVersion, test_sha256: s
             verdict = Verdict.model_validate_json(data)
         except ValidationError:  # damaged, or written by newer code
             continue
+        # Verdicts of older code name only the dataset version.
         if (verdict.test_sha256 or verdict.dataset_version) in (test_sha256, dataset_version):
             judged.add(verdict.challenger)
     return len(judged - {version.address})
@@ -136,7 +137,7 @@ def judged_before(store: ObjectStore, version: RegisteredVersion, test_sha256: s
 def _only_champions(
     cache: Cache, manifest: Manifest, split: SplitReader, champion: RegisteredVersion
 ) -> NDArray[np.bool_] | None:
-    """Returns a mask of the test images that only the champion was trained on; None if its data are equal or unknown."""
+    """Returns a mask of the test images that only the champion was trained on; None if its data is equal or unknown."""
     version = champion.record.dataset_version
     if version is None or version == manifest.version:
         return None

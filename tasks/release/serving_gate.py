@@ -1,6 +1,5 @@
-"""The serving gate: the registered version, used as strangers use it, must say what the evaluated network said."""
+"""The serving gate: checks that the registered version gives outside users the probabilities of the evaluation."""
 
-import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -28,20 +27,20 @@ from tasks.reporting.markdown import Markup, plain, table
 
 CHALLENGER = "challenger"
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}
-"""Largest difference of a probability, by the device of the evaluation: round-off, with TF32's on a GPU."""
+"""Largest difference of a probability, by the device of the evaluation: round-off; on a GPU also that of TF32."""
 
 
 class ServingCheck(Record):
-    """One thing that was tried."""
+    """One check of the served model."""
 
     name: str
     passed: bool
     detail: str
-    """The numbers, or the model's own words."""
+    """The numbers, or the model's own message."""
 
 
 class ServingReport(Record):
-    """What the gate found."""
+    """The checks of the gate."""
 
     model: str
     """`models:/name/version`."""
@@ -51,11 +50,11 @@ class ServingReport(Record):
 
     @property
     def passed(self) -> bool:
-        """Whether every check did."""
+        """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
     def markdown(self) -> str:
-        """The report for people."""
+        """Returns the report as a page."""
         rows = ((check.name, "passed" if check.passed else Markup("**failed**"), check.detail) for check in self.checks)
         head = f"Serving gate of {plain(self.model)}: **{'passed' if self.passed else 'refused'}**"
         return "\n".join([head, "", *table(("check", "result", "found"), rows, "lll"), ""])
@@ -73,19 +72,20 @@ def serving_gate(
     consumer: Consumer | None = None,
     server: Server | None = None,
 ) -> ServingReport:
-    """Use the version as a consumer would, and only then point `challenger` at it.
+    """Uses the version as a consumer would, then moves the alias `challenger` to it.
 
-    Raw images go in, in batches of 1, 3 and 64, through `mlflow.pyfunc` in a fresh process and over HTTP; so do inputs
-    of wrong shapes and types, which must be refused. The report goes to the MLflow run (`report/serving.json`), to
-    Prefect, and as tag `convoy.serving` to the version. A version that fails stays for inspection, without an alias.
+    The gate sends batches of 1, 3 and 64 raw images through `mlflow.pyfunc` in a fresh process and over HTTP. It also
+    sends inputs of wrong shapes and types, which the model must refuse. The report goes to the MLflow run
+    (`report/serving.json`), to Prefect, and as tag `convoy.serving` to the version. A version that fails is kept for
+    inspection, without an alias.
 
     Args:
-        consumer: the fresh process to use; None, or a used one, starts another.
+        consumer: the fresh process to use; if it is None or already used, the gate starts another.
         server: likewise.
 
     Raises:
         Cancelled: the flow run was cancelled.
-        ServingRefused: it failed; after the report was published.
+        ServingRefused: a check failed; the report is published.
         ServiceError: a server failed.
     """
     stop_if_cancelled()
@@ -104,7 +104,7 @@ def serving_gate(
     tag_version(registered, {SERVING: outcome})
     if not report.passed:
         failed = "; ".join(f"{check.name}: {check.detail}" for check in report.checks if not check.passed)
-        raise ServingRefused(f"{registered.uri} is not fit to be served, and has no alias: {failed}")
+        raise ServingRefused(f"the serving gate refused {registered.uri}, which gets no alias: {failed}")
     set_alias(registered, CHALLENGER)
     run_logger().info(
         "%s serves what was evaluated (%d checks) and is now %s", registered.uri, len(report.checks), CHALLENGER
@@ -121,24 +121,24 @@ def try_serving(
     consumer: Consumer,
     server: Server | None = None,
 ) -> ServingReport:
-    """Makes all checks; the server starts while the fresh process is at work.
+    """Runs all checks; the server starts while the fresh process works.
 
     Args:
         images: uint8 N×C×H×W.
         expected: probabilities float32 N×classes.
         tolerance: largest difference of a probability.
-        consumer: one that is waiting.
+        consumer: an unused one.
         server: likewise; None starts one.
     """
-    given_up = Event()
-    with ThreadPoolExecutor(1) as beside:
+    not_needed = Event()
+    with ThreadPoolExecutor(1) as executor:
         try:
-            http = beside.submit(list, _over_http(model, images, expected, tolerance, config, given_up, server))
+            http = executor.submit(list, _over_http(model, images, expected, tolerance, config, not_needed, server))
             checks = list(_in_fresh_process(model, images, expected, tolerance, config, consumer))
-            if checks[0].passed:  # else it cannot be served either
+            if checks[0].passed:  # a model that does not load cannot be served either
                 checks += http.result()
         finally:
-            given_up.set()
+            not_needed.set()
     return ServingReport(model=model.uri, tolerance=tolerance, checks=tuple(checks))
 
 
@@ -159,7 +159,7 @@ def _in_fresh_process(
     for size, got in sorted(consumed.predictions.items()):
         yield _compared(f"pyfunc, batch of {size}", got, expected[:size], tolerance)
     for name, message in consumed.refusals.items():
-        yield ServingCheck(name=f"pyfunc refuses {name}", passed=message is not None, detail=message or "it was taken")
+        yield ServingCheck(name=f"pyfunc refuses {name}", passed=message is not None, detail=message or "not refused")
 
 
 def _over_http(
@@ -168,44 +168,43 @@ def _over_http(
     expected: Tensor,
     tolerance: float,
     config: ServingConfig,
-    given_up: Event,
+    not_needed: Event,
     server: Server | None,
 ) -> Iterator[ServingCheck]:
     if not config.http:
         return
     try:
-        with http_server(model.uri, config.time_limit, given_up, server) as client:
+        with http_server(model.uri, config.time_limit, not_needed, server) as client:
             yield ServingCheck(name="is served over HTTP", passed=True, detail="mlflow models serve")
 
-            def ask(content: object) -> httpx.Response:
-                if given_up.is_set():
+            def post(content: object) -> httpx.Response:
+                if not_needed.is_set():
                     raise ConsumerFailed(f"{model.uri} is not needed any more")
                 return post_images(client, content)
 
             for size in batch_sizes(images):
-                answer = ask(images[:size].tolist())
-                yield _compared(f"HTTP, batch of {size}", _predictions(answer), expected[:size], tolerance)
+                predictions = _predictions(post(images[:size].tolist()))
+                yield _compared(f"HTTP, batch of {size}", predictions, expected[:size], tolerance)
             for name, content in _wrong_inputs(images[:2]).items():
-                answer = ask(content)
-                refused = answer.status_code == 400
-                yield ServingCheck(name=f"HTTP refuses {name}", passed=refused, detail=_said(answer))
-            answer = ask(images[:1].tolist())
-            yield _compared("HTTP, after wrong inputs", _predictions(answer), expected[:1], tolerance)
+                response = post(content)
+                refused = response.status_code == 400
+                yield ServingCheck(name=f"HTTP refuses {name}", passed=refused, detail=_describe(response))
+            predictions = _predictions(post(images[:1].tolist()))
+            yield _compared("HTTP, after wrong inputs", predictions, expected[:1], tolerance)
     except (ConsumerFailed, httpx.HTTPError) as error:
-        said = one_line(error) or type(error).__name__
-        yield ServingCheck(name="answers over HTTP", passed=False, detail=said)
+        yield ServingCheck(name="answers over HTTP", passed=False, detail=one_line(error) or type(error).__name__)
 
 
 def _wrong_inputs(images: Tensor) -> dict[str, object]:
-    """What must not be taken. Fractions are not among them: MLflow's server rounds them down to the signature's
-    integers before the model sees them."""
-    beyond = images.int()
-    beyond[0, 0, 0, 0] = 256
+    """Returns inputs that the server must refuse. Fractions are not among them: before the model sees them, MLflow's
+    server rounds them down to the signature's integers."""
+    too_large = images.int()
+    too_large[0, 0, 0, 0] = 256
     return {
         "another height": images[:, :, 1:].tolist(),
         "another number of channels": torch.cat([images, images[:, :1]], 1).tolist(),
         "no batch": images[0].tolist(),
-        "a value beyond 255": beyond.tolist(),
+        "a value beyond 255": too_large.tolist(),
         "text": "an image",
     }
 
@@ -213,33 +212,29 @@ def _wrong_inputs(images: Tensor) -> dict[str, object]:
 def _compared(name: str, got: Tensor | str, expected: Tensor, tolerance: float) -> ServingCheck:
     if isinstance(got, str):
         return ServingCheck(name=name, passed=False, detail=got)
-    difference = largest_difference(got, expected)
-    detail = f"largest difference {difference:.2g}, allowed {tolerance:g}"
-    if math.isinf(difference):
+    if got.shape != expected.shape:
         detail = f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-    return ServingCheck(name=name, passed=difference <= tolerance, detail=detail)  # False for NaN
+        return ServingCheck(name=name, passed=False, detail=detail)
+    difference = float((got - expected).abs().max())  # NaN fails the check too
+    detail = f"largest difference {difference:.2g}, allowed {tolerance:g}"
+    return ServingCheck(name=name, passed=difference <= tolerance, detail=detail)
 
 
-def largest_difference(got: Tensor, expected: Tensor) -> float:
-    """Of two batches of probabilities; infinite if their shapes differ, NaN if a value is."""
-    return float((got - expected).abs().max()) if got.shape == expected.shape else math.inf
-
-
-def _predictions(answer: httpx.Response) -> Tensor | str:
-    """The probabilities, or what the server said instead."""
-    if answer.status_code != 200:
-        return _said(answer)
+def _predictions(response: httpx.Response) -> Tensor | str:
+    """Returns the probabilities, or the server's message if there are none."""
+    if response.status_code != 200:
+        return _describe(response)
     try:
-        return torch.tensor(answer.json()["predictions"], dtype=torch.float32)
+        return torch.tensor(response.json()["predictions"], dtype=torch.float32)
     except (ValueError, KeyError, TypeError) as error:
-        return f"not an answer with predictions: {error}"
+        return f"not a response with predictions: {error}"
 
 
-def _said(answer: httpx.Response) -> str:
-    """Status and message; MLflow repeats the whole input before it says what is wrong."""
-    text = answer.text
-    if answer.headers.get("content-type", "").startswith("application/json"):
-        content = answer.json()
+def _describe(response: httpx.Response) -> str:
+    """Returns status and message, without the whole input, which MLflow repeats before the message."""
+    text = response.text
+    if response.headers.get("content-type", "").startswith("application/json"):
+        content = response.json()
         text = str(content.get("message", text)) if isinstance(content, dict) else text
     text = one_line(text.rpartition("Error: ")[2])
-    return f"HTTP {answer.status_code}: {text[:300]}"
+    return f"HTTP {response.status_code}: {text[:300]}"

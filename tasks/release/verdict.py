@@ -1,4 +1,4 @@
-"""Decides whether a version may replace the champion: both on the same images, paired, each check with its numbers."""
+"""Decides whether a version may replace the champion: paired comparison on the same images, each check with numbers."""
 
 import hashlib
 import math
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from infra.records import Record
 from tasks.config.gates import GateConfig
-from tasks.evaluation.binomial import at_most, normal_score, sign_test, wilson_interval
+from tasks.evaluation.binomial import CONFIDENCE, at_most, normal_score, sign_test, wilson_interval
 from tasks.evaluation.paired import lower_bound, p_no_worse, p_worse
 from tasks.reporting.markdown import Markup, plain, table
 
@@ -18,17 +18,16 @@ Mask = NDArray[np.bool_]
 Labels = NDArray[np.int64]
 
 DROP_ALPHA = 0.2
-"""Probability of refusing a version for the drop of a class although none fell by more than the limit; versions that
-are as good as the champion are hardly ever refused. At 0.05 twice as many real drops of 15 points, of 100 images each,
+"""Probability of refusing a version for the drop of a class although no class fell by more than the limit. Versions as
+good as the champion are hardly ever refused. At 0.05, twice as many real drops of 15 points in classes of 100 images
 would pass."""
 
-INTERVAL = 0.95
-NAMED = 5  # classes in a sentence
+NAMED_CLASSES = 5  # in a sentence
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What a version made of the test split."""
+    """Results of a version on the test split."""
 
     address: str
     """`name/version`."""
@@ -43,26 +42,31 @@ class Scored:
     """Median time for one image; None if it was not measured."""
 
     obstacle: str = ""
-    """Why it cannot be scored on this split at all; `correct` is then all false."""
+    """The reason why the version cannot be scored on this split; `correct` is then all false."""
 
     @property
     def accuracy(self) -> float:
-        """Share of the images."""
+        """Share of correctly classified images."""
         return float(self.correct.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy (1927)."""
+        return wilson_interval(int(self.correct.sum()), len(self.correct))
 
 
 class QualityCheck(Record):
-    """One condition. `value` is None where there is nothing to measure."""
+    """One condition. `value` is None if nothing was measured."""
 
     name: str
     value: float | None = None
     threshold: float
     passed: bool
     detail: str
-    """What was compared, in a sentence."""
+    """A sentence that says what was compared."""
 
     tested: bool = True
-    """False if there was nothing to test, for want of images say; `passed` is then true."""
+    """False if there was nothing to test, for example too few images; `passed` is then true."""
 
     @property
     def outcome(self) -> str:
@@ -71,7 +75,7 @@ class QualityCheck(Record):
 
 
 class Verdict(Record):
-    """The quality gate's decision, and what it rests on."""
+    """The quality gate's decision, and its reasons."""
 
     challenger: str
     champion: str | None
@@ -79,28 +83,28 @@ class Verdict(Record):
 
     passed: bool
     images: int
-    """Of the test split."""
+    """In the test split."""
 
     accuracy: float
     interval: tuple[float, float]
-    """Of the accuracy: 95 %, Wilson (1927)."""
+    """Wilson's 95 % interval of the accuracy (1927)."""
 
     champion_accuracy: float | None
-    """On the same images; None without a champion, or if it cannot take them."""
+    """On the compared images; None without a champion, or if it cannot take the images."""
 
     only_challenger: int
     """Images that only the challenger has right."""
 
     only_champion: int
     p_value: float | None
-    """McNemar's exact test (1947), one-sided: how probable so many wins are if both are equally good."""
+    """McNemar's exact test (1947), one-sided: probability of at least this many wins if both are equally good."""
 
     checks: tuple[QualityCheck, ...]
     notes: tuple[str, ...]
-    """What limits the verdict."""
+    """Limits of the verdict."""
 
     dataset_version: str = ""
-    """Whose test split it was."""
+    """The dataset version of the test split."""
 
     test_sha256: str = ""
     """Digest of the test split, which several dataset versions may share; empty in verdicts of older code."""
@@ -109,22 +113,22 @@ class Verdict(Record):
     """Images that were not compared, since the champion was trained on them."""
 
     judged_before: int | None = None
-    """Other versions of the model that this test split has judged before; None if that was not counted."""
+    """Other versions of the model that this test split has judged before; None if they were not counted."""
 
     config: GateConfig
 
     @property
     def sha256(self) -> str:
-        """Digest of its JSON."""
+        """Digest of the verdict's JSON."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """As JSON."""
+        """Returns the verdict as JSON."""
         return self.model_dump_json(indent=2).encode()
 
     @property
     def summary(self) -> str:
-        """One line: the decision, and what decided it."""
+        """The decision and its reasons, in one line."""
         head = f"{self.challenger} {self.accuracy:.2%}"
         against = f" against {self.champion}" if self.champion else ", no champion"
         if self.champion_accuracy is not None:
@@ -133,7 +137,7 @@ class Verdict(Record):
         return f"{'passed' if self.passed else 'refused'}: {head}{against}" + (f"; {failed}" if failed else "")
 
     def markdown(self) -> str:
-        """As a page, for MLflow and Prefect."""
+        """Returns the verdict as a page for MLflow and Prefect."""
         low, high = self.interval
         versions = [(self.challenger, f"{self.accuracy:.2%} ({low:.2%} to {high:.2%})", self.only_challenger)]
         if self.champion and self.champion_accuracy is not None:
@@ -142,7 +146,7 @@ class Verdict(Record):
             f"**{'Passed' if self.passed else 'Refused'}**: {plain(self.challenger)} against "
             + plain(self.champion or "no champion"),
             "",
-            *table(("", "accuracy", "only this one right"), versions, "lrr"),
+            *table(("", "accuracy", "right in this version only"), versions, "lrr"),
         ]
         basis = f"{self.images:,} test images"
         if self.dataset_version:
@@ -152,9 +156,9 @@ class Verdict(Record):
         checks = []
         for check in self.checks:
             value = "" if check.value is None else f"{check.value:.5g}"
-            said = check.outcome if check.passed else Markup(f"**{check.outcome}**")
-            checks.append((check.name, value, f"{check.threshold:.5g}", said, check.detail))
-        lines += ["", basis, "", *table(("check", "value", "threshold", "", ""), checks, "lrrll")]
+            outcome = check.outcome if check.passed else Markup(f"**{check.outcome}**")
+            checks.append((check.name, value, f"{check.threshold:.5g}", outcome, check.detail))
+        lines += ["", basis, "", *table(("check", "value", "threshold", "result", "detail"), checks, "lrrll")]
         return "\n".join([*lines, "", *(f"- {plain(note)}" for note in self.notes)]).rstrip() + "\n"
 
 
@@ -171,7 +175,7 @@ def judge(
     learned: Mask | None = None,
     judged_before: int | None = None,
 ) -> Verdict:
-    """Decides whether the challenger may replace the champion. Without one, floor, recall and limits alone decide.
+    """Decides whether the challenger may replace the champion. Without a champion, floor, recall and limits decide.
 
     Superior: the observed gain reaches the margin, and McNemar's exact test, one-sided, is significant at `alpha`.
     Non-inferior: the lower 1 − alpha confidence bound of the difference (Tango, 1998: see tasks/evaluation/paired.py)
@@ -180,8 +184,8 @@ def judge(
     Args:
         labels: int64 [N], of the same images in the same order.
         classes: names, by label.
-        slices: further groups of images, each a mask [N], that may not get worse either; by name.
-        learned: mask [N] of images that the champion was trained on and the challenger was not. They are not compared.
+        slices: further groups of images that must not get worse: masks [N] by name.
+        learned: mask [N] of images that only the champion was trained on. They are not compared.
         judged_before: other versions that this test split has judged.
     """
     checks = [_floor(challenger, labels, config)]
@@ -195,26 +199,25 @@ def judge(
     elif champion:
         compared = np.ones(len(labels), dtype=np.bool_) if learned is None else ~learned
         images, left_out = int(compared.sum()), int((~compared).sum())
-        wins = int((challenger.correct & ~champion.correct & compared).sum())
-        losses = int((champion.correct & ~challenger.correct & compared).sum())
+        wins, losses = _wins_and_losses(challenger.correct[compared], champion.correct[compared])
         p_value = sign_test(wins, losses)
         if images:
             champion_accuracy = float(champion.correct[compared].mean())
             checks.append(_comparison(wins, losses, images, p_value, config))
             if small := _too_small(wins, losses, images, config):
-                notes.append(f"{small}; a refusal may be for want of images")
+                notes.append(f"{small}; a refusal may be due to too few images")
         else:
             detail = "the champion was trained on every test image, so none can be compared"
             checks.append(QualityCheck(name=config.mode, threshold=0, passed=False, detail=detail))
         groups = {f"class {name}": labels == label for label, name in enumerate(classes)} | dict(slices or {})
         groups = {name: mask & compared for name, mask in groups.items()}
-        drop, said = _largest_drop(challenger, champion, groups, config)
+        drop, drop_notes = _largest_drop(challenger, champion, groups, config)
         checks.append(drop)
-        notes += said
+        notes += drop_notes
         if left_out:
             note = f"{left_out:,} of {len(labels):,} test images were left out, since the champion was trained on them"
             if images:
-                note += f"; of the others the challenger has {challenger.correct[compared].mean():.2%} right"
+                note += f"; the challenger has {challenger.correct[compared].mean():.2%} of the other images right"
             notes.append(note)
     if judged_before:
         notes.append(
@@ -232,7 +235,7 @@ def judge(
         passed=all(check.passed for check in checks),
         images=len(labels),
         accuracy=challenger.accuracy,
-        interval=_interval(challenger),
+        interval=challenger.interval,
         champion_accuracy=champion_accuracy,
         only_challenger=wins,
         only_champion=losses,
@@ -248,22 +251,26 @@ def judge(
 
 
 def images_needed(wins: int, losses: int, images: int, config: GateConfig) -> int:
-    """Paired images for the wanted power, when the two disagree on as large a share of images as here.
+    """Returns the number of paired images for the configured power, if the versions disagree on the same share of them.
 
     Connor, Sample size for testing differences in proportions for the paired-sample design, Biometrics 43 (1987).
-    Where they agree on all, the share is at most 3 in N, with 95 % confidence (the rule of three).
+    If they agree on all images, the share is at most 3 in N, with 95 % confidence (the rule of three).
     """
     effect = _effect(images, config)
     disagree = max((wins + losses or min(3, images)) / images, effect)
     if config.mode == "superior":
         return _connor(disagree, effect, config)
     z_alpha, z_power = normal_score(config.alpha), normal_score(1 - config.power)
-    needed = (z_alpha + z_power) ** 2 * disagree / effect**2  # both are taken to be equally good
+    needed = (z_alpha + z_power) ** 2 * disagree / effect**2  # assuming equally good versions
     return math.ceil(max(float(needed), config.smallest_margin(1) / effect))
 
 
 def _connor(disagree: float, effect: float, config: GateConfig) -> int:
-    """Paired images that show a gain of `effect`, if the two disagree on the share `disagree`, at least as large."""
+    """Returns the number of paired images that show a gain of `effect`, if the versions disagree on a share of them.
+
+    Args:
+        disagree: that share, at least `effect`.
+    """
     z_alpha, z_power = normal_score(config.alpha), normal_score(1 - config.power)
     spread = z_alpha * math.sqrt(disagree) + z_power * math.sqrt(max(disagree - effect**2, 0))
     return math.ceil(float(spread**2 / effect**2))
@@ -274,30 +281,34 @@ def _effect(images: int, config: GateConfig) -> float:
     return max(margin, config.detectable) if config.mode == "superior" else margin or config.detectable
 
 
-def _interval(scored: Scored) -> tuple[float, float]:
-    return wilson_interval(int(scored.correct.sum()), len(scored.correct), INTERVAL)
+def _wins_and_losses(ours: Mask, theirs: Mask) -> tuple[int, int]:
+    """Returns how many images only the first version has right, and how many only the second."""
+    return int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
 
 
 def _floor(challenger: Scored, labels: Labels, config: GateConfig) -> QualityCheck:
-    """The lower end of the accuracy's interval against the floor; without one, McNemar's test against a constant."""
+    """Compares the lower end of the accuracy's interval with the floor.
+
+    Without a floor, McNemar's test compares the version with a constant answer.
+    """
     accuracy, images = challenger.accuracy, len(labels)
     if (floor := config.floor) is not None:
-        low, _ = _interval(challenger)
+        low, _ = challenger.interval
         passed = low >= floor
-        told, bound, limit = _apart(accuracy, low, floor)
-        detail = f"accuracy {told}, with {INTERVAL:.0%} confidence above {bound}; "
+        measured, bound, limit = _percentages(accuracy, low, floor)
+        detail = f"accuracy {measured}, with {CONFIDENCE:.0%} confidence above {bound}; "
         detail += f"{'at least' if passed else 'less than'} {limit}"
         if not passed and accuracy > floor:
-            needed = normal_score((1 - INTERVAL) / 2) ** 2 * floor * (1 - floor) / (accuracy - floor) ** 2
+            needed = normal_score((1 - CONFIDENCE) / 2) ** 2 * floor * (1 - floor) / (accuracy - floor) ** 2
             detail += f"; the test split is too small: {images:,} images, but {math.ceil(needed):,} are needed"
         return QualityCheck(name="floor", value=low, threshold=floor, passed=passed, detail=detail)
     constant = labels == np.bincount(labels).argmax()
-    wins, losses = (int(mask.sum()) for mask in (challenger.correct & ~constant, constant & ~challenger.correct))
+    wins, losses = _wins_and_losses(challenger.correct, constant)
     gain = (wins - losses) / images
     p = sign_test(wins, losses)
     passed = p <= config.alpha
-    told, limit = _apart(accuracy, float(constant.mean()))
-    detail = f"accuracy {told}, {'' if passed else 'not '}above {limit}, the share of the largest class"
+    measured, limit = _percentages(accuracy, float(constant.mean()))
+    detail = f"accuracy {measured}, {'' if passed else 'not '}above {limit}, the share of the largest class"
     if not passed and gain > 0:
         needed = _connor((wins + losses) / images, gain, config)
         detail += (
@@ -308,9 +319,9 @@ def _floor(challenger: Scored, labels: Labels, config: GateConfig) -> QualityChe
 
 
 def _class_recall(challenger: Scored, labels: Labels, classes: tuple[str, ...], config: GateConfig) -> QualityCheck:
-    """Whether a class is shown to be recognised less often than `min_class_recall`: exact binomial test per class."""
+    """Tests whether a class has a recall below `min_class_recall`: exact binomial test per class."""
     limit = config.min_class_recall
-    least = math.ceil(math.log(config.alpha) / math.log1p(-limit))  # with fewer, no wrong one would show it
+    least = math.ceil(math.log(config.alpha) / math.log1p(-limit))  # fewer images show nothing, even if all are wrong
     counts = np.bincount(labels, minlength=len(classes))
     right = np.bincount(labels[challenger.correct], minlength=len(classes))
     tested = np.flatnonzero(counts >= least)
@@ -322,8 +333,8 @@ def _class_recall(challenger: Scored, labels: Labels, classes: tuple[str, ...], 
     detail = f"the lowest of {len(tested)} classes is {classes[tested[recall.argmin()]]}: {recall.min():.2%}"
     if len(low):
         worst = low[np.argsort(right[low] / counts[low], kind="stable")]
-        named = ", ".join(f"{classes[label]} {right[label]:,} of {counts[label]:,}" for label in worst[:NAMED])
-        more = f" and {len(worst) - NAMED} more" if len(worst) > NAMED else ""
+        named = ", ".join(f"{classes[label]} {right[label]:,} of {counts[label]:,}" for label in worst[:NAMED_CLASSES])
+        more = f" and {len(worst) - NAMED_CLASSES} more" if len(worst) > NAMED_CLASSES else ""
         detail = f"{len(low)} of {len(tested)} classes have a recall below {limit:.4g}, beyond chance: {named}{more}"
     if untested := len(classes) - len(tested):
         detail += f"; not tested: {untested} with fewer than {least:,} images"
@@ -338,13 +349,13 @@ def _comparison(wins: int, losses: int, images: int, p_value: float, config: Gat
         value, threshold = gain, margin
         enough, significant = gain >= margin, p_value <= config.alpha
         passed = enough and significant
-        told, limit = _apart(gain, margin, sign="+")
-        detail = f"gain {told}, {'at least' if enough else 'less than'} {limit}"
+        measured, limit = _percentages(gain, margin, sign="+")
+        detail = f"gain {measured}, {'at least' if enough else 'less than'} {limit}"
         detail += f"; p = {p_value:.3g}, {'at most' if significant else 'more than'} {config.alpha:g}"
     else:
         value, threshold = lower_bound(wins, losses, images, config.alpha), 0.0 - margin
         passed = config.can_pass(images) and bool(p_worse(wins, losses, images, margin) <= config.alpha)
-        low, limit = _apart(value, threshold, sign="+")
+        low, limit = _percentages(value, threshold, sign="+")
         relation = "at least" if value >= threshold else "less than"
         detail = f"gain {gain:+.2%}, with {1 - config.alpha:.0%} confidence above {low}; {relation} {limit}"
         if not config.can_pass(images):
@@ -355,7 +366,7 @@ def _comparison(wins: int, losses: int, images: int, p_value: float, config: Gat
 
 
 def _too_small(wins: int, losses: int, images: int, config: GateConfig) -> str:
-    """How many images the test split would need, if it has fewer and has not shown the challenger to be worse."""
+    """Returns how many images the split needs, as a sentence; empty if it has them or shows the challenger worse."""
     needed = images_needed(wins, losses, images, config)
     worse = sign_test(losses, wins) <= config.alpha
     if images >= needed or worse:
@@ -370,7 +381,11 @@ def _too_small(wins: int, losses: int, images: int, config: GateConfig) -> str:
 def _largest_drop(
     challenger: Scored, champion: Scored, groups: Mapping[str, Mask], config: GateConfig
 ) -> tuple[QualityCheck, list[str]]:
-    """Whether a class or slice is shown to have lost more than allowed: Tango's test for each, by Bonferroni; notes."""
+    """Tests whether a class or slice lost more than allowed, by Tango's test with Bonferroni's correction.
+
+    Returns:
+        The check, and notes for the verdict.
+    """
     limit = config.max_class_drop
     counted = {name: mask for name, mask in groups.items() if mask.sum() >= config.min_support}
     notes = []
@@ -384,33 +399,33 @@ def _largest_drop(
         return QualityCheck(name="class drop", threshold=limit, passed=True, tested=False, detail=detail), notes
     drops, ps = {}, {}
     for name, mask in counted.items():
-        now, was = challenger.correct[mask], champion.correct[mask]
-        wins, losses = int((now & ~was).sum()), int((was & ~now).sum())
-        drops[name] = (losses - wins) / len(now)
-        ps[name] = float(p_no_worse(wins, losses, len(now), limit))
+        wins, losses = _wins_and_losses(challenger.correct[mask], champion.correct[mask])
+        images = int(mask.sum())
+        drops[name] = (losses - wins) / images
+        ps[name] = float(p_no_worse(wins, losses, images, limit))
     alpha = DROP_ALPHA / len(counted)
-    surest = min(ps, key=ps.__getitem__)
-    passed = ps[surest] > alpha
-    named = max(drops, key=drops.__getitem__) if passed else surest
+    most_certain = min(ps, key=ps.__getitem__)
+    passed = ps[most_certain] > alpha
+    named = max(drops, key=drops.__getitem__) if passed else most_certain
     mask, drop = counted[named], drops[named]
-    told, most = _apart(drop, limit)
+    measured, allowed = _percentages(drop, limit)
     detail = (
         f"{named}: {champion.correct[mask].mean():.2%} → {challenger.correct[mask].mean():.2%} of {mask.sum():,} images"
     )
     if drop <= limit:
-        detail = f"the largest is {detail}; at most {most} lost"
+        detail = f"the largest drop is {detail}; at most {allowed} is allowed"
     else:
         detail += (
-            f", {told} lost, more than {most}, {'not ' if passed else ''}beyond chance (p = {ps[named]:.3g}, at most "
-            f"{alpha:.3g} for one of {len(counted)})"
+            f", a drop of {measured}, more than {allowed}, {'not ' if passed else ''}beyond chance "
+            f"(p = {ps[named]:.3g}, at most {alpha:.3g} for one of {len(counted)})"
         )
         if passed:
             notes.append(f"the largest observed drop of a class or slice is above the limit: {detail}")
     return QualityCheck(name="class drop", value=drop, threshold=limit, passed=passed, detail=detail), notes
 
 
-def _apart(*shares: float, sign: str = "") -> list[str]:
-    """Shares as percentages, with as many digits as tell apart those that are not equal."""
+def _percentages(*shares: float, sign: str = "") -> list[str]:
+    """Returns shares as percentages, with enough digits that different shares look different."""
     for digits in range(2, 8):
         texts = [f"{share:{sign}.{digits}%}" for share in shares]
         if len(set(texts)) == len(set(shares)):
@@ -420,7 +435,7 @@ def _apart(*shares: float, sign: str = "") -> list[str]:
 
 def _limit(name: str, value: float | None, limit: float, unit: str) -> QualityCheck:
     if value is None:
-        return QualityCheck(name=name, threshold=limit, passed=False, detail="it was not measured")
+        return QualityCheck(name=name, threshold=limit, passed=False, detail="not measured")
     return QualityCheck(
         name=name, value=value, threshold=limit, passed=value <= limit, detail=f"{value:,.5g} {unit}, at most {limit:,}"
     )

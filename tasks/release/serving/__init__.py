@@ -1,1 +1,1 @@
-"""Uses a registered version as outsiders do: in a fresh process, and over HTTP."""
+"""Uses a registered version as outside users do: in a fresh process, and over HTTP."""

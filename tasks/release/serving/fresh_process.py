@@ -1,11 +1,11 @@
-"""A stranger's use of a registered model, whose address is all it knows; clients.py runs it.
+"""Uses a registered model in a process that knows only its URI, as an outside user would; clients.py starts it.
 
-    python -P fresh_process.py        with {"uri": …, "images": …, "out": …, "sizes": […]} as its standard input
+    python -P fresh_process.py        with {"uri": …, "images": …, "out": …, "sizes": […]} on its standard input
 
-`images` is a folder of PNG files, taken in the order of their names. For each of the `sizes`, that many of the first go
-in as one batch; <out>/predictions.safetensors has each batch's predictions under that number. It also tries inputs that
-the model should refuse; <out>/refusals.json has the first line of each error, or null where there was none. It knows
-nothing of Convoy, like any model server; it loads its libraries before it is told what to do.
+`images` is a folder of PNG files, read in the order of their names. Each of the `sizes` is the size of a batch of the
+first images; <out>/predictions.safetensors holds each batch's predictions under its size. The process also sends inputs
+that the model must refuse; <out>/refusals.json holds the error messages, or null where no error was raised. Like any
+model server, the process cannot import Convoy. It loads its libraries before it reads its input.
 """
 
 import json
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import mlflow.pyfunc
 import numpy as np
-import torch.export.pt2_archive  # noqa: F401  # which the models need
+import torch.export.pt2_archive  # noqa: F401  # the models need it
 from PIL import Image
 from safetensors.numpy import save_file
 
 
 def main() -> None:
     task = json.loads(sys.stdin.read() or "null")
-    if task is None:  # whoever was to ask is gone
+    if task is None:  # the starting process has ended
         return
     pixels = [np.asarray(Image.open(file)) for file in sorted(Path(task["images"]).glob("*.png"))]
     images = np.stack([plane[None] if plane.ndim == 2 else plane.transpose(2, 0, 1) for plane in pixels])
@@ -39,8 +39,8 @@ def main() -> None:
             model.predict(value)
             refusals[name] = None
         except Exception as error:
-            said = str(error).rpartition("Error: ")[2]  # MLflow repeats the whole input before it says what is wrong
-            refusals[name] = " ".join(said.split())[:300] or type(error).__name__
+            message = str(error).rpartition("Error: ")[2]  # MLflow repeats the whole input before the message
+            refusals[name] = " ".join(message.split())[:300] or type(error).__name__
     Path(task["out"], "refusals.json").write_text(json.dumps(refusals))
     batches = {str(size): np.ascontiguousarray(model.predict(images[:size])) for size in task["sizes"]}
     save_file(batches, Path(task["out"], "predictions.safetensors"))

@@ -1,9 +1,9 @@
-"""The program that serves a registered model over HTTP until its standard input closes; clients.py starts it.
+"""Serves a registered model over HTTP until its standard input closes; clients.py starts this program.
 
-    python -m tasks.release.serving.http_server     (the line {"uri": …, "port": …} comes on its standard input)
+    python -m tasks.release.serving.http_server     (reads the line {"uri": …, "port": …} from its standard input)
 
-It runs `mlflow models serve` on 127.0.0.1, which loads its libraries before it is told what to do. However the process
-that started this one ends, the kernel closes the pipe, and the server goes with all that it has started.
+It runs `mlflow models serve` on 127.0.0.1, whose libraries load before that line arrives. However the process that
+started this one ends, the kernel closes the pipe, and the server ends with all its child processes.
 """
 
 import json
@@ -17,17 +17,17 @@ from pathlib import Path
 
 from infra.machine.lifeline import adopt_orphans, dying_with_this_process, end_descendants, hear_sigterm_as_end_of_input
 
-PATIENCE = 3.0  # seconds that the server has to end by itself
-POLL = 0.2  # seconds
+STOP_SECONDS = 3.0  # after them, a server that has not ended is killed
+POLL_SECONDS = 0.2
 SERVE = "import json, sys; from mlflow.models.cli import commands; commands(json.loads(sys.stdin.read()))"
-"""`mlflow models` with arguments from its standard input; without the rest of MLflow's command line, which takes as
-long to load as MLflow."""
+"""`mlflow models` with arguments from its standard input, without the rest of MLflow's command line: that takes as long
+to load as MLflow."""
 
 
 def main() -> int:
     adopt_orphans()
     hear_sigterm_as_end_of_input()
-    # MLflow starts `uvicorn` by that name.
+    # MLflow looks `uvicorn` up on the path.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     try:
         server = subprocess.Popen(
@@ -38,22 +38,22 @@ def main() -> int:
             text=True,
         )
         while server.poll() is None:
-            if select.select([sys.stdin], [], [], POLL)[0]:
+            if select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
                 line = sys.stdin.readline()
                 if not line:
                     return 0
-                _tell(server, **json.loads(line))
-        return server.returncode or 1  # it was not told to end
+                _serve(server, **json.loads(line))
+        return server.returncode or 1  # it ended by itself
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        end_descendants(PATIENCE)
+        end_descendants(STOP_SECONDS)
 
 
-def _tell(server: subprocess.Popen[str], uri: str, port: int) -> None:
-    place = ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+def _serve(server: subprocess.Popen[str], uri: str, port: int) -> None:
+    options = ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
     assert server.stdin
     with suppress(BrokenPipeError), server.stdin:  # it may have ended
-        json.dump(["serve", "--model-uri", uri, *place], server.stdin)
+        json.dump(["serve", "--model-uri", uri, *options], server.stdin)
 
 
 if __name__ == "__main__":
