@@ -48,11 +48,6 @@ class Evaluation(Record):
         """Share of the test images that were classified correctly."""
         return self.report.accuracy
 
-    @property
-    def temperature(self) -> float:
-        """Divisor of the logits that calibrates the probabilities; fitted on the validation split."""
-        return self.report.calibration.temperature
-
 
 @step("evaluate")
 def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> Evaluation:
@@ -87,10 +82,7 @@ def evaluate(config: TrainConfig, dataset: DatasetRef, trained: TrainResult) -> 
     store_reference(store, key, images, logits[: len(images)].softmax(1))
     store_predictions(store, trained.run_id, logits.argmax(1), manifest.classes, manifest, trained.weights_sha256)
     run_logger().info(
-        "test accuracy %.2f %%, cross-entropy %.4f, %d images",
-        100 * report.accuracy,
-        report.loss,
-        report.images,
+        "test accuracy %.2f %%, cross-entropy %.4f, %d images", 100 * report.accuracy, report.loss, report.images
     )
     return Evaluation(run_id=trained.run_id, report=report, device=device.type, reference_key=key)
 
@@ -118,7 +110,7 @@ def trained_network(store: ObjectStore, config: TrainConfig, manifest: Manifest,
     network = build(config, manifest)
     with TemporaryDirectory() as temporary:
         file = Path(temporary) / "weights.safetensors"
-        store.get_file(trained.weights_key, file, sha256=None)
+        store.get_file(trained.weights_key, file)
         load_weights(network, file)
     found = weights_sha256(network.state_dict())
     if found != trained.weights_sha256:

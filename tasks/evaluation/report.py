@@ -4,7 +4,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,10 @@ from cnn.evaluation.calibration import Reliability, reliability, temperature_not
 from infra.records import Record
 from tasks.evaluation.binomial import wilson_interval
 
-Labels = NDArray[np.int64]
-
 EXAMPLES = 24  # images of each kind in the gallery
 TOP_K = (3, 5)
 TIMED_BATCHES = (1, 64)
 WARM_UP_CALLS, TIMED_CALLS = 2, 10  # per batch size
-NO_SLICES: Mapping[str, Sequence[object]] = MappingProxyType({})
 
 
 class Scores(Record):
@@ -199,7 +195,7 @@ def evaluation_report(
     classes: Sequence[str],
     *,
     temperature: float = 1.0,
-    slices: Mapping[str, Sequence[object]] = NO_SLICES,
+    slices: Mapping[str, Sequence[object]] | None = None,
     footprint: Footprint | None = None,
 ) -> EvaluationReport:
     """Compares predictions with labels.
@@ -222,7 +218,7 @@ def evaluation_report(
     scores, support = _scores(confusion), confusion.sum(1)
     occurring = (support + confusion.sum(0) > 0).astype(np.float64)
     likeliest = logits.topk(min(max(TOP_K), len(classes)), dim=1).indices == labels[:, None]
-    columns = {**slices, "class": np.asarray(list(classes))[truth]}
+    columns = {**(slices or {}), "class": np.asarray(list(classes))[truth]}
     wrong, hardest = _examples(logits, labels)
     return EvaluationReport(
         split=split,
@@ -246,7 +242,7 @@ def evaluation_report(
     )
 
 
-def _scores(confusion: Labels) -> NDArray[np.float64]:
+def _scores(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
     """Returns precision, recall and F1 of each class [classes, 3]; 0 where the divisor is 0."""
     right, predicted, true = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
     parts, wholes = np.stack([right, right, 2 * right], 1), np.stack([predicted, true, predicted + true], 1)

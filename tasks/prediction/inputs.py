@@ -2,16 +2,15 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from cnn.formats.layout import SUFFIXES
 from infra.errors import UsageError
 from infra.storage.object_store import ObjectStore, parse_s3
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """An image file that is not read yet."""
 
     name: str

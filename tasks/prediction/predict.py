@@ -52,12 +52,8 @@ class Predictions(Record):
 
     def markdown(self) -> str:
         """Returns the summary as a page."""
-        lines = [
-            f"{self.images:,} files, {self.unreadable:,} of them unreadable, "
-            f"by {plain(self.model)} → {plain(self.out)}",
-            "",
-        ]
-        lines += table(("class", "images"), self.classes.items(), "lr")
+        head = f"{self.images:,} files, {self.unreadable:,} unreadable, by {plain(self.model)} → {plain(self.out)}"
+        lines = [head, "", *table(("class", "images"), self.classes.items(), "lr")]
         if self.unreadable:
             examples = ((each.file, each.reason) for each in self.unreadable_examples)
             lines += ["", *table(("unreadable", "reason"), examples, "ll")]
@@ -187,10 +183,9 @@ def _decode(files: Sequence[Picture], classifier: ImageClassifier) -> PredictedB
             images.append(_pixels(picture, classifier))
         except ServiceError:
             raise
-        except OSError as error:
-            unread.append(Unread(file=picture.name, reason=error.strerror or reason_of(error)))
         except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything
-            unread.append(Unread(file=picture.name, reason=reason_of(error)))
+            reason = getattr(error, "strerror", None) or reason_of(error)
+            unread.append(Unread(file=picture.name, reason=reason))
     stack = np.stack(images) if images else np.empty((0, *classifier.target.shape), dtype=np.uint8)
     return PredictedBatch(tuple(picture.name for picture in files), stack, tuple(unread))
 

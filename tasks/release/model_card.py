@@ -80,48 +80,31 @@ def model_card(
     """
     channels, size = manifest.channels, manifest.image_size
     kind = "grey" if channels == 1 else "RGB"
-    return "\n".join(
-        [
-            f"# {plain(model.name)}, version {model.version}",
-            "",
-            f"{report.headline}, cross-entropy {report.loss:.4f}, macro F1 {report.macro.f1:.4f}; "
-            f"validation accuracy {trained.val_accuracy:.2%}.",
-            "",
-            "## Intended use",
-            "",
-            f"Classifies {kind} images of {size}×{size} pixels that were made like those of {plain(dataset.name)} into "
-            f"{len(manifest.classes)} classes: {_names(manifest.classes)}.",
-            "",
-            "## How to load",
-            "",
-            "```python",
-            "import mlflow",
-            f"model = mlflow.pyfunc.load_model({json.dumps(model.uri, ensure_ascii=False)})",
-            f"probabilities = model.predict(images)  # numpy uint8 [N, {channels}, {size}, {size}], not normalised",
-            'classes = model.metadata.metadata["classes"]',
-            "```",
-            "",
-            "## Limits",
-            "",
-            *_bullets(_limits(config, manifest, report)),
-            "",
-            "## Origin",
-            "",
-            *_bullets(_origin(dataset, trained, links)),
-            "- gates: tags `convoy.serving` and `convoy.verdict` of this version; `report/verdict.md` of the run",
-            "",
-            "## Data",
-            "",
-            *_bullets(_data(config, manifest)),
-            "",
-            "## Configuration",
-            "",
-            "Keys that differ from their defaults; the MLflow run has every key.",
-            "",
-            *_bullets(f"`{key}` {plain(str(value))}" for key, value in _configuration(config).items()),
-            "",
-        ]
-    )
+    paragraphs = [
+        f"# {plain(model.name)}, version {model.version}",
+        f"{report.headline}, cross-entropy {report.loss:.4f}, macro F1 {report.macro.f1:.4f}; "
+        f"validation accuracy {trained.val_accuracy:.2%}.",
+        "## Intended use",
+        f"Classifies {kind} images of {size}×{size} pixels that were made like those of {plain(dataset.name)} into "
+        f"{len(manifest.classes)} classes: {_names(manifest.classes)}.",
+        "## How to load",
+        "```python\n"
+        "import mlflow\n"
+        f"model = mlflow.pyfunc.load_model({json.dumps(model.uri, ensure_ascii=False)})\n"
+        f"probabilities = model.predict(images)  # numpy uint8 [N, {channels}, {size}, {size}], not normalised\n"
+        'classes = model.metadata.metadata["classes"]\n'
+        "```",
+        "## Limits",
+        _bullets(_limits(config, manifest, report)),
+        "## Origin",
+        _bullets(_origin(dataset, trained, links)),
+        "## Data",
+        _bullets(_data(config, manifest)),
+        "## Configuration",
+        "Keys that differ from their defaults; the MLflow run has every key.",
+        _bullets(f"`{key}` {plain(str(value))}" for key, value in _configuration(config).items()),
+    ]
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def _limits(config: RunConfig, manifest: Manifest, report: EvaluationReport) -> list[str]:
@@ -157,6 +140,7 @@ def _origin(dataset: DatasetRef, trained: TrainResult, links: CardLinks) -> list
         commit + (", with uncommitted changes" if code.git_dirty else ""),
         f"weights `{links.weights_uri}`, SHA-256 of their tensors `{trained.weights_sha256}`",
         ", ".join(f"{library} {found}" for library, found in code.versions.items()),
+        "gates: tags `convoy.serving` and `convoy.verdict` of this version; `report/verdict.md` of the run",
     ]
 
 
@@ -182,5 +166,5 @@ def _names(classes: tuple[str, ...]) -> str:
     return shown + (f" and {len(classes) - LISTED_CLASSES} more" if len(classes) > LISTED_CLASSES else "")
 
 
-def _bullets(lines: Iterable[str]) -> list[str]:
-    return [f"- {line}" for line in lines]
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

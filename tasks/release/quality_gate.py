@@ -97,12 +97,10 @@ def compare(challenger: ModelVersion, champion: ModelVersion | None, config: Gat
     split = open_split(open_cache(store), manifest, "test")
     timed = config.max_latency_ms is not None
     against = find_version(champion.address) if champion else None
-    ours = score(store, found, manifest, split, timed=timed)
-    theirs = score(store, against, manifest, split) if against else None
     test = test_digest(manifest)
     return judge(
-        ours,
-        theirs,
+        score(store, found, manifest, split, timed=timed),
+        score(store, against, manifest, split) if against else None,
         config,
         labels=split.labels.numpy(),
         classes=manifest.classes,
@@ -144,11 +142,7 @@ def _only_champions(
     try:
         learned = pixel_digests(open_split(cache, load_manifest(cache.store, version), "train"))
     except (ObjectMissing, DatasetDamaged) as error:
-        run_logger().warning(
-            "cannot leave out test images that %s was trained on, since its data cannot be read: %s",
-            champion.address,
-            error,
-        )
+        run_logger().warning("cannot leave out test images that %s was trained on: %s", champion.address, error)
         return None
     test = pixel_digests(split)
     mask = np.isin(test, learned)

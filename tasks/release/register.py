@@ -62,23 +62,19 @@ def register(
             "weights_sha256": trained.weights_sha256,
         },
     )
-    tags = _record(dataset, trained, evaluated).to_tags()
-    registered = create_version(name, model_id, run_id=trained.run_id, tags=tags)
-    run_logger().info("registered version %s of model %s", registered.version, registered.name)
-    return registered
-
-
-def _record(dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation) -> VersionRecord:
     flow = flow_run_id()
-    return VersionRecord(
+    record = VersionRecord(
         dataset=dataset.name,
         dataset_version=dataset.version,
         weights_sha256=trained.weights_sha256,
         weights_key=trained.weights_key,
         reference_key=evaluated.reference_key,
         test_accuracy=str(evaluated.accuracy),
-        temperature=str(evaluated.temperature),
+        temperature=str(evaluated.report.calibration.temperature),
         serving="pending",
         git_commit=provenance().git_commit,
         flow_run=str(flow) if flow else None,
     )
+    registered = create_version(name, model_id, run_id=trained.run_id, tags=record.to_tags())
+    run_logger().info("registered version %s of model %s", registered.version, registered.name)
+    return registered

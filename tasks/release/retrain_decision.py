@@ -35,9 +35,6 @@ class Decision(Record):
     why: str
     """One line."""
 
-    champion: str | None
-    """`name/version`."""
-
     champion_weights: str | None
     """Address of the champion's weights."""
 
@@ -71,7 +68,6 @@ def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bo
     return Decision(
         train=train,
         why=why,
-        champion=champion.address if champion else None,
         champion_weights=store.uri(key) if key else None,
         judge=judge,
     )

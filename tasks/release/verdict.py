@@ -266,11 +266,7 @@ def images_needed(wins: int, losses: int, images: int, config: GateConfig) -> in
 
 
 def _connor(disagree: float, effect: float, config: GateConfig) -> int:
-    """Returns the number of paired images that show a gain of `effect`, if the versions disagree on a share of them.
-
-    Args:
-        disagree: that share, at least `effect`.
-    """
+    """Returns the paired images that show a gain of `effect`, if the share that differs is `disagree` ≥ `effect`."""
     z_alpha, z_power = normal_score(config.alpha), normal_score(1 - config.power)
     spread = z_alpha * math.sqrt(disagree) + z_power * math.sqrt(max(disagree - effect**2, 0))
     return math.ceil(float(spread**2 / effect**2))
@@ -287,10 +283,7 @@ def _wins_and_losses(ours: Mask, theirs: Mask) -> tuple[int, int]:
 
 
 def _floor(challenger: Scored, labels: Labels, config: GateConfig) -> QualityCheck:
-    """Compares the lower end of the accuracy's interval with the floor.
-
-    Without a floor, McNemar's test compares the version with a constant answer.
-    """
+    """Compares the accuracy's lower bound with the floor; without one, McNemar's test against a constant answer."""
     accuracy, images = challenger.accuracy, len(labels)
     if (floor := config.floor) is not None:
         low, _ = challenger.interval
@@ -381,11 +374,7 @@ def _too_small(wins: int, losses: int, images: int, config: GateConfig) -> str:
 def _largest_drop(
     challenger: Scored, champion: Scored, groups: Mapping[str, Mask], config: GateConfig
 ) -> tuple[QualityCheck, list[str]]:
-    """Tests whether a class or slice lost more than allowed, by Tango's test with Bonferroni's correction.
-
-    Returns:
-        The check, and notes for the verdict.
-    """
+    """Tests each class and slice for a drop beyond the limit: Tango's test with Bonferroni's correction. Adds notes."""
     limit = config.max_class_drop
     counted = {name: mask for name, mask in groups.items() if mask.sum() >= config.min_support}
     notes = []
@@ -434,8 +423,6 @@ def _percentages(*shares: float, sign: str = "") -> list[str]:
 
 
 def _limit(name: str, value: float | None, limit: float, unit: str) -> QualityCheck:
-    if value is None:
-        return QualityCheck(name=name, threshold=limit, passed=False, detail="not measured")
-    return QualityCheck(
-        name=name, value=value, threshold=limit, passed=value <= limit, detail=f"{value:,.5g} {unit}, at most {limit:,}"
-    )
+    passed = value is not None and value <= limit
+    detail = "not measured" if value is None else f"{value:,.5g} {unit}, at most {limit:,}"
+    return QualityCheck(name=name, value=value, threshold=limit, passed=passed, detail=detail)

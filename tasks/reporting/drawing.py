@@ -33,15 +33,10 @@ def section(part: SubFigure, title: str, images: Tensor, captions: Sequence[str]
     part.suptitle(title)
     axes = part.add_subplot()  # one for all images: matplotlib takes seconds to lay out a pair of axes per image
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        left, top = CELL[0] * (number % COLUMNS), CELL[1] * (number // COLUMNS)
-        axes.imshow(
-            rgb(image.numpy()),
-            interpolation="nearest",
-            vmin=0,
-            vmax=255,
-            extent=(left, left + SIDE, top + CELL[1], top + CELL[1] - SIDE),
-        )
-        axes.text(left + SIDE / 2, top + CELL[1] - SIDE - 0.03, caption, fontsize=6, ha="center", va="bottom")
+        left, bottom = CELL[0] * (number % COLUMNS), CELL[1] * (number // COLUMNS + 1)
+        box = (left, left + SIDE, bottom, bottom - SIDE)
+        axes.imshow(rgb(image.numpy()), interpolation="nearest", vmin=0, vmax=255, extent=box)
+        axes.text(left + SIDE / 2, bottom - SIDE - 0.03, caption, fontsize=6, ha="center", va="bottom")
     axes.axis("off")
     axes.set(xlim=(0, CELL[0] * COLUMNS), ylim=(CELL[1] * -(-len(images) // COLUMNS), 0))
 

@@ -66,7 +66,7 @@ def test_folder_gives_the_evaluated_probabilities_in_order(
     rows = table.to_pylist()
     assert [Path(row["file"]).name for row in rows] == [f"{number:03d}.png" for number in range(100)]
     found = torch.tensor([[row[f"p_{digit}"] for digit in range(10)] for row in rows])
-    assert done.temperature == registered.evaluated.temperature
+    assert done.temperature == registered.evaluated.report.calibration.temperature
     evaluated = reference["probabilities"][torch.arange(100) % 64]
     expected = torch.from_numpy(calibrated(evaluated.numpy(), done.temperature))
     assert torch.allclose(found, expected, atol=1e-5)
@@ -157,7 +157,7 @@ def test_temperature_of_the_version_calibrates(registered: Registered, photos: P
         with pytest.raises(UsageError, match=r"'warm', not a positive number"):
             predicting(NAME, [photos / "a"], tmp_path / "never.parquet")
     finally:
-        fitted = str(registered.evaluated.temperature)
+        fitted = str(registered.evaluated.report.calibration.temperature)
         client.set_model_version_tag(NAME, version.version, "convoy.temperature", fitted)
     before, after = (pq.read_table(tmp_path / f"{name}.parquet").to_pandas() for name in ("before", "after"))
     assert (before["class"] == after["class"]).all()

@@ -8,11 +8,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
-from typing import Self
+from typing import NamedTuple, Self
 
 import httpx
 from PIL import Image
@@ -36,8 +35,7 @@ class ConsumerFailed(RuntimeError):
     exit_status = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Consumed:
+class Consumed(NamedTuple):
     """Results of a fresh process."""
 
     predictions: dict[int, Tensor]
