@@ -1,4 +1,4 @@
-"""Pages with code are right: the blocks of `.github/extending`, applied to a copy of the repository, pass their tests.
+"""Checks pages with code: the blocks of `.github/extending`, applied to a copy of the repository, pass their tests.
 
 A block in `python` whose first line is a comment with a path is a new file. A block in `diff` changes the file named in
 its first line: its lines that begin with a space or `-` stand there exactly once. A line that begins with `convoy
@@ -56,7 +56,7 @@ class Extended:
 
 @pytest.fixture
 def extended(request: pytest.FixtureRequest, tmp_path: Path) -> Extended:
-    """The copy for the page that a test names."""
+    """Returns the copy for the page that a test names."""
     folder = tmp_path / "convoy"
     for name in (*PRODUCT, "tests", ".github"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "screenshots"))

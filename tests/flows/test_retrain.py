@@ -1,4 +1,4 @@
-"""Retraining only when there is a reason, and what the reasons are."""
+"""A retraining trains only for a reason, and reports the reason."""
 
 import time
 from uuid import UUID
@@ -30,7 +30,7 @@ from tests.flows.conftest import CONFIG
 
 @pytest.fixture(scope="module")
 def first(stack: object, quiet_prefect: None) -> tuple[RunConfig, Summary]:
-    """A model's first training, by `retrain`."""
+    """The result of a model's first training, by `retrain`."""
     let_pass = GateConfig(floor=0.0, min_class_recall=0.0)  # two epochs may leave a class unlearnt
     config = CONFIG.model_copy(update={"name": "retrained", "ranks": 1, "epochs": 2, "gate": let_pass})
     return config, retrain_flow(config)
@@ -52,7 +52,7 @@ def test_without_a_champion_there_is_a_reason(first: tuple[RunConfig, Summary]) 
 def test_nothing_new_is_skipped_within_seconds(first: tuple[RunConfig, Summary]) -> None:
     config, before = first
     began = time.monotonic()
-    summary = retrain_flow(config.model_copy(update={"ranks": 2}))  # which has no say in the result
+    summary = retrain_flow(config.model_copy(update={"ranks": 2}))  # which does not affect the result
     assert time.monotonic() - began < 60  # what it takes is measured elsewhere; a training would take longer
     assert (summary.status, summary.exit_status, summary.mlflow_run_id) == ("unchanged", 0, None)
     assert summary.reason == f"nothing has changed since the champion, version {before.model_version}"
@@ -106,7 +106,7 @@ def test_cost_is_in_the_run_and_in_the_summary(first: tuple[RunConfig, Summary])
 
 
 def copied(first: tuple[RunConfig, Summary], lr: float) -> RegisteredVersion:
-    """A further version of the model with the first one's files, as a training with another learning rate leaves it."""
+    """Registers another version with the first version's files, as a training with another learning rate would."""
     before = first[1]
     name, run_id = before.model_name or "", before.mlflow_run_id or ""
     record = read_record(run_id)

@@ -1,4 +1,4 @@
-"""A registered version of a small network for digits, made by the real tasks from weights that were never trained."""
+"""Makes a registered version of a small network for digits, by the real tasks, from untrained weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from tasks.training.train import TrainResult
 
 @dataclass(frozen=True)
 class Registered:
-    """What registration leaves."""
+    """A registered version with its store, data set and evaluation."""
 
     store: ObjectStore
     dataset: DatasetRef
@@ -33,7 +33,7 @@ class Registered:
 
 
 def register_digits(name: str, folder: Path) -> Registered:
-    """Register a version of `name`; needs the stack.
+    """Registers a version of `name`; needs the stack.
 
     Args:
         folder: for temporary files.

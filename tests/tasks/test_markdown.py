@@ -1,4 +1,4 @@
-"""Pages that hold texts of other people's."""
+"""Pages that contain texts from users."""
 
 import re
 
@@ -26,7 +26,7 @@ MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
 
 def texts(tokens: list[Token]) -> list[str]:
-    """What each inline part shows, if it is nothing but text; else the kinds of its parts."""
+    """Returns the text of each inline part that contains text only; else the kinds of its parts."""
     found = []
     for token in tokens:
         if token.type == "inline":

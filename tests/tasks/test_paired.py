@@ -1,4 +1,4 @@
-"""Errors and power of the paired comparison, by exact enumeration of all results that may come out."""
+"""Errors and power of the paired comparison, by exact enumeration of all possible results."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ Counts = NDArray[np.int64]
 
 
 def results(images: int, win: float, lose: float) -> tuple[Counts, Counts, NDArray[np.float64]]:
-    """All wins and losses that are at all probable, [W×1] and [1×L], and their multinomial probabilities [W×L]."""
+    """Returns all likely wins and losses, [W×1] and [1×L], and their multinomial probabilities [W×L]."""
     tail = 1e-8
     wins, losses = (
         np.arange(binom.ppf(tail, images, p), binom.isf(tail, images, p) + 1, dtype=np.int64) for p in (win, lose)
@@ -25,7 +25,7 @@ def results(images: int, win: float, lose: float) -> tuple[Counts, Counts, NDArr
 
 
 def passes(images: int, disagree: float, difference: float, margin: float | None = None) -> float:
-    """Probability of a yes, if the true difference of the accuracies is `difference`."""
+    """Returns the probability of a pass if the true difference of the accuracies is `difference`."""
     config = GateConfig(alpha=ALPHA, margin=margin)
     if not config.can_pass(images):
         return 0.0
@@ -35,7 +35,7 @@ def passes(images: int, disagree: float, difference: float, margin: float | None
 
 @pytest.mark.parametrize("images", [100, 200, 300, 450, 541, 600, 1000, 1226, 3000, 10_000])
 def test_wrong_yes_is_as_rare_as_promised(images: int) -> None:
-    """At a true loss of exactly the margin, on any share of disagreement from the smallest possible one on."""
+    """The true loss is exactly the margin; the share of disagreement runs from the smallest possible one."""
     for margin in (None, 0.005, 0.01, 0.02):
         at = GateConfig(margin=margin).margin_on(images)
         for disagree in {at, *(share for share in (0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.2) if share > at)}:

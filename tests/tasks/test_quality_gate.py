@@ -45,7 +45,7 @@ LABELS = np.repeat([0, 1], 500)
 
 
 def scored(name: str, *wrong: slice, **values: object) -> Scored:
-    """A version that has all of a thousand images right but these; the first half are of class a."""
+    """Returns a version that is wrong on these images of a thousand; the first half are of class a."""
     correct = np.ones(len(LABELS), dtype=np.bool_)
     for part in wrong:
         correct[part] = False
@@ -185,7 +185,7 @@ def test_unset_margin_is_what_the_split_can_show() -> None:
 
 
 def test_refusal_for_want_of_images_says_so_in_its_reason() -> None:
-    """Finding in use: 98.61 % refused against 98.26 %, on 288 images, without a word on their number."""
+    """Found in use: 98.61 % was refused against 98.26 %, on 288 images, and the message did not give their number."""
     labels = np.arange(288) % 10
     correct = np.ones((2, 288), dtype=np.bool_)
     correct[0, :4] = correct[1, 3:8] = False
@@ -349,7 +349,7 @@ def dataset(stack: object) -> DatasetRef:
 
 @pytest.fixture(scope="module")
 def line(dataset: DatasetRef, tmp_path_factory: pytest.TempPathFactory) -> Line:
-    """Each version is made as the register task does, from a few steps of Adam instead of a training."""
+    """Makes each version as the register task does, from a few steps of Adam instead of a training."""
     settings = Settings()
     store = ObjectStore.connect(settings.bucket)
     manifest = load_manifest(store, dataset.version)
@@ -412,7 +412,7 @@ def promoted(version: ModelVersion) -> None:
 
 
 def test_only_better_versions_become_champion(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
-    """The life of a model, in order: each step rests on those before it."""
+    """Runs through the life of a model in order: each step depends on those before it."""
     with pytest.raises(QualityRefused, match=r"refused: gated/1 .*, no champion; floor") as refusal:
         gate(line.bad, floor=0.5)
     assert refusal.value.exit_status == 3
@@ -451,7 +451,7 @@ def test_only_better_versions_become_champion(line: Line, capsys: pytest.Capture
     assert (forced.forced, forced.reason) == (True, "to see what happens")
     assert forced.verdict_summary.startswith("refused")
 
-    # The verdict on the good version was against the weak one: it says nothing of the bad one.
+    # The good version was judged against the weak one, so its verdict does not count against the bad one.
     with pytest.raises(PromotionRefused, match=rf"judged against {line.weak.address}, but 'gated' was promoted"):
         promote_version(line.good)
     publish(line.good, judge_version(line.good, GateConfig(max_class_drop=0.5)))

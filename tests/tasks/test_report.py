@@ -29,7 +29,7 @@ from tasks.reporting.drawing import png
 
 @pytest.fixture
 def report() -> EvaluationReport:
-    """Two cats and three dogs, one of which is taken for a cat; no bird, and nothing taken for one."""
+    """Two cats and three dogs, one of which is classified as a cat; there is no bird, and none is predicted."""
     labels = torch.tensor([0, 0, 1, 1, 1])
     logits = torch.full((5, 3), -100.0)
     for image, predicted in enumerate((0, 0, 1, 1, 0)):
@@ -129,7 +129,7 @@ def test_top_k_counts_the_classes_that_are_likely_enough() -> None:
 def test_temperature_changes_probabilities_and_no_prediction() -> None:
     logits, labels = 4 * torch.eye(2).repeat(5, 1), torch.tensor([0, 1] * 4 + [1, 0])  # 8 of 10 right
     plain = evaluation_report("test", logits, labels, "ab")
-    temperature = 4 / math.log(4)  # for which 80 % is what they mean
+    temperature = 4 / math.log(4)  # makes the confidence 80 %
     cooled = evaluation_report("test", logits, labels, "ab", temperature=temperature)
     assert (plain.calibration.temperature, cooled.accuracy) == (1.0, plain.accuracy)
     assert plain.calibration.ece_before == plain.calibration.ece_after
@@ -200,7 +200,7 @@ def split(tmp_path: Path) -> MappedSplit:
 
 
 def guesses(split: MappedSplit, temperature: float = 1.0) -> EvaluationReport:
-    """What a network says that is right in about two of three cases."""
+    """Returns the report of a network that is right in about two of three cases."""
     torch.manual_seed(0)
     logits = 3 * torch.randn(len(split), 10)
     logits[torch.arange(0, 60, 2), split.labels[::2]] += 8

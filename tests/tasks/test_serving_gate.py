@@ -39,7 +39,7 @@ def gate(registered: Registered, evaluated: Evaluation, config: ServingConfig) -
 
 
 def servers() -> set[int]:
-    """Processes that serve models of this session's stack."""
+    """Returns the processes that serve models of this session's stack."""
     found = set()
     for process in psutil.process_iter():
         try:
@@ -62,7 +62,7 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(registered: Registered, temporary: Path) -> ServingReport:
-    """Of the good version, which has no alias before."""
+    """The report on the good version, which has no alias before."""
     assert aliased(registered.version.name, "challenger") is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(temporary))
