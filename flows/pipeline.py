@@ -29,7 +29,7 @@ from tasks.orchestration.cancellation import Cancelled
 from tasks.orchestration.flow_runs import flow_is_alive
 from tasks.orchestration.model_lease import model_lease
 from tasks.orchestration.retries import outlast
-from tasks.release.approval import ask
+from tasks.release.approval import wait_for_approval
 from tasks.release.model_card import write_model_card
 from tasks.release.promote import champion_data, promotions_of
 from tasks.release.quality_gate import QualityRefused, quality_gate
@@ -192,7 +192,7 @@ def _through_gates(
         verdict = quality_gate(registered, config.gate)
         summary = summary.model_copy(update={"verdict": verdict.summary})
         if config.promotes:
-            reason = ask(registered, verdict, config.approval_patience) if config.approval else ""
+            reason = wait_for_approval(registered, verdict, config.approval_patience) if config.approval else ""
             release(registered, reason)
             summary = summary.model_copy(update={"champion": True})
     except QualityRefused as refused:

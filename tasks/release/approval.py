@@ -25,7 +25,7 @@ class ApprovalRefused(GateRefused):
     """The promotion was rejected, or not approved in time."""
 
 
-def ask(registered: ModelVersion, verdict: Verdict, time_limit: float) -> str:
+def wait_for_approval(registered: ModelVersion, verdict: Verdict, time_limit: float) -> str:
     """Pauses the flow run until a person approves the promotion in Prefect; returns the reason given.
 
     Args:
@@ -42,7 +42,7 @@ def ask(registered: ModelVersion, verdict: Verdict, time_limit: float) -> str:
     page = f"Promote **{registered.address}** to champion?\n\n{verdict.markdown()}"
     answer = asyncio.run(_answer(page, time_limit))
     if answer is None:
-        raise ApprovalRefused(f"nobody approved {registered.address} within {time_limit:,.0f} s; it is not promoted")
+        raise ApprovalRefused(f"{registered.address} was not approved within {time_limit:,.0f} s")
     if not answer.promote:
         reason = f": {answer.reason}" if answer.reason else ""
         raise ApprovalRefused(f"{registered.address} was not approved{reason}")

@@ -80,15 +80,15 @@ def _decide(
     champion = standing.version
     if champion is None:
         return True, standing.note or "there is no champion yet", None
-    ours = _inputs(run_manifest(config, dataset, provenance()).model_dump(), config)
-    theirs = _inputs_of(champion, config)
-    if theirs is None:
+    now = _inputs(run_manifest(config, dataset, provenance()).model_dump(), config)
+    before = _inputs_of(champion, config)
+    if before is None:
         return True, f"the inputs of the champion, version {champion.version}, are unknown", None
-    differing = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    differing = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
     if "digest_format" in differing:  # then digests of the same code differ
         differing.remove("code_digest")
     changed = "; ".join(
-        INPUTS.get(key) or f"{key.removeprefix('config.')} was {theirs.get(key)}, is {ours.get(key)}"
+        INPUTS.get(key) or f"{key.removeprefix('config.')} was {before.get(key)}, is {now.get(key)}"
         for key in differing
     )
     if force:
@@ -97,7 +97,7 @@ def _decide(
         return False, f"nothing has changed since the champion, version {champion.version}", None
     for version in search_versions(name=champion.name):
         refused = version.record.verdict == "refused" and version.record.verdict_champion == champion.address
-        if refused and _inputs_of(version, config) == ours:
+        if refused and _inputs_of(version, config) == now:
             why = f"version {version.version}, with the same inputs, was refused against version {champion.version}"
             verdict = verdict_on(store, version)
             if verdict and verdict.config == config.gate:

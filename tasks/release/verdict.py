@@ -277,9 +277,9 @@ def _effect(images: int, config: GateConfig) -> float:
     return max(margin, config.detectable) if config.mode == "superior" else margin or config.detectable
 
 
-def _wins_and_losses(ours: Mask, theirs: Mask) -> tuple[int, int]:
+def _wins_and_losses(first: Mask, second: Mask) -> tuple[int, int]:
     """Returns how many images only the first version has right, and how many only the second."""
-    return int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    return int((first & ~second).sum()), int((second & ~first).sum())
 
 
 def _floor(challenger: Scored, labels: Labels, config: GateConfig) -> QualityCheck:

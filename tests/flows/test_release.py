@@ -17,7 +17,7 @@ from prefect.context import FlowRunContext
 from infra.tracking.model_registry import ModelVersion, aliased
 from tasks.config.gates import GateConfig
 from tasks.orchestration.cancellation import Cancelled
-from tasks.release.approval import ApprovalRefused, ask
+from tasks.release.approval import ApprovalRefused, wait_for_approval
 from tasks.release.verdict import Scored, judge
 from tests.flows.conftest import CONFIG, Convoy
 from tests.flows.program import wait_for
@@ -133,7 +133,7 @@ def asking(patience: float, answer: dict[str, object] | None = None, *, cancel: 
         somebody = threading.Thread(target=contextvars.copy_context().run, args=(person, context.flow_run.id))
         somebody.start()
         try:
-            return ask(ModelVersion(name="asked", version="1"), verdict, patience)
+            return wait_for_approval(ModelVersion(name="asked", version="1"), verdict, patience)
         finally:
             somebody.join()
 
@@ -155,8 +155,8 @@ def test_person_says_no(stack: object, quiet_prefect: None) -> None:
         asking(60, {"promote": False, "reason": "too dark"})
 
 
-def test_nobody_answers(stack: object, quiet_prefect: None) -> None:
-    with pytest.raises(ApprovalRefused, match="nobody approved asked/1 within 4 s"):
+def test_no_answer_in_time_refuses(stack: object, quiet_prefect: None) -> None:
+    with pytest.raises(ApprovalRefused, match="asked/1 was not approved within 4 s"):
         asking(4)
 
 
