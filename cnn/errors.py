@@ -13,7 +13,7 @@ class InputError(ValueError):
     """The data or the configuration cannot be used; the message says what is wrong, where, and what to do."""
 
     exit_status = 2
-    """Of a command that ends with this error: the user made a mistake."""
+    """Exit status of a command that ends with this error: the user made a mistake."""
 
     def __init__(self, message: str) -> None:
         super().__init__(escaped(message))
@@ -23,4 +23,4 @@ class NotAvailable(RuntimeError):
     """A file disappeared before it could be used, through no mistake in the input; the message says why."""
 
     exit_status = 1
-    """Of a command that ends with this error."""
+    """Exit status of a command that ends with this error."""

@@ -19,7 +19,7 @@ class StepReport:
     """Before clipping."""
 
     learning_rate: float
-    """Of the last step; not a mean."""
+    """Value in the last step, not a mean."""
 
     rank_seconds: tuple[float, ...]
     """Computing time per step and rank, without the time of waiting for other ranks; empty if not known yet."""

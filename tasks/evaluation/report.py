@@ -79,7 +79,7 @@ class Example(Record):
     label: int
     predicted: int
     probability: float
-    """Of the predicted class."""
+    """Probability of the predicted class."""
 
     true_probability: float
 

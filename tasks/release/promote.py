@@ -37,7 +37,7 @@ class ChampionData(NamedTuple):
 
     present: str | None
     oldest: str | None
-    """Of the oldest champion that a rollback can restore."""
+    """Dataset version of the oldest champion that a rollback can restore."""
 
 
 def champion_data(name: str) -> ChampionData:

@@ -36,7 +36,7 @@ class Scored:
     """[N], in the order of the split."""
 
     size_bytes: int | None = None
-    """Of the weights."""
+    """Size of the weights."""
 
     latency_ms: float | None = None
     """Median time for one image; None if it was not measured."""

@@ -58,16 +58,16 @@ class Commit(Record, extra="forbid"):
 
     step: int
     manifest_digest: str
-    """Of the training's `RunManifest`."""
+    """Digest of the training's `RunManifest`."""
 
     files: dict[str, str]
     """SHA-256 of each file, by its key."""
 
     val_accuracy: float | None = None
-    """Of the last epoch before the checkpoint."""
+    """Validation accuracy, 0 to 1, after the last epoch before the checkpoint."""
 
     train_seconds: float = 0.0
-    """Of all processes that trained up to this step."""
+    """Seconds of training up to this step, summed over restarts."""
 
     metrics: tuple[dict[str, Any], ...] = ()
     """Rows (`MetricRow`) that the tracking server had not acknowledged."""

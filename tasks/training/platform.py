@@ -24,7 +24,7 @@ class Platform(Record, extra="forbid"):
     """`DIGEST_FORMAT` of the code that wrote this record."""
 
     code_digest: str
-    """Of the parts of `cnn` that decide weights, without comments and formatting."""
+    """Digest of the parts of `cnn` that decide weights, without comments and formatting."""
 
     lock_sha256: str | None
     torch: str
@@ -32,7 +32,7 @@ class Platform(Record, extra="forbid"):
     """`cpu` or `cuda`."""
 
     instruction_set: str
-    """Of the CPU or GPU: other instructions round differently."""
+    """Instruction set of the CPU or GPU: other instructions round differently."""
 
     threads_per_rank: int
 

@@ -207,7 +207,7 @@ class RankZero:
 
     @property
     def images_per_second(self) -> float:
-        """Of all ranks together, without validation."""
+        """Returns the speed of all ranks together, without validation."""
         return self._speed.mean
 
     def warn(self, message: str) -> None:

@@ -48,13 +48,13 @@ class TrainResult(Record):
     """Key of the safetensors weights in the bucket."""
 
     weights_sha256: str
-    """Of the tensors in sorted name order (`cnn.networks.weights.weights_sha256`)."""
+    """Digest of the tensors in sorted name order (`cnn.networks.weights.weights_sha256`)."""
 
     world_size: int
     steps: int
     train_seconds: float
     images_per_second: float
-    """Of all ranks together, without validation."""
+    """Speed of all ranks together, without validation."""
 
     val_accuracy: float
     val_loss: float

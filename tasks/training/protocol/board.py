@@ -63,7 +63,7 @@ class NodeReport(_Message):
     """Ranks that the node can run."""
 
     platform: Platform
-    """Of the node; only equal platforms give equal weights."""
+    """Platform of the node; only equal platforms give equal weights."""
 
     generation: str = ""
     """Id of the generation that the fields below belong to."""
@@ -72,7 +72,7 @@ class NodeReport(_Message):
     """Rendezvous of torchrun's agents, as `address:port`; set by the leader only."""
 
     exit_status: int | None = None
-    """Of torchrun; None before it starts and while it runs."""
+    """Exit status of torchrun; None before it starts and while it runs."""
 
     outcome: Outcome | None = None
     """Outcome of the ranks, once they have ended."""

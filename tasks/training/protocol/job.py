@@ -83,7 +83,7 @@ class Outcome(Record, extra="forbid"):
     weights_sha256: str = ""
     steps: int = 0
     world_size: int = 0
-    """Of the last start of the ranks."""
+    """Number of ranks at their last start."""
 
     train_seconds: float = 0.0
     images_per_second: float = 0.0

@@ -22,7 +22,7 @@ class Training(Record):
     """MLflow's status: RUNNING, FINISHED, FAILED or KILLED."""
 
     step: int | None
-    """Of the newest checkpoint."""
+    """Step of the newest checkpoint."""
 
     dataset: str
     model: str
