@@ -60,6 +60,7 @@ def test_a_flow_run_cancelled_in_prefect_stops_its_ranks_and_ends_as_cancelled(
     training.assert_ends()
     assert done.status == 75
     assert "cancelled" in done.complaint
+    assert f"`convoy resume {training.run_id}` goes on" in done.stderr
     summary = Summary.model_validate_json((tmp_path / "out.json").read_bytes())
     assert (summary.status, summary.exit_status) == ("interrupted", 75)
     assert MlflowClient().get_run(training.run_id).info.status == "KILLED"

@@ -128,6 +128,8 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
             )
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
+            if stopped and not isinstance(error, Interrupted):  # whose message says it
+                run_logger().warning("run %s has stopped; `convoy resume %s` goes on", run_id, run_id)
             with contextlib.suppress(ServiceError):  # if the server failed, the first error explains more
                 if not finished:
                     mlflow_runs.end_run(run_id, "KILLED" if stopped else "FAILED")
