@@ -5,6 +5,7 @@ from infra.machine import stopping
 
 stopping.listen()  # first, since a signal may arrive while the rest is imported
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -225,9 +226,31 @@ for panel, commands in PANELS.items():
 
 @app.command()
 @configured
-def config(read_config: partial[RunConfig]) -> None:
-    """Print the configuration that `convoy train` would use with the same options, as YAML for --config."""
-    typer.echo(yaml.safe_dump(read_config().resolved(), sort_keys=False).rstrip())
+def config(
+    read_config: partial[RunConfig],
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Add a comment to each key: what it sets, its default and its values.")
+    ] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of all configurations instead, for editors.")
+    ] = False,
+) -> None:
+    """Print the configuration that `convoy train` would use with the same options, as YAML for --config.
+
+    [dim]convoy config --model notes --explain > recipe.yaml[/]
+    """
+    from tasks.config.explain import explained
+    from tasks.config.keys import schema_of
+
+    if explain and schema:
+        raise UsageError("--explain and --schema exclude each other")
+    found = read_config()
+    if schema:
+        typer.echo(json.dumps(schema_of(RunConfig), indent=2, ensure_ascii=False))
+    elif explain:
+        typer.echo(explained(found))
+    else:
+        typer.echo(yaml.safe_dump(found.resolved(), sort_keys=False).rstrip())
 
 
 @app.command()

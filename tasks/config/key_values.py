@@ -2,14 +2,15 @@
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from cnn.config.base import Config
 from cnn.config.networks import NETWORKS
 from infra.errors import UsageError
+from tasks.config.keys import sections_of
 from tasks.config.plain_yaml import read_yaml
 
 Flat = TypeVar("Flat", bound=Config)
@@ -78,27 +79,37 @@ def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str,
 
 
 def _nearest(path: list[str], model: type[BaseModel], values: Mapping[str, Any]) -> str:
-    """Suggests the key that was probably meant: the nearest in the same section, or else in all sections."""
-    keys = list(known_keys(model, values.get("model")))
-    key = ".".join(path)
-    others = [name for name, each in NETWORKS.items() if path[-1] in each.options.model_fields]
-    if path[0] == "network" and others:
-        return f"{others[0]} has it: --model {others[0]}"
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if not close:
-        by_last = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
-        close = [by_last[last] for last in difflib.get_close_matches(path[-1], by_last, n=1, cutoff=0.8)]
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(keys)}"
+    """Suggests the key that was probably meant: of this configuration, or one that only other networks have."""
+    network = str(values.get("model") or ("network" in model.model_fields and model.model_fields["model"].default))
+    keys = list(known_keys(model, network))
+    others = dict[str, list[str]]()
+    for name, each in NETWORKS.items() if network in NETWORKS else ():
+        for option in each.options.model_fields:
+            if (key := f"network.{option}") not in keys:
+                others.setdefault(key, []).append(name)
+    known = [*keys, *others]
+    siblings = {key.rpartition(".")[2]: key for key in known if key.split(".")[:-1] == path[:-1]}
+    by_last = {key.rpartition(".")[2]: key for key in reversed(known)}
+    whole = {key: key for key in known}
+    last, key = path[-1], ".".join(path)
+    for wrong, names, cutoff in (
+        *((last, siblings, 1.0), (last, by_last, 1.0)),
+        *((last, siblings, 0.6), (last, by_last, 0.8), (key, whole, 0.8)),
+    ):
+        if close := difflib.get_close_matches(wrong, names, n=1, cutoff=cutoff):
+            return _hint(names[close[0]], others, network)
+    return f"there are {', '.join([key for key in siblings.values() if key in keys] if path[1:] else keys) or 'none'}"
 
 
-def known_keys(model: type[BaseModel], network: object = None) -> Iterable[str]:
-    """Yields every key of a configuration, in dotted form."""
-    for name, field in model.model_fields.items():
-        candidates = (field.annotation, *get_args(field.annotation))
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), None)
-        if name == "network" and (found := NETWORKS.get(str(network or model.model_fields["model"].default))):
-            section = found.options
-        if section is None:
-            yield name
-        else:
-            yield from (f"{name}.{key}" for key in section.model_fields)
+def _hint(key: str, others: Mapping[str, list[str]], network: str) -> str:
+    """Names a key, and if this run's network lacks it, a network that has it."""
+    if key not in others:
+        return f"did you mean {key!r}?"
+    first, *more = others[key]
+    which = f"network {first}" + (f" and {len(more)} more" if more else "")
+    return f"{key} is a key of {which} (--model {first}); this run uses {network}"
+
+
+def known_keys(model: type[BaseModel], network: object = None) -> Iterator[str]:
+    """Yields every key of a configuration, in dotted form; `network` is as in `sections_of`."""
+    return (key.name for section in sections_of(model, network) for key in section.keys)

@@ -63,11 +63,13 @@ class KubernetesConfig(Config):
     """Container image with Convoy, preferably by digest; the same as the flow's own."""
 
     namespace: str = "convoy"
+    """Namespace of the Job and its pods."""
 
     pods: int | None = Field(None, ge=1)
     """Number of pods. Unset: as many as hold all ranks."""
 
     ranks_per_pod: int = Field(1, ge=1)
+    """Ranks in each pod."""
 
     cpus: float = Field(1.0, gt=0)
     """CPUs requested per rank."""
@@ -85,7 +87,7 @@ class KubernetesConfig(Config):
     """Service account of the pods; its token is not mounted."""
 
     template: Path | None = None
-    """Another manifest than infra/kubernetes/training-job.yaml to build the Job on: tolerations, node selectors, …"""
+    """Another manifest than infra/kubernetes/training-job.yaml to build the Job on, for example with tolerations."""
 
 
 class Launch(Config):

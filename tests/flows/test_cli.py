@@ -200,6 +200,22 @@ def test_printed_configuration_is_read_back_as_the_same(convoy: Convoy, tmp_path
     assert config.resolved()["network"]["dropout"] == 0.5
 
 
+def test_explained_configuration_is_read_back_as_the_same(convoy: Convoy, tmp_path: Path) -> None:
+    options = ["--dataset", "digits", "--model", "notes", *sets("network.hidden=[8]")]
+    explained = convoy("config", "--explain", *options)
+    assert (explained.status, explained.stderr) == (0, "")
+    assert "# Sizes of the fully connected layers before the last one; may be empty.\n" in explained.stdout
+    (tmp_path / "config.yaml").write_text(explained.stdout)
+    again = convoy("config", "--config", str(tmp_path / "config.yaml"))
+    assert again.stdout == convoy("config", *options).stdout
+
+
+def test_schema_is_printed_as_json(convoy: Convoy) -> None:
+    schema = json.loads(convoy("config", "--schema").stdout)
+    assert schema["properties"]["lr"]["description"] == "Peak learning rate."
+    assert convoy("config", "--schema", "--explain").status == 2
+
+
 @pytest.mark.parametrize("command", [[command] for command in COMMANDS.split()] + [[]])
 def test_every_command_explains_itself(convoy: Convoy, command: list[str]) -> None:
     done = convoy(*command, "--help")

@@ -7,13 +7,21 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
+from cnn.config.base import Config
 from cnn.config.networks import NETWORKS
 from cnn.config.training import TrainConfig
 from infra.errors import UsageError
+from tasks.config.explain import explained, reference_page
 from tasks.config.key_values import known_keys
+from tasks.config.keys import schema_of, sections_of, users_of_options
+from tasks.config.retention import RetentionConfig
 from tasks.config.run import RunConfig, load_config, recipes
+
+EACH_KIND = [names[0] for names in users_of_options().values()]
+"""One network of each kind of options."""
 
 
 def refusal(*settings: str, **options: Any) -> str:
@@ -124,9 +132,82 @@ def test_unknown_key_is_refused_with_the_nearest_that_there_is(setting: str, nea
     assert complaint == f"unknown key {setting.partition('=')[0]!r}; did you mean {nearest!r}?"
 
 
-def test_an_option_of_another_network_is_said_to_be_so() -> None:
-    assert refusal("network.channels=32,64") == "unknown key 'network.channels'; notes has it: --model notes"
-    assert "did you mean" not in refusal("foo=1")  # gate.floor
+@pytest.mark.parametrize(
+    "model, setting, hint",
+    [
+        ("convoy9", "network.channels=3", "network.channels is a key of network notes (--model notes)"),
+        ("convoy9", "network.hiden=[8]", "network.hidden is a key of network notes (--model notes)"),
+        ("convoy9", "hidden=[8]", "network.hidden is a key of network notes (--model notes)"),
+        ("resnet18", "network.width=8", "network.width is a key of network convoy9 (--model convoy9)"),
+        ("notes", "stem=small", "network.stem is a key of network resnet18 and 11 more (--model resnet18)"),
+    ],
+)
+def test_an_option_of_another_network_is_said_to_be_so(model: str, setting: str, hint: str) -> None:
+    key = setting.partition("=")[0]
+    assert refusal(setting, model=model) == f"unknown key {key!r}; {hint}; this run uses {model}"
+
+
+@pytest.mark.parametrize("setting, near", [("foo=1", "gate.floor"), ("network.foo=1", "network.dropout")])
+def test_unknown_key_is_not_answered_with_one_that_only_looks_alike(setting: str, near: str) -> None:
+    complaint = refusal(setting)
+    assert "did you mean" not in complaint and f"{near}" in complaint.partition("; there are ")[2]
+    assert ("lr" in complaint) is (setting == "foo=1")  # of a section, its keys
+
+
+def test_a_network_that_is_no_name_is_refused() -> None:
+    assert refusal("model=[a]", "foo=1").startswith("model: ")
+
+
+@pytest.mark.parametrize("network", EACH_KIND)
+def test_explained_configuration_is_the_same_with_a_sentence_for_each_key(network: str) -> None:
+    settings = [
+        f"model={network}",
+        f"network={json.dumps(changed_options(network))}",
+        "pretrained='a: b, c # é'",
+        "lr=1e-5",
+    ]
+    config = load_config(None, settings)
+    text = explained(config)
+    assert yaml.safe_load(text) == config.resolved()
+    assert "# Default: 0.2; values: 0 < number ≤ 100\nlr: " in text
+    assert "  # Default: fail; values: off, warn or fail\n  leakage: fail" in text
+    assert all(len(line) <= 104 for line in text.splitlines() if line.lstrip().startswith("#"))
+
+
+@pytest.mark.parametrize("model", [RunConfig, RetentionConfig])
+@pytest.mark.parametrize("network", EACH_KIND)
+def test_every_key_has_a_sentence_and_its_values(model: type[Config], network: str) -> None:
+    keys = [key for section in sections_of(model, network) for key in section.keys]
+    assert [key.name for key in keys if not (key.text.endswith(".") and key.values)] == []
+    assert len(keys) == len({key.name for key in keys})
+
+
+def test_the_page_of_all_keys_is_current() -> None:
+    page = Path(__file__).parents[2] / "flows" / "configuration.md"
+    command = ".venv/bin/python -m tasks.config.explain > flows/configuration.md"
+    assert page.read_text() == reference_page() + "\n", f"run {command}"
+
+
+@pytest.mark.parametrize("network", EACH_KIND)
+def test_schema_takes_what_a_configuration_may_hold(network: str) -> None:
+    schema = schema_of(RunConfig)
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    assert list(validator.iter_errors(load_config(None, [f"model={network}"]).resolved())) == []
+    options = {"model": network, "network": changed_options(network), "data": {"shard_bytes": "8MiB"}}
+    assert list(validator.iter_errors(options)) == []
+    for other in set(EACH_KIND) - {network}:
+        assert list(validator.iter_errors({"model": other, "network": changed_options(network)})) != []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"lr": 0}, {"foo": 1}, {"augment": {"shfit": 1}}, {"model": "convoy8"}, {"network": {"hidden": [8]}}],
+)
+def test_schema_refuses_what_the_configuration_refuses(values: dict[str, Any]) -> None:
+    assert list(Draft202012Validator(schema_of(RunConfig)).iter_errors(values)) != []
+    with pytest.raises(ValidationError):
+        RunConfig.model_validate(values)
 
 
 def test_a_configuration_that_is_too_large_for_prefect_is_refused() -> None:
