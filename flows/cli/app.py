@@ -22,7 +22,16 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli import models, notify, prediction, service, upkeep
-from flows.cli.console import as_known_error, describe, loading, print_line, print_pairs, servers_up, terminal
+from flows.cli.console import (
+    as_known_error,
+    describe,
+    loading,
+    print_line,
+    print_pairs,
+    print_whole,
+    servers_to_read,
+    servers_up,
+)
 from flows.summary import Summary, check_writable, write_summary
 from infra.errors import UsageError
 from infra.machine.output import outlive_readers
@@ -197,8 +206,11 @@ def runs(
     last: Annotated[bool, typer.Option("--last", help="Show only the newest.")] = False,
     only_id: Annotated[bool, typer.Option("--id", help="Print only ids, for scripts.")] = False,
 ) -> None:
-    """List the trainings, the newest first, with status and last checkpoint."""
-    servers_up()
+    """List the trainings, the newest first, with status, last checkpoint, registered version, accuracy and verdict.
+
+    Starts no server: `convoy up` does.
+    """
+    servers_to_read()
     with loading():
         from tasks.training.runs.run_list import list_trainings
 
@@ -206,14 +218,18 @@ def runs(
     if only_id:
         typer.echo("\n".join(training.run_id for training in found))
         return
-    table = Table("run", "started", "status", "checkpoint", "dataset", "model", "validation", box=None)
+    columns = ("run", "started", "status", "checkpoint", "dataset", "network", "model", "validation", "test", "verdict")
+    table = Table(*columns, box=None)
     for training in found:
         table.add_row(*training.cells())
-    terminal(width=160).print(table if found else "No training yet.")  # wide: ids are copied, so never shortened
+    print_whole(table if found else "No training yet.")
 
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Models": (models.promote, models.rollback, models.history, models.compare, prediction.predict, prediction.export),
+    "Models": (
+        *(models.models, models.promote, models.rollback, models.history, models.compare),
+        *(prediction.predict, prediction.export),
+    ),
     "Service": (
         *(service.deploy, service.worker, service.join, service.retrain, service.cancel, service.notify_data),
         *(notify.notify, upkeep.prune, upkeep.doctor),

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from infra.errors import Outage, ServiceError, UsageError, one_line, without_login
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from infra.stack.state import ServerName
 
 ANSWER_CHARACTERS = 300  # of a server's answer, in an error line
+MOST_COLUMNS = 10_000  # of a table that is printed whole
 DISK_FULL_TEXTS = ("No space left on device", "unexpected pos ")
 """Parts of error messages: of Python and of native libraries, and of torch when it could not write."""
 
@@ -31,6 +32,17 @@ def servers_up(*, only: "Collection[ServerName] | None" = None) -> None:
         Settings(), lambda event: console.print(event, style="dim"), only=SERVER_NAMES if only is None else only
     )
     endpoints.apply()
+
+
+def servers_to_read() -> None:
+    """Puts the addresses of object storage and MLflow into the environment, for a command that only reads.
+
+    Raises:
+        ServiceError: one of them does not run; none is started.
+    """
+    from infra.stack.local_stack import running
+
+    running(Settings(), only=["seaweedfs", "mlflow"]).apply()
 
 
 def loading() -> AbstractContextManager[object]:
@@ -50,6 +62,12 @@ def print_pairs(lines: Mapping[str, str | Text]) -> None:
     console = terminal(soft_wrap=True)
     for key, value in lines.items():
         console.print(Text.assemble((f"{key:{width}}", "bold"), "  ", value))
+
+
+def print_whole(table: RenderableType) -> None:
+    """Prints a table as wide as it is, even on a narrow terminal, since people and scripts copy ids and names."""
+    width = terminal(width=MOST_COLUMNS).measure(table).maximum
+    terminal(width=max(width, terminal().width)).print(table)
 
 
 def print_line(line: str, *, error: bool = False) -> None:

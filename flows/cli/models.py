@@ -1,12 +1,13 @@
-"""Commands that choose the version of a model that is in use: `promote`, `rollback`, `history`, `compare`."""
+"""Commands about the versions of models: `models`, `promote`, `rollback`, `history`, `compare`."""
 
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 from rich.markdown import Markdown
 from rich.table import Table
 
-from flows.cli.console import loading, print_line, servers_up, terminal
+from flows.cli.console import loading, print_line, print_whole, servers_to_read, servers_up, terminal
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a registered model.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="Number, or @alias.")]
@@ -18,6 +19,25 @@ SetOption = Annotated[
         "--set", "-s", metavar="KEY=VALUE", help="A condition of the quality gate: -s mode=non-inferior. Repeatable."
     ),
 ]
+
+
+def models() -> None:
+    """List the registered models: champion, its accuracy on the test split and its age, number of versions.
+
+    Starts no server: `convoy up` does.
+    """
+    servers_to_read()
+    from infra.storage.object_store import open_bucket
+    from tasks.release.model_list import list_models
+
+    found = list_models(open_bucket())
+    table = Table("model", "champion", "accuracy", "age", "versions", box=None)
+    for model in found:
+        table.add_row(*model.cells(datetime.now(UTC)))
+    print_whole(table if found else "No model yet; `convoy train` registers one.")
+    for model in found:
+        if model.standing.note:
+            print_line(model.standing.note)
 
 
 def promote(
@@ -69,14 +89,17 @@ def rollback(name: NameArgument, reason: ReasonOption = "") -> None:
 
 
 def history(name: NameArgument) -> None:
-    """List every change of a model's champion, the newest first, and repair the registry's aliases if they differ."""
-    servers_up()
+    """List every change of a model's champion, the newest first, and aliases in MLflow that differ from it.
+
+    Starts no server and changes nothing: `convoy up` and `convoy doctor --fix` do.
+    """
+    servers_to_read()
     from infra.storage.object_store import open_bucket
     from infra.tracking.model_registry import check_model_exists
     from infra.tracking.promotion_history import history as changes
-    from infra.tracking.promotion_history import repair_aliases
+    from infra.tracking.promotion_history import misplaced_aliases
 
-    store = open_bucket(create=True)
+    store = open_bucket()
     entries = changes(store, name)
     if not entries:
         check_model_exists(name)
@@ -89,8 +112,8 @@ def history(name: NameArgument) -> None:
         versions = (entry.from_version or "", entry.to_version)
         table.add_row(str(entry.number), when, change, *versions, entry.who, entry.reason, entry.verdict_summary)
     terminal(width=None if terminal().is_terminal else 240).print(table)
-    for change in repair_aliases(store, name):
-        print_line(f"alias repaired: {change}")
+    for change in misplaced_aliases(store, name):
+        print_line(f"alias in MLflow differs: {change}; `convoy doctor --fix` repairs it")
 
 
 def compare(
@@ -100,15 +123,17 @@ def compare(
 ) -> None:
     """Compare two versions on the test split of A's dataset, image by image, as the quality gate does.
 
-    Nothing is stored or promoted. Exit status 0, whatever the verdict.
+    Nothing is promoted, and no server is started. Exit status 0, whatever the verdict.
 
     [dim]convoy compare fashion-mnist@challenger fashion-mnist@champion[/]
     """
-    servers_up()
+    from tasks.config.gates import load_gate
+
+    conditions = load_gate(settings or [])  # a wrong key is reported before servers are needed
+    servers_to_read()
     with loading():
         from infra.tracking.model_versions import find_version
-        from tasks.config.gates import load_gate
         from tasks.release.quality_gate import compare as judge
 
-    verdict = judge(find_version(a), find_version(b), load_gate(settings or []))
+    verdict = judge(find_version(a), find_version(b), conditions)
     terminal().print(Markdown(verdict.markdown()))

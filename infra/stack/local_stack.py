@@ -67,12 +67,7 @@ def up(
         UsageError: a database was written by a newer MLflow or Prefect than the installed one.
     """
     folder = StackFolder(settings)
-    external = [(variable, address) for name, variable, address in folder.external() if name in only]
-    if external:
-        aws = "seaweedfs" in {name for name, _, _ in folder.external()}
-        check_web_environment({k: v for k, v in os.environ.items() if aws or not k.startswith("AWS_")})
-    for variable, address in external:
-        _check_external(variable, address)
+    _check_all_external(folder, only)
     try:
         with folder.locked(on_event):
             for _ in range(PORT_ATTEMPTS):
@@ -83,6 +78,20 @@ def up(
     except OSError as error:
         raise ServiceError(f"the servers cannot be started in {settings.home}: {error}") from None
     raise ServiceError(f"other programs took the servers' ports {PORT_ATTEMPTS} times in a row: try again")
+
+
+def running(settings: Settings, *, only: Collection[ServerName] = SERVER_NAMES) -> Endpoints:
+    """Returns the servers' addresses if those of `only` run; starts and changes nothing.
+
+    Raises:
+        ServiceError: a server does not run, or does not answer.
+    """
+    folder = StackFolder(settings)
+    _check_all_external(folder, only)
+    found = status(settings, only=only)
+    if missing := [server.name for server in found if server.state in ("stopped", "dead")]:
+        raise ServiceError(f"not running in {settings.home}: {', '.join(missing)}; `convoy up` starts them")
+    return folder.endpoints()
 
 
 def down(settings: Settings) -> list[str]:
@@ -101,13 +110,13 @@ def down(settings: Settings) -> list[str]:
     return list(ran)
 
 
-def status(settings: Settings) -> list[ServerStatus]:
+def status(settings: Settings, *, only: Collection[ServerName] = SERVER_NAMES) -> list[ServerStatus]:
     """Returns the state of each server; asks each running one once."""
     folder = StackFolder(settings)
     external = {name: without_login(address) for name, _, address in folder.external()}
     found = []
     with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_SECONDS) as client:
-        for name in SERVER_NAMES:
+        for name in filter(only.__contains__, SERVER_NAMES):
             if name in external:
                 found.append(ServerStatus(name=name, url=external[name], state="external"))
                 continue
@@ -212,6 +221,16 @@ def _answers(name: ServerName, folder: StackFolder, client: httpx.Client) -> boo
     except httpx.HTTPError:
         return False
     return healthy and processes.listens(folder.port(name), folder.members(name))
+
+
+def _check_all_external(folder: StackFolder, only: Collection[ServerName]) -> None:
+    """Checks that the external servers of `only` answer, and that this environment's settings for them are usable."""
+    external = [(variable, address) for name, variable, address in folder.external() if name in only]
+    if external:
+        aws = "seaweedfs" in {name for name, _, _ in folder.external()}
+        check_web_environment({k: v for k, v in os.environ.items() if aws or not k.startswith("AWS_")})
+    for variable, address in external:
+        _check_external(variable, address)
 
 
 def _check_external(variable: str, address: str) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -53,6 +54,7 @@ class RegisteredVersion(ModelVersion):
     """A version with its run and tags in the registry."""
 
     run_id: str
+    created: datetime
     tags: dict[str, str]
 
     @property
@@ -75,7 +77,11 @@ class RegisteredVersion(ModelVersion):
 def registered(version: Any) -> RegisteredVersion:
     """Converts MLflow's model version."""
     return RegisteredVersion(
-        name=version.name, version=str(version.version), run_id=version.run_id or "", tags=version.tags
+        name=version.name,
+        version=str(version.version),
+        run_id=version.run_id or "",
+        created=datetime.fromtimestamp(version.creation_timestamp / 1000, tz=UTC),
+        tags=version.tags,
     )
 
 
@@ -218,8 +224,8 @@ def check_model_exists(name: str) -> None:
             raise UsageError(f"no model is called {name!r}; MLflow lists them at {tracking_uri()}/#/models")
 
 
-def search_versions(**equal: str) -> list[RegisteredVersion]:
-    """Returns all versions whose attributes (`name`, `run_id`) have these values; those of one model newest first."""
+def search_versions(**equal: str | Sequence[str]) -> list[RegisteredVersion]:
+    """Returns the versions whose attributes (`name`, `run_id`) have these values; those of one model newest first."""
     with mlflow_client("list versions of models") as client:
         condition, newest_first = filter_of(**equal), ["version_number DESC"]
         found = all_pages(client.search_model_versions, filter_string=condition, order_by=newest_first)

@@ -1,6 +1,7 @@
 """Checks model names and quotes texts for MLflow's filters. Imports nothing slow."""
 
 import re
+from collections.abc import Sequence
 
 from infra.errors import UsageError
 
@@ -24,8 +25,8 @@ def model_name_fault(name: str) -> str:
     return _filter_fault(name)
 
 
-def filter_of(**equal: str) -> str:
-    """Returns a filter for MLflow's searches that requires each attribute or tag to have its value.
+def filter_of(**equal: str | Sequence[str]) -> str:
+    """Returns a filter for MLflow's searches that requires each attribute or tag to have its value, or one of several.
 
     Args:
         equal: values by name; a tag is named `tags.NAME`, which needs `**{...}`.
@@ -33,7 +34,11 @@ def filter_of(**equal: str) -> str:
     Raises:
         UsageError: a value cannot be written in a filter.
     """
-    return " and ".join(f"{_column(name)} = {_quoted(value)}" for name, value in equal.items())
+    return " and ".join(f"{_column(name)} {_condition(value)}" for name, value in equal.items())
+
+
+def _condition(value: str | Sequence[str]) -> str:
+    return f"= {_quoted(value)}" if isinstance(value, str) else f"IN ({', '.join(map(_quoted, value))})"
 
 
 def _column(name: str) -> str:

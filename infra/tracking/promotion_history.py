@@ -328,7 +328,7 @@ def _append(store: ObjectStore, entry: Promotion) -> Promotion:
         kind = Outage if isinstance(error, Outage) else ServiceError
         raise kind(
             f"{entry.name!r} was {entry}, but its aliases do not show it yet; "
-            f"`convoy history {entry.name}` repairs them: {error}"
+            f"`convoy doctor --fix` repairs them: {error}"
         ) from error
     return entry
 

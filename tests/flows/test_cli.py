@@ -42,7 +42,7 @@ REFUSED = {
 
 
 COMMANDS = (
-    "train resume join runs config up down status env promote rollback history compare predict export "
+    "train resume join runs config up down status env models promote rollback history compare predict export "
     "deploy worker retrain cancel notify-data notify prune doctor"
 )
 
@@ -266,7 +266,10 @@ def test_help_and_refusals_load_no_heavy_library(arguments: list[str], tmp_path:
     ("arguments", "loaded"),
     [
         (["status"], ""),
+        (["config", "--explain"], ""),
+        (["config", "--schema"], ""),
         (["runs"], "boto3 mlflow"),
+        (["models"], "boto3 mlflow"),
         (["history", "nobodys"], "boto3 mlflow"),
         (["retrain", "-d", "nobodys"], "prefect"),
         (["notify-data", "nobodys"], "prefect"),
@@ -300,6 +303,21 @@ def test_a_working_folder_that_was_removed_is_one_line(arguments: list[str]) -> 
     done = subprocess.run([sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "convoy: the working folder was removed; change to one that exists\n"
+
+
+@pytest.mark.parametrize("command", ["runs", "runs --last --id", "models", "history cats", "compare cats/1 cats/2"])
+def test_a_command_that_only_reads_starts_no_server(command: str, tmp_path: Path) -> None:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MLFLOW_", "PREFECT_"))}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "from flows.cli import main; main()", *command.split()],
+        cwd=tmp_path,
+        env=own | {"CONVOY_HOME": "state"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"convoy: not running in {tmp_path}/state: seaweedfs, mlflow; `convoy up` starts them\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [["train", "--epochs", "many"], ["train", "--epoch", "3"], ["trian"]])
@@ -340,3 +358,24 @@ def test_second_training_by_one_rank_skips_what_is_there_and_gives_the_same_weig
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     assert secret not in done.stdout + done.stderr
     assert all(secret not in file.read_text() for file in (settings.runs / (found.mlflow_run_id or "")).glob("*.*l*"))
+
+
+def test_runs_and_models_name_the_registered_version_with_accuracy_and_verdict(
+    trained: Summary, convoy: Convoy
+) -> None:
+    accuracy = f"{trained.accuracy:.2%}"
+    listed = convoy("runs", "--limit", "1000").stdout.splitlines()
+    assert listed[0].split() == [
+        *("run", "started", "status", "checkpoint", "dataset"),
+        *("network", "model", "validation", "test", "verdict"),
+    ]
+    (row,) = (line.split() for line in listed if line.split()[0] == trained.mlflow_run_id)
+    assert row[3] == "FINISHED"
+    assert row[5:8] == ["digits", "convoy9", f"whole-flow/{trained.model_version}"]
+    assert row[9:] == [accuracy, "passed"]
+    models = convoy("models").stdout.splitlines()
+    assert models[0].split() == ["model", "champion", "accuracy", "age", "versions"]
+    (model,) = (line.split() for line in models if line.split()[0] == "whole-flow")
+    champion, versions = aliased("whole-flow", "champion"), MlflowClient().search_model_versions("name = 'whole-flow'")
+    assert champion and model[1] == champion.version
+    assert (model[2], model[-1]) == (accuracy, str(len(versions)))

@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
 
-from infra.tracking.model_registry import ModelVersion, aliased
+from infra.tracking.model_registry import ModelVersion, aliased, set_alias
 from tasks.config.gates import GateConfig
 from tasks.orchestration.cancellation import Cancelled
 from tasks.release.approval import ApprovalRefused, wait_for_approval
@@ -63,6 +63,10 @@ def test_model_that_a_gate_refuses_stays_out_until_it_is_forced(convoy: Convoy, 
     assert convoy("promote", "poor-model", "1", "--force").status == 2  # no reason
     assert aliased("poor-model", "champion") is None
     assert convoy("history", "poor-model").stdout.startswith("poor-model has no champion yet")
+    (row,) = (line.split() for line in convoy("runs").stdout.splitlines() if found["mlflow_run_id"] in line)
+    assert "poor-model/1" in row and row[-2:] == [f"{found['accuracy']:.2%}", "refused"]
+    (row,) = (line.split() for line in convoy("models").stdout.splitlines() if line.split()[0] == "poor-model")
+    assert row == ["poor-model", "none", "1"]
 
     judged = convoy("promote", "poor-model", "1", "--judge", "--set", "floor=0.999")
     assert judged.status == 3
@@ -78,6 +82,10 @@ def test_model_that_a_gate_refuses_stays_out_until_it_is_forced(convoy: Convoy, 
     assert MlflowClient().get_model_version("poor-model", "1").tags["convoy.verdict_sha256"] == verdict
     history = convoy("history", "poor-model").stdout
     assert "promote (forced)" in history and "a test" in history
+    set_alias(ModelVersion(name="poor-model", version="1"), "previous")
+    history = convoy("history", "poor-model").stdout
+    assert "alias in MLflow differs: previous: 1 → none; `convoy doctor --fix` repairs it" in history
+    assert aliased("poor-model", "previous") is not None  # a command that reads repairs nothing
     back = convoy("rollback", "poor-model")
     assert back.status == 2
     assert "version 1 is the first champion of 'poor-model'" in back.complaint

@@ -19,6 +19,11 @@ def test_what_may_name_a_model_is_what_mlflow_reads_in_a_filter(name: str) -> No
         assert (tag["type"], tag["key"], tag["value"]) == ("tag", "convoy.model", name)
 
 
+def test_one_of_several_values_may_be_asked_for() -> None:
+    (found,) = SearchModelVersionUtils.parse_search_filter(filter_of(run_id=("f00d", "bob's")))
+    assert (found["key"], found["comparator"], set(found["value"])) == ("run_id", "IN", {"f00d", "bob's"})
+
+
 @pytest.mark.parametrize("name", ["cats@home", "@champion", " cats", "cats\u00a0"])
 def test_a_name_by_which_no_command_finds_the_model_is_refused(name: str) -> None:
     assert model_name_fault(name)

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any
 
@@ -15,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from infra.errors import Outage, ServiceError, UsageError
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
-from infra.tracking.model_registry import ModelVersion, aliased, create_version, delete_alias, set_alias
+from infra.tracking.model_registry import ModelVersion, aliased, create_version, delete_alias, set_alias, tag_version
 from infra.tracking.promotion_history import (
     AlreadyChampion,
     Lineage,
@@ -32,6 +33,7 @@ from infra.tracking.promotion_history import (
     rollback,
     standing_champion,
 )
+from tasks.release.model_list import age, list_models
 from tasks.release.promote import champion_data
 
 RACERS = 6
@@ -311,3 +313,41 @@ def test_models_with_a_common_beginning_have_their_own_histories(store: ObjectSt
 def test_what_cannot_name_a_model_has_no_history(store: ObjectStore, name: str) -> None:
     with pytest.raises(UsageError, match="cannot name a model"):
         history(store, name)
+
+
+def test_models_are_listed_with_the_champion_that_their_history_says(
+    store: ObjectStore, versions: list[ModelVersion], model_id: tuple[str, str]
+) -> None:
+    name, accuracy = versions[0].name, {"convoy.test_accuracy": "0.98765"}
+    tag_version(versions[1], accuracy)
+    foreign = create_version(next(NAMES), model_id[1], run_id=model_id[0], tags={})
+    MlflowClient().rename_registered_model(foreign.name, f"{foreign.name}@home")
+
+    def cells() -> dict[str, list[str]]:
+        now = datetime.now(UTC) + timedelta(days=3, minutes=1)
+        return {model.name: model.cells(now)[1:] for model in list_models(store)}
+
+    assert cells()[name] == ["none", "", "", "3"]
+    promote_all(store, versions[:2])
+    set_alias(versions[2], "champion")  # an alias does not decide
+    assert cells()[name] == ["2", "98.77%", "3 d", "3"]
+    assert aliased(name, "champion") == versions[2]
+    promote_all(store, versions[2:])
+    MlflowClient().delete_model_version(name, "3")
+    assert cells()[name] == ["2", "98.77%", "3 d", "2"]
+    assert cells()[f"{foreign.name}@home"] == ["none", "", "", "1"]
+    (listed,) = (model for model in list_models(store) if model.name == name)
+    assert "version 3" in listed.standing.note and "version 2, the champion before" in listed.standing.note
+
+
+@pytest.mark.parametrize(
+    ("span", "text"),
+    [
+        (timedelta(seconds=59), "0 min"),
+        (timedelta(minutes=59, seconds=59), "59 min"),
+        (timedelta(hours=23, minutes=59), "23 h"),
+        (timedelta(days=400), "400 d"),
+    ],
+)
+def test_an_age_is_in_the_largest_unit_that_it_fills(span: timedelta, text: str) -> None:
+    assert age(span) == text

@@ -14,9 +14,9 @@ from infra.errors import Outage, ServiceError
 from infra.settings import Settings
 from infra.stack import ports
 from infra.stack.endpoints import Endpoints
-from infra.stack.local_stack import down, status, up
+from infra.stack.local_stack import down, running, status, up
 from infra.stack.ports import Ports
-from infra.stack.state import StackFolder
+from infra.stack.state import SERVER_NAMES, StackFolder
 from infra.storage.object_store import ObjectStore
 from tests.infra.localstack import (
     S3,
@@ -41,6 +41,18 @@ def test_a_server_outlives_the_command_that_started_it(own: Settings) -> None:
     leader = state_of(own).pid
     assert leader is not None
     assert os.getsid(leader) == leader != os.getsid(0)
+
+
+def test_who_only_reads_is_told_what_does_not_run_and_starts_nothing(own: Settings) -> None:
+    for only in (SERVER_NAMES, S3):
+        with pytest.raises(ServiceError, match=rf"^not running in {own.home}: {', '.join(only)}; `convoy up` starts"):
+            running(own, only=only)
+    assert not own.home.exists()
+    started = up(own, only=S3)
+    assert running(own, only=S3) == started
+    with pytest.raises(ServiceError, match=r": mlflow, prefect; `convoy up` starts them$"):
+        running(own)
+    assert [server.state for server in status(own)] == ["running", "stopped", "stopped"]
 
 
 def test_two_commands_at_once_start_one_server(own: Settings) -> None:

@@ -1,5 +1,7 @@
 """Tags of registered versions as typed records."""
 
+from datetime import UTC, datetime
+
 import pytest
 
 from infra.errors import UsageError
@@ -20,7 +22,9 @@ def test_a_record_and_its_tags_say_the_same() -> None:
 
 
 def test_what_others_have_tagged_is_passed_over_and_what_is_missing_is_named() -> None:
-    version = RegisteredVersion(name="theirs", version="3", run_id="", tags={"verdict": "passed", SERVING: "failed"})
+    version = RegisteredVersion(
+        name="theirs", version="3", run_id="", created=datetime.now(UTC), tags={"verdict": "passed", SERVING: "failed"}
+    )
     assert version.record == VersionRecord(serving="failed")
     with pytest.raises(UsageError, match="models:/theirs/3 has no tag convoy"):
         version.required("dataset_version")

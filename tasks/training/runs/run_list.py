@@ -1,12 +1,15 @@
 """Lists trainings, for people who want to resume one."""
 
+from contextlib import suppress
 from datetime import datetime
 
 from infra.errors import UsageError
 from infra.records import Record
-from infra.storage.object_store import open_bucket
+from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking import mlflow_runs
-from infra.tracking.tags import MANIFEST_DIGEST
+from infra.tracking.model_registry import RegisteredVersion, search_versions
+from infra.tracking.tags import MANIFEST_DIGEST, MODEL, VersionRecord
+from tasks.config.run import RunConfig
 from tasks.training.checkpoints import commits_of
 from tasks.training.runs.run_record import read_record
 
@@ -25,8 +28,16 @@ class Training(Record):
     """Step of the newest checkpoint."""
 
     dataset: str
+    """As given: a name, a folder, an archive or an address."""
+
+    network: str
     model: str
+    """Name of the registered model, or `name/version` once the run's version is registered."""
+
     val_accuracy: float | None
+    test_accuracy: float | None
+    verdict: str
+    """Outcome of the last gate that the version has reached: `passed`, `refused`, `serving failed`, or empty."""
 
     def cells(self) -> list[str]:
         """Returns the fields as texts, in their order."""
@@ -36,32 +47,44 @@ class Training(Record):
             self.status,
             "" if self.step is None else str(self.step),
             self.dataset,
+            self.network,
             self.model,
-            "" if self.val_accuracy is None else f"{self.val_accuracy:.2%}",
+            *("" if accuracy is None else f"{accuracy:.2%}" for accuracy in (self.val_accuracy, self.test_accuracy)),
+            self.verdict,
         ]
 
 
 def list_trainings(limit: int) -> list[Training]:
     """Returns the newest trainings, newest first; leaves out runs without a readable record."""
-    store = open_bucket(create=True)
-    found: list[Training] = []
+    store = open_bucket()
+    found: list[tuple[mlflow_runs.Run, RunConfig]] = []
     for run in mlflow_runs.search_runs(MANIFEST_DIGEST, limit=limit + EXTRA_RUNS_SEARCHED):
         if len(found) == limit:
             break
-        try:
-            config = read_record(run.run_id).config
-        except UsageError:
-            continue
-        newest = next(commits_of(store, run.run_id), None)
-        found.append(
-            Training(
-                run_id=run.run_id,
-                started=run.started,
-                status=run.status,
-                step=newest and newest.step,
-                dataset=config.dataset,
-                model=config.name or config.dataset,
-                val_accuracy=run.metrics.get("val/accuracy"),
-            )
-        )
-    return found
+        with suppress(UsageError):
+            found.append((run, read_record(run.run_id).config))
+    versions = {version.run_id: version for version in reversed(_versions([run.run_id for run, _ in found]))}
+    return [_training(store, run, config, versions.get(run.run_id)) for run, config in found]
+
+
+def _versions(run_ids: list[str]) -> list[RegisteredVersion]:
+    return search_versions(run_id=run_ids) if run_ids else []
+
+
+def _training(
+    store: ObjectStore, run: mlflow_runs.Run, config: RunConfig, version: RegisteredVersion | None
+) -> Training:
+    newest = next(commits_of(store, run.run_id), None)
+    record = version.record if version else VersionRecord()
+    return Training(
+        run_id=run.run_id,
+        started=run.started,
+        status=run.status,
+        step=newest and newest.step,
+        dataset=config.dataset,
+        network=config.model,
+        model=version.address if version else run.tags.get(MODEL, ""),
+        val_accuracy=run.metrics.get("val/accuracy"),
+        test_accuracy=run.metrics.get("test/accuracy"),
+        verdict=record.verdict or ("serving failed" if record.serving == "failed" else ""),
+    )

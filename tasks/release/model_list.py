@@ -1,0 +1,56 @@
+"""Lists the registered models, each with its champion."""
+
+from datetime import datetime, timedelta
+
+from infra.machine.threads import in_parallel
+from infra.records import Record
+from infra.storage.object_store import ObjectStore
+from infra.tracking.model_registry import RegisteredVersion, search_versions
+from infra.tracking.names import model_name_fault
+from infra.tracking.promotion_history import Standing, champions, history
+
+UNITS = (("d", timedelta(days=1)), ("h", timedelta(hours=1)), ("min", timedelta(minutes=1)))
+
+
+class Model(Record):
+    """A registered model in the list."""
+
+    name: str
+    versions: int
+    standing: Standing
+
+    def cells(self, now: datetime) -> list[str]:
+        """Returns name, the champion's version, accuracy on the test split and age, and the number of versions."""
+        champion = self.standing.version
+        accuracy = champion.record.test_accuracy if champion else None
+        return [
+            self.name,
+            champion.version if champion else "none",
+            f"{float(accuracy):.2%}" if accuracy else "",
+            age(now - champion.created) if champion else "",
+            str(self.versions),
+        ]
+
+
+def list_models(store: ObjectStore) -> list[Model]:
+    """Returns the models that have versions, by name; the history decides which version is the champion.
+
+    Raises:
+        ServiceError: a server failed, or an entry of a history is damaged.
+    """
+    by_name: dict[str, list[RegisteredVersion]] = {}
+    for version in search_versions():
+        by_name.setdefault(version.name, []).append(version)
+    return in_parallel(lambda name: _model(store, name, by_name[name]), sorted(by_name))
+
+
+def _model(store: ObjectStore, name: str, versions: list[RegisteredVersion]) -> Model:
+    entries = [] if model_name_fault(name) else history(store, name)  # another program may use other names
+    present = {version.version: version for version in versions}
+    champion = next((present[version] for version in reversed(champions(entries)) if version in present), None)
+    return Model(name=name, versions=len(versions), standing=Standing(entries=tuple(entries), version=champion))
+
+
+def age(span: timedelta) -> str:
+    """Returns a span in the largest unit that it fills: days, hours or minutes."""
+    return next((f"{span // unit} {name}" for name, unit in UNITS if span >= unit), "0 min")
