@@ -348,5 +348,8 @@ def test_a_run_that_was_killed_while_it_was_opened_does_not_spoil_the_list(unfin
         done = convoy("runs", "--limit", "1000")
         assert done.status == 0, done.stderr
         assert unfinished in done.stdout
+        # The newest run is not passed over: a script would resume another training.
+        assert convoy("runs", "--last", "--id").stdout == run_id + "\n"
+        assert convoy("resume", run_id).status == 2
     finally:
         MlflowClient().delete_run(run_id)

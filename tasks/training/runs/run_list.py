@@ -9,11 +9,8 @@ from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import RegisteredVersion, search_versions
 from infra.tracking.tags import MANIFEST_DIGEST, MODEL, VersionRecord
-from tasks.config.run import RunConfig
 from tasks.training.checkpoints import commits_of
 from tasks.training.runs.run_record import read_record
-
-EXTRA_RUNS_SEARCHED = 100  # in place of runs that the list leaves out
 
 
 class Training(Record):
@@ -28,7 +25,7 @@ class Training(Record):
     """Step of the newest checkpoint."""
 
     dataset: str
-    """As given: a name, a folder, an archive or an address."""
+    """As given: a name, a folder, an archive or an address; empty, like `network`, if the run cannot be read."""
 
     network: str
     model: str
@@ -55,25 +52,18 @@ class Training(Record):
 
 
 def list_trainings(limit: int) -> list[Training]:
-    """Returns the newest trainings, newest first; leaves out runs without a readable record."""
+    """Returns the newest trainings, newest first."""
     store = open_bucket()
-    found: list[tuple[mlflow_runs.Run, RunConfig]] = []
-    for run in mlflow_runs.search_runs(MANIFEST_DIGEST, limit=limit + EXTRA_RUNS_SEARCHED):
-        if len(found) == limit:
-            break
-        with suppress(UsageError):
-            found.append((run, read_record(run.run_id).config))
-    versions = {version.run_id: version for version in reversed(_versions([run.run_id for run, _ in found]))}
-    return [_training(store, run, config, versions.get(run.run_id)) for run, config in found]
+    runs = mlflow_runs.search_runs(MANIFEST_DIGEST, limit=limit)
+    found = search_versions(run_id=[run.run_id for run in runs]) if runs else []
+    versions = {version.run_id: version for version in reversed(found)}
+    return [_training(store, run, versions.get(run.run_id)) for run in runs]
 
 
-def _versions(run_ids: list[str]) -> list[RegisteredVersion]:
-    return search_versions(run_id=run_ids) if run_ids else []
-
-
-def _training(
-    store: ObjectStore, run: mlflow_runs.Run, config: RunConfig, version: RegisteredVersion | None
-) -> Training:
+def _training(store: ObjectStore, run: mlflow_runs.Run, version: RegisteredVersion | None) -> Training:
+    config = None
+    with suppress(UsageError):  # a run of another version of Convoy, which `resume` refuses with the reason
+        config = read_record(run.run_id).config
     newest = next(commits_of(store, run.run_id), None)
     record = version.record if version else VersionRecord()
     return Training(
@@ -81,8 +71,8 @@ def _training(
         started=run.started,
         status=run.status,
         step=newest and newest.step,
-        dataset=config.dataset,
-        network=config.model,
+        dataset=config.dataset if config else "",
+        network=config.model if config else "",
         model=version.address if version else run.tags.get(MODEL, ""),
         val_accuracy=run.metrics.get("val/accuracy"),
         test_accuracy=run.metrics.get("test/accuracy"),
