@@ -170,7 +170,7 @@ class Usage(Record):
 def preparation(target: Target) -> list[str]:
     """Says in words what `cnn.formats.decode.decode_image` does, from an image file to pixels."""
     return [
-        "decode the image; 16-bit grey keeps its upper 8 bits",
+        "decode the image (of 16-bit grey, the upper 8 bits)",
         "turn it upright, as its EXIF orientation says",
         "put transparent parts on white",
         f"convert it to {'grey' if target.mode == 'L' else 'colour'} (Pillow's mode {target.mode})",

@@ -1,6 +1,7 @@
 """Exported files: each gives what the original gives, or does not appear."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,12 @@ def test_the_example_for_other_networks_uses_convoy(
     wanted = (served(torch.from_numpy(pixels)).log() / USAGE.temperature).softmax(1)[0]
     name, probability = capsys.readouterr().out.split()
     assert (name, float(probability)) == (CLASSES[wanted.argmax()], pytest.approx(float(wanted.max()), abs=1e-5))
+
+
+def test_the_page_shows_the_examples_of_the_files() -> None:
+    page = Path(__file__).parents[2] / "tasks/prediction/README.md"
+    shown = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert sorted(shown) == sorted(EXAMPLES.values())
 
 
 def test_axes_of_onnx_have_names(program: ExportedProgram, expected: torch.Tensor, tmp_path: Path) -> None:
