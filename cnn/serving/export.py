@@ -1,20 +1,22 @@
 """Exports a served model to one file: a torch.export program, ONNX, or weights with a description.
 
-A file gets its name only after it was loaded again and gave the original's probabilities.
+A file carries the metadata that its caller gives, such as those of `cnn.serving.usage`. It gets its name only after it
+was loaded again and gave the original's probabilities.
 """
 
 import importlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -31,6 +33,9 @@ TOLERANCE, ONNX_TOLERANCE = 1e-5, 1e-4
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _DESCRIPTION_KEY = "convoy"  # in a safetensors file's metadata
+_NO_METADATA: Mapping[str, str] = MappingProxyType({})
+_DENOTATIONS = ("DATA_BATCH", "DATA_CHANNEL", "DATA_FEATURE", "DATA_FEATURE")
+"""ONNX's standard meanings of the axes; an axis of a fixed size cannot have a name in the graph as well."""
 
 Predict = Callable[[Tensor], Tensor]
 """Maps raw images uint8 N×C×H×W to probabilities float32 N×classes."""
@@ -61,7 +66,13 @@ class Description(Record):
         return network, ServedClassifier(predictor(network, self.config), self.mean, self.std)
 
 
-def export_pt2(program: ExportedProgram, out: Path, images: Tensor, expected: Tensor) -> float:
+def export_pt2(
+    program: ExportedProgram,
+    out: Path,
+    images: Tensor,
+    expected: Tensor,
+    metadata: Mapping[str, str] = _NO_METADATA,
+) -> float:
     """Writes a program for `torch.export.load`; it takes any number of raw images, and needs PyTorch only.
 
     Args:
@@ -69,6 +80,7 @@ def export_pt2(program: ExportedProgram, out: Path, images: Tensor, expected: Te
         out: the file; an existing file is replaced.
         images: uint8 N×C×H×W to check with.
         expected: the original's probabilities for `images`, float32 N×classes.
+        metadata: texts that the file carries: here as `extra_files` of `torch.export.load`.
 
     Returns:
         The largest difference of a probability.
@@ -82,14 +94,24 @@ def export_pt2(program: ExportedProgram, out: Path, images: Tensor, expected: Te
 
     def save(file: Path) -> None:
         memory = BytesIO()
-        torch.export.save(program, memory)  # given a path, its writer ends the process if the disk is full
+        # Given a path, its writer ends the process if the disk is full.
+        torch.export.save(program, memory, extra_files=dict(metadata))
         file.write_bytes(memory.getbuffer())
 
     return _export(out, ".pt2", save, load, images, expected, TOLERANCE)
 
 
-def export_onnx(program: ExportedProgram, classes: Sequence[str], out: Path, images: Tensor, expected: Tensor) -> float:
+def export_onnx(
+    program: ExportedProgram,
+    classes: Sequence[str],
+    out: Path,
+    images: Tensor,
+    expected: Tensor,
+    metadata: Mapping[str, str] = _NO_METADATA,
+) -> float:
     """Writes an ONNX model, with input `images`, output `probabilities`, and `classes` as JSON in its metadata.
+
+    The first axis of both is called `batch`; all axes of `images` have ONNX's denotations.
 
     Arguments, result and errors are those of `export_pt2`, with `ONNX_TOLERANCE`.
 
@@ -101,10 +123,19 @@ def export_onnx(program: ExportedProgram, classes: Sequence[str], out: Path, ima
 
     def save(file: Path) -> None:
         made = torch.onnx.export(
-            program, input_names=["images"], output_names=["probabilities"], dynamo=True, verbose=False
+            program,
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes={"images": {0: "batch"}},
+            dynamo=True,
+            verbose=False,
         )
         assert made is not None
-        made.model.metadata_props["classes"] = json.dumps(list(classes))
+        shape = made.model.graph.inputs[0].shape
+        assert shape is not None
+        for axis, denotation in enumerate(_DENOTATIONS):
+            shape.set_denotation(axis, denotation)
+        made.model.metadata_props.update({"classes": json.dumps(list(classes)), **metadata})
         made.save(file)
 
     def load(file: Path) -> Predict:
@@ -123,15 +154,32 @@ def check_onnx() -> None:
         )
 
 
-def export_weights(network: nn.Module, description: Description, out: Path, images: Tensor, expected: Tensor) -> float:
+def export_weights(
+    network: nn.Module,
+    description: Description,
+    out: Path,
+    images: Tensor,
+    expected: Tensor,
+    metadata: Mapping[str, str] = _NO_METADATA,
+) -> float:
     """Writes the weights of a bare network, without normalisation, and a description, for `load_classifier`.
 
     Arguments, result and errors are those of `export_pt2`.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    metadata = {_DESCRIPTION_KEY: description.model_dump_json()}
-    save = lambda file: save_file(state, file, metadata)  # noqa: E731
+    header = {**metadata, _DESCRIPTION_KEY: description.model_dump_json()}
+    save = lambda file: file.write_bytes(_with_sorted_metadata(to_safetensors(state, header)))  # noqa: E731
     return _export(out, ".safetensors", save, load_classifier, images, expected, TOLERANCE)
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """Sorts a safetensors file's metadata, which its writer orders at random: equal models then give equal files."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def load_classifier(path: Path) -> ServedClassifier:

@@ -64,6 +64,8 @@ def export(
 ) -> None:
     """Write a model to a file, after checking that it gives the same answers as the registered one.
 
+    The file carries class names, input, temperature, version, and an example from an image to a class.
+
     [dim]convoy export fashion-mnist --format onnx --out fashion.onnx[/]
     """
     servers_up()
@@ -77,5 +79,6 @@ def export(
             "file": f"{done.out} ({done.bytes:,} bytes)",
             "SHA-256": done.sha256,
             "checked": f"on {done.images} images; largest difference of a probability {done.largest_difference:.1e}",
+            "carries": f"classes, input, temperature {done.temperature:g} (not applied), version, example of use",
         }
     )

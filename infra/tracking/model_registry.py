@@ -21,7 +21,7 @@ from infra.errors import ServiceError, UsageError
 from infra.records import Record
 from infra.tracking.client import all_pages, mlflow_client, none_if_missing, tracking_uri
 from infra.tracking.names import filter_of, model_name_fault
-from infra.tracking.tags import VersionRecord
+from infra.tracking.tags import TEMPERATURE, VersionRecord
 
 ARTIFACT = "model"  # the served model's name among the run's models
 DESCRIPTION_CHARACTERS = 5000  # MLflow's limit
@@ -72,6 +72,22 @@ class RegisteredVersion(ModelVersion):
         if value is None:
             raise UsageError(f"{self.uri} has no tag convoy.{field}: it was not registered by Convoy")
         return value
+
+    @property
+    def temperature(self) -> float:
+        """Returns the divisor of its logits that calibrates its probabilities; 1 without a tag.
+
+        Raises:
+            UsageError: the tag is not a positive number.
+        """
+        tag = self.record.temperature or "1"
+        try:
+            temperature = float(tag)
+        except ValueError:
+            temperature = 0.0
+        if not 0 < temperature < float("inf"):
+            raise UsageError(f"{self.uri}: its tag {TEMPERATURE} is {tag!r}, not a positive number")
+        return temperature
 
 
 def registered(version: Any) -> RegisteredVersion:

@@ -8,9 +8,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cnn.data.manifest import Manifest
+from cnn.formats.decode import Target
 from cnn.networks.weights import load_weights, weights_sha256
 from cnn.serving.export import Description, check_onnx, export_onnx, export_pt2, export_weights
+from cnn.serving.usage import (
+    CONVOY9_EXAMPLE,
+    EXAMPLE_WITH_CONVOY,
+    NORMALISED_OUTSIDE,
+    ONNX_EXAMPLE,
+    PT2_EXAMPLE,
+    Usage,
+)
 from infra.errors import ServiceError, UsageError
 from infra.machine.files import file_digest
 from infra.records import Record
@@ -41,12 +49,16 @@ class Exported(Record):
     images: int
     """Number of compared images."""
 
+    temperature: float
+    """In the file's metadata; it is not applied to the file's probabilities."""
+
 
 def export(model: str, format: Format, out: Path) -> Exported:
     """Writes a registered version to a file, once the file's probabilities equal the version's.
 
     `pt2` and `onnx` take raw images and return probabilities; `safetensors` is for
-    `cnn.serving.export.load_classifier`.
+    `cnn.serving.export.load_classifier`, or for the same network in other code. Each file carries the metadata of
+    `cnn.serving.usage.Usage`.
 
     Args:
         model: `name` (its champion), `name@alias` or `name/version`.
@@ -69,15 +81,26 @@ def export(model: str, format: Format, out: Path) -> Exported:
     images = load_reference(store, version.required("reference_key"))["images"]
     with TemporaryDirectory() as temporary:
         folder = download_version(version, Path(temporary))
-        expected = torch.from_numpy(ServedModel(version, folder).predict(images.numpy()))
+        served = ServedModel(version, folder)
+        expected = torch.from_numpy(served.predict(images.numpy()))
+        channels, side, _ = served.shape
+        usage = Usage(
+            model=version.name,
+            version=version.version,
+            run=version.run_id,
+            weights_sha256=version.required("weights_sha256"),
+            classes=served.classes,
+            target=Target(side, channels),
+            temperature=version.temperature,
+        )
         if format == "safetensors":
-            worst = _export_weights(store, version, out, images, expected)
+            worst = _export_weights(store, version, usage, out, images, expected)
         else:
             program = torch.export.load(folder / "data" / "model.pt2")
             if format == "pt2":
-                worst = export_pt2(program, out, images, expected)
+                worst = export_pt2(program, out, images, expected, usage.metadata(PT2_EXAMPLE))
             else:
-                worst = export_onnx(program, _manifest(store, version).classes, out, images, expected)
+                worst = export_onnx(program, usage.classes, out, images, expected, usage.metadata(ONNX_EXAMPLE))
     return Exported(
         model=version.uri,
         out=out,
@@ -86,14 +109,15 @@ def export(model: str, format: Format, out: Path) -> Exported:
         sha256=file_digest(out),
         largest_difference=worst,
         images=len(images),
+        temperature=usage.temperature,
     )
 
 
 def _export_weights(
-    store: ObjectStore, version: RegisteredVersion, out: Path, images: Tensor, expected: Tensor
+    store: ObjectStore, version: RegisteredVersion, usage: Usage, out: Path, images: Tensor, expected: Tensor
 ) -> float:
-    digest, key = version.required("weights_sha256"), version.required("weights_key")
-    manifest = _manifest(store, version)
+    digest, key = usage.weights_sha256, version.required("weights_key")
+    manifest = load_manifest(store, version.required("dataset_version"))
     description = Description(
         config=read_record(version.run_id).config.training().model_copy(update={"pretrained": None}),
         classes=manifest.classes,
@@ -110,8 +134,5 @@ def _export_weights(
         load_weights(network, file)
     if (found := weights_sha256(network.state_dict())) != digest:
         raise ServiceError(f"{store.uri(key)} does not hold the weights of {version.uri}: their SHA-256 is {found}")
-    return export_weights(network, description, out, images, expected)
-
-
-def _manifest(store: ObjectStore, version: RegisteredVersion) -> Manifest:
-    return load_manifest(store, version.required("dataset_version"))
+    example = CONVOY9_EXAMPLE if description.config.model == "convoy9" else EXAMPLE_WITH_CONVOY
+    return export_weights(network, description, out, images, expected, usage.metadata(example, NORMALISED_OUTSIDE))

@@ -18,7 +18,6 @@ from infra.storage.object_store import open_bucket
 from infra.tracking.model_registry import RegisteredVersion
 from infra.tracking.model_versions import find_version
 from infra.tracking.served_model import ServedModel
-from infra.tracking.tags import TEMPERATURE
 from tasks.data.dataset import load_manifest
 from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.progress import progress, run_logger
@@ -127,7 +126,7 @@ class ImageClassifier(ServedModel):
         self.target = Target(side, channels)
         # Colour images are allowed if the network takes colour, or was trained on colour images converted to grey.
         self.colour = channels == 3 or _trained_on_colour(str(self.metadata.get("dataset_version")))
-        self.temperature = _temperature(version)
+        self.temperature = version.temperature
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Returns calibrated probabilities N×classes of raw images N×C×H×W."""
@@ -141,17 +140,6 @@ def _trained_on_colour(dataset_version: str) -> bool:
     except ServiceError:  # the data may be deleted while the model is still in use
         return False
     return not set(manifest.report.modes) <= GREY_MODES | {"P"}
-
-
-def _temperature(version: RegisteredVersion) -> float:
-    tag = version.record.temperature or "1"
-    try:
-        temperature = float(tag)
-    except ValueError:
-        temperature = 0.0
-    if not 0 < temperature < float("inf"):
-        raise UsageError(f"{version.uri}: its tag {TEMPERATURE} is {tag!r}, not a positive number")
-    return temperature
 
 
 def calibrated(probabilities: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:

@@ -3,17 +3,20 @@
 The sections follow Mitchell et al., Model Cards for Model Reporting (2019), as far as they can be generated.
 """
 
-import json
+import shlex
 from collections.abc import Iterable, Mapping
 
 from prefect.utilities.urls import url_for
 
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest
+from cnn.formats.decode import Target
+from cnn.serving.usage import mlflow_example, preparation
 from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
+from infra.tracking.client import tracking_uri
 from infra.tracking.model_registry import ModelVersion, describe_version
 from infra.tracking.model_versions import find_version
 from infra.tracking.provenance import Provenance, provenance
@@ -34,6 +37,7 @@ MIN_CLASS_IMAGES = 100  # a class with fewer test images has uncertain scores
 class CardLinks(Record):
     """Addresses of the runs, data, weights and code that a version was made with."""
 
+    tracking_uri: str
     run_url: str
     flow_run_url: str | None
     dataset_uri: str
@@ -53,6 +57,7 @@ def write_model_card(
     store = open_bucket()
     flow_run = find_version(registered.address).record.flow_run
     links = CardLinks(
+        tracking_uri=tracking_uri(),
         run_url=mlflow_runs.run_url(trained.run_id),
         flow_run_url=url_for("flow-run", obj_id=flow_run) if flow_run else None,
         dataset_uri=store.uri(bucket_layout.dataset_manifest(dataset.version)),
@@ -80,6 +85,7 @@ def model_card(
     """
     channels, size = manifest.channels, manifest.image_size
     kind = "grey" if channels == 1 else "RGB"
+    target, temperature = Target(size, channels), report.calibration.temperature
     paragraphs = [
         f"# {plain(model.name)}, version {model.version}",
         f"{report.headline}, cross-entropy {report.loss:.4f}, macro F1 {report.macro.f1:.4f}; "
@@ -88,12 +94,8 @@ def model_card(
         f"Classifies {kind} images of {size}×{size} pixels that were made like those of {plain(dataset.name)} into "
         f"{len(manifest.classes)} classes: {_names(manifest.classes)}.",
         "## How to load",
-        "```python\n"
-        "import mlflow\n"
-        f"model = mlflow.pyfunc.load_model({json.dumps(model.uri, ensure_ascii=False)})\n"
-        f"probabilities = model.predict(images)  # numpy uint8 [N, {channels}, {size}, {size}], not normalised\n"
-        'classes = model.metadata.metadata["classes"]\n'
-        "```",
+        f"```python\n{mlflow_example(model.uri, links.tracking_uri, target, temperature)}```",
+        _bullets(_use(model, target, temperature)),
         "## Limits",
         _bullets(_limits(config, manifest, report)),
         "## Origin",
@@ -105,6 +107,17 @@ def model_card(
         _bullets(f"`{key}` {plain(str(value))}" for key, value in _configuration(config).items()),
     ]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _use(model: ModelVersion, target: Target, temperature: float) -> list[str]:
+    return [
+        f"`images` are numpy uint8 [N, {target.channels}, {target.image_size}, {target.image_size}], not normalised. "
+        f"From a photograph: {'; '.join(preparation(target))}.",
+        "`probabilities` are not calibrated, neither here nor in exported files. "
+        f"`p ** (1 / {temperature})`, divided by their sum, are; `convoy predict` gives these.",
+        f"`convoy export {shlex.quote(model.address)} --format onnx --out FILE` (also `pt2`, `safetensors`) writes a "
+        "file that carries classes, input, temperature, version and an example.",
+    ]
 
 
 def _limits(config: RunConfig, manifest: Manifest, report: EvaluationReport) -> list[str]:

@@ -1,16 +1,19 @@
 """Exported files: each gives what the original gives, or does not appear."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.export import ExportedProgram
 
 from cnn.config.training import TrainConfig
 from cnn.errors import InputError
+from cnn.formats.decode import Target, decode_image
 from cnn.networks.weights import weights_sha256
 from cnn.serving.classifier import ServedClassifier
 from cnn.serving.export import (
@@ -22,9 +25,29 @@ from cnn.serving.export import (
     export_weights,
     load_classifier,
 )
+from cnn.serving.usage import (
+    CONVOY9_EXAMPLE,
+    EXAMPLE_WITH_CONVOY,
+    NORMALISED_OUTSIDE,
+    ONNX_EXAMPLE,
+    PT2_EXAMPLE,
+    Usage,
+)
+from tests.cnn.without_convoy import read_metadata, run_example, save_photo
 
 CLASSES = ("ant", "bee", "cat")
 IMAGES = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+USAGE = Usage(
+    model="pets",
+    version="7",
+    run="abc",
+    weights_sha256="0" * 64,
+    classes=CLASSES,
+    target=Target(16, 3),
+    temperature=0.4,
+)
 
 
 def original() -> tuple[torch.nn.Module, Description, ServedClassifier]:
@@ -96,6 +119,83 @@ def test_weights_describe_themselves(expected: torch.Tensor, tmp_path: Path) -> 
     out = tmp_path / "model.safetensors"
     assert export_weights(network, described, out, IMAGES, expected) < 1e-6
     assert torch.equal(load_classifier(out)(IMAGES), expected)
+
+
+EXAMPLES = {"pt2": PT2_EXAMPLE, "onnx": ONNX_EXAMPLE, "safetensors": CONVOY9_EXAMPLE}
+
+
+def export_to(format: str, program: ExportedProgram, expected: torch.Tensor, folder: Path) -> dict[str, str]:
+    """Exports the original; returns the file's metadata."""
+    out, metadata = folder / f"model.{format}", USAGE.metadata(EXAMPLES[format])
+    if format == "pt2":
+        export_pt2(program, out, IMAGES, expected, metadata)
+    elif format == "onnx":
+        pytest.importorskip("onnxruntime")
+        export_onnx(program, CLASSES, out, IMAGES, expected, metadata)
+    else:
+        network, described, _ = original()
+        export_weights(network, described, out, IMAGES, expected, metadata)
+    return read_metadata(out)
+
+
+@pytest.mark.parametrize("format", EXAMPLES)
+def test_the_example_in_a_file_needs_no_convoy(
+    program: ExportedProgram, expected: torch.Tensor, tmp_path: Path, format: str
+) -> None:
+    found = export_to(format, program, expected, tmp_path)
+    found.pop("convoy", None)  # the description in a safetensors file
+    assert found == USAGE.metadata(EXAMPLES[format])
+    pixels = decode_image(save_photo(tmp_path), USAGE.target)[None].copy()
+    images, calibrated, answer = run_example(found["example"], tmp_path)
+    assert np.array_equal(images, pixels)
+    probabilities = original()[2](torch.from_numpy(pixels))
+    wanted = (probabilities.log() / USAGE.temperature).softmax(1)[0].numpy()
+    assert np.allclose(calibrated, wanted, atol=1e-5)
+    name, probability = answer.split()
+    assert (name, float(probability)) == (CLASSES[wanted.argmax()], pytest.approx(wanted.max(), abs=1e-5))
+
+
+def test_the_example_for_other_networks_uses_convoy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network, served = (
+        described := original()[1].model_copy(update={"config": TrainConfig(model="notes")})
+    ).classifier()
+    described = described.model_copy(update={"weights_sha256": weights_sha256(network.state_dict())})
+    metadata = USAGE.metadata(EXAMPLE_WITH_CONVOY, NORMALISED_OUTSIDE)
+    export_weights(network, described, tmp_path / "model.safetensors", IMAGES, served(IMAGES), metadata)
+    pixels = decode_image(save_photo(tmp_path), USAGE.target)[None].copy()
+    monkeypatch.chdir(tmp_path)
+    exec(EXAMPLE_WITH_CONVOY, {})
+    wanted = (served(torch.from_numpy(pixels)).log() / USAGE.temperature).softmax(1)[0]
+    name, probability = capsys.readouterr().out.split()
+    assert (name, float(probability)) == (CLASSES[wanted.argmax()], pytest.approx(float(wanted.max()), abs=1e-5))
+
+
+def test_the_page_shows_the_examples_of_the_files() -> None:
+    page = Path(__file__).parents[2] / "tasks/prediction/README.md"
+    shown = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert sorted(shown) == sorted(EXAMPLES.values())
+
+
+def test_axes_of_onnx_have_names(program: ExportedProgram, expected: torch.Tensor, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    found = export_to("onnx", program, expected, tmp_path)
+    assert json.loads(found["input"])["axes"] == ["batch", "channel", "height", "width"]
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
+    images, probabilities = (list(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.output))
+    assert [axis.dim_param or axis.dim_value for axis in images] == ["batch", 3, 16, 16]
+    assert [axis.dim_param or axis.dim_value for axis in probabilities] == ["batch", 3]
+    assert [axis.denotation for axis in images] == ["DATA_BATCH", "DATA_CHANNEL", "DATA_FEATURE", "DATA_FEATURE"]
+
+
+def test_equal_models_are_equal_files(program: ExportedProgram, expected: torch.Tensor, tmp_path: Path) -> None:
+    contents = set()
+    for _ in range(5):
+        export_to("safetensors", program, expected, tmp_path)
+        contents.add((tmp_path / "model.safetensors").read_bytes())
+    assert len(contents) == 1
 
 
 def test_what_differs_from_the_original_is_not_written(
