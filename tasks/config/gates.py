@@ -19,7 +19,7 @@ class GateConfig(Config):
 
     floor: float | None = Field(None, ge=0, le=1)
     """Least accuracy: the lower end of its 95 % interval on the test split must reach it. Unset: the accuracy must be
-    significantly higher than that of always answering the most frequent class."""
+    significantly higher than that of always answering the most frequent class. 0 switches the check off."""
 
     mode: Literal["superior", "non-inferior"] = "non-inferior"
     """Significantly better than the champion, or significantly not worse by more than the margin. `non-inferior` suits
@@ -39,14 +39,17 @@ class GateConfig(Config):
     """Gain in accuracy that is assumed of a superior version when the power is computed, if it exceeds the margin."""
 
     max_class_drop: float = Field(0.05, ge=0, le=1)
-    """Largest loss of accuracy on any class or slice, against the champion; a significantly larger loss is refused."""
+    """Largest loss of accuracy on any class or slice, against the champion; a significantly larger loss is refused. 1
+    switches the check off."""
 
     min_support: int = Field(100, ge=1)
-    """Least images of a class or slice for its drop to count."""
+    """Least test images of a class or slice. With fewer, its drop is not tested, and its recall does not count as
+    passed."""
 
     min_class_recall: float = Field(0.1, ge=0, lt=1)
-    """Least recall of any class; a significantly lower recall is refused. With the default, only classes with at least
-    29 test images are tested. 0 switches the check off."""
+    """Least recall of any class. A class fails if even the upper end of its recall's interval (confidence 1 − alpha) is
+    lower: with the default, that takes 29 test images. Any other class with fewer than `min_support` images counts as
+    not tested. 0 switches the check off."""
 
     max_size_bytes: int | None = Field(None, gt=0)
     """Largest size of the weights, in bytes. Unset: no limit."""

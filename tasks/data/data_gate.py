@@ -31,6 +31,9 @@ from tasks.orchestration.step import step
 from tasks.reporting.drawing import png
 from tasks.reporting.markdown import Markup, plain, table
 
+ORDER = ("failed", "warned", "passed", "skipped", "off")
+SHOWN_AS = {"skipped": "not tested", "off": "switched off"}  # on pages and in messages
+
 JSON, PAGE, SHEET = "data.json", "data.md", "data_samples.png"
 
 
@@ -129,9 +132,8 @@ def log_data_report(run_id: str, report: DataReport) -> None:
 
 def _markdown(name: str, checks: DataChecks) -> str:
     """Returns a page with the verdict, the checks (the worst first), the splits and the images that fail a check."""
-    order = ("failed", "warned", "passed", "skipped", "off")
     verdict = {"passed": "passed", "warned": "passed with warnings", "failed": "refused"}[checks.outcome]
-    found = sorted(checks.checks, key=lambda check: order.index(check.outcome))
+    found = sorted(checks.checks, key=lambda check: ORDER.index(check.outcome))
     splits = (
         (split, of.images, of.duplicates, of.leaked, of.conflicts, of.constant, of.blank)
         for split, of in checks.splits.items()
@@ -187,7 +189,7 @@ def _publish(store: ObjectStore, dataset: DatasetRef, checks: DataChecks, sheet:
 
 def _count(checks: DataChecks) -> str:
     outcomes = [check.outcome for check in checks.checks]
-    return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in sorted(set(outcomes)))
+    return ", ".join(f"{outcomes.count(each)} {SHOWN_AS.get(each, each)}" for each in ORDER if each in outcomes)
 
 
 def _describe(check: DataCheck) -> str:
@@ -195,7 +197,9 @@ def _describe(check: DataCheck) -> str:
 
 
 def _row(check: DataCheck) -> tuple[str, ...]:
-    mark = Markup(f"**{check.outcome}**") if check.outcome in ("failed", "warned") else check.outcome
+    mark = SHOWN_AS.get(check.outcome, check.outcome)
+    if check.outcome in ("failed", "warned"):
+        mark = Markup(f"**{mark}**")
     return check.name, mark, _number(check.value), _number(check.limit), check.note
 
 

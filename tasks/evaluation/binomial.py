@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import bdtr, bdtrc, ndtr, ndtri
+from scipy.special import bdtr, bdtrc, bdtri, ndtr, ndtri
 
 Floats = NDArray[np.float64]
 
@@ -18,6 +18,15 @@ def at_most(successes: ArrayLike, trials: ArrayLike, probability: ArrayLike) -> 
     """Returns the probability of at most this many successes."""
     found: Floats = bdtr(np.asarray(successes, dtype=np.float64), np.asarray(trials, dtype=np.int64), probability)
     return found
+
+
+def highest_share(successes: ArrayLike, trials: ArrayLike, confidence: float = CONFIDENCE) -> Floats:
+    """Returns the upper confidence bound, one-sided, of the probability of a success; 1 without trials.
+
+    Clopper and Pearson, The use of confidence or fiducial limits, Biometrika 26 (1934): it is exact.
+    """
+    k, n = np.asarray(successes, dtype=np.float64), np.asarray(trials, dtype=np.int64)
+    return np.where(k < n, bdtri(k, np.maximum(n, 1), 1 - confidence), 1.0)
 
 
 def sign_test(wins: int, losses: int) -> float:

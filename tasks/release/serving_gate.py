@@ -38,6 +38,14 @@ class ServingCheck(Record):
     detail: str
     """The numbers, or the model's own message."""
 
+    tested: bool = True
+    """False if it was switched off; `passed` is then true, and `detail` says why."""
+
+    @property
+    def outcome(self) -> str:
+        """`passed`, `failed` or `not tested`."""
+        return "failed" if not self.passed else "passed" if self.tested else "not tested"
+
 
 class ServingReport(Record):
     """The checks of the gate."""
@@ -53,9 +61,18 @@ class ServingReport(Record):
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
+    @property
+    def count(self) -> str:
+        """The number of checks, and what was not tested."""
+        gaps = [f"not tested: {check.name} ({check.detail})" for check in self.checks if not check.tested]
+        return "; ".join([f"{len(self.checks) - len(gaps)} checks", *gaps])
+
     def markdown(self) -> str:
         """Returns the report as a page."""
-        rows = ((check.name, "passed" if check.passed else Markup("**failed**"), check.detail) for check in self.checks)
+        rows = (
+            (check.name, check.outcome if check.passed else Markup(f"**{check.outcome}**"), check.detail)
+            for check in self.checks
+        )
         head = f"Serving gate of {plain(self.model)}: **{'passed' if self.passed else 'refused'}**"
         return "\n".join([head, "", *table(("check", "result", "found"), rows, "lll"), ""])
 
@@ -106,9 +123,7 @@ def serving_gate(
         failed = "; ".join(f"{check.name}: {check.detail}" for check in report.checks if not check.passed)
         raise ServingRefused(f"the serving gate refused {registered.uri}, which gets no alias: {failed}")
     set_alias(registered, CHALLENGER)
-    run_logger().info(
-        "%s serves what was evaluated (%d checks) and is now %s", registered.uri, len(report.checks), CHALLENGER
-    )
+    run_logger().info("%s serves what was evaluated (%s) and is now %s", registered.uri, report.count, CHALLENGER)
     return report
 
 
@@ -172,6 +187,8 @@ def _over_http(
     server: Server | None,
 ) -> Iterator[ServingCheck]:
     if not config.http:
+        detail = "serving.http=false switches it off"
+        yield ServingCheck(name="is served over HTTP", passed=True, tested=False, detail=detail)
         return
     try:
         with http_server(model.uri, config.time_limit, not_needed, server) as client:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from infra.records import Record
 from tasks.config.gates import GateConfig
-from tasks.evaluation.binomial import CONFIDENCE, at_most, normal_score, sign_test, wilson_interval
+from tasks.evaluation.binomial import CONFIDENCE, highest_share, normal_score, sign_test, wilson_interval
 from tasks.evaluation.paired import lower_bound, p_no_worse, p_worse
 from tasks.reporting.markdown import Markup, plain, table
 
@@ -21,6 +21,8 @@ DROP_ALPHA = 0.2
 """Probability of refusing a version for the drop of a class although no class fell by more than the limit. Versions as
 good as the champion are hardly ever refused. At 0.05, twice as many real drops of 15 points in classes of 100 images
 would pass."""
+
+BETTER = "a more accurate version, for example by longer training, or trained on more images"
 
 NAMED_CLASSES = 5  # in a sentence
 
@@ -66,12 +68,28 @@ class QualityCheck(Record):
     """A sentence that says what was compared."""
 
     tested: bool = True
-    """False if there was nothing to test, for example too few images; `passed` is then true."""
+    """False if there was nothing to test, for example too few images; `passed` is then true, and `detail` says why."""
+
+    untested: str = ""
+    """What a check that was tested has left out, and why: for example the classes with too few images."""
+
+    remedy: str = ""
+    """What would make a failed check pass."""
 
     @property
     def outcome(self) -> str:
-        """`passed`, `failed` or `not tested`."""
-        return "failed" if not self.passed else "passed" if self.tested else "not tested"
+        """`passed`, `failed`, `not tested`, or `passed where tested` if a part was left out."""
+        if not self.passed:
+            return "failed"
+        if not self.tested or self.value is None:  # older code stored checks without a value as passed
+            return "not tested"
+        return "passed where tested" if self.untested else "passed"
+
+    @property
+    def gap(self) -> str:
+        """Name of the check with what of it was not tested, and why; empty if all of it was."""
+        reason = self.detail if self.outcome == "not tested" else self.untested
+        return f"{self.name} ({reason})" if reason else ""
 
 
 class Verdict(Record):
@@ -128,16 +146,65 @@ class Verdict(Record):
 
     @property
     def summary(self) -> str:
-        """The decision and its reasons, in one line."""
+        """The decision, its reasons, and what was not tested, in one line."""
         head = f"{self.challenger} {self.accuracy:.2%}"
         against = f" against {self.champion}" if self.champion else ", no champion"
         if self.champion_accuracy is not None:
             against += f" {self.champion_accuracy:.2%}"
-        failed = "; ".join(f"{check.name}: {check.detail}" for check in self.checks if not check.passed)
-        return f"{'passed' if self.passed else 'refused'}: {head}{against}" + (f"; {failed}" if failed else "")
+        parts = [f"{'passed' if self.passed else 'refused'}: {head}{against}", *self.reasons]
+        if gaps := self.gaps:
+            parts.append(f"not tested: {', '.join(gaps)}")
+        return "; ".join(parts)
+
+    @property
+    def reasons(self) -> list[str]:
+        """The failed checks, each with its detail."""
+        return [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
+
+    @property
+    def gaps(self) -> list[str]:
+        """What was not tested, each with its reason."""
+        return [check.gap for check in self.checks if check.gap]
+
+    def explanation(self) -> list[tuple[str, str]]:
+        """Returns what was compared, the difference, how sure it is and what would have to change, under headings.
+
+        The sentences are for readers without statistics; they need only what every stored verdict has.
+        """
+        ours, images = self.challenger, self.images - self.left_out
+        low, high = self.interval
+        certainty = (
+            f"on other images of the same kind, {ours} is very likely right in {low:.2%} to {high:.2%} of cases "
+            f"({CONFIDENCE:.0%} confidence)"
+        )
+        gaps = list(self.gaps)
+        if self.champion and self.champion_accuracy is not None:
+            before = round(self.champion_accuracy * images)
+            more = self.only_challenger - self.only_champion
+            difference = f"{abs(more):,} {'more' if more > 0 else 'fewer'}" if more else "as many"
+            what = f"{ours} and the champion, {self.champion}, on the same {images:,} test images"
+            result = (
+                f"{ours} has {before + more:,} right ({(before + more) / images:.2%}), {self.champion} {before:,} "
+                f"({before / images:.2%}): {difference}. "
+                f"Newly right are {self.only_challenger:,} images, newly wrong {self.only_champion:,}"
+            )
+            compared = (check.detail for check in self.checks if check.name == self.config.mode and check.passed)
+            certainty += "".join(f". Against the champion: {detail}" for detail in compared)
+        else:
+            what = f"{ours} with the minimum requirements, on {self.images:,} test images"
+            result = f"{ours} has {round(self.accuracy * self.images):,} right ({self.accuracy:.2%})"
+            if not self.champion:
+                gaps.append("whether it is better than a champion (there is none)")
+        found = [("Compared", what), ("Result", result), ("How sure", certainty)]
+        found += [("Refused because of", reason) for reason in self.reasons]
+        if remedies := [check.remedy for check in self.checks if not check.passed and check.remedy]:
+            found.append(("What would help", "; ".join(dict.fromkeys("; ".join(remedies).split("; ")))))
+        if gaps:
+            found.append(("Not tested", "; ".join(gaps)))
+        return found
 
     def markdown(self) -> str:
-        """Returns the verdict as a page for MLflow and Prefect."""
+        """Returns the verdict as a page for MLflow and Prefect: first in sentences, then as tables."""
         low, high = self.interval
         versions = [(self.challenger, f"{self.accuracy:.2%} ({low:.2%} to {high:.2%})", self.only_challenger)]
         if self.champion and self.champion_accuracy is not None:
@@ -145,6 +212,8 @@ class Verdict(Record):
         lines = [
             f"**{'Passed' if self.passed else 'Refused'}**: {plain(self.challenger)} against "
             + plain(self.champion or "no champion"),
+            "",
+            *(f"- **{heading}**: {plain(text)}." for heading, text in self.explanation()),
             "",
             *table(("", "accuracy", "right in this version only"), versions, "lrr"),
         ]
@@ -157,7 +226,8 @@ class Verdict(Record):
         for check in self.checks:
             value = "" if check.value is None else f"{check.value:.5g}"
             outcome = check.outcome if check.passed else Markup(f"**{check.outcome}**")
-            checks.append((check.name, value, f"{check.threshold:.5g}", outcome, check.detail))
+            detail = check.detail + (f"; not tested: {check.untested}" if check.untested else "")
+            checks.append((check.name, value, f"{check.threshold:.5g}", outcome, detail))
         lines += ["", basis, "", *table(("check", "value", "threshold", "result", "detail"), checks, "lrrll")]
         return "\n".join([*lines, "", *(f"- {plain(note)}" for note in self.notes)]).rstrip() + "\n"
 
@@ -188,14 +258,15 @@ def judge(
         learned: mask [N] of images that only the champion was trained on. They are not compared.
         judged_before: other versions that this test split has judged.
     """
-    checks = [_floor(challenger, labels, config)]
+    checks = [_floor(challenger, labels, config), _class_recall(challenger, labels, classes, config)]
     notes: list[str] = []
-    if config.min_class_recall:
-        checks.append(_class_recall(challenger, labels, classes, config))
     wins = losses = left_out = 0
     p_value = champion_accuracy = None
     if champion and champion.obstacle:
-        checks.append(QualityCheck(name=config.mode, threshold=0, passed=False, detail=champion.obstacle))
+        remedy = "a champion for images of this size: `convoy promote --force --reason TEXT`"
+        checks.append(
+            QualityCheck(name=config.mode, threshold=0, passed=False, detail=champion.obstacle, remedy=remedy)
+        )
     elif champion:
         compared = np.ones(len(labels), dtype=np.bool_) if learned is None else ~learned
         images, left_out = int(compared.sum()), int((~compared).sum())
@@ -208,7 +279,8 @@ def judge(
                 notes.append(f"{small}; a refusal may be due to too few images")
         else:
             detail = "the champion was trained on every test image, so none can be compared"
-            checks.append(QualityCheck(name=config.mode, threshold=0, passed=False, detail=detail))
+            remedy = "test images that the champion was not trained on"
+            checks.append(QualityCheck(name=config.mode, threshold=0, passed=False, detail=detail, remedy=remedy))
         groups = {f"class {name}": labels == label for label, name in enumerate(classes)} | dict(slices or {})
         groups = {name: mask & compared for name, mask in groups.items()}
         drop, drop_notes = _largest_drop(challenger, champion, groups, config)
@@ -226,9 +298,15 @@ def judge(
             "to time"
         )
     if config.max_size_bytes is not None:
-        checks.append(_limit("size", challenger.size_bytes, config.max_size_bytes, "bytes of weights"))
+        checks.append(
+            _limit("size", "max_size_bytes", challenger.size_bytes, config.max_size_bytes, "bytes of weights")
+        )
     if config.max_latency_ms is not None:
-        checks.append(_limit("latency", challenger.latency_ms, config.max_latency_ms, "ms for one image, median"))
+        checks.append(
+            _limit(
+                "latency", "max_latency_ms", challenger.latency_ms, config.max_latency_ms, "ms for one image, median"
+            )
+        )
     return Verdict(
         challenger=challenger.address,
         champion=champion.address if champion else None,
@@ -289,50 +367,88 @@ def _floor(challenger: Scored, labels: Labels, config: GateConfig) -> QualityChe
         low, _ = challenger.interval
         passed = low >= floor
         measured, bound, limit = _percentages(accuracy, low, floor)
-        detail = f"accuracy {measured}, with {CONFIDENCE:.0%} confidence above {bound}; "
-        detail += f"{'at least' if passed else 'less than'} {limit}"
+        detail = (
+            f"{measured} of {images:,} images right; in general, with {CONFIDENCE:.0%} confidence, at least {bound}; "
+            f"{limit} is required"
+        )
+        if floor == 0:
+            detail = "gate.floor=0 accepts any accuracy"
+        remedy = f"{BETTER}; a lower gate.floor"
         if not passed and accuracy > floor:
-            needed = normal_score((1 - CONFIDENCE) / 2) ** 2 * floor * (1 - floor) / (accuracy - floor) ** 2
-            detail += f"; the test split is too small: {images:,} images, but {math.ceil(needed):,} are needed"
-        return QualityCheck(name="floor", value=low, threshold=floor, passed=passed, detail=detail)
+            needed = math.ceil(normal_score((1 - CONFIDENCE) / 2) ** 2 * floor * (1 - floor) / (accuracy - floor) ** 2)
+            detail += f"; the test split is too small: {images:,} images, but {needed:,} are needed"
+            remedy = f"{needed:,} test images with the same accuracy; {remedy}"
+        return QualityCheck(
+            name="floor", value=low, threshold=floor, passed=passed, tested=floor > 0, detail=detail, remedy=remedy
+        )
     constant = labels == np.bincount(labels).argmax()
     wins, losses = _wins_and_losses(challenger.correct, constant)
     gain = (wins - losses) / images
     p = sign_test(wins, losses)
     passed = p <= config.alpha
     measured, limit = _percentages(accuracy, float(constant.mean()))
-    detail = f"accuracy {measured}, {'' if passed else 'not '}above {limit}, the share of the largest class"
+    relation = "more" if passed else "not reliably more" if gain > 0 else "not more"
+    detail = (
+        f"{measured} of {images:,} images are right, {relation} than the {limit} that always answering with the "
+        "largest class would get"
+    )
+    remedy = BETTER
     if not passed and gain > 0:
         needed = _connor((wins + losses) / images, gain, config)
         detail += (
-            f", beyond chance (p = {p:.3g}, at most {config.alpha:g}); the test split is too small: {images:,} images, "
-            f"but {needed:,} are needed"
+            f"; {_by_chance(p, config)}; the test split is too small: {images:,} images, but {needed:,} are needed"
         )
-    return QualityCheck(name="floor", value=accuracy, threshold=float(constant.mean()), passed=passed, detail=detail)
+        remedy = f"{needed:,} test images with the same accuracy; {BETTER}"
+    return QualityCheck(
+        name="floor", value=accuracy, threshold=float(constant.mean()), passed=passed, detail=detail, remedy=remedy
+    )
 
 
 def _class_recall(challenger: Scored, labels: Labels, classes: tuple[str, ...], config: GateConfig) -> QualityCheck:
-    """Tests whether a class has a recall below `min_class_recall`: exact binomial test per class."""
-    limit = config.min_class_recall
-    least = math.ceil(math.log(config.alpha) / math.log1p(-limit))  # fewer images show nothing, even if all are wrong
+    """Finds classes whose recall is below `min_class_recall` even at its upper confidence bound.
+
+    A class with fewer than `min_support` images fails if it is so clearly below, but never counts as passed.
+    """
+    limit, name = config.min_class_recall, "class recall"
+    if not limit:
+        detail = "gate.min_class_recall=0 switches it off"
+        return QualityCheck(name=name, threshold=limit, passed=True, tested=False, detail=detail)
     counts = np.bincount(labels, minlength=len(classes))
     right = np.bincount(labels[challenger.correct], minlength=len(classes))
-    tested = np.flatnonzero(counts >= least)
+    highest = highest_share(right, counts, 1 - config.alpha)
+    # With fewer images than `needed` the bound is never below the limit, even if no image is right.
+    needed = max(config.min_support, math.ceil(math.log(config.alpha) / math.log1p(-limit)))
+    low = np.flatnonzero(highest < limit)
+    tested = np.flatnonzero((counts >= needed) | (highest < limit))
     if not len(tested):
-        detail = f"no class has the {least:,} images that can show a recall below {limit:.4g}"
-        return QualityCheck(name="class recall", threshold=limit, passed=True, tested=False, detail=detail)
+        detail = f"no class has {needed:,} test images"
+        return QualityCheck(name=name, threshold=limit, passed=True, tested=False, detail=detail)
     recall = right[tested] / counts[tested]
-    low = tested[at_most(right[tested], counts[tested], limit) <= config.alpha]
-    detail = f"the lowest of {len(tested)} classes is {classes[tested[recall.argmin()]]}: {recall.min():.2%}"
+    worst = tested[recall.argmin()]
+    detail = f"the lowest is {classes[worst]}: {right[worst]:,} of {counts[worst]:,} images right"
+    remedy = ""
     if len(low):
-        worst = low[np.argsort(right[low] / counts[low], kind="stable")]
-        named = ", ".join(f"{classes[label]} {right[label]:,} of {counts[label]:,}" for label in worst[:NAMED_CLASSES])
-        more = f" and {len(worst) - NAMED_CLASSES} more" if len(worst) > NAMED_CLASSES else ""
-        detail = f"{len(low)} of {len(tested)} classes have a recall below {limit:.4g}, beyond chance: {named}{more}"
-    if untested := len(classes) - len(tested):
-        detail += f"; not tested: {untested} with fewer than {least:,} images"
+        worst_first = low[np.argsort(right[low] / counts[low], kind="stable")]
+        named = [
+            f"{classes[label]}: {right[label]:,} of {counts[label]:,} images right (at most {share})"
+            for label in worst_first[:NAMED_CLASSES]
+            for share in _percentages(float(highest[label]), limit)[:1]
+        ]
+        more = f" and {len(low) - NAMED_CLASSES} more" if len(low) > NAMED_CLASSES else ""
+        detail = (
+            f"{len(low)} of {len(classes)} classes recognised in less than {100 * limit:.4g}% of cases, with "
+            f"{1 - config.alpha:.0%} confidence; {', '.join(named)}{more}"
+        )
+        remedy = "more, or better labelled, training images of these classes; a lower gate.min_class_recall"
+    rest = len(classes) - len(tested)
     return QualityCheck(
-        name="class recall", value=float(recall.min()), threshold=limit, passed=not len(low), detail=detail
+        name=name,
+        value=float(recall.min()),
+        threshold=limit,
+        passed=not len(low),
+        detail=detail,
+        untested=f"{rest} of {len(classes)} classes, with fewer than {needed:,} test images" if rest else "",
+        remedy=remedy,
     )
 
 
@@ -342,20 +458,42 @@ def _comparison(wins: int, losses: int, images: int, p_value: float, config: Gat
         value, threshold = gain, margin
         enough, significant = gain >= margin, p_value <= config.alpha
         passed = enough and significant
-        measured, limit = _percentages(gain, margin, sign="+")
-        detail = f"gain {measured}, {'at least' if enough else 'less than'} {limit}"
-        detail += f"; p = {p_value:.3g}, {'at most' if significant else 'more than'} {config.alpha:g}"
+        measured, limit = _points(gain, margin)
+        detail = f"{_gain(gain, measured)} on {images:,} images"
+        if margin:
+            detail += f"; at least {limit} points better is required"
+        detail += f"; {_by_chance(p_value, config)}" if gain > 0 else "; it must be better, beyond chance"
     else:
         value, threshold = lower_bound(wins, losses, images, config.alpha), 0.0 - margin
         passed = config.can_pass(images) and bool(p_worse(wins, losses, images, margin) <= config.alpha)
-        low, limit = _percentages(value, threshold, sign="+")
-        relation = "at least" if value >= threshold else "less than"
-        detail = f"gain {gain:+.2%}, with {1 - config.alpha:.0%} confidence above {low}; {relation} {limit}"
+        measured, low, limit = _points(gain, value, threshold)
+        bound = f"at most {low} points worse" if value < 0 else f"at least {low} points better"
+        detail = (
+            f"{_gain(gain, measured)} on {images:,} images; in general, with {1 - config.alpha:.0%} confidence, "
+            f"{bound}; {'' if passed else 'only '}{limit} points are allowed"
+        )
         if not config.can_pass(images):
             detail += f"; {config.why_never(images)}"
+    remedy = f"{BETTER}; a {'smaller' if config.mode == 'superior' else 'larger'} gate.margin"
     if not passed and config.can_pass(images) and (small := _too_small(wins, losses, images, config)):
         detail += f"; {small}"
-    return QualityCheck(name=config.mode, value=value, threshold=threshold, passed=passed, detail=detail)
+        remedy = f"{images_needed(wins, losses, images, config):,} test images; {remedy}"
+    return QualityCheck(name=config.mode, value=value, threshold=threshold, passed=passed, detail=detail, remedy=remedy)
+
+
+def _gain(gain: float, points: str) -> str:
+    if not gain:
+        return "as good as the champion"
+    return f"{points} points {'better' if gain > 0 else 'worse'} than the champion"
+
+
+def _by_chance(p_value: float, config: GateConfig) -> str:
+    """Returns what a p-value means, in words."""
+    share = f"{p_value:.2%}" if p_value >= 0.0001 else "less than 0.01%"
+    return (
+        f"if neither were better, such a result or a better one would come by chance in {share} of cases, and at most "
+        f"{config.alpha:.2%} is allowed"
+    )
 
 
 def _too_small(wins: int, losses: int, images: int, config: GateConfig) -> str:
@@ -377,14 +515,15 @@ def _largest_drop(
     """Tests each class and slice for a drop beyond the limit: Tango's test with Bonferroni's correction. Adds notes."""
     limit = config.max_class_drop
     counted = {name: mask for name, mask in groups.items() if mask.sum() >= config.min_support}
-    notes = []
+    untested, notes = "", []
     if len(counted) < len(groups):
-        notes.append(
-            f"{len(groups) - len(counted)} of {len(groups)} classes and slices have fewer than {config.min_support} "
-            "images and were not compared on their own"
-        )
-    if not counted:
-        detail = f"no class or slice has {config.min_support} images"
+        rest, fewer = f"{len(groups) - len(counted)} of {len(groups)} classes and slices", config.min_support
+        untested = f"{rest}, with fewer than {fewer:,} test images"
+        notes.append(f"{rest} have fewer than {fewer:,} images and were not compared on their own")
+    if limit >= 1 or not counted:
+        detail = f"no class or slice has {config.min_support:,} test images"
+        if limit >= 1:
+            detail = "gate.max_class_drop=1 allows any"
         return QualityCheck(name="class drop", threshold=limit, passed=True, tested=False, detail=detail), notes
     drops, ps = {}, {}
     for name, mask in counted.items():
@@ -397,32 +536,47 @@ def _largest_drop(
     passed = ps[most_certain] > alpha
     named = max(drops, key=drops.__getitem__) if passed else most_certain
     mask, drop = counted[named], drops[named]
-    measured, allowed = _percentages(drop, limit)
+    measured, allowed = _points(drop, limit)
     detail = (
         f"{named}: {champion.correct[mask].mean():.2%} → {challenger.correct[mask].mean():.2%} of {mask.sum():,} images"
     )
     if drop <= limit:
-        detail = f"the largest drop is {detail}; at most {allowed} is allowed"
+        detail = f"the largest drop is {detail}; at most {allowed} points are allowed"
     else:
         detail += (
-            f", a drop of {measured}, more than {allowed}, {'not ' if passed else ''}beyond chance "
+            f", a drop of {measured} points, more than the allowed {allowed}, which chance alone "
+            f"{'may' if passed else 'hardly'} explain{'' if passed else 's'} "
             f"(p = {ps[named]:.3g}, at most {alpha:.3g} for one of {len(counted)})"
         )
         if passed:
             notes.append(f"the largest observed drop of a class or slice is above the limit: {detail}")
-    return QualityCheck(name="class drop", value=drop, threshold=limit, passed=passed, detail=detail), notes
+    return QualityCheck(
+        name="class drop",
+        value=drop,
+        threshold=limit,
+        passed=passed,
+        detail=detail,
+        untested=untested,
+        remedy=f"more, or better labelled, training images of {named}; a larger gate.max_class_drop",
+    ), notes
 
 
-def _percentages(*shares: float, sign: str = "") -> list[str]:
+def _percentages(*shares: float) -> list[str]:
     """Returns shares as percentages, with enough digits that different shares look different."""
     for digits in range(2, 8):
-        texts = [f"{share:{sign}.{digits}%}" for share in shares]
+        texts = [f"{share:.{digits}%}" for share in shares]
         if len(set(texts)) == len(set(shares)):
             break
     return texts
 
 
-def _limit(name: str, value: float | None, limit: float, unit: str) -> QualityCheck:
+def _points(*shares: float) -> list[str]:
+    """Returns the sizes of differences in percentage points, with enough digits that they look different."""
+    return [text.lstrip("-").removesuffix("%") for text in _percentages(*shares)]
+
+
+def _limit(name: str, key: str, value: float | None, limit: float, unit: str) -> QualityCheck:
     passed = value is not None and value <= limit
     detail = "not measured" if value is None else f"{value:,.5g} {unit}, at most {limit:,}"
-    return QualityCheck(name=name, value=value, threshold=limit, passed=passed, detail=detail)
+    remedy = f"a smaller network; a larger gate.{key}"
+    return QualityCheck(name=name, value=value, threshold=limit, passed=passed, detail=detail, remedy=remedy)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, norm
 
-from tasks.evaluation.binomial import at_most, normal_score, normal_tail, sign_test, wilson_interval
+from tasks.evaluation.binomial import at_most, highest_share, normal_score, normal_tail, sign_test, wilson_interval
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (0, 5), (5, 0), (1, 1), (100, 80), (4000, 4200)])
@@ -18,6 +18,17 @@ def test_sign_test_is_the_binomial_test(wins: int, losses: int) -> None:
 def test_interval_is_wilsons(successes: int, trials: int, confidence: float) -> None:
     theirs = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
     assert wilson_interval(successes, trials, confidence) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.999])
+def test_upper_bound_is_that_of_clopper_and_pearson(confidence: float) -> None:
+    counts, trials = [0, 3, 10, 1, 9999], [10, 10, 10, 1, 10000]
+    theirs = [
+        binomtest(k, n, alternative="less").proportion_ci(confidence, method="exact").high
+        for k, n in zip(counts, trials, strict=True)
+    ]
+    assert highest_share(counts, trials, confidence) == pytest.approx(theirs, abs=1e-9)
+    assert highest_share(0, 0, confidence) == 1
 
 
 def test_probabilities_are_those_of_scipy_element_by_element() -> None:

@@ -68,7 +68,9 @@ def check(verdict: Verdict, name: str) -> QualityCheck:
 def test_without_a_champion_floor_and_recall_alone_decide() -> None:
     version = scored("m/1", slice(0, 100))
     assert [each.name for each in decide(version, None).checks] == ["floor", "class recall"]
-    assert [each.name for each in decide(version, None, min_class_recall=0).checks] == ["floor"]
+    unchecked = decide(version, None, min_class_recall=0)
+    assert [each.outcome for each in unchecked.checks] == ["passed", "not tested"]
+    assert unchecked.summary.endswith("; not tested: class recall (gate.min_class_recall=0 switches it off)")
     assert decide(version, None, floor=0.879).passed
     verdict = decide(version, None, floor=0.9)
     assert not verdict.passed
@@ -79,7 +81,9 @@ def test_without_a_champion_floor_and_recall_alone_decide() -> None:
 def test_floor_is_for_the_lower_end_of_the_interval_and_says_how_many_images_would_do() -> None:
     """1.96² · 0.89 · 0.11 / 0.01² images, of which 90 % are right, show 89 %."""
     detail = check(decide(scored("m/1", slice(0, 100)), None, floor=0.89), "floor").detail
-    assert "accuracy 90.00%, with 95% confidence above 87.98%; less than 89.00%" in detail
+    assert (
+        "90.00% of 1,000 images right; in general, with 95% confidence, at least 87.98%; 89.00% is required" in detail
+    )
     assert "the test split is too small: 1,000 images, but 3,761 are needed" in detail
     hopeless = check(decide(scored("m/1", slice(0, 120)), None, floor=0.89), "floor").detail
     assert "needed" not in hopeless
@@ -91,7 +95,9 @@ def test_unset_floor_is_above_a_constant_beyond_chance(right: int, passed: bool)
     verdict = decide(scored("m/1", slice(500 + right, 1000)), None, min_class_recall=0)
     assert verdict.passed is passed
     detail = check(verdict, "floor").detail
-    assert ("not above 50.00%" in detail) is not passed
+    relation = {0: "not more", 4: "not reliably more", 5: "more"}[right]
+    assert f"images are right, {relation} than the 50.00% that always answering with the largest class" in detail
+    assert ("would come by chance in 6.25% of cases, and at most 5.00% is allowed" in detail) is (right == 4)
     assert ("too small: 1,000 images, but" in detail) is (right == 4)
 
 
@@ -100,7 +106,7 @@ def test_shares_that_differ_are_told_apart() -> None:
     correct = labels == 0
     correct[-1] = True
     verdict = decide(Scored(address="m/1", correct=correct), None, labels, min_class_recall=0)
-    assert "accuracy 50.001%, not above 50.000%" in check(verdict, "floor").detail
+    assert "50.001% of 100,001 images are right, not reliably more than the 50.000%" in check(verdict, "floor").detail
 
 
 def test_class_that_is_never_recognised_is_refused_with_or_without_a_champion() -> None:
@@ -108,12 +114,22 @@ def test_class_that_is_never_recognised_is_refused_with_or_without_a_champion() 
     for champion in (None, replace(blind, address="m/1")):
         verdict = decide(blind, champion, floor=0, mode="non-inferior")
         assert not check(verdict, "class recall").passed
-        assert "1 of 2 classes have a recall below 0.1, beyond chance: b 0 of 500" in verdict.summary
+        assert (
+            "1 of 2 classes recognised in less than 10% of cases, with 95% confidence; b: 0 of 500" in verdict.summary
+        )
 
 
-@pytest.mark.parametrize(("images", "right", "outcome"), [(28, 0, "not tested"), (29, 0, "failed"), (29, 1, "passed")])
-def test_recall_is_refused_beyond_chance_only(images: int, right: int, outcome: str) -> None:
-    """A recall of 10 % gives no hit in 29 images with probability 0.047."""
+@pytest.mark.parametrize(
+    ("images", "right", "outcome"),
+    [
+        *((28, 0, "not tested"), (29, 0, "failed"), (29, 1, "not tested"), (99, 99, "not tested")),
+        *((100, 4, "failed"), (100, 5, "passed where tested"), (100, 100, "passed where tested")),
+    ],
+)
+def test_recall_fails_below_the_limit_even_at_its_upper_bound_and_passes_with_enough_images_only(
+    images: int, right: int, outcome: str
+) -> None:
+    """A recall of 10 % gives no hit in 29 images with probability 0.047, and at most 4 in 100 with 0.024."""
     labels = np.repeat([0, 1], [images, 20])
     correct = np.ones(len(labels), dtype=np.bool_)
     correct[right:images] = False
@@ -144,7 +160,8 @@ def test_superior_takes_the_margin_too() -> None:
     assert decide(challenger, champion, margin=0.02).passed
     refused = decide(challenger, champion, margin=0.021)
     assert not refused.passed
-    assert refused.summary.startswith("refused: m/2 100.00% against m/1 98.00%; superior: gain +2.00%")
+    assert refused.summary.startswith("refused: m/2 100.00% against m/1 98.00%; superior: 2.00 points better than the")
+    assert "at least 2.10 points better is required" in refused.summary
 
 
 def test_equal_versions_are_not_superior_but_not_inferior() -> None:
@@ -191,9 +208,66 @@ def test_refusal_for_want_of_images_says_so_in_its_reason() -> None:
     correct[0, :4] = correct[1, 3:8] = False
     challenger, champion = (Scored(address=f"m/{2 - n}", correct=correct[n]) for n in (0, 1))
     verdict = judge(challenger, champion, GateConfig(), labels=labels, classes=tuple("0123456789"))
-    assert "98.61% against m/1 98.26%; non-inferior: gain +0.35%" in verdict.summary
+    assert "98.61% against m/1 98.26%; non-inferior: 0.35 points better than the champion" in verdict.summary
     assert "the test split is too small: 288 images, but" in verdict.summary
     assert check(verdict, "class drop").outcome == "not tested"
+    assert verdict.summary.endswith(
+        "; not tested: class recall (no class has 100 test images), class drop (no class or slice has 100 test images)"
+    )
+
+
+def test_conditions_that_accept_everything_are_not_tested_rather_than_passed() -> None:
+    verdict = decide(scored("m/2"), scored("m/1"), mode="non-inferior", floor=0, min_class_recall=0, max_class_drop=1)
+    assert verdict.passed
+    assert [(each.name, each.outcome) for each in verdict.checks] == [
+        ("floor", "not tested"),
+        ("class recall", "not tested"),
+        ("non-inferior", "passed"),
+        ("class drop", "not tested"),
+    ]
+    for key in ("floor=0", "min_class_recall=0", "max_class_drop=1"):
+        assert f"gate.{key}" in verdict.summary
+
+
+def test_page_first_says_in_sentences_what_was_compared_and_what_would_help() -> None:
+    """Fifteen images newly right, forty newly wrong; a class with 20 images, all right, is too small to be tested."""
+    labels = np.repeat([0, 1, 2], [490, 490, 20])
+    challenger, champion = scored("m/2", slice(0, 40)), scored("m/1", slice(40, 55))
+    verdict = judge(challenger, champion, GateConfig(), labels=labels, classes=("a", "b", "c"))
+    said: dict[str, str] = {}
+    for heading, text in verdict.explanation():
+        said[heading] = said.get(heading, "") + text
+        assert f"- **{heading}**:" in verdict.markdown()
+    assert said["Compared"] == "m/2 and the champion, m/1, on the same 1,000 test images"
+    assert said["Result"] == (
+        "m/2 has 960 right (96.00%), m/1 985 (98.50%): 25 fewer. Newly right are 15 images, newly wrong 40"
+    )
+    assert "m/2 is very likely right in 94.60% to 97.05% of cases (95% confidence)" in said["How sure"]
+    assert (
+        "2.50 points worse than the champion on 1,000 images; in general, with 95% confidence, at most 3."
+        in (said["Refused because of"])
+    )
+    assert "a more accurate version" in said["What would help"] and "larger gate.margin" in said["What would help"]
+    assert "class recall (1 of 3 classes, with fewer than 100 test images)" in said["Not tested"]
+    assert "class drop (1 of 3 classes and slices, with fewer than 100 test images)" in said["Not tested"]
+
+
+def test_first_version_says_that_nothing_was_compared() -> None:
+    said = dict(decide(scored("m/1", slice(0, 100)), None).explanation())
+    assert said["Compared"] == "m/1 with the minimum requirements, on 1,000 test images"
+    assert said["Not tested"] == "whether it is better than a champion (there is none)"
+
+
+def test_check_of_an_older_verdict_without_a_value_was_not_tested() -> None:
+    stored = {
+        "name": "class drop",
+        "value": None,
+        "threshold": 0.05,
+        "passed": True,
+        "detail": "no class has 100 images",
+    }
+    old = QualityCheck.model_validate(stored)
+    assert (old.outcome, old.gap) == ("not tested", "class drop (no class has 100 images)")
 
 
 def test_images_that_the_champion_was_trained_on_are_not_compared() -> None:
@@ -443,7 +517,7 @@ def test_only_better_versions_become_champion(line: Line, capsys: pytest.Capture
     promoted(line.good)
     assert [aliased("gated", alias) for alias in ("champion", "previous")] == [line.good, line.weak]
 
-    with pytest.raises(QualityRefused, match=r"superior: gain -"):
+    with pytest.raises(QualityRefused, match=r"superior: \d+\.\d+ points worse than the champion"):
         gate(line.bad, mode="superior")
     with pytest.raises(UsageError, match="--force needs a --reason"):
         promote_version(line.bad, force=True)
@@ -522,7 +596,8 @@ def test_verdict_of_older_code_is_read_and_counts_for_a_promotion(line: Line) ->
     for key in ("test_sha256", "left_out", "judged_before"):
         del old[key]
     for checked in old["checks"]:
-        del checked["tested"]
+        for key in ("tested", "untested", "remedy"):
+            del checked[key]
     del old["config"]["min_class_recall"]
     data = json.dumps(old).encode()
     digest = hashlib.sha256(data).hexdigest()

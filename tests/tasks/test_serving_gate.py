@@ -114,7 +114,10 @@ def test_version_that_differs_in_the_last_image_is_refused(registered: Registere
     assert aliased(registered.version.name, "challenger") is None
     tags = MlflowClient().get_model_version(registered.version.name, registered.version.version).tags
     assert tags["convoy.serving"] == "failed"
-    gate(registered, other, ServingConfig(http=False, tolerance=1e-3))
+    let_pass = gate(registered, other, ServingConfig(http=False, tolerance=1e-3))
+    assert let_pass.checks[-1].outcome == "not tested"
+    assert let_pass.count.endswith("; not tested: is served over HTTP (serving.http=false switches it off)")
+    assert "| is served over HTTP | not tested | serving.http=false switches it off |" in let_pass.markdown()
 
 
 def test_version_without_files_is_refused_without_waiting_for_a_server(registered: Registered) -> None:
