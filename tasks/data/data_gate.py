@@ -102,7 +102,7 @@ def data_gate(
             f"a warm start on {dataset.name} is refused, since the champion was trained on test images: "
             f"{_describe(trained_on)}; set warm_start=false, or raise data_gate.max_trained_on"
         )
-    run_logger().info("the data of %s may be trained on: %s", dataset.name, _count(checks))
+    run_logger().info("the data of %s may be trained on: %s", dataset.name, outcome_counts(checks))
     return report
 
 
@@ -140,7 +140,7 @@ def _markdown(name: str, checks: DataChecks) -> str:
     )
     counts = [facts.class_counts for facts in checks.splits.values()]
     lines = [
-        f"**{plain(name)}: {verdict}** ({_count(checks)})",
+        f"**{plain(name)}: {verdict}** ({outcome_counts(checks)})",
         "",
         f"Dataset version `{checks.dataset_version}`, compared with "
         + (f"the champion's, `{checks.champion_version}`" if checks.champion_version else "none: no champion's data"),
@@ -187,7 +187,8 @@ def _publish(store: ObjectStore, dataset: DatasetRef, checks: DataChecks, sheet:
     return DataReport(dataset=dataset, checks=checks, prefix=prefix)
 
 
-def _count(checks: DataChecks) -> str:
+def outcome_counts(checks: DataChecks) -> str:
+    """Returns how many checks had each outcome, the worst first."""
     outcomes = [check.outcome for check in checks.checks]
     return ", ".join(f"{outcomes.count(each)} {SHOWN_AS.get(each, each)}" for each in ORDER if each in outcomes)
 

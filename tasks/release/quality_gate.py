@@ -196,9 +196,11 @@ def score(
     labels = torch.tensor([label_of.get(name, -1) for name in classes])
     info = store.head(version.record.weights_key) if version.record.weights_key else None
     image = split.slice(0, 1)[0].numpy()
+    answers = labels[predicted]
     return Scored(
         address=version.address,
-        correct=(labels[predicted] == split.labels).numpy(),
+        correct=(answers == split.labels).numpy(),
+        predicted=answers.numpy(),
         size_bytes=info.size if info else None,
         latency_ms=median_ms(lambda: model.predict(image), warm_up=WARM_UP_CALLS, timed=TIMED_CALLS) if timed else None,
     )

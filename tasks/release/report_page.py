@@ -4,6 +4,7 @@ Both are made from the run's `report/`, which the other steps have filled, so th
 """
 
 import base64
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,11 +13,17 @@ from markdown_it import MarkdownIt
 from prefect.artifacts import create_link_artifact, create_table_artifact
 from rich.filesize import decimal
 
+from infra.storage.object_store import open_bucket
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import RegisteredVersion
+from tasks.data.dataset import DatasetDamaged, load_manifest, open_cache, open_split
 from tasks.evaluation.report import EvaluationReport
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.step import step
+from tasks.release import report_summary
+from tasks.release.report_summary import first_screen, make_thumbnails
+from tasks.release.verdict import Verdict
 from tasks.reporting.markdown import plain
 
 PARTS = (
@@ -30,10 +37,15 @@ PARTS = (
 HARDEST_CLASSES = 3  # in the description
 
 STYLE = """
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1b2a41 }
+body { max-width: 62rem; margin: 1rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1b2a41 }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .75rem; border-bottom: 1px solid #dde3ea }
 th { text-align: left } h2 { margin-top: 3rem; border-bottom: 2px solid #2f6db5 } img { max-width: 100% }
 code { background: #f1f4f8; padding: 0 .25rem }
+@media print {
+  body { max-width: none; margin: 0; padding: 0; font-size: 10pt } h1, h2 { break-after: avoid }
+  figure, img, tr, section { break-inside: avoid } * { print-color-adjust: exact }
+  img { max-height: 24cm } @page { margin: 1.5cm }
+}
 """
 
 
@@ -57,15 +69,33 @@ def make_page(version: RegisteredVersion) -> EvaluationReport:
     with TemporaryDirectory() as temporary:
         folder = mlflow_runs.fetch_artifacts(run_id, "report", Path(temporary))
         report = EvaluationReport.model_validate_json((folder / "evaluation.json").read_bytes())
-        mlflow_runs.log_text(run_id, "report/index.html", html_page(version.address, folder))
+        mlflow_runs.log_text(run_id, "report/index.html", html_page(version.address, folder, _thumbnails(folder)))
     mlflow_runs.describe_run(run_id, description(version, report))
     return report
 
 
-def html_page(title: str, folder: Path) -> str:
-    """Returns the parts that exist in a folder as one page, which needs no other file and runs no script."""
+def _thumbnails(folder: Path) -> Mapping[int, str]:
+    """Returns pictures of the images on which the version and the champion differ; none if their data are gone."""
+    verdict = Verdict.from_file(folder / "verdict.json")
+    if verdict is None or verdict.changes is None:
+        return {}
+    store = open_bucket()
+    try:
+        manifest = load_manifest(store, verdict.dataset_version)
+        return make_thumbnails(verdict.changes, open_split(open_cache(store), manifest, "test"))
+    except (ObjectMissing, DatasetDamaged) as error:
+        run_logger().warning("the report does not show the changed images: %s", error)
+        return {}
+
+
+def html_page(title: str, folder: Path, thumbnails: Mapping[int, str]) -> str:
+    """Returns the parts that exist in a folder as one page, which needs no other file and runs no script.
+
+    Args:
+        thumbnails: addresses of pictures of changed images, by position in the test split.
+    """
     render = MarkdownIt("commonmark", {"html": False}).enable("table").render
-    body = [f"<h1>{escape(title)}</h1>"]
+    body = [f"<h1>{escape(title)}</h1>", first_screen(folder, thumbnails)]
     known = {page for _, page, _ in PARTS}
     others = sorted(page.name for page in folder.glob("*.md") if page.name not in known)
     for heading, page, pictures in (*PARTS, *((name.removesuffix(".md").capitalize(), name, ()) for name in others)):
@@ -77,7 +107,7 @@ def html_page(title: str, folder: Path) -> str:
             body.append(f'<p><img alt="{Path(name).stem.replace("_", " ")}" src="data:image/png;base64,{data}"></p>')
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style>{chr(10).join(body)}</html>"
+        f"<style>{report_summary.STYLE}{STYLE}</style>{chr(10).join(body)}</html>"
     )
 
 

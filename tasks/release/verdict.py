@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from infra.records import Record
 from tasks.config.gates import GateConfig
 from tasks.evaluation.binomial import CONFIDENCE, highest_share, normal_score, sign_test, wilson_interval
+from tasks.evaluation.changes import Changes, find_changes
 from tasks.evaluation.paired import lower_bound, p_no_worse, p_worse
 from tasks.reporting.markdown import Markup, plain, table
 
@@ -36,6 +37,9 @@ class Scored:
 
     correct: Mask
     """[N], in the order of the split."""
+
+    predicted: Labels | None = None
+    """int64 [N], the answers as positions in the split's classes; -1 for another class. Only the report needs them."""
 
     size_bytes: int | None = None
     """Size of the weights."""
@@ -129,6 +133,9 @@ class Verdict(Record):
 
     left_out: int = 0
     """Images that were not compared, since the champion was trained on them."""
+
+    changes: Changes | None = None
+    """Classes and images on which the versions differ; None without a comparison, or in verdicts of older code."""
 
     judged_before: int | None = None
     """Other versions of the model that this test split has judged before; None if they were not counted."""
@@ -261,7 +268,7 @@ def judge(
     checks = [_floor(challenger, labels, config), _class_recall(challenger, labels, classes, config)]
     notes: list[str] = []
     wins = losses = left_out = 0
-    p_value = champion_accuracy = None
+    p_value = champion_accuracy = changes = None
     if champion and champion.obstacle:
         remedy = "a champion for images of this size: `convoy promote --force --reason TEXT`"
         checks.append(
@@ -272,6 +279,8 @@ def judge(
         images, left_out = int(compared.sum()), int((~compared).sum())
         wins, losses = _wins_and_losses(challenger.correct[compared], champion.correct[compared])
         p_value = sign_test(wins, losses)
+        if champion.predicted is not None and challenger.predicted is not None:
+            changes = find_changes(champion.predicted, challenger.predicted, labels, classes, compared)
         if images:
             champion_accuracy = float(champion.correct[compared].mean())
             checks.append(_comparison(wins, losses, images, p_value, config))
@@ -323,6 +332,7 @@ def judge(
         dataset_version=dataset_version,
         test_sha256=test_sha256,
         left_out=left_out,
+        changes=changes,
         judged_before=judged_before,
         config=config,
     )

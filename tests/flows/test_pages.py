@@ -88,6 +88,15 @@ def test_report_is_whole_by_itself(
     expect(offline.get_by_text("Passed", exact=False).first).to_be_visible()
     assert offline.get_by_role("img").count() == 4
     screenshot(offline, "report")
+    offline.set_viewport_size({"width": 1280, "height": 800})
+    for name in ("Accuracy", "Verdict", "Against the champion", "Data"):
+        tile = offline.locator(".tiles section").filter(has=offline.get_by_text(name, exact=True))
+        box = tile.bounding_box()
+        assert box is not None and box["y"] + box["height"] < 800, f"{name} is not on the first screen"
+    expect(offline.get_by_text("There was no champion")).to_be_visible()
+    offline.emulate_media(media="print")
+    assert offline.locator(".tiles section").first.evaluate("tile => getComputedStyle(tile).breakInside") == "avoid"
+    assert offline.pdf().startswith(b"%PDF")
     offline.close()
 
 
