@@ -10,7 +10,7 @@ from infra.errors import GateRefused
 from infra.tracking.model_registry import ModelVersion
 from tasks.orchestration.cancellation import POLL_SECONDS, Cancelled, is_cancelled, stop_if_told
 from tasks.orchestration.progress import run_logger
-from tasks.release.verdict import Verdict
+from tasks.release.quality.verdict import Verdict
 
 
 class Approval(RunInput):

@@ -24,7 +24,7 @@ from infra.tracking.promotion_history import (
     repair_aliases,
     standing_champion,
 )
-from tasks.release.verdict import Verdict
+from tasks.release.quality.verdict import Verdict
 from tasks.training.runs.lineage import version_lineage
 
 

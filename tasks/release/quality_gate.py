@@ -35,7 +35,9 @@ from tasks.evaluation.split_predictions import load_predictions, store_predictio
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
-from tasks.release.verdict import Scored, Verdict, judge
+from tasks.release.quality.checks import Scored
+from tasks.release.quality.judge import judge
+from tasks.release.quality.verdict import Verdict
 
 WARM_UP_CALLS, TIMED_CALLS = 5, 30  # with one image
 

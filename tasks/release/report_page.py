@@ -22,8 +22,8 @@ from tasks.evaluation.report import EvaluationReport
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.step import step
 from tasks.release import report_summary
+from tasks.release.quality.verdict import Verdict
 from tasks.release.report_summary import first_screen, make_thumbnails
-from tasks.release.verdict import Verdict
 from tasks.reporting.markdown import plain
 
 PARTS = (

@@ -14,8 +14,8 @@ from cnn.data.split_reader import SplitReader
 from tasks.data.data_gate import SHOWN_AS, outcome_counts
 from tasks.evaluation.changes import ChangedImage, Changes, ClassChange
 from tasks.evaluation.report import EvaluationReport
+from tasks.release.quality.verdict import Verdict
 from tasks.release.serving_gate import ServingReport
-from tasks.release.verdict import Verdict
 from tasks.reporting.drawing import images_at, rgb
 
 LISTED_CLASSES = 4  # better ones, and as many worse ones

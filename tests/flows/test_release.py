@@ -18,7 +18,8 @@ from infra.tracking.model_registry import ModelVersion, aliased, set_alias
 from tasks.config.gates import GateConfig
 from tasks.orchestration.cancellation import Cancelled
 from tasks.release.approval import ApprovalRefused, wait_for_approval
-from tasks.release.verdict import Scored, judge
+from tasks.release.quality.checks import Scored
+from tasks.release.quality.judge import judge
 from tests.flows.conftest import CONFIG, Convoy
 from tests.flows.program import wait_for
 

@@ -15,8 +15,9 @@ from tasks.evaluation.publish import report_markdown
 from tasks.evaluation.report import evaluation_report
 from tasks.prediction.predict import Predictions
 from tasks.prediction.table import Unread
+from tasks.release.quality.checks import Scored
+from tasks.release.quality.judge import judge
 from tasks.release.serving_gate import ServingCheck, ServingReport
-from tasks.release.verdict import Scored, judge
 from tasks.reporting.markdown import plain, shown
 from tasks.reporting.markdown import table as markdown_table
 

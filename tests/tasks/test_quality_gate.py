@@ -36,9 +36,11 @@ from tasks.data.download import download
 from tasks.data.preprocess import preprocess
 from tasks.evaluation.split_predictions import load_predictions
 from tasks.release.promote import PromotionRefused, promote_version
+from tasks.release.quality.checks import Scored, images_needed
+from tasks.release.quality.judge import judge
+from tasks.release.quality.verdict import QualityCheck, Verdict
 from tasks.release.quality_gate import QualityRefused, compare, judge_version, publish, quality_gate
 from tasks.release.release import release
-from tasks.release.verdict import QualityCheck, Scored, Verdict, images_needed, judge
 
 CLASSES = ("a", "b")
 LABELS = np.repeat([0, 1], 500)

@@ -16,10 +16,12 @@ from cnn.data.mapped_split import MappedSplit
 from tasks.config.gates import GateConfig
 from tasks.evaluation.changes import EXAMPLES, OTHER_CLASS, find_changes
 from tasks.evaluation.report import evaluation_report
+from tasks.release.quality.checks import Scored
+from tasks.release.quality.judge import judge
+from tasks.release.quality.verdict import Verdict
 from tasks.release.report_page import html_page
 from tasks.release.report_summary import make_thumbnails
 from tasks.release.serving_gate import ServingCheck, ServingReport
-from tasks.release.verdict import Scored, Verdict, judge
 
 CLASSES = ("cat", "dog <b>", "bird")
 LABELS = np.array([0] * 4 + [1] * 4 + [2] * 4)

@@ -1,6 +1,5 @@
-"""Decides whether a version may replace the champion: paired comparison on the same images, each check with numbers."""
+"""The checks of the quality gate: floor, recall of classes, comparison with the champion, drops, and limits."""
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,12 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from infra.records import Record
 from tasks.config.gates import GateConfig
 from tasks.evaluation.binomial import CONFIDENCE, highest_share, normal_score, sign_test, wilson_interval
-from tasks.evaluation.changes import Changes, find_changes
 from tasks.evaluation.paired import lower_bound, p_no_worse, p_worse
-from tasks.reporting.markdown import Markup, plain, table
+from tasks.release.quality.verdict import QualityCheck
 
 Mask = NDArray[np.bool_]
 Labels = NDArray[np.int64]
@@ -61,283 +58,6 @@ class Scored:
         return wilson_interval(int(self.correct.sum()), len(self.correct))
 
 
-class QualityCheck(Record):
-    """One condition. `value` is None if nothing was measured."""
-
-    name: str
-    value: float | None = None
-    threshold: float
-    passed: bool
-    detail: str
-    """A sentence that says what was compared."""
-
-    tested: bool = True
-    """False if there was nothing to test, for example too few images; `passed` is then true, and `detail` says why."""
-
-    untested: str = ""
-    """What a check that was tested has left out, and why: for example the classes with too few images."""
-
-    remedy: str = ""
-    """What would make a failed check pass."""
-
-    @property
-    def outcome(self) -> str:
-        """`passed`, `failed`, `not tested`, or `passed where tested` if a part was left out."""
-        if not self.passed:
-            return "failed"
-        if not self.tested or self.value is None:  # older code stored checks without a value as passed
-            return "not tested"
-        return "passed where tested" if self.untested else "passed"
-
-    @property
-    def gap(self) -> str:
-        """Name of the check with what of it was not tested, and why; empty if all of it was."""
-        reason = self.detail if self.outcome == "not tested" else self.untested
-        return f"{self.name} ({reason})" if reason else ""
-
-
-class Verdict(Record):
-    """The quality gate's decision, and its reasons."""
-
-    challenger: str
-    champion: str | None
-    """`name/version`; None if there was none."""
-
-    passed: bool
-    images: int
-    """In the test split."""
-
-    accuracy: float
-    interval: tuple[float, float]
-    """Wilson's 95 % interval of the accuracy (1927)."""
-
-    champion_accuracy: float | None
-    """On the compared images; None without a champion, or if it cannot take the images."""
-
-    only_challenger: int
-    """Images that only the challenger has right."""
-
-    only_champion: int
-    p_value: float | None
-    """McNemar's exact test (1947), one-sided: probability of at least this many wins if both are equally good."""
-
-    checks: tuple[QualityCheck, ...]
-    notes: tuple[str, ...]
-    """Limits of the verdict."""
-
-    dataset_version: str = ""
-    """The dataset version of the test split."""
-
-    test_sha256: str = ""
-    """Digest of the test split, which several dataset versions may share; empty in verdicts of older code."""
-
-    left_out: int = 0
-    """Images that were not compared, since the champion was trained on them."""
-
-    changes: Changes | None = None
-    """Classes and images on which the versions differ; None without a comparison, or in verdicts of older code."""
-
-    judged_before: int | None = None
-    """Other versions of the model that this test split has judged before; None if they were not counted."""
-
-    config: GateConfig
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the verdict's JSON."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
-
-    def to_bytes(self) -> bytes:
-        """Returns the verdict as JSON."""
-        return self.model_dump_json(indent=2).encode()
-
-    @property
-    def summary(self) -> str:
-        """The decision, its reasons, and what was not tested, in one line."""
-        head = f"{self.challenger} {self.accuracy:.2%}"
-        against = f" against {self.champion}" if self.champion else ", no champion"
-        if self.champion_accuracy is not None:
-            against += f" {self.champion_accuracy:.2%}"
-        parts = [f"{'passed' if self.passed else 'refused'}: {head}{against}", *self.reasons]
-        if gaps := self.gaps:
-            parts.append(f"not tested: {', '.join(gaps)}")
-        return "; ".join(parts)
-
-    @property
-    def reasons(self) -> list[str]:
-        """The failed checks, each with its detail."""
-        return [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
-
-    @property
-    def gaps(self) -> list[str]:
-        """What was not tested, each with its reason."""
-        return [check.gap for check in self.checks if check.gap]
-
-    def explanation(self) -> list[tuple[str, str]]:
-        """Returns what was compared, the difference, how sure it is and what would have to change, under headings.
-
-        The sentences are for readers without statistics; they need only what every stored verdict has.
-        """
-        ours, images = self.challenger, self.images - self.left_out
-        low, high = self.interval
-        certainty = (
-            f"on other images of the same kind, {ours} is very likely right in {low:.2%} to {high:.2%} of cases "
-            f"({CONFIDENCE:.0%} confidence)"
-        )
-        gaps = list(self.gaps)
-        if self.champion and self.champion_accuracy is not None:
-            before = round(self.champion_accuracy * images)
-            more = self.only_challenger - self.only_champion
-            difference = f"{abs(more):,} {'more' if more > 0 else 'fewer'}" if more else "as many"
-            what = f"{ours} and the champion, {self.champion}, on the same {images:,} test images"
-            result = (
-                f"{ours} has {before + more:,} right ({(before + more) / images:.2%}), {self.champion} {before:,} "
-                f"({before / images:.2%}): {difference}. "
-                f"Newly right are {self.only_challenger:,} images, newly wrong {self.only_champion:,}"
-            )
-            compared = (check.detail for check in self.checks if check.name == self.config.mode and check.passed)
-            certainty += "".join(f". Against the champion: {detail}" for detail in compared)
-        else:
-            what = f"{ours} with the minimum requirements, on {self.images:,} test images"
-            result = f"{ours} has {round(self.accuracy * self.images):,} right ({self.accuracy:.2%})"
-            if not self.champion:
-                gaps.append("whether it is better than a champion (there is none)")
-        found = [("Compared", what), ("Result", result), ("How sure", certainty)]
-        found += [("Refused because of", reason) for reason in self.reasons]
-        if remedies := [check.remedy for check in self.checks if not check.passed and check.remedy]:
-            found.append(("What would help", "; ".join(dict.fromkeys("; ".join(remedies).split("; ")))))
-        if gaps:
-            found.append(("Not tested", "; ".join(gaps)))
-        return found
-
-    def markdown(self) -> str:
-        """Returns the verdict as a page for MLflow and Prefect: first in sentences, then as tables."""
-        low, high = self.interval
-        versions = [(self.challenger, f"{self.accuracy:.2%} ({low:.2%} to {high:.2%})", self.only_challenger)]
-        if self.champion and self.champion_accuracy is not None:
-            versions.append((self.champion, f"{self.champion_accuracy:.2%}", self.only_champion))
-        lines = [
-            f"**{'Passed' if self.passed else 'Refused'}**: {plain(self.challenger)} against "
-            + plain(self.champion or "no champion"),
-            "",
-            *(f"- **{heading}**: {plain(text)}." for heading, text in self.explanation()),
-            "",
-            *table(("", "accuracy", "right in this version only"), versions, "lrr"),
-        ]
-        basis = f"{self.images:,} test images"
-        if self.dataset_version:
-            basis += f", dataset version `{self.dataset_version[:12]}`"
-        if self.p_value is not None:
-            basis += f", McNemar exact p = {self.p_value:.3g} (one-sided)"
-        checks = []
-        for check in self.checks:
-            value = "" if check.value is None else f"{check.value:.5g}"
-            outcome = check.outcome if check.passed else Markup(f"**{check.outcome}**")
-            detail = check.detail + (f"; not tested: {check.untested}" if check.untested else "")
-            checks.append((check.name, value, f"{check.threshold:.5g}", outcome, detail))
-        lines += ["", basis, "", *table(("check", "value", "threshold", "result", "detail"), checks, "lrrll")]
-        return "\n".join([*lines, "", *(f"- {plain(note)}" for note in self.notes)]).rstrip() + "\n"
-
-
-def judge(
-    challenger: Scored,
-    champion: Scored | None,
-    config: GateConfig,
-    *,
-    labels: Labels,
-    classes: tuple[str, ...],
-    slices: Mapping[str, Mask] | None = None,
-    dataset_version: str = "",
-    test_sha256: str = "",
-    learned: Mask | None = None,
-    judged_before: int | None = None,
-) -> Verdict:
-    """Decides whether the challenger may replace the champion. Without a champion, floor, recall and limits decide.
-
-    Superior: the observed gain reaches the margin, and McNemar's exact test, one-sided, is significant at `alpha`.
-    Non-inferior: the lower 1 − alpha confidence bound of the difference (Tango, 1998: see tasks/evaluation/paired.py)
-    is not below −margin, and the test split is large enough to show that margin at all.
-
-    Args:
-        labels: int64 [N], of the same images in the same order.
-        classes: names, by label.
-        slices: further groups of images that must not get worse: masks [N] by name.
-        learned: mask [N] of images that only the champion was trained on. They are not compared.
-        judged_before: other versions that this test split has judged.
-    """
-    checks = [_floor(challenger, labels, config), _class_recall(challenger, labels, classes, config)]
-    notes: list[str] = []
-    wins = losses = left_out = 0
-    p_value = champion_accuracy = changes = None
-    if champion and champion.obstacle:
-        remedy = "a champion for images of this size: `convoy promote --force --reason TEXT`"
-        checks.append(
-            QualityCheck(name=config.mode, threshold=0, passed=False, detail=champion.obstacle, remedy=remedy)
-        )
-    elif champion:
-        compared = np.ones(len(labels), dtype=np.bool_) if learned is None else ~learned
-        images, left_out = int(compared.sum()), int((~compared).sum())
-        wins, losses = _wins_and_losses(challenger.correct[compared], champion.correct[compared])
-        p_value = sign_test(wins, losses)
-        if champion.predicted is not None and challenger.predicted is not None:
-            changes = find_changes(champion.predicted, challenger.predicted, labels, classes, compared)
-        if images:
-            champion_accuracy = float(champion.correct[compared].mean())
-            checks.append(_comparison(wins, losses, images, p_value, config))
-            if small := _too_small(wins, losses, images, config):
-                notes.append(f"{small}; a refusal may be due to too few images")
-        else:
-            detail = "the champion was trained on every test image, so none can be compared"
-            remedy = "test images that the champion was not trained on"
-            checks.append(QualityCheck(name=config.mode, threshold=0, passed=False, detail=detail, remedy=remedy))
-        groups = {f"class {name}": labels == label for label, name in enumerate(classes)} | dict(slices or {})
-        groups = {name: mask & compared for name, mask in groups.items()}
-        drop, drop_notes = _largest_drop(challenger, champion, groups, config)
-        checks.append(drop)
-        notes += drop_notes
-        if left_out:
-            note = f"{left_out:,} of {len(labels):,} test images were left out, since the champion was trained on them"
-            if images:
-                note += f"; the challenger has {challenger.correct[compared].mean():.2%} of the other images right"
-            notes.append(note)
-    if judged_before:
-        notes.append(
-            f"this test split has judged {judged_before:,} other version{'s' * (judged_before > 1)} of the model, each "
-            f"with a probability of up to {config.alpha:.2g} that a worse one passes: replace its images from time "
-            "to time"
-        )
-    if config.max_size_bytes is not None:
-        checks.append(
-            _limit("size", "max_size_bytes", challenger.size_bytes, config.max_size_bytes, "bytes of weights")
-        )
-    if config.max_latency_ms is not None:
-        checks.append(
-            _limit(
-                "latency", "max_latency_ms", challenger.latency_ms, config.max_latency_ms, "ms for one image, median"
-            )
-        )
-    return Verdict(
-        challenger=challenger.address,
-        champion=champion.address if champion else None,
-        passed=all(check.passed for check in checks),
-        images=len(labels),
-        accuracy=challenger.accuracy,
-        interval=challenger.interval,
-        champion_accuracy=champion_accuracy,
-        only_challenger=wins,
-        only_champion=losses,
-        p_value=p_value,
-        checks=tuple(checks),
-        notes=tuple(notes),
-        dataset_version=dataset_version,
-        test_sha256=test_sha256,
-        left_out=left_out,
-        changes=changes,
-        judged_before=judged_before,
-        config=config,
-    )
-
-
 def images_needed(wins: int, losses: int, images: int, config: GateConfig) -> int:
     """Returns the number of paired images for the configured power, if the versions disagree on the same share of them.
 
@@ -365,12 +85,12 @@ def _effect(images: int, config: GateConfig) -> float:
     return max(margin, config.detectable) if config.mode == "superior" else margin or config.detectable
 
 
-def _wins_and_losses(first: Mask, second: Mask) -> tuple[int, int]:
+def wins_and_losses(first: Mask, second: Mask) -> tuple[int, int]:
     """Returns how many images only the first version has right, and how many only the second."""
     return int((first & ~second).sum()), int((second & ~first).sum())
 
 
-def _floor(challenger: Scored, labels: Labels, config: GateConfig) -> QualityCheck:
+def check_floor(challenger: Scored, labels: Labels, config: GateConfig) -> QualityCheck:
     """Compares the accuracy's lower bound with the floor; without one, McNemar's test against a constant answer."""
     accuracy, images = challenger.accuracy, len(labels)
     if (floor := config.floor) is not None:
@@ -392,7 +112,7 @@ def _floor(challenger: Scored, labels: Labels, config: GateConfig) -> QualityChe
             name="floor", value=low, threshold=floor, passed=passed, tested=floor > 0, detail=detail, remedy=remedy
         )
     constant = labels == np.bincount(labels).argmax()
-    wins, losses = _wins_and_losses(challenger.correct, constant)
+    wins, losses = wins_and_losses(challenger.correct, constant)
     gain = (wins - losses) / images
     p = sign_test(wins, losses)
     passed = p <= config.alpha
@@ -414,7 +134,9 @@ def _floor(challenger: Scored, labels: Labels, config: GateConfig) -> QualityChe
     )
 
 
-def _class_recall(challenger: Scored, labels: Labels, classes: tuple[str, ...], config: GateConfig) -> QualityCheck:
+def check_class_recall(
+    challenger: Scored, labels: Labels, classes: tuple[str, ...], config: GateConfig
+) -> QualityCheck:
     """Finds classes whose recall is below `min_class_recall` even at its upper confidence bound.
 
     A class with fewer than `min_support` images fails if it is so clearly below, but never counts as passed.
@@ -462,7 +184,7 @@ def _class_recall(challenger: Scored, labels: Labels, classes: tuple[str, ...], 
     )
 
 
-def _comparison(wins: int, losses: int, images: int, p_value: float, config: GateConfig) -> QualityCheck:
+def check_comparison(wins: int, losses: int, images: int, p_value: float, config: GateConfig) -> QualityCheck:
     gain, margin = (wins - losses) / images, config.margin_on(images)
     if config.mode == "superior":
         value, threshold = gain, margin
@@ -485,7 +207,7 @@ def _comparison(wins: int, losses: int, images: int, p_value: float, config: Gat
         if not config.can_pass(images):
             detail += f"; {config.why_never(images)}"
     remedy = f"{BETTER}; a {'smaller' if config.mode == 'superior' else 'larger'} gate.margin"
-    if not passed and config.can_pass(images) and (small := _too_small(wins, losses, images, config)):
+    if not passed and config.can_pass(images) and (small := too_small(wins, losses, images, config)):
         detail += f"; {small}"
         remedy = f"{images_needed(wins, losses, images, config):,} test images; {remedy}"
     return QualityCheck(name=config.mode, value=value, threshold=threshold, passed=passed, detail=detail, remedy=remedy)
@@ -506,7 +228,7 @@ def _by_chance(p_value: float, config: GateConfig) -> str:
     )
 
 
-def _too_small(wins: int, losses: int, images: int, config: GateConfig) -> str:
+def too_small(wins: int, losses: int, images: int, config: GateConfig) -> str:
     """Returns how many images the split needs, as a sentence; empty if it has them or shows the challenger worse."""
     needed = images_needed(wins, losses, images, config)
     worse = sign_test(losses, wins) <= config.alpha
@@ -519,7 +241,7 @@ def _too_small(wins: int, losses: int, images: int, config: GateConfig) -> str:
     )
 
 
-def _largest_drop(
+def check_drops(
     challenger: Scored, champion: Scored, groups: Mapping[str, Mask], config: GateConfig
 ) -> tuple[QualityCheck, list[str]]:
     """Tests each class and slice for a drop beyond the limit: Tango's test with Bonferroni's correction. Adds notes."""
@@ -537,7 +259,7 @@ def _largest_drop(
         return QualityCheck(name="class drop", threshold=limit, passed=True, tested=False, detail=detail), notes
     drops, ps = {}, {}
     for name, mask in counted.items():
-        wins, losses = _wins_and_losses(challenger.correct[mask], champion.correct[mask])
+        wins, losses = wins_and_losses(challenger.correct[mask], champion.correct[mask])
         images = int(mask.sum())
         drops[name] = (losses - wins) / images
         ps[name] = float(p_no_worse(wins, losses, images, limit))
@@ -585,7 +307,7 @@ def _points(*shares: float) -> list[str]:
     return [text.lstrip("-").removesuffix("%") for text in _percentages(*shares)]
 
 
-def _limit(name: str, key: str, value: float | None, limit: float, unit: str) -> QualityCheck:
+def check_limit(name: str, key: str, value: float | None, limit: float, unit: str) -> QualityCheck:
     passed = value is not None and value <= limit
     detail = "not measured" if value is None else f"{value:,.5g} {unit}, at most {limit:,}"
     remedy = f"a smaller network; a larger gate.{key}"
