@@ -7,12 +7,13 @@ stopping.listen()  # first, since a signal may arrive while the rest is imported
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial, wraps
 from importlib.metadata import version
-from inspect import Signature, signature
+from inspect import Signature, getdoc, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -311,6 +312,11 @@ def env() -> None:
 
     print_pairs(describe())
     status()
+
+
+for registered in app.registered_commands:
+    # Typer keeps the line breaks of the source, so that a narrow terminal shows them next to its own.
+    registered.help = re.sub(r"(?<!\n)\n(?!\n|\[dim\])", " ", getdoc(registered.callback) or "")
 
 
 def _run_with_summary(run: Callable[[], Summary], file: Path | None, dataset: str | None = None) -> None:

@@ -223,6 +223,15 @@ def test_every_command_explains_itself(convoy: Convoy, command: list[str]) -> No
     assert "Usage: convoy" in done.stdout
 
 
+def test_help_is_wrapped_by_the_width_of_the_terminal_only(convoy: Convoy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    about, example = convoy("retrain", "--help").stdout.split("Works with", 1)[1].split("convoy retrain", 1)
+    lines = [line.strip() for line in f"Works with{about}".strip().splitlines()]
+    assert len(lines) == 2
+    assert len(f"{lines[0]} {lines[1].split()[0]}") > 78  # the next word did not fit
+    assert example.splitlines()[0].strip() == "-d retrain/fashion-mnist --wait --report report.md"
+
+
 def test_commands_are_those_that_scripts_rely_on(convoy: Convoy) -> None:
     from flows.cli.app import app  # listens to signals while it loads, so not before the fixture
 
