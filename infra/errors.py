@@ -15,6 +15,11 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns `1 file`, `2 files`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def without_login(address: str) -> str:
     """Removes user and password from an address."""
     return re.sub(r"^([^/]*//)[^/]*@", r"\1", address)

@@ -34,7 +34,7 @@ from flows.cli.console import (
     servers_up,
 )
 from flows.summary import Summary, check_writable, write_summary
-from infra.errors import UsageError
+from infra.errors import UsageError, counted
 from infra.machine.output import outlive_readers
 from infra.settings import Settings
 from infra.sources.entries import CATALOGUE
@@ -369,7 +369,7 @@ def _train(config: RunConfig, refresh: list[Step], resume: str | None = None) ->
 def _print(result: Summary) -> None:
     lines: dict[str, str | Text] = {"dataset": f"{result.dataset}, version {result.dataset_version}"}
     if result.accuracy is not None:
-        speed = f"{result.images_per_second:,.0f} images/s on {result.world_size} ranks"
+        speed = f"{result.images_per_second:,.0f} images/s on {counted(result.world_size or 0, 'rank')}"
         place = "champion" if result.champion else "not champion"
         lines = {
             "accuracy": Text.assemble((f"{result.accuracy:.2%}", "bold green"), " of the test split"),

@@ -7,7 +7,7 @@ from rich.filesize import decimal
 
 from cnn.errors import InputError
 from cnn.formats.layout import arrange
-from infra.errors import ServiceError, UsageError
+from infra.errors import ServiceError, UsageError, counted
 from infra.settings import Settings
 from infra.sources.base import Source, Workplace, reusable
 from infra.sources.find import find_source
@@ -97,8 +97,8 @@ def images_of(folder: FolderSource, dataset: str) -> FolderSource:
 def _summary(raw: RawSource) -> str:
     if listing := raw.listing:
         listed = "as before" if raw.reused else "listed again"
-        return f"{raw.name}: {listing.count} files, {decimal(listing.bytes)}, {listed}; in {listing.address}"
+        return f"{raw.name}: {counted(listing.count, 'file')}, {decimal(listing.bytes)}, {listed}; in {listing.address}"
     size = decimal(sum(file.size for file in raw.files))
     origins = {origin.removesuffix(f"/{path}.gz").removesuffix(f"/{path}") for path, origin in raw.served_by.items()}
     done = "in the bucket already" if raw.reused else "stored in the bucket"
-    return f"{raw.name}: {len(raw.files)} files, {size}, {done}; from {', '.join(sorted(origins))}"
+    return f"{raw.name}: {counted(len(raw.files), 'file')}, {size}, {done}; from {', '.join(sorted(origins))}"

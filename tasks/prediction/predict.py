@@ -12,7 +12,7 @@ from scipy.special import softmax
 from cnn.formats.archive import MAX_MEMBER_BYTES
 from cnn.formats.decode import Target, decode_image, read_header, reason_of
 from cnn.threads import in_order
-from infra.errors import ServiceError, UsageError
+from infra.errors import ServiceError, UsageError, counted
 from infra.records import Record
 from infra.storage.object_store import open_bucket
 from infra.tracking.model_registry import RegisteredVersion
@@ -51,7 +51,8 @@ class Predictions(Record):
 
     def markdown(self) -> str:
         """Returns the summary as a page."""
-        head = f"{self.images:,} files, {self.unreadable:,} unreadable, by {plain(self.model)} → {plain(self.out)}"
+        files = f"{counted(self.images, 'file')}, {self.unreadable:,} unreadable"
+        head = f"{files}, by {plain(self.model)} → {plain(self.out)}"
         lines = [head, "", *table(("class", "images"), self.classes.items(), "lr")]
         if self.unreadable:
             examples = ((each.file, each.reason) for each in self.unreadable_examples)
@@ -96,7 +97,7 @@ def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
             done += len(batch.names)
             advance(len(batch.names))
         if unread_count == done:
-            raise UsageError(f"none of {done} files can be used: {unread[0].file}: {unread[0].reason}")
+            raise UsageError(f"no usable file among {done}: {unread[0].file}: {unread[0].reason}")
     result = Predictions(
         model=classifier.version.uri,
         out=out,

@@ -8,6 +8,7 @@ from functools import partial
 
 from cnn.distributed.process_group import device_count
 from cnn.distributed.world_size import default_world_size
+from infra.errors import counted
 from infra.machine import stopping
 from infra.records import Record
 from infra.settings import Settings
@@ -93,7 +94,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
         )
     )
     total = float(config.epochs)
-    where = f"{world_size} ranks" if config.launcher == "local" else f"up to {world_size} ranks of several nodes"
+    where = counted(world_size, "rank") if config.launcher == "local" else f"up to {world_size} ranks of several nodes"
     with (
         rehearsal(folder.path),
         spare_outcome(),
@@ -138,7 +139,7 @@ def _publish(run: TrackedRun, outcome: Outcome, folder: JobFolder) -> TrainResul
     """Logs the weights and the last metrics to the MLflow run, even if an earlier process was killed before."""
     rows = [MetricRow.model_validate(row) for row in outcome.metrics]
     if rows:
-        run_logger().info("sending %d rows of metrics that MLflow has not acknowledged", len(rows))
+        run_logger().info("sending %s of metrics that MLflow has not acknowledged", counted(len(rows), "row"))
         outlast(partial(deliver, run.run_id, rows))
     outlast(partial(mlflow_runs.log_file, run.run_id, folder.weights, "weights"))
     tags = {WEIGHTS_SHA256: outcome.weights_sha256, WORLD_SIZE: str(outcome.world_size)}

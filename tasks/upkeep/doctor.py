@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import psutil
 from prefect.client.schemas.objects import StateType
 
+from infra.errors import counted
 from infra.machine.locks import is_held, try_locked
 from infra.records import Record
 from infra.settings import Settings
@@ -213,7 +214,7 @@ def _checkpoints(store: ObjectStore, young: datetime) -> Iterator[tuple[str, str
             found.setdefault(info.key.rpartition("/")[0] + "/", []).append(info)
     for prefix, files in found.items():
         if _is_abandoned(files, young):
-            yield prefix, f"{len(files)} files without a commit, which cannot be used"
+            yield prefix, f"{counted(len(files), 'file')} without a commit, which cannot be used"
 
 
 def _is_abandoned(files: Sequence[ObjectInfo], young: datetime) -> bool:

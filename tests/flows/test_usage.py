@@ -77,7 +77,7 @@ def test_mistakes_are_one_line(convoy: Convoy, photos: Path, tmp_path: Path) -> 
     for arguments, hint in (
         (["predict", "usage-test", str(photos), *out], f"did you mean '{NAME}'"),
         (["predict", NAME, str(tmp_path / "empty"), *out], "no PNG, JPEG, WebP or BMP image there"),
-        (["predict", NAME, str(photos / "bad.png"), *out], "none of 1 files can be used"),
+        (["predict", NAME, str(photos / "bad.png"), *out], "no usable file among 1"),
         (["predict", NAME, str(photos), "--out", str(tmp_path / "out.txt")], "must end with"),
         (["export", NAME, "--format", "tflite", *out], "choose one of"),
     ):

@@ -109,7 +109,7 @@ def test_unreadable_files_are_listed_and_stop_nothing(photos: Path, tmp_path: Pa
 def test_nothing_readable_is_a_mistake_and_writes_no_table(registered: Registered, tmp_path: Path) -> None:
     text = tmp_path / "text.png"
     text.write_text("text")
-    with pytest.raises(UsageError, match="none of 1 files can be used"):
+    with pytest.raises(UsageError, match="no usable file among 1"):
         predicting(NAME, [text], tmp_path / "out.csv")
     assert list(tmp_path.iterdir()) == [text]
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from cnn.distributed.process_group import device_count
-from infra.errors import ServiceError, UsageError
+from infra.errors import ServiceError, UsageError, counted
 from infra.machine.lifeline import adopt_orphans, end_descendants
 from infra.machine.network import address_towards, free_port, interface_of
 from infra.settings import Settings
@@ -154,7 +154,7 @@ class Membership:
                 self._folder.path, ranks=ranks, rendezvous=options, interface=node.interface, log=log.fileno()
             )
         self._told_to_stop = False
-        self._print(f"run {self._job.run_id}: {ranks} ranks of {sum(order.members.values())} start here")
+        self._print(f"run {self._job.run_id}: {counted(ranks, 'rank')} of {sum(order.members.values())} start here")
 
     def _check_ranks(self) -> None:
         self._events += self._folder.new_events()
@@ -201,7 +201,7 @@ def serve(
     Returns:
         False if the coordinator of the `run` was silent for too long: the caller may try again.
     """
-    print_line(f"node {node.name}: {node.slots} ranks at {node.address}; waiting for a training")
+    print_line(f"node {node.name}: {counted(node.slots, 'rank')} at {node.address}; waiting for a training")
     silent: dict[str, Instruction | None] = {}  # last order of each coordinator that fell silent, perhaps killed
     while not leave():
         try:
