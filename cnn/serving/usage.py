@@ -8,7 +8,7 @@ import json
 from cnn.data.manifest import Record
 from cnn.formats.decode import Target
 
-_PREPARE = """\
+PREPARE = """\
 image = Image.open("photo.jpg")  # a transparent or 16-bit image needs more steps
 image.draft(None, (2 * size, 2 * size))  # decodes a large JPEG as it was decoded for training
 image = ImageOps.exif_transpose(image).convert(mode)
@@ -23,7 +23,7 @@ classes, expected, temperature = (json.loads(about[key]) for key in ("classes", 
 size, mode = expected["size"], expected["mode"]
 """
 
-_ANSWER = """\
+ANSWER = """\
 calibrated = probabilities[0] ** (1 / temperature)
 calibrated /= calibrated.sum()
 print(classes[calibrated.argmax()], calibrated.max())
@@ -39,9 +39,9 @@ from PIL import Image, ImageOps
 about = dict.fromkeys(("classes", "input", "temperature"), "")
 program = torch.export.load("model.pt2", extra_files=about)
 {_READ_METADATA}
-{_PREPARE}
+{PREPARE}
 probabilities = program.module()(torch.from_numpy(images)).numpy()
-{_ANSWER}"""
+{ANSWER}"""
 
 ONNX_EXAMPLE = f"""\
 import json
@@ -53,9 +53,9 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession("model.onnx")
 about = session.get_modelmeta().custom_metadata_map
 {_READ_METADATA}
-{_PREPARE}
+{PREPARE}
 (probabilities,) = session.run(["probabilities"], {{"images": images}})
-{_ANSWER}"""
+{ANSWER}"""
 
 CONVOY9_EXAMPLE = f"""\
 import json
@@ -86,7 +86,7 @@ def network(maps):
     return F.linear(layer(maps, "head").amax((2, 3)), weights["linear.weight"], weights["linear.bias"])
 
 
-{_PREPARE}
+{PREPARE}
 described = json.loads(about["convoy"])
 mean, std = (torch.tensor(described[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
 maps = (torch.from_numpy(images) / 255 - mean) / std.clamp_min(1e-6)
@@ -94,7 +94,7 @@ logits = network(maps)
 if described["config"]["test_flip"]:
     logits = (logits + network(maps.flip(3))) / 2
 probabilities = logits.softmax(1).numpy()
-{_ANSWER}"""
+{ANSWER}"""
 
 EXAMPLE_WITH_CONVOY = f"""\
 import json
@@ -110,9 +110,9 @@ from cnn.serving.export import load_classifier  # builds the network that the ke
 with safe_open("model.safetensors", framework="pt") as file:
     about = file.metadata()
 {_READ_METADATA}
-{_PREPARE}
+{PREPARE}
 probabilities = load_classifier(Path("model.safetensors"))(torch.from_numpy(images)).numpy()
-{_ANSWER}"""
+{ANSWER}"""
 
 NORMALISED_INSIDE = "keep the pixels as uint8, 0 to 255: the file's network normalises them itself"
 NORMALISED_OUTSIDE = "normalise each channel: (pixels / 255 - mean) / std, with the mean and std of the key convoy"
@@ -176,26 +176,3 @@ def preparation(target: Target) -> list[str]:
         f"convert it to {'grey' if target.mode == 'L' else 'colour'} (Pillow's mode {target.mode})",
         f"resize its centre square to {target.image_size} by {target.image_size} pixels (bilinear, antialiased)",
     ]
-
-
-def mlflow_example(uri: str, tracking_uri: str, target: Target, temperature: float) -> str:
-    """Returns the code that uses a registered version.
-
-    Args:
-        uri: `models:/name/version`.
-        tracking_uri: the MLflow server's address, without a login.
-    """
-    server, model = (json.dumps(address, ensure_ascii=False) for address in (tracking_uri, uri))
-    return f"""\
-import mlflow
-import numpy as np
-from PIL import Image, ImageOps
-
-mlflow.set_tracking_uri({server})
-model = mlflow.pyfunc.load_model({model})
-classes = model.metadata.metadata["classes"]
-size, mode, temperature = {target.image_size}, "{target.mode}", {temperature}
-
-{_PREPARE}
-probabilities = model.predict(images)
-{_ANSWER}"""

@@ -3,6 +3,7 @@
 The sections follow Mitchell et al., Model Cards for Model Reporting (2019), as far as they can be generated.
 """
 
+import json
 import shlex
 from collections.abc import Iterable, Mapping
 
@@ -11,7 +12,7 @@ from prefect.utilities.urls import url_for
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest
 from cnn.formats.decode import Target
-from cnn.serving.usage import mlflow_example, preparation
+from cnn.serving.usage import ANSWER, PREPARE, preparation
 from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.object_store import open_bucket
@@ -94,7 +95,7 @@ def model_card(
         f"Classifies {kind} images of {size}×{size} pixels that were made like those of {plain(dataset.name)} into "
         f"{len(manifest.classes)} classes: {_names(manifest.classes)}.",
         "## How to load",
-        f"```python\n{mlflow_example(model.uri, links.tracking_uri, target, temperature)}```",
+        f"```python\n{_example(model.uri, links.tracking_uri, target, temperature)}```",
         _bullets(_use(model, target, temperature)),
         "## Limits",
         _bullets(_limits(config, manifest, report)),
@@ -181,3 +182,21 @@ def _names(classes: tuple[str, ...]) -> str:
 
 def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _example(uri: str, server: str, target: Target, temperature: float) -> str:
+    """Returns code that uses the version `uri` of the MLflow server at `server`, from a photograph to a class."""
+    server, model = (json.dumps(address, ensure_ascii=False) for address in (server, uri))
+    return f"""\
+import mlflow
+import numpy as np
+from PIL import Image, ImageOps
+
+mlflow.set_tracking_uri({server})
+model = mlflow.pyfunc.load_model({model})
+classes = model.metadata.metadata["classes"]
+size, mode, temperature = {target.image_size}, "{target.mode}", {temperature}
+
+{PREPARE}
+probabilities = model.predict(images)
+{ANSWER}"""
