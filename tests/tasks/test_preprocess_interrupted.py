@@ -30,21 +30,23 @@ from tasks.data.download import download
 from tasks.data.preprocess import preprocess
 from tasks.data.preprocessing_journal import Journal
 
-CONFIG = PreprocessConfig(shard_bytes=64 * 50, max_unreadable=0.1)  # 50 images
+CONFIG = PreprocessConfig(image_size=8, resize="pad", shard_bytes=64 * 50, max_unreadable=0.1)  # 50 images
 IMAGES = 900
 PART = 100
+READ = {"note_part": "survey_parts", "note_shard": "shards"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits in class folders, some of them damaged."""
+    """Digits in class folders, some of them damaged, and most without their last rows."""
     root = tmp_path_factory.mktemp("source") / "digits"
     digits = load_digits()
     for number in range(IMAGES):
         place = root / str(digits.target[number]) / f"{number}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         file = io.BytesIO()
-        Image.fromarray(np.round(digits.images[number] * 255 / 16).astype(np.uint8)).save(file, "PNG")
+        pixels = np.round(digits.images[number][: 8 - number % 3] * 255 / 16).astype(np.uint8)
+        Image.fromarray(pixels).save(file, "PNG")
         place.write_bytes(file.getvalue()[: -20 if number % 60 == 0 else None])
     return root
 
@@ -64,20 +66,18 @@ def machine(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def run(folder: Path, keep_raw: bool = False) -> str:
     """The resulting version."""
-    return preprocess.fn(download.fn(str(folder), keep_raw=keep_raw), CONFIG).version
+    return preprocess.fn(download.fn(str(folder), PreprocessConfig(keep_raw=keep_raw)), CONFIG).version
 
 
-def stuck(raw: RawSource, environment: dict[str, str], method: str, notes: int, said: Connection) -> None:
-    """Preprocesses in a process of its own until the journal has so many entries; then waits to be killed."""
+def stuck(raw: RawSource, environment: dict[str, str], method: str, entries: int, said: Connection) -> None:
+    """Preprocesses in a process of its own until the journal has enough entries; then waits to be killed."""
     os.environ.update(environment)
     cnn.preprocessing.survey.PART_IMAGES = PART
     note = getattr(Journal, method)
 
     def noting(self: Journal, what: Any) -> None:
-        nonlocal notes
         note(self, what)
-        notes -= 1
-        if notes <= 0:
+        if len(getattr(self, READ[method])()) >= entries:
             said.send("noted")
             threading.Event().wait()
 
@@ -86,12 +86,12 @@ def stuck(raw: RawSource, environment: dict[str, str], method: str, notes: int, 
     said.send("done")
 
 
-def kill_after(raw: RawSource, method: str, notes: int) -> None:
+def kill_after(raw: RawSource, method: str, entries: int) -> None:
+    """Kills a preprocessing as soon as the journal has so many entries that count: uploads end in any order."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe()
-    arguments = (raw, dict(os.environ), method, notes, theirs)
-    process = context.Process(target=stuck, args=arguments)
+    process = context.Process(target=stuck, args=(raw, dict(os.environ), method, entries, theirs))
     process.start()
     try:
         assert ours.poll(60) and ours.recv() == "noted"
@@ -109,13 +109,13 @@ def test_killed_again_and_again_it_gives_the_same_version(
     for info in list(store.list("")):
         store.delete(info.key)
     machine("second")
-    raw = download.fn(str(folder), keep_raw=keep_raw)
+    raw = download.fn(str(folder), PreprocessConfig(keep_raw=keep_raw))
     kill_after(raw, "note_part", 2)
-    kill_after(raw, "note_part", 3)
+    kill_after(raw, "note_part", 5)
     surveyed = list(store.list("journals/"))
     assert len(surveyed) == 5
     kill_after(raw, "note_shard", 1)
-    kill_after(raw, "note_shard", 4)
+    kill_after(raw, "note_shard", 5)
     shards = {info.key: info.modified for info in store.list("shards/")}
     assert len(shards) >= 5 and not list(store.list("datasets/"))
     machine("third")
@@ -137,7 +137,7 @@ def test_a_journal_with_gaps_or_damage_is_used_as_far_as_it_goes(
     expected = run(folder)
     for info in list(store.list("")):
         store.delete(info.key)
-    raw = download.fn(str(folder), keep_raw=False)
+    raw = download.fn(str(folder), PreprocessConfig(keep_raw=False))
     kill_after(raw, "note_shard", 6)
     parts = [info.key for info in store.list("journals/") if "/survey/" in info.key]
     store.delete(parts[3])
@@ -177,7 +177,7 @@ def test_without_its_store_for_a_while_it_goes_on_later(
 
     try:
         start()
-        raw = download.fn(str(folder), keep_raw=False)
+        raw = download.fn(str(folder), PreprocessConfig(keep_raw=False))
         with monkeypatch.context() as context:
             context.setattr(Journal, "note_shard", noting)
             with pytest.raises(Outage, match=r"no connection|connection failed"):
