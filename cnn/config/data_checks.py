@@ -46,6 +46,13 @@ class DataGateConfig(Config):
     """Share of the validation images in the training split, or of the test images in the training or validation split;
     the larger one."""
 
+    group_leakage: Level = "fail"
+    """Check for groups, such as patients, whose images are in different splits."""
+
+    max_group_leakage: float = Field(0.0, ge=0, le=1)
+    """Share of the validation images whose group is in the training split, or of the test images whose group is in the
+    training or validation split; the larger one. Own splits of the source can do that."""
+
     trained_on: Level = "warn"
     """Check for test images that the champion was trained on."""
 

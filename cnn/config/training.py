@@ -1,12 +1,18 @@
 """Configuration of training: all values that change the weights, apart from the data."""
 
-import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from cnn.config.base import Config
-from cnn.config.networks import NETWORKS
+from cnn.config.networks import find_network
+
+IMAGENET = "imagenet"
+"""The value of `pretrained` that stands for published weights."""
+
+RESOLVE_OPTIONS = "resolve_options"
+"""Key of pydantic's context for a function that checks and completes the options of a network of one's own. Without it
+they are taken as they are: a record of a training must be readable where the network's module is not."""
 
 
 class AugmentConfig(Config):
@@ -21,6 +27,39 @@ class AugmentConfig(Config):
     cutout: int = Field(0, ge=0, le=256)
     """Blank a square of this side, in pixels, at a random place; 0 is off."""
 
+    crop_area: float = Field(1.0, gt=0, le=1)
+    """Smallest share of the image's area in a random crop, which is resized to `crop_size`; 1 is no random crop. The
+    share is uniform between this and 1."""
+
+    crop_aspect: float = Field(4 / 3, ge=1, le=10)
+    """Largest ratio of a random crop's sides, either way."""
+
+    crop_size: int | None = Field(None, ge=1, le=4096)
+    """Height and width of training images, in pixels, for networks that take any size; evaluation and serving use the
+    whole image. Choose `crop_area` such that objects have about as many pixels as in whole images. Unset: the image
+    size."""
+
+    rotation: float = Field(0.0, ge=0, le=180)
+    """Turn by up to this many degrees, either way; what lies outside the image is black. 0 is off."""
+
+    brightness: float = Field(0.0, ge=0, le=1)
+    """Multiply the brightness by a factor within 1 ± this; 0 is off."""
+
+    contrast: float = Field(0.0, ge=0, le=1)
+    """Multiply the contrast by a factor within 1 ± this; 0 is off."""
+
+    saturation: float = Field(0.0, ge=0, le=1)
+    """Multiply the saturation of colours by a factor within 1 ± this; 0 is off. For colour images only."""
+
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """Turn the hue by up to this share of the circle of colours, either way; 0 is off. For colour images only."""
+
+    erase: float = Field(0.0, ge=0, le=1)
+    """Probability of blanking a random box of 2 to 33 % of the image; 0 is off."""
+
+    policy: Literal["none", "trivial"] = "none"
+    """`trivial` is TrivialAugment (wide): per image one of 14 changes of geometry or colour, at random strength."""
+
     mixup: float = Field(0.0, ge=0, le=100)
     """Blend each image and its label with another of its lane; alpha of the Beta distribution of the share. 0 is off.
     With `cutmix` also on, each lane of a batch picks mixup or cutmix with equal probability."""
@@ -29,23 +68,64 @@ class AugmentConfig(Config):
     """Paste a box of another image of its lane into each image, and blend the labels by area; alpha of the Beta
     distribution of the share. 0 is off."""
 
+    @property
+    def is_off(self) -> bool:
+        """Whether the network gets all training images as they are."""
+        return self == AugmentConfig(flip=False, shift=0)
+
+
+class FinetuneConfig(Config):
+    """Training of a network that has learned before (`finetune.*`). A stage is a part of the network, such as `layer3`
+    or `blocks.5`; the head is its last layer, linear or a convolution, the body all before the head."""
+
+    freeze: str = Field("none", coerce_numbers_to_str=True)
+    """What is not trained: `none`, `body`, or all layers up to and including the stage of this name; a wrong name lists
+    those of the network. Frozen batch norms keep their statistics, and frozen layers cost no backward pass. Without
+    `pretrained` the frozen layers keep random weights, which only helps to measure what the trained part does. If only
+    the head is ever trained (`body`, and `freeze_epochs` unset), on images that do not change (no `augment.*`, no
+    `test_flip`), the body's output is computed once per image, unless it takes more than 1 GiB."""
+
+    freeze_epochs: int | None = Field(None, ge=1)
+    """Epochs for which `freeze` holds; then everything is trained. Unset: to the end."""
+
+    head_lr: float = Field(1.0, gt=0, le=1000)
+    """Learning rate of the head, as a multiple of `lr`. New classes need a new head, which has more to learn."""
+
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each stage's learning rate, as a multiple of that of the stage after it; the last stage's is a multiple of `lr`.
+    Below 1, early stages, which know edges and textures, change less than late ones."""
+
+    batch_norm: Literal["train", "frozen"] = "train"
+    """Statistics by which all batch norms normalise in training: `train`, those of a lane's images, as usual; `frozen`,
+    those that came with the weights, and stay. On few images per lane these are better estimates."""
+
 
 class TrainConfig(Config):
     """Configuration of training. Equal configurations on one dataset version give equal weights, bit for bit."""
 
     model: str = "convoy9"
-    """The network: `notes` (the classic teaching network), `convoy9` (deeper, with batch norm), or one of
-    torchvision's, for example `resnet18`."""
+    """The network: `notes` (the classic teaching network), `convoy9` (deeper, with batch norm), `efficientnet_lite0`
+    (for photographs), one of torchvision's, for example `resnet18`, of timm's, for example `timm/resnet18d`, or your
+    own: `package.module:NAME`, a class or function in the working folder."""
 
     # The keys depend on the network, so a form for all networks cannot list them.
     network: Annotated[SerializeAsAny[Config], WithJsonSchema({"type": "object"})] = Config()
     """Options of the network, for example `network.dropout=0.2`; `convoy config --model NAME` lists them."""
 
     pretrained: str | None = None
-    """Safetensors file of the same network, local or s3://, to start from instead of new random weights."""
+    """Weights to start from instead of new random ones. `imagenet`: those that the publisher of the network has
+    trained on ImageNet. Or a file of the same network's weights, local or s3://: safetensors, or .pth of PyTorch."""
 
     pretrained_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
-    """SHA-256 of that file; the flow sets it, so that the run's manifest records the initial weights."""
+    """SHA-256 of those weights as a safetensors file; the flow sets it, so that the run's manifest records the initial
+    weights."""
+
+    pretrained_mean: tuple[float, ...] | None = Field(None, min_length=1)
+    """Mean of the images that those weights were trained on, per channel, from 0 to 1: images are normalised with it.
+    With `pretrained=imagenet` the flow sets it, unless you do. Unset with other weights: the training split's."""
+
+    pretrained_std: tuple[float, ...] | None = Field(None, min_length=1)
+    """Standard deviation of those images, per channel, on the same scale."""
 
     epochs: int = Field(9, ge=1, le=100_000)
     """Passes over the training split."""
@@ -59,6 +139,11 @@ class TrainConfig(Config):
     shuffle_window: int | None = Field(None, ge=1)
     """Images that are mixed at a time, over all lanes. Unset: the training split, or 4 GiB of it if its shards take
     more than 64 GiB. With a window smaller than the split each machine reads only its part of the split."""
+
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
+    """How images are drawn: `shuffled`, each once per epoch, or `balanced`, each class equally often, and the images of
+    a class in turn, so that those of small classes come several times per epoch. Both have the same number of steps per
+    epoch."""
 
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds the initial weights, the order of the images, augmentation and dropout."""
@@ -107,13 +192,12 @@ class TrainConfig(Config):
 
     augment: AugmentConfig = AugmentConfig()
 
+    finetune: FinetuneConfig = FinetuneConfig()
+
     @field_validator("model")
     @classmethod
     def _known_model(cls, model: str) -> str:
-        if model not in NETWORKS:
-            near = difflib.get_close_matches(model, NETWORKS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(NETWORKS)}"
-            raise ValueError(f"unknown network {model!r}; {hint}")
+        find_network(model)
         return model
 
     @field_validator("network", mode="wrap")
@@ -122,7 +206,30 @@ class TrainConfig(Config):
         if "model" not in info.data:  # the model was refused before
             return Config()
         values = options.model_dump(exclude_unset=True) if isinstance(options, Config) else options
-        return NETWORKS[info.data["model"]].options.model_validate(values)
+        if resolve := (info.context or {}).get(RESOLVE_OPTIONS):
+            values = resolve(values)
+        return find_network(info.data["model"]).options.model_validate(values)
+
+    @model_validator(mode="after")
+    def _weights_can_be_found(self) -> "TrainConfig":
+        if self.pretrained == IMAGENET and not find_network(self.model).arguments:
+            raise ValueError(
+                f"pretrained={IMAGENET}: nobody has published such weights of {self.model}; choose a network of "
+                "torchvision or timm, for example efficientnet_lite0, or give a file of weights"
+            )
+        if (self.pretrained_mean is None) != (self.pretrained_std is None):
+            raise ValueError("pretrained_mean and pretrained_std need each other")
+        if not all(0 <= mean <= 1 for mean in self.pretrained_mean or ()):
+            raise ValueError("pretrained_mean: give a number from 0 (black) to 1 (white) per channel")
+        if not all(0 < std <= 1 for std in self.pretrained_std or ()):
+            raise ValueError("pretrained_std: give a positive number up to 1 per channel")
+        return self
+
+    @model_validator(mode="after")
+    def _balanced_once(self) -> "TrainConfig":
+        if self.sampling == self.class_weights == "balanced":
+            raise ValueError("sampling=balanced and class_weights=balanced would balance the classes twice; choose one")
+        return self
 
     @model_validator(mode="after")
     def _lanes_divide_batch(self) -> "TrainConfig":

@@ -5,7 +5,7 @@ The checks read the packed images, which are what the network would see.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -60,6 +60,8 @@ class Offender(Record, extra="forbid"):
 
     label: int
     note: str
+    path: str = ""
+    """The image's file in the source; empty if it is not known."""
 
 
 class SplitFacts(Record, extra="forbid"):
@@ -126,6 +128,7 @@ def check_dataset(
     *,
     oldest: "tuple[Manifest, SplitReader] | None" = None,
     images_for_margin: int = 0,
+    groups: Mapping[Split, Sequence[str | None]] | None = None,
 ) -> DataChecks:
     """Checks every image of a dataset version once, block by block.
 
@@ -136,6 +139,7 @@ def check_dataset(
             oldest champion's training splits; a training split of this same version is not read again.
         oldest: likewise for the oldest champion that a rollback can reach; None if that is the champion.
         images_for_margin: test images that the quality gate needs to show its margin.
+        groups: group of each image of the splits, None for one without; None if the data have no groups.
     """
     scans = {name: _scan(splits[name], on_progress) for name in SPLITS}
     failing = _failing_images(scans, config)
@@ -160,6 +164,7 @@ def check_dataset(
     learned = _learned_by_champion_only(scans, older[0][2]) if older[0] else None
     checks = (
         *_content_checks(manifest, facts, config),
+        *_group_leakage(groups, config),
         *_champion_checks(manifest, pixels, older[0], config),
         _trained_on(learned, config),
         *_drift(manifest, pixels, older[1], config, SLOW_DRIFT_CHECKS),
@@ -339,6 +344,24 @@ def _content_checks(
     modes = sorted(source.modes.items(), key=lambda item: -item[1])
     note = ", ".join(f"{mode} {count:,}" for mode, count in modes)
     yield _at_most(config, "other_modes", 1 - modes[0][1] / sum(source.modes.values()), note)
+
+
+def _group_leakage(groups: Mapping[Split, Sequence[str | None]] | None, config: DataGateConfig) -> Iterator[DataCheck]:
+    """Yields the check of groups, if the images have some."""
+    if groups is None or not any(group is not None for of_split in groups.values() for group in of_split):
+        return
+    earlier: set[str | None] = set()
+    shares, named = [], []
+    for split in SPLITS:
+        leaked = sum(group is not None and group in earlier for group in groups[split])
+        shares.append(leaked / max(len(groups[split]), 1))
+        if split != "train":
+            named.append(f"{split} {leaked:,} of {len(groups[split]):,}")
+        earlier |= set(groups[split])
+    crossing = set(groups["train"]) & (set(groups["val"]) | set(groups["test"])) - {None}
+    example = f", for example of group {min(map(str, crossing))}" if crossing else ""
+    note = f"images of groups of earlier splits: {', '.join(named)}{example}"
+    yield _at_most(config, "group_leakage", max(shares), note)
 
 
 def _spread(spread: Spread) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cnn.config.preprocessing import Encoding
+from cnn.config.preprocessing import Encoding, Resize
 from cnn.data.splits import Split
 from cnn.errors import InputError
 
@@ -107,6 +107,9 @@ class Manifest(Record, extra="forbid"):
     image_size: int
     """Height and width in pixels."""
 
+    resize: Resize = "crop"
+    """How rectangles became squares."""
+
     splits: dict[Split, SplitInfo]
 
     mean: tuple[float, ...]
@@ -124,6 +127,8 @@ class Manifest(Record, extra="forbid"):
         content = self.model_dump(mode="json")
         if self.encoding == "raw":
             del content["encoding"]
+        if self.resize == "crop":
+            del content["resize"]
         if not self.report.left_out:
             del content["report"]["left_out"]
         return canonical_json(content)

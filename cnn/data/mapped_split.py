@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,22 @@ from cnn.data.split_reader import Batch
 from cnn.errors import InputError
 
 
+class Images(Protocol):
+    """Images of one shape and their labels, such as a mapped shard."""
+
+    @property
+    def path(self) -> Path:
+        """For messages."""
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 [n, C, H, W]; or what stands for the images, float32 likewise."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [n]"""
+
+
 class MappedSplit:
     """A split with all its shards on this machine; methods as in `cnn.data.split_reader.SplitReader`.
 
@@ -18,16 +35,16 @@ class MappedSplit:
     labels are copied to memory. `slice` returns a view of the file if its images are in one shard.
 
     Args:
-        shards: the split's shards in reading order, at least one; files or mapped shards.
+        shards: the split's shards in reading order, at least one; files, or what is read from them.
 
     Raises:
         InputError: a file is no shard, or the shards differ in image shape.
     """
 
-    def __init__(self, shards: Sequence[Path | RawShard]) -> None:
+    def __init__(self, shards: Sequence[Path | Images]) -> None:
         if not shards:
             raise InputError("a packed split has at least one shard")
-        mapped = [shard if isinstance(shard, RawShard) else RawShard(shard) for shard in shards]
+        mapped: list[Images] = [RawShard(shard) if isinstance(shard, Path) else shard for shard in shards]
         self._images = [shard.images for shard in mapped]
         self.labels = torch.cat([shard.labels for shard in mapped])
         """int64 [N]"""

@@ -35,6 +35,19 @@ def content_keys(seed: int, digests: Sequence[bytes]) -> NDArray[np.uint64]:
     return np.frombuffer(keys, dtype=">u8").astype(np.uint64)
 
 
+def group_keys(seed: int, groups: Sequence[str | None], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Returns keys that are equal within a group: a pure function of seed and group.
+
+    Args:
+        groups: of each image; None for an image that keeps its own key.
+        keys: of each image, from `content_keys`.
+    """
+    names = sorted({group for group in groups if group is not None})
+    shared = dict(zip(names, content_keys(seed, [b"group " + name.encode() for name in names]), strict=True))
+    pairs = zip(groups, keys, strict=True)
+    return np.fromiter((key if group is None else shared[group] for group, key in pairs), np.uint64, len(keys))
+
+
 def assign(
     official: NDArray[np.int8], keys: NDArray[np.uint64], *, val_fraction: float, test_fraction: float
 ) -> NDArray[np.int8]:

@@ -16,6 +16,7 @@ of a ring all-reduce; with a tree, ranks do most of the adding before they commu
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -160,7 +161,8 @@ class LaneParallel:
     are then those of the whole batch, on every rank.
 
     Args:
-        network: the network, on its device, with equal weights on every rank.
+        network: the network, on its device, with equal weights on every rank. What is trained (`requires_grad`) and
+            which buffers change (those of modules in training mode) must stay as it is; else make another object.
         lanes: number of lanes; a power of two.
         on_computed: called in each step when this rank has computed its last gradient, and starts to wait.
 
@@ -183,8 +185,8 @@ class LaneParallel:
         self._exchange, self._on_computed = exchange, on_computed
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
-        self._averaged = [b for b in network.buffers() if b.is_floating_point()]
-        self._buffers = list(network.buffers())
+        self._buffers = [b for module in network.modules() if module.training for b in module.buffers(recurse=False)]
+        self._averaged = [buffer for buffer in self._buffers if buffer.is_floating_point()]
         self._buffers_before: list[Tensor] = []
         self._figures_size = 0
         self._gradients, self._message = PartialSums(), PartialSums()
@@ -195,7 +197,9 @@ class LaneParallel:
             device_ids=[p.device for p in self._parameters[:1] if p.is_cuda] or None,
             forward_sync_buffers=False,
         )
-        self._ddp.register_comm_hook(None, self._reduce_bucket)
+        # A bound method would keep this object alive, and with it DDP's copy of the gradients, since the garbage
+        # collector does not see DDP's reference to its hook.
+        self._ddp.register_comm_hook(weakref.proxy(self), LaneParallel._reduce_bucket)
 
     def run(self, lane: int, forward: Callable[[nn.Module], tuple[Tensor, Tensor]]) -> None:
         """Runs one lane forward and backward; during the last lane, gradients are summed over all lanes.
@@ -233,7 +237,7 @@ class LaneParallel:
             )
         return figures
 
-    def _reduce_bucket(self, _: None, bucket: dist.GradBucket) -> Future[Tensor]:
+    def _reduce_bucket(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Adds this rank's earlier lanes, then exchanges with the other ranks; called by DDP for each bucket."""
         if bucket.is_last():
             self._on_computed()

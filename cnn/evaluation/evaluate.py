@@ -97,10 +97,11 @@ def evaluate(network: nn.Module, split: SplitReader, device: torch.device, excha
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    was_training = network.training
+    in_training = [module for module in network.modules() if module.training]  # frozen layers are not
     network.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        network.train(was_training)
+        for module in in_training:
+            module.training = True

@@ -11,7 +11,7 @@ from cnn.formats.digits import DigitsImages
 from cnn.formats.files import Files, LocalFiles
 from cnn.formats.folder import FolderImages
 from cnn.formats.idx import IdxImages
-from cnn.formats.layout import LeftOut
+from cnn.formats.layout import Given, LeftOut
 
 Format = Literal["idx", "cifar", "digits", "folder", "archive"]
 
@@ -21,6 +21,7 @@ def open_source(
     files: Mapping[str, Path] | Files,
     classes: Sequence[str] | None = None,
     left_out: LeftOut | None = None,
+    given: Given | None = None,
 ) -> LabelledImages:
     """Opens and checks a source.
 
@@ -29,12 +30,13 @@ def open_source(
             files that are stored elsewhere.
         classes: names of the labels 0, 1, ... of an `idx` source, which contains no names.
         left_out: other files of a `folder`, if `files` contains its images only.
+        given: what a label table says of the files of a `folder`.
 
     Raises:
         InputError: the source is damaged, or is no collection of labelled images.
     """
     if format == "folder":
-        return FolderImages(LocalFiles(files) if isinstance(files, Mapping) else files, left_out)
+        return FolderImages(LocalFiles(files) if isinstance(files, Mapping) else files, left_out, given)
     if not isinstance(files, Mapping):
         raise TypeError(f"files of format {format} must be local")
     match format:

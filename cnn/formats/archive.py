@@ -76,11 +76,17 @@ class ArchiveImages:
         places = zip(layout.labels.tolist(), layout.splits.tolist(), strict=True)
         self._places = {names[index]: place for index, place in zip(layout.chosen.tolist(), places, strict=True)}
         self._in_order = [name for name in stored if name in self._places] == list(self._places)
+        self._root = layout.root
         self.classes = layout.classes
         self.left_out = layout.left_out
+        self.groups = None
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def names(self) -> Iterator[str]:
+        """Yields the images' paths, without the folders around the class folders."""
+        return (name[len(self._root) :] for name in self._places)
 
     def blocks(self) -> Iterator[FileBlock]:
         """Yields all images in the order of their paths."""

@@ -8,6 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
@@ -72,11 +73,30 @@ class LabelledImages(Protocol):
     def left_out(self) -> LeftOut:
         """The other files of the source, which are left out, for the report."""
 
+    @property
+    def groups(self) -> Sequence[str | None] | None:
+        """Group of each image, None for one without; None if the source names no groups."""
+
     def __len__(self) -> int:
         """Returns the number of images in all splits."""
 
+    def names(self) -> Iterator[str | None]:
+        """Yields the path of each image in the source; None for images of plain arrays."""
+
     def blocks(self) -> Iterator[Block]:
         """Yields all images, in the same order on each call."""
+
+
+class UnnamedImages:
+    """Sources of plain arrays, whose images have neither paths nor groups."""
+
+    groups = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def names(self) -> Iterator[None]:
+        return repeat(None, len(self))
 
 
 @dataclass(frozen=True, kw_only=True)

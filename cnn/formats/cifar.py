@@ -11,7 +11,7 @@ import numpy as np
 
 from cnn.data.splits import TEST, TRAIN
 from cnn.errors import InputError
-from cnn.formats.block import PixelBlock
+from cnn.formats.block import PixelBlock, UnnamedImages
 from cnn.formats.layout import LeftOut
 from cnn.formats.tar import tar_stream
 
@@ -30,7 +30,7 @@ _CIFAR10 = _Layout("batches.meta.txt", 1)
 _CIFAR100 = _Layout("fine_label_names.txt", 2)  # coarse label, fine label
 
 
-class CifarImages:
+class CifarImages(UnnamedImages):
     """The images of a tar archive, compressed or not, of the binary version; members are read from its stream.
 
     Raises:

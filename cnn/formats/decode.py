@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
+from cnn.config.preprocessing import Resize
 from cnn.formats.image_metadata import pixels_only
 
 T = TypeVar("T")
@@ -46,10 +47,11 @@ class ImageHeader(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Size and channels of all packed images."""
+    """Size and channels of all packed images, and how rectangles become squares."""
 
     image_size: int
     channels: int
+    resize: Resize = "crop"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -82,6 +84,7 @@ def decode_image(data: bytes, target: Target) -> NDArray[np.uint8]:
     def decode(data: bytes) -> NDArray[np.uint8]:
         with _open(data) as image:
             # A JPEG is decoded faster at 1/2, 1/4 or 1/8 of its size; twice the target size is enough for filtering.
+            # The shorter side decides, whatever `target.resize` is, so that examples for users need one line.
             image.draft(None, (2 * target.image_size, 2 * target.image_size))
             return fit(_opaque(_upright(image)), target)
 
@@ -89,12 +92,9 @@ def decode_image(data: bytes, target: Target) -> NDArray[np.uint8]:
 
 
 def fit(image: Image.Image, target: Target) -> NDArray[np.uint8]:
-    """Returns pixels [C, H, W]: the centre square, resized to the target (bilinear, antialiased)."""
-    side, shorter = target.image_size, min(image.size)
-    left, top = (image.width - shorter) // 2, (image.height - shorter) // 2
-    square = image.convert(target.mode).resize(
-        (side, side), Image.Resampling.BILINEAR, box=(left, top, left + shorter, top + shorter)
-    )
+    """Returns pixels [C, H, W]: the image made square as `target.resize` says (bilinear, antialiased)."""
+    side = target.image_size
+    square = _SQUARES[target.resize](image.convert(target.mode), side)
     pixels: NDArray[np.uint8] = np.asarray(square).reshape(side, side, target.channels)
     return pixels.transpose(2, 0, 1)
 
@@ -141,6 +141,35 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:
         return image
     return image if turn is None else image.transpose(turn)
+
+
+def _crop(image: Image.Image, side: int) -> Image.Image:
+    """Returns the centre square."""
+    shorter = min(image.size)
+    left, top = (image.width - shorter) // 2, (image.height - shorter) // 2
+    box = (left, top, left + shorter, top + shorter)
+    return image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+
+
+def _pad(image: Image.Image, side: int) -> Image.Image:
+    """Returns the whole image in the middle of a square of its mean colour.
+
+    The mean adds no contrast, so the data gate still finds blank images; black would hide them.
+    """
+    longer = max(image.size)
+    width, height = (max(1, round(length / longer * side)) for length in image.size)
+    whole = image.resize((width, height), Image.Resampling.BILINEAR)
+    square = Image.new(image.mode, (side, side), whole.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+    square.paste(whole, (round((side - width) / 2), round((side - height) / 2)))
+    return square
+
+
+def _squash(image: Image.Image, side: int) -> Image.Image:
+    """Returns the whole image, with both sides scaled."""
+    return image.resize((side, side), Image.Resampling.BILINEAR)
+
+
+_SQUARES: dict[Resize, Callable[[Image.Image, int], Image.Image]] = {"crop": _crop, "pad": _pad, "squash": _squash}
 
 
 def _is_grey(image: Image.Image) -> bool:

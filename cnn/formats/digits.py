@@ -11,13 +11,13 @@ import numpy as np
 
 from cnn.data.splits import UNDECIDED
 from cnn.errors import InputError
-from cnn.formats.block import PixelBlock
+from cnn.formats.block import PixelBlock, UnnamedImages
 from cnn.formats.layout import LeftOut
 
 _SIDE, _MAX = 8, 16
 
 
-class DigitsImages:
+class DigitsImages(UnnamedImages):
     """The images of one uncompressed file; a line has 64 values 0..16, scaled here to 0..255, and the label 0..9.
 
     Raises:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cnn.data.splits import TEST, TRAIN, Pixels
 from cnn.errors import InputError
-from cnn.formats.block import PixelBlock
+from cnn.formats.block import PixelBlock, UnnamedImages
 from cnn.formats.layout import LeftOut
 
 BLOCK_IMAGES = 2048  # 1.6 MB of 28 x 28
@@ -24,7 +24,7 @@ class _Part(NamedTuple):
     labels: NDArray[np.int64]
 
 
-class IdxImages:
+class IdxImages(UnnamedImages):
     """The images of pairs of files named like `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, or with `t10k`.
 
     The files are uncompressed and memory-mapped.

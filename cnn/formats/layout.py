@@ -5,8 +5,8 @@ import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from os.path import splitext
+from dataclasses import dataclass, field, replace
+from os.path import commonprefix, splitext
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +71,21 @@ class Layout:
     labels: NDArray[np.int64]
     splits: NDArray[np.int8]
     left_out: LeftOut
+    root: str = ""
+    """Path of the folders around the class folders and splits, with a slash at its end; empty if there are none."""
+
+
+class Given(NamedTuple):
+    """What a label table says of files, in the order of their paths; None: it does not say."""
+
+    labels: Sequence[str] | None = None
+    """Class names; without them, the class folders give the labels."""
+
+    splits: Sequence[str | None] | None = None
+    """Names in `SPLIT_FOLDERS`; None for an image whose split is to be decided."""
+
+    groups: Sequence[str | None] | None = None
+    """Images of one group stay in one split; None for an image without a group."""
 
 
 @dataclass
@@ -152,7 +167,37 @@ def arrange(paths: Sequence[str], folders: Iterable[str] = (), unreachable: Iter
             tuple(filter(None, map(_remark, (others, broken, unlabelled), losses))),
             {name: lost[name] for name in sorted(lost)},
         ),
+        root=_wrapper(roots),
     )
+
+
+def arrange_given(given: Given, layout: Layout | None = None) -> Layout:
+    """Returns the layout of the images of a label table; of all its files if it gives the labels.
+
+    Args:
+        layout: of the class folders, if the table gives no labels; their own splits take precedence.
+
+    Raises:
+        InputError: only one class.
+    """
+    if layout is None:
+        assert given.labels is not None
+        labels = [unicodedata.normalize("NFC", label) for label in given.labels]
+        classes = sorted(set(labels))
+        if len(classes) == 1:
+            raise InputError(f"all {len(labels)} rows have the label {classes[0]!r}; a classifier needs two classes")
+        label_of = {name: label for label, name in enumerate(classes)}
+        layout = Layout(
+            classes=tuple(classes),
+            chosen=np.arange(len(labels)),
+            labels=np.array([label_of[label] for label in labels], dtype=np.int64),
+            splits=np.full(len(labels), UNDECIDED, dtype=np.int8),
+            left_out=LeftOut(),
+        )
+    if given.splits is None or (layout.splits != UNDECIDED).any():
+        return layout
+    splits = np.array([UNDECIDED if split is None else SPLIT_FOLDERS[split] for split in given.splits], dtype=np.int8)
+    return replace(layout, splits=splits[layout.chosen])
 
 
 def _is_hidden(path: str) -> bool:
@@ -219,6 +264,12 @@ def _roots(folders: Sequence[Folder]) -> tuple[Roots, list[Folder]]:
         return rest, [(*root, name) for name in inside if name not in labelled]
     _refuse_likely_splits(inside, depth)
     return {root: UNDECIDED}, []
+
+
+def _wrapper(roots: Roots) -> str:
+    """Returns the path of the folders around all class folders and splits, see `Layout.root`."""
+    around = [root if split == UNDECIDED else root[:-1] for root, split in roots.items()]
+    return "".join(f"{part}/" for part in commonprefix(around))  # noqa: RUF071  these are tuples of parts
 
 
 def _wrapping(folders: Sequence[Folder]) -> int:

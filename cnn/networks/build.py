@@ -4,9 +4,11 @@ from pkgutil import resolve_name
 
 from torch import nn
 
-from cnn.config.networks import NETWORKS
+from cnn.config.networks import find_network, is_own
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest
+from cnn.errors import InputError
+from cnn.networks.own import own_network
 
 
 def build(config: TrainConfig, manifest: Manifest) -> nn.Module:
@@ -22,11 +24,18 @@ def build_network(config: TrainConfig, *, channels: int, image_size: int, classe
     The network is for images C×H×W with C = `channels` and H = W = `image_size`, in pixels.
 
     Raises:
-        InputError: the images are too small for the network.
+        InputError: the network cannot be built for such images, or lacks an option; or code of the user's raised an
+            error.
     """
-    entry = NETWORKS[config.model]
-    builder = resolve_name(entry.builder)  # imports the module only now: torchvision is slow to import
-    network: nn.Module = builder(
-        config.network, **entry.arguments, channels=channels, image_size=image_size, classes=classes
-    )
+    network: nn.Module
+    images = {"channels": channels, "image_size": image_size, "classes": classes}
+    if is_own(config.model):
+        own = own_network(config.model)
+        network = own.build(config.network.model_dump(), **images)
+        if not isinstance(network, nn.Module):
+            raise InputError(f"{own.place}: it made a {type(network).__name__}, not a torch.nn.Module")
+        return network
+    entry = find_network(config.model)
+    builder = resolve_name(entry.builder)  # imports the module only now: libraries are slow to import
+    network = builder(config.network, **entry.arguments, **images)
     return network

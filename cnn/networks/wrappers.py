@@ -1,16 +1,19 @@
 """Modules around a network: normalisation before it, and averaging of predictions over mirror images."""
 
+from statistics import fmean
+
 import torch
 from torch import Tensor, nn
 
 from cnn.config.training import TrainConfig
+from cnn.data.manifest import Manifest
 
 
 class Normalise(torch.nn.Module):
-    """Maps uint8 images to float32 with zero mean and unit variance over the training split, in channels_last order.
+    """Maps uint8 images to float32, in channels_last order; those with this mean and std get zero mean, unit variance.
 
     Args:
-        mean, std: per channel, on the scale 0 … 1.
+        mean, std: per channel, on the scale 0 … 1; `normalisation` returns them.
     """
 
     scale: Tensor
@@ -26,6 +29,21 @@ class Normalise(torch.nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Maps uint8 N×C×H×W to float32 N×C×H×W."""
         return (images.float() * self.scale + self.bias).contiguous(memory_format=torch.channels_last)
+
+
+def normalisation(config: TrainConfig, manifest: Manifest) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation by which a network's images are normalised, per channel, from 0 to 1.
+
+    They are those of the images that its first weights were trained on, or else of the training split. Where the images
+    have another number of channels (grey ones), each has the mean over the weights' channels.
+    """
+    if config.pretrained_mean is None or config.pretrained_std is None:
+        return manifest.mean, manifest.std
+    mean, std = (
+        values if len(values) == manifest.channels else (fmean(values),) * manifest.channels
+        for values in (config.pretrained_mean, config.pretrained_std)
+    )
+    return mean, std
 
 
 class TestTimeFlip(torch.nn.Module):

@@ -34,6 +34,14 @@ LARGE_SET_BYTES = 64 * 2**30  # of pixels; above it shards are small, since read
 SMALL_SHARD_BYTES = 8 * 2**20
 
 
+class Packed(NamedTuple):
+    """A dataset version, and which images of the source it holds."""
+
+    manifest: Manifest
+    splits: NDArray[np.int8]
+    """The split of each image of the source; `UNDECIDED` for those left out."""
+
+
 def preprocess(
     format: Format,
     files: Mapping[str, Path],
@@ -54,7 +62,7 @@ def preprocess(
     """
     source = open_source(format, files, classes)
     plan = survey(source, config, on_progress)
-    return pack(source, plan, config, out, on_progress)
+    return pack(source, plan, config, out, on_progress).manifest
 
 
 def pack(
@@ -66,7 +74,7 @@ def pack(
     *,
     done: Sequence[PackedShard] = (),
     on_shard: OnShard = lambda packed, path: None,
-) -> Manifest:
+) -> Packed:
     """Runs the second pass: decodes the images of the plan, writes their shards, and sums up the training pixels.
 
     Args:
@@ -111,12 +119,13 @@ def pack(
     packed = plan.splits.copy()
     packed[[failure.position for failure in failures]] = UNDECIDED
     counts = count_classes(packed, plan.labels, len(source.classes))
-    check_splits(counts, source.classes, config)
+    check_splits(counts, source, config)
     sums = packers[TRAIN].sums
-    return Manifest(
+    manifest = Manifest(
         classes=source.classes,
         channels=plan.target.channels,
         image_size=plan.target.image_size,
+        resize=plan.target.resize,
         splits={
             split: SplitInfo(count=row.sum(), class_counts=tuple(row.tolist()), shards=its)
             for split, row, its in zip(SPLITS, counts, shards, strict=True)
@@ -126,6 +135,7 @@ def pack(
         encoding=config.encoding,
         report=_report(source, plan, counts, failures),
     )
+    return Packed(manifest, packed)
 
 
 def shard_bytes(plan: Plan, config: PreprocessConfig) -> int:
@@ -245,7 +255,7 @@ def _report(source: LabelledImages, plan: Plan, counts: NDArray[np.int64], failu
 def _losses(source: LabelledImages, plan: Plan) -> dict[str, Losses]:
     images = np.bincount(plan.labels, minlength=len(source.classes)).tolist()
     counts = dict(zip(source.classes, images, strict=True))
-    return {name: Losses(images=counts[name], left_out=lost) for name, lost in source.left_out.classes.items()}
+    return {name: Losses(images=counts.get(name, 0), left_out=lost) for name, lost in source.left_out.classes.items()}
 
 
 def _warnings(source: LabelledImages, plan: Plan, counts: NDArray[np.int64], bad_count: int) -> Iterator[str]:

@@ -31,6 +31,9 @@ class SurveyPart:
     keys: NDArray[np.uint64]
     """See `cnn.data.splits.content_keys`."""
 
+    digests: NDArray[np.uint8]
+    """n×32: SHA-256 of each image, see `cnn.formats.block.Survey`."""
+
     headers: Counter[ImageHeader]
     """Headers of the readable images."""
 
@@ -40,7 +43,7 @@ class SurveyPart:
         return self.start + len(self.labels)
 
     def to_bytes(self) -> bytes:
-        """Returns an npz file; some 17 bytes per image."""
+        """Returns an npz file; some 49 bytes per image."""
         headers = json.dumps([[*header, count] for header, count in self.headers.items()]).encode()
         file = BytesIO()
         np.savez(
@@ -49,6 +52,7 @@ class SurveyPart:
             labels=self.labels,
             splits=self.splits,
             keys=self.keys,
+            digests=self.digests,
             looks=np.frombuffer(headers, dtype=np.uint8),  # the name of older files
         )
         return file.getvalue()
@@ -63,6 +67,7 @@ class SurveyPart:
                 labels=file["labels"],
                 splits=file["splits"],
                 keys=file["keys"],
+                digests=file["digests"],
                 headers=Counter({ImageHeader(*header): count for *header, count in headers}),
             )
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cnn.config.preprocessing import PreprocessConfig
-from cnn.data.splits import SPLITS, TEST, TRAIN, UNDECIDED, VAL, assign, content_keys, thin_out
+from cnn.config.preprocessing import MAX_DEFAULT_SIZE, PreprocessConfig
+from cnn.data.splits import SPLITS, TEST, TRAIN, UNDECIDED, VAL, assign, content_keys, group_keys, thin_out
 from cnn.errors import InputError
 from cnn.formats.block import Block, LabelledImages
 from cnn.formats.decode import ImageHeader, Target
@@ -22,10 +22,8 @@ OnImages = Callable[[int], object]
 OnPart = Callable[[SurveyPart], object]
 """Called with each part of the source that was surveyed."""
 
+DIGEST_BYTES = 32
 PART_IMAGES = 8192  # may have to be surveyed again after an interruption
-
-MAX_DEFAULT_SIZE = 128
-"""Limit of an unset image size in pixels, unless all images are squares of one size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +34,9 @@ class Plan:
     labels: NDArray[np.int64]
     splits: NDArray[np.int8]
     """N positions in `SPLITS`; `UNDECIDED` for images left out by the limit."""
+
+    digests: NDArray[np.uint8]
+    """N×32: SHA-256 of each image, see `cnn.formats.block.Survey`."""
 
     headers: Counter[ImageHeader]
     """Headers of the readable images."""
@@ -64,12 +65,14 @@ def survey(
     *,
     done: Sequence[SurveyPart] = (),
     on_part: OnPart = lambda part: None,
+    max_default_size: int = MAX_DEFAULT_SIZE,
 ) -> Plan:
-    """Reads every image's digest and header; memory holds some 20 bytes per image.
+    """Reads every image's digest and header; memory holds some 60 bytes per image.
 
     Args:
         on_progress: called with numbers of images that add up to `len(source)`.
         done: results of an earlier, interrupted survey of the same source, from the first image on without a gap.
+        max_default_size: limit of an unset image size in pixels, unless all images are squares of one size.
 
     Raises:
         InputError: no image can be read, a split would be empty, or a class is missing in the training split.
@@ -80,7 +83,7 @@ def survey(
     for part in _parts(source, config, start, on_progress):
         on_part(part)
         parts.append(part)
-    return _plan(source, config, parts)
+    return _plan(source, config, parts, max_default_size)
 
 
 def _parts(source: LabelledImages, config: PreprocessConfig, start: int, on_progress: OnImages) -> Iterator[SurveyPart]:
@@ -89,7 +92,14 @@ def _parts(source: LabelledImages, config: PreprocessConfig, start: int, on_prog
     def survey_block(block: Block) -> SurveyPart:
         found = block.survey()
         keys = content_keys(config.split_seed, found.digests)
-        return SurveyPart(start=0, labels=block.labels, splits=block.splits, keys=keys, headers=found.headers)
+        return SurveyPart(
+            start=0,
+            labels=block.labels,
+            splits=block.splits,
+            keys=keys,
+            digests=np.frombuffer(b"".join(found.digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
+            headers=found.headers,
+        )
 
     waiting: list[SurveyPart] = []
     with (
@@ -121,23 +131,26 @@ def _join(parts: Sequence[SurveyPart], start: int) -> SurveyPart:
         labels=np.concatenate([part.labels for part in parts]),
         splits=np.concatenate([part.splits for part in parts]),
         keys=np.concatenate([part.keys for part in parts]),
+        digests=np.concatenate([part.digests for part in parts]),
         headers=sum((part.headers for part in parts), Counter[ImageHeader]()),
     )
 
 
-def _plan(source: LabelledImages, config: PreprocessConfig, parts: Sequence[SurveyPart]) -> Plan:
+def _plan(source: LabelledImages, config: PreprocessConfig, parts: Sequence[SurveyPart], max_default_size: int) -> Plan:
     if not any(part.headers for part in parts):
         raise InputError(_nothing_readable(source))
     found = _join(parts, 0)
-    splits = assign(found.splits, found.keys, val_fraction=config.val_fraction, test_fraction=config.test_fraction)
+    keys = found.keys if source.groups is None else group_keys(config.split_seed, source.groups, found.keys)
+    splits = assign(found.splits, keys, val_fraction=config.val_fraction, test_fraction=config.test_fraction)
     shared = np.isin(found.keys[splits != TRAIN], found.keys[splits == TRAIN]).sum()
     if config.limit is not None:
         splits = thin_out(splits, found.labels, found.keys, config.limit)
-    check_splits(count_classes(splits, found.labels, len(source.classes)), source.classes, config)
+    check_splits(count_classes(splits, found.labels, len(source.classes)), source, config)
     return Plan(
-        target=_target(found.headers, config),
+        target=_target(found.headers, config, max_default_size),
         labels=found.labels,
         splits=splits,
+        digests=found.digests,
         headers=found.headers,
         duplicates=len(found.keys) - len(np.unique(found.keys)),
         shared=int(shared),
@@ -156,18 +169,20 @@ def count_classes(splits: NDArray[np.int8], labels: NDArray[np.int64], classes: 
     return np.stack([np.bincount(labels[splits == split], minlength=classes) for split in range(len(SPLITS))])
 
 
-def check_splits(counts: NDArray[np.int64], classes: tuple[str, ...], config: PreprocessConfig) -> None:
+def check_splits(counts: NDArray[np.int64], source: LabelledImages, config: PreprocessConfig) -> None:
     """Raises InputError, which says what to do, if a split is empty or a class has no training image.
 
     Args:
         counts: [splits, classes], as from `count_classes`.
     """
-    total = counts.sum()
+    total, classes = counts.sum(), source.classes
+    groups = len(set(source.groups or ()) - {None})
+    whole = f" (images of one group stay together; number of groups: {groups:,})" if groups else ""
     for split, setting in ((TRAIN, ""), (VAL, "data.val_fraction"), (TEST, "data.test_fraction")):
         if not counts[split].any():
             remedy = f"add images, or raise {setting}" if setting else "add images"
             raise InputError(
-                f"none of {total} images is in the {SPLITS[split]} split; {remedy}, or change data.split_seed"
+                f"none of {total} images is in the {SPLITS[split]} split{whole}; {remedy}, or change data.split_seed"
             )
     missing = np.flatnonzero(counts[TRAIN] == 0)
     if len(missing):
@@ -179,7 +194,7 @@ def check_splits(counts: NDArray[np.int64], classes: tuple[str, ...], config: Pr
         raise InputError(f"no training image of class {names}; add images, or remove the class from the other splits")
 
 
-def _target(headers: Counter[ImageHeader], config: PreprocessConfig) -> Target:
+def _target(headers: Counter[ImageHeader], config: PreprocessConfig, max_default_size: int) -> Target:
     """Returns the configured size and channels; for unset ones the defaults that `PreprocessConfig` describes."""
     size, channels = config.image_size, config.channels
     if size is None:
@@ -188,10 +203,10 @@ def _target(headers: Counter[ImageHeader], config: PreprocessConfig) -> Target:
         for header, count in headers.items():
             sides[min(header.width, header.height)] += count
         equal_squares = len(sizes) == 1 and all(width == height for width, height in sizes)
-        size = min(median(sides), 4096 if equal_squares else MAX_DEFAULT_SIZE)
+        size = min(median(sides), 4096 if equal_squares else max_default_size)
     if channels is None:
         channels = 1 if all(header.grey for header in headers) else 3
-    return Target(size, channels)
+    return Target(size, channels, config.resize)
 
 
 def median(counts: Counter[int]) -> int:

@@ -13,7 +13,7 @@ class ServedClassifier(nn.Module):
 
     Args:
         network: maps normalised float32 N×C×H×W to logits N×classes.
-        mean, std: of the training split, per channel, on the scale 0 … 1.
+        mean, std: per channel, on the scale 0 … 1; see `normalisation` there.
     """
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:

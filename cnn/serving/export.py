@@ -7,7 +7,7 @@ was loaded again and gave the original's probabilities.
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from cnn.config.preprocessing import Resize
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Record
 from cnn.errors import InputError
@@ -54,6 +55,9 @@ class Description(Record):
     classes: tuple[str, ...]
     channels: int
     image_size: int
+    resize: Resize = "crop"
+    """How a photograph becomes a square (`cnn.formats.decode.decode_image`)."""
+
     mean: tuple[float, ...]
     std: tuple[float, ...]
     weights_sha256: str
@@ -103,13 +107,12 @@ def export_pt2(
 
 def export_onnx(
     program: ExportedProgram,
-    classes: Sequence[str],
     out: Path,
     images: Tensor,
     expected: Tensor,
     metadata: Mapping[str, str] = _NO_METADATA,
 ) -> float:
-    """Writes an ONNX model, with input `images`, output `probabilities`, and `classes` as JSON in its metadata.
+    """Writes an ONNX model with input `images` and output `probabilities`.
 
     The first axis of both is called `batch`; all axes of `images` have ONNX's denotations.
 
@@ -135,7 +138,7 @@ def export_onnx(
         assert shape is not None
         for axis, denotation in enumerate(_DENOTATIONS):
             shape.set_denotation(axis, denotation)
-        made.model.metadata_props.update({"classes": json.dumps(list(classes)), **metadata})
+        made.model.metadata_props.update(metadata)
         made.save(file)
 
     def load(file: Path) -> Predict:

@@ -1,27 +1,54 @@
 """Describes the use of an exported file: metadata that every format carries, and examples from an image to a class.
 
-A file must be usable where Convoy is not installed, so nothing here may need it, apart from `EXAMPLE_WITH_CONVOY`.
+A file must be usable where Convoy is not installed, so nothing here may need it, apart from `example_with_convoy`.
 """
 
 import json
+from collections.abc import Callable
 
+from cnn.config.preprocessing import Resize
 from cnn.data.manifest import Record
 from cnn.formats.decode import Target
 
-PREPARE = """\
-image = Image.open("photo.jpg")  # a transparent or 16-bit image needs more steps
-image.draft(None, (2 * size, 2 * size))  # decodes a large JPEG as it was decoded for training
-image = ImageOps.exif_transpose(image).convert(mode)
+SQUARES: dict[Resize, str] = {
+    "crop": """\
 side = min(image.size)
 left, top = (image.width - side) // 2, (image.height - side) // 2
 image = image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
-images = np.array(image).reshape(1, size, size, -1).transpose(0, 3, 1, 2)  # uint8 [batch, channel, height, width]
-"""
+""",
+    "pad": """\
+image = ImageOps.contain(image, (size, size), Image.Resampling.BILINEAR)
+mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+image = ImageOps.pad(image, (size, size), color=mean)
+""",
+    "squash": """\
+image = image.resize((size, size), Image.Resampling.BILINEAR)
+""",
+}
+"""Code that makes `image` a square of `size`, as `cnn.formats.decode.fit` does."""
+
+_SQUARES_IN_WORDS: dict[Resize, str] = {
+    "crop": "resize its centre square to {size} by {size} pixels",
+    "pad": "resize it to fit into {size} by {size} pixels, in the middle of a square of its mean colour",
+    "squash": "resize it to {size} by {size} pixels, which changes its proportions",
+}
 
 _READ_METADATA = """\
 classes, expected, temperature = (json.loads(about[key]) for key in ("classes", "input", "temperature"))
 size, mode = expected["size"], expected["mode"]
 """
+
+
+def prepare(resize: Resize) -> str:
+    """Returns code from an image file to `images`, given `size` and `mode`."""
+    return f"""\
+image = Image.open("photo.jpg")  # a transparent or 16-bit image needs more steps
+image.draft(None, (2 * size, 2 * size))  # decodes a large JPEG as it was decoded for training
+image = ImageOps.exif_transpose(image).convert(mode)
+{SQUARES[resize]}\
+images = np.array(image).reshape(1, size, size, -1).transpose(0, 3, 1, 2)  # uint8 [batch, channel, height, width]
+"""
+
 
 ANSWER = """\
 calibrated = probabilities[0] ** (1 / temperature)
@@ -29,7 +56,10 @@ calibrated /= calibrated.sum()
 print(classes[calibrated.argmax()], calibrated.max())
 """
 
-PT2_EXAMPLE = f"""\
+
+def pt2_example(resize: Resize) -> str:
+    """Returns code that uses a pt2 file, from an image file to a class."""
+    return f"""\
 import json
 
 import numpy as np
@@ -39,11 +69,14 @@ from PIL import Image, ImageOps
 about = dict.fromkeys(("classes", "input", "temperature"), "")
 program = torch.export.load("model.pt2", extra_files=about)
 {_READ_METADATA}
-{PREPARE}
+{prepare(resize)}
 probabilities = program.module()(torch.from_numpy(images)).numpy()
 {ANSWER}"""
 
-ONNX_EXAMPLE = f"""\
+
+def onnx_example(resize: Resize) -> str:
+    """Returns code that uses an ONNX file, from an image file to a class."""
+    return f"""\
 import json
 
 import numpy as np
@@ -53,11 +86,14 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession("model.onnx")
 about = session.get_modelmeta().custom_metadata_map
 {_READ_METADATA}
-{PREPARE}
+{prepare(resize)}
 (probabilities,) = session.run(["probabilities"], {{"images": images}})
 {ANSWER}"""
 
-CONVOY9_EXAMPLE = f"""\
+
+def convoy9_example(resize: Resize) -> str:
+    """Returns code that uses a safetensors file of a convoy9 network, from an image file to a class."""
+    return f"""\
 import json
 
 import numpy as np
@@ -86,7 +122,7 @@ def network(maps):
     return F.linear(layer(maps, "head").amax((2, 3)), weights["linear.weight"], weights["linear.bias"])
 
 
-{PREPARE}
+{prepare(resize)}
 described = json.loads(about["convoy"])
 mean, std = (torch.tensor(described[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
 maps = (torch.from_numpy(images) / 255 - mean) / std.clamp_min(1e-6)
@@ -96,23 +132,28 @@ if described["config"]["test_flip"]:
 probabilities = logits.softmax(1).numpy()
 {ANSWER}"""
 
-EXAMPLE_WITH_CONVOY = f"""\
+
+def example_with_convoy(resize: Resize) -> str:
+    """Returns code that uses a safetensors file of any network, by Convoy's own code, which reads any image file."""
+    return f"""\
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from safetensors import safe_open
 
+from cnn.formats.decode import Target, decode_image
 from cnn.serving.export import load_classifier  # builds the network that the key "convoy" describes
 
 with safe_open("model.safetensors", framework="pt") as file:
     about = file.metadata()
 {_READ_METADATA}
-{PREPARE}
+target = Target(size, expected["shape"][1], expected["resize"])
+images = decode_image(Path("photo.jpg").read_bytes(), target)[None].copy()
+
 probabilities = load_classifier(Path("model.safetensors"))(torch.from_numpy(images)).numpy()
 {ANSWER}"""
+
 
 NORMALISED_INSIDE = "keep the pixels as uint8, 0 to 255: the file's network normalises them itself"
 NORMALISED_OUTSIDE = "normalise each channel: (pixels / 255 - mean) / std, with the mean and std of the key convoy"
@@ -136,13 +177,13 @@ class Usage(Record):
     temperature: float
     """The divisor of the logits that calibrates the probabilities; no file applies it."""
 
-    def metadata(self, example: str, last_step: str = NORMALISED_INSIDE) -> dict[str, str]:
+    def metadata(self, example: Callable[[Resize], str], last_step: str = NORMALISED_INSIDE) -> dict[str, str]:
         """Returns the metadata of a file, which have the same keys in all formats.
 
         `classes`, `input` and `temperature` are JSON, the others are text.
 
         Args:
-            example: the code that uses the file.
+            example: returns the code that uses the file, given how rectangles become squares.
             last_step: the last step from a photograph to the network's input.
         """
         images = {
@@ -152,6 +193,7 @@ class Usage(Record):
             "shape": [None, *self.target.shape],
             "size": self.target.image_size,
             "mode": self.target.mode,
+            "resize": self.target.resize,
             "preparation": [*preparation(self.target), last_step],
         }
         return {
@@ -163,16 +205,17 @@ class Usage(Record):
             "input": json.dumps(images),
             "temperature": json.dumps(self.temperature),
             "probabilities": "not calibrated; p ** (1 / temperature), divided by their sum, are",
-            "example": example,
+            "example": example(self.target.resize),
         }
 
 
 def preparation(target: Target) -> list[str]:
     """Says in words what `cnn.formats.decode.decode_image` does, from an image file to pixels."""
+    square = _SQUARES_IN_WORDS[target.resize].format(size=target.image_size)
     return [
         "decode the image (of 16-bit grey, the upper 8 bits)",
         "turn it upright, as its EXIF orientation says",
         "put transparent parts on white",
         f"convert it to {'grey' if target.mode == 'L' else 'colour'} (Pillow's mode {target.mode})",
-        f"resize its centre square to {target.image_size} by {target.image_size} pixels (bilinear, antialiased)",
+        f"{square} (bilinear, antialiased)",
     ]

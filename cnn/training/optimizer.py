@@ -1,21 +1,31 @@
 """Builds optimizers, without weight decay of norms and biases."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from cnn.config.training import TrainConfig
 
 
-def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """Builds the optimizer that the configuration names, for the network's parameters.
+def build_optimizer(
+    config: TrainConfig, network: nn.Module, factors: Mapping[nn.Parameter, float] | None = None
+) -> torch.optim.Optimizer:
+    """Builds the optimizer that the configuration names, for the network's parameters that are trained.
 
     Only matrices and kernels are decayed: decaying a norm's scale or a bias gains nothing and, on small networks, costs
     accuracy (Bello et al., "Revisiting ResNets", 2021).
+
+    Args:
+        factors: multiples of the learning rate; of parameters that are not among them, 1.
     """
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    by_group: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in filter(lambda parameter: parameter.requires_grad, network.parameters()):
+        key = config.weight_decay if is_matrix(parameter) else 0.0, (factors or {}).get(parameter, 1.0)
+        by_group.setdefault(key, []).append(parameter)
     groups = [
-        {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if not _is_matrix(p)], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay, "lr_factor": factor}
+        for (decay, factor), parameters in by_group.items()
     ]
     optimizer: torch.optim.Optimizer
     match config.optimizer:
@@ -30,7 +40,7 @@ def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Opti
     return optimizer
 
 
-def _is_matrix(parameter: nn.Parameter) -> bool:
+def is_matrix(parameter: nn.Parameter) -> bool:
     """Checks for a matrix or kernel, not a bias or one factor per channel, of any shape (ConvNeXt's are C×1×1)."""
     return parameter.shape[1:].numel() > 1
 
@@ -51,6 +61,6 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of the next steps."""
+    """Sets the learning rate of the next steps, of which each group has its multiple."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_factor"]

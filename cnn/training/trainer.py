@@ -1,9 +1,11 @@
 """A network in training, and its training step."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +14,21 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest
+from cnn.data.mapped_split import MappedSplit
 from cnn.data.split_reader import Batch, SplitReader
 from cnn.distributed.lanes import Exchange, LaneParallel
 from cnn.errors import InputError
 from cnn.evaluation.evaluate import Score, evaluate
 from cnn.networks.build import build
+from cnn.networks.trial import check_network
 from cnn.networks.weights import copy_to_host, load_pretrained
-from cnn.networks.wrappers import Normalise, predictor
+from cnn.networks.wrappers import Normalise, normalisation, predictor
 from cnn.training.augment import augment, mix
 from cnn.training.compute_clock import ComputeClock
+from cnn.training.features import Tail, compute_features, dropout_before_head, wants_features
+from cnn.training.finetune import Freezing, check_finetuning, rate_factors
 from cnn.training.optimizer import build_optimizer, set_learning_rate
-from cnn.training.order import Order
+from cnn.training.order import Order, check_sampling
 from cnn.training.random_streams import generator, seed_default_generator, stream_seed
 from cnn.training.schedule import average_decay, learning_rate
 from cnn.training.step_figures import StepFigures, StepReports
@@ -48,30 +54,73 @@ def check_fits(config: TrainConfig, manifest: Manifest) -> None:
     """Checks whether a configuration can be trained on a dataset version, before anything is set up.
 
     Raises:
-        InputError: a batch larger than the training split, or images too small for the network.
+        InputError: a batch larger than the training split, an augmentation or a sampling that the images cannot have,
+            or as `check_trainable`.
     """
+    _check_images(config, manifest)
+    check_trainable(config, channels=manifest.channels, image_size=manifest.image_size, classes=len(manifest.classes))
+
+
+def check_trainable(config: TrainConfig, *, channels: int, image_size: int, classes: int) -> None:
+    """Checks whether the network can be trained as configured on images C×H×W with H = W = `image_size`.
+
+    Raises:
+        InputError: the network cannot be trained on such images, be fine-tuned as `config.finetune` says, or take crops
+            of `config.augment.crop_size`.
+    """
+    size = config.augment.crop_size or image_size
+    if size > image_size:
+        raise InputError(
+            f"augment.crop_size={size} is larger than the images, whose sides have {image_size} pixels; set a smaller "
+            "one, or a larger data.image_size"
+        )
+    with torch.random.fork_rng(devices=[]):
+        network = check_network(config, channels=channels, image_size=image_size, classes=classes)
+        images = torch.zeros(2, channels, image_size, image_size, device=next(network.parameters()).device)
+        check_finetuning(config, network, images)
+    if size == image_size:
+        return
+    try:
+        with torch.no_grad():
+            network.eval()(images[..., :size, :size])
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(
+            f"{config.model}, made for images of {image_size} pixels, does not take crops of {size}; leave "
+            "augment.crop_size unset, make it larger, or choose a network that takes images of any size, such as "
+            "efficientnet_lite0"
+        ) from error
+
+
+def _check_images(config: TrainConfig, manifest: Manifest) -> None:
+    """Checks what needs no network."""
     count = manifest.splits["train"].count
     if count < config.batch_size:
         raise InputError(
             f"the training split has {count} images, fewer than a batch of {config.batch_size}; "
             f"set batch_size to at most {count // config.lanes * config.lanes}, or give more images"
         )
-    with torch.random.fork_rng(devices=[]):  # the device "meta" would load torch.compile, which takes seconds
-        build(config, manifest)
+    check_sampling(config, manifest.splits["train"])
+    augment = config.augment
+    if manifest.channels == 1 and (augment.saturation or augment.hue):
+        raise InputError(
+            "augment.saturation and augment.hue change colours, and these images are grey; set both to 0, or "
+            "data.channels=3"
+        )
 
 
 class Trainer:
     """A network in training: the parts of a step, and the progress.
 
-    Each rank has one, and all ranks act equally: decisions that depend on figures are taken at the same step.
+    Each rank has one, and all ranks act equally: decisions that depend on figures are taken at the same step. Call
+    `check_trainable` before: once will do, and with a large network it takes seconds.
 
     Args:
         pretrained: safetensors file of weights to start from, in place of new random weights.
         stop_requested: returns whether this rank wants to stop; called in each step. All ranks stop at the same step.
 
     Raises:
-        InputError: ranks that cannot share the lanes, a batch larger than the training split, or images too small
-            for the network.
+        InputError: ranks that cannot share the lanes, a batch larger than the training split, or an augmentation or a
+            sampling that the images cannot have.
     """
 
     def __init__(
@@ -86,25 +135,28 @@ class Trainer:
         pretrained: Path | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        check_fits(config, manifest)
+        _check_images(config, manifest)
         self.config, self.device, self.exchange = config, device, exchange
         self.train_split, self.val_split = train_split, val_split
         self.step = 0
-        self.order = Order(config, manifest.splits["train"])
+        self.order = Order(config, manifest.splits["train"], lambda: train_split.labels)
         self.steps_per_epoch = self.order.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.classes = len(manifest.classes)
-        self.normalise = Normalise(manifest.mean, manifest.std).to(device)
+        self.normalise: nn.Module = Normalise(*normalisation(config, manifest)).to(device)
         torch.manual_seed(stream_seed(config.seed, "weights"))
         network = build(config, manifest)
         if pretrained:
             load_pretrained(network, pretrained)
         self.network = network.to(device).to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.network) if config.ema else None
-        self.optimizer = build_optimizer(config, self.network)
         self._clock = ComputeClock(device)
-        self.lanes = LaneParallel(self.network, lanes=config.lanes, exchange=exchange, on_computed=self._clock.stop)
-        self._parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self._freezing = Freezing(config, self.network, steps_per_epoch=self.steps_per_epoch)
+        self._rate_factors = rate_factors(config.finetune, self.network)
+        self._trained_part: Callable[[nn.Module], nn.Module] = lambda network: network
+        if wants_features(config, manifest, self.network):
+            self._replace_images_by_features()
+        self._prepare(frozen=self._freezing.holds(0), earlier={})
         self._class_weights = _class_weights(config, manifest.splits["train"].class_counts, device)
         self._batches: Iterator[Batch] | None = None  # of this rank's lanes, from this step on
         self._stop_requested = stop_requested
@@ -118,8 +170,48 @@ class Trainer:
         self.reports = StepReports(self._figures, batch_size=config.batch_size, steps_per_epoch=self.steps_per_epoch)
         self._broken = torch.zeros((), device=device)
 
+    def _prepare(self, *, frozen: bool, earlier: Mapping[Tensor, Any]) -> None:
+        """Makes what depends on which parameters are trained. All ranks call it together: DDP's constructor exchanges.
+
+        Args:
+            earlier: the optimizer's state so far, which parameters that are still trained keep.
+        """
+        self._frozen = frozen
+        self._freezing.apply(frozen)
+        self.optimizer = build_optimizer(self.config, self.network, self._rate_factors)
+        self.optimizer.state.update({p: earlier[p] for p in self.optimizer.state if p in earlier})
+        self.lanes = LaneParallel(
+            self._trained_part(self.network),
+            lanes=self.config.lanes,
+            exchange=self.exchange,
+            on_computed=self._clock.stop,
+        )
+        self._parameters = [p for p in self.network.parameters() if p.requires_grad]
+
+    def _replace_images_by_features(self) -> None:
+        """Computes what the frozen body gives for each image, for the head alone to be trained and validated on."""
+        self._freezing.apply(frozen=True)
+        dropout = dropout_before_head(self.network, self.normalise, self.train_split.shape)
+        if dropout is None:
+            return
+        self.train_split, self.val_split = (
+            MappedSplit([compute_features(self.network, self.normalise, split, self.exchange)])
+            for split in (self.train_split, self.val_split)
+        )
+        self._trained_part, self.normalise = partial(Tail, dropout=dropout), nn.Identity()
+
+    def prepare_for(self, step: int) -> None:
+        """Freezes or unfreezes layers, if that changes with a step, counted from 0; all ranks call it together.
+
+        After a step everything stays as it was in that step until the next one, so that a checkpoint between two steps
+        has the optimizer's state of the first one.
+        """
+        if self._freezing.holds(step) != self._frozen:
+            self._prepare(frozen=not self._frozen, earlier=self.optimizer.state)
+
     def train_step(self) -> None:
         """Runs one optimizer step on one global batch."""
+        self.prepare_for(self.step)
         self._clock.start()
         if self._batches is None:
             orders = _orders(self.order, self.lanes.lanes_here, self.step, self.total_steps)
@@ -127,7 +219,8 @@ class Trainer:
         rate = learning_rate(self.config, self.step, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
         for lane in self.lanes.lanes_here:
-            self.lanes.run(lane, partial(self._lane, step=self.step, lane=lane, batches=self._batches))
+            with _inexact_refused(self.config.model):
+                self.lanes.run(lane, partial(self._lane, step=self.step, lane=lane, batches=self._batches))
         figures = self.lanes.finish()
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = get_total_norm(gradients)
@@ -161,7 +254,7 @@ class Trainer:
     def validate(self) -> Score:
         """Computes the validation score of this epoch, and adds it to the history."""
         kept = self.average or self.network
-        network = nn.Sequential(self.normalise, predictor(kept, self.config))
+        network = nn.Sequential(self.normalise, predictor(self._trained_part(kept), self.config))
         self.history.append(evaluate(network, self.val_split, self.device, self.exchange))
         if self.config.select == "best" and self.best_epoch == len(self.history):
             self.best = copy_to_host(kept.state_dict())
@@ -184,7 +277,7 @@ class Trainer:
         for lane in self.lanes.lanes_here:
             self.optimizer.zero_grad(set_to_none=True)
             again = self.train_split.gather(samples[lane])
-            loss, _ = self._lane(self.network, step=step - 1, lane=lane, batches=iter([again]))
+            loss, _ = self._lane(self._trained_part(self.network), step=step - 1, lane=lane, batches=iter([again]))
             loss.backward()  # type: ignore[no-untyped-call]
             norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
             bad[lane] = ~(norm + loss).isfinite()
@@ -233,6 +326,20 @@ class Trainer:
         if lane == self.lanes.lanes_here[0]:
             return loss, pack(vote=self._stop_requested(), seconds=self._clock.seconds())
         return loss, pack()
+
+
+@contextmanager
+def _inexact_refused(model: str) -> Iterator[None]:
+    """Raises InputError if an operation of a network has no deterministic implementation on the device."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise InputError(
+            f"{model} cannot be trained exactly on this device, for which PyTorch has no deterministic "
+            f"{str(error).split()[0]}; train on a CPU, or choose another network"
+        ) from error
 
 
 def _orders(order: Order, lanes: range, step: int, total_steps: int) -> Iterator[Tensor]:

@@ -33,15 +33,19 @@ def restore(trainer: Trainer, state: Mapping[str, Tensor] | None) -> None:
     Raises:
         InputError: the state belongs to another training.
     """
-    current = _tensors(trainer)
-    header = torch.zeros(4)
+    header = torch.zeros(5)
     if state is not None:
-        _check(state, current)
+        _check(state, {"progress/step": torch.tensor(0)})
         has_best = any(name.startswith("best/") for name in state)
-        header = torch.tensor([1, len(state["progress/history"]), len(state["progress/recent"]), has_best])
-    present, epochs, recent, with_best = (int(value) for value in _from_first(trainer, header.double()).tolist())
+        lengths = [len(state["progress/history"]), len(state["progress/recent"])]
+        header = torch.tensor([1, int(state["progress/step"]), *lengths, has_best])
+    present, step, epochs, recent, with_best = (int(value) for value in _from_first(trainer, header.double()).tolist())
     if not present:
         return
+    trainer.prepare_for(max(step - 1, 0))  # the last step decides which parameters have a state in the optimizer
+    current = _tensors(trainer)
+    if state is not None:
+        _check(state, current)
     best = {f"best/{name}": tensor for name, tensor in trainer.network.state_dict().items()} if with_best else {}
     wanted = {
         **current,
