@@ -57,11 +57,15 @@ class Settings(BaseSettings):
     home: Annotated[Path, AfterValidator(_absolute)] = Path(DEFAULT_HOME)
     """CONVOY_HOME: the state folder (data, logs, credentials, cache), relative to the working folder."""
 
+    project: Annotated[Path, AfterValidator(_absolute)] | None = None
+    """CONVOY_PROJECT: the working folder of a worker's flow runs, for relative paths and networks of your own. Unset:
+    that of `convoy worker`; of Prefect's own worker, a temporary folder."""
+
     bucket: str = Field("convoy", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
     """CONVOY_BUCKET: the bucket that holds all data."""
 
     mirror: str | None = None
-    """CONVOY_MIRROR: a folder or an address to try for files of data sets before the official mirrors."""
+    """CONVOY_MIRROR: a folder or an address to try for data sets and published weights before the official mirrors."""
 
     address: str | None = None
     """CONVOY_ADDRESS: where other nodes reach this one. Unset: the local address of its connection to the storage."""

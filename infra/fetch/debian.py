@@ -1,19 +1,17 @@
 """Reads files of Debian packages, which are installed or which apt downloads; needs no root."""
 
-import os
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from infra.errors import ServiceError
+from infra.fetch.packages import Downloads, environment_for_web, run_program
 from infra.machine.files import CHUNK
-from infra.web_settings import web_environment
 
 APT_SECONDS = 600
 APT_OPTIONS = (
@@ -28,14 +26,8 @@ class Debian:
     """The packages of one download run; each is downloaded at most once. Threads may share it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._packages: dict[str, Path | ServiceError] = {}
-
-    def close(self) -> None:
-        """Deletes the downloaded packages."""
-        if self._folder:
-            self._folder.cleanup()
+        self._downloads = Downloads(_apt_download)
+        self.close = self._downloads.close
 
     @contextmanager
     def fetched(self, address: str) -> Iterator[Path]:
@@ -53,22 +45,8 @@ class Debian:
             return
         with tempfile.TemporaryDirectory(prefix="convoy-deb-") as folder:
             target = Path(folder, "file")
-            _unpack(self._download(package), inside, target)
+            _unpack(self._downloads.file(package), inside, target)
             yield target
-
-    def _download(self, package: str) -> Path:
-        """Returns the package's `.deb` file; raises an earlier failure again without a new attempt."""
-        with self._lock:
-            if package not in self._packages:
-                try:
-                    self._folder = self._folder or tempfile.TemporaryDirectory(prefix="convoy-apt-")
-                    self._packages[package] = _apt_download(package, Path(self._folder.name))
-                except ServiceError as error:
-                    self._packages[package] = error
-            found = self._packages[package]
-        if isinstance(found, ServiceError):
-            raise found
-        return found
 
 
 def _apt_download(package: str, folder: Path) -> Path:
@@ -91,16 +69,14 @@ def _apt_download(package: str, folder: Path) -> Path:
 def _apt(folder: Path, *arguments: str, options: tuple[str, ...] = ()) -> str:
     """Runs apt-get in `folder`; returns the error message, empty on success."""
     command = ["apt-get", "-qq", *arguments, *(f"-o{option}" for option in (*APT_OPTIONS, *options))]
-    environment = os.environ | web_environment()
+    what = f"apt-get {arguments[0]}"
     try:
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=APT_SECONDS, input=""
-        )
-    except subprocess.TimeoutExpired:
-        return f"apt-get {arguments[0]} took over {APT_SECONDS} s"
+        done = run_program(command, what=what, seconds=APT_SECONDS, environment=environment_for_web(), folder=folder)
+    except ServiceError as error:
+        return str(error)
     problems = [line.removeprefix("E: ") for line in done.stderr.splitlines() if line.startswith("E: ")]
     if done.returncode and not problems:
-        return f"apt-get {arguments[0]} exited with {done.returncode}"
+        return f"{what} exited with {done.returncode}"
     return problems[0] if problems else ""
 
 

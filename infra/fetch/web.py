@@ -25,9 +25,9 @@ IDENTITY = {"Accept-Encoding": "identity"}  # digests are of the file, not of a 
 
 
 def display(url: str) -> str:
-    """Returns the address for messages and logs: without user, password and signed parameters."""
+    """Returns the address for messages and logs: without user, password, signed parameters and digest."""
     if not url.startswith(("http:", "https:")):
-        return url
+        return url.partition("#sha256=")[0]
     return urlunsplit(urlsplit(without_login(url))._replace(query="", fragment=""))
 
 
@@ -67,7 +67,7 @@ class Web:
             ServiceError: the server did not answer.
         """
         try:
-            self._require_host(url)
+            self.require_host(url)
             answer = self._client.head(url, headers=IDENTITY)
         except (httpx.HTTPError, ServiceError) as error:
             raise ServiceError(f"{display(url)}: {_reason(error)}") from error
@@ -88,7 +88,7 @@ class Web:
         Raises:
             ServiceError: the reason why the file cannot be fetched.
         """
-        self._require_host(url)
+        self.require_host(url)
         partial = self._partial / hashlib.sha256(display(url).encode()).hexdigest()
         with locked(partial.with_suffix(".lock")):  # another process may want the same file
             self._complete(url, partial, limit, meter)
@@ -163,7 +163,8 @@ class Web:
                 threading.Thread(target=_probe, args=probe, daemon=True).start()
             return self._hosts[host]
 
-    def _require_host(self, url: str) -> None:
+    def require_host(self, url: str) -> None:
+        """Raises ServiceError if the host accepts no connections, as the user's settings for the web reach it."""
         future = self.probe_host(url)
         try:
             through_proxy = proxy_of(url)

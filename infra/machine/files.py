@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from infra.errors import UsageError
 from infra.machine import stopping
 
 CHUNK = 1 << 20
@@ -21,6 +22,22 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
     """Returns the hexadecimal digest of a file's content, without holding the file in memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Checks the value of an option that names a file to write, before the work rather than after it.
+
+    Raises:
+        UsageError: a file cannot be written there.
+    """
+    place = path if path.exists() and is_irreplaceable(path) else Path(os.path.realpath(path)).parent
+    if path.is_dir() or not os.access(place, os.W_OK):
+        raise UsageError(f"{option} {path}: cannot write there; name a file in a folder that exists")
+
+
+def is_irreplaceable(path: Path) -> bool:
+    """Returns whether a new file must not replace the path: a device, a pipe, or a link such as /dev/stdout."""
+    return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 @contextmanager

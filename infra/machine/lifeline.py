@@ -86,7 +86,7 @@ def end_descendants(patience: float | Callable[[], float]) -> None:
         began = time.monotonic()
         signalled: set[psutil.Process] = set()
         # Each round lists them again, to find processes started or adopted since.
-        while living := set(filter(_is_alive, psutil.Process().children(recursive=True))):
+        while living := set(filter(is_alive, psutil.Process().children(recursive=True))):
             if time.monotonic() - began >= (seconds() if callable(seconds) else seconds):
                 break
             for process in living - signalled:
@@ -96,7 +96,12 @@ def end_descendants(patience: float | Callable[[], float]) -> None:
             psutil.wait_procs(living, timeout=0.2)
 
 
-def _is_alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    return False
+def is_alive(process: psutil.Process) -> bool:
+    """Checks whether any thread of a process still runs, and with it keeps the process's files and ports.
+
+    The system calls a process a zombie from the end of its first thread on, while others may still be ending.
+    """
+    try:
+        return process.is_running() and (process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1)
+    except psutil.Error:
+        return False

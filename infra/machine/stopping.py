@@ -97,6 +97,16 @@ def check() -> None:
         raise stopped
 
 
+def forget() -> None:
+    """Forgets the signals that have arrived: a program that went on after Ctrl-C begins something new.
+
+    Without effect after `listen`, since a command ends after a signal.
+    """
+    with suppress(BlockingIOError):
+        while not _replaced and _read_end.recv(64):
+            pass
+
+
 def wait(seconds: float) -> None:
     """Returns after `seconds`, or immediately when a signal has arrived. The caller calls `check`."""
     select.select([_read_end], [], [], seconds)

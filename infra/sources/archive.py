@@ -13,9 +13,10 @@ from infra.errors import ServiceError, UsageError
 from infra.fetch.meter import Meter
 from infra.fetch.web import display
 from infra.machine.files import OnBytes
-from infra.sources.base import Workplace, slug, source_key
+from infra.sources.base import Workplace, source_key
 from infra.sources.entries import ARCHIVE_SUFFIXES
 from infra.sources.raw_data import RawBucket, RawFile, RawSource, write_record
+from infra.sources.slug import slug
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import re
-import unicodedata
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,23 +55,9 @@ def reusable(source: Source, place: Workplace) -> RawSource | None:
     if record is None:
         return None
     bucket = RawBucket(place.store, place.cache, expected_files=len(record.files))
-    return record.model_copy(update={"reused": True}) if bucket.holds_all(record.files) else None
+    return record.model_copy(update={"reused": True}) if bucket.holds_all(record.stored_files) else None
 
 
 def source_key(*parts: object) -> str:
     """Returns a digest of what identifies a source; the parts must have a JSON form."""
     return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
-
-
-def slug(name: str) -> str:
-    """Returns a valid name for runs and models (which must not hold `/` or `:`), in lower case, of `a-z 0-9 - _ .`.
-
-    Accents are dropped. If other letters or symbols are lost, a short digest of the whole name is appended, so that two
-    such names never share a model.
-    """
-    spelt = unicodedata.normalize("NFKD", name)
-    plain = spelt.encode("ascii", "ignore").decode().lower()
-    plain = re.sub(r"[^a-z0-9_.]+", "-", plain).strip("-.") or "dataset"
-    if any(not c.isascii() and unicodedata.category(c)[0] in "LNS" for c in spelt):
-        plain += "-" + hashlib.sha256(spelt.encode(errors="backslashreplace")).hexdigest()[:8]
-    return plain

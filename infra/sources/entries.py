@@ -13,7 +13,7 @@ from infra.errors import UsageError
 from infra.records import Record
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
-WHAT_TO_GIVE = "give a folder, an archive, an s3:// or https:// address"
+WHAT_TO_GIVE = "give a folder, a label table, an archive, an s3:// or https:// address"
 
 Format = Literal["idx", "cifar", "digits", "folder", "archive"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -60,6 +60,12 @@ class CatalogueEntry(Record, extra="forbid"):
     homepage: str
     licence: str
     citation: str
+    image_size: int | None = None
+    """Height and width of its images, in pixels; None if they are not known before the images are read."""
+
+    test_images: int | None = None
+    """Images of its test split; None if Convoy splits it."""
+
     classes: tuple[str, ...] = ()
     """Names of the labels 0, 1, ...; empty if the files name them, or if the labels serve as names."""
 
@@ -106,6 +112,8 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
     CatalogueEntry(
         name="fashion-mnist",
         format="idx",
+        image_size=28,
+        test_images=10_000,
         homepage="https://github.com/zalandoresearch/fashion-mnist",
         licence="MIT",
         citation="Xiao, Rasul, Vollgraf: Fashion-MNIST: a Novel Image Dataset for Benchmarking "
@@ -127,6 +135,8 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
     CatalogueEntry(
         name="mnist",
         format="idx",
+        image_size=28,
+        test_images=10_000,
         handed=True,
         homepage="http://yann.lecun.com/exdb/mnist/",
         licence="CC BY-SA 3.0",
@@ -143,6 +153,8 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
     CatalogueEntry(
         name="kmnist",
         format="idx",
+        image_size=28,
+        test_images=10_000,
         handed=True,
         homepage="http://codh.rois.ac.jp/kmnist/",
         licence="CC BY-SA 4.0",
@@ -160,6 +172,8 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
     CatalogueEntry(
         name="cifar10",
         format="cifar",
+        image_size=32,
+        test_images=10_000,
         homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
         licence="none stated; its author asks for the citation",
         citation="Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
@@ -169,6 +183,8 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
     CatalogueEntry(
         name="cifar100",
         format="cifar",
+        image_size=32,
+        test_images=10_000,
         homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
         licence="none stated; its author asks for the citation",
         citation="Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
@@ -178,6 +194,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
     CatalogueEntry(
         name="digits",
         format="digits",
+        image_size=8,
         handed=True,
         homepage="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
         licence="CC BY 4.0",
@@ -199,9 +216,14 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
+def catalogued(dataset: str) -> CatalogueEntry | None:
+    """Returns the entry of the catalogue with this name."""
+    return next((entry for entry in CATALOGUE if entry.name == dataset), None)
+
+
 def is_catalogued(dataset: str) -> bool:
     """Returns whether this is the name of a data set of the catalogue."""
-    return any(entry.name == dataset for entry in CATALOGUE)
+    return catalogued(dataset) is not None
 
 
 def check_dataset(dataset: str) -> None:

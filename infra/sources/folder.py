@@ -12,10 +12,12 @@ from infra.errors import UsageError
 from infra.fetch.meter import Meter
 from infra.machine.files import OnBytes, file_digest, temporary_file
 from infra.machine.threads import in_parallel
-from infra.sources.base import Workplace, slug, source_key
+from infra.sources.base import Workplace, source_key
+from infra.sources.label_table import LabelTable
 from infra.sources.listing import Entry
 from infra.sources.location import FolderListing, LocalLocation, OnFiles, list_bucket, list_local
-from infra.sources.raw_data import ListingRef, RawBucket, RawFile, RawSource, write_record
+from infra.sources.raw_data import ListingRef, RawBucket, RawFile, RawLabels, RawSource, write_record
+from infra.sources.slug import slug
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
 
@@ -29,6 +31,9 @@ class FolderSource(FolderListing):
 
     title: str
     """The folder's own name."""
+
+    labels: LabelTable | None = None
+    """What a table says of the files, a row per file."""
 
     remarks: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -51,7 +56,10 @@ class FolderSource(FolderListing):
     def key(self) -> str | None:
         if not self.location.marks_content or not all(file.version for file in self.files):
             return None
-        return source_key("folder", self.location.address, list(self.files), *([self.remarks] if self.remarks else []))
+        further: list[object] = [self.remarks] if self.remarks else []
+        if self.labels:
+            further.append(self.labels.full_digest)
+        return source_key("folder", self.location.address, list(self.files), *further)
 
     def only(
         self, positions: NDArray[np.int64], remarks: tuple[str, ...] = (), left_out: Mapping[str, int] | None = None
@@ -61,7 +69,9 @@ class FolderSource(FolderListing):
         Args:
             remarks, left_out: notes about the other files; see RawSource.
         """
-        return replace(self, files=self.files.take(positions), remarks=remarks, left_out=left_out or {})
+        labels = self.labels and self.labels.take(positions)
+        files = self.files.take(positions)
+        return replace(self, files=files, labels=labels, remarks=remarks, left_out=left_out or {})
 
     def fetch(self, place: Workplace, on_bytes: OnBytes, *, refresh: bool = False) -> RawSource:
         """Hashes, caches and uploads the files in parallel; equal files are stored once."""
@@ -81,7 +91,8 @@ class FolderSource(FolderListing):
 
         results = in_parallel(store, self.files, stop)
         files = tuple(raw for raw, _ in results)
-        source = self._raw_source(files, None, reused=all(present for _, present in results))
+        labels = self._store_labels(place)
+        source = self._raw_source(files, None, labels, reused=all(present for _, present in results))
         if self.key:
             write_record(place.store, self.key, source)
         return source
@@ -110,14 +121,29 @@ class FolderSource(FolderListing):
         listing = ListingRef(
             digest=digest, sha256=sha256, address=self.location.address, count=len(self.files), bytes=self.size
         )
-        return self._raw_source((), listing, reused=stored is not None)
+        return self._raw_source((), listing, self._store_labels(place), reused=stored is not None)
 
-    def _raw_source(self, files: tuple[RawFile, ...], listing: ListingRef | None, *, reused: bool) -> RawSource:
+    def _store_labels(self, place: Workplace) -> RawLabels | None:
+        if self.labels is None:
+            return None
+        with temporary_file(place.cache.root) as temporary:
+            self.labels.save(temporary)
+            sha256 = place.cache.add_file(temporary)
+        file = RawFile(path="labels.parquet", sha256=sha256, size=place.cache.path(sha256).stat().st_size)
+        bucket = RawBucket(place.store, place.cache, expected_files=1)
+        if not bucket.holds(file):
+            bucket.put(file)
+        return RawLabels(file=file, digest=self.labels.digest, columns=self.labels.columns)
+
+    def _raw_source(
+        self, files: tuple[RawFile, ...], listing: ListingRef | None, labels: RawLabels | None, *, reused: bool
+    ) -> RawSource:
         return RawSource(
             name=self.name,
             format="folder",
             files=files,
             listing=listing,
+            labels=labels,
             remarks=self.remarks,
             left_out=dict(self.left_out),
             served_by={".": self.location.address},

@@ -71,6 +71,11 @@ class Listing:
     def __getitem__(self, position: int) -> Entry:
         return Entry(*(column[position].as_py() for column in self._table.columns))
 
+    def position(self, path: str) -> int | None:
+        """Returns the position of a path; None if it is not there."""
+        found = int(pc.index(self._table["path"], path).as_py())
+        return None if found < 0 else found
+
     def size(self, position: int) -> int:
         """Returns the bytes of one file."""
         return int(self._table["size"][position].as_py())

@@ -11,7 +11,7 @@ from infra.errors import UsageError
 from infra.machine.files import temporary_file
 from infra.sources.listing import BATCH, Entry, Listing
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectChanged, ObjectStore, parse_s3
+from infra.storage.object_store import ObjectChanged, ObjectStore
 from infra.storage.s3_client import ObjectMissing
 
 OnFiles = Callable[[int], object]
@@ -128,14 +128,6 @@ class ListedFiles:
         return self._location.read(self._listing[position])
 
 
-def open_location(address: str) -> FolderLocation:
-    """Returns the location that an address names."""
-    if address.startswith("file:"):
-        return LocalLocation(Path(address.removeprefix("file:")))
-    bucket, prefix = parse_s3(address)
-    return BucketLocation(ObjectStore.connect(bucket, create=False), prefix)
-
-
 @dataclass(frozen=True, kw_only=True)
 class FolderListing:
     """A folder with the files that were listed in it."""
@@ -167,7 +159,7 @@ def list_local(root: Path, on_files: OnFiles) -> FolderListing:
             for name in names:
                 place = os.path.join(folder, name)
                 path = _text(inside + name)
-                status = _regular(place)
+                status = regular_file(place)
                 if status is None:
                     unreachable.append(path)
                 else:
@@ -251,7 +243,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in {"__MACOSX", "Thumbs.db"}
 
 
-def _regular(place: str) -> os.stat_result | None:
+def regular_file(place: str) -> os.stat_result | None:
     """Returns the status of a regular file; None for anything else, a broken link included."""
     try:
         status = os.stat(place)

@@ -6,6 +6,8 @@
 | `s3://bucket/key` | an object in the same store as Convoy's bucket |
 | `file:/path` | a local file |
 | `deb:package/path` | a path inside a Debian package |
+| `pypi:project==version/path#sha256=digest` | a path inside a wheel of pip's or uv's index, with its digest |
+| `hf:owner/name@revision/file` | a file of a repository of the Hugging Face Hub; without a revision, the newest |
 | `package:module/path` | a path inside an installed Python package |
 """
 
@@ -13,23 +15,27 @@ import gzip
 import importlib.util
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, TypeVar, cast
 from urllib.parse import unquote
 
 from infra.errors import ServiceError, UsageError
 from infra.fetch.debian import Debian
+from infra.fetch.hub import endpoint, hub_file
 from infra.fetch.meter import Meter
 from infra.fetch.web import CONNECT_SECONDS, Web, display
+from infra.fetch.wheels import Wheels
 from infra.machine.files import file_digest, temporary_file
 from infra.sources.entries import CatalogueFile
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore, parse_s3
 
-SCHEMES = ("https:", "http:", "s3:", "file:", "deb:", "package:")
+SCHEMES = ("https:", "http:", "s3:", "file:", "deb:", "pypi:", "hf:", "package:")
 SLACK_BYTES = 1 << 16  # by which compression may lengthen an incompressible file
+
+T = TypeVar("T")
 
 
 class Mirrors:
@@ -40,6 +46,7 @@ class Mirrors:
         self._partial = partial
         self.web = Web(partial, connect_seconds=connect_seconds)
         self._debian = Debian()
+        self._wheels = Wheels()
 
     def __enter__(self) -> "Mirrors":
         return self
@@ -47,12 +54,15 @@ class Mirrors:
     def __exit__(self, *_: object) -> None:
         self.web.close()
         self._debian.close()
+        self._wheels.close()
 
     def probe_hosts(self, addresses: Sequence[str]) -> None:
         """Starts checks of all web servers in the background, so that dead ones cost one timeout in total."""
         for address in addresses:
             if address.startswith(("http:", "https:")):
                 self.web.probe_host(address)
+            elif address.startswith("hf:"):
+                self.web.probe_host(endpoint())
 
     @contextmanager
     def fetched(self, address: str, meter: Meter, limit: int | None = None) -> Iterator[Path]:
@@ -75,6 +85,11 @@ class Mirrors:
             case "deb":
                 with self._debian.fetched(rest) as path:
                     yield path
+            case "pypi":
+                with self._wheels.fetched(rest, limit) as path:
+                    yield path
+            case "hf":
+                yield hub_file(rest, self.web)
             case "file":
                 yield _readable(Path(unquote(rest[2:]) if rest.startswith("//") else rest))
             case "package":
@@ -110,11 +125,13 @@ def addresses(file: CatalogueFile, dataset: str, mirrors: Sequence[str], first: 
     Raises:
         UsageError: the user's mirror has an unknown scheme.
     """
-    own = []
-    if first:
-        base = _base(first)
-        own = [f"{base}/{dataset}/{file.name}", f"{base}/{file.name}"]
-    return own + [f"{base.rstrip('/')}/{file.name}" for base in mirrors]
+    return own_addresses(file.name, dataset, first) + [f"{base.rstrip('/')}/{file.name}" for base in mirrors]
+
+
+def own_addresses(file: str, folder: str, mirror: str | None) -> list[str]:
+    """Returns the addresses at which the user's mirror, if there is one, may have a file; see `addresses`."""
+    base = _base(mirror) if mirror else ""
+    return [f"{base}/{folder}/{file}", f"{base}/{file}"] if mirror else []
 
 
 def obtain(file: CatalogueFile, places: Sequence[str], mirrors: Mirrors, cache: Cache, meter: Meter) -> tuple[str, str]:
@@ -126,18 +143,39 @@ def obtain(file: CatalogueFile, places: Sequence[str], mirrors: Mirrors, cache: 
     Raises:
         ServiceError: no address serves it; the message gives the reason for each.
     """
+    limit = file.size + file.size // 100 + SLACK_BYTES
+    accept = lambda path: _verified(path, file, cache)  # noqa: E731
+    return first_served(file.name, ((place, limit, accept) for place in places), mirrors, meter)
+
+
+def first_served(
+    what: str, places: Iterable[tuple[str, int | None, Callable[[Path], T]]], mirrors: Mirrors, meter: Meter
+) -> tuple[T, str]:
+    """Fetches a file from the first place whose content is accepted.
+
+    Args:
+        what: the file's name, for the message.
+        places: addresses, each with the largest accepted size in bytes, if any, and a function that takes the local
+            file, or raises ServiceError if it has other content than promised.
+
+    Returns:
+        The function's result, and the address for messages.
+
+    Raises:
+        ServiceError: no place serves it; the message gives the reason for each.
+    """
     problems = []
-    for place in places:
+    for place, limit, accept in places:
         try:
-            with mirrors.fetched(place, meter, limit=file.size + file.size // 100 + SLACK_BYTES) as path:
-                digest = _verified(path, file, cache)
+            with mirrors.fetched(place, meter, limit) as path:
+                accepted = accept(path)
         except ServiceError as error:
             problems.append(f"{display(place)} ({error})")
         else:
             meter.advance_to(1.0)
-            return digest, display(place)
+            return accepted, display(place)
     raise ServiceError(
-        f"no mirror has {file.name}: {'; '.join(problems)}. Set CONVOY_MIRROR to a folder or an address that has it"
+        f"no mirror has {what}: {'; '.join(problems)}. Set CONVOY_MIRROR to a folder or an address that has it"
     )
 
 

@@ -58,6 +58,19 @@ class ListingRef(Record):
         return bucket_layout.listing(self.digest)
 
 
+class RawLabels(Record):
+    """What a label table says of the files of a source, a row per file in the order of their paths."""
+
+    file: RawFile
+    """The table as Parquet; see `infra.sources.label_table.LabelTable`."""
+
+    digest: Sha256
+    """Digest of what decides a dataset version: paths, labels, splits and groups."""
+
+    columns: tuple[str, ...]
+    """Names of the further columns."""
+
+
 class RawSource(Record):
     """The files of one source: all stored in the bucket, or only listed."""
 
@@ -72,6 +85,9 @@ class RawSource(Record):
     """Empty if there is a listing."""
 
     listing: ListingRef | None = None
+    labels: RawLabels | None = None
+    """The label table, if the source has one."""
+
     served_by: dict[str, str]
     """Origin of each file: path → address; a folder has one entry, under `.`."""
 
@@ -92,13 +108,20 @@ class RawSource(Record):
         return tuple(sorted(files, key=lambda file: file.path))
 
     @property
+    def stored_files(self) -> tuple[RawFile, ...]:
+        """The files and the label table."""
+        return (*self.files, self.labels.file) if self.labels else self.files
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of format, files or listing, and what was left out; independent of the origin of files."""
+        """SHA-256 of format, files or listing, labels, and what was left out; independent of the origin of files."""
         content: dict[str, object] = {"format": self.format}
         if self.remarks:
             content |= {"remarks": self.remarks, "left_out": self.left_out}
+        if self.labels:
+            content["labels"] = self.labels.digest
         if self.listing:
-            if not self.remarks:
+            if len(content) == 1:
                 return self.listing.digest
             content["listing"] = self.listing.digest
         content["files"] = [[file.path, file.sha256, file.size] for file in self.files]

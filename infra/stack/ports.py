@@ -3,6 +3,9 @@
 import random
 import socket
 from collections.abc import Iterable
+from functools import partial
+
+import psutil
 
 from infra.records import Record
 
@@ -39,12 +42,29 @@ class Ports(Record):
 SEAWEEDFS = tuple(name for name in Ports.model_fields if name not in ("mlflow", "prefect"))
 
 
-def is_free(port: int) -> bool:
-    """Checks that no process listens on `port`, on any address of this machine."""
+def is_free(port: int, *, on_loopback: bool = False) -> bool:
+    """Checks that no process listens on `port`, on any address of this machine, and that a server could.
+
+    Args:
+        on_loopback: a connection from another address of this machine may have the port as its own. MLflow and Prefect
+            can listen then; SeaweedFS refuses to.
+    """
     dual = socket.has_dualstack_ipv6()
+    if _can_listen("", port, dual):
+        return True
+    return on_loopback and not is_listened_on(port) and _can_listen("127.0.0.1", port, dual=False)
+
+
+def is_listened_on(port: int) -> bool:
+    """Checks whether any process listens on `port`, on any address of this machine."""
+    connections = psutil.net_connections(kind="tcp")
+    return any(each.status == psutil.CONN_LISTEN and each.laddr[1:] == (port,) for each in connections)
+
+
+def _can_listen(address: str, port: int, dual: bool) -> bool:
     family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        with socket.create_server(("", port), family=family, dualstack_ipv6=dual):
+        with socket.create_server((address, port), family=family, dualstack_ipv6=dual):
             return True
     except OSError:
         return False
@@ -66,7 +86,8 @@ def choose(wanted: Ports, *, kept: Iterable[str], preferred: dict[str, int]) -> 
             continue
         for port in (preferred.get(name), last, *random.SystemRandom().sample(PORT_RANGE, 200)):
             opened = {port, port + ADMIN_GRPC_OFFSET} if name == "admin" and port else {port}
-            if port and not opened & taken and all(map(is_free, opened)):
+            free = partial(is_free, on_loopback=name not in SEAWEEDFS)
+            if port and not opened & taken and all(map(free, opened)):
                 break
         chosen[name] = port
         taken |= opened

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from infra.errors import one_line
+from infra.machine.lifeline import is_alive
 from infra.records import Record
 from infra.web_settings import is_web, loopback_without_proxy, usable_web_environment
 
@@ -72,7 +73,7 @@ class StartRecord(Record):
         with suppress(psutil.Error):
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.created) < CREATION_TOLERANCE_SECONDS or _has_mark(process, mark)
-            if same and _lives(process):
+            if same and is_alive(process):
                 return process
         return None
 
@@ -110,23 +111,24 @@ def members(mark: str, record: StartRecord | None) -> set[psutil.Process]:
         with suppress(psutil.Error):
             found.update(leader.children(recursive=True))
     found.update(process for process in psutil.process_iter() if _has_mark(process, mark))
-    return {process for process in found if _lives(process)}
+    return {process for process in found if is_alive(process)}
 
 
 def stop(find: Callable[[], set[psutil.Process]]) -> None:
     """Ends all processes that `find` returns, until it returns none: SIGTERM, a wait, SIGKILL."""
-    ended: set[psutil.Process] = set()
+    ending: set[psutil.Process] = set()
     for sent, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         asked: set[psutil.Process] = set()
         deadline = time.monotonic() + seconds
-        while (found := find()) and time.monotonic() < deadline:
+        # A process that is ending no longer shows its mark, so `find` may miss it before its last thread has ended.
+        while (found := find() | set(filter(is_alive, ending))) and time.monotonic() < deadline:
             for process in found - asked:
                 with suppress(psutil.Error):
                     process.send_signal(sent)
             asked |= found
+            ending |= found
             time.sleep(POLL_SECONDS)
-        ended |= asked
-    for process in ended:
+    for process in ending:
         with suppress(psutil.Error):
             process.wait(timeout=0)  # reaps a child of this process, which would stay a zombie
 
@@ -159,11 +161,4 @@ def _has_mark(process: psutil.Process, mark: str) -> bool:
     try:
         return process.environ().get(MARK_VARIABLE) == mark
     except (psutil.Error, OSError):  # another user's process, or it has just ended
-        return False
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
         return False

@@ -73,8 +73,9 @@ class StackFolder:
         preferred = {name: port for name, port in asked.items() if port}
         self.ports = ports.choose(self.ports, kept=kept, preferred=preferred)
         for purpose, port in preferred.items():
-            if port != getattr(self.ports, purpose):
-                why = "it already runs on another" if purpose in kept else "another program has it"
+            if purpose not in kept and port != getattr(self.ports, purpose):
+                listens = ports.is_listened_on(port)
+                why = "another program has it" if listens else "an outgoing connection of this machine has it now"
                 on_event(f"port {port} is not used for {purpose}: {why}")
         (self.root / "ports.json").write_text(self.ports.model_dump_json())
 

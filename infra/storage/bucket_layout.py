@@ -10,7 +10,7 @@ COMMIT = "commit.json"
 
 RUNS, INVITATIONS = "runs/", "nodes/invitations/"
 DATASETS, SHARDS, STEPS, JOURNALS, REPORTS = "datasets/", "shards/", "steps/", "journals/", "reports/"
-SOURCES, LISTINGS, RAW, PRETRAINED = "sources/", "listings/", "raw/", "pretrained/"
+SOURCES, LISTINGS, RAW, PRETRAINED, PUBLISHED = "sources/", "listings/", "raw/", "pretrained/", "published/"
 MODELS, PRUNING, PROBE = "models/", "pruning/", "probe/"
 
 
@@ -37,9 +37,12 @@ LAYOUT = (
     Place("journals/<step>/survey/<first>.npz", "a preprocessing's measurements", goes="at its end, journals_days"),
     Place("journals/<step>/shards/<split>/<number>.json", "a packed shard", goes="at its end, journals_days"),
     Place("datasets/<version>/manifest.json", "a dataset version", goes="datasets_keep, datasets_days"),
+    Place("datasets/<version>/index.json", "the digest of a version's image index", goes="with the version"),
+    Place("datasets/<version>/index/<sha256>.parquet", "file and columns of each image", "`index.json`", "with it"),
     Place("shards/<sha256>.safetensors", "packed images", "the version's manifest", "no version names it"),
     Place("reports/data/<version>/<digest>/<file>", "a report of the data gate", "`data.json`", "reports_days"),
     Place("pretrained/<sha256>.safetensors", "weights to start from", goes="raw_days, unused"),
+    Place("published/<weights>.json", "digests of published weights, from their first use on", goes="never"),
     Place("runs/<run>/run.json", "data, configuration and code of a training", goes="runs_days, unregistered"),
     Place(
         "runs/<run>/checkpoints/<step>/state.safetensors",
@@ -106,6 +109,14 @@ def dataset_manifest(version: str) -> str:
     return f"{DATASETS}{version}/manifest.json"
 
 
+def index_record(version: str) -> str:
+    return f"{DATASETS}{version}/index.json"
+
+
+def image_index(version: str, sha256: str) -> str:
+    return f"{DATASETS}{version}/index/{sha256}.parquet"
+
+
 def shard(sha256: str) -> str:
     return f"{SHARDS}{sha256}.safetensors"
 
@@ -117,6 +128,10 @@ def data_report(version: str, digest: str) -> str:
 
 def pretrained_weights(sha256: str) -> str:
     return f"{PRETRAINED}{sha256}.safetensors"
+
+
+def published_weights(name: str) -> str:
+    return f"{PUBLISHED}{name.replace('/', '-')}.json"
 
 
 def run(run_id: str) -> str:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 import httpx
 import mlflow
@@ -77,6 +78,17 @@ def first_line(error: Exception) -> str:
 def tracking_uri() -> str:
     """Returns the tracking server's address without user and password."""
     return without_login(mlflow.get_tracking_uri()).rstrip("/")
+
+
+def page_url(page: str, **options: str) -> str:
+    """Returns the address of a page of MLflow, in its view for model training.
+
+    Without this option, MLflow shows its view for language models, which hides models, parameters and metrics.
+
+    Args:
+        page: path of the page, such as `models/digits`.
+    """
+    return f"{tracking_uri()}/#/{page}?{urlencode({'workflowType': 'machine_learning', **options})}"
 
 
 def check_server() -> None:

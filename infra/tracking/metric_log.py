@@ -10,7 +10,7 @@ import mlflow
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from infra.errors import Outage
+from infra.errors import Outage, counted
 from infra.records import Record
 from infra.tracking.client import first_line, tracking_uri
 
@@ -216,4 +216,6 @@ def deliver(run_id: str, rows: Iterable[MetricRow]) -> None:
         Outage: the server did not accept all rows.
     """
     if rest := MetricLogger(run_id, backlog=rows, resumed=True).close(DELIVERY_TIMEOUT_SECONDS):
-        raise Outage(f"MLflow at {tracking_uri()} does not accept {len(rest)} rows of metrics of run {run_id}")
+        raise Outage(
+            f"MLflow at {tracking_uri()} does not accept {counted(len(rest), 'row')} of metrics of run {run_id}"
+        )

@@ -19,16 +19,29 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from infra.errors import UsageError
 from infra.records import Record
-from infra.tracking.client import all_pages, check_server, mlflow_client, none_if_missing, tracking_uri
+from infra.tracking.client import all_pages, check_server, mlflow_client, none_if_missing, page_url, tracking_uri
 from infra.tracking.names import filter_of
-from infra.tracking.tags import CONTEXT, DIGEST
+from infra.tracking.tags import CONTEXT, DIGEST, MODEL_VERSION, VERDICT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 # MLflow's limits
 PARAMS_PER_CALL, PARAM_CHARACTERS, DATASET_DIGEST_CHARACTERS = 100, 6000, 36
 RUNS_PER_CALL = EXPERIMENTS_PER_CALL = 1000
+
+VIEW = "convoy"  # the view of the list of runs, which MLflow reads from a tag of the experiment
+COLUMN_PIXELS = {
+    "metrics.`test/accuracy`": 104,
+    "metrics.`val/accuracy`": 96,
+    f"tags.`{VERDICT}`": 116,
+    f"tags.`{MODEL_VERSION}`": 110,
+    "attributes.`Dataset`": 130,
+    "metrics.`train/images_per_second`": 110,
+    "attributes.`User`": 96,
+}
+"""The columns of the view, in their order; all fit a screen 1920 pixels wide, the first three one of 1280."""
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -61,11 +74,14 @@ def start_run(
 
 
 def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
+    view = {"selectedColumns": list(COLUMN_PIXELS), "columnOrder": list(COLUMN_PIXELS), "columnWidths": COLUMN_PIXELS}
+    tags = {f"mlflow.sharedViewState.{VIEW}": json.dumps(view)}
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            # The kind decides which of its two views MLflow shows: for training, not for prompts and traces.
-            return str(client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
+            # MLflow 3.17's pages ignore the kind: `page_url` chooses their view.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return str(client.create_experiment(name, tags={**kind, **tags}))
         except RestException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -74,6 +90,9 @@ def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
                 raise
     if found.lifecycle_stage != "active":
         raise UsageError(f"MLflow experiment {name!r} was deleted; restore it in MLflow, or choose another name")
+    for key, value in tags.items():
+        if found.tags.get(key) != value:  # an experiment that an earlier Convoy, or a user, has created
+            client.set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
 
 
@@ -144,9 +163,19 @@ def end_run(run_id: str, status: RunStatus) -> None:
         client.set_terminated(run_id, status)
 
 
-def run_url(run_id: str) -> str:
-    """Returns the address of a run's page in MLflow."""
-    return f"{tracking_uri()}/#/experiments/{_experiment_of(tracking_uri(), run_id)}/runs/{run_id}"
+def run_url(run_id: str, page: str = "") -> str:
+    """Returns the address of a run in MLflow, or of one of its pages, such as `model-metrics`."""
+    return page_url(f"experiments/{_experiment_of(tracking_uri(), run_id)}/runs/{run_id}{page and '/' + page}")
+
+
+def report_url(run_id: str) -> str:
+    """Returns the address of the report of a run's version."""
+    return run_url(run_id, "artifacts/report/index.html")
+
+
+def runs_url(run_id: str) -> str:
+    """Returns the address of the list of all runs of a run's experiment, with Convoy's columns."""
+    return page_url(f"experiments/{_experiment_of(tracking_uri(), run_id)}/runs", viewStateShareKey=VIEW)
 
 
 @lru_cache(maxsize=64)  # a run's experiment never changes
@@ -181,9 +210,9 @@ def set_tags(run_id: str, tags: Mapping[str, str]) -> None:
         client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
-def describe_run(run_id: str, markdown: str) -> None:
-    """Sets the description at the top of a run's page."""
-    set_tags(run_id, {MLFLOW_RUN_NOTE: markdown})
+def describe_run(run_id: str, markdown: str, tags: Mapping[str, str]) -> None:
+    """Sets the description at the top of a run's page, and tags."""
+    set_tags(run_id, {MLFLOW_RUN_NOTE: markdown, **tags})
 
 
 def fetch_artifacts(run_id: str, path: str, folder: Path) -> Path:
@@ -222,3 +251,9 @@ def log_figure(run_id: str, artifact: str, figure: "Figure") -> None:
     """Writes a matplotlib figure as an image artifact, in the format of the path's suffix."""
     with mlflow_client(f"store {artifact} of run {run_id}") as client:
         client.log_figure(run_id, figure, artifact, save_kwargs={"dpi": 150, "bbox_inches": "tight"})
+
+
+def log_image(run_id: str, artifact: str, image: "Image") -> None:
+    """Writes a Pillow image as an artifact of a run, in the format of the path's suffix."""
+    with mlflow_client(f"store {artifact} of run {run_id}") as client:
+        client.log_image(run_id, image, artifact)

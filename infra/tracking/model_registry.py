@@ -1,5 +1,6 @@
 """Stores models in MLflow, and registers, lists, tags and describes their versions and aliases."""
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +20,7 @@ from rich.filesize import decimal
 
 from infra.errors import ServiceError, UsageError
 from infra.records import Record
-from infra.tracking.client import all_pages, mlflow_client, none_if_missing, tracking_uri
+from infra.tracking.client import all_pages, mlflow_client, none_if_missing, page_url
 from infra.tracking.names import filter_of, model_name_fault
 from infra.tracking.tags import TEMPERATURE, VersionRecord
 
@@ -47,7 +48,7 @@ class ModelVersion(Record):
     @property
     def url(self) -> str:
         """Returns the address of the version's page in MLflow."""
-        return f"{tracking_uri()}/#/models/{quote(self.name, safe='')}/versions/{self.version}"
+        return page_url(f"models/{quote(self.name, safe='')}/versions/{self.version}")
 
 
 class RegisteredVersion(ModelVersion):
@@ -55,6 +56,7 @@ class RegisteredVersion(ModelVersion):
 
     run_id: str
     created: datetime
+    description: str
     tags: dict[str, str]
 
     @property
@@ -97,6 +99,7 @@ def registered(version: Any) -> RegisteredVersion:
         version=str(version.version),
         run_id=version.run_id or "",
         created=datetime.fromtimestamp(version.creation_timestamp / 1000, tz=UTC),
+        description=version.description or "",
         tags=version.tags,
     )
 
@@ -237,7 +240,7 @@ def check_model_exists(name: str) -> None:
     """Raises UsageError if nothing was ever registered under this name."""
     with mlflow_client(f"find model {name!r}") as client:
         if none_if_missing(client.get_registered_model, name) is None:
-            raise UsageError(f"no model is called {name!r}; MLflow lists them at {tracking_uri()}/#/models")
+            raise UsageError(f"no model is called {name!r}; MLflow lists them at {page_url('models')}")
 
 
 def search_versions(**equal: str | Sequence[str]) -> list[RegisteredVersion]:
@@ -286,6 +289,25 @@ def describe_version(model: ModelVersion, markdown: str) -> None:
         markdown = markdown[: DESCRIPTION_CHARACTERS - 2] + " …"
     with mlflow_client(f"describe version {model.version} of model {model.name!r}") as client:
         client.update_model_version(model.name, model.version, markdown)
+
+
+def headed(description: str, first: str) -> str:
+    """Returns a description with a first paragraph on the accuracy, in place of an earlier such paragraph, if any.
+
+    The other paragraphs, which people may have written, stay.
+    """
+    earlier, _, rest = description.partition("\n\n")
+    replaced = re.match(r"\d+\.\d\d% |test accuracy unknown, ", earlier)
+    return "\n\n".join(filter(None, (first, rest if replaced else description)))
+
+
+def describe_model(champion: RegisteredVersion) -> None:
+    """Begins the description of a model with the result of its champion, which waits for nobody any more."""
+    result = champion.record.model_copy(update={"approval": None}).headline
+    with mlflow_client(f"describe model {champion.name!r}") as client:
+        found = client.get_registered_model(champion.name).description or ""
+        first = f"{result}: version {champion.version}, the champion."
+        client.update_registered_model(champion.name, headed(found, first)[:DESCRIPTION_CHARACTERS])
 
 
 def tag_version(model: ModelVersion, tags: Mapping[str, str]) -> None:

@@ -27,6 +27,7 @@ from infra.tracking.model_registry import (
     aliased,
     check_model_name,
     delete_alias,
+    describe_model,
     set_alias,
 )
 from infra.tracking.model_versions import find_version
@@ -84,6 +85,9 @@ class Promotion(Lineage):
     """In UTC, by the writer's clock; `number` defines the order."""
 
     reason: str = ""
+    approved_by: str = ""
+    """Name of the person who approved it, as given in Prefect; empty if nobody was asked."""
+
     forced: bool = False
     """Promoted although a gate did not pass it."""
 
@@ -98,7 +102,9 @@ class Promotion(Lineage):
     def __str__(self) -> str:
         was = f" from version {self.from_version}" if self.from_version else ""
         did = "rolled back" if self.action == "rollback" else "promoted"
-        return f"{did}{was} to version {self.to_version} by {self.who} at {self.when:%Y-%m-%d %H:%M:%S} UTC"
+        approved = f", approved by {self.approved_by}," if self.approved_by else ""
+        when = f"{self.when:%Y-%m-%d %H:%M:%S} UTC"
+        return f"{did}{was} to version {self.to_version} by {self.who}{approved} at {when}"
 
 
 def history(store: ObjectStore, name: str) -> list[Promotion]:
@@ -186,6 +192,7 @@ def promote(
     lineage: Lineage | None = None,
     who: str | None = None,
     reason: str = "",
+    approved_by: str = "",
     forced: bool = False,
     verdict_sha256: str | None = None,
     verdict_summary: str = "",
@@ -220,6 +227,7 @@ def promote(
         who=who or this_user(),
         when=datetime.now(UTC),
         reason=reason,
+        approved_by=approved_by,
         forced=forced,
         verdict_sha256=verdict_sha256,
         verdict_summary=verdict_summary,
@@ -276,6 +284,8 @@ def repair_aliases(store: ObjectStore, name: str) -> list[str]:
             else:
                 set_alias(ModelVersion(name=name, version=wanted), alias)
             changed.append(f"{alias}: {found or 'none'} → {wanted or 'none'}")
+        if changed and (champion := next(_present(name, champions(entries)), None)):
+            describe_model(champion)
         if newest(store, name) == entries[-1]:
             break
         entries = history(store, name)

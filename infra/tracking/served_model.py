@@ -44,6 +44,11 @@ class ServedModel:
         """Returns C, H and W of its images."""
         return tuple(self._model.metadata.signature.inputs.inputs[0].shape[1:])
 
+    @property
+    def resize(self) -> str:
+        """Returns how rectangular images become squares (`data.resize`); older versions, which do not say it, crop."""
+        return str(self.metadata.get("resize", "crop"))
+
     @cached_property
     def _model(self) -> Any:
         with TemporaryDirectory() as temporary:

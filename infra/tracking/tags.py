@@ -3,6 +3,7 @@
 Scripts and earlier versions of Convoy rely on these names: new ones may be added, but none is ever renamed.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -31,7 +32,15 @@ LIBRARY = "convoy.version."
 """Prefix of the tags that give a library's version."""
 
 SOURCE_COMMIT = "mlflow.source.git.commit"
-"""MLflow's own tag, which its pages show."""
+SOURCE_NAME = "mlflow.source.name"
+USER = "mlflow.user"
+"""MLflow's own tags, which its pages show."""
+
+RESULT = "convoy.result"
+"""Of a run and of a version: test accuracy and outcome in a few words, for people."""
+
+MODEL_VERSION = "convoy.model_version"
+"""`name/version` that the run has registered."""
 
 # Of a run's data set
 DIGEST = "convoy.digest"
@@ -42,14 +51,22 @@ DATASET_VERSION = "convoy.dataset_version"
 WEIGHTS_SHA256 = "convoy.weights_sha256"
 TEMPERATURE = "convoy.temperature"
 
+VERDICT = "convoy.verdict"
+"""Of a run, the outcome of the last gate that its version has reached; of a version, that of the quality gate."""
+
 # Of versions
 SERVING = "convoy.serving"
 NO_CHAMPION = "none"
+WAITING, APPROVED, REFUSED, EXPIRED = "waiting", "approved", "refused", "expired"
+"""Values of `convoy.approval`."""
 
 # Of flow runs: Prefect's labels
 MLFLOW_RUN = "convoy.mlflow_run"
 HELD_LEASE = "convoy.lease"
 """The concurrency limit of which the flow run holds a slot."""
+
+STARTED_BY = "convoy.started_by"
+"""`CI` or `by hand`, for flow runs that `convoy retrain` asks for."""
 
 
 class VersionRecord(Record, alias_generator=lambda name: f"convoy.{name}", populate_by_name=True):
@@ -57,6 +74,14 @@ class VersionRecord(Record, alias_generator=lambda name: f"convoy.{name}", popul
 
     Tags are missing on versions that an earlier Convoy, or a user by hand, has registered.
     """
+
+    # The first fields come first on MLflow's pages.
+    result: str | None = None
+    """The headline, for people."""
+
+    test_accuracy: str | None = None
+    serving: str | None = None
+    """Outcome of the serving gate: `pending`, `passed` or `failed`."""
 
     dataset: str | None = None
     """Name of the data set."""
@@ -67,15 +92,11 @@ class VersionRecord(Record, alias_generator=lambda name: f"convoy.{name}", popul
     reference_key: str | None = None
     """Key in the bucket of test images with their predictions."""
 
-    test_accuracy: str | None = None
     temperature: str | None = None
     """The divisor of the logits that calibrates the probabilities."""
 
     git_commit: str | None = None
     flow_run: str | None = Field(None, alias=FLOW_RUN)
-    serving: str | None = None
-    """Outcome of the serving gate: `pending`, `passed` or `failed`."""
-
     verdict: str | None = None
     """Outcome of the quality gate: `passed` or `refused`."""
 
@@ -84,6 +105,47 @@ class VersionRecord(Record, alias_generator=lambda name: f"convoy.{name}", popul
     """`name/version` that it was compared with, or `NO_CHAMPION`."""
 
     verdict_sha256: str | None = None
+
+    approval: str | None = None
+    """A person's decision: `waiting`, `approved`, `refused`, or `expired` if none came; None if nobody was asked."""
+
+    approval_by: str | None = None
+    """Name that the person gave."""
+
+    approval_reason: str | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """The test accuracy; None without a valid one, since people can change tags."""
+        known = re.fullmatch(r"[01]\.\d+", self.test_accuracy or "")
+        return float(known[0]) if known else None
+
+    @property
+    def outcome(self) -> str:
+        """What the last gate or person said: `passed`, `refused`, `waits for approval`, …; empty if there was none."""
+        if self.verdict == "passed" and self.approval in (WAITING, REFUSED, EXPIRED):
+            return "waits for approval" if self.approval == WAITING else "not approved"
+        return self.verdict or ("serving failed" if self.serving == "failed" else "")
+
+    @property
+    def headline(self) -> str:
+        """The test accuracy and the outcome, in a few words."""
+        known = "test accuracy unknown" if self.accuracy is None else f"{self.accuracy:.2%} test accuracy"
+        return f"{known}, {self.outcome or 'not judged'}"
+
+    @property
+    def awaits_approval(self) -> bool:
+        """Whether a person has to decide about it; a later refusal of the quality gate makes that unnecessary."""
+        return self.approval == WAITING and self.verdict == "passed"
+
+    @property
+    def approval_sentence(self) -> str:
+        """Returns a person's decision as a clause, such as `refused by Ann: too dark`; empty if nobody was asked."""
+        if self.approval in (APPROVED, REFUSED):
+            return f"{self.approval} by {self.approval_by}" + (f": {why}" if (why := self.approval_reason) else "")
+        if self.approval == EXPIRED:
+            return "nobody decided in time"
+        return "waiting for a person's decision" if self.awaits_approval else ""
 
     @classmethod
     def from_tags(cls, tags: Mapping[str, str]) -> Self:
@@ -94,3 +156,12 @@ class VersionRecord(Record, alias_generator=lambda name: f"convoy.{name}", popul
         """Returns the tags of this record."""
         known: dict[str, Any] = self.model_dump(by_alias=True, exclude_none=True)
         return known
+
+
+def decision(outcome: str, by: str = "", reason: str = "") -> VersionRecord:
+    """Returns the record of a person's decision, which replaces every field of an earlier one.
+
+    Args:
+        outcome: `WAITING`, `APPROVED`, `REFUSED` or `EXPIRED`.
+    """
+    return VersionRecord(approval=outcome, approval_by=by, approval_reason=reason)
