@@ -2,14 +2,29 @@
 
 import textwrap
 from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import yaml
 
+from tasks.config.deployment import ProjectConfig
 from tasks.config.keys import Key, Section, sections_of, users_of_options
 from tasks.config.retention import RetentionConfig
 from tasks.config.run import RunConfig
 
+STARTER_KEYS = """
+dataset name recipe model epochs approval augment.flip data.image_size
+deploy.schedule.cron deploy.schedule.timezone deploy.prune.cron deploy.notification.variable
+""".split()  # noqa: SIM905
+"""Keys in the `convoy.yaml` of a new project; the first is set, the others are commented out."""
+
+STARTER_HEAD = """\
+# The configuration of this project: `convoy train`, `retrain`, `config`, `deploy` and `data check`
+# read it if they are called in this folder. To set a key, remove the # before it, and before the
+# section that it is in; `convoy config --explain` prints all keys. my_network.py is a network of
+# your own: `model: my_network:SmallNet` trains it.
+"""
 COMMENT_CHARACTERS = 100  # of a line of comment
 PAGE = """\
 <!-- Generated: `.venv/bin/python -m tasks.config.explain > flows/configuration.md` -->
@@ -17,7 +32,8 @@ PAGE = """\
 
 Every key of `convoy train`, `convoy resume` and deployments, with its default and its values; `null` means unset. The
 sentences are the docstrings of the fields in `cnn/config` and `tasks/config`. `--set KEY=VALUE` sets a key, and
-`--config FILE` reads a YAML file of keys; [`flows/README.md`](README.md#train) says which wins.
+`convoy.yaml` or `--config FILE` is a YAML file of keys; [`flows/README.md`](README.md#train) says which wins. Only
+`convoy deploy` uses `deploy.*`.
 
 ```
 convoy config --explain > recipe.yaml            # the configuration with the sentences below, as a file for --config
@@ -34,16 +50,34 @@ def explained(config: RunConfig) -> str:
     values = config.resolved()
     lines: list[str] = []
     for section in sections_of(RunConfig, config.model):
-        lines += [*_comment(section.text), ""]
-        if section.name:
-            lines[-1:] = [f"{section.name}:" + ("" if section.keys else " {}")]
+        parts = section.name.split(".") if section.name else []
+        outer, indent = "  " * (len(parts) - 1), "  " * len(parts)
+        lines += [*(outer + line for line in _comment(section.text)), ""]
+        if parts:
+            lines[-1:] = [f"{outer}{parts[-1]}:" + ("" if section.keys else " {}")]
+        of_section = reduce(getitem, parts, values)
         for key in section.keys:
-            last = key.name.removeprefix(f"{section.name}.")
-            value = (values[section.name] if section.name else values)[last]
+            last = key.name.rpartition(".")[2]
             comment = _comment(key.text, f"Default: {_yaml(key.default)}; values: {key.values}")
-            indent = "  " if section.name else ""
-            lines += [*(indent + line for line in (*comment, f"{last}: {_yaml(value)}")), ""]
+            lines += [*(indent + line for line in (*comment, f"{last}: {_yaml(of_section[last])}")), ""]
     return "\n".join(lines).rstrip()
+
+
+def starter() -> str:
+    """Returns the `convoy.yaml` of a new project: `STARTER_KEYS`, with the sentences and defaults of `explained`."""
+    sections = {section.name: section for section in sections_of(ProjectConfig)}
+    keys = {key.name: key for section in sections.values() for key in section.keys}
+    lines = [STARTER_HEAD]
+    begun: set[str] = set()
+    for name in STARTER_KEYS:
+        *path, last = name.split(".")
+        for depth, part in enumerate(path):
+            if (inside := ".".join(path[: depth + 1])) not in begun:
+                begun.add(inside)
+                lines += [*_comment(sections[inside].text), f"#{'  ' * depth}{part}:"]
+        mark = "" if name == STARTER_KEYS[0] else "#"
+        lines += [*_comment(keys[name].text), f"{mark}{'  ' * len(path)}{last}: {_yaml(keys[name].default)}", ""]
+    return "\n".join(lines)
 
 
 def _comment(*texts: str) -> Iterator[str]:
@@ -59,14 +93,17 @@ def _yaml(value: Any) -> str:
 
 def reference_page() -> str:
     """Returns the page about all keys, in Markdown."""
-    top, *sections = sections_of(RunConfig)
+    top, *sections = sections_of(ProjectConfig)
     parts = [PAGE, *_table(top, "Top level")]
     for section in sections:
         if section.name == "network":
             for first, *more in users_of_options().values():
                 (options,) = (each for each in sections_of(RunConfig, first) if each.name == "network")
-                parts += _table(options, f"`network` of `{first}`" + (f" and {len(more)} more" if more else ""))
+                others = f"`{more[0]}`" if len(more) == 1 else f"{len(more)} more"
+                parts += _table(options, f"`network` of `{first}`" + (f" and {others}" if more else ""))
         else:
+            if section.name == "deploy.retention":
+                section = section._replace(text="The [keys of `convoy prune`](#keys-of-convoy-prune).", keys=())
             parts += _table(section, f"`{section.name}`")
     (retention,) = sections_of(RetentionConfig)
     return "\n".join([*parts, *_table(retention, "Keys of `convoy prune`")]).rstrip()

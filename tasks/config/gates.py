@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from cnn.config.base import Config
+from infra.errors import UsageError
 from tasks.config.key_values import from_settings
 
 DEFAULT_MARGIN = 0.005
@@ -80,6 +81,22 @@ class GateConfig(Config):
         if self.mode == "superior" or not self.margin:
             return 0
         return math.ceil(self.smallest_margin(1) / self.margin * (1 - 1e-9))
+
+    def check_floor(self, images: int) -> None:
+        """Checks whether the floor can be reached on this number of test images, with all of them right.
+
+        The lower end of Wilson's interval (1927) is then images / (images + z²), with z of 95 % confidence.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        floor, z = self.floor or 0.0, NormalDist().inv_cdf(0.975)
+        if images < floor * (images + z**2):
+            needed = f"it needs {math.ceil(z**2 * floor / (1 - floor)):,}" if floor < 1 else "no number of images can"
+            raise UsageError(
+                f"gate.floor: {images:,} test images can never show an accuracy of {floor:.5g}, even if all are right: "
+                f"{needed}; set it to at most {math.floor(1e4 * images / (images + z**2)) / 1e4:.4f}"
+            )
 
     def why_never(self, images: int) -> str:
         """Returns an explanation of why `can_pass` is false."""

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from cnn.config.base import Config
-from cnn.config.networks import NETWORKS
+from cnn.config.networks import is_network
 from infra.errors import UsageError
-from tasks.config.keys import sections_of
+from tasks.config.keys import sections_of, users_of_options
 from tasks.config.plain_yaml import read_yaml
 
 Flat = TypeVar("Flat", bound=Config)
@@ -68,10 +68,13 @@ def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str,
         key = ".".join(path)
         if detail["type"] == "extra_forbidden":
             complaints.append(f"unknown key {key!r}; {_nearest(path, model, values)}")
+        elif detail["type"] == "model_type":
+            complaints.append(f"{key} is a section; give it keys, or leave it out")  # the value may be a secret
         else:
             message = detail["msg"].removeprefix("Value error, ")
             message = message[:1].lower() + message[1:]
-            given = "" if not path or detail["type"] == "value_error" else f" (given: {_SHORT.repr(detail['input'])})"
+            says_all = not path or detail["type"] in ("value_error", "missing")
+            given = "" if says_all else f" (given: {_SHORT.repr(detail['input'])})"
             if detail["type"] == "string_type" and isinstance(detail["input"], int | float):
                 given += "; in YAML, put it into quotes"
             complaints.append(f"{key}: {message}{given}" if key else message)
@@ -83,12 +86,14 @@ def _nearest(path: list[str], model: type[BaseModel], values: Mapping[str, Any])
     network = str(values.get("model") or ("network" in model.model_fields and model.model_fields["model"].default))
     keys = list(known_keys(model, network))
     others = dict[str, list[str]]()
-    for name, each in NETWORKS.items() if network in NETWORKS else ():
-        for option in each.options.model_fields:
+    for options, users in users_of_options().items() if is_network(network) else ():
+        for option in options.model_fields:
             if (key := f"network.{option}") not in keys:
-                others.setdefault(key, []).append(name)
+                others.setdefault(key, []).extend(users)
     known = [*keys, *others]
-    siblings = {key.rpartition(".")[2]: key for key in known if key.split(".")[:-1] == path[:-1]}
+    depth = len(path)
+    sections = {".".join(parts[:depth]) for parts in (key.split(".") for key in keys) if len(parts) > depth}
+    siblings = {key.rpartition(".")[2]: key for key in (*known, *sections) if key.split(".")[:-1] == path[:-1]}
     by_last = {key.rpartition(".")[2]: key for key in reversed(known)}
     whole = {key: key for key in known}
     last, key = path[-1], ".".join(path)

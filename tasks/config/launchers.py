@@ -86,6 +86,10 @@ class KubernetesConfig(Config):
     service_account: str = "convoy-training"
     """Service account of the pods; its token is not mounted."""
 
+    cache: str | None = None
+    """The PersistentVolumeClaim that keeps the pods' cache, so that a later training need not fetch its data again. On
+    several machines it needs the access mode ReadWriteMany. Unset: each pod begins with an empty cache."""
+
     template: Path | None = None
     """Another manifest than infra/kubernetes/training-job.yaml to build the Job on, for example with tolerations."""
 

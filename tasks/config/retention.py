@@ -9,7 +9,7 @@ from tasks.config.key_values import from_settings
 
 
 class RetentionConfig(Config):
-    """Ages in days, counted from when an object was written.
+    """Ages in days, counted from when an object was written (`convoy prune --set`, `deploy.retention.*`).
 
     Always kept: all verdicts and promotions, and everything that is used by a champion, an earlier champion that a
     rollback can restore, a version with an alias, or a running training.

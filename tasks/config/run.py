@@ -6,18 +6,20 @@ Importing this loads pydantic only, so that mistakes are refused before torch, P
 import difflib
 import json
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cnn.config.base import Config
 from cnn.config.data_checks import DataGateConfig
-from cnn.config.networks import NETWORKS
-from cnn.config.preprocessing import PreprocessConfig
-from cnn.config.training import TrainConfig
+from cnn.config.networks import is_own
+from cnn.config.preprocessing import MAX_DEFAULT_SIZE, MAX_PRETRAINED_SIZE, PreprocessConfig
+from cnn.config.training import RESOLVE_OPTIONS, TrainConfig
 from cnn.distributed.world_size import check_world_size
+from cnn.networks.own import own_network
 from infra.errors import UsageError
 from infra.sources.entries import CATALOGUE
 from infra.tracking.names import model_name_fault
@@ -28,7 +30,15 @@ from tasks.config.plain_yaml import read_yaml
 
 MIN_STEPS_PER_EPOCH = 20  # where Convoy chooses the batch size
 MAX_CHARACTERS = 100_000  # of a configuration as JSON, which is a parameter of flow runs, and tags of MLflow's runs
+Run = TypeVar("Run", bound="RunConfig")
 RECIPES = Path(__file__).parent / "recipes"
+
+
+class Step(StrEnum):
+    """Steps whose stored output is reused."""
+
+    download = "download"
+    preprocess = "preprocess"
 
 
 class CheckpointConfig(Config):
@@ -48,7 +58,8 @@ class RunConfig(TrainConfig):
     """All keys of `convoy train`. `TrainConfig`, `data` and the dataset decide the weights."""
 
     dataset: str = "fashion-mnist"
-    """A catalogue name, a folder or archive of class sub-folders, or the s3:// or https:// address of one."""
+    """A catalogue name, a folder or archive of class sub-folders, a label table (.csv, .tsv, .jsonl or .parquet, with
+    the columns `path` and `label`), or the s3:// or https:// address of one."""
 
     name: str | None = None
     """Name of the registered model. Unset: the dataset's name."""
@@ -86,7 +97,7 @@ class RunConfig(TrainConfig):
     """Make a version that passes its gates the champion. Unset: yes, except in a trial run (`data.limit`)."""
 
     approval: bool = False
-    """Pause the flow run before a promotion until a person approves it in Prefect."""
+    """Wait before a promotion until a person approves it in Prefect, with a name and a reason."""
 
     warm_start: bool = False
     """Start `convoy retrain` from the champion's weights instead of fresh ones."""
@@ -157,6 +168,11 @@ class RunConfig(TrainConfig):
         """Whether a version that passes its gates becomes champion."""
         return self.data.limit is None if self.promote is None else self.promote
 
+    @property
+    def max_default_size(self) -> int:
+        """Limit in pixels of an unset `data.image_size`."""
+        return MAX_PRETRAINED_SIZE if self.pretrained else MAX_DEFAULT_SIZE
+
     def training(self) -> TrainConfig:
         """Returns the part of the configuration that `cnn` needs."""
         return TrainConfig.model_validate({key: getattr(self, key) for key in TrainConfig.model_fields})
@@ -171,11 +187,6 @@ def recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
 
 
-def networks() -> tuple[str, ...]:
-    """Returns the names of the networks."""
-    return tuple(NETWORKS)
-
-
 def load_config(
     file: Path | None,
     settings: Iterable[str] = (),
@@ -184,33 +195,47 @@ def load_config(
     recipe: str | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> RunConfig:
+    """Reads the configuration of a training; see `load_as`."""
+    return load_as(RunConfig, file, settings, options, recipe=recipe, base=base)
+
+
+def load_as(
+    model: type[Run],
+    file: Path | None,
+    settings: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+    *,
+    recipe: str | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> Run:
     """Reads a configuration. Options override settings, then come the file, the recipe and the base.
 
     Args:
         file: YAML mapping, or None.
         settings: `key=value` texts; a dot separates section and key (`augment.shift=1`), the value is read as YAML.
-        options: top-level keys; None values are ignored.
-        recipe: name of one of `recipes()`.
+        options: keys, and sections with their keys; None values are ignored.
+        recipe: name of one of `recipes()`; replaces the key `recipe`, if the model has it.
         base: values of lowest precedence.
 
     Raises:
         UsageError: one line that names the wrong file or key, and the nearest valid key.
     """
+    given = _read(file) if file else {}
     values = _merge({}, base or {})
-    if recipe is not None:
-        known = recipes()
-        if recipe not in known:
-            near = difflib.get_close_matches(recipe, known, n=1, cutoff=0)
-            raise UsageError(f"unknown recipe {recipe!r}; did you mean {near[0]!r}?")
-        values = _merge(values, _read(known[recipe]))
-    if file:
-        values = _merge(values, _read(file))
+    settings = list(settings)
+    chosen: dict[str, Any] = {"recipe": given.get("recipe")}
+    read_settings((each for each in settings if each.partition("=")[0].strip() == "recipe"), chosen, example="lr=0.05")
+    name = recipe or (chosen["recipe"] if "recipe" in model.model_fields else None)
+    if name is not None:
+        values = _merge(values, _read(_recipe(name, f"{file}: " if file and name is given.get("recipe") else "")))
+    values = _merge(values, given)
     read_settings(settings, values, example="lr=0.05")
-    values |= {key: value for key, value in (options or {}).items() if value is not None}
+    values = _merge(values, {key: value for key, value in (options or {}).items() if value is not None})
     try:
-        config = RunConfig.model_validate(values)
+        config = model.model_validate(values)
     except ValidationError as error:
-        raise UsageError(explain(error, RunConfig, values)) from None
+        from_file = any(_holds(given, detail["loc"], detail["input"]) for detail in error.errors())
+        raise UsageError((f"{file}: " if from_file else "") + explain(error, model, values)) from None
     lengths = {key: len(json.dumps(value)) for key, value in config.model_dump(mode="json", exclude_unset=True).items()}
     if sum(lengths.values()) > MAX_CHARACTERS:
         key = max(lengths, key=lambda key: lengths[key])
@@ -218,6 +243,46 @@ def load_config(
             f"{key}: {lengths[key]:,} characters; a whole configuration may have {MAX_CHARACTERS:,}, so shorten it"
         )
     return config
+
+
+def with_network_options(config: Run) -> Run:
+    """Returns the configuration with all options of a network of one's own, checked against its signature.
+
+    Imports the network's module, and what this imports, PyTorch above all; of another network, it imports nothing.
+
+    Raises:
+        InputError: the network cannot be used.
+        UsageError: an option is unknown, missing or of a wrong type; the message names the nearest key.
+    """
+    if not is_own(config.model):
+        return config
+    values = {"network": {}} | config.model_dump(exclude_unset=True)  # what is set stays in `ProjectConfig.run`
+    try:
+        return type(config).model_validate(values, context={RESOLVE_OPTIONS: own_network(config.model).resolved})
+    except ValidationError as error:
+        raise UsageError(explain(error, type(config), values)) from None
+
+
+def _recipe(name: object, where: str) -> Path:
+    """Returns the file of a recipe.
+
+    Raises:
+        UsageError: there is no such recipe; the message begins with `where` and names the nearest.
+    """
+    known = recipes()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
+        raise UsageError(f"{where}unknown recipe {name!r}; did you mean {near[0]!r}?")
+    return known[str(name)]
+
+
+def _holds(given: Any, path: Iterable[int | str], value: object) -> bool:
+    """Returns whether the values of a file have this value at the path of an error."""
+    for name in (path := tuple(path)):
+        if not isinstance(given, Mapping) or name not in given:
+            return False
+        given = given[name]
+    return bool(path) and bool(given == value)
 
 
 def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from infra.tracking import mlflow_runs
 from infra.tracking.tags import DATA_GATE
 from tasks.data.contact_sheet import contact_sheet
 from tasks.data.dataset import DatasetDamaged, DatasetRef, load_manifest, open_cache, open_split
+from tasks.data.dataset_diff import Change, differences, summary
+from tasks.data.image_index import ImageIndex, load_index
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
@@ -33,6 +35,8 @@ from tasks.reporting.markdown import Markup, plain, table
 
 ORDER = ("failed", "warned", "passed", "skipped", "off")
 SHOWN_AS = {"skipped": "not tested", "off": "switched off"}  # on pages and in messages
+
+LISTED_CHANGES = 20
 
 JSON, PAGE, SHEET = "data.json", "data.md", "data_samples.png"
 
@@ -80,15 +84,26 @@ def data_gate(
     cache = open_cache(store)
     manifest = load_manifest(store, dataset.version)
     splits = {name: open_split(cache, manifest, name) for name in SPLITS}
+    index = load_index(store, dataset.version)
     present = _champion_split(cache, manifest, splits["train"], champion)
     first = _champion_split(cache, manifest, splits["train"], oldest) if oldest != champion else None
     total = sum(map(len, splits.values()))
     total += sum(len(train) for other, train in filter(None, (present, first)) if other.version != dataset.version)
     with progress(f"Checking {dataset.name}", total, unit="images") as advance:
         checks = check_dataset(
-            manifest, splits, config, present, advance, oldest=first, images_for_margin=images_for_margin
+            manifest,
+            splits,
+            config,
+            present,
+            advance,
+            oldest=first,
+            images_for_margin=images_for_margin,
+            groups={split: index.groups(split) for split in SPLITS} if index else None,
         )
-    report = _publish(store, dataset, checks, png(contact_sheet(checks, splits)))
+    if index:
+        checks = _with_paths(checks, index)
+    changes = _changes(store, index, champion) if champion != dataset.version else None
+    report = _publish(store, dataset, checks, changes, png(contact_sheet(checks, splits)))
     for check in checks.with_outcome("warned"):
         run_logger().warning("%s: %s", dataset.name, _describe(check))
     if failed := checks.with_outcome("failed"):
@@ -104,6 +119,19 @@ def data_gate(
         )
     run_logger().info("the data of %s may be trained on: %s", dataset.name, outcome_counts(checks))
     return report
+
+
+def _with_paths(checks: DataChecks, index: ImageIndex) -> DataChecks:
+    """Adds the files of the images that fail a check."""
+    paths = {split: index.paths(split) for split in {each.split for each in checks.offenders}}
+    named = (each.model_copy(update={"path": paths[each.split][each.index] or ""}) for each in checks.offenders)
+    return checks.model_copy(update={"offenders": tuple(named)})
+
+
+def _changes(store: ObjectStore, index: ImageIndex | None, champion: str | None) -> list[Change] | None:
+    """Returns the changes since the champion's data; None if there are none, or one of both has no index."""
+    before = load_index(store, champion) if champion and index else None
+    return differences(before, index) if before and index else None
 
 
 def log_data_report(run_id: str, report: DataReport) -> None:
@@ -130,7 +158,7 @@ def log_data_report(run_id: str, report: DataReport) -> None:
     mlflow_runs.set_tags(run_id, {DATA_GATE: report.checks.outcome})
 
 
-def _markdown(name: str, checks: DataChecks) -> str:
+def _markdown(name: str, checks: DataChecks, changes: list[Change] | None) -> str:
     """Returns a page with the verdict, the checks (the worst first), the splits and the images that fail a check."""
     verdict = {"passed": "passed", "warned": "passed with warnings", "failed": "refused"}[checks.outcome]
     found = sorted(checks.checks, key=lambda check: ORDER.index(check.outcome))
@@ -144,6 +172,7 @@ def _markdown(name: str, checks: DataChecks) -> str:
         "",
         f"Dataset version `{checks.dataset_version}`, compared with "
         + (f"the champion's, `{checks.champion_version}`" if checks.champion_version else "none: no champion's data"),
+        *(["", f"Images since the champion's data: {summary(changes)}"] if changes is not None else []),
         "",
         *table(("check", "result", "found", "limit", ""), map(_row, found), "llrrl"),
         "",
@@ -151,9 +180,14 @@ def _markdown(name: str, checks: DataChecks) -> str:
         "",
         *table(("class", *checks.splits), zip(checks.classes, *counts, strict=True), "l" + "r" * len(counts)),
     ]
+    if changes:
+        shown = changes[:LISTED_CHANGES]
+        lines += ["", *table(("change", "image", "earlier", "later"), shown, "llll")]
+        if len(shown) < len(changes):
+            lines += ["", f"These are {len(shown)} of {len(changes):,} changes; `convoy data diff` writes all."]
     if checks.offenders:
         marked = (
-            (each.check, f"{each.split} {each.index}", checks.classes[each.label], each.note)
+            (each.check, each.path or f"{each.split} {each.index}", checks.classes[each.label], each.note)
             for each in checks.offenders
         )
         lines += ["", *table(("check", "image", "class", ""), marked, "llll")]
@@ -176,14 +210,18 @@ def _champion_split(
         return None
 
 
-def _publish(store: ObjectStore, dataset: DatasetRef, checks: DataChecks, sheet: bytes) -> DataReport:
-    data, page = checks.model_dump_json(indent=2).encode(), _markdown(dataset.name, checks)
+def _publish(
+    store: ObjectStore, dataset: DatasetRef, checks: DataChecks, changes: list[Change] | None, sheet: bytes
+) -> DataReport:
+    data, page = checks.model_dump_json(indent=2).encode(), _markdown(dataset.name, checks, changes)
     prefix = bucket_layout.data_report(dataset.version, hashlib.sha256(data).hexdigest())
     store.put_bytes(prefix + SHEET, sheet)
     store.put_bytes(prefix + PAGE, page.encode())
     store.put_bytes(prefix + JSON, data)
     page += f"\n\nSamples of each class, and the images that fail a check: `{store.uri(prefix + SHEET)}`"
-    create_markdown_artifact(page, key="data-gate", description=f"Data gate, dataset version {dataset.version}")
+    create_markdown_artifact(
+        page, key="data-gate", description=f"Data gate of {dataset.name}, dataset version {dataset.version}"
+    )
     return DataReport(dataset=dataset, checks=checks, prefix=prefix)
 
 

@@ -5,8 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 from rich.filesize import decimal
 
-from cnn.errors import InputError
-from cnn.formats.layout import arrange
+from cnn.config.preprocessing import PreprocessConfig
 from infra.errors import ServiceError, UsageError, counted
 from infra.settings import Settings
 from infra.sources.base import Source, Workplace, reusable
@@ -17,6 +16,7 @@ from infra.sources.mirrors import Mirrors
 from infra.sources.raw_data import RawSource
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore, open_bucket
+from tasks.data.label_tables import check_columns, images_of, table_options
 from tasks.data.prune_mark import wait_for_prune
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import Advance, progress, run_logger
@@ -24,13 +24,13 @@ from tasks.orchestration.step import step
 
 
 @step("download")
-def download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = None) -> RawSource:
+def download(dataset: str, config: PreprocessConfig | None = None, *, refresh: bool = False) -> RawSource:
     """Stores a data set in the bucket; files that are there already are not fetched again.
 
     Args:
-        dataset: a catalogue name, a folder, an archive, or the `s3://` or `https://` address of one.
+        dataset: a catalogue name, a folder, a label table, an archive, or the `s3://` or `https://` address of one.
+        config: says how a label table is read, and whether files are copied.
         refresh: fetch everything again.
-        keep_raw: `PreprocessConfig.keep_raw`; False stores only a listing of a folder.
 
     Raises:
         UsageError: there is no such data set, or it is no collection of labelled images.
@@ -41,7 +41,7 @@ def download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = Non
     store = open_bucket(create=True)
     wait_for_prune(store)
     try:
-        raw = _download(dataset, settings, store, refresh, keep_raw)
+        raw = _download(dataset, settings, store, config or PreprocessConfig(), refresh=refresh)
     except OSError as error:  # such as a full disk; errors in the user's own files are UsageErrors already
         where = error.filename or settings.cache
         raise ServiceError(f"{where}: {error.strerror or error}; CONVOY_HOME chooses another folder") from error
@@ -49,18 +49,24 @@ def download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = Non
     return raw
 
 
-def _download(dataset: str, settings: Settings, store: ObjectStore, refresh: bool, keep_raw: bool | None) -> RawSource:
+def _download(
+    dataset: str, settings: Settings, store: ObjectStore, config: PreprocessConfig, *, refresh: bool
+) -> RawSource:
+    options, keep_raw = table_options(config), config.keep_raw
     with Mirrors(settings.cache / "partial") as mirrors:
         place = Workplace(mirrors=mirrors, store=store, cache=Cache(settings.cache, store))
         source: Source
         with _listing(dataset) as on_files:
-            source = find_source(dataset, mirrors, own_mirror=settings.mirror, on_files=on_files)
+            source = find_source(dataset, mirrors, own_mirror=settings.mirror, on_files=on_files, options=options)
         if isinstance(source, FolderSource):
-            source = images_of(source, dataset)
+            source = images_of(source, dataset, options)
+            check_columns(source.labels, dataset, config)
             if keep_raw is False or (keep_raw is None and source.is_large):
                 return source.refer(place, refresh=refresh)
         elif keep_raw is False:
             raise UsageError(f"{dataset}: data.keep_raw=false is for folders only; unset it")
+        else:
+            check_columns(None, dataset, config)
         if not refresh and (raw := reusable(source, place)):
             return raw
         with progress(f"Downloading {source.name}", source.size, unit="bytes", artifact="download") as advance:
@@ -79,19 +85,6 @@ def _listing(dataset: str) -> Iterator[OnFiles]:
             advance(count)
 
         yield on_files
-
-
-def images_of(folder: FolderSource, dataset: str) -> FolderSource:
-    """Returns the folder reduced to its usable images, with remarks about the rest, which is not uploaded.
-
-    Raises:
-        UsageError: the images are not in class folders.
-    """
-    try:
-        layout = arrange(folder.files.paths, folder.folders, folder.unreachable)
-    except InputError as error:
-        raise UsageError(f"{dataset}: {error}") from error
-    return folder.only(layout.chosen, layout.left_out.remarks, layout.left_out.classes)
 
 
 def _summary(raw: RawSource) -> str:

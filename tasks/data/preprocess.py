@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cnn.code_digest import code_digest
-from cnn.config.preprocessing import PreprocessConfig
+from cnn.config.preprocessing import MAX_DEFAULT_SIZE, PreprocessConfig
 from cnn.data.manifest import Manifest, canonical_json
 from cnn.errors import InputError
 from cnn.formats import open_source
@@ -22,19 +22,25 @@ from infra.machine.files import locked
 from infra.machine.threads import in_parallel
 from infra.records import Record
 from infra.settings import Settings
+from infra.sources.label_table import LabelTable
+from infra.sources.labelled import open_location
 from infra.sources.listing import Listing
-from infra.sources.location import ListedFiles, open_location
+from infra.sources.location import ListedFiles
 from infra.sources.raw_data import ListingRef, RawSource
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore, open_bucket
 from infra.storage.s3_client import ObjectMissing
 from tasks.data.dataset import DatasetRef, is_complete, load_manifest
+from tasks.data.image_index import read_index_record, replace_columns, store_index, write_index
+from tasks.data.label_tables import given_by
 from tasks.data.preprocessing_journal import Journal
 from tasks.data.shard_uploads import ShardStore, fits_cache
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
+
+INDEX = "index.parquet"
 
 
 class StepRecord(Record, extra="forbid"):
@@ -46,12 +52,15 @@ class StepRecord(Record, extra="forbid"):
 
 
 @step("preprocess")
-def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = False) -> DatasetRef:
+def preprocess(
+    raw: RawSource, config: PreprocessConfig, *, max_default_size: int = MAX_DEFAULT_SIZE, refresh: bool = False
+) -> DatasetRef:
     """Packs a source into a dataset version, unless that was done before.
 
     Work of an interrupted run, on any machine, is reused; see `tasks.data.preprocessing_journal`.
 
     Args:
+        max_default_size: see `cnn.preprocessing.survey.survey`.
         refresh: compute and store everything again.
 
     Raises:
@@ -63,9 +72,10 @@ def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = Fals
     settings = Settings()
     store = open_bucket(create=True)
     cache = Cache(settings.cache, store)
-    key = step_key(raw, config)
+    key = step_key(raw, config, max_default_size)
     with locked(settings.cache / "locks" / f"preprocess-{key}"):  # a process that waits here finds the result
-        if not refresh and (version := _find(store, key)):
+        labels = _labels(raw, cache)
+        if not refresh and (version := _find(store, key)) and _renew_columns(store, version, raw, labels):
             _warn(raw.name, load_manifest(store, version))
             return DatasetRef(version=version, name=raw.name, reused=True)
         journal = Journal(store, key)
@@ -74,24 +84,34 @@ def preprocess(raw: RawSource, config: PreprocessConfig, *, refresh: bool = Fals
         files = _in_place(raw.listing, cache) if raw.listing else _fetch(raw, cache)
         with _workspace(settings.home / "work" / f"preprocess-{key}") as out:
             try:
-                manifest = _pack(raw, files, config, out, cache, journal, refresh=refresh)
+                manifest = _pack(
+                    raw, files, labels, config, out, cache, journal, max_default_size=max_default_size, refresh=refresh
+                )
             except InputError as error:
                 raise InputError(f"{raw.name}: {error}") from error
-        version = manifest.version
-        record = StepRecord(dataset_version=version, raw=raw.digest)
-        _commit(store, bucket_layout.dataset_manifest(version), manifest.to_bytes())
+            version = manifest.version
+            record = StepRecord(dataset_version=version, raw=raw.digest)
+            _commit(store, bucket_layout.dataset_manifest(version), manifest.to_bytes())
+            store_index(store, version, out / INDEX, raw.labels.file.sha256 if raw.labels else None)
         _commit(store, bucket_layout.preprocess_record(key), record.model_dump_json().encode())
         journal.clear()
     _log_summary(raw.name, manifest)
     return DatasetRef(version=version, name=raw.name)
 
 
-def step_key(raw: RawSource, config: PreprocessConfig) -> str:
+def step_key(raw: RawSource, config: PreprocessConfig, max_default_size: int = MAX_DEFAULT_SIZE) -> str:
     """Returns a digest of all that decides the result: raw data, parameters, code and image decoders."""
+    # The place of a file makes no difference; `raw.digest` covers what is read from a label table.
+    parameters = config.model_dump(mode="json", exclude={"keep_raw", "columns", "group", "slices"})
+    # Without these keys, steps keep the digest that they had before the keys existed.
+    if config.resize == "crop":
+        del parameters["resize"]
+    if config.image_size is None and max_default_size != MAX_DEFAULT_SIZE:
+        parameters["max_default_size"] = max_default_size
     content = {
         "raw": raw.digest,
         "classes": raw.classes,
-        "config": config.model_dump(mode="json", exclude={"keep_raw"}),  # the place of a file makes no difference
+        "config": parameters,
         "code": code_digest(code_files()),
         "decoders": decoder_versions(),
     }
@@ -105,6 +125,25 @@ def _find(store: ObjectStore, step: str) -> str | None:
     except (ObjectMissing, ValidationError):
         return None
     return version if is_complete(store, version) else None
+
+
+def _labels(raw: RawSource, cache: Cache) -> LabelTable | None:
+    if raw.labels is None:
+        return None
+    return LabelTable.load(cache.fetch(raw.labels.file.key, raw.labels.file.sha256))
+
+
+def _renew_columns(store: ObjectStore, version: str, raw: RawSource, labels: LabelTable | None) -> bool:
+    """Gives the index of a version that exists the present columns of the label table.
+
+    Returns:
+        Whether the index is of this source now; if not, the images must be packed again.
+    """
+    if raw.labels is None or labels is None:
+        return True
+    sha256 = raw.labels.file.sha256
+    record = read_index_record(store, version)
+    return record is not None and (record.labels == sha256 or replace_columns(store, version, labels, sha256))
 
 
 def _in_place(listing: ListingRef, cache: Cache) -> ListedFiles:
@@ -138,16 +177,18 @@ def _workspace(folder: Path) -> Iterator[Path]:
 def _pack(
     raw: RawSource,
     files: Mapping[str, Path] | Files,
+    labels: LabelTable | None,
     config: PreprocessConfig,
     out: Path,
     cache: Cache,
     journal: Journal,
     *,
+    max_default_size: int,
     refresh: bool,
 ) -> Manifest:
-    """Surveys and packs the images; the shards are in the bucket afterwards."""
+    """Surveys and packs the images; the shards are in the bucket afterwards, and the image index in `out`."""
     left_out = LeftOut(raw.remarks, raw.left_out) if raw.remarks else None
-    source = open_source(raw.format, files, raw.classes or None, left_out)
+    source = open_source(raw.format, files, raw.classes or None, left_out, given_by(labels) if labels else None)
     surveyed, packed = journal.survey_parts(), journal.shards()
     if surveyed:
         count = sum(each.shard.count for each in packed)
@@ -155,12 +196,21 @@ def _pack(
             "%s: going on with an interrupted run: %d images surveyed, %d packed", raw.name, surveyed[-1].stop, count
         )
     with progress(f"Reading {raw.name}", len(source), unit="images") as advance:
-        plan = survey(source, config, advance, done=surveyed, on_part=journal.note_part)
+        plan = survey(
+            source,
+            config,
+            advance,
+            done=surveyed,
+            on_part=journal.note_part,
+            max_default_size=max_default_size,
+        )
     with (
         progress(f"Packing {raw.name}", plan.count, unit="images", artifact="preprocess") as advance,
         ShardStore(cache, journal, keep=fits_cache(plan, cache), refresh=refresh) as shards,
     ):
-        return pack(source, plan, config, out, advance, done=packed, on_shard=shards.add)
+        result = pack(source, plan, config, out, advance, done=packed, on_shard=shards.add)
+    write_index(out / INDEX, source, plan, result, labels)
+    return result.manifest
 
 
 def _commit(store: ObjectStore, key: str, data: bytes) -> None:
@@ -171,8 +221,9 @@ def _commit(store: ObjectStore, key: str, data: bytes) -> None:
 
 def _log_summary(name: str, manifest: Manifest) -> None:
     counts = ", ".join(f"{split} {info.count}" for split, info in manifest.splits.items())
+    classes = "1 class" if len(manifest.classes) == 1 else f"{len(manifest.classes)} classes"
     shape = f"{manifest.channels} x {manifest.image_size} x {manifest.image_size}"
-    run_logger().info("%s: %d classes, %s pixels, %s images", name, len(manifest.classes), shape, counts)
+    run_logger().info("%s: %s, %s pixels, %s images", name, classes, shape, counts)
     _warn(name, manifest)
 
 

@@ -1,16 +1,27 @@
-"""Draws the pictures of an evaluation with matplotlib: confusion matrix, reliability diagram, gallery of images."""
+"""Draws the pictures of an evaluation: confusion matrix, reliability diagram, galleries of images."""
+
+from collections.abc import Sequence
 
 import numpy as np
+import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
 from cnn.data.split_reader import SplitReader
 from cnn.evaluation.calibration import Reliability
+from tasks.evaluation.heat_maps import HeatMap
 from tasks.evaluation.report import EvaluationReport, Example
-from tasks.reporting.drawing import CELL, COLUMNS, images_at, section, section_height, short
+from tasks.reporting.drawing import Section, gallery, images_at, short
 
 COUNTED_CLASSES = 20  # with more classes, numbers in the confusion matrix's cells would be unreadable
+
+LEGEND = "yellow parts spoke most for the model's class, dark violet ones not at all"
+OPACITY = 0.5  # of the colours over an image
 
 DARK, BLUE, ORANGE = "#1b2a41", "#2f6db5", "#d9822b"
 
@@ -90,36 +101,65 @@ def _reliability(upper: Axes, lower: Axes, found: Reliability) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def gallery_figure(report: EvaluationReport, split: SplitReader) -> Figure:
+def gallery_picture(report: EvaluationReport, split: SplitReader) -> Image.Image:
     """Draws the most confidently wrong and the hardest images of a report, with their predicted and true classes.
 
     Args:
         split: the split of the report.
     """
-    names = [scores.name for scores in report.classes]
+    return gallery(
+        [
+            Section(f"{title} ({report.split} split)", _images(examples, split), _captions(examples, report))
+            for title, examples in (
+                ("Most confidently wrong", report.confidently_wrong),
+                ("Hardest: the two most probable classes are closest", report.hardest),
+            )
+            if examples
+        ]
+    )
 
-    def caption(example: Example) -> str:
-        predicted = f"model: {short(names[example.predicted])} ({example.probability:.0%})"
-        return f"{predicted}\nlabel: {short(names[example.label])} ({example.true_probability:.0%})"
 
-    sections = [
-        (
-            f"{title} ({report.split} split)",
-            images_at(split, [e.index for e in examples]),
-            [caption(e) for e in examples],
-        )
-        for title, examples in (
-            ("Most confidently wrong", report.confidently_wrong),
-            ("Hardest: the two most probable classes are closest", report.hardest),
-        )
-        if examples
+def heat_map_picture(report: EvaluationReport, maps: Sequence[HeatMap], split: SplitReader) -> Image.Image:
+    """Draws images, and below each the parts of it that raised the score of its predicted class, in colours.
+
+    The colours are viridis, whose brightness rises with the value, so the colour-blind can read them.
+
+    Args:
+        split: the split of the report.
+    """
+    sections = []
+    for title, wrong in (("Most confidently wrong", True), ("Right", False)):
+        chosen = [each for each in maps if (each.example.label != each.example.predicted) == wrong]
+        if chosen:
+            examples = [each.example for each in chosen]
+            images = _images(examples, split)
+            overlays = _overlays(images, torch.tensor([each.rows for each in chosen]))
+            title = f"{title} ({report.split} split); {LEGEND}"
+            sections.append(Section(title, images, _captions(examples, report), overlays))
+    return gallery(sections)
+
+
+def _overlays(images: Tensor, heat: Tensor) -> Tensor:
+    """Lays heat n×h×w (0 … 255) over grey versions of uint8 images n×C×H×W; returns uint8 n×3×H×W."""
+    smooth = F.interpolate(heat[:, None].float() / 255, images.shape[2:], mode="bilinear")[:, 0]
+    colours = torch.from_numpy(colormaps["viridis"](smooth.numpy())[..., :3]).movedim(3, 1)
+    grey = images.float().mean(1, keepdim=True)
+    return (255 * OPACITY * colours + (1 - OPACITY) * grey).round().to(torch.uint8)
+
+
+def short_path(path: str, most: int = 22) -> str:
+    """Returns a file's path for a caption; of a long one the end, which names the file."""
+    return path if len(path) <= most else f"…{path[1 - most :]}"
+
+
+def _images(examples: Sequence[Example], split: SplitReader) -> Tensor:
+    return images_at(split, [each.index for each in examples])
+
+
+def _captions(examples: Sequence[Example], report: EvaluationReport) -> list[str]:
+    names = [short(scores.name) for scores in report.classes]
+    return [
+        f"model: {names[each.predicted]} ({each.probability:.0%})\n"
+        f"label: {names[each.label]} ({each.true_probability:.0%})" + f"\n{short_path(each.path)}" * bool(each.path)
+        for each in examples
     ]
-    heights = [section_height(len(images)) for _, images, _ in sections]
-    figure = Figure(figsize=(COLUMNS * CELL[0], max(1.0, sum(heights))), layout="constrained")
-    if not sections:
-        figure.text(0.5, 0.5, "no image to show", ha="center", va="center")
-        return figure
-    parts = figure.subfigures(len(sections), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, (title, images, captions) in zip(parts, sections, strict=True):
-        section(part, title, images, captions)
-    return figure

@@ -83,6 +83,9 @@ class Example(Record):
 
     true_probability: float
 
+    path: str = ""
+    """The image's file in the source; empty if it is not known."""
+
 
 class Footprint(Record):
     """Size and speed of a network."""
@@ -182,6 +185,16 @@ class EvaluationReport(Record):
             found |= {f"latency_ms_batch_{n}": value for n, value in self.footprint.latency_ms.items()}
         return {f"{self.split}/{name}": value for name, value in found.items()}
 
+    def with_paths(self, paths: Sequence[str | None]) -> "EvaluationReport":
+        """Returns the report with the files of its examples, given those of all images of the split."""
+        kinds = {"confidently_wrong": self.confidently_wrong, "hardest": self.hardest}
+        return self.model_copy(
+            update={
+                kind: tuple(each.model_copy(update={"path": paths[each.index] or ""}) for each in found)
+                for kind, found in kinds.items()
+            }
+        )
+
     def confusion_json(self) -> str:
         """Returns the confusion matrix alone, with the names of its rows and columns."""
         names = [scores.name for scores in self.classes]
@@ -218,7 +231,8 @@ def evaluation_report(
     scores, support = _scores(confusion), confusion.sum(1)
     occurring = (support + confusion.sum(0) > 0).astype(np.float64)
     likeliest = logits.topk(min(max(TOP_K), len(classes)), dim=1).indices == labels[:, None]
-    columns = {**(slices or {}), "class": np.asarray(list(classes))[truth]}
+    columns = {f"column {name}" if name == "class" else name: values for name, values in (slices or {}).items()}
+    columns["class"] = np.asarray(list(classes))[truth]
     wrong, hardest = _examples(logits, labels)
     return EvaluationReport(
         split=split,
@@ -288,19 +302,23 @@ def _examples(logits: Tensor, labels: Tensor) -> tuple[tuple[Example, ...], tupl
     gap[wrong] = torch.inf
     hardest = gap.argsort(stable=True)[: min(EXAMPLES, len(labels) - len(wrong))]
 
-    def examples(chosen: Tensor) -> tuple[Example, ...]:
-        return tuple(
-            Example(
-                index=index,
-                label=int(labels[index]),
-                predicted=int(predicted[index]),
-                probability=float(best.values[index, 0]),
-                true_probability=float(probabilities[index, labels[index]]),
-            )
-            for index in chosen.tolist()
-        )
+    return examples(logits, labels, wrong), examples(logits, labels, hardest)
 
-    return examples(wrong), examples(hardest)
+
+def examples(logits: Tensor, labels: Tensor, chosen: Tensor) -> tuple[Example, ...]:
+    """Returns the predictions for the images at the chosen positions, int64 [n]."""
+    probabilities = logits[chosen].double().softmax(1)
+    predicted = probabilities.argmax(1)
+    return tuple(
+        Example(
+            index=int(chosen[place]),
+            label=int(labels[chosen[place]]),
+            predicted=int(predicted[place]),
+            probability=float(probabilities[place, predicted[place]]),
+            true_probability=float(probabilities[place, labels[chosen[place]]]),
+        )
+        for place in range(len(chosen))
+    )
 
 
 def measure_footprint(network: nn.Module, images: Tensor, device: torch.device) -> Footprint:

@@ -3,12 +3,15 @@
 <home>/flows/<flow run>      a lock that the flow's process holds; the kernel releases it when the process ends
 """
 
+import os
+import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from uuid import UUID
 
+import httpx
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
@@ -25,6 +28,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
+from infra.errors import UsageError
 from infra.machine.files import locked
 from infra.machine.locks import note_of_dead_holder
 from infra.settings import Settings
@@ -37,6 +41,22 @@ def flow_run_id() -> UUID | None:
     """Returns the id of the current flow run; None outside a flow run."""
     context = FlowRunContext.get()
     return context.flow_run.id if context and context.flow_run else None
+
+
+def enter_project() -> None:
+    """Changes from Prefect's temporary folder to the worker's, in a flow run that a worker has started.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    context, folder = FlowRunContext.get(), Settings().project
+    if folder is None or context is None or context.flow_run is None or context.flow_run.deployment_id is None:
+        return
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UsageError(f"CONVOY_PROJECT: {folder}: {error.strerror}") from None
+    sys.path[:] = [place for place in sys.path if os.path.isabs(place)]  # Prefect has put the working folder first
 
 
 @contextmanager
@@ -93,6 +113,16 @@ def label_flow_run(labels: dict[str, str]) -> None:
     if flow := flow_run_id():
         with get_client(sync_client=True) as client:
             client.update_flow_run_labels(flow, dict(labels))
+
+
+def give_up_tries() -> None:
+    """Tells Prefect not to run this flow run again, even if the flow has retries; does nothing outside a flow run."""
+    if flow := flow_run_id():
+        # An outage must not turn a refusal into a failure.
+        with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
+            policy = client.read_flow_run(flow).empirical_policy
+            if policy.retries:
+                client.update_flow_run(flow, empirical_policy=policy.model_copy(update={"retries": 0}))
 
 
 def read_flow_run(flow_run_id: str) -> FlowRun | None:

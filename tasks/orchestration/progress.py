@@ -13,9 +13,10 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
@@ -23,16 +24,23 @@ from infra.machine import stopping
 from tasks.orchestration.flow_runs import flow_run_id
 
 LOG_SECONDS = 10.0  # between log lines where there is no terminal
-MIN_COLUMNS_FOR_BAR = 100  # of a terminal
+MIN_COLUMNS_FOR_BAR = 120  # of a terminal: in a narrower one, the figures of a training need the room
 ARTIFACT_SECONDS = 3.0  # between updates of the artifact: each one is a request to Prefect
+
+SHORTER = ((" images/s", " img/s"), (" to go", " left"), ("epoch ", ""), (" img/s", "/s"))
+"""Replacements that shorten a line for a narrow terminal, one after another until it fits."""
 
 Unit = Literal["bytes", "images", "files", "epochs"]
 
 
 class Advance(Protocol):
-    """Adds `amount` to the work done, from any thread; `note` is shown next to the bar until the next note."""
+    """Adds `amount` to the work done, from any thread; `note` is shown next to the bar until the next note.
 
-    def __call__(self, amount: float, note: str | None = None) -> None: ...
+    `waiting` says what happens before work is done, or done again. Until the next call it replaces the note, with the
+    seconds since it began, and time to go counts from its end.
+    """
+
+    def __call__(self, amount: float, note: str | None = None, *, waiting: str = "") -> None: ...
 
 
 @contextmanager
@@ -50,10 +58,10 @@ def progress(description: str, total: float | None, *, unit: Unit, artifact: str
     published = _Artifact(artifact, description) if artifact and total and flow_run_id() else None
     lock = threading.Lock()
 
-    def advance(amount: float, note: str | None = None) -> None:
+    def advance(amount: float, note: str | None = None, *, waiting: str = "") -> None:
         stopping.check()
         with lock:
-            pace.update(amount, note)
+            pace.update(amount, note, waiting)
             shown.update(pace)
             if published:
                 published.update(pace)
@@ -77,14 +85,16 @@ class _Pace:
     def __init__(self, total: float | None, unit: Unit) -> None:
         self._total, self._unit = total, unit
         self._began = time.monotonic()
-        self._first: tuple[float, float] | None = None  # time and amount at the first report
-        self._note = ""
+        self._first: tuple[float, float] | None = None  # time and amount when work began
+        self._note = self._waiting = ""
         self.done, self.finished = 0.0, False
 
-    def update(self, amount: float, note: str | None) -> None:
+    def update(self, amount: float, note: str | None, waiting: str) -> None:
         self.done += amount
         self._note = self._note if note is None else note
-        self._first = self._first or (time.monotonic(), self.done)
+        if self._first is None or waiting not in ("", self._waiting):
+            self._first = (time.monotonic(), self.done)
+        self._waiting = waiting
 
     @property
     def share(self) -> float | None:
@@ -92,9 +102,13 @@ class _Pace:
         return min(self.done / self._total, 1.0) if self._total else None
 
     def line(self) -> str:
-        """Returns share, speed, remaining or total time, and the note."""
+        """Returns share, speed, remaining or total time, and the note; or what is waited for, and since when."""
         now = time.monotonic()
         share = "" if self.share is None else f"{self.share:.0%}"
+        if self._waiting and self._first and not self.finished:
+            seconds = now - self._first[0]
+            since = _duration(seconds) if seconds >= 1 else ""
+            return ", ".join(filter(None, (share if self.done else "", self._waiting, since)))
         duration = f"in {_duration(now - self._began)}" if self.finished else self._remaining(now)
         return ", ".join(filter(None, (share, self._speed(now - self._began), duration, self._note)))
 
@@ -122,28 +136,35 @@ def _duration(seconds: float) -> str:
 
 
 class _Line(ProgressColumn):
-    """The pace as text, made only when it is drawn."""
+    """Description and pace as one line, made only when it is drawn, in the longest form that fits."""
 
-    def __init__(self, pace: _Pace) -> None:
-        super().__init__(table_column=_column(ratio=1))
-        self._pace = pace
+    def __init__(self, description: str, pace: _Pace) -> None:
+        super().__init__(table_column=Column(no_wrap=True, ratio=1))
+        self._description, self._pace = description, pace
 
-    def render(self, task: Task) -> Text:
-        return Text(self._pace.line())
+    def render(self, task: Task) -> "_Line":
+        return self
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line, verb = self._pace.line(), self._description.split(" ")[0]
+        forms = [f"{self._description}  {line}", f"{verb}  {line}"]
+        for long, short in SHORTER:
+            line = line.replace(long, short)
+            forms.append(f"{verb}  {line}")
+        forms += [line, line := line.replace(" · ", " ")]
+        fitting = (form for form in forms if cell_len(form) <= options.max_width)
+        yield Text(next(fitting, line), no_wrap=True, overflow="ellipsis")
 
 
 class _Bar:
     """A bar in a terminal: always one line, however narrow the terminal is."""
 
     def __init__(self, description: str, total: float | None, pace: _Pace) -> None:
-        console = Console(stderr=True, emoji=False)
-        columns = [
-            TextColumn("{task.description}", markup=False, table_column=_column()),  # names of data sets are no markup
-            *([BarColumn(bar_width=24)] if console.width >= MIN_COLUMNS_FOR_BAR else []),
-            _Line(pace),
-        ]
-        self._bars = Progress(*columns, console=console, expand=True)
-        self._task = self._bars.add_task(description, total=total)
+        # What is printed meanwhile goes through this console, which must not break addresses over lines.
+        console = Console(stderr=True, emoji=False, soft_wrap=True)
+        bar = [BarColumn(bar_width=24)] if console.width >= MIN_COLUMNS_FOR_BAR else []
+        self._bars = Progress(*bar, _Line(description, pace), console=console, expand=True)
+        self._task = self._bars.add_task("", total=total)
 
     def __enter__(self) -> None:
         self._bars.start()
@@ -153,10 +174,6 @@ class _Bar:
 
     def update(self, pace: _Pace) -> None:
         self._bars.update(self._task, completed=pace.done)
-
-
-def _column(ratio: int | None = None) -> Column:
-    return Column(no_wrap=True, overflow="ellipsis", ratio=ratio)
 
 
 class _LogLines:

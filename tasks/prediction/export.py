@@ -1,6 +1,5 @@
 """Exports a registered version to a file for use elsewhere."""
 
-import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, get_args
@@ -8,26 +7,27 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cnn.formats.decode import Target
-from cnn.networks.weights import load_weights, weights_sha256
+from cnn.networks.wrappers import normalisation
 from cnn.serving.export import Description, check_onnx, export_onnx, export_pt2, export_weights
 from cnn.serving.usage import (
-    CONVOY9_EXAMPLE,
-    EXAMPLE_WITH_CONVOY,
     NORMALISED_OUTSIDE,
-    ONNX_EXAMPLE,
-    PT2_EXAMPLE,
     Usage,
+    convoy9_example,
+    example_with_convoy,
+    onnx_example,
+    pt2_example,
 )
-from infra.errors import ServiceError, UsageError
-from infra.machine.files import file_digest
+from infra.errors import UsageError
+from infra.machine.files import check_writable, file_digest
 from infra.records import Record
 from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking.model_registry import RegisteredVersion
 from infra.tracking.model_versions import download_version, find_version
 from infra.tracking.served_model import ServedModel
 from tasks.data.dataset import load_manifest
+from tasks.evaluation.evaluate import fetch_weights
 from tasks.evaluation.reference_images import load_reference
+from tasks.prediction.inputs import target_of
 from tasks.training.runs.run_record import read_record
 
 Format = Literal["pt2", "onnx", "safetensors"]
@@ -72,8 +72,7 @@ def export(model: str, format: Format, out: Path) -> Exported:
     """
     if format not in get_args(Format):
         raise UsageError(f"--format {format}: choose one of {', '.join(get_args(Format))}")
-    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise UsageError(f"--out {out}: cannot write there; name a file in a folder that exists")
+    check_writable(out, "--out")
     if format == "onnx":
         check_onnx()
     version = find_version(model)
@@ -83,14 +82,13 @@ def export(model: str, format: Format, out: Path) -> Exported:
         folder = download_version(version, Path(temporary))
         served = ServedModel(version, folder)
         expected = torch.from_numpy(served.predict(images.numpy()))
-        channels, side, _ = served.shape
         usage = Usage(
             model=version.name,
             version=version.version,
             run=version.run_id,
             weights_sha256=version.required("weights_sha256"),
             classes=served.classes,
-            target=Target(side, channels),
+            target=target_of(served),
             temperature=version.temperature,
         )
         if format == "safetensors":
@@ -98,9 +96,9 @@ def export(model: str, format: Format, out: Path) -> Exported:
         else:
             program = torch.export.load(folder / "data" / "model.pt2")
             if format == "pt2":
-                worst = export_pt2(program, out, images, expected, usage.metadata(PT2_EXAMPLE))
+                worst = export_pt2(program, out, images, expected, usage.metadata(pt2_example))
             else:
-                worst = export_onnx(program, usage.classes, out, images, expected, usage.metadata(ONNX_EXAMPLE))
+                worst = export_onnx(program, out, images, expected, usage.metadata(onnx_example))
     return Exported(
         model=version.uri,
         out=out,
@@ -116,23 +114,21 @@ def export(model: str, format: Format, out: Path) -> Exported:
 def _export_weights(
     store: ObjectStore, version: RegisteredVersion, usage: Usage, out: Path, images: Tensor, expected: Tensor
 ) -> float:
-    digest, key = usage.weights_sha256, version.required("weights_key")
+    digest = usage.weights_sha256
     manifest = load_manifest(store, version.required("dataset_version"))
+    config = read_record(version.run_id).config.training().model_copy(update={"pretrained": None})
+    mean, std = normalisation(config, manifest)
     description = Description(
-        config=read_record(version.run_id).config.training().model_copy(update={"pretrained": None}),
+        config=config,
         classes=manifest.classes,
         channels=manifest.channels,
         image_size=manifest.image_size,
-        mean=manifest.mean,
-        std=manifest.std,
+        resize=manifest.resize,
+        mean=mean,
+        std=std,
         weights_sha256=digest,
     )
     network, _ = description.classifier()
-    with TemporaryDirectory() as temporary:
-        file = Path(temporary, "weights.safetensors")
-        store.get_file(key, file)
-        load_weights(network, file)
-    if (found := weights_sha256(network.state_dict())) != digest:
-        raise ServiceError(f"{store.uri(key)} does not hold the weights of {version.uri}: their SHA-256 is {found}")
-    example = CONVOY9_EXAMPLE if description.config.model == "convoy9" else EXAMPLE_WITH_CONVOY
+    fetch_weights(store, version.required("weights_key"), digest, network)
+    example = convoy9_example if description.config.model == "convoy9" else example_with_convoy
     return export_weights(network, description, out, images, expected, usage.metadata(example, NORMALISED_OUTSIDE))

@@ -1,13 +1,19 @@
-"""Lists the image files that names of files, folders and bucket prefixes stand for, without reading them."""
+"""The inputs of a prediction: lists image files without reading them, and says what they are to be converted to.
+
+Files are given by their names, or by names of folders and bucket prefixes.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, cast, get_args
 
+from cnn.config.preprocessing import Resize
+from cnn.formats.decode import Target
 from cnn.formats.layout import SUFFIXES
 from infra.errors import UsageError
 from infra.storage.object_store import ObjectStore, parse_s3
+from infra.tracking.served_model import ServedModel
 
 
 class Picture(NamedTuple):
@@ -34,6 +40,21 @@ def pictures(inputs: Iterable[str]) -> Iterator[Picture]:
             yield picture
         if not found:
             raise UsageError(f"{given}: no PNG, JPEG, WebP or BMP image there")
+
+
+def target_of(served: ServedModel) -> Target:
+    """Returns size, channels and geometry of a version's images.
+
+    Raises:
+        UsageError: the version cannot be used here, or a newer Convoy made it with another geometry.
+        ServiceError: MLflow failed.
+    """
+    channels, side, _ = served.shape
+    if served.resize not in get_args(Resize):
+        raise UsageError(
+            f"{served.version.uri} makes images square by {served.resize!r}, which this version of Convoy does not know"
+        )
+    return Target(side, channels, cast(Resize, served.resize))
 
 
 def _on_disk(given: str) -> Iterator[Picture]:

@@ -10,7 +10,7 @@ from prefect.artifacts import create_markdown_artifact
 from scipy.special import softmax
 
 from cnn.formats.archive import MAX_MEMBER_BYTES
-from cnn.formats.decode import Target, decode_image, read_header, reason_of
+from cnn.formats.decode import decode_image, read_header, reason_of
 from cnn.threads import in_order
 from infra.errors import ServiceError, UsageError, counted
 from infra.records import Record
@@ -22,7 +22,7 @@ from tasks.data.dataset import load_manifest
 from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
-from tasks.prediction.inputs import Picture, pictures
+from tasks.prediction.inputs import Picture, pictures, target_of
 from tasks.prediction.table import PredictedBatch, Unread, check_out, result_file, table_writer
 from tasks.reporting.markdown import plain, table
 
@@ -65,7 +65,7 @@ def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
     """Predicts the class of every image, and writes a table with one row per file in the inputs' order.
 
     Columns: `file`; `class` and its `probability`; `p_CLASS` per class; `error`, the reason why a file could not be
-    used (the other columns are then empty). Images are decoded, resized and cropped as in preprocessing. The
+    used (the other columns are then empty). Images are decoded and made square as in preprocessing. The
     temperature in the version's tag `convoy.temperature` calibrates the probabilities, if the tag exists. Only a few
     batches are in memory, however many files there are.
 
@@ -109,7 +109,9 @@ def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
     )
     if flow_run_id():
         create_markdown_artifact(result.markdown(), key="predictions", description=f"Predictions by {result.model}")
-    run_logger().info("%s images predicted, %s unreadable; %s", f"{done - unread_count:,}", f"{unread_count:,}", out)
+    run_logger().info(
+        "%s predicted, %s unreadable; %s", counted(done - unread_count, "image"), f"{unread_count:,}", out
+    )
     return result
 
 
@@ -123,10 +125,9 @@ class ImageClassifier(ServedModel):
 
     def __init__(self, version: RegisteredVersion) -> None:
         super().__init__(version)
-        channels, side, _ = self.shape
-        self.target = Target(side, channels)
+        self.target = target_of(self)
         # Colour images are allowed if the network takes colour, or was trained on colour images converted to grey.
-        self.colour = channels == 3 or _trained_on_colour(str(self.metadata.get("dataset_version")))
+        self.colour = self.target.channels == 3 or _trained_on_colour(str(self.metadata.get("dataset_version")))
         self.temperature = version.temperature
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -185,7 +186,7 @@ def _pixels(picture: Picture, classifier: ImageClassifier) -> NDArray[np.uint8]:
         raise ValueError(f"{picture.size:,} bytes is more than {MAX_MEMBER_BYTES:,}")
     data = picture.read()
     if not classifier.colour and not read_header(data).grey:
-        pixels = decode_image(data, Target(classifier.target.image_size, 3)).astype(np.int16)
+        pixels = decode_image(data, classifier.target._replace(channels=3)).astype(np.int16)
         if np.ptp(pixels, axis=0).max() > GREY_SPREAD:
             raise ValueError("a colour image, and the model was trained on grey ones only")
     return decode_image(data, classifier.target)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infra.errors import UsageError
-from infra.machine.files import publish
+from infra.machine.files import check_writable, publish
 from infra.records import Record
 from infra.storage.object_store import ObjectStore, parse_s3
 
@@ -55,8 +54,8 @@ def check_out(out: str) -> None:
         raise UsageError(f"--out {out}: its name must end with .parquet, .csv or .json")
     if out.startswith("s3://"):
         parse_s3(out)
-    elif Path(out).is_dir() or not os.access(Path(out).absolute().parent, os.W_OK):
-        raise UsageError(f"--out {out}: cannot write there; name a file in a folder that exists")
+    else:
+        check_writable(Path(out), "--out")
 
 
 @contextmanager

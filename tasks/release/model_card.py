@@ -12,7 +12,7 @@ from prefect.utilities.urls import url_for
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest
 from cnn.formats.decode import Target
-from cnn.serving.usage import ANSWER, PREPARE, preparation
+from cnn.serving.usage import ANSWER, preparation, prepare
 from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.object_store import open_bucket
@@ -27,9 +27,10 @@ from tasks.evaluation.evaluate import Evaluation
 from tasks.evaluation.report import EvaluationReport
 from tasks.orchestration.step import step
 from tasks.reporting.markdown import plain
-from tasks.training.runs.run_record import flatten
+from tasks.training.platform import flatten
 from tasks.training.train import TrainResult
 
+APPROVAL = "**Approval**:"  # begins a paragraph
 LISTED_CLASSES = 30
 ALWAYS_SHOWN = ("model", "epochs", "seed")  # configuration keys that are listed even at their defaults
 MIN_CLASS_IMAGES = 100  # a class with fewer test images has uncertain scores
@@ -69,6 +70,13 @@ def write_model_card(
     describe_version(registered, model_card(registered, config, dataset, manifest, trained, evaluated.report, links))
 
 
+def with_approval(card: str, sentence: str) -> str:
+    """Returns a card with a person's decision before its first section, in place of an earlier one."""
+    paragraphs = [each for each in card.split("\n\n") if not each.startswith(APPROVAL)]
+    place = next((at for at, each in enumerate(paragraphs) if each.startswith("## ")), len(paragraphs))
+    return "\n\n".join([*paragraphs[:place], f"{APPROVAL} {plain(sentence)}.", *paragraphs[place:]])
+
+
 def model_card(
     model: ModelVersion,
     config: RunConfig,
@@ -86,11 +94,12 @@ def model_card(
     """
     channels, size = manifest.channels, manifest.image_size
     kind = "grey" if channels == 1 else "RGB"
-    target, temperature = Target(size, channels), report.calibration.temperature
+    target, temperature = Target(size, channels, manifest.resize), report.calibration.temperature
     paragraphs = [
+        f"{report.headline.replace('**', '')}; not judged.",  # `report_page` replaces this after the gates
         f"# {plain(model.name)}, version {model.version}",
-        f"{report.headline}, cross-entropy {report.loss:.4f}, macro F1 {report.macro.f1:.4f}; "
-        f"validation accuracy {trained.val_accuracy:.2%}.",
+        f"Cross-entropy {report.loss:.4f}, macro F1 {report.macro.f1:.4f}, validation accuracy "
+        f"{trained.val_accuracy:.2%}.",
         "## Intended use",
         f"Classifies {kind} images of {size}×{size} pixels that were made like those of {plain(dataset.name)} into "
         f"{len(manifest.classes)} classes: {_names(manifest.classes)}.",
@@ -197,6 +206,6 @@ model = mlflow.pyfunc.load_model({model})
 classes = model.metadata.metadata["classes"]
 size, mode, temperature = {target.image_size}, "{target.mode}", {temperature}
 
-{PREPARE}
+{prepare(target.resize)}
 probabilities = model.predict(images)
 {ANSWER}"""

@@ -17,17 +17,27 @@ class Model(Record):
 
     name: str
     versions: int
-    standing: Standing
+    """Number of its versions."""
+
+    champion: str | None
+    """The champion's version; None if there is none, as then in the next two fields."""
+
+    accuracy: float | None
+    """The champion's accuracy on the test split."""
+
+    created: datetime | None
+    """When the champion was registered."""
+
+    note: str
+    """A message if MLflow lacks the champion that the history names; else empty."""
 
     def cells(self, now: datetime) -> list[str]:
         """Returns name, the champion's version, accuracy on the test split and age, and the number of versions."""
-        champion = self.standing.version
-        accuracy = champion.record.test_accuracy if champion else None
         return [
             self.name,
-            champion.version if champion else "none",
-            f"{float(accuracy):.2%}" if accuracy else "",
-            age(now - champion.created) if champion else "",
+            self.champion or "none",
+            "" if self.accuracy is None else f"{self.accuracy:.2%}",
+            age(now - self.created) if self.created else "",
             str(self.versions),
         ]
 
@@ -48,7 +58,14 @@ def _model(store: ObjectStore, name: str, versions: list[RegisteredVersion]) -> 
     entries = [] if model_name_fault(name) else history(store, name)  # another program may use other names
     present = {version.version: version for version in versions}
     champion = next((present[version] for version in reversed(champions(entries)) if version in present), None)
-    return Model(name=name, versions=len(versions), standing=Standing(entries=tuple(entries), version=champion))
+    return Model(
+        name=name,
+        versions=len(versions),
+        champion=champion and champion.version,
+        accuracy=champion and champion.record.accuracy,
+        created=champion and champion.created,
+        note=Standing(entries=tuple(entries), version=champion).note,
+    )
 
 
 def age(span: timedelta) -> str:

@@ -13,7 +13,8 @@ from infra.errors import GateRefused, UsageError
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore, open_bucket
 from infra.storage.s3_client import ObjectMissing
-from infra.tracking.model_registry import ModelVersion, RegisteredVersion, search_versions
+from infra.tracking import mlflow_runs
+from infra.tracking.model_registry import ModelVersion, RegisteredVersion, search_versions, tag_version
 from infra.tracking.model_versions import find_version
 from infra.tracking.promotion_history import (
     Promotion,
@@ -24,12 +25,17 @@ from infra.tracking.promotion_history import (
     repair_aliases,
     standing_champion,
 )
+from infra.tracking.tags import APPROVED, RESULT, VERDICT, decision
 from tasks.release.quality.verdict import Verdict
 from tasks.training.runs.lineage import version_lineage
 
 
 class PromotionRefused(GateRefused):
     """A gate has not passed the version; nothing was changed."""
+
+
+class ChampionChanged(PromotionRefused):
+    """The quality gate has passed the version against another champion than the present one; nothing was changed."""
 
 
 class ChampionData(NamedTuple):
@@ -86,16 +92,20 @@ def promotions_of(version: ModelVersion) -> list[Promotion]:
     return entries
 
 
-def promote_version(version: ModelVersion, *, force: bool = False, reason: str = "") -> Promotion:
+def promote_version(
+    version: ModelVersion, *, force: bool = False, reason: str = "", approved_by: str = ""
+) -> Promotion:
     """Makes a version the champion, if it passed the serving gate, and the quality gate against the present champion.
 
     Args:
         force: promote it whatever the gates decided; needs a reason.
+        approved_by: name of the person who approved it in Prefect.
 
     Raises:
         UsageError: there is no such version, or no reason was given.
         AlreadyChampion: the version is the champion.
-        PromotionRefused: a gate has not passed the version, or passed it against another champion than the present one.
+        ChampionChanged: the quality gate passed it against another champion than the present one.
+        PromotionRefused: a gate has not passed it.
         PromotionLost: another promotion came first.
         ServiceError: a server failed.
     """
@@ -110,34 +120,49 @@ def promote_version(version: ModelVersion, *, force: bool = False, reason: str =
     is_champion = last is not None and last.to_version == found.version  # `promote` raises for it
     objection = None if is_champion else _objection(found, verdict, standing)
     if objection and not force:
-        raise PromotionRefused(f"{found.address} is not promoted: {objection}")
-    return promote(
+        kind = ChampionChanged if objection.champion_changed else PromotionRefused
+        raise kind(f"{found.address} is not promoted: {objection.why}")
+    promotion = promote(
         store,
         found,
         after=last,
         lineage=version_lineage(store, found),
         reason=reason,
+        approved_by=approved_by,
         forced=objection is not None,
         verdict_sha256=found.record.verdict_sha256 if verdict else None,  # older code may have written its bytes
         verdict_summary=verdict.summary if verdict else "",
     )
+    if found.record.awaits_approval:  # otherwise it would still count as waiting after a promotion by hand
+        made = decision(APPROVED, approved_by or promotion.who, reason)
+        record = found.record.model_copy(update=made.model_dump(exclude_none=True))
+        tag_version(found, {**made.to_tags(), RESULT: record.headline})
+        mlflow_runs.set_tags(found.run_id, {RESULT: record.headline, VERDICT: record.outcome})
+    return promotion
 
 
-def _objection(found: RegisteredVersion, verdict: Verdict | None, standing: Standing) -> str | None:
-    """Returns why the version must not become champion now, and what to do; None if it can."""
+class _Objection(NamedTuple):
+    why: str
+    """Why a version must not become champion now, and what to do."""
+
+    champion_changed: bool = False
+
+
+def _objection(found: RegisteredVersion, verdict: Verdict | None, standing: Standing) -> _Objection | None:
+    """Returns why the version must not become champion now; None if it can."""
     force = "--force --reason TEXT promotes it anyway"
     serving = found.record.serving
     if serving != "passed":
-        return f"its result of the serving gate is {serving or 'missing'}; {force}"
+        return _Objection(f"its result of the serving gate is {serving or 'missing'}; {force}")
     judge = f"`convoy promote {found.name} {found.version} --judge` scores it against the present champion"
     if verdict is None:
-        return f"it has no verdict of the quality gate; {judge}"
+        return _Objection(f"it has no verdict of the quality gate; {judge}")
     if not verdict.passed:
-        return f"the quality gate {verdict.summary}; {force}"
+        return _Objection(f"the quality gate {verdict.summary}; {force}")
     champion = standing.version.address if standing.version else None
     if verdict.champion != champion:
         now = standing.note or (f"{found.name!r} was {standing.last}" if standing.last else "there is no champion now")
-        return f"it was judged against {verdict.champion or 'no champion'}, but {now}; {judge}"
+        return _Objection(f"it was judged against {verdict.champion or 'no champion'}, but {now}; {judge}", True)
     return None
 
 

@@ -4,6 +4,7 @@ The bucket holds each verdict as models/<name>/verdicts/<SHA-256>.json.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from cnn.data.checks import pixel_digests
 from cnn.data.manifest import Manifest
 from cnn.data.split_reader import SplitReader
 from cnn.evaluation.evaluate import EVAL_BATCH
-from infra.errors import GateRefused
+from infra.errors import GateRefused, UsageError
 from infra.machine.threads import in_parallel
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
@@ -30,6 +31,7 @@ from infra.tracking.served_model import ServedModel
 from infra.tracking.tags import NO_CHAMPION, VersionRecord
 from tasks.config.gates import GateConfig
 from tasks.data.dataset import DatasetDamaged, load_manifest, open_cache, open_split
+from tasks.data.image_index import index_digest, load_index, slice_masks
 from tasks.evaluation.report import median_ms
 from tasks.evaluation.split_predictions import load_predictions, store_predictions
 from tasks.orchestration.cancellation import stop_if_cancelled
@@ -38,6 +40,7 @@ from tasks.orchestration.step import step
 from tasks.release.quality.checks import Scored
 from tasks.release.quality.judge import judge
 from tasks.release.quality.verdict import Verdict
+from tasks.training.runs.run_record import read_record
 
 WARM_UP_CALLS, TIMED_CALLS = 5, 30  # with one image
 
@@ -46,16 +49,20 @@ class QualityRefused(GateRefused):
     """The quality gate has refused the version; the verdict is published."""
 
     def __init__(self, verdict: Verdict) -> None:
-        super().__init__(f"the quality gate {verdict.summary}")
+        help_ = f"; what would help: {verdict.remedy}" if verdict.remedy else ""
+        super().__init__(f"the quality gate {verdict.summary}{help_}")
         self.verdict = verdict
 
 
 @step("quality-gate")
-def quality_gate(registered: ModelVersion, config: GateConfig) -> Verdict:
+def quality_gate(registered: ModelVersion, config: GateConfig, *, slices: Sequence[str] | None = None) -> Verdict:
     """Judges a version against the present champion, on the test split of the version's own dataset.
 
     Whatever its outcome, the verdict goes to the bucket, to the version's MLflow run (`report/verdict.*`), to the
     version's tags (`convoy.verdict*`) and, as a page, to Prefect.
+
+    Args:
+        slices: see `compare`.
 
     Raises:
         Cancelled: the flow run was cancelled.
@@ -63,30 +70,35 @@ def quality_gate(registered: ModelVersion, config: GateConfig) -> Verdict:
         ServiceError: a server failed.
     """
     stop_if_cancelled()
-    verdict = judge_version(registered, config)
+    verdict = judge_version(registered, config, slices)
     publish(registered, verdict)
     create_markdown_artifact(verdict.markdown(), key="quality-gate", description=verdict.summary)
-    run_logger().info("quality gate %s", verdict.summary)
     if not verdict.passed:
         raise QualityRefused(verdict)
+    run_logger().info("quality gate passed: %s", verdict.challenger)  # the command prints the rest at its end
     return verdict
 
 
-def judge_version(version: ModelVersion, config: GateConfig) -> Verdict:
+def judge_version(version: ModelVersion, config: GateConfig, slices: Sequence[str] | None = None) -> Verdict:
     """Returns the verdict on a version against the present champion of its name; publishes nothing.
 
     If the champion is missing in the registry, a note in the verdict names its substitute.
     """
     standing = standing_champion(open_bucket(), version.name)
-    verdict = compare(version, standing.version, config)
+    verdict = compare(version, standing.version, config, slices)
     if not standing.note:
         return verdict
     run_logger().warning("%s", standing.note)
     return verdict.model_copy(update={"notes": (*verdict.notes, standing.note)})
 
 
-def compare(challenger: ModelVersion, champion: ModelVersion | None, config: GateConfig) -> Verdict:
+def compare(
+    challenger: ModelVersion, champion: ModelVersion | None, config: GateConfig, slices: Sequence[str] | None = None
+) -> Verdict:
     """Returns the verdict on a version against another or none, on the test split of the challenger's dataset.
+
+    Args:
+        slices: columns of metadata whose values must not get worse; None: those of the challenger's training.
 
     Raises:
         UsageError: there is no such version.
@@ -100,17 +112,29 @@ def compare(challenger: ModelVersion, champion: ModelVersion | None, config: Gat
     timed = config.max_latency_ms is not None
     against = find_version(champion.address) if champion else None
     test = test_digest(manifest)
-    return judge(
+    columns = _slices_of(found.run_id) if slices is None else tuple(slices)
+    index = load_index(store, dataset_version) if columns else None
+    verdict = judge(
         score(store, found, manifest, split, timed=timed),
         score(store, against, manifest, split) if against else None,
         config,
         labels=split.labels.numpy(),
         classes=manifest.classes,
+        slices=slice_masks(index, "test", columns) if index else None,
         dataset_version=dataset_version,
         test_sha256=test,
         learned=_only_champions(open_cache(store), manifest, split, against) if against else None,
         judged_before=judged_before(store, found, test, dataset_version),
     )
+    sha256 = index_digest(store, dataset_version, columns)
+    return verdict.model_copy(update={"slices": columns, "index_sha256": sha256})
+
+
+def _slices_of(run_id: str) -> tuple[str, ...]:
+    try:
+        return read_record(run_id).config.data.slices
+    except UsageError:
+        return ()
 
 
 def test_digest(manifest: Manifest) -> str:
@@ -157,15 +181,16 @@ def publish(version: ModelVersion, verdict: Verdict) -> None:
     """Stores a verdict, and adds it to the version's run and tags. The tags are written last, as the commit."""
     store = open_bucket()
     store.put_bytes(bucket_layout.verdict(version.name, verdict.sha256), verdict.to_bytes())
-    run_id = find_version(version.address).run_id
-    mlflow_runs.log_text(run_id, "report/verdict.json", verdict.to_bytes().decode())
-    mlflow_runs.log_text(run_id, "report/verdict.md", verdict.markdown())
     record = VersionRecord(
         verdict="passed" if verdict.passed else "refused",
         verdict_summary=verdict.summary,
         verdict_champion=verdict.champion or NO_CHAMPION,
         verdict_sha256=verdict.sha256,
     )
+    found = find_version(version.address)
+    approval = found.record.model_copy(update={"verdict": record.verdict}).approval_sentence
+    mlflow_runs.log_text(found.run_id, "report/verdict.json", verdict.to_bytes().decode())
+    mlflow_runs.log_text(found.run_id, "report/verdict.md", verdict.markdown(approval))
     tag_version(version, record.to_tags())
 
 
@@ -184,12 +209,11 @@ def score(
     weights = version.record.weights_sha256 or ""
     found = load_predictions(store, version.run_id, manifest, weights)
     if found is None:
-        if model.shape != split.shape:
+        if takes := _other_images(model, manifest, split):
             return Scored(
                 address=version.address,
                 correct=np.zeros(len(split), dtype=np.bool_),
-                obstacle=f"{version.address} takes {'×'.join(map(str, model.shape))} images, but those of the test "
-                f"split are {'×'.join(map(str, split.shape))}: it cannot be compared",
+                obstacle=f"{version.address} {takes}: it cannot be compared",
             )
         found = _predict(model, split), model.classes
         store_predictions(store, version.run_id, found[0], found[1], manifest, weights)
@@ -206,6 +230,16 @@ def score(
         size_bytes=info.size if info else None,
         latency_ms=median_ms(lambda: model.predict(image), warm_up=WARM_UP_CALLS, timed=TIMED_CALLS) if timed else None,
     )
+
+
+def _other_images(model: ServedModel, manifest: Manifest, split: SplitReader) -> str:
+    """Says how the images that a model is made for differ from those of a split; empty if they do not."""
+    if model.shape != split.shape:
+        takes, given = ("×".join(map(str, shape)) for shape in (model.shape, split.shape))
+        return f"takes {takes} images, but those of the test split are {given}"
+    if model.resize != manifest.resize:  # it would be judged by images that it never gets where it is served
+        return f"makes images square by {model.resize}, but those of the test split are made so by {manifest.resize}"
+    return ""
 
 
 def _predict(model: ServedModel, split: SplitReader) -> Tensor:

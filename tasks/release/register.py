@@ -5,7 +5,7 @@ from importlib.metadata import version
 import torch
 
 from cnn.config.training import TrainConfig
-from cnn.networks.wrappers import predictor
+from cnn.networks.wrappers import normalisation, predictor
 from cnn.serving.classifier import ServedClassifier
 from infra.storage.object_store import open_bucket
 from infra.tracking.model_registry import ModelVersion, check_model_name, create_version, log_model, version_of
@@ -43,9 +43,8 @@ def register(
         return found
     store = open_bucket()
     manifest = load_manifest(store, dataset.version)
-    served = ServedClassifier(
-        predictor(trained_network(store, config, manifest, trained), config), manifest.mean, manifest.std
-    )
+    network = predictor(trained_network(store, config, manifest, trained), config)
+    served = ServedClassifier(network, *normalisation(config, manifest))
     example = load_reference(store, evaluated.reference_key)["images"][:2]
     example = example.expand(2, -1, -1, -1).contiguous() if len(example) == 1 else example
     with torch.inference_mode():
@@ -59,22 +58,24 @@ def register(
         metadata={
             "classes": list(manifest.classes),
             "dataset_version": dataset.version,
+            "resize": manifest.resize,
             "weights_sha256": trained.weights_sha256,
         },
     )
     flow = flow_run_id()
     record = VersionRecord(
+        test_accuracy=str(evaluated.accuracy),
         dataset=dataset.name,
         dataset_version=dataset.version,
         weights_sha256=trained.weights_sha256,
         weights_key=trained.weights_key,
         reference_key=evaluated.reference_key,
-        test_accuracy=str(evaluated.accuracy),
         temperature=str(evaluated.report.calibration.temperature),
         serving="pending",
         git_commit=provenance().git_commit,
         flow_run=str(flow) if flow else None,
     )
+    record = record.model_copy(update={"result": record.headline})
     registered = create_version(name, model_id, run_id=trained.run_id, tags=record.to_tags())
     run_logger().info("registered version %s of model %s", registered.version, registered.name)
     return registered

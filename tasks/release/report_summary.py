@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from cnn.data.checks import DataChecks
 from cnn.data.split_reader import SplitReader
+from infra.tracking.tags import EXPIRED, REFUSED, VersionRecord
 from tasks.data.data_gate import SHOWN_AS, outcome_counts
 from tasks.evaluation.changes import ChangedImage, Changes, ClassChange
 from tasks.evaluation.report import EvaluationReport
@@ -32,12 +33,13 @@ STYLE = """
 """
 
 
-def first_screen(folder: Path, thumbnails: Mapping[int, str]) -> str:
+def first_screen(folder: Path, thumbnails: Mapping[int, str], record: VersionRecord) -> str:
     """Returns four tiles and the changed images, as HTML; parts whose JSON file is missing say so.
 
     Args:
         folder: holds the run's `report/`.
         thumbnails: addresses of pictures of changed images, by position in the test split.
+        record: of the version, for a person's decision.
     """
     try:
         checks = DataChecks.model_validate_json((folder / "data.json").read_bytes())
@@ -48,7 +50,7 @@ def first_screen(folder: Path, thumbnails: Mapping[int, str]) -> str:
     changed = _changed_images(verdict.changes, verdict, thumbnails) if verdict and verdict.changes else ("", "")
     columns = (
         _tile("Accuracy", _accuracy(evaluation)) + _tile("Against the champion", _against(verdict)),
-        _tile("Verdict", _verdict(verdict, ServingReport.from_file(folder / "serving.json")))
+        _tile("Verdict", _verdict(verdict, ServingReport.from_file(folder / "serving.json"), record))
         + _tile("Data", _data(checks)),
         *changed,
     )
@@ -80,15 +82,18 @@ def _accuracy(report: EvaluationReport | None) -> str:
     )
 
 
-def _verdict(verdict: Verdict | None, serving: ServingReport | None) -> str:
+def _verdict(verdict: Verdict | None, serving: ServingReport | None, record: VersionRecord) -> str:
     if serving and not serving.passed:
         return '<p class="large bad">Refused</p><p>by the serving gate: it does not serve what was evaluated</p>'
     if verdict is None:
         return '<p class="large">None</p><p>the quality gate was not reached</p>'
     said = [text for heading, text in verdict.explanation() if heading == "Refused because of"]
     gaps = [f"not tested: {gap}" for gap in verdict.gaps]
+    decided = [f"approval: {sentence}"] if (sentence := record.approval_sentence) else []
     outcome = '<p class="large good">Passed</p>' if verdict.passed else '<p class="large bad">Refused</p>'
-    return outcome + _list((*said, *gaps))
+    if verdict.passed and record.approval in (REFUSED, EXPIRED):
+        outcome = '<p class="large bad">Not approved</p><p>The gates have passed it.</p>'
+    return outcome + _list((*decided, *said, *gaps))
 
 
 def _against(verdict: Verdict | None) -> str:
@@ -96,11 +101,10 @@ def _against(verdict: Verdict | None) -> str:
         return "<p>not compared</p>"
     if not verdict.champion:
         return "<p>There was no champion: nothing to compare with.</p>"
-    if verdict.champion_accuracy is None:
+    if verdict.champion_accuracy is None or verdict.gain is None:
         return f"<p>{escape(verdict.champion)} could not be compared.</p>"
-    more = verdict.only_challenger - verdict.only_champion
-    points = 100 * more / (verdict.images - verdict.left_out)
-    colour = "good" if more > 0 else "bad" if more < 0 else ""
+    points = 100 * verdict.gain
+    colour = "good" if points > 0 else "bad" if points < 0 else ""
     body = (
         f'<p class="large {colour}">{points:+.2f} points</p>'
         f"<p>against {escape(verdict.champion)}, {verdict.champion_accuracy:.2%}: {verdict.only_challenger:,} images "

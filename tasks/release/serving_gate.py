@@ -1,6 +1,6 @@
 """The serving gate: checks that the registered version gives outside users the probabilities of the evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from threading import Event
@@ -10,6 +10,7 @@ import torch
 from prefect.artifacts import create_markdown_artifact
 from torch import Tensor
 
+from cnn.networks.own import CONVOYS, own_packages
 from infra.errors import GateRefused, one_line
 from infra.records import Record
 from infra.storage.object_store import open_bucket
@@ -88,6 +89,7 @@ def serving_gate(
     config: ServingConfig,
     consumer: Consumer | None = None,
     server: Server | None = None,
+    network: str = "",
 ) -> ServingReport:
     """Uses the version as a consumer would, then moves the alias `challenger` to it.
 
@@ -99,6 +101,7 @@ def serving_gate(
     Args:
         consumer: the fresh process to use; if it is None or already used, the gate starts another.
         server: likewise.
+        network: its name. Of one's own, the fresh process cannot import the files, just as it cannot import Convoy.
 
     Raises:
         Cancelled: the flow run was cancelled.
@@ -112,11 +115,22 @@ def serving_gate(
         if consumer is None or not consumer.is_waiting:
             consumer = started.enter_context(Consumer())
         report = try_serving(
-            registered, reference["images"], reference["probabilities"], tolerance, config, consumer, server
+            registered,
+            reference["images"],
+            reference["probabilities"],
+            tolerance,
+            config,
+            consumer,
+            server,
+            (*CONVOYS, *own_packages(network)),
         )
     mlflow_runs.log_text(evaluated.run_id, "report/serving.json", report.model_dump_json(indent=2))
     mlflow_runs.log_text(evaluated.run_id, "report/serving.md", report.markdown())
-    create_markdown_artifact(report.markdown(), key="serving-gate", description=f"MLflow run {evaluated.run_id}")
+    create_markdown_artifact(
+        report.markdown(),
+        key="serving-gate",
+        description=f"Serving gate of {registered.address}, MLflow run {evaluated.run_id}",
+    )
     outcome = "passed" if report.passed else "failed"
     tag_version(registered, {SERVING: outcome})
     if not report.passed:
@@ -135,6 +149,7 @@ def try_serving(
     config: ServingConfig,
     consumer: Consumer,
     server: Server | None = None,
+    hidden: Sequence[str] = CONVOYS,
 ) -> ServingReport:
     """Runs all checks; the server starts while the fresh process works.
 
@@ -144,12 +159,13 @@ def try_serving(
         tolerance: largest difference of a probability.
         consumer: an unused one.
         server: likewise; None starts one.
+        hidden: packages that the fresh process cannot import.
     """
     not_needed = Event()
     with ThreadPoolExecutor(1) as executor:
         try:
             http = executor.submit(list, _over_http(model, images, expected, tolerance, config, not_needed, server))
-            checks = list(_in_fresh_process(model, images, expected, tolerance, config, consumer))
+            checks = list(_in_fresh_process(model, images, expected, tolerance, config, consumer, hidden))
             if checks[0].passed:  # a model that does not load cannot be served either
                 checks += http.result()
         finally:
@@ -164,13 +180,15 @@ def _in_fresh_process(
     tolerance: float,
     config: ServingConfig,
     consumer: Consumer,
+    hidden: Sequence[str],
 ) -> Iterator[ServingCheck]:
     try:
-        consumed = consumer.predict(model.uri, images, batch_sizes(images), config.time_limit)
+        consumed = consumer.predict(model.uri, images, batch_sizes(images), config.time_limit, hidden)
     except ConsumerFailed as error:
         yield ServingCheck(name="loads in a fresh process", passed=False, detail=str(error))
         return
-    yield ServingCheck(name="loads in a fresh process", passed=True, detail="mlflow.pyfunc")
+    without = f"mlflow.pyfunc, where none of {', '.join(hidden)} can be imported"
+    yield ServingCheck(name="loads in a fresh process", passed=True, detail=without)
     for size, got in sorted(consumed.predictions.items()):
         yield _compared(f"pyfunc, batch of {size}", got, expected[:size], tolerance)
     for name, message in consumed.refusals.items():

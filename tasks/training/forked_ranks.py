@@ -8,17 +8,33 @@ torchrun that was told to stop does not read it.
 import os
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing.context import ForkProcess
+from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch._dynamo  # noqa: F401 (the optimizer and DDP load it)
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+from cnn.config.networks import find_network, is_own
 from infra.machine.output import outlive_readers
 from tasks.training import rank
+from tasks.training.protocol.job import JobFolder
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # handled by torchrun
+
+
+def load_network(folder: Path) -> None:
+    """Imports what builds the network of a job: a library of networks takes seconds of each rank.
+
+    Code of the user's, which may start threads or use a device, is left to the ranks.
+    """
+    model = JobFolder(folder).read_job().config.model
+    if not is_own(model):
+        with suppress(ImportError):  # the ranks report it
+            resolve_name(find_network(model).builder)
 
 
 def fork_ranks() -> None:

@@ -1,20 +1,31 @@
 """The part of a run's manifest that describes code, libraries and hardware: they also decide the bits of a result."""
 
+import hashlib
+import operator
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+from pydantic import Field
 
 import cnn
 from cnn.code_digest import code_digest
+from cnn.data.manifest import canonical_json
 from infra.records import Record
 from infra.tracking.provenance import Provenance, provenance
 
 DIGEST_FORMAT = 2
 """How `code_digest` is made. Format 1 covered all files of `cnn`, by their places before `cnn` had packages."""
 
-NOT_IN_WEIGHTS = ("formats/", "preprocessing/", "serving/", "data/checks.py")
+NOT_IN_WEIGHTS = (
+    *("formats/", "preprocessing/", "serving/"),
+    *("data/checks.py", "evaluation/grad_cam.py", "evaluation/label_errors.py"),
+)
 """Parts of `cnn` that decide no weights: the dataset version covers what they read and pack."""
+
+NO_FILES: Mapping[str, str] = MappingProxyType({})
 
 
 class Platform(Record, extra="forbid"):
@@ -24,7 +35,8 @@ class Platform(Record, extra="forbid"):
     """`DIGEST_FORMAT` of the code that wrote this record."""
 
     code_digest: str
-    """Digest of the parts of `cnn` that decide weights, without comments and formatting."""
+    """Digest of the parts of `cnn` that decide weights, and of the network's own files, without comments and
+    formatting."""
 
     lock_sha256: str | None
     torch: str
@@ -35,6 +47,9 @@ class Platform(Record, extra="forbid"):
     """Instruction set of the CPU or GPU: other instructions round differently."""
 
     threads_per_rank: int
+    network_files: dict[str, str] = Field(default_factory=dict, exclude_if=operator.not_)
+    """Files of a network of one's own, by path in the project's folder (`cnn.networks.own.network_files`). Without any,
+    the key is left out, so that other runs keep their manifest's digest."""
 
 
 def weight_files() -> list[Path]:
@@ -49,24 +64,61 @@ def weight_files() -> list[Path]:
 
 def this_platform(code: Provenance | None = None) -> Platform:
     """Returns this process's platform; `code` is its provenance, if the caller knows it already."""
+    return Platform(**code_inputs(code or provenance()), **this_machine())
+
+
+def code_inputs(code: Provenance, network_files: Mapping[str, str] = NO_FILES) -> dict[str, Any]:
+    """Returns the fields of the platform that describe code and lock file."""
+    return {
+        "digest_format": DIGEST_FORMAT,
+        "code_digest": _joined(code_digest(weight_files()), network_files),
+        "lock_sha256": code.lock_sha256,
+        "network_files": dict(network_files),
+    }
+
+
+def with_files(platform: Platform, network_files: Mapping[str, str]) -> Platform:
+    """Returns the platform for a training of a network of one's own that has these files."""
+    joined = _joined(platform.code_digest, network_files)
+    return platform.model_copy(update={"code_digest": joined, "network_files": dict(network_files)})
+
+
+def _joined(convoys: str, network_files: Mapping[str, str]) -> str:
+    """Returns a digest of Convoy's code and a network's files: Convoy's own, if the network has none."""
+    if not network_files:
+        return convoys
+    return hashlib.sha256(canonical_json({"convoy": convoys, "network": dict(network_files)})).hexdigest()
+
+
+def this_machine() -> dict[str, Any]:
+    """Returns the fields of the platform that describe PyTorch and the hardware."""
     import torch  # not above: programs that only read records do without it
 
     from cnn.distributed.process_group import THREADS_PER_RANK, local_device
 
     device = local_device().type
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    return Platform(
-        digest_format=DIGEST_FORMAT,
-        code_digest=code_digest(weight_files()),
-        lock_sha256=(code or provenance()).lock_sha256,
-        torch=torch.__version__,
-        device=device,
-        instruction_set=gpu or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        threads_per_rank=THREADS_PER_RANK,
-    )
+    return {
+        "torch": torch.__version__,
+        "device": device,
+        "instruction_set": gpu or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads_per_rank": THREADS_PER_RANK,
+    }
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns the values that differ, for people: `torch was 2.14.1, is 2.15.0`."""
+    was, now = flatten(was), flatten(now)
     keys = sorted(was.keys() | now.keys())
     return [f"{key} was {was.get(key)}, is {now.get(key)}" for key in keys if was.get(key) != now.get(key)]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested values by dotted keys, as in `--set`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

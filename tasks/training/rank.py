@@ -20,11 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cnn.distributed.process_group import make_deterministic, process_group
+from cnn.errors import InputError
+from cnn.networks.own import network_files
 from cnn.training.loop import fit
 from cnn.training.reports import EpochReport, StepReport
 from cnn.training.stragglers import StragglerWatch
 from cnn.training.trainer import Trainer
 from cnn.training.training_state import restore, take_state
+from infra.errors import counted
 from infra.machine.lifeline import TORCHRUN_PID, die_with_parent, name_process
 from infra.machine.output import outlive_readers
 from infra.storage import bucket_layout
@@ -172,8 +175,10 @@ class RankZero:
         return found[1] if found else None
 
     def start(self, trainer: Trainer) -> None:
-        """Begins to measure the time and speed of the training."""
+        """Begins to measure the time and speed of the training, and reports from which step it goes on."""
         self._trainer = trainer
+        waiting = f"going on after step {trainer.step}" if trainer.step else "computing the first step"
+        self._folder.write_event(Event(step=trainer.step, total_steps=trainer.total_steps, waiting=waiting))
         self._began = time.perf_counter()
         self._speed.begin(trainer.step)
 
@@ -197,7 +202,7 @@ class RankZero:
         self._system.stop()
         rows = self._metrics.close(METRICS_WAIT)
         if rows:
-            print_line(f"{len(rows)} rows of metrics have not reached the tracking server yet")
+            print_line(f"{counted(len(rows), 'row')} of metrics not yet delivered to the tracking server")
         return tuple(row.model_dump(mode="json") for row in rows)
 
     @property
@@ -304,6 +309,9 @@ def main() -> int:
 
 def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: StopSignal) -> None:
     """Trains to the end, or until the ranks agree to stop; rank 0 stores the weights and writes the outcome."""
+    check_network_files(job)
+    if os.environ.get("RANK") == "0":
+        folder.write_event(Event(waiting="loading the data"))
     store = open_bucket()
     cache = open_cache(store)
     manifest = load_manifest(store, job.dataset_version)
@@ -354,6 +362,19 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
             unplaced = outcome.model_copy(update={"metrics": rows})  # after a stop, the checkpoint has the rows
             outcome = through_outage(lambda: commit_weights(store, job, state, folder.weights, unplaced), first.warn)
         folder.write_outcome(outcome)
+
+
+def check_network_files(job: Job) -> None:
+    """Raises InputError if the files of a network of one's own are not those that the training began with.
+
+    They may have changed before a restart of the ranks, and this node may have others than the flow's machine.
+    """
+    here = network_files(job.config.model)
+    if differing := sorted(file for file, _ in job.network_files.items() ^ here.items()):
+        raise InputError(
+            f"{job.config.model}: {', '.join(dict.fromkeys(differing))} changed after this training had begun; "
+            "train again, or restore what it began with and call `convoy resume`"
+        )
 
 
 def _rendezvous_store(arguments: list[str]) -> dist.Store | None:

@@ -93,7 +93,7 @@ def main() -> None:
     )
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-    from tasks.training.forked_ranks import fork_ranks
+    from tasks.training.forked_ranks import fork_ranks, load_network
 
     class Alone(StaticTCPRendezvous):
         def get_backend(self) -> str:
@@ -106,6 +106,7 @@ def main() -> None:
         return Alone("127.0.0.1", 0, 0, 1, parameters.run_id, 0)
 
     rendezvous_handler_registry.register("alone", alone)
+    load_network(Path(sys.argv[sys.argv.index("tasks.training.rank") + 1]))
     fork_ranks()
     os.environ[TORCHRUN_PID] = str(os.getpid())
     run.main(sys.argv[1:])

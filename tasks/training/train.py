@@ -8,6 +8,7 @@ from functools import partial
 
 from cnn.distributed.process_group import device_count
 from cnn.distributed.world_size import default_world_size
+from cnn.networks.own import network_files
 from infra.errors import counted
 from infra.machine import stopping
 from infra.records import Record
@@ -26,7 +27,7 @@ from tasks.orchestration.retries import outlast
 from tasks.orchestration.step import step
 from tasks.training import liveness
 from tasks.training.checkpoints import finished_outcome
-from tasks.training.protocol.job import Event, Job, JobFolder, Outcome, Restarts, spare_outcome
+from tasks.training.protocol.job import STARTING, Event, Job, JobFolder, Outcome, Restarts, spare_outcome
 from tasks.training.protocol.patience import FLOW_WAIT
 from tasks.training.runs.tracked_run import Interrupted, TrackedRun
 
@@ -89,6 +90,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
             world_size=world_size,
             launch=launch_of(config),
             manifest_digest=run.manifest_digest,
+            network_files=network_files(config.model),
             checkpoints=config.checkpoints,
             restarts=config.restarts,
         )
@@ -100,7 +102,9 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
         spare_outcome(),
         progress(f"Training on {where}", total, unit="epochs", artifact="training") as advance,
     ):
-        outcome = _run(folder, _Display(advance, config.epochs))
+        display = _Display(advance, config.epochs)
+        display(Event(waiting=STARTING if config.launcher == "local" else "waiting for nodes"))
+        outcome = _run(folder, display)
     if not folder.weights.exists():  # rank 0 ran on another node
         outlast(partial(store.get_file, outcome.weights_key, folder.weights))
     return _publish(run, outcome, folder)
@@ -130,7 +134,7 @@ def _world_size(config: RunConfig) -> int:
     world_size = config.ranks or default_world_size(config.lanes, devices)
     if (idle := devices - world_size) > 0:
         run_logger().warning(
-            "%d of %d devices stay idle: %d ranks share %d lanes", idle, devices, world_size, config.lanes
+            "%d of %d devices stay idle: %s for %d lanes", idle, devices, counted(world_size, "rank"), config.lanes
         )
     return world_size
 
@@ -162,7 +166,8 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
         if status >= 0 or (outcome and outcome.status != "crashed") or not restarts.take():
             break
         await_earlier_start(folder)  # the kernel kills the ranks after their supervisor
-        show(Event(warning=f"the supervisor was killed by signal {-status}; starting again from the last checkpoint"))
+        reason = f"the supervisor was killed by signal {-status}"
+        show(Event(warning=f"{reason}; starting again from the last checkpoint", waiting=STARTING))
         folder.start_again()
     if outcome and outcome.status == "finished":
         return outcome
@@ -217,7 +222,11 @@ class _Display:
             run_logger().warning("%s", event.warning)
         if event.note:
             run_logger().info("%s", event.note)
-        if not event.step:
+        done = self._epochs * event.step / event.total_steps if event.total_steps else self._done
+        if event.waiting:
+            self._advance(done - self._done, waiting=event.waiting)
+            self._done = done
+        if event.waiting or not event.step:
             return
         self._parts["epoch"] = f"epoch {event.epoch}/{self._epochs}"
         if event.loss is not None:
@@ -226,6 +235,5 @@ class _Display:
             self._parts["val"] = f"val {event.val_accuracy:.2%}"
         if event.images_per_second is not None:
             self._parts["speed"] = f"{event.images_per_second:,.0f} images/s"
-        done = self._epochs * event.step / event.total_steps
         self._advance(done - self._done, " · ".join(self._parts.values()))
         self._done = done

@@ -29,7 +29,7 @@ class References(Record):
     """Runs that are running according to MLflow or to this machine's processes."""
 
     in_force: frozenset[str]
-    """Runs of versions that have an alias, are champion, or can be restored by a rollback."""
+    """Runs of versions that have an alias, wait for approval, are champion, or can be restored by a rollback."""
 
     registered: frozenset[str]
     """Runs of any version."""
@@ -62,7 +62,11 @@ def references(store: ObjectStore, stored: Collection[str], *, forget_unknown: b
     restorable = _restorable(store)
     if not forget_unknown:
         _check_known(sorted(restorable.keys() - versions.keys()), sorted(set(stored) - runs.keys()))
-    in_force = [version for key, version in versions.items() if key in aliased or key in restorable]
+    in_force = [
+        version
+        for key, version in versions.items()
+        if key in aliased or key in restorable or version.record.awaits_approval
+    ]
     running = {run.run_id for run in runs.values() if run.status == "RUNNING"} | _with_process(runs)
     lineages = [
         *restorable.values(),  # MLflow may not know them

@@ -100,7 +100,7 @@ SWEPT = {
     ),
     "interrupted preprocessing": _Rule(bucket_layout.JOURNALS, ("journals_days",), group=1),
     "records of preprocessing": _Rule(bucket_layout.STEPS),  # removed with their versions, or after `steps_days`
-    "dataset versions": _Rule(bucket_layout.DATASETS, ("datasets_days",), group=1),
+    "dataset versions": _Rule(bucket_layout.DATASETS, ("datasets_days",), group=1, commit="manifest.json"),
     "shards": _Rule(bucket_layout.SHARDS),
     "data reports": _Rule(bucket_layout.REPORTS, ("reports_days",), group=2, commit="data.json", is_data=False),
     "records of sources": _Rule(bucket_layout.SOURCES, ("raw_days",)),
@@ -211,7 +211,8 @@ class _Marks:
 
     def _mark_datasets(self, in_use: Set[str]) -> set[str]:
         """Marks versions, journals and the shards of both; returns the versions."""
-        newest = sorted(self._objects["dataset versions"], key=_written, reverse=True)[: self._config.datasets_keep]
+        manifests = (info for info in self._objects["dataset versions"] if info.key.endswith("/manifest.json"))
+        newest = sorted(manifests, key=_written, reverse=True)[: self._config.datasets_keep]
         versions = self._mark("dataset versions", in_use | {bucket_layout.part(info.key, 1) for info in newest})
         self._mark("interrupted preprocessing")
         journals = (info.key for info in self._objects["interrupted preprocessing"] if info.key in self._marked)
@@ -251,7 +252,9 @@ class _Marks:
         in_use |= {each.dataset_name for each in lineages if each.dataset_version not in versions - unknown}
         sources = list(self._read("records of sources", RawSource))
         self._mark("records of sources", {info.key for info, it in sources if in_use & {it.digest, it.name}})
-        self._mark("raw files", {file.key for info, it in sources if info.key in self._marked for file in it.files})
+        self._mark(
+            "raw files", {file.key for info, it in sources if info.key in self._marked for file in it.stored_files}
+        )
 
     def _names(self, versions: Set[str]) -> set[tuple[str, str]]:
         """Returns dataset versions with their names in the records of kept runs."""

@@ -88,6 +88,12 @@ class Verdict(Record):
     judged_before: int | None = None
     """Other versions of the model that this test split has judged before; None if they were not counted."""
 
+    slices: tuple[str, ...] = ()
+    """Columns of metadata whose values were judged too."""
+
+    index_sha256: str = ""
+    """The image index that these columns come from; empty without such columns."""
+
     config: GateConfig
 
     @property
@@ -112,9 +118,22 @@ class Verdict(Record):
         return "; ".join(parts)
 
     @property
+    def gain(self) -> float | None:
+        """The accuracy minus the champion's, on the compared images; None if there was no comparison."""
+        if self.champion_accuracy is None:
+            return None
+        return (self.only_challenger - self.only_champion) / (self.images - self.left_out)
+
+    @property
     def reasons(self) -> list[str]:
         """The failed checks, each with its detail."""
         return [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
+
+    @property
+    def remedy(self) -> str:
+        """What would make the failed checks pass, each once."""
+        remedies = "; ".join(check.remedy for check in self.checks if not check.passed and check.remedy)
+        return "; ".join(dict.fromkeys(remedies.split("; ")))
 
     @property
     def gaps(self) -> list[str]:
@@ -152,23 +171,38 @@ class Verdict(Record):
                 gaps.append("whether it is better than a champion (there is none)")
         found = [("Compared", what), ("Result", result), ("How sure", certainty)]
         found += [("Refused because of", reason) for reason in self.reasons]
-        if remedies := [check.remedy for check in self.checks if not check.passed and check.remedy]:
-            found.append(("What would help", "; ".join(dict.fromkeys("; ".join(remedies).split("; ")))))
+        if self.remedy:
+            found.append(("What would help", self.remedy))
         if gaps:
             found.append(("Not tested", "; ".join(gaps)))
         return found
 
-    def markdown(self) -> str:
-        """Returns the verdict as a page for MLflow and Prefect: first in sentences, then as tables."""
+    def sentences(self, approval: str = "") -> list[str]:
+        """Returns the decision and the explanation as lines of Markdown.
+
+        Args:
+            approval: a person's decision as a clause, if one was asked for.
+        """
+        said = [*([("Approval", approval)] if approval else []), *self.explanation()]
+        return [
+            f"**{'Passed' if self.passed else 'Refused'}**: {plain(self.challenger)} against "
+            + plain(self.champion or "no champion"),
+            "",
+            *(f"- **{heading}**: {plain(text)}." for heading, text in said),
+        ]
+
+    def markdown(self, approval: str = "") -> str:
+        """Returns the verdict as a page for MLflow and Prefect: first in sentences, then as tables.
+
+        Args:
+            approval: a person's decision as a clause, if one was asked for.
+        """
         low, high = self.interval
         versions = [(self.challenger, f"{self.accuracy:.2%} ({low:.2%} to {high:.2%})", self.only_challenger)]
         if self.champion and self.champion_accuracy is not None:
             versions.append((self.champion, f"{self.champion_accuracy:.2%}", self.only_champion))
         lines = [
-            f"**{'Passed' if self.passed else 'Refused'}**: {plain(self.challenger)} against "
-            + plain(self.champion or "no champion"),
-            "",
-            *(f"- **{heading}**: {plain(text)}." for heading, text in self.explanation()),
+            *self.sentences(approval),
             "",
             *table(("", "accuracy", "right in this version only"), versions, "lrr"),
         ]

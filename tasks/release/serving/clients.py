@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cnn.networks.own import CONVOYS
 from infra.stack.ports import PORT_RANGE, is_free
 from infra.stack.processes import log_end
 from infra.tracking.model_versions import LOADING_ENVIRONMENT
@@ -51,7 +52,8 @@ def batch_sizes(images: Tensor) -> list[int]:
 
 
 class Consumer:
-    """A fresh process that cannot import Convoy; it loads its libraries immediately, and waits for a model.
+    """A fresh process that can import neither Convoy nor the user's network; it loads its libraries immediately, and
+    waits for a model.
 
     Leaving the context ends the process and removes its files. If this process is killed, the kernel closes the
     consumer's standard input, and the consumer ends as soon as it reads it.
@@ -59,7 +61,8 @@ class Consumer:
 
     def __enter__(self) -> Self:
         self._folder = TemporaryDirectory()
-        # -P keeps Convoy's modules off its path: the model has to work where Convoy is not installed.
+        # The model has to work where Convoy is not installed: -P keeps this program's folder off the path, and the
+        # program imports nothing that is `hidden` from it, which an installation or PYTHONPATH may offer.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(FRESH_PROCESS)],
             cwd=self._folder.name,
@@ -84,7 +87,9 @@ class Consumer:
         assert self._process.stdin
         return not self._process.stdin.closed and self._process.poll() is None
 
-    def predict(self, uri: str, images: Tensor, sizes: Sequence[int], time_limit: float) -> Consumed:
+    def predict(
+        self, uri: str, images: Tensor, sizes: Sequence[int], time_limit: float, hidden: Sequence[str] = CONVOYS
+    ) -> Consumed:
         """Loads a model through `mlflow.pyfunc`, and predicts. A consumer can do so only once.
 
         Args:
@@ -92,6 +97,7 @@ class Consumer:
             images: uint8 N×C×H×W; handed over as PNG files.
             sizes: batch sizes; each batch holds the first images.
             time_limit: seconds to finish its start, and to download, load and predict.
+            hidden: packages that the process cannot import, wherever they lie.
 
         Raises:
             ConsumerFailed: the process returned no predictions.
@@ -101,7 +107,13 @@ class Consumer:
         for number, image in enumerate(images):
             pixels = image.permute(1, 2, 0).squeeze(2).numpy()
             Image.fromarray(pixels).save(folder / f"{number:06d}.png")
-        task = {"uri": uri, "images": str(folder), "out": self._folder.name, "sizes": list(sizes)}
+        task = {
+            "uri": uri,
+            "images": str(folder),
+            "out": self._folder.name,
+            "sizes": list(sizes),
+            "hidden": list(hidden),
+        }
         try:
             _, errors = self._process.communicate(json.dumps(task), timeout=time_limit)
         except subprocess.TimeoutExpired:

@@ -20,6 +20,7 @@ from tasks.training.launchers.watch import watching
 from tasks.training.protocol.job import Event, Job, JobFolder
 
 TEMPLATE = Path(infra.kubernetes.__path__[0]) / "training-job.yaml"
+CACHE_FOLDER = "/var/lib/convoy/cache"  # in the template's CONVOY_HOME
 GPU = "nvidia.com/gpu"
 
 
@@ -77,6 +78,10 @@ def training_job(job: Job, flow_pod: str | None) -> dict[str, Any]:
         pod["spec"]["serviceAccountName"] = config.service_account
         secret["secretRef"]["name"] = config.secret
         environment.append({"name": "CONVOY_SLOTS", "value": str(config.ranks_per_pod)})
+        if config.cache:
+            volume = {"name": "cache", "persistentVolumeClaim": {"claimName": config.cache}}
+            pod["spec"]["volumes"].append(volume)
+            agent["volumeMounts"].append({"name": "cache", "mountPath": CACHE_FOLDER})
         if "tasks.nodes.agent" in agent.get("command", ()):  # in copies of the template of Convoy 0.1
             agent["command"] = ["convoy", "join"]
         agent |= {"image": config.image, "args": [job.run_id], "resources": _resources(config)}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from infra.machine.lifeline import end_descendants
-from tasks.training.protocol.job import Event, JobFolder, Restarts
+from tasks.training.protocol.job import STARTING, Event, JobFolder, Restarts
 from tasks.training.protocol.memory_file import memory_file
 from tasks.training.protocol.patience import HUNG_RANKS_WAIT, SUPERVISOR_WAIT
 from tasks.training.torchrun import ALONE, start_torchrun
@@ -30,7 +30,7 @@ def run(folder: JobFolder, wants_end: Callable[[float], bool]) -> int:
             return status
         _end_ranks(folder)
         reason = folder.killed() or (outcome.error if outcome else folder.log_end())
-        folder.write_event(Event(warning=f"{reason}; starting again from the last checkpoint"))
+        folder.write_event(Event(warning=f"{reason}; starting again from the last checkpoint", waiting=STARTING))
         folder.start_again()
 
 

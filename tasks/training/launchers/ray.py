@@ -54,7 +54,7 @@ files, such as AWS profiles, are always the node's."""
 class AgentHost:
     """The actor: runs an agent in a child process."""
 
-    def run(self, run_id: str, access: dict[str, str]) -> str:
+    def run(self, run_id: str, access: dict[str, str], project: str) -> str:
         """Runs an agent until it ends.
 
         Args:
@@ -62,6 +62,7 @@ class AgentHost:
             access: variables that give access to the servers. Only an argument of this call stays between the driver
                 and this process: Ray's dashboard and logs show a `runtime_env`, and Ray's control store keeps arguments
                 of the actor itself.
+            project: the flow's working folder, which holds networks of one's own; the agent's too, where it exists.
 
         Returns:
             The agent's error in one line; empty after success.
@@ -78,6 +79,7 @@ class AgentHost:
         # In the actor's main thread: the kernel sends the death signal when the thread that forked ends.
         agent = subprocess.Popen(
             [sys.executable, "-m", "tasks.training.nodes.agent", run_id],
+            cwd=project if os.path.isdir(project) else None,
             env=environment,
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -121,7 +123,7 @@ def agents(folder: JobFolder) -> Iterator[None]:
         for number in range(job.world_size)
     ]
     access = {name: value for name in ACCESS_VARIABLES if (value := os.environ.get(name)) is not None}
-    runs = {actor.run.remote(job.run_id, access): actor for actor in actors}
+    runs = {actor.run.remote(job.run_id, access, os.getcwd()): actor for actor in actors}
 
     def poll() -> Iterator[str]:
         """Restarts agents that have ended; yields why they ended, and which resources are missing."""
@@ -134,7 +136,7 @@ def agents(folder: JobFolder) -> Iterator[None]:
                 failure = f"Ray cannot run an agent: {_short(error)}"
             if failure:
                 yield failure
-            runs[actor.run.remote(job.run_id, access)] = actor
+            runs[actor.run.remote(job.run_id, access, os.getcwd())] = actor
         if placement_group_table(group)["state"] != "CREATED":
             yield f"Ray lacks resources for {len(actors)} ranks with {bundle} each; waiting for more nodes"
 

@@ -17,14 +17,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from cnn.distributed.process_group import device_count
+from cnn.networks.own import digests
 from infra.errors import ServiceError, UsageError, counted
 from infra.machine.lifeline import adopt_orphans, end_descendants
 from infra.machine.network import address_towards, free_port, interface_of
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore, open_bucket
-from tasks.training.platform import Platform, this_platform
+from tasks.training.platform import Platform, this_platform, with_files
 from tasks.training.protocol.board import BEAT, STORAGE_TIMEOUT, Board, Heartbeat, Instruction, NodeReport, invited_runs
 from tasks.training.protocol.job import Event, Job, JobFolder, spare_outcome
 from tasks.training.protocol.patience import SUPERVISOR_WAIT
@@ -79,7 +81,9 @@ class Membership:
     def __init__(self, node: Node, board: Board, job: Job, folder: JobFolder, print_line: Print) -> None:
         self._node, self._board, self._job, self._folder, self._print = node, board, job, folder, print_line
         self._heartbeat = Heartbeat()
-        self._report = NodeReport(beat=0, slots=node.slots, platform=node.platform)
+        # By its files only: an agent goes on for days, so it must not import a network that may change meanwhile.
+        self._platform = with_files(node.platform, digests(Path.cwd(), job.network_files))
+        self._report = NodeReport(beat=0, slots=node.slots, platform=self._platform)
         self._torchrun: subprocess.Popen[bytes] | None = None
         self._told_to_stop = False
         self._events: list[Event] = []
@@ -121,7 +125,7 @@ class Membership:
             self._report = NodeReport(
                 beat=self._report.beat,
                 slots=self._node.slots,
-                platform=self._node.platform,
+                platform=self._platform,
                 generation=order.generation,
             )
         stopping = order.pause or leaving

@@ -5,12 +5,12 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from infra.errors import ServiceError
+from infra.errors import ServiceError, counted
 from infra.storage.object_store import open_bucket
 from tasks.training.nodes.plan import plan
-from tasks.training.platform import Platform, differences, this_platform
+from tasks.training.platform import Platform, differences, this_platform, with_files
 from tasks.training.protocol.board import BEAT, STORAGE_TIMEOUT, Board, Heartbeat, Instruction, Invitation, NodeReport
-from tasks.training.protocol.job import Event, JobFolder, Outcome, Restarts, Status
+from tasks.training.protocol.job import STARTING, Event, JobFolder, Outcome, Restarts, Status
 from tasks.training.protocol.patience import COORDINATOR_WAIT
 
 SETTLE_SECONDS = 5.0  # seconds without a change of the ready nodes before a generation is formed or enlarged
@@ -34,7 +34,7 @@ class Coordinator:
         self._heartbeats: dict[str, Heartbeat] = {}
         # A machine that only coordinates may have another kind of processor: then the first node decides.
         here = self._job.launch.launcher == "nodes" and self._nodes.here
-        self._platform: Platform | None = this_platform() if here else None
+        self._platform: Platform | None = with_files(this_platform(), self._job.network_files) if here else None
         self._refused: set[str] = set()
         self._passed_on: dict[str, int] = {}  # number of events per member of this generation
         self._ready: frozenset[str] = frozenset()
@@ -131,7 +131,7 @@ class Coordinator:
             last = Outcome(status="crashed", error=reason, exit_status=1)
             self._folder.write_outcome(outcomes.get("crashed", last))
             return True
-        self._folder.write_event(Event(warning=f"{reason}; going on from the last checkpoint"))
+        self._folder.write_event(Event(warning=f"{reason}; going on from the last checkpoint", waiting=STARTING))
         self._end_generation()
         self._ready_changed = time.monotonic()  # it takes a while until a dead node counts as silent
         return False
@@ -164,7 +164,7 @@ class Coordinator:
         )
         self._formed = now
         ranks = ", ".join(f"{count} on {node}" for node, count in chosen.items())
-        self._folder.write_event(Event(note=f"{sum(chosen.values())} ranks: {ranks}"))
+        self._folder.write_event(Event(note=f"{counted(sum(chosen.values()), 'rank')}: {ranks}", waiting=STARTING))
         return False
 
     def _could_grow(self) -> bool:
@@ -181,7 +181,8 @@ class Coordinator:
         for node, report in self._reports.items():
             if report.leaving or self._heartbeats[node].silence > STALE_SECONDS:
                 continue
-            wanted = self._platform or next(iter(found.values()), report).platform
+            platform = self._platform or next(iter(found.values()), report).platform
+            wanted = platform.model_copy(update={"network_files": self._job.network_files})
             differing = differences(wanted.model_dump(), report.platform.model_dump())
             if not differing:
                 found[node] = report

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from cnn.config.training import TrainConfig
 from infra.errors import one_line
@@ -26,6 +26,8 @@ from tasks.config.run import CheckpointConfig
 from tasks.training.protocol.memory_file import memory_file
 
 SPARE_OUTCOME = "CONVOY_SPARE_OUTCOME"  # variable: path of the memory file of `spare_outcome`
+
+STARTING = "starting the ranks"  # what a training waits for first, and after each restart
 
 Status = Literal["finished", "interrupted", "failed", "unsaved", "crashed"]
 
@@ -50,12 +52,18 @@ class Job(Record, extra="forbid"):
 
     launch: AnyLaunch = Launch()
     manifest_digest: str
+    network_files: dict[str, str] = Field(default_factory=dict)
+    """Files of a network of one's own (`Platform.network_files`): each rank checks that it has loaded the same."""
+
     checkpoints: CheckpointConfig
     restarts: int
 
 
 class Event(Record, extra="forbid"):
-    """Progress of a training (`step` of `total_steps` steps in `epoch`, both counted from 1), a warning or a note."""
+    """Progress of a training (`step` of `total_steps` steps in `epoch`, both counted from 1), a warning or a note.
+
+    With `waiting`, `step` is the one from which the training is about to go on.
+    """
 
     step: int = 0
     total_steps: int = 0
@@ -68,6 +76,9 @@ class Event(Record, extra="forbid"):
 
     note: Line | None = None
     """What the training does now, for people."""
+
+    waiting: Line = ""
+    """What happens before the next step, for people: shown until that step."""
 
 
 class Outcome(Record, extra="forbid"):
@@ -177,7 +188,7 @@ class JobFolder:
 
     def last_step(self) -> int:
         """Returns the highest step that any start of the ranks has reported; 0 before the first report."""
-        return max((event.step for event in JobFolder(self.path).new_events()), default=0)
+        return max((event.step for event in JobFolder(self.path).new_events() if not event.waiting), default=0)
 
     def start_again(self) -> None:
         """Prepares another start of the ranks: deletes the outcome and renames the log."""

@@ -34,7 +34,8 @@ class Training(Record):
     val_accuracy: float | None
     test_accuracy: float | None
     verdict: str
-    """Outcome of the last gate that the version has reached: `passed`, `refused`, `serving failed`, or empty."""
+    """Outcome of the last gate that the version has reached: `passed`, `refused`, `serving failed`, or empty; while a
+    person's approval is missing, `waits for approval` or `not approved`."""
 
     def cells(self) -> list[str]:
         """Returns the fields as texts, in their order."""
@@ -76,5 +77,5 @@ def _training(store: ObjectStore, run: mlflow_runs.Run, version: RegisteredVersi
         model=version.address if version else run.tags.get(MODEL, ""),
         val_accuracy=run.metrics.get("val/accuracy"),
         test_accuracy=run.metrics.get("test/accuracy"),
-        verdict=record.verdict or ("serving failed" if record.serving == "failed" else ""),
+        verdict=record.outcome,
     )

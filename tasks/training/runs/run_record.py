@@ -4,21 +4,29 @@ This module loads neither torch nor Prefect.
 """
 
 import hashlib
-from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.main import IncEx
 
+from cnn.config.training import TrainConfig
 from cnn.data.manifest import canonical_json
+from cnn.networks.own import network_files
 from infra.errors import UsageError
 from infra.records import Record
 from infra.storage import bucket_layout
-from infra.storage.object_store import open_bucket
+from infra.storage.object_store import ObjectStore, open_bucket
 from infra.storage.s3_client import ObjectMissing
 from infra.tracking import mlflow_runs
+from infra.tracking.model_registry import search_versions
+from infra.tracking.model_versions import find_version
+from infra.tracking.provenance import Provenance
 from tasks.config.run import RunConfig
-from tasks.data.dataset import DatasetRef
-from tasks.training.platform import Platform
+from tasks.data.dataset import DatasetRef, load_manifest
+from tasks.training.platform import Platform, code_inputs, differences
+
+MIN_PREFIX = 6  # digits of a dataset version
 
 
 class RunManifest(Platform):
@@ -41,6 +49,20 @@ class RunRecord(Record, extra="forbid"):
     manifest: RunManifest
 
 
+def inputs_of(config: RunConfig, dataset: DatasetRef, code: Provenance) -> dict[str, Any]:
+    """Returns the fields of a training's manifest that do not depend on the machine."""
+    return {
+        **code_inputs(code, network_files(config.model)),
+        "dataset_version": dataset.version,
+        "config": config_inputs(config),
+    }
+
+
+def config_inputs(config: RunConfig) -> dict[str, Any]:
+    """Returns the keys that decide the weights; those to start from are named by their digest, which is among them."""
+    return config.training().model_dump(mode="json", exclude={"pretrained"})
+
+
 def read_record(run_id: str) -> RunRecord:
     """Returns the record of a run.
 
@@ -59,7 +81,7 @@ def read_record(run_id: str) -> RunRecord:
 
 
 def check_resumable(run_id: str) -> RunConfig:
-    """Returns the configuration of an unfinished run.
+    """Returns the configuration of an unfinished run, or of a finished one whose version waits for approval.
 
     Call this again once the model's lease is held: the run may finish while its resume waits for the lease.
 
@@ -67,17 +89,53 @@ def check_resumable(run_id: str) -> RunConfig:
         UsageError: there is no such run, or it has finished.
     """
     record = read_record(run_id)
-    if mlflow_runs.run_status(run_id) == "FINISHED":
+    if mlflow_runs.run_status(run_id) == "FINISHED" and not _waits_for_approval(run_id):
         raise UsageError(f"run {run_id} has finished; there is nothing to resume")
     return record.config
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested values by dotted keys, as in `--set`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def check_same_result(run_id: str, earlier: RunConfig, current: RunConfig) -> None:
+    """Refuses a resume with other values of keys that decide data or weights, before anything is loaded or started.
+
+    Raises:
+        UsageError: a key differs.
+    """
+    decisive = {*TrainConfig.model_fields, "dataset", "data"}
+    place: IncEx = {"data": {"keep_raw", "slices"}}  # which make no difference
+    before, now = (config.model_dump(mode="json", include=decisive, exclude=place) for config in (earlier, current))
+    if differing := differences(before, now):
+        raise UsageError(
+            f"run {run_id} cannot go on here, because its weights would differ: {'; '.join(differing)}; "
+            f"leave {'it' if len(differing) == 1 else 'them'} out, or train again"
+        )
+
+
+def _waits_for_approval(run_id: str) -> bool:
+    return any(version.record.awaits_approval for version in search_versions(run_id=run_id))
+
+
+def find_dataset(store: ObjectStore, reference: str) -> str:
+    """Returns the dataset version that a reference names.
+
+    Args:
+        reference: the beginning of a dataset version, an MLflow run id, or a model (`NAME`, `NAME@ALIAS`,
+            `NAME/VERSION`), which means the data of its test.
+
+    Raises:
+        UsageError: it names none, or several.
+    """
+    if len(reference) >= MIN_PREFIX and not set(reference) - set("0123456789abcdef"):
+        prefix = bucket_layout.DATASETS + reference
+        found = sorted({bucket_layout.part(info.key, 1) for info in store.list(prefix)})
+        if len(found) > 1:
+            raise UsageError(f"several dataset versions begin with {reference}: {', '.join(found[:5])}")
+        if found:
+            load_manifest(store, found[0])
+            return found[0]
+        try:
+            return read_record(reference).dataset.version
+        except UsageError:
+            with suppress(UsageError):  # a model may be called `facade`
+                return find_version(reference).required("dataset_version")
+            raise
+    return find_version(reference).required("dataset_version")

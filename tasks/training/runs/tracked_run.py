@@ -7,6 +7,7 @@ from functools import partial
 
 import httpx
 from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run as running_flow
 from prefect.utilities.urls import url_for
 
 from cnn.data.manifest import Manifest
@@ -18,17 +19,17 @@ from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking import mlflow_runs, tags
+from infra.tracking.promotion_history import this_user
 from infra.tracking.provenance import Provenance, provenance
 from tasks.config.run import RunConfig
-from tasks.data.dataset import DatasetRef, is_complete, load_manifest
-from tasks.data.prune_mark import wait_for_prune
+from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.orchestration.cancellation import Cancelled
 from tasks.orchestration.flow_runs import flow_run_id, label_flow_run
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.retries import outlast
 from tasks.training.liveness import hold_run_lock
-from tasks.training.platform import differences, this_platform
-from tasks.training.runs.run_record import RunManifest, RunRecord, check_resumable, flatten, read_record
+from tasks.training.platform import differences, flatten, this_machine
+from tasks.training.runs.run_record import RunManifest, RunRecord, check_resumable, inputs_of, read_record
 
 
 class Interrupted(RuntimeError):
@@ -41,36 +42,15 @@ class TrackedRun(Record):
     """An open MLflow run."""
 
     run_id: str
-    url: str
     manifest_digest: str
     checkpoint_prefix: str
-
-
-def recorded_dataset(record: RunRecord) -> DatasetRef:
-    """Returns the dataset version of a run to resume.
-
-    Raises:
-        UsageError: the bucket does not hold the whole version any more.
-    """
-    version = record.dataset.version
-    store = open_bucket()
-    wait_for_prune(store)
-    if not is_complete(store, version):
-        raise UsageError(f"the bucket lacks parts of dataset version {version}: the run cannot go on; train again")
-    return record.dataset.model_copy(update={"reused": True})
-
-
-def with_batch_size(config: RunConfig, dataset: DatasetRef) -> RunConfig:
-    """Returns the configuration with a batch size for the size of the training split."""
-    manifest = load_manifest(open_bucket(), dataset.version)
-    return config.for_images(manifest.splits["train"].count)
 
 
 @contextlib.contextmanager
 def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = None) -> Iterator[TrackedRun]:
     """Opens the run, and closes it as FINISHED, KILLED (cancelled, interrupted) or FAILED.
 
-    A finished run is never opened again.
+    A finished run is never opened again: if its version waits for approval, it is only read.
 
     Args:
         resume: id of the run to resume. By default, if Prefect runs this flow run again, its earlier MLflow run; if
@@ -87,7 +67,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
     check_fits(config.training(), data)
     code = provenance()
     manifest = run_manifest(config, dataset, code)
-    flow_run = _flow_tags().get(tags.FLOW_RUN, "")
+    flow_run = flow_tags().get(tags.FLOW_RUN, "")
     asked, resume = resume, resume or _run_of(flow_run, store)
     finished = False
     with contextlib.ExitStack() as alive:
@@ -100,7 +80,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
             finished = mlflow_runs.run_status(run_id) == "FINISHED"
             if not finished:
                 mlflow_runs.reopen_run(run_id)
-                mlflow_runs.set_tags(run_id, _flow_tags())
+                mlflow_runs.set_tags(run_id, flow_tags())
         else:
             run_id = mlflow_runs.start_run(
                 experiment=dataset.name,
@@ -120,12 +100,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
                 mlflow_runs.log_text(run_id, "manifest.json", manifest.model_dump_json(indent=2))
                 record = RunRecord(config=config, dataset=dataset, manifest=manifest)
                 store.put_if_absent(bucket_layout.run_record(run_id), record.model_dump_json().encode())
-            yield TrackedRun(
-                run_id=run_id,
-                url=mlflow_runs.run_url(run_id),
-                manifest_digest=manifest.digest,
-                checkpoint_prefix=prefix,
-            )
+            yield TrackedRun(run_id=run_id, manifest_digest=manifest.digest, checkpoint_prefix=prefix)
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
             if stopped and not isinstance(error, Interrupted):  # whose message says it
@@ -156,22 +131,21 @@ def _mixing_tags(config: RunConfig, data: Manifest) -> dict[str, str]:
 
 def run_manifest(config: RunConfig, dataset: DatasetRef, code: Provenance) -> RunManifest:
     """Returns the manifest of a training on this machine's kind of device."""
-    return RunManifest(
-        **this_platform(code).model_dump(),
-        dataset_version=dataset.version,
-        config=config.training().model_dump(mode="json", exclude={"pretrained"}),  # its digest is in the configuration
-    )
+    return RunManifest(**this_machine(), **inputs_of(config, dataset, code))
 
 
 def log_cost(run_id: str, step_seconds: Mapping[str, float], rank_hours: float) -> None:
-    """Logs the metrics `cost/...` of a training: seconds per step, hours of all ranks, and memory.
+    """Logs the metrics `work/...` of a training: seconds per step, hours of all ranks, and memory.
+
+    MLflow shows groups by name: this one comes after `test`, `train` and `val`. Earlier runs have these
+    metrics as `cost/...`.
 
     `peak_memory_bytes` is the largest resident memory of a process that this one has started: in general a rank, with
     the pages of the data set that it shares with other ranks.
     """
-    figures = {f"cost/{step.replace('-', '_')}_seconds": value for step, value in step_seconds.items()}
+    figures = {f"work/{step.replace('-', '_')}_seconds": value for step, value in step_seconds.items()}
     memory = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    figures |= {"cost/rank_hours": rank_hours, "cost/peak_memory_bytes": memory}
+    figures |= {"work/rank_hours": rank_hours, "work/peak_memory_bytes": memory}
     outlast(partial(mlflow_runs.log_metrics, run_id, figures))
 
 
@@ -182,7 +156,7 @@ def _check_equal(run_id: str, earlier: RunManifest, current: RunManifest) -> Non
             f"run {run_id} cannot go on here: another version of Convoy started it, and its record of the code cannot "
             "be compared; resume it with that version, or train again"
         )
-    if differing := differences(flatten(earlier.model_dump()), flatten(current.model_dump())):
+    if differing := differences(earlier.model_dump(), current.model_dump()):
         raise UsageError(f"run {run_id} cannot go on here, because its weights would differ: {'; '.join(differing)}")
 
 
@@ -192,7 +166,8 @@ def _run_of(flow_run: str, store: ObjectStore) -> str | None:
     return runs[0].run_id if runs and store.head(bucket_layout.run_record(runs[0].run_id)) else None
 
 
-def _flow_tags() -> dict[str, str]:
+def flow_tags() -> dict[str, str]:
+    """Returns the tags of a run that name the flow run which works on it; none outside a flow run."""
     if not (flow := flow_run_id()):
         return {}
     return {tags.FLOW_RUN: str(flow), tags.FLOW_RUN_URL: url_for("flow-run", obj_id=flow) or ""}
@@ -200,10 +175,13 @@ def _flow_tags() -> dict[str, str]:
 
 def _tags(config: RunConfig, dataset: DatasetRef, manifest: RunManifest, code: Provenance) -> dict[str, str]:
     return {
+        tags.RESULT: "not evaluated",  # first, since MLflow shows tags in the order in which they were created
         tags.MODEL: config.name or dataset.name,
         tags.DATASET_VERSION: dataset.version,
         tags.CODE_DIGEST: manifest.code_digest,
         tags.MANIFEST_DIGEST: manifest.digest,
+        tags.USER: this_user(),
+        tags.SOURCE_NAME: f"convoy {running_flow.flow_name}",
         **code.as_tags(),
-        **_flow_tags(),
+        **flow_tags(),
     }

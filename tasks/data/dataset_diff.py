@@ -1,0 +1,111 @@
+"""Compares two dataset versions image by image, by their indexes."""
+
+import csv
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from infra.errors import UsageError
+from infra.storage.object_store import ObjectStore
+from tasks.data.image_index import ImageIndex, load_index
+
+KINDS = {
+    "added": "added",
+    "removed": "removed",
+    "renamed": "renamed, with the same content",
+    "changed": "with other content",
+    "relabelled": "relabelled",
+    "moved": "moved to another split",
+}
+"""Kinds of changes, with their words for people."""
+
+
+class Change(NamedTuple):
+    """A change of one image; an image may have several."""
+
+    kind: str
+    path: str
+    """In the later version, or in the earlier one if it was removed; the content's digest if it has no path."""
+
+    earlier: str
+    """What it was: label, split or path, by the kind of change; the label of a removed image."""
+
+    later: str
+    """What it is; the label of an added image."""
+
+
+class _Image(NamedTuple):
+    digest: str
+    label: str
+    split: str
+
+
+def differences(earlier: ImageIndex, later: ImageIndex) -> list[Change]:
+    """Returns the changes from one version to another, by kind and path.
+
+    An image is found again by its path, and if that is gone, by its content.
+    """
+    old, new = _by_path(earlier), _by_path(later)
+    gone = defaultdict[str, list[str]](list)  # by content
+    for path in sorted(old.keys() - new.keys(), reverse=True):
+        gone[old[path].digest].append(path)
+    pairs, changes = [(path, path) for path in new if path in old], []
+    for path in sorted(new.keys() - old.keys()):
+        if found := gone.get(new[path].digest):
+            pairs.append((found.pop(), path))
+        else:
+            changes.append(Change("added", path, "", new[path].label))
+    changes += [Change("removed", path, old[path].label, "") for paths in gone.values() for path in paths]
+    for was, path in pairs:
+        before, after = old[was], new[path]
+        values = (
+            ("renamed", was, path),
+            ("changed", before.digest, after.digest),
+            ("relabelled", before.label, after.label),
+            ("moved", before.split, after.split),
+        )
+        changes += [Change(kind, path, a, b) for kind, a, b in values if a != b]
+    order = list(KINDS)
+    return sorted(changes, key=lambda change: (order.index(change.kind), change.path))
+
+
+def _by_path(index: ImageIndex) -> dict[str, _Image]:
+    """Returns the images by path; those without one by their content, and by a number among equal ones."""
+    seen = Counter[str]()
+    images = {}
+    for batch in index.table.select(["path", "digest", "label", "split"]).to_batches():
+        for path, digest, label, split in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            seen[digest] += path is None
+            images[path or f"{digest}#{seen[digest]}"] = _Image(digest, label, split)
+    return images
+
+
+def summary(changes: Iterable[Change]) -> str:
+    """Returns how many images were added, removed, and so on, as a line."""
+    counts = Counter(change.kind for change in changes)
+    return ", ".join(f"{counts[kind]:,} {words}" for kind, words in KINDS.items() if counts[kind]) or "no change"
+
+
+def write_changes(changes: Iterable[Change], out: Path) -> None:
+    """Writes the changes as CSV, one per row."""
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(Change._fields)
+        writer.writerows(changes)
+
+
+def index_of(store: ObjectStore, version: str) -> ImageIndex:
+    """Returns the index of a dataset version.
+
+    Raises:
+        UsageError: it has none.
+        ServiceError: the store failed, or the index is damaged.
+    """
+    index = load_index(store, version)
+    if index is None:
+        raise UsageError(
+            f"dataset version {version} has no index of its images, since older code made it; "
+            "`--refresh preprocess` makes it again, with one"
+        )
+    return index
