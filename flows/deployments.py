@@ -4,35 +4,54 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 from uuid import UUID
 
 import httpx
 import yaml
 from prefect import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.client.schemas.responses import SetStateStatus
+from prefect.client.schemas.objects import FlowRun, State, StateType, Worker, WorkerStatus
+from prefect.client.schemas.responses import DeploymentResponse, SetStateStatus
+from prefect.client.schemas.sorting import ArtifactSort
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.states import Cancelling
 from prefect.utilities.urls import url_for
 
-from flows.summary import Summary
+from flows.run_names import command_reason, model_name
+from flows.summary import REFUSED, Summary
 from infra.errors import ServiceError, UsageError, one_line
 from infra.records import Record
-from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN
-from tasks.config.run import load_config
+from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN, STARTED_BY
+from tasks.config.deployment import ProjectConfig, ScheduleConfig
+from tasks.config.run import RunConfig, load_config
+
+DEPLOYMENTS = Path(__file__).parents[1] / "infra" / "prefect.yaml"
+EXAMPLE = "fashion-mnist"
+"""The deployment in that file that is copied for a project, with another name."""
 
 MAX_POLL_SECONDS = 2.0  # between polls of a flow run
 POLL_SHARE = 0.05  # of the time waited so far, as a pause before the next poll: short runs are polled often
 MAX_OUTAGE_SECONDS = 1800.0  # that Prefect may be down while a command waits for a flow run
 NO_ANSWER = "Prefect does not answer"
-UNTAKEN_WARNING_SECONDS = 30.0  # after which a warning says that no worker has taken a flow run
+NO_WORKER_SECONDS = 3.0  # that a flow run waits before a warning says that no worker is there
+BUSY_WORKER_SECONDS = 30.0  # that it waits before a warning says that the workers have not taken it
+MADE_BY_CONVOY = "convoy"
+"""Tag of the deployments in Convoy's own file, and in copies of it."""
+
+RENAMED = "renamed:"
+"""Prefix of the tag of a deployment that has another name now, which follows."""
+
+POOL_DESCRIPTION = "Flow runs that are due, and wait for a machine on which `convoy worker` runs."
 DATA_CHANGED = "convoy.data.changed"
 REPORT_ARTIFACTS = ("quality-gate", "evaluation")  # in the order of a report
 PREFECT_PROGRAM = (
@@ -49,32 +68,139 @@ class Started(Record):
     url: str
 
 
-def deploy(file: Path) -> Iterator[str]:
+def deploy(file: Path, switch: bool | None = None) -> Iterator[str]:
+    """Registers all deployments of a file in Prefect's format; see `_deploy`."""
+    yield from _deploy(_entries(file), file, switch)
+
+
+def deploy_project(project: ProjectConfig, switch: bool | None = None) -> Iterator[str]:
+    """Registers the deployments of a project; see `_deploy`.
+
+    They are made of Convoy's own file, with the configuration as it is now: `retrain/NAME`, and `prune/storage` if the
+    project says what to keep.
+    """
+    entries = list(_project_entries(project))
+    with NamedTemporaryFile("w", prefix="convoy-", suffix=".yaml") as file:
+        yaml.safe_dump({"name": "convoy", "pull": [], "deployments": entries}, file)
+        file.flush()
+        yield from _deploy(entries, Path(file.name), switch)
+
+
+def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
+    name, deploy = model_name(project), project.deploy
+    example = {entry["name"]: entry for entry in _entries(DEPLOYMENTS)}
+    pool = {"name": deploy.pool}
+
+    def entry(named: str, schedule: ScheduleConfig, parameters: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        slug = example[named]["schedules"][0]["slug"]
+        when = [{"slug": slug, "cron": schedule.cron, "timezone": schedule.timezone}] if schedule.cron else []
+        return example[named] | {"parameters": parameters, "schedules": when, "work_pool": pool} | changes
+
+    text = json.dumps(example[EXAMPLE])
+    example[EXAMPLE] = json.loads(text.replace(EXAMPLE, json.dumps(name)[1:-1]))
+    triggers = example[EXAMPLE]["triggers"] if deploy.new_data else []
+    older = {"older_names": list(deploy.older_names), "triggers": triggers}
+    config = project.run.model_dump(mode="json", exclude_unset=True)
+    yield entry(EXAMPLE, deploy.schedule, {"config": config}, **older)
+    if deploy.prunes:
+        retention = deploy.retention.model_dump(mode="json", exclude_unset=True)
+        yield entry("storage", deploy.prune, {"retention": retention})
+
+
+def _deploy(entries: list[dict[str, Any]], file: Path, switch: bool | None) -> Iterator[str]:
     """Registers all deployments of a file in Prefect's format; yields one line per deployment.
+
+    A schedule that Prefect has already, also under an older name of its deployment, stays on or off. A new one is on,
+    unless the file says `active: false`.
+
+    Args:
+        entries: the deployments in the file.
+        file: in Prefect's format.
+        switch: switches all schedules of the file on or off.
 
     Raises:
         UsageError: the file cannot be used.
         ServiceError: Prefect refuses.
     """
-    entries = _entries(file)
     for pool in sorted({entry["work_pool"]["name"] for entry in entries}):
         ensure_pool(pool)
-    command = [sys.executable, "-c", PREFECT_PROGRAM, "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+    names = [
+        [f"{flow_of(entry['entrypoint']).name}/{name}" for name in (entry["name"], *entry.get("older_names", ()))]
+        for entry in entries
+    ]
+    before = _schedules(chain(*names))
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        PREFECT_PROGRAM,
+        "--no-prompt",
+        "deploy",
+        "--all",
+        "--prefect-file",
+        str(file),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         output = one_line(done.stderr or done.stdout)
         raise ServiceError(f"Prefect did not register the deployments of {file}: {output[-400:]}")
     with get_client(sync_client=True) as client:
-        for entry in entries:
-            flow_name = flow_of(entry["entrypoint"]).name
-            found = client.read_deployment_by_name(f"{flow_name}/{entry['name']}")
-            schedules = entry.get("schedules", [])
-            wanted = {schedule.get("slug") for schedule in schedules}
+        for (name, *older), entry in zip(names, entries, strict=True):
+            found = client.read_deployment_by_name(name)
+            schedules = {schedule["slug"]: schedule for schedule in entry.get("schedules", [])}
+            active = {
+                slug: next((before[n, slug] for n in (name, *older) if (n, slug) in before), each.get("active", True))
+                for slug, each in schedules.items()
+            }
+            if switch is not None:
+                active = dict.fromkeys(active, switch)
             for schedule in found.schedules:
-                if schedule.slug not in wanted:
+                if schedule.slug not in schedules:
                     client.delete_deployment_schedule(found.id, schedule.id)
-            when = ", ".join(f"{each['cron']} {each.get('timezone', 'UTC')}" for each in schedules if "cron" in each)
-            yield f"{flow_name}/{found.name}" + (f"  at {when}" if when else "")
+                elif schedule.active != active[schedule.slug]:
+                    client.update_deployment_schedule(found.id, schedule.id, active=active[schedule.slug])
+            when = ", ".join(
+                f"{each['cron']} {each.get('timezone', 'UTC')} ({'on' if active[slug] else 'off'})"
+                for slug, each in schedules.items()
+                if "cron" in each
+            )
+            yield name + (f"  at {when}" if when else "")
+            for old_name in older:
+                if _retire(client, old_name, name):
+                    yield f"{old_name}  is now {name}; its schedules and triggers are off"
+
+
+def _schedules(names: Iterable[str]) -> dict[tuple[str, str | None], bool]:
+    """Returns whether each schedule that Prefect has is on, by the deployment's name and the schedule's slug."""
+    found: dict[tuple[str, str | None], bool] = {}
+    with get_client(sync_client=True) as client:
+        for name in names:
+            with suppress(ObjectNotFound):
+                schedules = client.read_deployment_by_name(name).schedules
+                found |= {(name, schedule.slug): schedule.active for schedule in schedules}
+    return found
+
+
+def _retire(client: SyncPrefectClient, old_name: str, new_name: str) -> bool:
+    """Switches off schedules and triggers of a deployment that now has another name; returns whether it had to.
+
+    The deployment remains, since scripts may start flow runs by its name. A deployment without the tag `convoy` is not
+    one of Convoy's, and stays as it is.
+    """
+    try:
+        found = client.read_deployment_by_name(old_name)
+    except ObjectNotFound:
+        return False
+    renamed = f"{RENAMED}{new_name}"
+    if MADE_BY_CONVOY not in found.tags or renamed in found.tags:
+        return False
+    for schedule in found.schedules:
+        client.update_deployment_schedule(found.id, schedule.id, active=False)
+    client.delete_resource_owned_automations(f"prefect.deployment.{found.id}")
+    tags = [tag for tag in found.tags if not tag.startswith(RENAMED)]
+    note = f"An older name of {new_name}, kept for scripts."
+    client.update_deployment(found.id, DeploymentUpdate(description=note, tags=[*tags, renamed]))
+    return True
 
 
 def ensure_pool(name: str) -> None:
@@ -83,7 +209,7 @@ def ensure_pool(name: str) -> None:
         try:
             client.read_work_pool(name)
         except ObjectNotFound:
-            client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+            client.create_work_pool(WorkPoolCreate(name=name, type="process", description=POOL_DESCRIPTION))
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
@@ -96,6 +222,8 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     for entry in entries:
         if missing := {"name", "entrypoint", "work_pool"} - entry.keys():
             raise UsageError(f"{file}: a deployment lacks {', '.join(sorted(missing))}")
+        if not isinstance(entry.get("older_names", []), list):
+            raise UsageError(f"{file}: older_names of {entry['name']} must be a list of names")
         if any("slug" not in schedule for schedule in entry.get("schedules", [])):
             raise UsageError(f"{file}: every schedule of {entry['name']} needs a slug, which identifies it")
     return entries
@@ -106,31 +234,44 @@ def flow_of(entrypoint: str) -> Flow[..., Any]:
     return load_flow_from_entrypoint(entrypoint)
 
 
-def start_retraining(deployment: str, settings: list[str], *, force: bool) -> Started:
+def start_retraining(
+    deployment: str | None, settings: list[str], *, force: bool, config: RunConfig | None = None
+) -> Started:
     """Starts a flow run of a `retrain` deployment.
 
     Args:
-        deployment: its name, with or without the flow's name.
+        deployment: its name, with or without the flow's name; None: that of the model of `config`.
         settings: `key=value` texts that change the deployment's configuration.
+        config: takes the place of the deployment's configuration; the settings are in it already.
 
     Raises:
         UsageError: there is no such deployment, or a setting cannot be used.
         ServiceError: Prefect refuses the run.
     """
-    name = deployment if "/" in deployment else f"retrain/{deployment}"
+    name = deployment or model_name(config or RunConfig())
+    name = name if "/" in name else f"retrain/{name}"
     with get_client(sync_client=True) as client:
-        try:
-            found = client.read_deployment_by_name(name)
-        except ObjectNotFound:
-            known = ", ".join(sorted(each.name for each in client.read_deployments())) or "none; see `convoy deploy`"
-            raise UsageError(f"Prefect has no deployment {name}; there are: {known}") from None
-        config = load_config(None, settings, base=found.parameters.get("config", {}))  # mistakes are reported here
+        found = _deployment(client, name)
+        if config is None:
+            config = load_config(None, settings, base=found.parameters.get("config", {}))  # mistakes are reported here
         parameters = {"config": config.model_dump(mode="json", exclude_unset=True), "force": force}
         try:
-            run = client.create_flow_run_from_deployment(found.id, parameters=parameters)
+            labels = {STARTED_BY: command_reason()}
+            run = client.create_flow_run_from_deployment(found.id, parameters=parameters, labels=dict(labels))
         except PrefectHTTPStatusError as error:
             raise ServiceError(f"Prefect refuses the run: {error.response.text[:300]}") from None
     return Started(id=run.id, url=url_for("flow-run", obj_id=run.id) or str(run.id))
+
+
+def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
+    """Returns the deployment of that name; the one that replaces it, if it has been renamed since."""
+    try:
+        found = client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        known = ", ".join(sorted(each.name for each in client.read_deployments())) or "none; see `convoy deploy`"
+        raise UsageError(f"Prefect has no deployment {name}; there are: {known}") from None
+    renamed = [tag.removeprefix(RENAMED) for tag in found.tags if tag.startswith(RENAMED)]
+    return _deployment(client, renamed[0]) if renamed else found
 
 
 def follow(flow_run_id: UUID, report: Callable[[str], None]) -> tuple[Summary, list[str]]:
@@ -167,15 +308,30 @@ def follow(flow_run_id: UUID, report: Callable[[str], None]) -> tuple[Summary, l
                 report(f"{shown}{': ' + state.message if state.message else ''}")
             if state and state.is_final():
                 break
-            if not warned and run.start_time is None and time.monotonic() - began > UNTAKEN_WARNING_SECONDS:
-                report("no worker has taken it yet: is a `convoy worker` running?")
-                warned = True
+            waited = time.monotonic() - began
+            if not warned and run.start_time is None and waited > NO_WORKER_SECONDS:
+                pool = run.work_pool_name or "convoy"
+                if not _workers(client, pool):
+                    report(f"no worker of the pool {pool} is online: `convoy worker --pool {pool}` starts one here")
+                    warned = True
+                elif waited > BUSY_WORKER_SECONDS:
+                    report(f"the workers of the pool {pool} have not taken it yet: they may be busy")
+                    warned = True
             time.sleep(min(MAX_POLL_SECONDS, 0.1 + POLL_SHARE * (time.monotonic() - began)))
         artifacts = client.read_artifacts(
-            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id])),
+            sort=ArtifactSort.CREATED_DESC,
         )
-    data = {artifact.key: artifact.data for artifact in artifacts}
+    data = {artifact.key: artifact.data for artifact in reversed(artifacts)}  # of one key, the newest counts
     return _summary(run, data.get("summary")), [str(data[key]) for key in REPORT_ARTIFACTS if key in data]
+
+
+def _workers(client: SyncPrefectClient, pool: str) -> list[Worker]:
+    """Returns the workers of a pool that Prefect has heard of lately."""
+    try:
+        return [each for each in client.read_workers_for_work_pool(pool) if each.status == WorkerStatus.ONLINE]
+    except ObjectNotFound:
+        return []
 
 
 def _is_outage(error: httpx.HTTPError) -> bool:
@@ -185,7 +341,7 @@ def _is_outage(error: httpx.HTTPError) -> bool:
 
 def _summary(run: FlowRun, rows: Any) -> Summary:
     assert run.state is not None
-    if run.state.type == StateType.COMPLETED and rows:
+    if rows and (run.state.type == StateType.COMPLETED or run.state.name == REFUSED):
         table = json.loads(rows) if isinstance(rows, str) else rows
         return Summary.model_validate({row["name"]: row["value"] for row in table})
     interrupted = run.state.type in (StateType.CANCELLED, StateType.CANCELLING, StateType.PAUSED)
@@ -221,7 +377,8 @@ def cancel(run: str) -> str:
             raise UsageError(f"flow run {found.name} has ended: {found.state.name}")
         wanted: State[None] = Cancelling()
         answer = client.set_flow_run_state(found.id, wanted)
-    if answer.status != SetStateStatus.ACCEPT:
+    # Prefect answers with a rejection if it cancels a run at once, since no worker has taken it yet.
+    if answer.status != SetStateStatus.ACCEPT and not (answer.state and answer.state.is_cancelled()):
         state = answer.state.name if answer.state else found.state_name
         reason = getattr(answer.details, "reason", None) or f"it is {state}"
         raise ServiceError(f"Prefect does not cancel flow run {found.name}: {reason}")

@@ -1,22 +1,32 @@
 """The retraining flow: does the same as `train` if there is a reason to train."""
 
+from typing import Annotated
+
 from prefect import flow
 
-from flows.pipeline import train_and_release
+from flows.run_names import training_name
 from flows.summary import Summary
-from tasks.config.run import RunConfig
+from tasks.config.form import Form
+from tasks.config.run import RunConfig, Step
 
 
-@flow(name="retrain", flow_run_name="{config.dataset} {config.model}", persist_result=False)
-def retrain_flow(config: RunConfig, force: bool = False, refresh: frozenset[str] = frozenset()) -> Summary:
+@flow(name="retrain", flow_run_name=training_name, persist_result=False)
+def retrain_flow(
+    config: Annotated[RunConfig, Form()], force: bool = False, refresh: frozenset[Step] = frozenset()
+) -> Summary:
     """Retrains a model if data, code, configuration or lock file have changed since its champion.
 
-    If nothing has changed, the flow run completes in the state Skipped; if a gate refuses, in the state Refused.
+    If nothing has changed, the flow run completes in the state Skipped.
 
     Args:
-        config: the configuration of the run.
-        force: train although nothing has changed.
-        refresh: steps (`download`, `preprocess`) to repeat although their output exists.
+        config: What to train, on what, and when to release it. Fields that are left alone keep their defaults.
+        force: Train although nothing has changed.
+        refresh: Steps to repeat although their output exists.
+
+    Raises:
+        Refused: a gate refused; the flow run ends in the state Refused, of Prefect's type failed.
     """
+    from flows.pipeline import train_and_release  # not above: a deployment needs the parameters only
+
     # Prefect turns the returned state into its summary.
     return train_and_release(config, refresh, only_if_changed=True, force=force)  # type: ignore[return-value]

@@ -9,9 +9,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from infra.errors import UsageError
+from infra.errors import GateRefused
+from infra.machine.files import is_irreplaceable
 from infra.records import Record
-from tasks.reporting.markdown import Markup, plain, shown, table
+from tasks.reporting.markdown import Markup, accuracy_and_gain, plain, shown, table
+
+REFUSED = "Refused"
+"""Name of the state of a flow run that a gate has refused; notifications and scripts depend on it."""
 
 
 class Summary(Record):
@@ -29,6 +33,9 @@ class Summary(Record):
     accuracy: float | None = None
     """Fraction of the test split that the registered weights classify correctly."""
 
+    gain: float | None = None
+    """The accuracy minus the champion's, on the test images that the quality gate compared; left out without one."""
+
     weights_sha256: str | None = None
     """Digest of the tensors in sorted name order."""
 
@@ -42,6 +49,9 @@ class Summary(Record):
     verdict: str | None = None
     """The quality gate's verdict as one line."""
 
+    approval: str | None = None
+    """A person's decision, name and reason as one line; left out if nobody was asked."""
+
     world_size: int | None = None
     train_seconds: float | None = None
     total_seconds: float | None = None
@@ -49,6 +59,9 @@ class Summary(Record):
     mlflow_tracking_uri: str | None = None
     mlflow_run_id: str | None = None
     mlflow_run_url: str | None = None
+    mlflow_runs_url: str | None = None
+    """The list of all runs of this data set."""
+
     prefect_flow_run_id: str | None = None
     prefect_flow_run_url: str | None = None
     checkpoint_prefix: str | None = None
@@ -64,20 +77,49 @@ class Summary(Record):
             return f"{self.model_name}/{self.model_version} is " + ("champion" if self.champion else "registered")
         return (self.reason if self.status == "unchanged" else self.error) or self.status
 
+    @property
+    def result(self) -> str:
+        """The accuracy, and by how much it differs from the champion's; empty if nothing was evaluated."""
+        return "" if self.accuracy is None else accuracy_and_gain(self.accuracy, self.gain)
+
+    @property
+    def news(self) -> Literal["promoted", "registered", "refused"] | None:
+        """What a chat is told; None if nothing came of the run."""
+        if self.status == "done":
+            return "promoted" if self.champion else "registered"
+        return "refused" if self.status == "refused" else None
+
+    @property
+    def report_url(self) -> str | None:
+        """The address of the report: a page of the MLflow run, with the options of its address."""
+        run, mark, options = (self.mlflow_run_url or "").partition("?")
+        return f"{run}/artifacts/report/index.html{mark}{options}" if run else None
+
+    @property
+    def message(self) -> str:
+        """The text for a chat: what happened, the result, the reasons, and where to read more."""
+        version = f"{self.model_name}/{self.model_version}" if self.model_version else str(self.model_name)
+        did = {"promoted": "promoted to champion", "registered": "registered, not promoted"}.get(self.news or "")
+        verdict = f"the quality gate {self.verdict}" if self.verdict else None
+        lines = (
+            f"{version} was {did or self.status}{f': {self.result}' if self.result else ''}",
+            self.reason and f"why it ran: {self.reason}",
+            self.error or verdict,
+            self.report_url and f"report: {self.report_url}",
+            self.prefect_flow_run_url and f"flow run: {self.prefect_flow_run_url}",
+        )
+        return "\n".join(line for line in lines if line)
+
     def as_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def check_writable(path: Path, option: str = "--summary") -> None:
-    """Raises UsageError before a long training if a file cannot be written there."""
-    place = path if path.exists() and _is_irreplaceable(path) else Path(os.path.realpath(path)).parent
-    if path.is_dir() or not os.access(place, os.W_OK):
-        raise UsageError(f"{option} {path}: cannot write there; name a file in a folder that exists")
+class Refused(GateRefused):
+    """A gate refused the data or the model. Flows raise it at their end, after all that it says is stored."""
 
-
-def _is_irreplaceable(path: Path) -> bool:
-    """Returns whether a new file must not replace the path: a device, a pipe, or a link such as /dev/stdout."""
-    return path.is_symlink() or (path.exists() and not path.is_file())
+    def __init__(self, summary: Summary) -> None:
+        super().__init__(summary.error)
+        self.summary = summary
 
 
 def write_summary(path: Path, summary: Summary) -> None:
@@ -96,6 +138,7 @@ def write_report(path: Path, summary: Summary, pages: Sequence[str]) -> None:
         "model": f"{summary.model_name} version {summary.model_version}" if summary.model_version else None,
         "accuracy": f"{summary.accuracy:.2%} of the test split" if summary.accuracy is not None else None,
         "quality gate": summary.verdict,
+        "approval": summary.approval,
         "reason": summary.reason,
         "error": summary.error,
         "cost": _cost(summary),
@@ -123,7 +166,7 @@ def _cost(summary: Summary) -> str | None:
 
 
 def _write(path: Path, text: str) -> None:
-    if _is_irreplaceable(path):
+    if is_irreplaceable(path):
         path.write_text(text)
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,22 +1,33 @@
 """The training flow: download, preprocess, data gate, train, evaluate, register, serving and quality gate, release."""
 
+from typing import Annotated
+
 from prefect import flow
+from pydantic.json_schema import SkipJsonSchema
 
-from flows.pipeline import train_and_release
+from flows.run_names import training_name
 from flows.summary import Summary
-from tasks.config.run import RunConfig
+from tasks.config.form import Form
+from tasks.config.run import RunConfig, Step
 
 
-@flow(name="train", flow_run_name="{config.dataset} {config.model}", persist_result=False)
-def train_flow(config: RunConfig, refresh: frozenset[str] = frozenset(), resume: str | None = None) -> Summary:
+@flow(name="train", flow_run_name=training_name, persist_result=False)
+def train_flow(
+    config: Annotated[RunConfig, Form()],
+    refresh: frozenset[Step] = frozenset(),
+    resume: Annotated[str | None, SkipJsonSchema()] = None,
+) -> Summary:
     """Trains a network on a dataset, registers it, and releases it if it passes its gates.
 
-    A refusal by a gate is no failure: the flow run completes in the state Refused.
-
     Args:
-        config: the configuration of the run.
-        refresh: steps (`download`, `preprocess`) to repeat although their output exists.
-        resume: id of the MLflow run of an unfinished training to continue.
+        config: What to train, on what, and when to release it. Fields that are left alone keep their defaults.
+        refresh: Steps to repeat although their output exists.
+        resume: Id of the MLflow run of an unfinished training to continue, with the same configuration; not shown.
+
+    Raises:
+        Refused: a gate refused; the flow run ends in the state Refused, of Prefect's type failed.
     """
+    from flows.pipeline import train_and_release  # not above: a deployment needs the parameters only
+
     # Prefect turns the returned state into its summary.
     return train_and_release(config, refresh, resume)  # type: ignore[return-value]

@@ -5,40 +5,46 @@ from infra.machine import stopping
 
 stopping.listen()  # first, since a signal may arrive while the rest is imported
 
-import json
 import os
 import re
 import signal
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial, wraps
 from importlib.metadata import version
 from inspect import Signature, getdoc, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli import models, notify, prediction, service, upkeep
+from flows.cli import completion, data, models, notify, prediction, project, service, upkeep
 from flows.cli.console import (
+    JsonOption,
     as_known_error,
+    configuration_file,
     describe,
     loading,
+    print_json,
     print_line,
     print_pairs,
     print_whole,
     servers_to_read,
     servers_up,
 )
-from flows.summary import Summary, check_writable, write_summary
+from flows.cli.training import check_before_servers, run_training
+from flows.summary import Refused, Summary, write_summary
 from infra.errors import UsageError, counted
+from infra.machine.files import check_writable
 from infra.machine.output import outlive_readers
 from infra.settings import Settings
 from infra.sources.entries import CATALOGUE
-from tasks.config.run import RunConfig, load_config, networks, recipes
+from tasks.config.run import RunConfig, Step, load_config, recipes, with_network_options
+
+if TYPE_CHECKING:
+    from tasks.config.deployment import ProjectConfig
 
 INTERRUPTED_STATUSES = (75, 130)
 HANDLE_SIGNALS = ("train", "resume")
@@ -47,7 +53,6 @@ HANDLE_SIGNALS = ("train", "resume")
 app = typer.Typer(
     name="convoy",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -81,31 +86,46 @@ def _before_command(
         stopping.unlisten()
 
 
-class Step(StrEnum):
-    """Steps whose stored output is reused."""
-
-    download = "download"
-    preprocess = "preprocess"
-
-
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML file of configuration keys; see `convoy config`.")
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="YAML file of configuration keys; see `convoy config`. Default: convoy.yaml, if it is here; "
+        "/dev/null is no file.",
+    ),
 ]
-RecipeOption = Annotated[str | None, typer.Option(help=f"Named configuration to build on: {', '.join(recipes())}.")]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Named configuration to build on: {', '.join(recipes())}.", autocompletion=completion.recipe_names
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set any key: -s lr=0.05 -s augment.shift=3. Repeatable."),
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Set any key: -s lr=0.05 -s augment.shift=3. Repeatable.",
+        autocompletion=completion.settings,
+    ),
 ]
 DatasetOption = Annotated[
     str | None,
     typer.Option(
-        help=f"{', '.join(entry.name for entry in CATALOGUE)}; or a folder or archive of class sub-folders; "
-        "or the s3:// or https:// address of one."
+        help=f"{', '.join(entry.name for entry in CATALOGUE)}; or a folder or archive of class sub-folders; or a label "
+        "table (.csv, .tsv, .jsonl, .parquet) with the columns path and label; or the address of one.",
+        autocompletion=completion.datasets,
     ),
 ]
+_model = RunConfig.model_fields["model"]
 ModelOption = Annotated[
     str | None,
-    typer.Option(help=f"Network: {', '.join(networks())}. Default: {RunConfig.model_fields['model'].default}."),
+    typer.Option(
+        help=f"{' '.join((_model.description or '').split())} Default: {_model.default}.",
+        autocompletion=completion.networks,
+    ),
 ]
 EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]
 RanksOption = Annotated[
@@ -126,10 +146,13 @@ def _config(
     settings: SetOption = None,
     config_file: ConfigOption = None,
     recipe: RecipeOption = None,
-) -> RunConfig:
+) -> "ProjectConfig":
+    from tasks.config.deployment import load_project
+
     settings = [*(settings or []), *([f"data.limit={limit}"] if limit is not None else [])]
     options = {"dataset": dataset, "model": model, "epochs": epochs, "ranks": ranks, "name": name}
-    return load_config(config_file, settings, options, recipe=recipe)
+    project = load_project(configuration_file(config_file), settings, options, recipe=recipe)
+    return with_network_options(project)
 
 
 def configured(command: Callable[..., None]) -> Callable[..., None]:
@@ -148,26 +171,21 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @configured
 def train(
-    read_config: partial[RunConfig],
+    read_config: "partial[ProjectConfig]",
     refresh: Annotated[list[Step] | None, typer.Option(help="Repeat a step although its output exists.")] = None,
     summary: SummaryOption = None,
 ) -> None:
     """Train a network, evaluate and register it, and make it the champion if it passes its gates.
 
-    A key is read from a recipe, a file, --set or its own option; the later of these wins.
+    A key is read from a recipe, a file (convoy.yaml, or --config), --set or its own option; the later of these wins.
 
     [dim]convoy train --dataset digits --epochs 3[/]
     [dim]convoy train --dataset photos/ --set data.image_size=64 --set augment.flip=false[/]
     """
 
     def run() -> Summary:
-        from infra.sources.entries import check_dataset, is_catalogued
-
-        config = read_config()
-        name = config.dataset
-        check_dataset(name)  # a wrong name is reported before servers start
-        if os.path.isdir(name) and is_catalogued(name):
-            print_line(f"{name} is the data set of that name; for the folder here, write ./{name}", error=True)
+        config = read_config().run
+        check_before_servers(config)
         return _train(config, refresh or [])
 
     _run_with_summary(run, summary, read_config.keywords["dataset"])
@@ -193,9 +211,10 @@ def resume(
     def go_on() -> Summary:
         servers_up()
         with loading():
-            from tasks.training.runs.run_record import check_resumable
-        config = check_resumable(run)
-        config = load_config(None, settings or (), {"ranks": ranks}, base=config.model_dump(exclude_unset=True))
+            from tasks.training.runs.run_record import check_resumable, check_same_result
+        given = check_resumable(run)
+        config = load_config(None, settings or (), {"ranks": ranks}, base=given.model_dump(exclude_unset=True))
+        check_same_result(run, given, config)
         return _train(config, [], resume=run)
 
     _run_with_summary(go_on, summary)
@@ -206,16 +225,22 @@ def runs(
     limit: Annotated[int, typer.Option(help="Show at most this many.", min=1)] = 20,
     last: Annotated[bool, typer.Option("--last", help="Show only the newest.")] = False,
     only_id: Annotated[bool, typer.Option("--id", help="Print only ids, for scripts.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the trainings, the newest first, with status, last checkpoint, registered version, accuracy and verdict.
 
     Starts no server: `convoy up` does.
     """
+    if only_id and as_json:
+        raise UsageError("--id and --json exclude each other")
     servers_to_read()
     with loading():
         from tasks.training.runs.run_list import list_trainings
 
     found = list_trainings(1 if last else limit)
+    if as_json:
+        print_json(found)
+        return
     if only_id:
         typer.echo("\n".join(training.run_id for training in found))
         return
@@ -229,10 +254,17 @@ def runs(
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Models": (
         *(models.models, models.promote, models.rollback, models.history, models.compare),
-        *(prediction.predict, prediction.export),
+        *(prediction.predict, prediction.errors, prediction.export),
     ),
     "Service": (
-        *(service.deploy, service.worker, service.join, service.retrain, service.cancel, service.notify_data),
+        *(
+            configured(service.deploy),
+            service.worker,
+            service.join,
+            service.retrain,
+            service.cancel,
+            service.notify_data,
+        ),
         *(notify.notify, upkeep.prune, upkeep.doctor),
     ),
 }
@@ -241,41 +273,51 @@ for panel, commands in PANELS.items():
         app.command(rich_help_panel=panel)(command)
 
 
+app.add_typer(data.app, name="data", rich_help_panel="Models")
+
+
 @app.command()
 @configured
 def config(
-    read_config: partial[RunConfig],
+    read_config: "partial[ProjectConfig]",
     explain: Annotated[
         bool, typer.Option("--explain", help="Add a comment to each key: what it sets, its default and its values.")
     ] = False,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of all configurations instead, for editors.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Print the configuration that `convoy train` would use with the same options, as YAML for --config.
 
     [dim]convoy config --model notes --explain > recipe.yaml[/]
     """
+    from tasks.config.deployment import ProjectConfig
     from tasks.config.explain import explained
     from tasks.config.keys import schema_of
 
-    if explain and schema:
-        raise UsageError("--explain and --schema exclude each other")
-    found = read_config()
+    if explain + schema + as_json > 1:
+        raise UsageError("--explain, --schema and --json exclude each other")
+    found = read_config().run
     if schema:
-        typer.echo(json.dumps(schema_of(RunConfig), indent=2, ensure_ascii=False))
+        print_json(schema_of(ProjectConfig))
+    elif as_json:
+        print_json(found.resolved())
     elif explain:
         typer.echo(explained(found))
     else:
         typer.echo(yaml.safe_dump(found.resolved(), sort_keys=False).rstrip())
 
 
+app.command()(project.init)
+
+
 @app.command()
-def up() -> None:
+def up(as_json: JsonOption = False) -> None:
     """Start the local servers (object storage, MLflow, Prefect) that are not running, and print their addresses."""
     settings = Settings()  # read first: servers_up() puts addresses into the environment, as if they were external
     servers_up()
-    _show_servers(settings)
+    _show_servers(settings, as_json)
 
 
 @app.command()
@@ -288,17 +330,21 @@ def down() -> None:
 
 
 @app.command()
-def status() -> None:
+def status(as_json: JsonOption = False) -> None:
     """Show the servers' addresses, and whether they answer."""
-    _show_servers(Settings())
+    _show_servers(Settings(), as_json)
 
 
-def _show_servers(settings: Settings) -> None:
+def _show_servers(settings: Settings, as_json: bool) -> None:
     from infra.stack import local_stack
 
+    found = local_stack.status(settings)
+    if as_json:
+        print_json(found)
+        return
     colours = {"running": "green", "external": "cyan", "dead": "red", "stopped": "dim"}
     lines: dict[str, Text] = {}
-    for server in local_stack.status(settings):
+    for server in found:
         log = f"  log {os.path.relpath(server.log)}" if server.log else ""
         state = (f"{server.state:8}", colours[server.state])
         lines[server.name] = Text.assemble(state, "  ", server.url, (log, "dim"))
@@ -306,15 +352,19 @@ def _show_servers(settings: Settings) -> None:
 
 
 @app.command()
-def env() -> None:
+def env(as_json: JsonOption = False) -> None:
     """Print versions, devices and servers for bug reports, without secrets."""
+    from infra.stack import local_stack
     from tasks.upkeep.environment import describe
 
+    if as_json:
+        print_json(describe() | {"servers": local_stack.status(Settings())})
+        return
     print_pairs(describe())
-    status()
+    _show_servers(Settings(), as_json)
 
 
-for registered in app.registered_commands:
+for registered in (*app.registered_commands, *data.app.registered_commands):
     # Typer keeps the line breaks of the source, so that a narrow terminal shows them next to its own.
     registered.help = re.sub(r"(?<!\n)\n(?!\n|\[dim\])", " ", getdoc(registered.callback) or "")
 
@@ -322,7 +372,7 @@ for registered in app.registered_commands:
 def _run_with_summary(run: Callable[[], Summary], file: Path | None, dataset: str | None = None) -> None:
     """Runs a flow and writes its summary to a file, also when it fails."""
     if file:
-        check_writable(file)
+        check_writable(file, "--summary")
     result = Summary(status="failed", dataset=dataset)
     try:
         with outlive_readers("stdout"):
@@ -351,15 +401,10 @@ def _stopped_after_end(result: Summary, stopped: stopping.Stopped) -> Summary:
 
 
 def _train(config: RunConfig, refresh: list[Step], resume: str | None = None) -> Summary:
-    servers_up()
-    with loading():
-        from flows.train import train_flow
-        from tasks.orchestration.progress import show_task_logs
-
-    show_task_logs()
-    stopping.check()
     try:
-        result = train_flow(config, frozenset(step.value for step in refresh), resume)
+        result = run_training(config, refresh, resume)
+    except Refused as refused:
+        result = refused.summary
     except KeyboardInterrupt:  # if a program that calls this function kept Python's signal handler
         raise stopping.Stopped(signal.SIGINT) from None
     _print(result)
@@ -371,14 +416,18 @@ def _print(result: Summary) -> None:
     if result.accuracy is not None:
         speed = f"{result.images_per_second:,.0f} images/s on {counted(result.world_size or 0, 'rank')}"
         place = "champion" if result.champion else "not champion"
+        # After a resume, the training also counts the time of earlier starts.
+        since = "in all" if (result.train_seconds or 0.0) <= (result.total_seconds or 0.0) else "since the resume"
         lines = {
             "accuracy": Text.assemble((f"{result.accuracy:.2%}", "bold green"), " of the test split"),
             "model": Text.assemble(f"{result.model_name}, version {result.model_version}: ", (place, "bold")),
-            "verdict": result.verdict or "",
+            "verdict": "" if result.error else result.verdict or "",  # the error line, which follows, has it too
+            "approval": result.approval if result.approval and result.approval not in (result.error or "") else "",
             "weights": f"SHA-256 {result.weights_sha256}",
-            "time": f"{result.train_seconds:.0f} s of training ({speed}), {result.total_seconds:.0f} s in all",
+            "time": f"{result.train_seconds:.0f} s of training ({speed}), {result.total_seconds:.0f} s {since}",
             "reused": ", ".join(result.reused),
             "MLflow run": result.mlflow_run_url or "",
+            "all runs": result.mlflow_runs_url or "",
         }
     lines["Prefect run"] = result.prefect_flow_run_url or ""
     print_pairs({key: value for key, value in lines.items() if value})

@@ -1,25 +1,34 @@
 """Functions that all commands share: starting servers, and printing results and errors."""
 
+import json
 import os
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+from pydantic_core import to_jsonable_python
 from rich.console import Console, RenderableType
 from rich.text import Text
 
 from infra.errors import Outage, ServiceError, UsageError, one_line, without_login
 from infra.settings import Settings
+from tasks.config.project import project_file
 
 if TYPE_CHECKING:
     from httpx import HTTPStatusError
 
+    from infra.stack.endpoints import Endpoints
     from infra.stack.state import ServerName
 
 ANSWER_CHARACTERS = 300  # of a server's answer, in an error line
 MOST_COLUMNS = 10_000  # of a table that is printed whole
 DISK_FULL_TEXTS = ("No space left on device", "unexpected pos ")
 """Parts of error messages: of Python and of native libraries, and of torch when it could not write."""
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
 def servers_up(*, only: "Collection[ServerName] | None" = None) -> None:
@@ -31,7 +40,7 @@ def servers_up(*, only: "Collection[ServerName] | None" = None) -> None:
     endpoints = up(
         Settings(), lambda event: console.print(event, style="dim"), only=SERVER_NAMES if only is None else only
     )
-    endpoints.apply()
+    _apply(endpoints)
 
 
 def servers_to_read() -> None:
@@ -42,7 +51,18 @@ def servers_to_read() -> None:
     """
     from infra.stack.local_stack import running
 
-    running(Settings(), only=["seaweedfs", "mlflow"]).apply()
+    _apply(running(Settings(), only=["seaweedfs", "mlflow"]))
+
+
+def _apply(endpoints: "Endpoints") -> None:
+    """Puts addresses into the environment, and into the settings of a Prefect that is loaded already.
+
+    The checks before servers load Prefect, as a program may: it has read the environment without an address, and would
+    start a temporary server of its own for each flow.
+    """
+    endpoints.apply()
+    if context := sys.modules.get("prefect.context"):
+        context.refresh_global_settings_context()
 
 
 def loading() -> AbstractContextManager[object]:
@@ -68,6 +88,20 @@ def print_whole(table: RenderableType) -> None:
     """Prints a table as wide as it is, even on a narrow terminal, since people and scripts copy ids and names."""
     width = terminal(width=MOST_COLUMNS).measure(table).maximum
     terminal(width=max(width, terminal().width)).print(table)
+
+
+def print_json(found: Any) -> None:
+    """Prints a record, or any lists and dictionaries of records and plain values, as JSON in ASCII; None is null."""
+    plain = to_jsonable_python(to_jsonable_python(found), inf_nan_mode="null")  # records keep their own mode
+    typer.echo(json.dumps(plain, indent=2))
+
+
+def configuration_file(given: Path | None) -> Path | None:
+    """Returns the file of the configuration: the given one, else the `convoy.yaml` here, which a line then names."""
+    if given is None and (file := project_file()):
+        print_line(f"configuration: {file}", error=True)
+        return file
+    return given
 
 
 def print_line(line: str, *, error: bool = False) -> None:

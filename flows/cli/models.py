@@ -1,13 +1,28 @@
 """Commands about the versions of models: `models`, `promote`, `rollback`, `history`, `compare`."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markdown import Markdown
 from rich.table import Table
 
-from flows.cli.console import loading, print_line, print_whole, servers_to_read, servers_up, terminal
+from flows.cli.console import (
+    JsonOption,
+    loading,
+    print_json,
+    print_line,
+    print_whole,
+    servers_to_read,
+    servers_up,
+    terminal,
+)
+
+if TYPE_CHECKING:
+    from infra.tracking.promotion_history import Promotion
+    from tasks.config.gates import GateConfig
+    from tasks.release.quality.verdict import Verdict
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a registered model.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="Number, or @alias.")]
@@ -21,7 +36,7 @@ SetOption = Annotated[
 ]
 
 
-def models() -> None:
+def models(as_json: JsonOption = False) -> None:
     """List the registered models: champion, its accuracy on the test split and its age, number of versions.
 
     Starts no server: `convoy up` does.
@@ -31,13 +46,16 @@ def models() -> None:
     from tasks.release.model_list import list_models
 
     found = list_models(open_bucket())
+    if as_json:
+        print_json(found)
+        return
     table = Table("model", "champion", "accuracy", "age", "versions", box=None)
     for model in found:
         table.add_row(*model.cells(datetime.now(UTC)))
     print_whole(table if found else "No model yet; `convoy train` registers one.")
     for model in found:
-        if model.standing.note:
-            print_line(model.standing.note)
+        if model.note:
+            print_line(model.note)
 
 
 def promote(
@@ -55,6 +73,29 @@ def promote(
     [dim]convoy promote fashion-mnist 4[/]
     [dim]convoy promote fashion-mnist 4 --force --reason "the only one that knows the new sizes"[/]
     """
+    from tasks.config.gates import load_gate
+
+    conditions = load_gate(settings or []) if judge else None  # a wrong key is reported before servers start
+    promotion = promote_named(
+        name, version, conditions, force, reason, lambda verdict: terminal().print(Markdown(verdict.markdown()))
+    )
+    print_line(f"{name} was {promotion}")
+
+
+def promote_named(
+    name: str,
+    version: str,
+    conditions: "GateConfig | None",
+    force: bool,
+    reason: str,
+    judged: "Callable[[Verdict], None]" = lambda verdict: None,
+) -> "Promotion":
+    """Does what `promote` describes, with its servers.
+
+    Args:
+        conditions: those of the quality gate, to score the version against the present champion first; None: do not.
+        judged: is called with the verdict, before a gate may refuse.
+    """
     servers_up()
     from infra.storage.object_store import open_bucket
     from infra.tracking.model_versions import find_version
@@ -63,17 +104,16 @@ def promote(
 
     separator = "" if version.startswith("@") else "/"
     found = find_version(f"{name}{separator}{version}")
-    if judge and found != standing_champion(open_bucket(create=True), name).version:  # not against itself
+    if conditions and found != standing_champion(open_bucket(create=True), name).version:  # not against itself
         with loading():
-            from tasks.config.gates import load_gate
             from tasks.release.quality_gate import judge_version, publish
             from tasks.release.report_page import make_page
 
-        verdict = judge_version(found, load_gate(settings or []))
+        verdict = judge_version(found, conditions)
         publish(found, verdict)
         make_page(find_version(found.address))
-        terminal().print(Markdown(verdict.markdown()))
-    print_line(f"{name} was {promote_version(found, force=force, reason=reason)}")
+        judged(verdict)
+    return promote_version(found, force=force, reason=reason)
 
 
 def rollback(name: NameArgument, reason: ReasonOption = "") -> None:
@@ -88,14 +128,15 @@ def rollback(name: NameArgument, reason: ReasonOption = "") -> None:
     print_line(f"{name} was {roll_back(open_bucket(create=True), name, reason=reason)}")
 
 
-def history(name: NameArgument) -> None:
-    """List every change of a model's champion, the newest first, and aliases in MLflow that differ from it.
+def history(name: NameArgument, as_json: JsonOption = False) -> None:
+    """List every change of a model's champion, the newest first; below, versions that were not approved, and aliases
+    in MLflow that differ from it.
 
     Starts no server and changes nothing: `convoy up` and `convoy doctor --fix` do.
     """
     servers_to_read()
     from infra.storage.object_store import open_bucket
-    from infra.tracking.model_registry import check_model_exists
+    from infra.tracking.model_registry import check_model_exists, search_versions
     from infra.tracking.promotion_history import history as changes
     from infra.tracking.promotion_history import misplaced_aliases
 
@@ -103,7 +144,15 @@ def history(name: NameArgument) -> None:
     entries = changes(store, name)
     if not entries:
         check_model_exists(name)
-        print_line(f"{name} has no champion yet; `convoy promote {name} VERSION` makes one.")
+    promoted = {entry.to_version for entry in entries}
+    decisions = {
+        version.version: said
+        for version in search_versions(name=name)
+        if (said := version.record.approval_sentence) and version.version not in promoted
+    }
+    misplaced = misplaced_aliases(store, name)
+    if as_json:
+        print_json({"changes": entries[::-1], "not_promoted": decisions, "misplaced_aliases": misplaced})
         return
     table = Table("", "when (UTC)", "change", "from", "to", "who", "why", "verdict", box=None)
     for entry in reversed(entries):
@@ -111,8 +160,13 @@ def history(name: NameArgument) -> None:
         change = entry.action + (" (forced)" if entry.forced else "")
         versions = (entry.from_version or "", entry.to_version)
         table.add_row(str(entry.number), when, change, *versions, entry.who, entry.reason, entry.verdict_summary)
-    terminal(width=None if terminal().is_terminal else 240).print(table)
-    for change in misplaced_aliases(store, name):
+    if entries:
+        terminal(width=None if terminal().is_terminal else 240).print(table)
+    else:
+        print_line(f"{name} has no champion yet; `convoy promote {name} VERSION` makes one.")
+    for version, said in decisions.items():
+        print_line(f"version {version}, not promoted: {said}")
+    for change in misplaced:
         print_line(f"alias in MLflow differs: {change}; `convoy doctor --fix` repairs it")
 
 
@@ -120,6 +174,7 @@ def compare(
     a: Annotated[str, typer.Argument(metavar="A", help=f"The challenger: {REFERENCE_HELP}")],
     b: Annotated[str, typer.Argument(metavar="B", help=f"The version to compare it with: {REFERENCE_HELP}")],
     settings: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare two versions on the test split of A's dataset, image by image, as the quality gate does.
 
@@ -129,11 +184,18 @@ def compare(
     """
     from tasks.config.gates import load_gate
 
-    conditions = load_gate(settings or [])  # a wrong key is reported before servers are needed
+    verdict = compare_named(a, b, load_gate(settings or []))  # a wrong key is reported before servers are needed
+    if as_json:
+        print_json(verdict)
+    else:
+        terminal().print(Markdown(verdict.markdown()))
+
+
+def compare_named(a: str, b: str, conditions: "GateConfig") -> "Verdict":
+    """Does what `compare` describes, with its servers."""
     servers_to_read()
     with loading():
         from infra.tracking.model_versions import find_version
         from tasks.release.quality_gate import compare as judge
 
-    verdict = judge(find_version(a), find_version(b), conditions)
-    terminal().print(Markdown(verdict.markdown()))
+    return judge(find_version(a), find_version(b), conditions)

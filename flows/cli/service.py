@@ -1,37 +1,85 @@
 """Commands of a retraining service: `deploy`, `worker`, `join`, `retrain`, `cancel`, `notify-data`."""
 
-import json
 import os
+import shlex
 import signal
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.console import loading, print_line, print_pairs, servers_up
-from flows.summary import check_writable, write_report
+from flows.cli.console import (
+    JsonOption,
+    configuration_file,
+    loading,
+    print_json,
+    print_line,
+    print_pairs,
+    servers_up,
+)
+from flows.cli.notify import set_up_notifications, webhook_of
+from flows.summary import write_report
 from infra.errors import UsageError
+from infra.machine.files import check_writable
 from infra.settings import Settings
+from tasks.config.project import project_file
+
+if TYPE_CHECKING:
+    from tasks.config.deployment import ProjectConfig
 
 WORKER_POLL_SECONDS = "2"  # between a worker's polls for flow runs; Prefect's default is 10
-DEPLOYMENTS = Path(__file__).parents[2] / "infra" / "prefect.yaml"
+EXAMPLE_DEPLOYMENT = "retrain/fashion-mnist"
 
 
 def deploy(
-    file: Annotated[Path, typer.Option("--file", "-f", help="Prefect's deployment file.")] = DEPLOYMENTS,
+    read_config: "partial[ProjectConfig]",
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="Prefect's deployment file, instead of a configuration.", show_default=False),
+    ] = None,
+    schedules: Annotated[
+        bool | None,
+        typer.Option(
+            "--schedules/--no-schedules",
+            help="Switch all schedules on or off. Default: a schedule stays as it is; a new one is on, "
+            "unless the file says `active: false`, as Convoy's own file does.",
+        ),
+    ] = None,
 ) -> None:
-    """Register the deployments of a file with Prefect, with their schedules and triggers.
+    """Register a deployment with Prefect that retrains by the configuration: convoy.yaml, --config, or other options.
 
-    A second call changes nothing. A schedule whose slug is no longer in the file is deleted. `convoy worker` then runs
-    flow runs that are due.
+    The section `deploy` of the file has schedule, retention and notifications. Without any configuration, the
+    deployments of `infra/prefect.yaml`, or of --file, are registered.
+
+    A second call changes nothing. A schedule that is no longer in the file is deleted. `convoy worker` then runs flow
+    runs that are due.
+
+    [dim]convoy deploy[/]   in a folder with a convoy.yaml, which `convoy init` writes
+    [dim]convoy deploy --file deployments.yaml --schedules[/]
     """
+    given = any(value is not None and value != [] for value in read_config.keywords.values())
+    if file is not None and given:
+        raise UsageError("--file and the options of a configuration exclude each other")
+    project = read_config() if file is None and (given or project_file()) else None
+    notification = project and project.deploy.notification
+    webhook = webhook_of(notification) if notification else None  # a missing one is reported before servers start
     servers_up(only=["prefect"])
     with loading():
-        from flows.deployments import deploy as register
+        from flows.deployments import DEPLOYMENTS, deploy_project
+        from flows.deployments import deploy as deploy_file
 
-    for deployment in register(file):
-        print_line(deployment)
+    lines = list(deploy_project(project, schedules) if project else deploy_file(file or DEPLOYMENTS, schedules))
+    for line in lines:
+        print_line(line)
+    if notification and webhook:
+        print_line(f"messages: {', '.join(set_up_notifications(webhook, notification))}")
+    if any("(off)" in line for line in lines):
+        again = f" --file {shlex.quote(str(file))}" if file else ""
+        print_line(
+            f"Schedules that are off start nothing; `convoy deploy{again} --schedules` switches them on.", error=True
+        )
 
 
 def worker(
@@ -39,6 +87,8 @@ def worker(
     pool: Annotated[str, typer.Option(help="Work pool, of type process.")] = "convoy",
 ) -> None:
     """Run the flow runs of deployments on this machine, until stopped.
+
+    Their relative paths, and networks of your own, are those of the folder in which this is called.
 
     First it cleans up after an earlier worker, as `convoy doctor --fix` does.
     """
@@ -51,6 +101,8 @@ def worker(
     for finding in settle_all():
         print_line(f"settled: {finding}")
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"  # a worker's output is its log
+    os.environ.setdefault("CONVOY_PROJECT", os.getcwd())
+    os.environ["PYTHONSAFEPATH"] = "1"  # otherwise `-m` searches the user's folder first, here and in flow runs
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", WORKER_POLL_SECONDS)
     command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
     sys.stdout.flush()
@@ -97,9 +149,22 @@ def join(
 
 def retrain(
     deployment: Annotated[
-        str,
-        typer.Option("--deployment", "-d", envvar="CONVOY_DEPLOYMENT", help="Name, as `convoy deploy` prints it."),
-    ] = "retrain/fashion-mnist",
+        str | None,
+        typer.Option(
+            "--deployment",
+            "-d",
+            envvar="CONVOY_DEPLOYMENT",
+            help=f"Name, as `convoy deploy` prints it. Default: that of the project, or {EXAMPLE_DEPLOYMENT}.",
+        ),
+    ] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="YAML file of keys, in place of the deployment's. Default: convoy.yaml, unless --deployment is given.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a key for this run. Repeatable."),
@@ -107,7 +172,7 @@ def retrain(
     force: Annotated[bool, typer.Option("--force", help="Train although nothing has changed.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and exit with its status.")] = False,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="With --wait: write a page (Markdown).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="With --wait: print the result as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Ask a worker to retrain a model if data, code, configuration or lock file have changed since the champion.
 
@@ -118,21 +183,28 @@ def retrain(
     """
     if report:
         check_writable(report, "--report")
+    file = configuration_file(config_file) if deployment is None else config_file
+    config = None
+    if file:
+        from tasks.config.deployment import load_project
+
+        config = load_project(file, settings or []).run
     servers_up(only=["prefect"])
     with loading():
         from flows.deployments import follow, start_retraining
 
-    started = start_retraining(deployment, settings or [], force=force)
+    name = deployment or (None if config else EXAMPLE_DEPLOYMENT)
+    started = start_retraining(name, settings or [], force=force, config=config)
     print_line(f"flow run {started.url}", error=True)
     if not wait:
         if as_json:
-            typer.echo(json.dumps({"prefect_flow_run_id": str(started.id), "prefect_flow_run_url": started.url}))
+            print_json({"prefect_flow_run_id": started.id, "prefect_flow_run_url": started.url})
         return
     summary, pages = follow(started.id, lambda line: print_line(line, error=True))
     if report:
         write_report(report, summary, pages)
     if as_json:
-        typer.echo(json.dumps(summary.as_dict(), indent=2))
+        print_json(summary.as_dict())
     else:
         print_pairs({"status": summary.status, "why": summary.headline})
     if summary.exit_status:

@@ -1,15 +1,18 @@
 """Commands that clean up: `prune`, `doctor`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli.console import loading, print_line, servers_up, terminal
+from flows.cli.console import JsonOption, loading, print_json, print_line, servers_up, terminal
 from infra.settings import Settings
 from tasks.config.retention import RetentionConfig, load_retention
+
+if TYPE_CHECKING:
+    from infra.storage.probe import Capability
 
 SetOption = Annotated[
     list[str] | None,
@@ -32,6 +35,7 @@ def prune(
             help="Continue although MLflow does not know some runs or promoted versions: they were deleted.",
         ),
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Remove old checkpoints, data, reports and cached files that are not in use.
 
@@ -48,6 +52,9 @@ def prune(
         from flows.prune import prune_flow
 
     result = prune_flow(retention, dry_run, forget_unknown)
+    if as_json:
+        print_json(result)
+        return
     table = Table("would be removed" if dry_run else "removed", "objects", "size", box=None)
     for each in result.freed:
         table.add_row(each.kind, f"{each.count:,}", decimal(each.bytes))
@@ -56,7 +63,9 @@ def prune(
         print_line(note)
 
 
-def doctor(fix: Annotated[bool, typer.Option("--fix", help="Settle the findings.")] = False) -> None:
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Settle the findings.")] = False, as_json: JsonOption = False
+) -> None:
     """Find leftovers of killed processes: runs that only seem to run, processes, half-written data, wrong aliases.
 
     First it tests which features of S3 the object store supports, with small objects that it removes, and prints what
@@ -72,25 +81,31 @@ def doctor(fix: Annotated[bool, typer.Option("--fix", help="Settle the findings.
         from tasks.upkeep.doctor import find_orphans, settle
 
     capabilities = probe(Settings().bucket)
-    table = Table("object storage", "", "without it, Convoy", box=None)
-    for each in capabilities:
-        missing = ("missing", "red") if each.needed else "no"
-        answer = Text("supported") if each.honoured else Text.assemble(missing, f": {each.answer}")
-        table.add_row(each.name, answer, "" if each.honoured else each.without)
-    terminal(width=160).print(table)
     lacking = [each.name for each in capabilities if each.needed and not each.honoured]
-
     found = find_orphans()
     settled = {(each.kind, each.what) for each in settle(found)} if fix else set()
-    for finding in found:
-        mark = "settled: " if (finding.kind, finding.what) in settled else ""
-        print_line(f"{mark}{finding}")
     left = len(found) - len(settled)
-    if not found:
-        print_line("Nothing was left behind.")
+    if as_json:
+        findings = [dict(each) | {"settled": (each.kind, each.what) in settled} for each in found]
+        print_json({"object_storage": capabilities, "findings": findings})
+    else:
+        _print_capabilities(capabilities)
+        for finding in found:
+            print_line(f"{'settled: ' if (finding.kind, finding.what) in settled else ''}{finding}")
+        if not found:
+            print_line("Nothing was left behind.")
     if left:
         print_line(f"{left} to settle: {'see above' if fix else '`convoy doctor --fix` does'}", error=True)
     if lacking:
         print_line(f"convoy: this object store cannot be used: it lacks {', '.join(lacking)}", error=True)
     if left or lacking:
         raise typer.Exit(1)
+
+
+def _print_capabilities(capabilities: "list[Capability]") -> None:
+    table = Table("object storage", "", "without it, Convoy", box=None)
+    for each in capabilities:
+        missing = ("missing", "red") if each.needed else "no"
+        answer = Text("supported") if each.honoured else Text.assemble(missing, f": {each.answer}")
+        table.add_row(each.name, answer, "" if each.honoured else each.without)
+    terminal(width=160).print(table)

@@ -20,16 +20,21 @@ def main() -> None:
     run()
 
 
-def use_own_packages() -> None:
-    """Makes Python find Convoy's own packages first; child processes never search the working folder."""
+def use_own_packages() -> Path:
+    """Makes Python find Convoy's own packages first; child processes never search the working folder.
+
+    Returns:
+        The folder that holds them.
+    """
     os.environ["PYTHONSAFEPATH"] = "1"
     here = Path(__file__).resolve()
     roots = (here.parents[1], here.parents[3])  # of an installation, and of the repository
     root = next(folder for folder in roots if (folder / "flows" / "cli" / "__init__.py").is_file())
     if all(_is_found_in(root, name) for name in PACKAGES):
-        return
+        return root
     sys.path.insert(0, str(root))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    return root
 
 
 def _is_found_in(root: Path, name: str) -> bool:

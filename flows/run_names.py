@@ -1,0 +1,72 @@
+"""Names flow runs after the model, the network and the reason why they run."""
+
+import os
+from typing import Literal
+
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
+
+from infra.sources.entries import ARCHIVE_SUFFIXES
+from infra.sources.slug import slug
+from infra.tracking.tags import STARTED_BY
+from tasks.config.run import RunConfig
+
+Reason = Literal["schedule", "event", "CI", "by hand"]
+
+
+def training_name() -> str:
+    """Returns the name of a run of `train` or `retrain`: `digits convoy9 (by hand)`."""
+    parameters = _run().parameters or {}
+    config = RunConfig.model_validate(parameters["config"])
+    resumed = "resumed " if parameters.get("resume") else ""
+    return f"{model_name(config)} {config.model} ({resumed}{_why()})"
+
+
+def prediction_name() -> str:
+    """Returns the name of a run of `predict`: `digits/2 (by hand)`."""
+    return f"{(_run().parameters or {})['model']} ({_why()})"
+
+
+def pruning_name() -> str:
+    """Returns the name of a run of `prune`: `storage (schedule)`."""
+    return f"storage ({_why()})"
+
+
+def model_name(config: RunConfig) -> str:
+    """Returns the name of the model that a configuration trains, without a look at the data."""
+    if config.name:
+        return config.name
+    last = config.dataset.rstrip("/").rpartition("/")[2]
+    if not last.strip("."):  # the working folder, or the one above
+        last = os.path.basename(os.path.abspath(config.dataset))
+    suffix = next((each for each in ARCHIVE_SUFFIXES if last.lower().endswith(each)), "")
+    return slug(last[: len(last) - len(suffix)])
+
+
+def command_reason() -> Reason:
+    """Returns the reason of a command that a person or CI has called."""
+    return "CI" if os.environ.get("CI", "").lower() not in ("", "0", "false") else "by hand"
+
+
+def reason_of(run: FlowRun) -> Reason:
+    """Returns why a flow run runs; of one without a deployment, which runs in this process, this process knows it."""
+    if run.auto_scheduled:
+        return "schedule"
+    if run.created_by and run.created_by.type == "AUTOMATION":
+        return "event"
+    if run.deployment_id is None:
+        return command_reason()
+    return "CI" if run.labels.get(STARTED_BY) == "CI" else "by hand"
+
+
+def _why() -> Reason:
+    run = _run().flow_run
+    assert run is not None
+    return reason_of(run)
+
+
+def _run() -> FlowRunContext:
+    """Returns the context of the flow run, which exists before Prefect asks for the name."""
+    context = FlowRunContext.get()
+    assert context is not None
+    return context
