@@ -87,7 +87,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 class OneTraining(LoadFileScheduling):
     """Gives a worker whole files, and the files that look at the training `trained` to the same one."""
 
-    LOOK_AT_IT = tuple(f"tests/flows/test_{name}.py" for name in ("cli", "nodes", "pages", "train_flow"))
+    LOOK_AT_IT = tuple(f"tests/flows/test_{name}.py" for name in ("cli", "json", "nodes", "pages", "train_flow"))
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
@@ -145,6 +145,18 @@ def stack(settings: Settings, s3: Endpoints) -> Endpoints:
     endpoints = up(settings)
     _apply(endpoints)
     return endpoints
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working folder; none of its modules stays loaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        found = getattr(module, "__dict__", {})
+        if any(str(place).startswith(str(tmp_path)) for place in (found.get("__file__"), *found.get("__path__", ()))):
+            del sys.modules[name]
 
 
 @pytest.fixture

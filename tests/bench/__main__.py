@@ -16,8 +16,19 @@ from rich.table import Table
 
 from infra.machine.lifeline import adopt_orphans, end_descendants
 from tasks.upkeep.environment import describe
-from tests.bench import checkpoints, frameworks, loaders, memory, overhead, scaling, training
-from tests.bench.comparison import Comparison, NotInstalled, keep_memory
+from tests.bench import (
+    checkpoints,
+    frameworks,
+    index,
+    label_errors,
+    loaders,
+    memory,
+    overhead,
+    photos,
+    scaling,
+    training,
+)
+from tests.bench.comparison import Comparison, LeftOut, keep_memory
 from tests.bench.streaming import IMAGES, LEAST, streaming
 
 Measure = Callable[[int], Iterator[Comparison]]
@@ -32,10 +43,13 @@ COMPARISONS: dict[str, Measure] = {
     "loader28": loaders.small_images,
     "loader224": loaders.large_images,
     "memory": memory.memory,
+    "index": index.index,
     "checkpoints": checkpoints.checkpoints,
     "exchange": scaling.exchange,
     "streaming": streaming,
     "overhead": overhead.overhead,
+    "photos": photos.photos,
+    "errors": label_errors.label_errors,
 }
 WIDTH = 140  # of the table, wherever it is printed
 
@@ -45,6 +59,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="comparisons to run; all, if none is named")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each pair; the medians are shown")
     parser.add_argument("--images", type=_numbers, default=IMAGES, help="for streaming: how many; 10000,1000000")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="for photos: train, validation and test folders")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's figures")
     parser.add_argument("--list", action="store_true", help="say what there is to compare")
     options = parser.parse_args()
@@ -65,6 +80,8 @@ def main() -> int:
         chosen = {name: COMPARISONS[name] for name in options.names or COMPARISONS}
         if streaming in chosen.values():
             chosen["streaming"] = partial(streaming, images=options.images)
+        if photos.photos in chosen.values():
+            chosen["photos"] = partial(photos.photos, data=options.data)
         return run(chosen, options.rounds, options.json)
     finally:
         end_descendants(5.0)
@@ -86,7 +103,7 @@ def run(comparisons: dict[str, Measure], rounds: int, file: Path | None) -> int:
                 results.append(result)
                 ratio = statistics.median(result.ratios)
                 print(f"{result.name}: {ratio:.3f} times {result.theirs_label}", file=sys.stderr)
-        except NotInstalled as missing:
+        except LeftOut as missing:
             left_out[name] = str(missing)
         except Exception as error:  # the others are worth having all the same
             left_out[name] = f"failed: {type(error).__name__}: {error}"

@@ -37,16 +37,16 @@ class Comparison:
         return asdict(self) | {"ratios": self.ratios, "median_ratio": statistics.median(self.ratios)}
 
 
-class NotInstalled(Exception):
-    """A package that a comparison needs is missing; see requirements.txt here."""
+class LeftOut(Exception):
+    """What a comparison needs is missing: a package (see requirements.txt here) or an option."""
 
 
 def require(package: str) -> str:
-    """The version of a package of `requirements.txt`; raises NotInstalled."""
+    """The version of a package of `requirements.txt`; raises LeftOut."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        raise NotInstalled(f"{package} is not installed") from None
+        raise LeftOut(f"{package} is not installed") from None
 
 
 def keep_memory() -> None:

@@ -37,27 +37,32 @@ def overhead(rounds: int) -> Iterator[Comparison]:
     """Commands on warm servers, and a cold start of these, against `import torch, mlflow, prefect` in a process."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        environment = _environment(folder / "home")
+        environment = environment_of(folder / "home")
         libraries = Side("import", _timed([sys.executable, "-c", "import torch, mlflow, prefect"], folder, environment))
         with _servers(folder, environment):
             _ready(folder, environment)
             for name, arguments in COMMANDS.items():
-                command = _timed(_convoy(*arguments), folder, environment, (0, REFUSED))
+                command = _timed(convoy_command(*arguments), folder, environment, (0, REFUSED))
                 yield compare(name, Side("convoy", command), libraries, rounds=rounds, unit="s")
         yield compare("up, cold", Side("convoy", _cold_start(folder)), libraries, rounds=rounds, unit="s")
 
 
-def _convoy(*arguments: str) -> list[str]:
+def convoy_command(*arguments: str) -> list[str]:
+    """The `convoy` of this environment with arguments."""
     return [str(Path(sys.executable).with_name("convoy")), *arguments]
 
 
-def _environment(home: Path) -> dict[str, str]:
+def environment_of(home: Path) -> dict[str, str]:
+    """The environment of commands that use a state folder of their own, and free ports."""
     ports = zip(("S3", "MLFLOW", "PREFECT"), random.sample(PORT_RANGE, 3), strict=True)
     users = {name: value for name, value in os.environ.items() if not name.startswith(USERS_OWN)}
     return users | {"CONVOY_HOME": str(home)} | {f"CONVOY_{name}_PORT": str(port) for name, port in ports}
 
 
-def _run(command: list[str], folder: Path, environment: dict[str, str], statuses: tuple[int, ...] = (0,)) -> None:
+def run_command(
+    command: list[str], folder: Path, environment: dict[str, str], statuses: tuple[int, ...] = (0,)
+) -> None:
+    """Runs a command in a folder; raises RuntimeError if it ends with another status than these."""
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode not in statuses:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
@@ -69,7 +74,7 @@ def _timed(
     def measure() -> float:
         (folder / "digits.pt2").unlink(missing_ok=True)
         began = time.perf_counter()
-        _run(command, folder, environment, statuses)
+        run_command(command, folder, environment, statuses)
         return time.perf_counter() - began
 
     return measure
@@ -77,7 +82,7 @@ def _timed(
 
 @contextmanager
 def _servers(folder: Path, environment: dict[str, str]) -> Iterator[None]:
-    _run(_convoy("up"), folder, environment)
+    run_command(convoy_command("up"), folder, environment)
     worker = None
     try:
         deployment = {
@@ -87,20 +92,20 @@ def _servers(folder: Path, environment: dict[str, str]) -> Iterator[None]:
             "work_pool": {"name": "convoy"},
         }
         (folder / "prefect.yaml").write_text(yaml.safe_dump({"name": "bench", "deployments": [deployment]}))
-        _run(_convoy("deploy", "--file", "prefect.yaml"), folder, environment)
+        run_command(convoy_command("deploy", "--file", "prefect.yaml"), folder, environment)
         with (folder / "worker.log").open("wb") as log:
-            worker = subprocess.Popen(_convoy("worker"), cwd=folder, env=environment, stdout=log, stderr=log)
+            worker = subprocess.Popen(convoy_command("worker"), cwd=folder, env=environment, stdout=log, stderr=log)
         yield
     finally:
         if worker:
             worker.terminate()
             worker.wait()
-        _run(_convoy("down"), folder, environment)
+        run_command(convoy_command("down"), folder, environment)
 
 
 def _ready(folder: Path, environment: dict[str, str]) -> None:
     """Trains the champion that the commands are about, and makes ten images for it."""
-    _run(_convoy(*TRAIN), folder, environment)
+    run_command(convoy_command(*TRAIN), folder, environment)
     (folder / "images").mkdir()
     for number in range(10):
         Image.new("L", (8, 8), 20 * number).save(folder / "images" / f"{number}.png")
@@ -109,11 +114,11 @@ def _ready(folder: Path, environment: dict[str, str]) -> None:
 def _cold_start(folder: Path) -> Callable[[], float]:
     def measure() -> float:
         home = folder / "cold"
-        environment = _environment(home)
+        environment = environment_of(home)
         try:
-            return _timed(_convoy("up"), folder, environment)()
+            return _timed(convoy_command("up"), folder, environment)()
         finally:
-            _run(_convoy("down"), folder, environment)
+            run_command(convoy_command("down"), folder, environment)
             shutil.rmtree(home)
 
     return measure

@@ -12,7 +12,7 @@ import torch
 from cnn.config.training import TrainConfig
 from cnn.networks.build import build_network
 from infra.stack.processes import log_end
-from tests.bench.comparison import Comparison, NotInstalled
+from tests.bench.comparison import Comparison, LeftOut
 from tests.faults.network import network, why_not
 
 WORLD_SIZES = (2, 4, 8)
@@ -30,7 +30,7 @@ def exchange(rounds: int) -> Iterator[Comparison]:
     The figures are bits of gradients that are summed per second.
     """
     if reason := why_not():
-        raise NotInstalled(reason)
+        raise LeftOut(reason)
     for megabits, names in MEGABITS.items():
         sizes = [parameters(name) for name in names]
         for world_size in WORLD_SIZES:

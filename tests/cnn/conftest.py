@@ -20,11 +20,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnn.config.preprocessing import PreprocessConfig
 from cnn.config.training import TrainConfig
-from cnn.data.manifest import Manifest, Shard, SplitInfo
+from cnn.data.manifest import Manifest, Shard, SourceReport, SplitInfo, Spread
 from cnn.data.mapped_split import MappedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
 from cnn.data.streamed_split import StreamedSplit
@@ -40,6 +40,31 @@ class Packed:
 
     def split(self, name: str) -> MappedSplit:
         return MappedSplit([self.folder / f"{shard.sha256}.safetensors" for shard in self.manifest.splits[name].shards])
+
+
+def source_report(images: int = 1, side: int = 1) -> SourceReport:
+    """Returns the report of a source of square images in which nothing was found."""
+    spread = Spread(min=side, median=side, max=side)
+    return SourceReport(
+        images=images,
+        packed=images,
+        unreadable=0,
+        unreadable_examples=(),
+        duplicates=0,
+        width=spread,
+        height=spread,
+        modes={},
+        warnings=(),
+    )
+
+
+def check_export_takes_any_number(served: nn.Module, images: Tensor) -> None:
+    """Exports a network, and checks that it gives for some images what it gives for all of them."""
+    exported = torch.export.export(served, (images[:2],), dynamic_shapes=[{0: torch.export.Dim.AUTO}]).module()
+    with torch.inference_mode():
+        whole = served(images)
+        for count in (1, 3, len(images)):
+            torch.testing.assert_close(exported(images[:count]), whole[:count])
 
 
 class FewFiles:

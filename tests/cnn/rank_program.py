@@ -16,12 +16,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch._dynamo  # noqa: F401  # DDP loads it: here once, rather than in each rank
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from cnn.config.networks import find_network, is_own
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest
 from cnn.distributed.process_group import make_deterministic, process_group
@@ -121,9 +123,12 @@ def run_plan(folder: Path, config: TrainConfig, reader: str, plan: str) -> list[
 
 def main() -> None:
     for line in sys.stdin:
-        folder, config, reader, plans = json.loads(line)
+        folder, values, reader, plans = json.loads(line)
+        config = TrainConfig.model_validate(values)
+        if not is_own(config.model):
+            resolve_name(find_network(config.model).builder)  # the library: here once, rather than in each rank
         try:
-            found = [run_plan(Path(folder), TrainConfig.model_validate(config), reader, plan) for plan in plans]
+            found = [run_plan(Path(folder), config, reader, plan) for plan in plans]
         except BrokenProcessPool:  # the rank has said why
             found = None
         print(json.dumps(found), flush=True)

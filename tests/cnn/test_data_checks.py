@@ -5,16 +5,20 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cnn.config.data_checks import DataGateConfig
+from cnn.config.preprocessing import Resize
 from cnn.data.checks import BLOCK_BYTES, DataCheck, DataChecks, check_dataset, population_stability_index
 from cnn.data.manifest import Losses, Manifest, SplitInfo, Spread, Unreadable
 from cnn.data.mapped_split import MappedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
 from cnn.data.splits import SPLITS, Split
+from cnn.formats.decode import Target, fit
 from tests.cnn.conftest import Packed
 
 Data = dict[Split, tuple[np.ndarray, np.ndarray]]
@@ -126,6 +130,31 @@ def test_images_of_another_split_are_leakage(
     assert (leakage.outcome, leakage.value) == ("failed", pytest.approx(3 / len(images)))
     assert offenders(checks, "leakage")[0] == (into, 0, f"equals {source} 5")
     assert (checks.outcome, checks.with_outcome("failed")) == ("failed", (leakage,))
+
+
+def test_groups_in_several_splits_are_leakage(digits: Packed) -> None:
+    splits = {name: digits.split(name) for name in SPLITS}
+
+    def groups(**given: dict[int, str]) -> dict[Split, list[str | None]]:
+        return {name: [given.get(name, {}).get(row) for row in range(len(split))] for name, split in splits.items()}
+
+    def found(groups: dict[Split, list[str | None]] | None, config: DataGateConfig) -> DataCheck | None:
+        checks = check_dataset(digits.manifest, splits, config, groups=groups).checks
+        return next((check for check in checks if check.name == "group_leakage"), None)
+
+    config = DataGateConfig()
+    assert found(None, config) is found(groups(), config) is None
+    check = found(groups(train={0: "a", 1: "b"}, val={0: "c"}, test={0: "d", 5: "d"}), config)
+    assert check and check.outcome == "passed"
+    crossing = groups(train={0: "a", 1: "b"}, val={0: "c", 1: "b"}, test={0: "c", 1: "a", 2: "d"})
+    check = found(crossing, config)
+    images = len(splits["val"]), len(splits["test"])
+    assert check and check.outcome == "failed" and check.value == pytest.approx(max(1 / images[0], 2 / images[1]))
+    assert check.note == (
+        f"images of groups of earlier splits: val 1 of {images[0]}, test 2 of {images[1]}, for example of group a"
+    )
+    check = found(crossing, DataGateConfig(max_group_leakage=0.5))
+    assert check and check.outcome == "passed"
 
 
 def test_equal_images_with_different_labels_are_conflicts(data: Data, check: Callable[..., DataChecks]) -> None:
@@ -330,3 +359,17 @@ def test_labels_are_those_of_the_split(data: Data, check: Callable[..., DataChec
     data["test"][0][7] = 0
     (offender,) = check(data).offenders
     assert offender.label == data["test"][1][7]
+
+
+@pytest.mark.parametrize("resize", get_args(Resize))
+def test_blank_rectangles_are_found_whatever_makes_them_square(
+    data: Data, check: Callable[..., DataChecks], resize: Resize
+) -> None:
+    images, labels = data["train"]
+    blank = np.full((20, 50), 200, dtype=np.uint8)
+    images[0] = fit(Image.fromarray(blank), Target(8, 1, resize))
+    blank[:, 25:] += 4
+    images[1] = fit(Image.fromarray(blank), Target(8, 1, resize))
+    checks = check(data | {"train": (images, labels)})
+    assert offenders(checks, "constant") == [("train", 0, "contrast 0")]
+    assert offenders(checks, "blank") == [("train", 1, "contrast 4")]

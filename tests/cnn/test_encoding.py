@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 from sklearn.datasets import load_sample_image
 from torchvision.io import ImageReadMode, decode_jpeg, decode_webp
 
-from cnn.config.preprocessing import PreprocessConfig
+from cnn.config.preprocessing import PreprocessConfig, Resize
 from cnn.data.encoding import decode, encode
 from cnn.data.manifest import Manifest, SplitInfo
 from cnn.data.shard_writer import shard_path
@@ -84,6 +85,24 @@ def test_the_same_images_are_packed_in_a_fraction_of_the_space(files: dict[str, 
         lossy = [decode(file) for file in contents(tmp_path / encoding, manifests[encoding].splits["train"])]
         assert np.abs(np.stack(lossy).astype(int) - pixels).mean() < 8
         assert manifests[encoding].splits["train"].class_counts == raw.class_counts
+
+
+@pytest.mark.parametrize("resize", get_args(Resize))
+def test_compressed_images_have_the_same_geometry(tmp_path: Path, resize: str) -> None:
+    (tmp_path / "images").mkdir()
+    files = {}
+    for number in range(40):
+        path = tmp_path / "images" / f"{number}"
+        Image.fromarray(PHOTO[number : number + 96, : 150 if number % 2 else 64]).save(path, "PNG")
+        files[f"{'ab'[number // 20]}/{number:02}.png"] = path
+    config = {"resize": resize, "image_size": 48}
+    raw = packed(files, tmp_path / "raw", **config)
+    pixels = [load_file(shard_path(tmp_path / "raw", each.sha256))["images"] for each in raw.splits["train"].shards]
+    for encoding in ("jpeg", "webp"):
+        manifest = packed(files, tmp_path / encoding, encoding=encoding, **config)
+        lossy = [decode(file) for file in contents(tmp_path / encoding, manifest.splits["train"])]
+        assert manifest.resize == resize
+        assert np.abs(np.stack(lossy).astype(int) - np.concatenate(pixels)).mean() < 8
 
 
 def test_quality_trades_space_for_truth() -> None:

@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from torch.export import ExportedProgram
 
+from cnn.config.preprocessing import Resize
 from cnn.config.training import TrainConfig
 from cnn.errors import InputError
 from cnn.formats.decode import Target, decode_image
@@ -26,12 +29,14 @@ from cnn.serving.export import (
     load_classifier,
 )
 from cnn.serving.usage import (
-    CONVOY9_EXAMPLE,
-    EXAMPLE_WITH_CONVOY,
     NORMALISED_OUTSIDE,
-    ONNX_EXAMPLE,
-    PT2_EXAMPLE,
+    SQUARES,
     Usage,
+    convoy9_example,
+    example_with_convoy,
+    onnx_example,
+    prepare,
+    pt2_example,
 )
 from tests.cnn.without_convoy import read_metadata, run_example, save_photo
 
@@ -106,7 +111,7 @@ def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) 
 def test_onnx_gives_what_the_original_gives(program: ExportedProgram, expected: torch.Tensor, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     out = tmp_path / "named as you like"
-    export_onnx(program, CLASSES, out, IMAGES, expected)
+    export_onnx(program, out, IMAGES, expected, USAGE.metadata(onnx_example))
     session = runtime.InferenceSession(str(out))
     (found,) = session.run(None, {"images": IMAGES[:3].numpy()})
     assert torch.allclose(torch.from_numpy(found), expected[:3], atol=ONNX_TOLERANCE)
@@ -121,31 +126,37 @@ def test_weights_describe_themselves(expected: torch.Tensor, tmp_path: Path) -> 
     assert torch.equal(load_classifier(out)(IMAGES), expected)
 
 
-EXAMPLES = {"pt2": PT2_EXAMPLE, "onnx": ONNX_EXAMPLE, "safetensors": CONVOY9_EXAMPLE}
+EXAMPLES = {"pt2": pt2_example, "onnx": onnx_example, "safetensors": convoy9_example}
 
 
-def export_to(format: str, program: ExportedProgram, expected: torch.Tensor, folder: Path) -> dict[str, str]:
+def export_to(
+    format: str, program: ExportedProgram, expected: torch.Tensor, folder: Path, usage: Usage = USAGE
+) -> dict[str, str]:
     """Exports the original; returns the file's metadata."""
-    out, metadata = folder / f"model.{format}", USAGE.metadata(EXAMPLES[format])
+    out, metadata = folder / f"model.{format}", usage.metadata(EXAMPLES[format])
     if format == "pt2":
         export_pt2(program, out, IMAGES, expected, metadata)
     elif format == "onnx":
         pytest.importorskip("onnxruntime")
-        export_onnx(program, CLASSES, out, IMAGES, expected, metadata)
+        export_onnx(program, out, IMAGES, expected, metadata)
     else:
         network, described, _ = original()
         export_weights(network, described, out, IMAGES, expected, metadata)
     return read_metadata(out)
 
 
-@pytest.mark.parametrize("format", EXAMPLES)
+@pytest.mark.parametrize(
+    ("format", "resize"), [("pt2", "crop"), ("pt2", "pad"), ("onnx", "squash"), ("safetensors", "pad")]
+)
 def test_the_example_in_a_file_needs_no_convoy(
-    program: ExportedProgram, expected: torch.Tensor, tmp_path: Path, format: str
+    program: ExportedProgram, expected: torch.Tensor, tmp_path: Path, format: str, resize: Resize
 ) -> None:
-    found = export_to(format, program, expected, tmp_path)
+    usage = USAGE.model_copy(update={"target": Target(16, 3, resize)})
+    found = export_to(format, program, expected, tmp_path, usage)
     found.pop("convoy", None)  # the description in a safetensors file
-    assert found == USAGE.metadata(EXAMPLES[format])
-    pixels = decode_image(save_photo(tmp_path), USAGE.target)[None].copy()
+    assert found == usage.metadata(EXAMPLES[format])
+    assert json.loads(found["input"])["resize"] == resize
+    pixels = decode_image(save_photo(tmp_path), usage.target)[None].copy()
     images, calibrated, answer = run_example(found["example"], tmp_path)
     assert np.array_equal(images, pixels)
     probabilities = original()[2](torch.from_numpy(pixels))
@@ -155,6 +166,21 @@ def test_the_example_in_a_file_needs_no_convoy(
     assert (name, float(probability)) == (CLASSES[wanted.argmax()], pytest.approx(wanted.max(), abs=1e-5))
 
 
+@pytest.mark.parametrize("resize", get_args(Resize))
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size", [(205, 150), (150, 205), (150, 150), (3000, 2001)])
+def test_the_code_for_a_photograph_gives_the_pixels_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resize: Resize, orientation: int, size: tuple[int, int]
+) -> None:
+    file = save_photo(tmp_path, size, orientation)
+    monkeypatch.chdir(tmp_path)
+    for channels in (1, 3):
+        target = Target(45, channels, resize)
+        names = {"size": target.image_size, "mode": target.mode, "Image": Image, "ImageOps": ImageOps, "np": np}
+        exec(prepare(resize), names)
+        assert np.array_equal(names["images"], decode_image(file, target)[None])  # type: ignore[arg-type]
+
+
 def test_the_example_for_other_networks_uses_convoy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,11 +188,12 @@ def test_the_example_for_other_networks_uses_convoy(
         described := original()[1].model_copy(update={"config": TrainConfig(model="notes")})
     ).classifier()
     described = described.model_copy(update={"weights_sha256": weights_sha256(network.state_dict())})
-    metadata = USAGE.metadata(EXAMPLE_WITH_CONVOY, NORMALISED_OUTSIDE)
+    usage = USAGE.model_copy(update={"target": Target(16, 3, "pad")})
+    metadata = usage.metadata(example_with_convoy, NORMALISED_OUTSIDE)
     export_weights(network, described, tmp_path / "model.safetensors", IMAGES, served(IMAGES), metadata)
-    pixels = decode_image(save_photo(tmp_path), USAGE.target)[None].copy()
+    pixels = decode_image(save_photo(tmp_path), usage.target)[None].copy()
     monkeypatch.chdir(tmp_path)
-    exec(EXAMPLE_WITH_CONVOY, {})
+    exec(read_metadata(tmp_path / "model.safetensors")["example"], {})
     wanted = (served(torch.from_numpy(pixels)).log() / USAGE.temperature).softmax(1)[0]
     name, probability = capsys.readouterr().out.split()
     assert (name, float(probability)) == (CLASSES[wanted.argmax()], pytest.approx(float(wanted.max()), abs=1e-5))
@@ -175,7 +202,8 @@ def test_the_example_for_other_networks_uses_convoy(
 def test_the_page_shows_the_examples_of_the_files() -> None:
     page = Path(__file__).parents[2] / "tasks/prediction/README.md"
     shown = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert sorted(shown) == sorted(EXAMPLES.values())
+    whole = [example("crop") for example in EXAMPLES.values()]
+    assert sorted(shown) == sorted([*whole, SQUARES["pad"], SQUARES["squash"]])
 
 
 def test_axes_of_onnx_have_names(program: ExportedProgram, expected: torch.Tensor, tmp_path: Path) -> None:
@@ -219,7 +247,7 @@ def test_onnx_without_its_packages_is_refused_in_one_line(
 ) -> None:
     monkeypatch.setattr("cnn.serving.export.ONNX_PACKAGES", ("onnx", "never_to_be_found"))
     with pytest.raises(InputError, match=r"never_to_be_found.*convoy-cnn\[onnx\]"):
-        export_onnx(program, CLASSES, tmp_path / "model.onnx", IMAGES, expected)
+        export_onnx(program, tmp_path / "model.onnx", IMAGES, expected)
 
 
 def test_damaged_or_foreign_weights_are_refused(expected: torch.Tensor, tmp_path: Path) -> None:

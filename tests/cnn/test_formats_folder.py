@@ -10,6 +10,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 from sklearn.datasets import load_digits
 
+from cnn.config.preprocessing import Resize
 from cnn.data.splits import TEST, TRAIN, UNDECIDED, VAL
 from cnn.errors import InputError
 from cnn.formats import open_source
@@ -195,6 +196,56 @@ def test_the_shorter_side_is_resized_and_the_centre_kept(shape: tuple[int, int])
     left, top = (whole.width - 8) // 2, (whole.height - 8) // 2
     centre = np.asarray(whole.crop((left, top, left + 8, top + 8)))
     assert np.abs(decoded(encoded(image), size=8).astype(int) - centre).max() <= 1
+
+
+def square_of(image: np.ndarray, size: int, resize: Resize) -> list[list[int]]:
+    """The grey image, made square from a file."""
+    return decode_image(encoded(Image.fromarray(image)), Target(size, 1, resize))[0].tolist()
+
+
+def test_a_rectangle_becomes_a_square_in_one_of_three_ways() -> None:
+    wide = np.array([[10, 20, 30, 40], [50, 60, 70, 80]], dtype=np.uint8)
+    assert square_of(wide, 2, "crop") == [[20, 30], [60, 70]]
+    # Shrinking by two weighs three neighbours with 3, 3, 1: (3 * 10 + 3 * 20 + 30) / 7 = 17.1
+    assert square_of(wide, 2, "squash") == [[17, 33], [57, 73]]
+    assert square_of(wide, 4, "pad") == [[45] * 4, *wide.tolist(), [45] * 4]
+    tall = wide.T.copy()
+    assert square_of(tall, 2, "crop") == [[20, 60], [30, 70]]
+    assert square_of(tall, 2, "squash") == [[17, 57], [33, 73]]
+    assert square_of(tall, 4, "pad") == [[45, *row, 45] for row in tall.tolist()]
+
+
+def test_padding_has_the_image_s_mean_colour() -> None:
+    colours = np.empty((2, 4, 3), dtype=np.uint8)
+    colours[:, :2], colours[:, 2:] = (10, 100, 200), (30, 120, 0)
+    pixels = decode_image(encoded(Image.fromarray(colours)), Target(4, 3, "pad")).transpose(1, 2, 0)
+    assert (pixels[[0, 3]] == [20, 110, 100]).all() and (pixels[1:3] == colours).all()
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (40, 50), (9, 8), (33, 32), (3, 100)])
+@pytest.mark.parametrize("side", [32, 300])
+def test_an_image_is_padded_as_pillow_pads_it(shape: tuple[int, int], side: int) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    size = (side, side)
+    whole = ImageOps.contain(image, size, Image.Resampling.BILINEAR)
+    mean = whole.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    wanted = np.asarray(ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=mean))
+    found = decode_image(encoded(image), Target(side, 3, "pad")).transpose(1, 2, 0)
+    assert (found == wanted).all()
+    assert np.abs(np.asarray(whole).mean((0, 1)) - mean).max() < 1
+
+
+def test_a_line_keeps_a_pixel_when_it_is_padded() -> None:
+    line = np.full((1, 1000), 200, dtype=np.uint8)
+    for image in (line, line.T.copy()):
+        assert np.unique(square_of(image, 8, "pad")).tolist() == [200]
+
+
+@pytest.mark.parametrize("resize", ["pad", "squash"])
+@pytest.mark.parametrize("size", [8, 32, 45])
+def test_all_ways_agree_on_squares(resize: Resize, size: int) -> None:
+    data = encoded(Image.fromarray(COLOUR))
+    assert (decode_image(data, Target(size, 3, resize)) == decode_image(data, Target(size, 3))).all()
 
 
 def test_shrinking_averages_instead_of_picking_pixels() -> None:

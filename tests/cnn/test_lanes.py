@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cnn.config.networks import TORCHVISION_NETWORKS
 from cnn.config.training import TrainConfig
 from cnn.distributed.lanes import PartialSums
 from cnn.distributed.process_group import EXCHANGE_TIMEOUT, process_group
@@ -34,6 +33,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "clip_norm": 2.0,
         "select": "best",
         "test_flip": True,
+    },
+    "convoy9 augmented, of balanced classes": {
+        "model": "convoy9",
+        "network": {"width": 8},
+        "augment": {
+            **{"flip": False, "shift": 0, "crop_area": 0.7, "rotation": 10, "brightness": 0.3, "contrast": 0.3},
+            **{"erase": 0.2, "policy": "trivial"},
+        },
+        "sampling": "balanced",
     },
     "convoy9 in bfloat16": {
         "model": "convoy9",
@@ -99,12 +107,40 @@ def test_weights_and_metrics_are_equal_bit_for_bit_for_1_2_and_4_ranks(
     assert two[0]["state"] == four[0]["state"] == alone["state"]
 
 
+BOTH = {"drop_rate": 0.2, "drop_path_rate": 0.2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "resnet18": {},
+    "resnext50_32x4d": {},
+    "mobilenet_v2": {},
+    "mobilenet_v3_small": {},
+    "efficientnet_b0": {},
+    "efficientnet_v2_s": {},
+    "convnext_tiny": {},
+    "regnet_y_400mf": {},
+    "shufflenet_v2_x1_0": {},
+    "densenet121": {},
+    "mnasnet0_5": {},
+    "swin_t": {},
+    "efficientnet_lite0": BOTH,
+    "timm/resnet18d": BOTH,
+    "timm/mobilenetv3_small_050": BOTH,
+    "timm/mobilenetv4_conv_small_035": BOTH,
+    "timm/regnetx_002": BOTH,
+    "timm/repvgg_a0": BOTH,
+    "timm/eca_nfnet_l0": BOTH,
+    "timm/densenet121": {"drop_rate": 0.2},
+    "timm/ghostnet_050": {"drop_rate": 0.2},
+}
+"""Networks of libraries, one or more per family that takes 8×8 pixels, with their options."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TORCHVISION_NETWORKS)
-def test_torchvisions_networks_too(name: str, ranks: Ranks, digits: Packed) -> None:
-    config = TrainConfig(model=name, epochs=1, batch_size=256, lanes=4, lr=0.01, ema=0.5)
-    plans = ranks.train(digits, config, 1, 2, 4)
-    assert len({rank["weights"] for plan in plans for rank in plan}) == 1
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_network_of_each_family_too(name: str, ranks: Ranks, digits: Packed) -> None:
+    config = TrainConfig(model=name, network=FAMILIES[name], epochs=1, batch_size=256, lanes=4, lr=0.01, ema=0.5)
+    (alone,), two = ranks.train(digits, config, 1, 2)
+    assert alone["steps"][0]["loss"] != alone["steps"][-1]["loss"]
+    assert [rank["weights"] for rank in two] == [alone["weights"]] * 2
 
 
 def test_eight_lanes_give_the_same_to_1_2_4_and_8_ranks(ranks: Ranks, digits: Packed) -> None:
@@ -113,7 +149,7 @@ def test_eight_lanes_give_the_same_to_1_2_4_and_8_ranks(ranks: Ranks, digits: Pa
     assert len({rank["weights"] for plan in plans for rank in plan}) == 1
 
 
-@pytest.mark.parametrize("recipe", ["notes", "convoy9"])
+@pytest.mark.parametrize("recipe", ["notes", "convoy9", "convoy9 augmented, of balanced classes"])
 def test_stopped_and_resumed_in_mid_epoch_by_other_numbers_of_ranks_nothing_differs(
     recipe: str, ranks: Ranks, digits: Packed
 ) -> None:

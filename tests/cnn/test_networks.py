@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-from cnn.config.networks import NETWORKS
 from cnn.config.training import TrainConfig
 from cnn.errors import InputError
 from cnn.networks.build import build_network
@@ -21,8 +20,8 @@ def test_our_networks_take_images_of_any_shape(model: str, channels: int, image_
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("model", NETWORKS)
-def test_every_name_builds_its_network(model: str) -> None:
+@pytest.mark.parametrize("model", ["notes", "convoy9", "efficientnet_lite0", "resnet18", "timm/resnet18d"])
+def test_a_name_of_each_kind_builds_its_network(model: str) -> None:
     assert network(model, channels=3, image_size=32, classes=7)(torch.rand(2, 3, 32, 32)).shape == (2, 7)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Shard, SplitInfo
+from cnn.errors import InputError
 from cnn.training.order import DEFAULT_WINDOW_BYTES, MAX_PERMUTED_BYTES, Order, mixing, shuffle_window
 from cnn.training.random_streams import epoch_order
 
@@ -74,6 +75,65 @@ def test_it_depends_on_seed_epoch_window_and_counts_only() -> None:
         Order(config(shuffle_window=2_400), split).epoch(0, range(4)),
     ]
     assert not any(torch.equal(base, other) for other in others)
+
+
+def balanced(*counts: int, seed: int = 0, **keys: object) -> tuple[Order, Tensor]:
+    """The order and the labels of classes of these sizes, mixed."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(9))]
+    split = made_split(sum(counts)).model_copy(update={"class_counts": counts})
+    return Order(config(sampling="balanced", seed=seed, **keys), split, lambda: labels), labels
+
+
+def test_balanced_classes_come_equally_often_and_their_images_in_turn() -> None:
+    counts = (900, 70, 1, 0, 129)  # 1 100 images: 17 steps of 64
+    order, labels = balanced(*counts)
+    assert order.steps_per_epoch == 17
+    seen = torch.zeros(len(labels), dtype=torch.int64)
+    for epoch in range(9):
+        made = order.epoch(epoch, range(4))
+        assert made.shape == (17, 4, 16)
+        found = torch.bincount(labels[made.flatten()], minlength=5)
+        assert found[3] == 0 and int(found.sum()) == 17 * 64
+        assert int(found[[0, 1, 2, 4]].max() - found[[0, 1, 2, 4]].min()) <= 1
+        seen += torch.bincount(made.flatten(), minlength=len(labels))
+        totals = torch.bincount(labels, weights=seen.double(), minlength=5)
+        assert float(totals[[0, 1, 2, 4]].max() - totals[[0, 1, 2, 4]].min()) <= 1
+        for label in (0, 1, 2, 4):  # over all epochs, no image comes twice more often than another of its class
+            assert int(seen[labels == label].max() - seen[labels == label].min()) <= 1
+
+
+def test_the_classes_of_balanced_batches_are_mixed_as_at_random() -> None:
+    order, labels = balanced(5_000, 500, 300, 200)
+    batches = labels[order.epoch(0, range(4))].flatten(1)  # steps, images
+    shares = torch.stack([(batches == label).double().mean(1) for label in range(4)])
+    assert torch.allclose(shares.mean(1), torch.full((4,), 0.25, dtype=torch.float64), atol=1e-3)
+    assert float(shares.var(1).mean()) == pytest.approx(0.25 * 0.75 / 64, rel=0.25)
+
+
+def test_balanced_order_depends_on_seed_epoch_and_labels_only() -> None:
+    base, _ = balanced(500, 30, 7)
+    whole = base.epoch(2, range(4))
+    for world_size in (1, 2, 4):
+        parts = [base.epoch(2, range(r * 4 // world_size, (r + 1) * 4 // world_size)) for r in range(world_size)]
+        assert torch.equal(torch.cat(parts, dim=1), whole)
+    torch.manual_seed(99)
+    assert torch.equal(balanced(500, 30, 7)[0].epoch(2, range(4)), whole)
+    others = [base.epoch(1, range(4)), balanced(500, 30, 7, seed=1)[0].epoch(2, range(4))]
+    assert not any(torch.equal(whole, other) for other in others)
+
+
+def test_more_classes_than_places_in_an_epoch_take_turns_over_epochs() -> None:
+    order, _ = balanced(*[1] * 100)  # one step of 64
+    seen = sum(torch.bincount(order.epoch(epoch, range(4)).flatten(), minlength=100) for epoch in range(25))
+    assert isinstance(seen, Tensor) and seen.tolist() == [16] * 100
+
+
+def test_balanced_sampling_is_refused_where_images_are_mixed_by_a_window() -> None:
+    with pytest.raises(InputError, match=r"sampling=balanced needs all 1000 training images .* only 500 are mixed"):
+        balanced(900, 100, shuffle_window=500)
+    with pytest.raises(ValueError, match="balance the classes twice; choose one"):
+        config(sampling="balanced", class_weights="balanced")
 
 
 def test_unset_a_window_comes_with_the_size_of_the_shards() -> None:

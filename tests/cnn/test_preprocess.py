@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import itertools
+import struct
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,12 +21,12 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from cnn.config.preprocessing import PreprocessConfig
+from cnn.config.preprocessing import MAX_PRETRAINED_SIZE, PreprocessConfig, Resize
 from cnn.data.manifest import Manifest
 from cnn.data.shard_writer import ShardWriter, shard_path
 from cnn.errors import InputError
 from cnn.formats import open_source
-from cnn.formats.decode import Target
+from cnn.formats.decode import Target, decode_image
 from cnn.formats.files import LocalFiles
 from cnn.preprocessing.pack import code_files, pack, preprocess, shard_bytes
 from cnn.preprocessing.pixel_statistics import PixelSums, moments
@@ -63,6 +65,13 @@ class Folder:
     def add_digits(self, numbers: Iterable[int], prefix: str = "") -> None:
         for number in numbers:
             self.add(f"{prefix}{DIGITS.target[number]}/{number}.png", PIXELS[number])
+
+    def add_rectangles(self, numbers: Iterable[int]) -> None:
+        """Adds colour images of two classes, wide and tall ones."""
+        for number in numbers:
+            shape = (12 + number % 7, 20 - number % 11, 3)
+            pixels = np.arange(np.prod(shape)).reshape(shape) * (number + 7) % 251
+            self.add(f"{number % 2}/rectangle-{number}.png", pixels.astype(np.uint8))
 
 
 @pytest.fixture
@@ -141,7 +150,7 @@ def test_two_runs_give_byte_equal_shards_and_one_version(digits: dict[str, Path]
 def test_shards_are_of_the_stated_size_and_in_source_order(digits: dict[str, Path], out: Path) -> None:
     source = open_source("digits", digits)
     plan = survey(source, CONFIG)
-    manifest = pack(source, plan, PreprocessConfig(shard_bytes=100 * 64), out)
+    manifest = pack(source, plan, PreprocessConfig(shard_bytes=100 * 64), out).manifest
     assert [shard.count for shard in manifest.splits["train"].shards[:-1]] == [100] * (
         manifest.splits["train"].count // 100
     )
@@ -164,13 +173,50 @@ def test_shards_do_not_depend_on_how_images_arrive(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_folder_and_a_zip_of_it_give_one_version(folder: Folder, tmp_path: Path, out: Path) -> None:
+def test_a_folder_and_a_zip_of_it_give_one_version_per_way_to_a_square(
+    folder: Folder, tmp_path: Path, out: Path
+) -> None:
     folder.add_digits(range(300))
+    folder.add_rectangles(range(60))
     with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
         for path, local in reversed(folder.files.items()):
             archive.write(local, f"digits/{path}")
-    one = preprocess("folder", folder.files, CONFIG, out)
-    assert preprocess("archive", {"digits.zip": tmp_path / "zip"}, CONFIG, out).version == one.version
+    versions = set()
+    for resize in get_args(Resize):
+        config = PreprocessConfig(resize=resize)
+        one = preprocess("folder", folder.files, config, out)
+        assert preprocess("archive", {"digits.zip": tmp_path / "zip"}, config, out).version == one.version
+        assert one.resize == resize and Manifest.from_bytes(one.to_bytes()) == one
+        versions.add(one.version)
+    assert len(versions) == 3
+
+
+def test_data_that_are_cropped_keep_the_version_that_they_had_before_there_was_a_choice(
+    folder: Folder, out: Path
+) -> None:
+    folder.add_rectangles(range(60))
+    manifest = preprocess("folder", folder.files, PreprocessConfig(resize="crop"), out)
+    assert manifest.version == "fc78dccd61cabb15ceed504a72c15955415eb028dc5bc8cf4274bf65d76fddfb"
+
+
+@pytest.mark.parametrize("resize", get_args(Resize))
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40)])
+def test_arrays_of_rectangles_become_squares_as_files_do(
+    tmp_path: Path, out: Path, resize: Resize, shape: tuple[int, int]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, *shape), dtype=np.uint8)
+    files = {
+        "train-images-idx3-ubyte": struct.pack(">4I", 0x803, 6, *shape) + images.tobytes(),
+        "train-labels-idx1-ubyte": struct.pack(">2I", 0x801, 6) + bytes([0, 1] * 3),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (block,) = open_source("idx", {name: tmp_path / name for name in files}).blocks()
+    found = block.decode(np.ones(6, dtype=np.bool_), Target(16, 1, resize)).images
+    for array, image in zip(images, found, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "PNG")
+        assert (decode_image(file.getvalue(), Target(16, 1, resize)) == image).all()
 
 
 def test_arrays_and_files_are_resized_alike(digits: dict[str, Path], folder: Folder, out: Path) -> None:
@@ -266,6 +312,16 @@ def test_an_unset_size_follows_the_images(
     assert (manifest.report.width.min, manifest.report.width.max) == (min(sizes)[0], max(sizes)[0])
 
 
+@pytest.mark.parametrize(("size", "expected"), [((400, 300), 224), ((200, 160), 160), ((300, 300), 300)])
+def test_an_unset_size_is_larger_for_pretrained_networks(folder: Folder, size: tuple[int, int], expected: int) -> None:
+    for number in range(60):
+        folder.add(f"{number // 3 % 2}/{number}.png", Image.fromarray(PIXELS[number]).resize(size))
+    source = open_source("folder", folder.files)
+    assert survey(source, CONFIG, max_default_size=MAX_PRETRAINED_SIZE).target.image_size == expected
+    given = PreprocessConfig(image_size=256)
+    assert survey(source, given, max_default_size=MAX_PRETRAINED_SIZE).target.image_size == 256
+
+
 def test_one_colour_image_makes_the_dataset_colour(folder: Folder, out: Path) -> None:
     folder.add_digits(range(100))
     grey = preprocess("folder", folder.files, CONFIG, out)
@@ -357,7 +413,7 @@ def test_going_on_after_any_shard_gives_the_same_manifest(folder: Folder, tmp_pa
         (tmp_path / name).mkdir()
         told: list[int] = []
         new: list[PackedShard] = []
-        manifest = pack(
+        manifest, _ = pack(
             source, plan, config, tmp_path / name, told.append, done=done, on_shard=lambda each, _: new.append(each)
         )
         assert sum(told) == plan.count

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from cnn.data.splits import TEST, TRAIN, UNDECIDED, VAL, assign, content_keys, thin_out
+from cnn.data.splits import TEST, TRAIN, UNDECIDED, VAL, assign, content_keys, group_keys, thin_out
 
 DIGESTS = [hashlib.sha256(str(number).encode()).digest() for number in range(20_000)]
 
@@ -20,6 +20,20 @@ def test_adding_images_moves_none_between_splits() -> None:
     after = assign(undecided(20_000), content_keys(0, shuffled), val_fraction=0.1, test_fraction=0.15)
     now = dict(zip(shuffled, after.tolist(), strict=True))
     assert [now[digest] for digest in DIGESTS[:5000]] == before.tolist()
+
+
+def test_the_split_of_a_group_depends_on_the_seed_and_its_name_only() -> None:
+    keys = content_keys(0, DIGESTS)
+    names = [None if number % 10 == 0 else f"patient {number // 7}" for number in range(len(DIGESTS))]
+    grouped = group_keys(0, names, keys)
+    alone = [number for number, name in enumerate(names) if name is None]
+    assert (grouped[alone] == keys[alone]).all()
+    of_group = {name: {key for other, key in zip(names, grouped, strict=True) if other == name} for name in names[1:50]}
+    assert all(len(each) == 1 for name, each in of_group.items() if name)
+    assert group_keys(0, ["patient 3"], keys[:1])[0] in of_group["patient 3"]
+    assert group_keys(1, ["patient 3"], keys[:1])[0] not in of_group["patient 3"]
+    found = assign(undecided(20_000), grouped, val_fraction=0.1, test_fraction=0.15)
+    assert 0.13 < (found == TEST).mean() < 0.17
 
 
 def test_raising_the_validation_share_moves_no_test_image() -> None:

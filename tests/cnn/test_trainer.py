@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from torch.nn import functional as F
 
 from cnn.config.training import TrainConfig
+from cnn.data.manifest import SplitInfo
+from cnn.data.shard_writer import ShardWriter
 from cnn.distributed.lanes import Exchange
 from cnn.errors import InputError
 from cnn.networks.weights import weights_sha256
 from cnn.training.loop import fit
 from cnn.training.reports import EpochReport, StepReport
 from cnn.training.schedule import learning_rate
-from cnn.training.trainer import NonFinite, Trainer
+from cnn.training.trainer import NonFinite, Trainer, check_fits
 from tests.cnn.conftest import Packed, joined_group
 
 SMALL = {"channels": [8], "kernel_sizes": [3], "strides": [1], "hidden": [32]}
@@ -89,6 +92,61 @@ def test_each_network_learns_with_each_optimizer(lab: Lab, network: dict[str, An
     assert last.loss < first.loss / 3
     assert history.epochs[-1].val.loss < history.epochs[0].val.loss
     assert history.epochs[-1].val.accuracy > FLOOR
+
+
+def enlarged(digits: Packed, folder: Path) -> Packed:
+    """The digits with 16×16 pixels."""
+
+    def packed_again(name: str, info: SplitInfo) -> SplitInfo:
+        writer = ShardWriter(folder, (1, 16, 16))
+        images, labels = digits.split(name).slice(0, info.count)
+        writer.add(images.repeat_interleave(2, 2).repeat_interleave(2, 3).numpy(), labels.numpy())
+        return info.model_copy(update={"shards": writer.close()})
+
+    splits = {name: packed_again(name, info) for name, info in digits.manifest.splits.items()}
+    return Packed(folder, digits.manifest.model_copy(update={"splits": splits, "image_size": 16}))
+
+
+def test_a_network_trained_on_crops_is_validated_on_whole_images(
+    digits: Packed, group: tuple[torch.device, Exchange], tmp_path: Path
+) -> None:
+    lab = Lab(enlarged(digits, tmp_path), group)
+    crops = {"flip": False, "shift": 0, "crop_area": 0.8, "crop_size": 12}
+    trainer = lab.trainer(epochs=4, lanes=2, lr=0.05, label_smoothing=0, augment=crops, **CONVOY9)
+    sizes = set()
+    trainer.network.register_forward_hook(
+        lambda network, inputs, _: sizes.add((network.training, inputs[0].shape[2:]))  # type: ignore[func-returns-value]
+    )
+    fit(trainer, history := History())
+    assert sizes == {(True, (12, 12)), (False, (16, 16))}
+    assert sum(step.accuracy for step in history.steps[-10:]) / 10 > FLOOR
+    assert history.epochs[-1].val.accuracy > 0.3  # in whole images, the digits are a third larger: 0.53
+
+
+@pytest.mark.parametrize(
+    ("augment", "network", "message"),
+    [
+        ({"crop_size": 9}, CONVOY9, "augment.crop_size=9 is larger than the images, whose sides have 8 pixels"),
+        ({"crop_size": 7}, NOTES, "notes, made for images of 8 pixels, does not take crops of 7"),
+        ({"crop_size": 7}, CONVOY9, "convoy9, made for images of 8 pixels, does not take crops of 7"),
+        ({"hue": 0.1}, CONVOY9, "change colours, and these images are grey; set both to 0, or data.channels=3"),
+        ({"saturation": 0.1}, NOTES, "change colours, and these images are grey"),
+    ],
+)
+def test_augmentation_that_does_not_fit_is_refused_in_one_line(
+    digits: Packed, augment: dict[str, Any], network: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as refusal:
+        check_fits(TrainConfig.model_validate({"augment": augment, **network}), digits.manifest)
+    assert "\n" not in str(refusal.value)
+
+
+def test_rare_classes_are_drawn_as_often_as_others_and_the_resumed_order_is_the_same(lab: Lab, digits: Packed) -> None:
+    trainer = lab.trainer(sampling="balanced")
+    labels = digits.split("train").labels
+    drawn = torch.cat([labels[trainer._samples(step).flatten()] for step in range(trainer.steps_per_epoch)])
+    assert torch.bincount(drawn).tolist() == [len(drawn) // 10 + (label < len(drawn) % 10) for label in range(10)]
+    assert torch.equal(trainer._samples(30), lab.trainer(sampling="balanced", lr=0.01)._samples(30))
 
 
 def test_every_step_and_every_epoch_is_reported_once_with_its_learning_rate(lab: Lab) -> None:
@@ -184,6 +242,24 @@ def test_the_lane_and_the_images_that_are_not_finite_are_named(lab: Lab, monkeyp
         fit(trainer, History())
     assert (stop.value.step, stop.value.lanes) == (4, [2])
     assert stop.value.samples == trainer._samples(3)[2].tolist()
+
+
+def test_a_network_without_a_deterministic_backward_pass_is_refused_in_one_line(lab: Lab) -> None:
+    """As torchvision's AlexNet and VGG are on a GPU; the error's text is PyTorch's."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(
+            "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set\n'torch"
+        )
+
+    trainer = lab.trainer()
+    trainer.network.register_full_backward_pre_hook(fail)
+    with pytest.raises(InputError) as refusal:
+        trainer.train_step()
+    assert str(refusal.value) == (
+        "notes cannot be trained exactly on this device, for which PyTorch has no deterministic "
+        "adaptive_avg_pool2d_backward_cuda; train on a CPU, or choose another network"
+    )
 
 
 def test_early_stopping_and_best_epoch_keep_the_weights_of_the_best(lab: Lab) -> None:

@@ -1,7 +1,11 @@
 """Weights as files, and the digest that names their values."""
 
+import copy
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -11,7 +15,15 @@ from torch import Tensor, nn
 from cnn.config.training import TrainConfig
 from cnn.errors import InputError
 from cnn.networks.build import build_network
-from cnn.networks.weights import load_pretrained, load_weights, save_weights, weights_sha256
+from cnn.networks.weights import (
+    head_name,
+    in_order_of,
+    load_pretrained,
+    load_weights,
+    read_pth,
+    save_weights,
+    weights_sha256,
+)
 
 State = dict[str, Tensor]
 
@@ -114,14 +126,27 @@ def test_pretrained_weights_of_the_same_network_are_all_taken(tmp_path: Path) ->
             {"model": "resnet18", "network": {}},
             ("fc.weight", "fc.bias"),
         ),
+        (
+            {"model": "squeezenet1_1", "network": {}, "classes": 5},
+            {"model": "squeezenet1_1", "network": {}},
+            ("classifier.1.weight", "classifier.1.bias"),
+        ),
     ],
-    ids=["classes", "more channels", "fewer channels", "both", "torchvision"],
+    ids=["classes", "more channels", "fewer channels", "both", "torchvision", "head is a convolution"],
 )
 def test_what_is_of_other_classes_or_channels_stays_fresh_and_is_named(
     there: dict[str, object], here: dict[str, object], left: tuple[str, ...], tmp_path: Path
 ) -> None:
     ours, fresh, theirs = network(**here), network(**here).state_dict(), network(seed=1, **there).state_dict()
-    assert load_pretrained(ours, pretrained(tmp_path, **there)) == left
+    file = pretrained(tmp_path, **there)
+    torch.manual_seed(7)
+    assert load_pretrained(ours, file) == left
+    if "classes" in there:  # a new head is as PyTorch makes one, however the network began
+        head = copy.deepcopy(ours.get_submodule(head_name(ours)))
+        torch.manual_seed(7)
+        head.reset_parameters()  # type: ignore[operator]
+        assert cast(Tensor, head.weight).abs().max() <= cast(Tensor, head.weight)[0].numel() ** -0.5
+        fresh |= {f"{head_name(ours)}.{name}": tensor for name, tensor in head.state_dict().items()}
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, (fresh if name in left else theirs)[name])
 
@@ -198,3 +223,70 @@ def test_an_unreadable_file_is_named(content: bytes | None, tmp_path: Path) -> N
         file.write_bytes(content)
     with pytest.raises(InputError, match=r"weights\.safetensors cannot be read as a safetensors file"):
         load_pretrained(network(), file)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before PyTorch 1.6"])
+def test_a_file_of_pytorch_gives_its_tensors_in_order_whatever_their_layout(zipped: bool, tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    held = {"b": nn.Parameter(shared.view(2, 3).t()), "a": shared[1:], "c": torch.tensor(3)}
+    torch.save(held, tmp_path / "held.pth", _use_new_zipfile_serialization=zipped)
+    found = read_pth(tmp_path / "held.pth", "held.pth")
+    assert [*found] == ["b", "a", "c"]
+    assert all(torch.equal(found[name], held[name]) and found[name].is_contiguous() for name in held)
+    save_weights(found, tmp_path / "held.safetensors")
+    assert load_file(tmp_path / "held.safetensors").keys() == held.keys()
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("made",)
+
+
+@pytest.mark.parametrize(
+    ("held", "complaint"),
+    [
+        (
+            {"a": Hostile()},
+            r"^it\.pth is refused: to read it, posix\.mkdir would have to be called; give names and tensors",
+        ),
+        (nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear would have to be called"),
+        (
+            {"state_dict": {"a": torch.ones(1)}},
+            r"holds an object of type dict under 'state_dict', where only dense tensors",
+        ),
+        ({"a": 1}, r"holds an object of type int under 'a'"),
+        ({1: torch.ones(1)}, r"under 1, where only"),
+        ({"a": torch.ones(2).to_sparse()}, r"under 'a', where only dense tensors are read"),
+        ({"a": torch.ones(2, device="meta")}, r"under 'a', where only dense tensors are read"),
+        ([torch.ones(1)], r"holds an object of type list, not a mapping of names to tensors"),
+        ({}, r"not a mapping of names to tensors"),
+    ],
+    ids=["hostile", "module", "nested", "number", "unnamed", "sparse", "meta", "list", "empty"],
+)
+def test_a_file_of_pytorch_with_anything_but_names_and_tensors_is_refused(
+    held: object, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(held, "it.pth")
+    with pytest.raises(InputError, match=complaint) as refusal:
+        read_pth(Path("it.pth"), "it.pth")
+    assert "\n" not in str(refusal.value) and not Path("made").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", pickle.dumps(Hostile()), b"PK\x03\x04"], ids=["empty", "page", "pickle", "cut"]
+)
+def test_what_is_no_file_of_pytorch_is_refused(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("it.pth").write_bytes(content)
+    with pytest.raises(InputError, match=r"^it\.pth (is damaged, or is not a file of tensors|is refused)"):
+        read_pth(Path("it.pth"), "it.pth")
+    assert not Path("made").exists()
+
+
+def test_tensors_with_other_names_are_taken_in_order_if_their_number_is_right(state: State) -> None:
+    others = {f"theirs.{number}": tensor for number, tensor in enumerate(state.values())}
+    assert weights_sha256(in_order_of(network(seed=1), others, "x.pth")) == weights_sha256(state)
+    others.popitem()
+    with pytest.raises(InputError, match=rf"x\.pth is of another network: it holds {len(state) - 1} tensors, the"):
+        in_order_of(network(), others, "x.pth")

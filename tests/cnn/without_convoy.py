@@ -40,13 +40,13 @@ def read_metadata(file: Path) -> dict[str, str]:
         return dict(opened.metadata())
 
 
-def save_photo(folder: Path) -> bytes:
-    """Writes `photo.jpg`, a colour photograph of odd sides that lies on its side; returns its bytes."""
+def save_photo(folder: Path, size: tuple[int, int] = (205, 150), orientation: int = 6) -> bytes:
+    """Writes `photo.jpg`, a colour photograph, by default of odd sides and lying on its side; returns its bytes."""
     colours = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[274] = 6
+    exif[274] = orientation
     file = folder / "photo.jpg"
-    Image.fromarray(colours).resize((205, 150), Image.Resampling.BICUBIC).save(file, exif=exif)
+    Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(file, exif=exif)
     return file.read_bytes()
 
 

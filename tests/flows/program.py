@@ -14,6 +14,9 @@ from uuid import UUID
 
 import psutil
 from mlflow.tracking import MlflowClient
+from prefect import get_client
+from prefect.events import Event
+from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 
 from flows.summary import Summary
 from infra.machine.lifeline import RANK_NAME
@@ -36,7 +39,7 @@ RESUMABLE = (
 )
 RESUMABLE_STEPS = 180
 
-NOT_EXACT = re.compile(r"(system|cost)/|train/(rank_seconds_|images_per_second)|test/")
+NOT_EXACT = re.compile(r"(system|work|accuracy)/|train/(rank_seconds_|images_per_second)|test/")
 """Metrics that differ from run to run; and those of the evaluation, which are checked separately."""
 
 
@@ -47,6 +50,18 @@ def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.1)
     return found
+
+
+def reported(event: str, flow_run_id: str) -> str:
+    """Waits until Prefect has stored an event of a flow run; returns the event's text."""
+    wanted = EventResourceFilter(id=[f"prefect.flow-run.{flow_run_id}"])
+
+    def found() -> list[Event]:
+        with get_client(sync_client=True) as client:
+            return client.read_events(EventFilter(event=EventNameFilter(name=[event]), resource=wanted), limit=1).events
+
+    (only,) = wait_for(found, f"{event} of {flow_run_id}", 30)
+    return str(only.payload["text"])
 
 
 def sets(*settings: str) -> list[str]:

@@ -27,6 +27,11 @@ REFUSED = {
     "missing folder": (["--dataset", "./no/such/folder"], "no such folder"),
     "unknown key": (["--set", "augment.shfit=1"], "did you mean 'augment.shift'"),
     "unknown model": (["--model", "convoy8"], "did you mean 'convoy9'"),
+    "unknown model of timm's": (["--model", "timm/resnet18x"], "did you mean 'timm/resnet18'"),
+    "size that no patch fits": (
+        ["--model", "timm/vit_tiny_patch16_224", "--set", "data.image_size=28"],
+        "set data.image_size=32",
+    ),
     "unknown option of the model": (["--set", "network.hidden=[8]"], "unknown key"),
     "lr out of range": (["--set", "lr=-1"], "lr: "),
     "epochs out of range": (["--epochs", "0"], "epochs: "),
@@ -38,12 +43,22 @@ REFUSED = {
     "name that MLflow refuses": (["--name", "a/b"], "name: "),
     "name that MLflow cannot search": (["--name", 'bob\'s "cats"'], "name: "),
     "limit out of range": (["--limit", "0"], "data.limit: "),
+    "images that are too small": (["--dataset", "digits", "--model", "notes"], "8×8 pixels are too small for notes"),
+    "size that is too small": (["--model", "convnext_tiny", "--set", "data.image_size=7"], "which needs 8×8"),
+    "crops that are larger than the images": (
+        ["--set", "data.image_size=32", "--set", "augment.crop_size=40"],
+        "augment.crop_size=40 is larger than the images",
+    ),
+    "stage that the network lacks": (["--set", "finetune.freeze=layer9"], "has no stage 'layer9'; it has stem, stage1"),
+    "file of weights that does not exist": (["--set", "pretrained=no.pth"], "the file no.pth does not exist"),
+    "floor that no test split shows": (["--set", "gate.floor=1"], "gate.floor: 10,000 test images can never show"),
+    "floor for more test images": (["--set", "gate.floor=0.9999"], "it needs 38,411; set it to at most 0.9996"),
 }
 
 
 COMMANDS = (
-    "train resume join runs config up down status env models promote rollback history compare predict export "
-    "deploy worker retrain cancel notify-data notify prune doctor"
+    "train resume join runs config init up down status env models promote rollback history compare predict errors "
+    "export data deploy worker retrain cancel notify-data notify prune doctor"
 )
 
 
@@ -248,7 +263,7 @@ def test_help_is_there_where_the_terminal_has_no_width(convoy: Convoy, monkeypat
     assert "Usage: convoy" in convoy("--help").stdout
 
 
-HEAVY = "boto3 matplotlib mlflow prefect scipy.stats sklearn torch torch._dynamo torchmetrics torchvision"
+HEAVY = "boto3 matplotlib mlflow prefect scipy.stats sklearn timm torch torch._dynamo torchmetrics torchvision"
 
 
 def loaded_by(code: str, *arguments: str, folder: Path) -> str:
@@ -265,7 +280,20 @@ COMMAND = "from flows.cli import app as cli\nfrom infra.machine import stopping\
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["promote", "--help"], ["train", "--set", "lr=-1"], ["train", "--dataset", "digit"]]
+    "arguments",
+    [
+        ["--help"],
+        ["promote", "--help"],
+        ["train", "--set", "lr=-1"],
+        ["train", "--set", "pretrained=imagenet"],
+        ["train", "--dataset", "digit"],
+        ["train", "--model", "timm/x"],
+        ["errors", "photos", "--out", "errors.txt"],
+        ["errors", "photos", "--corrected", "missing.csv", "--out", "labels.csv"],
+        ["deploy", "--set", "epoch=3"],
+        ["retrain", "--config", "missing.yaml"],
+        ["init"],
+    ],
 )
 def test_help_and_refusals_load_no_heavy_library(arguments: list[str], tmp_path: Path) -> None:
     assert loaded_by(COMMAND, *arguments, folder=tmp_path) == ""
@@ -276,14 +304,20 @@ def test_help_and_refusals_load_no_heavy_library(arguments: list[str], tmp_path:
     [
         (["status"], ""),
         (["config", "--explain"], ""),
+        (["config", "--model", "timm/resnet18d"], ""),
         (["config", "--schema"], ""),
+        (["config", "--json"], ""),
+        (["status", "--json"], ""),
         (["runs"], "boto3 mlflow"),
         (["models"], "boto3 mlflow"),
+        (["data", "diff", "nobodys", "nobodys"], "boto3 mlflow"),
+        (["data", "check", "nothing.csv"], "boto3"),
         (["history", "nobodys"], "boto3 mlflow"),
         (["retrain", "-d", "nobodys"], "prefect"),
         (["notify-data", "nobodys"], "prefect"),
         (["doctor"], "boto3 mlflow prefect"),
         (["predict", "nobodys", "."], "boto3 mlflow prefect"),
+        (["errors", "nobodys", "--out", "errors.csv"], "boto3 mlflow prefect"),
     ],
 )
 def test_a_command_loads_only_what_it_needs(stack: object, arguments: list[str], loaded: str, tmp_path: Path) -> None:
@@ -293,7 +327,10 @@ def test_a_command_loads_only_what_it_needs(stack: object, arguments: list[str],
 @pytest.mark.parametrize(
     ("module", "loaded"),
     [
-        ("flows.train", "boto3 matplotlib mlflow prefect torch"),
+        ("convoy", ""),
+        ("flows.retrain", "boto3 prefect"),
+        ("flows.pipeline", "boto3 mlflow prefect"),
+        ("flows.candidate", "boto3 matplotlib mlflow prefect torch"),
         ("tasks.training.supervisor", ""),
         ("tasks.training.torchrun", ""),
         ("tasks.training.forked_ranks", "boto3 torch torch._dynamo"),

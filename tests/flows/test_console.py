@@ -11,8 +11,9 @@ import pytest
 from rich.table import Table
 
 from flows.cli.console import as_known_error, describe, print_line, print_pairs, terminal
-from flows.summary import Summary, check_writable, write_summary
+from flows.summary import Summary, write_summary
 from infra.errors import Outage, ServiceError, UsageError
+from infra.machine.files import check_writable
 from tests.conftest import REPOSITORY
 
 ODD = "[red]cat 5, [blue]:dog: 3 [/x] [link=http://x]y[/]"
@@ -125,7 +126,7 @@ def test_a_summary_is_written_to_a_pipe_or_link_and_does_not_replace_it(tmp_path
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     for each in (link, pipe):
-        check_writable(each)
+        check_writable(each, "--summary")
         write_summary(each, Summary(status="failed", dataset="digits"))
     received = os.read(reader, 10_000)
     os.close(reader)

@@ -10,6 +10,7 @@ from tests.flows.conftest import CONFIG
 from tests.flows.program import Program
 
 
+@pytest.mark.slow
 def test_two_nodes_give_the_weights_of_one_machine(
     trained: Summary, program: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
 ) -> None:

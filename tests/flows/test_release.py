@@ -1,29 +1,34 @@
 """Gates through the command line: refusals and their messages, and the commands that change the champion."""
 
-import contextvars
 import json
-import threading
 from pathlib import Path
 from uuid import UUID
 
-import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 from prefect import flow, get_client
-from prefect.client.schemas.objects import StateType
-from prefect.client.schemas.responses import SetStateStatus
-from prefect.context import FlowRunContext
+from prefect.client.schemas.objects import State, StateType
 
+from flows.pipeline import _ended
+from flows.summary import Refused, Summary
 from infra.tracking.model_registry import ModelVersion, aliased, set_alias
-from tasks.config.gates import GateConfig
-from tasks.orchestration.cancellation import Cancelled
-from tasks.release.approval import ApprovalRefused, wait_for_approval
-from tasks.release.quality.checks import Scored
-from tasks.release.quality.judge import judge
 from tests.flows.conftest import CONFIG, Convoy
-from tests.flows.program import wait_for
+from tests.flows.program import reported
 
 SMALL = CONFIG.model_copy(update={"epochs": 1, "ranks": 1})
+
+
+def test_a_refusal_is_final_in_a_flow_with_retries(stack: object, quiet_prefect: None) -> None:
+    tries: list[int] = []
+
+    @flow(retries=2, retry_delay_seconds=0)
+    def refused() -> Summary | State[Summary]:
+        tries.append(1)
+        return _ended(Summary(status="refused", error="too weak", exit_status=3))
+
+    with pytest.raises(Refused, match="too weak"):
+        refused()
+    assert len(tries) == 1
 
 
 def test_data_that_a_gate_refuses_are_not_trained_on(convoy: Convoy, stack: object, tmp_path: Path) -> None:
@@ -40,8 +45,10 @@ def test_data_that_a_gate_refuses_are_not_trained_on(convoy: Convoy, stack: obje
     with get_client(sync_client=True) as client:
         state = client.read_flow_run(UUID(found["prefect_flow_run_id"])).state
     assert state is not None
-    assert (state.type, state.name) == (StateType.COMPLETED, "Refused")
+    assert (state.type, state.name) == (StateType.FAILED, "Refused")
     assert "class_images" in (state.message or "")
+    text = reported("convoy.refused.minor", found["prefect_flow_run_id"])  # minor, since it is a trial
+    assert text == f"poor-data was refused\n{found['error']}\nflow run: {found['prefect_flow_run_url']}"
 
 
 def test_model_that_a_gate_refuses_stays_out_until_it_is_forced(convoy: Convoy, tmp_path: Path) -> None:
@@ -54,9 +61,17 @@ def test_model_that_a_gate_refuses_stays_out_until_it_is_forced(convoy: Convoy, 
     found = json.loads(out.read_bytes())
     assert (found["status"], found["champion"], found["model_version"]) == ("refused", False, "1")
     assert 0 < found["accuracy"] < 0.999 and found["verdict"].startswith("refused: poor-model/1")
+    text = reported("convoy.refused.minor", found["prefect_flow_run_id"])
+    assert text.startswith(f"poor-model/1 was refused: accuracy {found['accuracy']:.2%}\n{found['error']}\nreport: ")
     run = MlflowClient().get_run(found["mlflow_run_id"])
     assert run.info.status == "FINISHED"  # the training was in order
     assert "quality gate: refused" in run.data.tags["mlflow.note.content"]
+    again = convoy("resume", run.info.run_id)
+    assert (again.status, again.complaint) == (2, f"run {run.info.run_id} has finished; there is nothing to resume")
+    assert run.data.tags["convoy.verdict"] == "refused"
+    version = MlflowClient().get_model_version("poor-model", "1")
+    assert version.description.startswith(f"{found['accuracy']:.2%} of ") and "; refused: " in version.description
+    assert version.tags["convoy.result"] == f"{found['accuracy']:.2%} test accuracy, refused"
 
     refused = convoy("promote", "poor-model", "1")
     assert refused.status == 3
@@ -108,70 +123,3 @@ def test_unknown_model_is_named(convoy: Convoy, stack: object, arguments: list[s
     done = convoy(*arguments)
     assert done.status == 2
     assert hint in done.complaint
-
-
-def asking(patience: float, answer: dict[str, object] | None = None, *, cancel: bool = False) -> str:
-    """Asks for approval in a flow run, which is answered or cancelled as soon as it has paused."""
-    right = np.ones(10, dtype=np.bool_)
-    verdict = judge(
-        Scored(address="asked/1", correct=right), None, GateConfig(), labels=np.arange(10) % 2, classes=("a", "b")
-    )
-
-    def person(flow_run_id: UUID) -> None:
-        with get_client(sync_client=True) as client:
-
-            def paused() -> bool:
-                state = client.read_flow_run(flow_run_id).state
-                return state is not None and state.is_paused()
-
-            wait_for(paused, "the flow run to pause")
-            if cancel:
-                client.set_flow_run_state(flow_run_id, _cancelling())
-            elif answer is not None:
-
-                def resumed() -> bool:
-                    said = client.resume_flow_run(flow_run_id, run_input=answer)
-                    return said.status == SetStateStatus.ACCEPT
-
-                wait_for(resumed, "the answer to be taken")  # Prefect refuses it while it has not got the form yet
-
-    @flow
-    def run() -> str:
-        context = FlowRunContext.get()
-        assert context and context.flow_run
-        somebody = threading.Thread(target=contextvars.copy_context().run, args=(person, context.flow_run.id))
-        somebody.start()
-        try:
-            return wait_for_approval(ModelVersion(name="asked", version="1"), verdict, patience)
-        finally:
-            somebody.join()
-
-    return run()
-
-
-def _cancelling():  # type: ignore[no-untyped-def]
-    from prefect.states import Cancelling
-
-    return Cancelling()
-
-
-def test_person_approves(stack: object, quiet_prefect: None) -> None:
-    assert asking(60, {"promote": True, "reason": "looks right"}) == "looks right"
-
-
-def test_person_says_no(stack: object, quiet_prefect: None) -> None:
-    with pytest.raises(ApprovalRefused, match="asked/1 was not approved: too dark"):
-        asking(60, {"promote": False, "reason": "too dark"})
-
-
-def test_no_answer_in_time_refuses(stack: object, quiet_prefect: None) -> None:
-    with pytest.raises(ApprovalRefused, match="asked/1 was not approved within 4 s"):
-        asking(4)
-
-
-def test_flow_run_is_cancelled_while_it_waits(stack: object, quiet_prefect: None) -> None:
-    threads = set(threading.enumerate())
-    with pytest.raises(Cancelled, match="while it waited"):
-        asking(600, cancel=True)
-    left = [thread for thread in threading.enumerate() if thread not in threads and "(run)" in thread.name]
-    assert not left  # a thread that still polls Prefect; threads of libraries have names

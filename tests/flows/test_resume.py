@@ -24,7 +24,7 @@ from tasks.config.run import RunConfig, load_config
 from tasks.data.dataset import DatasetRef
 from tasks.training.checkpoints import commits_of
 from tasks.training.protocol.job import JobFolder
-from tasks.training.runs.run_record import RunRecord, read_record
+from tasks.training.runs.run_record import RunRecord, check_same_result, read_record
 from tasks.training.runs.tracked_run import tracked_run
 from tests.flows.conftest import Convoy
 from tests.flows.program import (
@@ -92,7 +92,7 @@ def survived(undisturbed: Summary, settings: Settings) -> Survived:
 
     First a rank is killed, and the registration fails; then the page fails, after the promotion.
     """
-    from flows import pipeline
+    from flows import candidate
     from flows.train import train_flow
     from tasks.release.register import register
     from tasks.release.report_page import publish_page
@@ -124,8 +124,8 @@ def survived(undisturbed: Summary, settings: Settings) -> Survived:
     killer = threading.Thread(target=kill_a_rank, daemon=True)
     killer.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "register", fail_to_register_once)
-        patch.setattr(pipeline, "publish_page", fail_to_publish_once)
+        patch.setattr(candidate, "register", fail_to_register_once)
+        patch.setattr(candidate, "publish_page", fail_to_publish_once)
         summary = train_flow.with_options(retries=2, retry_delay_seconds=0)(config)
     killer.join()
     return Survived(summary, next_training.starts(), events, published)
@@ -281,6 +281,22 @@ def test_ranks_that_cannot_share_the_lanes_are_refused(unfinished: str, convoy: 
     done = convoy("resume", unfinished, "--ranks", "3")
     assert done.status == 2
     assert "nearest are 2 and 4" in done.complaint
+
+
+def test_keys_that_decide_the_result_are_refused_before_anything_starts(unfinished: str, convoy: Convoy) -> None:
+    done = convoy("resume", unfinished, *sets("epochs=3", "data.split_seed=1", "checkpoints.keep=3"))
+    assert done.status == 2
+    assert done.stderr.splitlines() == [f"convoy: {done.complaint}"]
+    assert done.complaint.startswith(f"run {unfinished} cannot go on here, because its weights would differ: ")
+    assert "data.split_seed was 0, is 1; epochs was " in done.complaint
+    assert done.complaint.endswith(", is 3; leave them out, or train again")
+
+
+def test_place_of_raw_files_does_not_count_as_a_difference() -> None:
+    given = load_config(None, (), {"dataset": "digits"})
+    check_same_result("1a2b", given, load_config(None, ["data.keep_raw=true", "ranks=1"], {"dataset": "digits"}))
+    with pytest.raises(UsageError, match=r"differ: data\.split_seed was 0, is 1; leave it out"):
+        check_same_result("1a2b", given, load_config(None, ["data.split_seed=1"], {"dataset": "digits"}))
 
 
 def test_a_run_that_was_made_differently_is_refused_with_what_differs(

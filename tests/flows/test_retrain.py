@@ -1,30 +1,35 @@
 """A retraining trains only for a reason, and reports the reason."""
 
 import time
-from uuid import UUID
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 from mlflow.artifacts import load_text
 from mlflow.tracking import MlflowClient
 from prefect import get_client
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 
 from flows.retrain import retrain_flow
-from flows.summary import Summary
+from flows.summary import Refused, Summary
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import RegisteredVersion, create_version, search_versions
 from infra.tracking.model_versions import find_version
 from infra.tracking.promotion_history import history, newest, promote
+from infra.tracking.tags import WAITING, VersionRecord
 from tasks.config.gates import GateConfig
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
+from tasks.release import retrain_decision
 from tasks.release.promote import champion_data, promote_version
 from tasks.release.quality_gate import judge_version, publish
 from tasks.release.retrain_decision import what_changed
-from tasks.training.runs.run_record import read_record
-from tasks.training.runs.tracked_run import with_batch_size
+from tasks.training.runs.run_data import with_batch_size
+from tasks.training.runs.run_record import config_inputs, read_record
 from tests.flows.conftest import CONFIG
 
 
@@ -36,10 +41,71 @@ def first(stack: object, quiet_prefect: None) -> tuple[RunConfig, Summary]:
     return config, retrain_flow(config)
 
 
+@pytest.mark.parametrize(
+    ("state", "judged"),
+    [(StateType.PAUSED, False), (StateType.RUNNING, False), (StateType.CRASHED, True), (None, True)],
+)
+def test_version_that_another_flow_run_asks_about_is_not_judged_at_the_same_time(
+    state: StateType | None, judged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RUNNING: it has just given up the lease, or acts on the answer."""
+    tags = VersionRecord(verdict="passed", approval=WAITING).to_tags()
+    version = RegisteredVersion(name="m", version="1", run_id="0", created=datetime.now(UTC), description="", tags=tags)
+    asking = state and FlowRun(flow_id=uuid4(), state_type=state)
+    monkeypatch.setattr(retrain_decision, "search_versions", lambda **_: [version])
+    monkeypatch.setattr(retrain_decision, "read_flow_run", lambda _: asking)
+    monkeypatch.setattr(retrain_decision, "_inputs_of", lambda *_: {})
+    monkeypatch.setattr(mlflow_runs, "run_tags", lambda _: {})
+    approved_by_people = CONFIG.model_copy(update={"approval": True})
+    decided = retrain_decision._undecided("m", approved_by_people, None, {})
+    assert decided is not None
+    train, why, judge = decided
+    assert not train and why.startswith("version 1, with the same inputs: waiting for a person's decision")
+    assert judge == (version if judged else None)
+    assert retrain_decision._undecided("m", CONFIG, None, {}) is None
+
+
+@pytest.mark.parametrize("key", ["pretrained_sha256", "pretrained_mean", "pretrained_std"])
+@pytest.mark.parametrize(
+    ("keys", "counts"),
+    [({}, True), ({"warm_start": True}, False), ({"warm_start": True, "pretrained": "weights.safetensors"}, True)],
+    ids=["fresh", "warm start", "named weights"],
+)
+def test_weights_to_start_from_are_a_reason_to_retrain_unless_they_are_the_last_champions(
+    key: str, keys: dict[str, Any], counts: bool
+) -> None:
+    config = CONFIG.model_copy(update=keys)
+    manifest = {name: "same" for name in retrain_decision.INPUTS}
+    inputs = [
+        retrain_decision._inputs({**manifest, "config": {"lr": 0.1, key: value}}, config) for value in ("one", "other")
+    ]
+    assert (inputs[0] != inputs[1]) is counts
+
+
+def test_a_key_that_is_newer_than_the_champion_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    champion = RegisteredVersion(name="m", version="1", run_id="0", created=datetime.now(UTC), description="", tags={})
+    manifest = {**dict.fromkeys(retrain_decision.INPUTS, "same"), "config": {"lr": CONFIG.lr, "epochs": CONFIG.epochs}}
+    record = SimpleNamespace(config=CONFIG, manifest=SimpleNamespace(model_dump=lambda: manifest))
+    monkeypatch.setattr(retrain_decision, "read_record", lambda run_id: record)
+    now = retrain_decision._inputs({**manifest, "config": config_inputs(CONFIG)}, CONFIG)
+    assert retrain_decision._inputs_of(champion, CONFIG) == now
+
+
+def test_a_warm_start_takes_over_the_champions_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The champion's weights were trained on images normalised like that."""
+    champion = RegisteredVersion(name="m", version="1", run_id="0", created=datetime.now(UTC), description="", tags={})
+    own = {"pretrained_mean": (0.5,), "pretrained_std": (0.25,)}
+    config = CONFIG.model_copy(update=own)
+    monkeypatch.setattr(retrain_decision, "read_record", lambda run_id: SimpleNamespace(config=config))
+    assert retrain_decision._normalisation_of(champion) == own
+    assert CONFIG.model_copy(update=retrain_decision._normalisation_of(champion)).training().pretrained_mean == (0.5,)
+
+
 def state_of(summary: Summary) -> tuple[str, str | None]:
     with get_client(sync_client=True) as client:
         state = client.read_flow_run(UUID(str(summary.prefect_flow_run_id))).state
-    assert state is not None and state.type == StateType.COMPLETED
+    assert state is not None
+    assert state.type == (StateType.FAILED if summary.status == "refused" else StateType.COMPLETED)
     return state.name, state.message
 
 
@@ -68,7 +134,10 @@ def test_what_has_changed_is_named_and_what_was_refused_is_not_tried_again(
     changed = RunConfig.model_validate(
         config.resolved() | {"epochs": 1, "lr": 1e-6, "gate": {"max_class_drop": 0.0, "min_support": 1}}
     )
-    refused = retrain_flow(changed)
+    with pytest.raises(Refused) as refusal:
+        retrain_flow(changed)
+    assert refusal.value.exit_status == 3
+    refused = refusal.value.summary
     assert refused.status == "refused"
     assert refused.reason == (
         f"changed since the champion, version {before.model_version}: epochs was 2, is 1; lr was {config.lr}, is 1e-06"
@@ -97,9 +166,9 @@ def test_cost_is_in_the_run_and_in_the_summary(first: tuple[RunConfig, Summary])
     steps = ["download", "preprocess", "decide", "data-gate", "train", "evaluate", "register", "gates"]
     assert list(summary.step_seconds) == steps
     metrics = MlflowClient().get_run(summary.mlflow_run_id or "").data.metrics
-    assert metrics["cost/train_seconds"] == summary.step_seconds["train"]
-    assert 100e6 < metrics["cost/peak_memory_bytes"] < 10e9  # a process with torch
-    assert metrics["cost/rank_hours"] == pytest.approx((summary.train_seconds or 0) / 3600, rel=0.02)
+    assert metrics["work/train_seconds"] == summary.step_seconds["train"]
+    assert 100e6 < metrics["work/peak_memory_bytes"] < 10e9  # a process with torch
+    assert metrics["work/rank_hours"] == pytest.approx((summary.train_seconds or 0) / 3600, rel=0.02)
 
 
 # From here on without training: versions are copies of the first
@@ -112,7 +181,8 @@ def copied(first: tuple[RunConfig, Summary], lr: float) -> RegisteredVersion:
     record = read_record(run_id)
     manifest = record.manifest.model_copy(update={"config": record.manifest.config | {"lr": lr}})
     copy = mlflow_runs.start_run("digits", "copy", {}, {})
-    written = record.model_copy(update={"manifest": manifest}).model_dump_json().encode()
+    config = record.config.model_copy(update={"lr": lr})
+    written = record.model_copy(update={"manifest": manifest, "config": config}).model_dump_json().encode()
     ObjectStore.connect(Settings().bucket).put_bytes(f"runs/{copy}/run.json", written)
     mlflow_runs.log_text(copy, "report/evaluation.json", load_text(f"runs:/{run_id}/report/evaluation.json"))
     mlflow_runs.end_run(copy, "FINISHED")
@@ -136,7 +206,8 @@ def test_what_other_conditions_refused_is_judged_again_rather_than_trained_again
     judged = retrain_flow(strict.model_copy(update={"gate": config.gate}))
     assert judged.reason == f"{why} by other conditions than the present ones, so it is judged again"
     assert (judged.status, judged.champion, judged.model_version) == ("done", True, refused.version)
-    assert judged.mlflow_run_id is None and "train" not in judged.step_seconds
+    assert judged.mlflow_run_id == refused.run_id  # of the earlier training
+    assert "train" not in judged.step_seconds
     assert find_version("retrained@champion") == find_version(refused.address)
 
 

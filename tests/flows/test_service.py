@@ -15,10 +15,9 @@ import yaml
 from mlflow.tracking import MlflowClient
 from prefect import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 
-from flows.cli.service import DEPLOYMENTS
 from tests.flows.conftest import Convoy
 from tests.flows.program import NextTraining, wait_for
 
@@ -83,7 +82,7 @@ def deployed(stack: object, quiet_prefect: None, tmp_path_factory: pytest.TempPa
     from flows.deployments import deploy
 
     file = written(tmp_path_factory.mktemp("deployments") / "prefect.yaml")
-    assert list(deploy(file)) == [f"retrain/{MODEL}  at 0 3 * * * Europe/Berlin, 0 12 * * * UTC"]
+    assert list(deploy(file)) == [f"retrain/{MODEL}  at 0 3 * * * Europe/Berlin (on), 0 12 * * * UTC (on)"]
     return file
 
 
@@ -133,11 +132,112 @@ def test_deploying_again_changes_nothing_and_a_schedule_that_left_is_deleted(dep
     assert schedule.schedule.cron == "0 13 * * *"  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
+def test_a_schedule_is_on_or_off_as_asked_then_as_it_was_then_as_the_file_says(deployed: Path, tmp_path: Path) -> None:
+    from flows.deployments import deploy
+
+    noon = {"slug": "noon", "cron": "0 12 * * *", "timezone": "UTC"}
+    evening = {"slug": "evening", "cron": "0 18 * * *", "timezone": "UTC", "active": False}
+    file = written(tmp_path / "prefect.yaml", schedules=[noon, evening])
+    try:
+        for switch, told in (
+            (None, "0 12 * * * UTC (on), 0 18 * * * UTC (off)"),  # noon was deployed before, evening is new
+            (True, "0 12 * * * UTC (on), 0 18 * * * UTC (on)"),
+            (None, "0 12 * * * UTC (on), 0 18 * * * UTC (on)"),
+            (False, "0 12 * * * UTC (off), 0 18 * * * UTC (off)"),
+            (None, "0 12 * * * UTC (off), 0 18 * * * UTC (off)"),
+        ):
+            assert list(deploy(file, switch)) == [f"retrain/{MODEL}  at {told}"]
+            active = {schedule.slug: schedule.active for schedule in registered().schedules}
+            assert active == {"noon": "12 * * * UTC (on)" in told, "evening": "18 * * * UTC (on)" in told}
+    finally:
+        list(deploy(deployed, switch=True))
+
+
+@pytest.mark.slow
+def test_the_example_switches_no_schedule_on_and_says_how(convoy: Convoy, stack: object, quiet_prefect: None) -> None:
+    done = convoy("deploy")
+    assert done.status == 0
+    assert "at 0 3 * * * UTC (off)" in done.stdout
+    assert "(on)" not in done.stdout
+    hint = "Schedules that are off start nothing; `convoy deploy --schedules` switches them on."
+    assert done.stderr.splitlines()[-1] == hint
+
+
+@pytest.mark.slow
+def test_a_request_without_a_worker_says_how_to_start_one(stack: object, quiet_prefect: None, tmp_path: Path) -> None:
+    from flows.deployments import cancel, deploy, follow, start_retraining
+
+    list(deploy(written(tmp_path / "prefect.yaml", name="nobodys", work_pool={"name": "idle-pool"}, schedules=[])))
+    started = start_retraining("nobodys", [], force=True)
+    said: list[str] = []
+
+    def report(line: str) -> None:
+        said.append(line)
+        if "no worker" in line:
+            cancel(str(started.id))
+
+    summary, _ = follow(started.id, report)
+    assert summary.exit_status == 75
+    assert "no worker of the pool idle-pool is online: `convoy worker --pool idle-pool` starts one here" in said
+
+
+@pytest.mark.slow
+def test_a_deployment_with_another_name_takes_the_place_of_the_one_that_convoy_made_before(
+    convoy: Convoy, stack: object, quiet_prefect: None, tmp_path: Path
+) -> None:
+    """A deployment of the older name that is not Convoy's stays as it is."""
+
+    def file(name: str, **more: object) -> Path:
+        of_pool = {"work_pool": {"name": "unserved-pool"}}
+        return written(tmp_path / "prefect.yaml", name=name, **of_pool, **more)
+
+    def read(name: str) -> DeploymentResponse:
+        with get_client(sync_client=True) as client:
+            return client.read_deployment_by_name(f"retrain/{name}")
+
+    def deploys(path: Path) -> list[str]:
+        done = convoy("deploy", "--file", str(path))
+        assert done.status == 0, done.stderr
+        return done.stdout.splitlines()
+
+    def triggers(name: str) -> list[str]:
+        with get_client(sync_client=True) as client:
+            found = client.read_resource_related_automations(f"prefect.deployment.{read(name).id}")
+        return [each.name for each in found]
+
+    nightly, noon = yaml.safe_load(file("not-ours").read_text())["deployments"][0]["schedules"]
+    deploys(file("not-ours"))
+    deploys(file("before", tags=["convoy", "cats"], schedules=[nightly, noon | {"active": False}]))
+    assert len(triggers("before")) == 1
+    new = file("cats", tags=["convoy", "cats"], older_names=["before", "not-ours", "never"])
+    first, *others = deploys(new)
+    assert first.startswith("retrain/cats  at ")
+    assert others == ["retrain/before  is now retrain/cats; its schedules and triggers are off"]
+    assert len(deploys(new)) == 1  # a second call changes nothing
+    assert [schedule.active for schedule in read("before").schedules] == [False, False]
+    assert triggers("before") == []
+    assert read("before").description == "An older name of retrain/cats, kept for scripts."
+    for name, noon_is_on in (("cats", False), ("not-ours", True)):  # the new name goes on as the older one was
+        active = {schedule.slug: schedule.active for schedule in read(name).schedules}
+        assert active == {"nightly": True, "noon": noon_is_on}
+        assert len(triggers(name)) == 1
+
+    for name in ("before", "retrain/before", "cats"):  # both names work in scripts
+        done = convoy("retrain", "-d", name, "--json")
+        assert done.status == 0, done.stderr
+        with get_client(sync_client=True) as client:
+            run = client.read_flow_run(UUID(json.loads(done.stdout)["prefect_flow_run_id"]))
+        assert run.deployment_id == read("cats").id
+
+
 def test_the_deployments_that_come_with_convoy_are_whole() -> None:
-    from flows.deployments import flow_of
+    from flows.deployments import DEPLOYMENTS, flow_of
 
     entries = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
     flows = {entry["entrypoint"]: flow_of(entry["entrypoint"]) for entry in entries}
+    assert len({entry["name"] for entry in entries}) == len(entries)  # Prefect's list shows this name first
+    assert all(each["description"] for entry in entries for each in (entry, *entry.get("triggers", ())))
     assert {flow.name for flow in flows.values()} == {"retrain", "train", "predict", "prune"}
     for entry in entries:
         if "schedules" in entry:  # without a person who fills in a form
@@ -150,6 +250,10 @@ def test_the_deployments_that_come_with_convoy_are_whole() -> None:
     [
         ("deployment: 3", "is no file of deployments"),
         ("deployments: [{name: a, entrypoint: flows.train.train_flow}]", "lacks work_pool"),
+        (
+            "deployments: [{name: a, entrypoint: e, work_pool: {name: p}, older_names: b}]",
+            "older_names of a must be a list of names",
+        ),
         (
             "deployments: [{name: a, entrypoint: e, work_pool: {name: p}, schedules: [{cron: 0 3 * * *}]}]",
             "every schedule of a needs a slug",
@@ -186,7 +290,10 @@ def test_ci_asks_for_a_training_and_hears_how_it_ended(
 
     refused = convoy(*ask, "--set", "gate.floor=0.9999", "--force")
     assert refused.status == 3
-    assert json.loads(refused.stdout)["status"] == "refused"
+    found = json.loads(refused.stdout)
+    assert found["status"] == "refused"
+    state = final_state(UUID(found["prefect_flow_run_id"]))
+    assert state is not None and (state.type, state.name) == (StateType.FAILED, "Refused")
     assert "floor" in report.read_text() and "**refused**" in report.read_text()
 
 
@@ -215,7 +322,8 @@ def test_the_workflows_script_works_against_a_real_worker(
 def test_new_data_start_a_run(convoy: Convoy, worker: subprocess.Popen[bytes]) -> None:
     before = {run.id for run in runs()}
     assert convoy("notify-data", MODEL).status == 0
-    wait_for(lambda: {run.id for run in runs()} - before, "the event to start a run")
+    name = f"{MODEL} convoy9 (event)"
+    wait_for(lambda: [run for run in runs() if run.id not in before and run.name == name], f"the run {name}")
 
 
 @pytest.mark.slow

@@ -24,18 +24,21 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from safetensors.torch import load
 
+from cnn.config.preprocessing import PreprocessConfig
 from cnn.data.manifest import canonical_json
 from cnn.networks.weights import weights_sha256
+from flows import pipeline
 from flows.summary import Summary
 from infra.settings import Settings
 from infra.storage.bucket_layout import LAYOUT
 from infra.storage.object_store import ObjectStore
-from infra.tracking.promotion_history import history
+from infra.tracking.mlflow_runs import run_url
+from infra.tracking.promotion_history import history, this_user
 from tasks.config.run import RunConfig
 from tasks.data.dataset import load_manifest
 from tasks.training.checkpoints import commits_of, finished_outcome
 from tests.flows.conftest import CONFIG
-from tests.flows.program import wait_for
+from tests.flows.program import reported, wait_for
 from tests.flows.requests_made import table
 
 
@@ -50,12 +53,31 @@ def bucket(trained: Summary) -> ObjectStore:
     return ObjectStore.connect(Settings().bucket, create=False)
 
 
+@pytest.mark.parametrize(("pretrained", "limit"), [(None, 128), ("weights.safetensors", 224)])
+def test_photographs_stay_larger_for_pretrained_networks(
+    monkeypatch: pytest.MonkeyPatch, pretrained: str | None, limit: int
+) -> None:
+    class Preprocessed(Exception):
+        pass
+
+    def preprocess(raw: object, config: PreprocessConfig, *, max_default_size: int, refresh: bool) -> None:
+        raise Preprocessed(max_default_size)
+
+    monkeypatch.setattr(pipeline, "check_server", lambda: None)
+    monkeypatch.setattr(pipeline, "download", lambda dataset, config, *, refresh: None)
+    monkeypatch.setattr(pipeline, "preprocess", preprocess)
+    config = CONFIG.model_copy(update={"pretrained": pretrained})
+    with pytest.raises(Preprocessed) as found:
+        pipeline._train_and_release(config, frozenset(), None, only_if_changed=False, force=False)
+    assert found.value.args == (limit,)
+
+
 def test_servers_are_asked_no_more_than_they_need_to_be(
     trained: Summary, requests_made: Counter[tuple[str, str]]
 ) -> None:
     """Some of the requests to Prefect depend on time: log lines, progress, and renewals of the lease."""
     print(table(requests_made))
-    for server, most in {"MLflow": 110, "Prefect": 110, "bucket": 82}.items():
+    for server, most in {"MLflow": 117, "Prefect": 110, "bucket": 82}.items():
         assert sum(count for (each, _), count in requests_made.items() if each == server) <= most, server
 
 
@@ -114,6 +136,11 @@ def test_run_is_tagged_with_where_it_comes_from(trained: Summary, run: Run) -> N
     tags = run.data.tags
     assert tags["prefect.flow_run_id"] == trained.prefect_flow_run_id
     assert tags["prefect.flow_run_url"] == trained.prefect_flow_run_url
+    assert tags["mlflow.source.name"] == "convoy train"
+    assert tags["mlflow.user"] == this_user()
+    assert tags["convoy.model_version"] == f"{trained.model_name}/{trained.model_version}"
+    assert tags["convoy.verdict"] == "passed"
+    assert tags["convoy.result"] == f"{trained.accuracy:.2%} test accuracy, passed"
     assert tags["convoy.checkpoint_prefix"] == trained.checkpoint_prefix
     assert tags["convoy.dataset_version"] == trained.dataset_version
     assert all(len(tags[f"convoy.{name}"]) == 64 for name in ("code_digest", "manifest_digest", "lock_sha256"))
@@ -137,6 +164,8 @@ def test_run_has_the_report_and_a_manifest_whose_digest_names_the_training(train
     pages = ("data", "evaluation", "serving", "verdict")
     reports = {*(f"{name}.png" for name in pictures), *(f"{name}.{kind}" for name in pages for kind in ("md", "json"))}
     assert {f"report/{name}" for name in reports | {"confusion_matrix.json", "index.html"}} | {"manifest.json"} <= names
+    # The configuration changes no image, and 8×8 pixels leave no useful map.
+    assert not {"report/augmented.png", "report/grad_cam.png"} & names
     assert json.loads(load_text(f"{uri}/report/evaluation.json"))["accuracy"] == trained.accuracy
     manifest = json.loads(load_text(f"{uri}/manifest.json"))
     assert manifest["dataset_version"] == trained.dataset_version
@@ -148,10 +177,11 @@ def test_run_has_the_report_and_a_manifest_whose_digest_names_the_training(train
 def test_page_and_description_say_what_a_reviewer_wants_to_know(trained: Summary, run: Run) -> None:
     page = load_text(f"runs:/{run.info.run_id}/report/index.html")
     assert [page.index(f"<h2>{heading}</h2>") for heading in ("Verdict", "Evaluation", "Serving", "Data")]
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/webp;base64,") == 4
+    assert "what the network got in their place" not in page and "Grad-CAM" not in page
     assert "<script" not in page and "http:" not in page and "https:" not in page
     note = run.data.tags["mlflow.note.content"]
-    assert note.startswith(f"**{trained.accuracy:.2%}** of ")
+    assert note.startswith(f"{trained.accuracy:.2%} of ") and "; passed: " in note.partition("\n")[0]
     for told in (f"{trained.model_name}/{trained.model_version}", "quality gate: passed", "serving gate: passed"):
         assert told in note
 
@@ -160,6 +190,17 @@ def test_version_that_passed_is_released_with_its_verdict(trained: Summary, buck
     (first, *_) = history(bucket, trained.model_name or "")
     assert (first.to_version, first.forced, first.verdict_summary) == (trained.model_version, False, trained.verdict)
     assert trained.champion is True
+
+
+def test_promotion_is_reported_to_prefect_with_accuracy_and_report(trained: Summary) -> None:
+    text = reported("convoy.promoted", str(trained.prefect_flow_run_id))
+    assert text == trained.message
+    assert text.splitlines() == [
+        f"{CONFIG.name}/{trained.model_version} was promoted to champion: accuracy {trained.accuracy:.2%}",
+        f"the quality gate {trained.verdict}",
+        f"report: {run_url(trained.mlflow_run_id or '', 'artifacts/report/index.html')}",
+        f"flow run: {trained.prefect_flow_run_url}",
+    ]
 
 
 def test_checkpoints_lie_committed_under_their_prefix(trained: Summary, run: Run, bucket: ObjectStore) -> None:

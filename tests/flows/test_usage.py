@@ -1,4 +1,4 @@
-"""`convoy predict` and `convoy export`, as people run them."""
+"""`convoy predict`, `errors` and `export`, as people run them."""
 
 import csv
 import json
@@ -42,10 +42,9 @@ def convoy(convoy: Convoy, monkeypatch: pytest.MonkeyPatch) -> Convoy:
     """`convoy` with these commands, wherever the application gets them from."""
     from flows.cli import app, prediction
 
-    others = [
-        each for each in app.app.registered_commands if each.callback not in (prediction.predict, prediction.export)
-    ]
-    ours = [CommandInfo(name=name, callback=getattr(prediction, name)) for name in ("predict", "export")]
+    names = ("predict", "errors", "export")
+    others = [each for each in app.app.registered_commands if getattr(each.callback, "__name__", "") not in names]
+    ours = [CommandInfo(name=name, callback=getattr(prediction, name)) for name in names]
     monkeypatch.setattr(app.app, "registered_commands", [*others, *ours])
     return convoy
 
@@ -71,8 +70,24 @@ def test_export_writes_a_file_that_works(convoy: Convoy, registered: Registered,
     assert torch.allclose(found, reference["probabilities"], atol=1e-5)
 
 
+def test_errors_writes_a_table_and_a_page_and_says_what_was_seen_in_training(
+    convoy: Convoy, registered: Registered, tmp_path: Path
+) -> None:
+    done = convoy("errors", NAME, "--out", str(tmp_path / "errors.csv"))
+    assert done.status == 0, done.stderr
+    with (tmp_path / "errors.csv").open(newline="") as file:
+        splits = [row["split"] for row in csv.DictReader(file)]
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert f", {splits.count('train'):,} labels probably wrong (seen in training)" in lines["train"]
+    assert lines["page"] == str(tmp_path / "errors.html")
+    assert f"Labels of {NAME}/1" in (tmp_path / "errors.html").read_text()
+    assert "images are named by split and position" in done.stderr
+
+
 def test_mistakes_are_one_line(convoy: Convoy, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    edited = tmp_path / "edited.csv"
+    edited.write_text("path,label\nx.png,3\n")
     out = ["--out", str(tmp_path / "out.csv")]
     for arguments, hint in (
         (["predict", "usage-test", str(photos), *out], f"did you mean '{NAME}'"),
@@ -80,6 +95,12 @@ def test_mistakes_are_one_line(convoy: Convoy, photos: Path, tmp_path: Path) -> 
         (["predict", NAME, str(photos / "bad.png"), *out], "no usable file among 1"),
         (["predict", NAME, str(photos), "--out", str(tmp_path / "out.txt")], "must end with"),
         (["export", NAME, "--format", "tflite", *out], "choose one of"),
+        (["errors", "usage-test", *out], f"did you mean '{NAME}'"),
+        (["errors", NAME, "--out", str(tmp_path / "out.json")], "must end with .csv"),
+        (["errors", NAME, "--out", str(tmp_path / "no" / "out.csv")], "cannot write there"),
+        (["errors", NAME, "--corrected", str(edited), "--out", str(edited)], "would replace the table"),
+        (["errors", NAME, "--corrected", str(tmp_path / "none.csv"), *out], "there is no such table"),
+        (["errors", NAME, "--corrected", str(edited), *out], "have no file names"),
     ):
         done = convoy(*arguments)
         assert (done.status, done.stdout) == (2, "")

@@ -10,8 +10,9 @@ from infra.errors import ServiceError, UsageError
 from infra.sources.base import Workplace
 from infra.sources.find import find_source
 from infra.sources.folder import FolderSource
+from infra.sources.labelled import open_location
 from infra.sources.listing import BATCH, Entry, Listing
-from infra.sources.location import ListedFiles, open_location
+from infra.sources.location import ListedFiles
 from infra.sources.mirrors import Mirrors
 from infra.sources.raw_data import RawSource
 from infra.storage.cache import Cache

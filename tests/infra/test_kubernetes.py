@@ -15,7 +15,7 @@ from infra.kubernetes.jobs import Jobs
 from tests.infra.kubernetesapi import KubernetesApi, assert_valid, kubernetes_api
 
 FOLDER = Path(infra.kubernetes.__path__[0])
-STATIC = ("namespace", "rbac", "network-policy", "worker", "secret.example")
+APPLIED, EXAMPLES = ("namespace", "rbac", "network-policy", "worker"), ("secret.example", "cache.example")
 JOB: dict[str, Any] = {
     "apiVersion": "batch/v1",
     "kind": "Job",
@@ -28,7 +28,7 @@ def manifests(name: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((FOLDER / f"{name}.yaml").read_text()))
 
 
-@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("name", APPLIED + EXAMPLES)
 def test_manifests_are_valid(name: str) -> None:
     for manifest in manifests(name):
         assert_valid(manifest)
@@ -36,7 +36,7 @@ def test_manifests_are_valid(name: str) -> None:
 
 def test_kustomization_names_every_manifest_that_is_applied_as_it_is() -> None:
     (kustomization,) = manifests("kustomization")
-    assert set(kustomization["resources"]) == {f"{name}.yaml" for name in STATIC} - {"secret.example.yaml"}
+    assert set(kustomization["resources"]) == {f"{name}.yaml" for name in APPLIED}
     (config,) = kustomization["configMapGenerator"]
     assert all((FOLDER / file).exists() for file in config["files"])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from infra.machine.lifeline import is_alive
 from infra.stack import processes
 from infra.stack.processes import Server, StartRecord
 from infra.web_settings import SAVED_VARIABLES
@@ -20,11 +21,11 @@ PARENT_AND_CHILD = (
 DEAF = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started', flush=True); time.sleep(600)"
 )
-
-
-def lives(process: psutil.Process) -> bool:
-    """Checks whether a process runs; one that ended stays a zombie until its parent reads its exit status."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+WITHOUT_ITS_FIRST_THREAD = (
+    "import ctypes, signal, threading, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    "threading.Thread(target=time.sleep, args=(600,)).start(); "
+    "print('started', flush=True); ctypes.CDLL(None).pthread_exit(None)"
+)
 
 
 class Started:
@@ -118,7 +119,7 @@ def test_stop_ends_a_server_with_its_children(start: Callable[[str], Started]) -
     found = server.members()
     assert len(found) == 2
     server.stop()
-    assert not any(lives(process) for process in found)
+    assert not any(is_alive(process) for process in found)
 
 
 def test_children_of_a_killed_server_are_found_and_stopped(start: Callable[[str], Started]) -> None:
@@ -147,6 +148,18 @@ def test_a_server_that_ignores_the_first_signal_is_killed(
     assert not psutil.pid_exists(server.process.pid)
 
 
+def test_a_server_of_which_only_some_threads_have_ended_still_counts_and_is_waited_for(
+    start: Callable[[str], Started], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "TERM_SECONDS", 0.2)
+    server = start(WITHOUT_ITS_FIRST_THREAD)
+    process = psutil.Process(server.process.pid)
+    until(lambda: process.status() == psutil.STATUS_ZOMBIE)
+    assert server.members() == {process}
+    server.stop()
+    assert not is_alive(process)
+
+
 def test_a_process_id_in_use_by_another_process_is_left_alone(
     start: Callable[[str], Started], stranger: psutil.Process
 ) -> None:
@@ -156,7 +169,7 @@ def test_a_process_id_in_use_by_another_process_is_left_alone(
     assert server.record.process(server.mark) is None
     assert stranger not in server.members()
     server.stop()
-    assert lives(stranger)
+    assert is_alive(stranger)
 
 
 def test_a_record_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ def test_models_are_listed_with_the_champion_that_their_history_says(
     assert cells()[name] == ["2", "98.77%", "3 d", "2"]
     assert cells()[f"{foreign.name}@home"] == ["none", "", "", "1"]
     (listed,) = (model for model in list_models(store) if model.name == name)
-    assert "version 3" in listed.standing.note and "version 2, the champion before" in listed.standing.note
+    assert "version 3" in listed.note and "version 2, the champion before" in listed.note
 
 
 @pytest.mark.parametrize(

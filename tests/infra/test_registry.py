@@ -67,7 +67,7 @@ def test_versions_count_up_and_load(stored: tuple[str, str]) -> None:
     second = create_version("counting up", model_id, run_id=run_id, tags={})
     assert (first.version, second.version) == ("1", "2")
     assert first.uri == "models:/counting up/1"
-    assert first.url == f"{mlflow.get_tracking_uri()}/#/models/counting%20up/versions/1"
+    assert first.url == f"{mlflow.get_tracking_uri()}/#/models/counting%20up/versions/1?workflowType=machine_learning"
     loaded = mlflow.pyfunc.load_model(first.uri)
     for count in (1, 2):
         assert np.allclose(loaded.predict(IMAGES[:count]), mlflow.pyfunc.load_model(second.uri).predict(IMAGES)[:count])

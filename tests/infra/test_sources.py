@@ -22,12 +22,14 @@ from hypothesis import strategies as st
 from infra.errors import ServiceError, UsageError
 from infra.machine.files import file_digest
 from infra.sources.archive import ArchiveSource
-from infra.sources.base import Workplace, reusable, slug
+from infra.sources.base import Workplace, reusable
 from infra.sources.catalogue import CatalogueSource
+from infra.sources.entries import CATALOGUE
 from infra.sources.find import find_source
 from infra.sources.folder import FolderSource
 from infra.sources.mirrors import Mirrors
 from infra.sources.raw_data import RawSource
+from infra.sources.slug import slug
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore
 from tests.infra.webserver import WebServer, web_server
@@ -248,12 +250,16 @@ def test_refresh_repairs_what_a_size_cannot_tell(place: Workplace, folder: Path)
     [
         ("fashon-mnist", ["fashon-mnist", "did you mean fashion-mnist?", "s3:// or https:// address"]),
         ("CIFAR10", ["did you mean cifar10?"]),
-        ("imagenet21k", ["known are fashion-mnist, mnist", "a folder, an archive"]),
+        (
+            "imagenet21k",
+            [f"known are {', '.join(entry.name for entry in CATALOGUE)}", "a folder, a label table, an archive"],
+        ),
         ("./none", ["./none: there is no such folder or archive"]),
         ("some/where", ["no such folder or archive"]),
         ("none.zip", ["no such folder or archive"]),
         ("ftp://host/x.zip", ["ftp:// is not supported", "https://"]),
-        ("https://host/page.html", ["not an archive by its name", ".tar.xz"]),
+        ("https://host/labels.csv", ["a label table is read from this machine or from a bucket; fetch it first"]),
+        ("https://host/page.html", ["neither an archive nor a label table by its name", ".tar.xz", ".jsonl"]),
     ],
 )
 def test_what_names_nothing_is_the_users_mistake(place: Workplace, dataset: str, words: list[str]) -> None:
@@ -265,7 +271,7 @@ def test_what_names_nothing_is_the_users_mistake(place: Workplace, dataset: str,
 
 def test_a_file_of_an_unknown_kind_is_the_users_mistake(place: Workplace, tmp_path: Path) -> None:
     (tmp_path / "data.npz").touch()
-    with pytest.raises(UsageError, match="not an archive by its name"):
+    with pytest.raises(UsageError, match="neither an archive nor a label table by its name"):
         find_source(str(tmp_path / "data.npz"), place.mirrors)
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -202,8 +203,22 @@ def test_a_busy_port_is_replaced_by_a_free_one_that_stays(own: Settings, busy_po
     first = up(settings, events.append, only=S3)
     assert f"port {busy_port} is not used for s3: another program has it" in events
     assert first.s3_endpoint_url != f"http://127.0.0.1:{busy_port}"
+    events.clear()
+    assert up(settings, events.append, only=S3) == first
+    assert events == []  # it runs, and `convoy status` shows where
     down(settings)
     assert up(settings, only=S3).s3_endpoint_url == first.s3_endpoint_url
+
+
+def test_a_port_on_which_nothing_listens_is_used_although_a_connection_has_it(busy_port: int) -> None:
+    """Outgoing connections get their ports from a range of which users may choose one."""
+    with socket.socket() as outgoing:
+        outgoing.bind(("127.0.0.2", 0))
+        outgoing.connect(("127.0.0.1", busy_port))
+        port = outgoing.getsockname()[1]
+        assert ports.choose(Ports(), kept=[], preferred={"prefect": port}).prefect == port
+        assert ports.choose(Ports(), kept=[], preferred={"s3": port}).s3 != port  # SeaweedFS would end at its start
+        assert ports.choose(Ports(), kept=[], preferred={"prefect": busy_port}).prefect != busy_port
 
 
 def test_a_port_taken_between_the_look_and_the_start_is_replaced(
@@ -211,7 +226,7 @@ def test_a_port_taken_between_the_look_and_the_start_is_replaced(
 ) -> None:
     looks = iter([True] * len(Ports.model_fields))  # at the first choice all ports seem free
     really = ports.is_free
-    monkeypatch.setattr(ports, "is_free", lambda port: next(looks, None) or really(port))
+    monkeypatch.setattr(ports, "is_free", lambda port, **how: next(looks, None) or really(port, **how))
     events: list[str] = []
     up(own.model_copy(update={"s3_port": busy_port}), events.append, only=S3)
     assert f"another program took port {busy_port} before seaweedfs did: choosing another" in events

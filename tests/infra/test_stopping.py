@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -119,16 +118,18 @@ def test_what_does_not_look_for_signals_is_ended_by_the_third(start: Start) -> N
     process.send_signal(signal.SIGINT)
     for _ in range(3):
         process.send_signal(signal.SIGTERM)  # which is not a press of Ctrl-C
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.5)
-    process.send_signal(signal.SIGINT)
+    presses = 1
+    while True:  # a busy program handles a press late, and two together count as one: then it takes one more
+        try:
+            process.wait(0.5)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            presses += 1
     assert process.stderr
-    assert [process.stderr.readline() for _ in range(2)][
-        1
-    ] == "stopping at the end of this step; press Ctrl-C again to stop immediately\n"
-    time.sleep(0.5)  # so that the next one counts as a third press
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    said = "\nstopping at the end of this step; press Ctrl-C again to stop immediately\n"
+    assert (process.returncode, process.stderr.read()) == (130, said)
+    assert presses >= 3
 
 
 def test_a_signal_that_is_ignored_from_the_start_stays_so(start: Start) -> None:

@@ -23,8 +23,20 @@ def test_a_record_and_its_tags_say_the_same() -> None:
 
 def test_what_others_have_tagged_is_passed_over_and_what_is_missing_is_named() -> None:
     version = RegisteredVersion(
-        name="theirs", version="3", run_id="", created=datetime.now(UTC), tags={"verdict": "passed", SERVING: "failed"}
+        name="theirs",
+        version="3",
+        run_id="",
+        created=datetime.now(UTC),
+        description="",
+        tags={"verdict": "passed", SERVING: "failed"},
     )
     assert version.record == VersionRecord(serving="failed")
     with pytest.raises(UsageError, match="models:/theirs/3 has no tag convoy"):
         version.required("dataset_version")
+
+
+@pytest.mark.parametrize(
+    ("tag", "accuracy"), [("0.875", 0.875), ("1.0", 1.0), ("good", None), ("nan", None), ("", None), (None, None)]
+)
+def test_an_accuracy_that_a_person_has_changed_counts_as_unknown(tag: str | None, accuracy: float | None) -> None:
+    assert VersionRecord(test_accuracy=tag).accuracy == accuracy

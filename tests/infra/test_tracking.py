@@ -72,7 +72,18 @@ def test_run_carries_params_tags_and_dataset(stack: object) -> None:
 
 def test_run_url_names_experiment_and_run(run_id: str) -> None:
     experiment = MlflowClient().get_run(run_id).info.experiment_id
-    assert mlflow_runs.run_url(run_id) == f"{mlflow.get_tracking_uri()}/#/experiments/{experiment}/runs/{run_id}"
+    server, training = mlflow.get_tracking_uri(), "workflowType=machine_learning"
+    assert mlflow_runs.run_url(run_id) == f"{server}/#/experiments/{experiment}/runs/{run_id}?{training}"
+    assert mlflow_runs.run_url(run_id, "artifacts").endswith(f"/runs/{run_id}/artifacts?{training}")
+    assert mlflow_runs.runs_url(run_id).endswith(f"/{experiment}/runs?{training}&viewStateShareKey=convoy")
+
+
+def test_experiment_that_others_have_created_gets_the_columns() -> None:
+    created = MlflowClient().create_experiment("by hand")
+    for _ in range(2):
+        mlflow_runs.start_run("by hand", "first", {}, {})
+    tags = MlflowClient().get_experiment(created).tags
+    assert json.loads(tags["mlflow.sharedViewState.convoy"])["selectedColumns"][0] == "metrics.`test/accuracy`"
 
 
 def test_password_in_the_servers_address_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ class WebServer:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, list[Fault]] = {}
+        self.headers: dict[str, dict[str, str]] = {}  # further ones, by path
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.sent = 0  # bytes of content
         self.lock = threading.Lock()
@@ -71,7 +72,8 @@ class WebServer:
             handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         else:
             handler.send_response(200)
-        handler.send_header("ETag", etag)
+        for name, value in {"ETag": etag, **self.headers.get(path, {})}.items():
+            handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(content) - start))
         handler.end_headers()
         if handler.command == "HEAD":

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from prefect import Flow, get_client
 from prefect.client.schemas.objects import FlowRun, State
 
-from cnn.data.manifest import Manifest, Shard, SourceReport, SplitInfo, Spread
+from cnn.data.manifest import Manifest, Shard, SplitInfo
 from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
 from infra.storage.object_store import ObjectInfo, ObjectStore
@@ -21,6 +21,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, create_version
 from infra.tracking.tags import DATASET_VERSION, FLOW_RUN, MANIFEST_DIGEST
 from tasks.training.checkpoints import STATE
+from tests.cnn.conftest import source_report
 
 EXPERIMENT = "leftovers"
 OLD = 100.0  # days
@@ -74,14 +75,6 @@ class Leftovers:
         parts = [Shard(sha256=hashlib.sha256(each.encode()).hexdigest(), count=1, bytes=1) for each in shards]
         for part in parts:
             self.put(bucket_layout.shard(part.sha256), days=days)
-        spread = Spread(min=1, median=1, max=1)
-        nothing: dict[str, Any] = {
-            "unreadable": 0,
-            "unreadable_examples": (),
-            "duplicates": 0,
-            "modes": {},
-            "warnings": (),
-        }
         manifest = Manifest(
             classes=("a", uuid4().hex),  # each version is another: MLflow remembers those of other tests
             channels=1,
@@ -89,7 +82,7 @@ class Leftovers:
             splits={"train": SplitInfo(count=1, class_counts=(1, 0), shards=tuple(parts))},
             mean=(0.0,),
             std=(1.0,),
-            report=SourceReport(images=1, packed=1, width=spread, height=spread, **nothing),
+            report=source_report(),
         )
         self.put(bucket_layout.dataset_manifest(manifest.version), manifest.to_bytes(), days)
         record = json.dumps({"dataset_version": manifest.version} | ({"raw": raw} if raw else {})).encode()

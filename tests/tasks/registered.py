@@ -1,5 +1,6 @@
 """Makes a registered version of a small network for digits, by the real tasks, from untrained weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,26 +33,36 @@ class Registered:
     version: ModelVersion
 
 
-def register_digits(name: str, folder: Path) -> Registered:
+def register_digits(
+    name: str, folder: Path, data: Mapping[str, object] | None = None, dataset: str = "digits"
+) -> Registered:
     """Registers a version of `name`; needs the stack.
 
     Args:
         folder: for temporary files.
+        data: configuration of preprocessing.
+        dataset: another data set of images of digits.
     """
     refresh_global_settings_context()  # Prefect was imported before the stack named its server
     config = RunConfig.model_validate(
-        {"dataset": "digits", "name": name, "network": {"width": 8}, "data": {"limit": 300}, "batch_size": 64}
+        {
+            "dataset": dataset,
+            "name": name,
+            "network": {"width": 8},
+            "data": {"limit": 300, **(data or {})},
+            "batch_size": 64,
+        }
     )
 
     @flow
     def make() -> Registered:
-        dataset = preprocess(download("digits"), config.data)
+        packed = preprocess(download(dataset, config.data), config.data)
         store = ObjectStore.connect(Settings().bucket)
         torch.manual_seed(0)
-        network = build(config.training(), load_manifest(store, dataset.version))
+        network = build(config.training(), load_manifest(store, packed.version))
         weights = folder / "model.safetensors"
         digest = save_weights(network.state_dict(), weights)
-        with tracked_run(config, dataset) as run:
+        with tracked_run(config, packed) as run:
             key = f"runs/{run.run_id}/weights/model.safetensors"
             store.put_file(key, weights)
             result = TrainResult(
@@ -65,9 +76,9 @@ def register_digits(name: str, folder: Path) -> Registered:
                 val_accuracy=0.1,
                 val_loss=2.3,
             )
-            evaluated = evaluate(config.training(), dataset, result)
-            publish(dataset, evaluated)
-            version = register(name, config.training(), dataset, result, evaluated)
-        return Registered(store, dataset, evaluated, version)
+            evaluated = evaluate(config.training(), packed, result)
+            publish(config.training(), packed, evaluated)
+            version = register(name, config.training(), packed, result, evaluated)
+        return Registered(store, packed, evaluated, version)
 
     return make()

@@ -11,9 +11,10 @@ from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
 from cnn.config.base import Config
-from cnn.config.networks import NETWORKS
+from cnn.config.networks import find_network
 from cnn.config.training import TrainConfig
 from infra.errors import UsageError
+from tasks.config.deployment import ProjectConfig
 from tasks.config.explain import explained, reference_page
 from tasks.config.key_values import known_keys
 from tasks.config.keys import schema_of, sections_of, users_of_options
@@ -73,7 +74,7 @@ def test_empty_file_is_the_default_configuration(tmp_path: Path) -> None:
 
 def changed_options(network: str) -> dict[str, Any]:
     """Returns an option of a network with another value than its default, if it has options."""
-    options = NETWORKS[network].options
+    options = find_network(network).options
     for key, field in options.model_fields.items():
         for value in (0.5, 8, [8], *get_args(field.annotation)):
             with suppress(ValidationError):
@@ -83,11 +84,11 @@ def changed_options(network: str) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", [*EACH_KIND, "timm/resnet18d"])
 def test_resolved_configuration_is_complete_and_gives_itself_again(network: str) -> None:
     config = load_config(None, [f"model={network}", f"network={json.dumps(changed_options(network))}"])
     resolved = config.resolved()
-    assert resolved["network"].keys() == NETWORKS[network].options.model_fields.keys()
+    assert resolved["network"].keys() == find_network(network).options.model_fields.keys()
     again = RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(resolved)))
     assert again == config
     assert again.resolved() == resolved
@@ -133,18 +134,24 @@ def test_unknown_key_is_refused_with_the_nearest_that_there_is(setting: str, nea
 
 
 @pytest.mark.parametrize(
-    "model, setting, hint",
+    "model, setting, meant",
     [
-        ("convoy9", "network.channels=3", "network.channels is a key of network notes (--model notes)"),
-        ("convoy9", "network.hiden=[8]", "network.hidden is a key of network notes (--model notes)"),
-        ("convoy9", "hidden=[8]", "network.hidden is a key of network notes (--model notes)"),
-        ("resnet18", "network.width=8", "network.width is a key of network convoy9 (--model convoy9)"),
-        ("notes", "stem=small", "network.stem is a key of network resnet18 and 11 more (--model resnet18)"),
+        ("convoy9", "network.channels=3", "channels"),
+        ("convoy9", "network.hiden=[8]", "hidden"),
+        ("convoy9", "hidden=[8]", "hidden"),
+        ("resnet18", "network.width=8", "width"),
+        ("notes", "stem=small", "stem"),
     ],
 )
-def test_an_option_of_another_network_is_said_to_be_so(model: str, setting: str, hint: str) -> None:
-    key = setting.partition("=")[0]
-    assert refusal(setting, model=model) == f"unknown key {key!r}; {hint}; this run uses {model}"
+def test_an_option_of_another_network_is_said_to_be_so(model: str, setting: str, meant: str) -> None:
+    first, *others = (
+        name for options, names in users_of_options().items() for name in names if meant in options.model_fields
+    )
+    more = f" and {len(others)} more" if others else ""
+    assert refusal(setting, model=model) == (
+        f"unknown key {setting.partition('=')[0]!r}; network.{meant} is a key of network {first}{more} "
+        f"(--model {first}); this run uses {model}"
+    )
 
 
 @pytest.mark.parametrize("setting, near", [("foo=1", "gate.floor"), ("network.foo=1", "network.dropout")])
@@ -152,6 +159,21 @@ def test_unknown_key_is_not_answered_with_one_that_only_looks_alike(setting: str
     complaint = refusal(setting)
     assert "did you mean" not in complaint and f"{near}" in complaint.partition("; there are ")[2]
     assert ("lr" in complaint) is (setting == "foo=1")  # of a section, its keys
+
+
+@pytest.mark.parametrize(
+    "model, complaint",
+    {
+        "resnet19": "did you mean 'resnet18'?",
+        "timm/resnet18x": "did you mean 'timm/resnet18'?",
+        "resnet18d": "did you mean 'timm/resnet18d'?",
+        "timm/hf-hub:timm/resnet18": "unknown network",
+        "inception_v3": "inception_v3 has more than one output in training",
+        "xyzzy": "choose notes, convoy9, efficientnet_lite0, one of torchvision's, timm/NAME",
+    }.items(),
+)
+def test_a_wrong_network_is_answered_with_the_nearest(model: str, complaint: str) -> None:
+    assert complaint in refusal(model=model)
 
 
 def test_a_network_that_is_no_name_is_refused() -> None:
@@ -174,7 +196,7 @@ def test_explained_configuration_is_the_same_with_a_sentence_for_each_key(networ
     assert all(len(line) <= 104 for line in text.splitlines() if line.lstrip().startswith("#"))
 
 
-@pytest.mark.parametrize("model", [RunConfig, RetentionConfig])
+@pytest.mark.parametrize("model", [RunConfig, ProjectConfig, RetentionConfig])
 @pytest.mark.parametrize("network", EACH_KIND)
 def test_every_key_has_a_sentence_and_its_values(model: type[Config], network: str) -> None:
     keys = [key for section in sections_of(model, network) for key in section.keys]
@@ -196,13 +218,22 @@ def test_schema_takes_what_a_configuration_may_hold(network: str) -> None:
     assert list(validator.iter_errors(load_config(None, [f"model={network}"]).resolved())) == []
     options = {"model": network, "network": changed_options(network), "data": {"shard_bytes": "8MiB"}}
     assert list(validator.iter_errors(options)) == []
-    for other in set(EACH_KIND) - {network}:
-        assert list(validator.iter_errors({"model": other, "network": changed_options(network)})) != []
+    for other in [*EACH_KIND, "timm/resnet18d"]:
+        taken = changed_options(network).keys() <= find_network(other).options.model_fields.keys()
+        assert (list(validator.iter_errors({"model": other, "network": changed_options(network)})) == []) is taken
 
 
 @pytest.mark.parametrize(
     "values",
-    [{"lr": 0}, {"foo": 1}, {"augment": {"shfit": 1}}, {"model": "convoy8"}, {"network": {"hidden": [8]}}],
+    [
+        {"lr": 0},
+        {"foo": 1},
+        {"augment": {"shfit": 1}},
+        {"model": "convoy8"},
+        {"model": "timm/hf-hub:x"},
+        {"network": {"hidden": [8]}},
+        {"model": "timm/resnet18d", "network": {"hidden": [8]}},
+    ],
 )
 def test_schema_refuses_what_the_configuration_refuses(values: dict[str, Any]) -> None:
     assert list(Draft202012Validator(schema_of(RunConfig)).iter_errors(values)) != []

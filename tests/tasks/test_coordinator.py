@@ -12,7 +12,7 @@ from tasks.config.launchers import Launch, NodesConfig
 from tasks.config.run import CheckpointConfig
 from tasks.training.nodes import coordinator
 from tasks.training.nodes.coordinator import Coordinator
-from tasks.training.platform import this_platform
+from tasks.training.platform import this_platform, with_files
 from tasks.training.protocol.board import Board, Instruction, NodeReport
 from tasks.training.protocol.job import Job, JobFolder, Outcome
 from tasks.training.rank import is_current
@@ -22,9 +22,10 @@ from tests.flows.program import wait_for
 class Play:
     """A training of two nodes under a real coordinator, in a thread."""
 
-    def __init__(self, store: ObjectStore, folder: Path) -> None:
+    def __init__(self, store: ObjectStore, folder: Path, network_files: dict[str, str]) -> None:
         job = Job(
             run_id="f00d", config=TrainConfig(), dataset_version="0" * 64, world_size=2, manifest_digest="",
+            network_files=network_files,
             checkpoints=CheckpointConfig(), restarts=1,
             launch=Launch(launcher="nodes", nodes=NodesConfig(min=2, max=2)),
         )  # fmt: skip
@@ -57,10 +58,13 @@ class Play:
 
 
 @pytest.fixture
-def play(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
+def play(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Play]:
+    """The training; the parameter is the digests of the files of its network, if that is one's own."""
     monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
     monkeypatch.setattr(coordinator, "BEAT", 0.05)
-    play = Play(store, tmp_path)
+    play = Play(store, tmp_path, getattr(request, "param", {}))
     yield play
     monkeypatch.setattr(coordinator, "COORDINATOR_WAIT", 0.0)  # the nodes say nothing more
     play.over.set()
@@ -102,3 +106,13 @@ def test_rank_zero_of_a_generation_that_was_given_up_finds_that_it_was_replaced(
     assert is_current(play.board)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "an earlier one")
     assert not is_current(play.board)
+
+
+@pytest.mark.parametrize("play", [{"nets/small.py": "1" * 64}], indirect=True)
+def test_a_node_that_has_other_files_of_the_network_is_not_used(play: Play) -> None:
+    for node, digest in (("a", "1"), ("b", "2"), ("c", "1")):
+        play.say(node, platform=with_files(this_platform(), {"nets/small.py": digest * 64}))
+    assert sorted(play.order(lambda order: bool(order.members)).members) == ["a", "c"]
+    (told,) = (event.warning for event in play.folder.new_events() if event.warning)
+    assert told.startswith("node b is not used, since its weights would differ: code_digest was ")
+    assert told.endswith(f"; network_files.nets/small.py was {'1' * 64}, is {'2' * 64}")

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cnn import formats
+from cnn.config.preprocessing import PreprocessConfig
 from infra.errors import ServiceError, UsageError
 from infra.sources import entries
 from infra.sources.raw_data import RawSource
@@ -22,7 +23,7 @@ def _own_bucket(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def _download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = None) -> RawSource:
-    return download.fn(dataset, refresh=refresh, keep_raw=keep_raw)
+    return download.fn(dataset, PreprocessConfig(keep_raw=keep_raw), refresh=refresh)
 
 
 def _images(root: Path, *paths: str) -> Path:

@@ -62,7 +62,7 @@ def test_metrics_that_mlflow_did_not_take_are_sent_by_the_flow_and_a_damaged_sha
     assert MlflowClient().get_metric_history(run_id, "train/loss") == []
 
     run = TrackedRun(
-        run_id=run_id, url="", manifest_digest=job.manifest_digest, checkpoint_prefix=bucket_layout.checkpoints(run_id)
+        run_id=run_id, manifest_digest=job.manifest_digest, checkpoint_prefix=bucket_layout.checkpoints(run_id)
     )
     for _ in range(2):  # a resume after a crash does it again
         train.fn(run, DatasetRef(version=manifest.version, name="digits"), load_config(None, [], {"dataset": "digits"}))

@@ -7,6 +7,7 @@ import pytest
 
 from cnn.config.training import TrainConfig
 from infra.errors import UsageError
+from infra.settings import Settings
 from tasks.config.launchers import KubernetesConfig, KubernetesLaunch, check_installed
 from tasks.config.run import CheckpointConfig, load_config
 from tasks.training.launchers.kubernetes import TEMPLATE, agents, training_job
@@ -51,6 +52,16 @@ def test_ranks_may_share_a_pod_with_its_gpus() -> None:
     assert agent["resources"]["requests"] == {"cpu": "4.5", "memory": "1500Mi", "nvidia.com/gpu": "3"}
     assert agent["resources"]["limits"] == {"memory": "1500Mi", "nvidia.com/gpu": "3"}
     assert agent["envFrom"] == [{"secretRef": {"name": "s"}}]
+
+
+def test_pods_may_keep_their_cache() -> None:
+    manifest = training_job(order(cache="convoy-cache"), None)
+    assert_valid(manifest)
+    pod = manifest["spec"]["template"]["spec"]
+    assert {"name": "cache", "persistentVolumeClaim": {"claimName": "convoy-cache"}} in pod["volumes"]
+    (agent,) = pod["containers"]
+    (home,) = (entry["value"] for entry in agent["env"] if entry["name"] == "CONVOY_HOME")
+    assert {"name": "cache", "mountPath": str(Settings(home=Path(home)).cache)} in agent["volumeMounts"]
 
 
 def test_job_belongs_to_the_flow_s_pod_in_the_same_namespace_only() -> None:

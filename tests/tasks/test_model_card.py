@@ -8,7 +8,9 @@ import torch
 from mlflow.tracking import MlflowClient
 from prefect import flow
 
+from cnn.data.manifest import Manifest
 from cnn.formats.decode import Target, decode_image
+from cnn.serving.usage import SQUARES
 from infra.tracking.client import tracking_uri
 from infra.tracking.model_registry import ModelVersion
 from infra.tracking.model_versions import find_version
@@ -64,8 +66,8 @@ def test_card_is_the_description_and_links_to_everything(made: Registered) -> No
     run()
     version = MlflowClient().get_model_version(made.version.name, made.version.version)
     card = version.description
-    assert card.startswith(f"# carded, version {made.version.version}")
-    assert f"**{made.evaluated.accuracy:.2%}** of {made.evaluated.report.images:,} test images" in card
+    assert card.startswith(f"{made.evaluated.accuracy:.2%} of {made.evaluated.report.images:,} test images right")
+    assert f"# carded, version {made.version.version}" in card
     assert f'mlflow.pyfunc.load_model("{made.version.uri}")' in card
     assert f'mlflow.set_tracking_uri("{tracking_uri()}")' in card
     assert "numpy uint8 [N, 1, 8, 8]" in card
@@ -86,15 +88,21 @@ def test_card_is_the_description_and_links_to_everything(made: Registered) -> No
 
 def test_code_of_the_card_needs_no_convoy(made: Registered, tmp_path: Path) -> None:
     manifest = load_manifest(made.store, made.dataset.version)
-    card = model_card(
-        made.version,
-        RunConfig(dataset="digits", batch_size=64),
-        made.dataset,
-        manifest,
-        trained(made),
-        made.evaluated.report,
-        ORIGIN.model_copy(update={"tracking_uri": tracking_uri()}),
-    )
+
+    def card_of(manifest: Manifest) -> str:
+        return model_card(
+            made.version,
+            RunConfig(dataset="digits", batch_size=64),
+            made.dataset,
+            manifest,
+            trained(made),
+            made.evaluated.report,
+            ORIGIN.model_copy(update={"tracking_uri": tracking_uri()}),
+        )
+
+    card = card_of(manifest)
+    padded = card_of(manifest.model_copy(update={"resize": "pad"}))
+    assert SQUARES["pad"] in padded and "in the middle of a square of its mean colour" in padded
     code = card.partition("```python\n")[2].partition("```")[0]
     pixels = decode_image(save_photo(tmp_path), Target(8, 1))[None]
     images, calibrated, answer = run_example(code, tmp_path)

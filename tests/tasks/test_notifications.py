@@ -2,29 +2,50 @@
 
 import json
 import os
+import signal
+import socket
 import sqlite3
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from uuid import UUID, uuid4
 
 import pytest
 import typer
+from click.testing import Result
 from prefect import flow, get_client, states
 from prefect.automations import AutomationCore
+from prefect.context import FlowRunContext
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from flows.cli.notify import notify
-from infra.errors import UsageError
+from flows.summary import Summary
+from infra.errors import ServiceError, UsageError
+from infra.machine.network import free_port
+from infra.machine.stopping import Stopped
 from infra.settings import Settings
-from tasks.orchestration import notifications
-from tasks.orchestration.notifications import BLOCK, COMPLETED, FAILED, PREFIX, REFUSED, STALE, ensure_notifications
+from tasks.orchestration import messages, notifications
+from tasks.orchestration.messages import Kind
+from tasks.orchestration.notifications import (
+    BLOCK,
+    CRASHED,
+    FAILED,
+    NOT_BEGUN,
+    PREFIX,
+    PROMOTED,
+    REFUSED,
+    STALE,
+    TEST,
+    WAITING,
+    ensure_notifications,
+)
 from tests.flows.program import wait_for
 
 SECRET = f"secret-{uuid4().hex}"
@@ -32,11 +53,12 @@ LONG = timedelta(days=7)
 
 
 class Receiver:
-    """A chat; `answer` is the status of its answers, and `takes` the seconds until it answers."""
+    """A chat; `answer` is the status of its answers, `says` their text, and `takes` the seconds until it answers."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.answer = 200
+        self.says = "ok"
         self.takes = 0.0
         owner = self
 
@@ -48,8 +70,9 @@ class Receiver:
                 owner.texts.append(json.loads(body)["text"])
                 time.sleep(owner.takes)
                 self.send_response(owner.answer)
-                self.send_header("Content-Length", "0")
+                self.send_header("Content-Length", str(len(owner.says)))
                 self.end_headers()
+                self.wfile.write(owner.says.encode())
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -114,35 +137,142 @@ def automations() -> dict[str, tuple[UUID, AutomationCore]]:
 
 
 def fail() -> None:
-    raise RuntimeError('a "quoted" <!channel> & more\nof it')
+    raise RuntimeError("no room")
 
 
-def test_each_end_is_told_once_and_nothing_to_do_is_not_told(chat: Receiver) -> None:
-    assert ensure_notifications(chat.url, stale_after=LONG) == [COMPLETED, REFUSED, FAILED, STALE]
+def interrupted() -> UUID:
+    """Runs a training's flow that a signal interrupts; returns the flow run's id."""
+    ids = []
+
+    def how() -> None:
+        ids.append(UUID(flow_run.id))
+        raise Stopped(signal.SIGTERM)
+
+    with suppress(Stopped):
+        ends("train", how)
+    return ids[0]
+
+
+def tells(kind: Kind, *, minor: bool = False) -> UUID:
+    """Runs a training's flow that reports something with its own name; returns the flow run's id."""
+
+    def how() -> None:
+        messages.tell(kind, f"{kind} {flow_run.name}: it", minor=minor)
+
+    return ends("train", how)
+
+
+def fails(error: Exception, *, trial: bool = False) -> UUID:
+    """Runs a training's flow that reports a failure as the pipeline does, and fails; returns the flow run's id."""
+
+    def how() -> None:
+        messages.tell_failure(error, trial=trial)
+        raise error
+
+    return ends("train", how)
+
+
+ALL = [PROMOTED, REFUSED, WAITING, FAILED, TEST, CRASHED, NOT_BEGUN, STALE]
+
+
+def test_each_kind_of_news_is_told_once_and_the_rest_is_not(chat: Receiver) -> None:
+    assert ensure_notifications(chat.url, stale_after=LONG) == ALL
+    refusal = "the quality gate refused: digits/3 75.42% against digits/2 99.17%; floor: below 80%"
+    links = {"mlflow_run_url": "http://mlflow/#/run", "prefect_flow_run_url": "http://prefect/run"}
+    version = {"model_name": "digits", "model_version": "3", **links}
+    new = Summary(status="done", champion=True, accuracy=0.9958, gain=0.0042, reason="changed: data", **version)
+    new = new.model_copy(update={"verdict": "passed: digits/3 99.58% against digits/2 99.17%"})
+    worse = Summary(status="refused", champion=False, accuracy=0.7542, gain=-0.2375, error=refusal, **version)
+    no_data = Summary(status="refused", error="the data gate refused 3 images", model_name="digits")
+    for summary in (new, worse, no_data):
+        assert summary.news
+        messages.tell(summary.news, summary.message)
+    messages.tell_waiting("digits", "4", "http://prefect/run/4", result="accuracy 99.60%")
+
+    typed = fails(UsageError("no data set nosuch"))
+    trial = fails(RuntimeError("no room"), trial=True)
+    ended = interrupted()
     skipped = ends("retrain", lambda: states.Completed(name="Skipped", message="nothing changed"))
-    other = ends("another-flow", lambda: None)
-    promoted = ends("retrain", lambda: states.Completed(message="digits/3 is champion"))
-    plain = ends("train", lambda: None)
-    refused = ends("retrain", lambda: states.Completed(name="Refused", message="worse than the champion"))
-    failed = ends("train", fail)
-    crashed = ends("retrain", lambda: states.Crashed(message="the machine went away"))
+    completed = ends("retrain", lambda: states.Completed(message="digits/3 is champion"))
+    refused = ends("retrain", lambda: states.Failed(name="Refused", message="worse than the champion"))
+    other = ends("another-flow", lambda: states.Crashed(message="the machine went away"))
+    minor = [tells("refused", minor=True), tells("registered"), tells("registered", minor=True)]
+    unheard = (typed, trial, ended, skipped, completed, refused, other, *minor)
 
-    told = (promoted, plain, refused, failed, crashed)
-    wait_for(lambda: len(chat.texts) >= len(told), f"{len(told)} messages; there are {chat.texts}", 30)
-    last = ends("train", lambda: None)  # what would come twice, or too much, came before this one
+    failed = fails(RuntimeError('a "quoted" <!channel> & more\nof it'))
+    crashed = ends("retrain", lambda: states.Crashed(message="its process was killed"))
+    unbegun = ends("retrain", lambda: states.Failed(message="Validation of flow parameters failed"))
+    last = tells("promoted")  # what would come twice, or too much, came before this one
     wait_for(lambda: chat.of(name_of(last)), "the last message", 30)
+    expected = [
+        f"promoted {name_of(last)}: it",
+        "digits/3 was promoted to champion: accuracy 99.58%, +0.42 points against the champion\n"
+        "why it ran: changed: data\n"
+        "the quality gate passed: digits/3 99.58% against digits/2 99.17%\n"
+        "report: http://mlflow/#/run/artifacts/report/index.html\nflow run: http://prefect/run",
+        "digits/3 was refused: accuracy 75.42%, -23.75 points against the champion\n"
+        f"{refusal}\nreport: http://mlflow/#/run/artifacts/report/index.html\nflow run: http://prefect/run",
+        "digits was refused\nthe data gate refused 3 images",
+        "digits/4 waits for approval: accuracy 99.60%\npromote or refuse: http://prefect/run/4",
+        f'train {name_of(failed)} failed: RuntimeError: a "quoted" &lt;!channel&gt; &amp; more of it\n'
+        f"flow run: {url_of(failed)}",
+        f"retrain {name_of(crashed)}: Crashed: its process was killed\n{url_of(crashed)}",
+        f"retrain {name_of(unbegun)}: Failed: Validation of flow parameters failed\n{url_of(unbegun)}",
+    ]
+    wait_for(lambda: len(chat.texts) >= len(expected), f"{len(expected)} messages; there are {chat.texts}", 30)
+    assert sorted(chat.texts) == sorted(expected)
+    assert not [run for run in unheard if any(name_of(run) in text for text in chat.texts)]
 
-    count = Counter({run: len(chat.of(name_of(run))) for run in (*told, last, skipped, other)})
-    assert count == {**dict.fromkeys((*told, last), 1), skipped: 0, other: 0}
-    assert len(chat.texts) == len(told) + 1
-    said = {run: chat.of(name_of(run))[0] for run in told}
-    assert said[promoted] == f"retrain {name_of(promoted)}: Completed: digits/3 is champion\n{url_of(promoted)}"
-    assert said[plain] == f"train {name_of(plain)}: Completed\n{url_of(plain)}"
-    assert said[refused] == f"retrain {name_of(refused)}: Refused: worse than the champion\n{url_of(refused)}"
-    assert said[crashed] == f"retrain {name_of(crashed)}: Crashed: the machine went away\n{url_of(crashed)}"
-    assert said[failed].startswith(f"train {name_of(failed)}: Failed: ")
-    assert 'RuntimeError: a "quoted" &lt;!channel&gt; &amp; more\nof it' in said[failed]
-    assert said[failed].endswith(f"\n{url_of(failed)}")
+
+def test_the_rest_is_told_if_it_is_asked_for(chat: Receiver) -> None:
+    ensure_notifications(chat.url, everything=True, stale_after=LONG)
+    typed = fails(UsageError("no data set nosuch"))
+    trial = fails(RuntimeError("no room"), trial=True)
+    ended = interrupted()
+    minor = [tells("refused", minor=True), tells("registered"), tells("registered", minor=True)]
+    kinds = ("refused", "registered", "registered")
+    expected = [
+        f"train {name_of(typed)} failed: no data set nosuch\nflow run: {url_of(typed)}",
+        f"train {name_of(trial)} failed: RuntimeError: no room\nflow run: {url_of(trial)}",
+        *(f"{kind} {name_of(run)}: it" for kind, run in zip(kinds, minor, strict=True)),
+    ]
+    wait_for(lambda: len(chat.texts) >= len(expected) + 1, f"messages; there are {chat.texts}", 30)
+    (last,) = chat.of(name_of(ended))
+    assert last.startswith(f"train {name_of(ended)}: Crashed: Execution was interrupted")
+    assert "ended by SIGTERM" in last
+    assert sorted(chat.texts) == sorted([*expected, last])
+
+
+def test_a_mistake_is_told_if_nobody_started_the_run(chat: Receiver) -> None:
+    """A schedule or an event starts such a run; the flow run's record says so."""
+    ensure_notifications(chat.url, stale_after=LONG)
+
+    def scheduled() -> None:
+        context = FlowRunContext.get()
+        assert context and context.flow_run
+        context.flow_run.auto_scheduled = True
+        messages.tell_failure(UsageError("no data set nosuch"), trial=False)
+
+    run = ends("retrain", scheduled)
+    wait_for(lambda: chat.texts, "a message", 30)
+    assert chat.texts == [f"retrain {name_of(run)} failed: no data set nosuch\nflow run: {url_of(run)}"]
+
+
+def test_a_training_goes_on_if_prefect_takes_no_report(
+    stack: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port('127.0.0.1')}/api"}):
+        messages.tell("promoted", "digits/3 was promoted")
+    assert "no message is sent" in caplog.text
+
+
+def test_automations_of_an_older_convoy_are_removed(chat: Receiver) -> None:
+    ensure_notifications(chat.url, stale_after=LONG)
+    old = automations()[REFUSED][1].model_copy(update={"name": f"{PREFIX}completed"})
+    with get_client(sync_client=True) as client:
+        client.create_automation(old)
+    ensure_notifications(chat.url, stale_after=LONG)
+    assert sorted(automations()) == sorted(ALL)
 
 
 def test_doing_it_again_changes_nothing_and_another_address_is_taken(chat: Receiver) -> None:
@@ -150,7 +280,7 @@ def test_doing_it_again_changes_nothing_and_another_address_is_taken(chat: Recei
     first = automations()
     ensure_notifications(chat.url, stale_after=LONG)
     assert automations() == first
-    run = ends("train", lambda: None)
+    run = tells("promoted")
     wait_for(lambda: chat.of(name_of(run)), "a message at the new address", 30)
 
     ensure_notifications(chat.url, stale_after=2 * LONG)
@@ -196,16 +326,9 @@ def test_runs_that_end_at_the_same_moment_are_each_told_once(chat: Receiver) -> 
     together = 8
     started = threading.Barrier(together)
 
-    @flow(name="train", flow_run_name=f"together-{uuid4().hex}", persist_result=False)
-    def small() -> None:
-        """A flow whose runs are ended by hand."""
-
     def end(number: int) -> str:
-        with get_client(sync_client=True) as client:
-            run = client.create_flow_run(small, name=f"run-{number}-{uuid4().hex}")
-            started.wait(30)
-            client.set_flow_run_state(run.id, states.Completed(), force=True)
-        return run.name
+        started.wait(30)
+        return name_of(tells("promoted"))
 
     with ThreadPoolExecutor(together) as threads:
         names = list(threads.map(end, range(together)))
@@ -213,19 +336,23 @@ def test_runs_that_end_at_the_same_moment_are_each_told_once(chat: Receiver) -> 
     assert [len(chat.of(name)) for name in names] == [1] * together
 
 
+def run_notify(*arguments: str) -> Result:
+    command = typer.Typer()
+    command.command()(notify)
+    return CliRunner().invoke(command, arguments)
+
+
 def test_the_address_stays_secret_even_if_the_receiver_refuses(
     chat: Receiver, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = typer.Typer()
-    command.command()(notify)
     chat.answer = 404
     monkeypatch.setenv("CONVOY_NOTIFY_URL", chat.url.get_secret_value())
-    done = CliRunner().invoke(command, ["--stale-after", "3"])
+    done = run_notify("--stale-after", "3")
     assert done.exit_code == 0, done.output
-    assert done.stdout.splitlines() == [COMPLETED, REFUSED, FAILED, STALE]
+    assert done.stdout.splitlines() == ALL
     assert SECRET not in done.output
-    assert SECRET not in CliRunner().invoke(command, ["--help"]).output
-    run = ends("train", lambda: None)
+    assert SECRET not in run_notify("--help").output
+    run = tells("promoted")
     wait_for(lambda: chat.of(name_of(run)), "a message", 30)
 
     with get_client(sync_client=True) as client:
@@ -237,10 +364,35 @@ def test_the_address_stays_secret_even_if_the_receiver_refuses(
     assert len(chat.of(name_of(run))) == 1
 
     monkeypatch.delenv("CONVOY_NOTIFY_URL")
-    done = CliRunner().invoke(command, ["--off"])
-    assert done.stdout == f"removed {', '.join((COMPLETED, REFUSED, FAILED, STALE))}\n"
+    assert sorted(run_notify("--off").stdout.strip().removeprefix("removed ").split(", ")) == sorted(ALL)
     assert automations() == {}
-    assert CliRunner().invoke(command, ["--off"]).stdout == "There were no notifications.\n"
+    assert run_notify("--off").stdout == "There were no notifications.\n"
+
+
+def test_a_test_message_reports_what_the_receiver_answered(chat: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CONVOY_NOTIFY_URL", raising=False)
+    with pytest.raises(UsageError, match="there are no notifications yet"):
+        notify(test=True)
+
+    done = run_notify("--url", chat.url.get_secret_value(), "--stale-after", "3", "--test")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [*ALL, "test message sent; the receiver answered 200: ok"]
+    assert chat.texts == [f"Convoy sends its messages here from {socket.gethostname()}: this is a test"]
+    before = automations()
+    assert run_notify("--test").stdout == "test message sent; the receiver answered 200: ok\n"
+    assert automations() == before  # the time of --stale-after included
+    assert len(chat.texts) == 2
+
+    chat.answer, chat.says = 404, f"Cannot POST /{SECRET}\n<b>nothing</b> here"
+    with pytest.raises(ServiceError) as refused:
+        notify(test=True)
+    assert str(refused.value) == "the receiver answered 404: Cannot POST … <b>nothing</b> here"
+    assert len(chat.texts) == 3
+
+    chat.close()
+    with pytest.raises(ServiceError, match=r"the test message did not arrive: .*ConnectError") as lost:
+        notify(test=True)
+    assert SECRET not in str(lost.value)
 
 
 def test_notify_wants_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,9 +402,22 @@ def test_notify_wants_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "span"), [("ftp://host/secret", LONG), ("secret", LONG), ("https://host/secret", timedelta(seconds=9))]
+    ("address", "days"),
+    [
+        *((address, 7.0) for address in ("ftp://host/secret", "secret", "https:///secret", "https://host:x/secret")),
+        *(("https://host/secret", days) for days in (0.0001, -1.0, float("nan"), 1e300)),
+    ],
 )
-def test_what_cannot_be_used_is_refused_without_repeating_it(address: str, span: timedelta) -> None:
+def test_what_cannot_be_used_is_refused_without_repeating_it(
+    address: str, days: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a server starts: there is none here."""
+    monkeypatch.setattr("flows.cli.notify.servers_up", lambda **_: pytest.fail("a server was started"))
     with pytest.raises(UsageError) as refused:
-        ensure_notifications(SecretStr(address), stale_after=span)
+        notify(url=address, stale_after=days)
     assert "secret" not in str(refused.value)
+
+
+def test_off_and_test_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match="exclude"):
+        notify(off=True, test=True)

@@ -25,7 +25,8 @@ from infra.sources.location import ListedFiles
 from infra.sources.mirrors import Mirrors
 from infra.storage.object_store import ObjectStore
 from tasks.data.dataset import load_manifest
-from tasks.data.download import download, images_of
+from tasks.data.download import download
+from tasks.data.label_tables import images_of
 from tasks.data.preprocess import preprocess
 
 CONFIG = PreprocessConfig(val_fraction=0.3, test_fraction=0.3)  # or a few images leave a split without a class
@@ -179,12 +180,12 @@ def packed(dataset: Path, out: Path) -> Manifest:
     else:
         source = open_source("archive", {dataset.name: dataset})
     out.mkdir(exist_ok=True)
-    return pack(source, survey(source, CONFIG), CONFIG, out)
+    return pack(source, survey(source, CONFIG), CONFIG, out).manifest
 
 
 def stored(dataset: str, store: ObjectStore, *, keep_raw: bool | None = None) -> Manifest:
     """Returns the result of the two tasks."""
-    ref = preprocess.fn(download.fn(dataset, keep_raw=keep_raw), CONFIG)
+    ref = preprocess.fn(download.fn(dataset, PreprocessConfig(keep_raw=keep_raw)), CONFIG)
     return load_manifest(store, ref.version)
 
 
@@ -261,7 +262,7 @@ def test_a_new_file_that_is_no_image_is_noticed(tmp_path: Path, bucket: ObjectSt
     after = download.fn(address)
     assert after.files == before.files and after.digest != before.digest
     assert after.remarks == (f"1 {LEFT_OUT} (cat 1), for example cat/p.heic",) == download.fn(address).remarks
-    in_place = [download.fn(address, keep_raw=False) for _ in range(2)]
+    in_place = [download.fn(address, PreprocessConfig(keep_raw=False)) for _ in range(2)]
     assert in_place[0].remarks == in_place[1].remarks == after.remarks and in_place[1].reused
     bucket.put_bytes("in/d/bird/", b"")
     with pytest.raises(UsageError, match="class folder bird holds no"):

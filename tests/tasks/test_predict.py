@@ -3,6 +3,8 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,13 +13,22 @@ import torch
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from prefect import flow
+from safetensors.numpy import load_file
 
+from cnn.config.preprocessing import PreprocessConfig, Resize
+from cnn.data.shard_writer import shard_path
+from cnn.formats.decode import Target, decode_image
+from cnn.preprocessing.pack import preprocess
 from infra.errors import ServiceError, UsageError
 from infra.storage.object_store import ObjectStore
 from infra.tracking.model_registry import set_alias
+from infra.tracking.model_versions import find_version
+from infra.tracking.served_model import ServedModel
 from tasks.evaluation.reference_images import load_reference
-from tasks.prediction.inputs import pictures
-from tasks.prediction.predict import Predictions, calibrated, predict
+from tasks.prediction.export import export
+from tasks.prediction.inputs import pictures, target_of
+from tasks.prediction.predict import ImageClassifier, Predictions, _decode, calibrated, predict
+from tests.cnn.without_convoy import read_metadata, run_example, save_photo
 from tests.tasks.registered import Registered, register_digits
 
 NAME = "predict-tests"
@@ -130,6 +141,84 @@ def test_other_channels_are_converted_only_where_that_is_clear(photos: Path, tmp
     for name in ("RGB.png", "RGBA.png", "P.png", "wide.png"):
         assert answers[name]["p_3"] == pytest.approx(answers["000.png"]["p_3"], abs=1e-6)
     assert answers["photo.jpg"]["class"] is not None
+
+
+def save_photographs(folder: Path) -> None:
+    """Writes wide and tall photographs: plain, turned by EXIF, large JPEG, transparent, 16-bit grey."""
+    small = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    photo = Image.fromarray(small).resize((1200, 790), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    transparent = photo.convert("RGBA")
+    transparent.putalpha(photo.convert("L"))
+    wide = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) << 8)
+    for name, image in {"photo.jpg": photo, "clear.png": transparent, "deep.png": wide}.items():
+        for turned in (False, True):
+            place = folder / "ab"[turned] / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (image.transpose(Image.Transpose.ROTATE_90) if turned else image).save(place)
+        image.save(folder / "a" / f"turned-{name}", exif=exif)
+
+
+@pytest.mark.parametrize("resize", get_args(Resize))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_become_the_pixels_that_are_packed_for_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resize: Resize, channels: int
+) -> None:
+    save_photographs(tmp_path / "photos")
+    files = {path.relative_to(tmp_path / "photos").as_posix(): path for path in (tmp_path / "photos").rglob("*.*g")}
+    parts = {f"{split}/{name}": path for split in ("train", "val", "test") for name, path in files.items()}
+    (tmp_path / "out").mkdir()
+    manifest = preprocess(
+        "folder", parts, PreprocessConfig(image_size=40, resize=resize, channels=channels), tmp_path / "out"
+    )
+    (shard,) = manifest.splits["test"].shards
+    packed = load_file(shard_path(tmp_path / "out", shard.sha256))["images"]
+    monkeypatch.setattr(ServedModel, "_model", loaded_model((channels, 40, 40), resize=manifest.resize))
+    monkeypatch.setattr("tasks.prediction.predict._trained_on_colour", lambda version: True)
+    classifier = ImageClassifier(SimpleNamespace(temperature=1.0))  # type: ignore[arg-type]
+    batch = _decode(list(pictures([str(tmp_path / "photos")])), classifier)
+    assert len(packed) == 9 and not batch.unread
+    assert (batch.images == packed).all()
+
+
+def loaded_model(shape: tuple[int, ...], **metadata: object) -> SimpleNamespace:
+    """What MLflow makes of the files of a version for images [C, H, W]."""
+    signature = SimpleNamespace(inputs=SimpleNamespace(inputs=[SimpleNamespace(shape=(-1, *shape))]))
+    return SimpleNamespace(metadata=SimpleNamespace(metadata={"classes": ["a", "b"], **metadata}, signature=signature))
+
+
+def test_versions_that_do_not_say_how_they_see_rectangles_crop_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = ServedModel(SimpleNamespace(uri="models:/photos/1"))  # type: ignore[arg-type]
+    monkeypatch.setattr(ServedModel, "_model", loaded_model((3, 40, 40)))
+    assert target_of(served) == Target(40, 3, "crop")
+    monkeypatch.setattr(ServedModel, "_model", loaded_model((3, 40, 40), resize="fisheye"))
+    with pytest.raises(UsageError, match="models:/photos/1 makes images square by 'fisheye', which this version"):
+        target_of(served)
+
+
+def test_photographs_of_any_shape_are_predicted_as_the_version_was_trained(
+    stack: object, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    made = register_digits("predict-padded", tmp_path_factory.mktemp("weights"), {"resize": "pad"})
+    version = find_version(made.version.address)
+    save_photographs(tmp_path / "photos")
+    for path in (tmp_path / "photos").rglob("*.*g"):
+        if path.name.endswith("deep.png"):
+            continue
+        path.unlink()  # the digits are grey
+    predicting("predict-padded/1", [tmp_path / "photos"], tmp_path / "out.json")
+    lines = [json.loads(line) for line in (tmp_path / "out.json").read_text().splitlines()]
+    files = [Path(line["file"]) for line in lines]
+    assert [file.name for file in files] == ["deep.png", "turned-deep.png", "deep.png"]
+    images = np.stack([decode_image(file.read_bytes(), Target(8, 1, "pad")) for file in files])
+    assert not (images == np.stack([decode_image(file.read_bytes(), Target(8, 1)) for file in files])).all()
+    wanted = ImageClassifier(version).probabilities(images)
+    assert np.allclose([[line[f"p_{digit}"] for digit in range(10)] for line in lines], wanted, atol=1e-6)
+    done = export("predict-padded/1", "safetensors", tmp_path / "model.safetensors")
+    save_photo(tmp_path)
+    found, _, _ = run_example(read_metadata(done.out)["example"], tmp_path)
+    assert np.array_equal(found[0], decode_image((tmp_path / "photo.jpg").read_bytes(), Target(8, 1, "pad")))
 
 
 def test_inputs_and_results_may_be_in_a_bucket(photos: Path, registered: Registered, tmp_path: Path) -> None:

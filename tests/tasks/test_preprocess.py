@@ -6,6 +6,7 @@ import json
 import shutil
 from importlib.resources import files
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cnn.config.preprocessing import PreprocessConfig
+from cnn.config.preprocessing import PreprocessConfig, Resize
 from cnn.errors import InputError
 from infra.errors import ServiceError, UsageError
 from infra.sources.raw_data import RawFile, RawSource
@@ -107,6 +108,35 @@ def test_other_parameters_data_or_class_names_are_another_step(store: ObjectStor
         assert not dataset.reused and dataset.version != first.version
 
 
+def test_steps_that_crop_to_the_usual_sizes_keep_their_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys are those of a Convoy that did not have the choice, apart from its code."""
+    monkeypatch.setattr("tasks.data.preprocess.code_digest", lambda files: "code")
+    monkeypatch.setattr("tasks.data.preprocess.decoder_versions", lambda: {"pil": "1"})
+    file = RawFile(path="digits.csv", sha256="0" * 64, size=1)
+    raw = RawSource(name="x", format="digits", files=(file,), served_by={})
+    small, large = PreprocessConfig(), PreprocessConfig(image_size=32)
+    unset = "ea86e79c9b085e1efaa096929ab84f3341df935474f72caa518ef67b7e380cd7"
+    given = "eb430692fe2cbb4879e383db7fa7280529b27b0b28b40df3418d9f136e963ead"
+    assert (step_key(raw, small), step_key(raw, large)) == (unset, given)
+    assert step_key(raw, small, 224) != unset
+    assert step_key(raw, large, 224) == given  # the limit makes no difference
+    keys = {step_key(raw, PreprocessConfig(resize=resize)) for resize in get_args(Resize)}
+    assert len(keys) == 3 and unset in keys
+
+
+def test_the_limit_of_an_unset_size_makes_another_version_of_large_images(
+    store: ObjectStore, home: Path, tmp_path: Path
+) -> None:
+    for number in range(60):
+        place = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((150, 200), number, dtype=np.uint8)).save(place)
+    raw = download.fn(str(tmp_path / "images"))
+    versions = [preprocess.fn(raw, CONFIG, max_default_size=limit).version for limit in (128, 224)]
+    assert [load_manifest(store, version).image_size for version in versions] == [128, 150]
+    assert preprocess.fn(raw, CONFIG, max_default_size=224).reused
+
+
 def test_the_name_and_the_mirror_are_not_part_of_the_step(store: ObjectStore, raw: RawSource, home: Path) -> None:
     first = run(raw)
     same = RawSource(name="other", format="digits", files=raw.files, served_by={"digits.csv": "elsewhere"})
@@ -115,9 +145,10 @@ def test_the_name_and_the_mirror_are_not_part_of_the_step(store: ObjectStore, ra
 
 def test_equal_results_of_different_steps_are_one_version(store: ObjectStore, raw: RawSource, home: Path) -> None:
     first = run(raw)
+    before = keys(store, "datasets/")
     second = run(raw, PreprocessConfig(max_unreadable=0.5))
     assert (second.version, second.reused) == (first.version, False)
-    assert len(keys(store, "datasets/")) == 1
+    assert keys(store, "datasets/") == before
 
 
 def damage_shard_size(store: ObjectStore, dataset: DatasetRef, raw: RawSource) -> str:
@@ -211,12 +242,12 @@ def test_a_folder_read_in_place_gives_the_version_that_its_copy_gives(
         if where == "bucket":
             store.put_file(f"images/{place.relative_to(root)}", place)
     address = str(root) if where == "local" else f"s3://{store.bucket}/images"
-    in_place = download.fn(address, keep_raw=False)
+    in_place = download.fn(address, PreprocessConfig(keep_raw=False))
     assert in_place.listing and len(in_place.model_dump_json()) < 1000
     dataset = run(in_place)
     assert not keys(store, "raw/")
     assert run(in_place).reused
-    assert run(download.fn(address, keep_raw=True)).version == dataset.version
+    assert run(download.fn(address, PreprocessConfig(keep_raw=True))).version == dataset.version
     assert step_key(in_place, CONFIG) == step_key(in_place, PreprocessConfig(keep_raw=False))
     changed = root / "0" / "0.png" if where == "local" else "images/0/0.png"
     if isinstance(changed, Path):

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 import threading
 
 import pytest
@@ -19,6 +20,14 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.fixture(autouse=True)
 def no_terminal(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="convoy")
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds, as its only element, which tests set."""
+    time = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: time[0])
+    return time
 
 
 def test_without_a_terminal_the_beginning_and_the_end_are_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -85,29 +94,69 @@ def test_a_terminal_gets_a_bar(
     assert "loss 0.1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("columns", [30, 79, 200])
+@pytest.mark.parametrize("columns", [30, 60, 80, 110, 120, 200])
 def test_a_terminal_of_any_width_gets_one_line_without_colours_if_they_are_not_wanted(
     columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     for name, value in {"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "xterm"}.items():
         monkeypatch.setenv(name, value)
-    with progress("Training on 2 ranks", 3.0, unit="epochs", artifact=None) as advance:
-        advance(3.0, "epoch 3/3 · loss 0.1 · 1,234 images/s · val 97.00%")
+    with progress("Training on 2 ranks", 20.0, unit="epochs", artifact=None) as advance:
+        advance(20.0, "epoch 20/20 · loss 0.123 · 12,345 images/s · val 97.00%")
     (*_, shown) = filter(None, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "\n", capsys.readouterr().err).split("\n"))
     assert len(shown.rstrip()) <= columns
-    assert shown.startswith("Training on")
-    assert ("…" in shown) == (columns < 100)
-    if columns == 200:
-        assert "100%, in 0 s, epoch 3/3 · loss 0.1 · 1,234 images/s · val 97.00%" in shown
+    assert ("…" in shown) == (columns < 60)  # so nothing is lost in a terminal of 60 columns
+    if columns == 60:
+        assert shown.rstrip() == "100%, in 0 s, 20/20 · loss 0.123 · 12,345/s · val 97.00%"
+    if columns == 80:
+        assert shown.startswith("Training  100%, in 0 s, epoch 20/20 · loss 0.123 · 12,345 images/s · val 97.00%")
+    if columns >= 110:
+        whole = "Training on 2 ranks  100%, in 0 s, epoch 20/20 · loss 0.123 · 12,345 images/s · val 97.00%"
+        assert shown.rstrip().endswith(whole)
+    assert ("━" in shown) == (columns >= 120)
 
 
-def test_time_to_go_counts_from_the_first_news(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_what_is_logged_beside_a_bar_is_not_broken_over_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    address = f"http://127.0.0.1:5000/#/experiments/1/runs/{'0' * 32}/artifacts/report/index.html"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    with progress("Training", 2.0, unit="epochs"):
+        print(f"the report is {address}", file=sys.stderr)
+    assert f"the report is {address}\n" in capsys.readouterr().err
+
+
+def test_what_is_waited_for_is_shown_and_no_part_of_the_time_to_go(
+    caplog: pytest.LogCaptureFixture, now: list[float]
+) -> None:
+    """Ranks that take 50 s to start and go on from the half, at 1 s per epoch, and start again after a crash."""
+    with progress("Training", 100.0, unit="epochs") as advance:
+        advance(0.0, waiting="starting the ranks")
+        now[0] = 40.0
+        advance(0.0, waiting="starting the ranks")
+        now[0] = 50.0
+        advance(50.0, waiting="going on after step 400")
+        for now[0] in (60.0, 70.0):
+            advance(10.0, "loss 0.1")
+        now[0] = 90.0
+        advance(-10.0, waiting="starting the ranks")
+        now[0] = 100.0
+        advance(10.0, "loss 0.2")
+    assert lines(caplog)[1:] == [
+        "Training: starting the ranks, 40 s",
+        "Training: 50%, going on after step 400",
+        "Training: 60%, 40 s to go, loss 0.1",
+        "Training: 70%, 30 s to go, loss 0.1",
+        "Training: 60%, starting the ranks",
+        "Training: 70%, 30 s to go, loss 0.2",
+        "Training: 70%, in 2 min, loss 0.2",
+    ]
+
+
+def test_time_to_go_counts_from_the_first_news(caplog: pytest.LogCaptureFixture, now: list[float]) -> None:
     """Ranks that take 50 s to start, and 1 s per epoch."""
-    now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     with progress("Training", 100.0, unit="epochs") as advance:
         for done, now[0] in ((0.0, 50.0), (10.0, 60.0)):
             advance(done, f"epoch {done:.0f}/100")

@@ -147,6 +147,20 @@ def test_the_newest_and_the_recent_dataset_versions_stay(made: Leftovers) -> Non
     assert made.there("datasets/") == {bucket_layout.dataset_manifest(versions[days]) for days in ages[:2]}
 
 
+def test_an_index_goes_with_its_dataset_version_and_counts_as_none(made: Leftovers) -> None:
+    kept = {}
+    for days in (40.0, 50.0):
+        version = made.dataset(str(days), days=days)
+        keys = bucket_layout.index_record(version), bucket_layout.image_index(version, "0" * 64)
+        kept[days] = {bucket_layout.dataset_manifest(version), *(made.put(key, days=days) for key in keys)}
+    prune(RetentionConfig(datasets_keep=2))
+    assert made.there("datasets/") == kept[40] | kept[50]
+    prune(RetentionConfig(datasets_keep=1))
+    assert made.there("datasets/") == kept[40]
+    gone = [key for key in made.deleted if key in kept[50]]
+    assert len(gone) == 3 and gone[0].endswith("manifest.json")
+
+
 def test_shards_and_raw_files_go_only_if_nothing_kept_names_them(made: Leftovers) -> None:
     made.dataset("shared", "only old")
     made.dataset("shared", days=10)

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,7 +40,14 @@ from tasks.release.promote import PromotionRefused, promote_version
 from tasks.release.quality.checks import Scored, images_needed
 from tasks.release.quality.judge import judge
 from tasks.release.quality.verdict import QualityCheck, Verdict
-from tasks.release.quality_gate import QualityRefused, compare, judge_version, publish, quality_gate
+from tasks.release.quality_gate import (
+    QualityRefused,
+    _other_images,
+    compare,
+    judge_version,
+    publish,
+    quality_gate,
+)
 from tasks.release.release import release
 
 CLASSES = ("a", "b")
@@ -365,6 +373,19 @@ def test_champion_that_cannot_take_the_images_is_said_to() -> None:
     assert "m/1 takes 1×8×8 images" in verdict.summary
 
 
+@pytest.mark.parametrize(
+    ("shape", "resize", "takes"),
+    [
+        ((3, 64, 64), "crop", ""),
+        ((3, 32, 32), "crop", "takes 3×32×32 images, but those of the test split are 3×64×64"),
+        ((3, 64, 64), "pad", "makes images square by pad, but those of the test split are made so by crop"),
+    ],
+)
+def test_champion_is_not_judged_by_images_that_it_never_gets(shape: tuple[int, ...], resize: str, takes: str) -> None:
+    model, test = SimpleNamespace(shape=shape, resize=resize), SimpleNamespace(shape=(3, 64, 64))
+    assert _other_images(model, SimpleNamespace(resize="crop"), test) == takes  # type: ignore[arg-type]
+
+
 def test_split_is_large_enough_for_what_it_has_shown_to_be_worse() -> None:
     assert not decide(scored("m/2", slice(0, 60)), scored("m/1", slice(60, 80))).notes
 
@@ -492,6 +513,8 @@ def test_only_better_versions_become_champion(line: Line, capsys: pytest.Capture
     with pytest.raises(QualityRefused, match=r"refused: gated/1 .*, no champion; floor") as refusal:
         gate(line.bad, floor=0.5)
     assert refusal.value.exit_status == 3
+    assert "; what would help: a more accurate version, " in str(refusal.value)
+    assert "; a lower gate.floor; " in str(refusal.value)
     with pytest.raises(PromotionRefused, match="the quality gate refused"):
         promote_version(line.bad)
     with pytest.raises(PromotionRefused, match="no verdict of the quality gate"):

@@ -81,7 +81,7 @@ def evaluated(trained: Trained) -> Evaluation:
     @flow
     def evaluating() -> Evaluation:
         found = evaluate(CONFIG, trained.dataset, trained.result)
-        publish(trained.dataset, found)
+        publish(CONFIG, trained.dataset, found)
         return found
 
     return evaluating()
@@ -106,6 +106,8 @@ def test_evaluation_is_in_the_run(trained: Trained, evaluated: Evaluation) -> No
     assert report["accuracy"] == evaluated.accuracy
     assert sum(map(sum, counts)) == report["images"] == evaluated.report.images
     assert (folder / "confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "augmented.png").read_bytes().startswith(b"\x89PNG")
+    assert not (folder / "grad_cam.png").exists()  # 8×8 pixels leave no useful map
     page = Artifact.get("evaluation")
     assert f"{evaluated.report.images:,} test images" in str(page.data)  # type: ignore[union-attr]
 
@@ -133,6 +135,7 @@ def test_registered_model_describes_itself(trained: Trained, registered: ModelVe
     manifest = load_manifest(trained.store, trained.dataset.version)
     assert info.metadata is not None
     assert info.metadata["classes"] == list(manifest.classes)
+    assert info.metadata["resize"] == "crop"
     assert info.saved_input_example_info is not None
     assert info.flavors["python_function"]["config"]["device"] == "cpu"
 

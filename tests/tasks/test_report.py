@@ -5,10 +5,12 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mlflow.artifacts import download_artifacts
 from mlflow.tracking import MlflowClient
+from PIL import ImageDraw
 from prefect import flow
 from prefect.artifacts import Artifact
 from prefect.context import refresh_global_settings_context
@@ -20,11 +22,14 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from cnn.data.mapped_split import MappedSplit
 from cnn.errors import InputError
+from cnn.networks.wrappers import Normalise
 from infra.tracking import mlflow_runs
-from tasks.evaluation.figures import confusion_figure, gallery_figure, reliability_figure
+from tasks.evaluation.figures import confusion_figure, gallery_picture, heat_map_picture, reliability_figure
+from tasks.evaluation.heat_maps import MAPPED, HeatMap, heat_maps
 from tasks.evaluation.publish import publish_evaluation, report_markdown
 from tasks.evaluation.report import EvaluationReport, evaluation_report, measure_footprint
-from tasks.reporting.drawing import png
+from tasks.reporting.drawing import LINE, TILE, TITLE, Section, gallery
+from tests.tasks.galleries import as_tile, height_of, tile
 
 
 @pytest.fixture
@@ -155,7 +160,9 @@ def test_hardest_images_are_those_with_the_smallest_gap_and_wrong_ones_are_sorte
 
 def test_slices_are_by_class_and_by_every_column_that_is_given() -> None:
     logits, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
-    report = evaluation_report("test", logits, labels, "abcd", slices={"camera": ["x", "y", "x", "y"]})
+    given = {"camera": ["x", "y", "x", "y"], "class": ["car", "car", "van", "van"]}
+    report = evaluation_report("test", logits, labels, "abcd", slices=given)
+    assert [each.value for each in report.slices["column class"]] == ["car", "van"]
     by_class, camera = report.slices["class"], report.slices["camera"]
     assert [(s.value, s.images, s.accuracy) for s in by_class] == [("a", 2, 0.5), ("b", 1, 1.0), ("c", 1, 1.0)]
     assert [(s.value, s.images, s.accuracy) for s in camera] == [("x", 2, 1.0), ("y", 2, 0.5)]
@@ -201,25 +208,84 @@ def split(tmp_path: Path) -> MappedSplit:
 
 def guesses(split: MappedSplit, temperature: float = 1.0) -> EvaluationReport:
     """Returns the report of a network that is right in about two of three cases."""
+    return evaluation_report("test", guessed_logits(split), split.labels, "0123456789", temperature=temperature)
+
+
+def guessed_logits(split: MappedSplit) -> torch.Tensor:
     torch.manual_seed(0)
     logits = 3 * torch.randn(len(split), 10)
     logits[torch.arange(0, 60, 2), split.labels[::2]] += 8
-    return evaluation_report("test", logits, split.labels, "0123456789", temperature=temperature)
+    return logits
 
 
-def test_gallery_shows_the_images_themselves_with_label_and_prediction(split: MappedSplit) -> None:
+def test_gallery_shows_the_images_themselves_with_label_and_prediction(
+    split: MappedSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     report = guesses(split)
-    figure = gallery_figure(report, split)
-    drawn = [axes for part in figure.subfigs for axes in part.axes]
-    shown = [image for axes in drawn for image in axes.images]
-    assert len(shown) == len(report.confidently_wrong) + len(report.hardest)
-    first = report.confidently_wrong[0]
-    assert drawn[0].texts[0].get_text() == (
-        f"model: {first.predicted} ({first.probability:.0%})\nlabel: {first.label} ({first.true_probability:.0%})"
-    )
-    pixels = shown[0].get_array()
-    assert torch.equal(torch.from_numpy(pixels[..., 0].copy()), split.slice(first.index, first.index + 1)[0][0, 0])
-    assert png(figure).startswith(b"\x89PNG")
+    captions: list[str] = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text", lambda _, place, text, *__: captions.append(text))
+    picture = gallery_picture(report, split)
+    wrong, hardest = report.confidently_wrong, report.hardest
+    assert len(wrong) > 8 and len(hardest) > 8
+    assert captions == [
+        f"model: {each.predicted} ({each.probability:.0%})\nlabel: {each.label} ({each.true_probability:.0%})"
+        for each in (*wrong, *hardest)
+    ]
+    second = TITLE + height_of(len(wrong))
+    assert picture.height == second + TITLE + height_of(len(hardest))
+    for top, examples in ((0, wrong), (second, hardest)):
+        for number, each in enumerate(examples):
+            (image,), _ = split.slice(each.index, each.index + 1)
+            assert np.array_equal(tile(picture, number, top=top), as_tile(image))
+
+
+def test_gallery_writes_a_caption_above_each_image_and_says_when_there_is_none() -> None:
+    images = torch.full((9, 1, 8, 8), 255, dtype=torch.uint8)
+    blank, written = (np.asarray(gallery([Section("", images, [caption] * 9)])) for caption in ("", "cat\ndog"))
+    changed = np.argwhere((blank != written).any(2))
+    assert blank.min() == 255 and TITLE < changed[:, 0].min() < TITLE + 2 * LINE - 20
+    assert not (blank != written)[TITLE + 2 * LINE : TITLE + 2 * LINE + TILE].any()  # over no image
+    assert np.asarray(gallery([])).min() < 255
+    three, two = (gallery([Section("", images, [caption] * 9)]) for caption in ("cat\ndog\nfile", "cat\ndog"))
+    assert three.height == two.height + 2 * LINE  # of two rows
+
+
+class Constant(torch.nn.Module):
+    """A map of three pixels per side, whose middle speaks for every class; more pixels on request."""
+
+    def __init__(self, side: int = 3) -> None:
+        super().__init__()
+        self.maps, self.linear = torch.nn.AdaptiveAvgPool2d(side), torch.nn.Linear(1, 10)
+        torch.nn.init.ones_(self.linear.weight)
+        self.side = side
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        middle = torch.zeros_like(images)
+        middle[:, :, 3:5, 3:5] = 1.0
+        return self.linear(self.maps(middle).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_heat_maps_are_of_the_worst_mistakes_and_of_right_images_of_all_classes(split: MappedSplit) -> None:
+    report, logits = guesses(split), guessed_logits(split)
+    maps = heat_maps(report, logits, split, Normalise((0.5,), (0.5,)), Constant())
+    wrong, right = maps[:MAPPED], maps[MAPPED:]
+    assert [each.example for each in wrong] == list(report.confidently_wrong[:MAPPED])
+    assert all(each.example.label == each.example.predicted == int(split.labels[each.example.index]) for each in right)
+    assert len({each.example.index for each in right}) == len(right) == MAPPED
+    known = split.labels[logits.argmax(1) == split.labels].unique()
+    assert {each.example.label for each in right} == set(known.tolist()) and len(known) == 9
+    assert all(each.rows[1][1] == 255 and sum(map(sum, each.rows)) < 8 * 255 for each in maps)
+    assert len(heat_maps(report, logits, split, Normalise((0.5,), (0.5,)), Constant(40))[0].rows) == 32
+    assert heat_maps(report, logits, split, Normalise((0.5,), (0.5,)), Constant(2)) == ()
+
+    picture = heat_map_picture(report, maps, split)
+    assert picture.height == 2 * (TITLE + height_of(MAPPED, pairs=True))
+    for top, examples in ((0, wrong), (picture.height // 2, right)):
+        (image,), _ = split.slice(examples[0].example.index, examples[0].example.index + 1)
+        assert np.array_equal(tile(picture, 0, top=top, pair=False), as_tile(image))
+        below = tile(picture, 0, top=top, pair=True).astype(int)
+        assert below[84, 84, 1] > below[4, 4, 1] + 50  # viridis: the more, the greener
+        assert below[4, 4, 2] > below[4, 4, 1]  # nothing is violet
 
 
 def test_reliability_diagram_has_a_bar_for_each_bin_with_images(split: MappedSplit) -> None:
@@ -234,19 +300,20 @@ def test_reliability_diagram_has_a_bar_for_each_bin_with_images(split: MappedSpl
 def test_published_report_is_whole(stack: object, split: MappedSplit, tmp_path: Path) -> None:
     refresh_global_settings_context()  # Prefect was imported before the stack named its server
     report = guesses(split, temperature=2.5)
+    maps = [HeatMap(example=each, rows=((0, 9, 255),) * 3) for each in report.confidently_wrong[:2]]
     run_id = mlflow_runs.start_run("report-tests", "run", {}, {})
 
     @flow
     def publishing() -> None:
-        publish_evaluation(run_id, report, split)
+        publish_evaluation(run_id, report, split, maps)
 
     publishing()
     run = MlflowClient().get_run(run_id)
-    assert run.data.metrics == pytest.approx(report.metrics())
+    assert run.data.metrics == pytest.approx(report.metrics() | {"accuracy/test": report.accuracy})
     assert run.data.tags["convoy.temperature"] == "2.5"
     folder = Path(download_artifacts(run_id=run_id, artifact_path="report", dst_path=str(tmp_path)))
     assert EvaluationReport.model_validate_json((folder / "evaluation.json").read_text()) == report
-    for picture in ("confusion_matrix", "reliability", "gallery"):
+    for picture in ("confusion_matrix", "reliability", "gallery", "grad_cam"):
         assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     page = Artifact.get("evaluation")
     assert page is not None and page.data == (folder / "evaluation.md").read_text() == report_markdown(report)

@@ -143,3 +143,13 @@ def test_verdict_of_older_code_has_a_first_screen_too(tmp_path: Path) -> None:
     page = html_page("m/2", tmp_path, {})
     assert "2 images newly right, 2 newly wrong" in page
     assert "Newly right" not in page
+
+
+def test_pictures_that_exist_are_on_the_page_with_what_they_do_not_prove(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.md").write_text("one")
+    assert "<img" not in html_page("m/2", tmp_path, {})
+    for name in ("grad_cam.png", "reliability.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    page = html_page("m/2", tmp_path, {})
+    assert page.count("data:image/webp;base64,") == 2 and page.count("<figcaption>") == 1
+    assert "not what it saw there or whether the reason is sound" in page

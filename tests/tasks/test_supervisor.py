@@ -288,13 +288,22 @@ def test_killed_supervisor_takes_torchrun_along_which_has_said_nothing_that_woul
     assert JobFolder(training.folder).log_end() == "they were killed"
 
 
-def test_what_torchrun_loads_before_it_forks_its_ranks_starts_no_thread() -> None:
-    code = "import os, tasks.training.forked_ranks, torch.distributed.run; print(len(os.listdir('/proc/self/task')))"
+def test_torchrun_loads_the_library_of_the_network_before_it_forks_its_ranks_and_starts_no_thread(
+    tmp_path: Path,
+) -> None:
+    folder = JobFolder(order(tmp_path, restarts=0).folder)
+    job = folder.read_job()
+    folder.write_job(job.model_copy(update={"config": TrainConfig(model="efficientnet_lite0")}))
+    code = (
+        "import os, sys, torch.distributed.run; from pathlib import Path\n"
+        "from tasks.training.forked_ranks import load_network; load_network(Path(sys.argv[1]))\n"
+        "print('timm' in sys.modules, len(os.listdir('/proc/self/task')))"
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as torchrun is started
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", code, folder.path], env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "1\n"
+    assert done.stdout == "True 1\n"
 
 
 def test_flow_starts_another_supervisor_in_place_of_a_killed_one_as_often_as_it_may(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from infra.settings import Settings
 from infra.stack.local_stack import down, up
-from tests.bench.comparison import Comparison, NotInstalled
+from tests.bench.comparison import Comparison, LeftOut
 from tests.bench.streaming.data import Data, prepare
 
 IMAGES = (4_000,)
@@ -31,7 +31,7 @@ def streaming(rounds: int, images: Sequence[int] = IMAGES) -> Iterator[Compariso
     """
     others = [name for name in OTHERS if _installed(name)]
     if not others:
-        raise NotInstalled("none of the other libraries is installed")
+        raise LeftOut("none of the other libraries is installed")
     with tempfile.TemporaryDirectory(prefix="bench-") as home:
         settings = Settings(home=Path(home) / ".convoy")
         before = dict(os.environ)
