@@ -18,17 +18,24 @@ help:
 setup: .venv/ready
 
 $(BIN)/uv:
-	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv
+	@echo "setup, step 1 of 4: .venv, and the installer uv"
+	@$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv
 
-# uv installs the locked set in under a minute; pip takes five.
+# uv installs the locked set in under a minute; pip takes five. Step 3 installs nothing more.
 .venv/ready: requirements.lock pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
-	touch $@
+	@echo "setup, step 2 of 4: $$(grep -c '^[a-z].*==' requirements.lock) locked packages, about 8 GB; takes minutes"
+	@$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements.lock
+	@echo "setup, step 3 of 4: compiling them, so that commands start fast; takes minutes"
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
+	@echo "setup, step 4 of 4: Convoy itself, editable"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+	@echo "setup is done: \`source .venv/bin/activate\` makes \`convoy\` a command"
 
 train: setup
 	$(BIN)/convoy train
 
+# Two workers fill two cores: with a third one it takes longer, and a quarter more processor time.
 test: setup
 	$(BIN)/pytest -n 2
 
