@@ -21,6 +21,8 @@ from infra.machine.files import check_writable
 from infra.machine.output import outlive_readers
 
 if TYPE_CHECKING:
+    from tasks.prediction.corrections import Corrected
+    from tasks.prediction.label_errors_page import FoundLabelErrors
     from tasks.prediction.predict import Predictions
 
 MAX_PRINTED = 10  # unreadable files, and classes
@@ -87,6 +89,7 @@ def errors(
         Path | None,
         typer.Option(metavar="FILE", help="Write to --out the labels of all images, as corrected in this table."),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a table of images whose label is probably wrong, the worst first, and a page to look through.
 
@@ -111,20 +114,10 @@ def errors(
         options = table_options(load_project(configuration_file(None)).data)  # as the next training reads the table
         servers_to_read()
         written = write_corrected(model, corrections, out, options)
-        print_pairs(
-            {
-                "model": written.model,
-                "labels": f"{counted(written.images, 'image')}, {counted(written.changed, 'label')} changed",
-                "table": str(out),
-                "to train": shlex.join(("convoy", "train", "--dataset", str(out), "--name", written.name)),
-            }
-        )
-        if written.missing:
-            print_line(
-                f"before you train, move {out.name} to the folder from which its paths begin: there is no "
-                f"{out.parent / written.missing}",
-                error=True,
-            )
+        if as_json:
+            print_json(written)
+        else:
+            _print_corrected(written, out)
         return
     check_writable(out.with_suffix(".html"), "the page of --out")
     servers_to_read()
@@ -132,6 +125,30 @@ def errors(
         from tasks.prediction.label_errors import write_label_errors
 
     found = write_label_errors(model, out)
+    if as_json:
+        print_json(found)
+    else:
+        _print_label_errors(found)
+
+
+def _print_corrected(written: "Corrected", table: Path) -> None:
+    print_pairs(
+        {
+            "model": written.model,
+            "labels": f"{counted(written.images, 'image')}, {counted(written.changed, 'label')} changed",
+            "table": str(table),
+            "to train": shlex.join(("convoy", "train", "--dataset", str(table), "--name", written.name)),
+        }
+    )
+    if written.missing:
+        print_line(
+            f"before you train, move {table.name} to the folder from which its paths begin: there is no "
+            f"{table.parent / written.missing}",
+            error=True,
+        )
+
+
+def _print_label_errors(found: "FoundLabelErrors") -> None:
     print_pairs(
         {
             "model": found.model,

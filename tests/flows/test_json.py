@@ -18,13 +18,13 @@ from tests.flows.conftest import Convoy
 from tests.flows.test_cli import COMMANDS
 
 PRINT_DATA = {
-    *("data show", "data diff", "data check", "runs", "models", "history", "compare", "predict", "export"),
+    *("data show", "data diff", "data check", "runs", "models", "history", "compare", "predict", "errors", "export"),
     *("config", "status", "up", "env", "doctor", "prune", "retrain"),
 }
 """Commands whose result is data."""
 
 DO_NOT = {
-    *("train", "resume", "errors"),  # they write it to a file: --summary, --out
+    *("train", "resume"),  # they write it to a file: --summary
     *("promote", "rollback", "deploy", "cancel", "notify", "notify-data", "init", "down"),  # they say what they did
     *("worker", "join"),  # they run until they are stopped
 }

@@ -82,6 +82,9 @@ def test_errors_writes_a_table_and_a_page_and_says_what_was_seen_in_training(
     assert lines["page"] == str(tmp_path / "errors.html")
     assert f"Labels of {NAME}/1" in (tmp_path / "errors.html").read_text()
     assert "images are named by split and position" in done.stderr
+    found = json.loads(convoy("errors", NAME, "--out", str(tmp_path / "errors.csv"), "--json").stdout)
+    assert (found["model"], found["named"], found["table"]) == (f"{NAME}/1", False, str(tmp_path / "errors.csv"))
+    assert found["suspects"] == {split: splits.count(split) for split in found["images"]}
 
 
 def test_mistakes_are_one_line(convoy: Convoy, photos: Path, tmp_path: Path) -> None:
