@@ -21,7 +21,8 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import FlowRun, State, StateType, Worker, WorkerStatus
 from prefect.client.schemas.responses import DeploymentResponse, SetStateStatus
 from prefect.client.schemas.sorting import ArtifactSort
-from prefect.events import emit_event
+from prefect.events import EventTrigger, Resource, ResourceSpecification, emit_event
+from prefect.events.schemas.automations import Automation
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.states import Cancelling
@@ -53,6 +54,7 @@ RENAMED = "renamed:"
 
 POOL_DESCRIPTION = "Flow runs that are due, and wait for a machine on which `convoy worker` runs."
 DATA_CHANGED = "convoy.data.changed"
+PAGE = 200  # automations per request, the most that Prefect gives
 REPORT_ARTIFACTS = ("quality-gate", "evaluation")  # in the order of a report
 PREFECT_PROGRAM = (
     "import cnn, infra, tasks, flows, runpy; runpy.run_module('prefect', run_name='__main__', alter_sys=True)"
@@ -385,8 +387,26 @@ def cancel(run: str) -> str:
     return f"flow run {found.name} is being cancelled: {url_for('flow-run', obj_id=found.id)}"
 
 
-def emit_data_changed(dataset: str) -> None:
-    """Emits the event that deployments' triggers wait for."""
-    with get_client(sync_client=True) as client:
-        client.hello()  # events are sent in the background, where a refusal would not be noticed
-    emit_event(event=DATA_CHANGED, resource={"prefect.resource.id": f"convoy.dataset.{dataset}"})
+def announce_data(dataset: str) -> list[str]:
+    """Emits the event that deployments' triggers wait for.
+
+    Returns:
+        Names of the automations that it starts, those of the triggers among them.
+    """
+    resource = {"prefect.resource.id": f"convoy.dataset.{dataset}"}
+    automations: list[Automation] = []
+    with get_client(sync_client=True) as client:  # the event is sent in the background, where no error would be seen
+        while page := client.read_automations(limit=PAGE, offset=len(automations)):
+            automations += page
+    emit_event(event=DATA_CHANGED, resource=resource)
+    return [each.name for each in automations if each.enabled and _waits_for(each, Resource(resource))]
+
+
+def _waits_for(automation: Automation, dataset: Resource) -> bool:
+    trigger = automation.trigger
+    return (
+        isinstance(trigger, EventTrigger)
+        and DATA_CHANGED in trigger.expect
+        and isinstance(trigger.match, ResourceSpecification)
+        and trigger.match.matches(dataset)
+    )

@@ -231,7 +231,11 @@ def notify_data(
     """Announce new data: deployments with a trigger for the dataset start."""
     servers_up(only=["prefect"])
     with loading():
-        from flows.deployments import emit_data_changed
+        from flows.deployments import announce_data
 
-    emit_data_changed(dataset)
+    started = announce_data(dataset)
     print_line(f"announced that {dataset} has changed")
+    for automation in started:
+        print_line(f"starts: {automation}")
+    if not started:
+        print_line(f"nothing waits for it: no deployment in Prefect has a trigger for {dataset!r}", error=True)

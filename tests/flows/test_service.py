@@ -321,7 +321,12 @@ def test_the_workflows_script_works_against_a_real_worker(
 @pytest.mark.slow
 def test_new_data_start_a_run(convoy: Convoy, worker: subprocess.Popen[bytes]) -> None:
     before = {run.id for run in runs()}
-    assert convoy("notify-data", MODEL).status == 0
+    announced = convoy("notify-data", MODEL)
+    assert (announced.status, announced.stderr) == (0, "")
+    assert f"starts: {MODEL}__automation_1" in announced.stdout
+    unknown = convoy("notify-data", f"{MODEL}s")
+    assert (unknown.status, unknown.stdout) == (0, f"announced that {MODEL}s has changed\n")
+    assert "nothing waits for it" in unknown.stderr
     name = f"{MODEL} convoy9 (event)"
     wait_for(lambda: [run for run in runs() if run.id not in before and run.name == name], f"the run {name}")
 
