@@ -300,7 +300,7 @@ class _Faults:
     def add(self, row: int, text: str) -> None:
         self.count += 1
         if len(self.named) < MAX_FAULTS:
-            self.named.append(_printable(f"row {row} {text}"[:MAX_FAULT]))
+            self.named.append(escaped(f"row {row} {text}"[:MAX_FAULT]))
 
     def refuse(self) -> None:
         if self.count:
@@ -464,7 +464,3 @@ def _text(value: Any) -> str | None:
 
 def _wrong_bytes(text: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()

@@ -18,6 +18,8 @@ from flows.summary import Summary
 from tests.conftest import USERS_OWN
 from tests.flows.conftest import next_training, program, quiet_prefect
 from tests.flows.program import RESUMABLE, NextTraining, Program, Training, assert_as_undisturbed, sets, wait_for
+from tests.flows.test_own_network import PROJECT, TRAIN
+from tests.own_project import write
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -172,6 +174,22 @@ def test_two_raylets_give_the_weights_of_one_machine(
     logs = [file for file in raylets.folder.rglob("*") if file.is_file()]
     assert any("worker" in file.name for file in logs)
     assert [file for file in logs if secret in file.read_bytes()] == []
+
+
+def test_raylets_train_a_network_of_the_working_folder(
+    raylets: Raylets, program: Callable[..., Program], project: Path
+) -> None:
+    write(project, PROJECT)
+    for _ in range(2):
+        raylets.add()
+    digests = set()
+    for place in (["ranks=1"], ["ranks=2", "launcher=ray", f"ray.address={raylets.cluster.address}"]):
+        started = program(*TRAIN, *sets(*place), "--epochs", "2", "--name", "own-on-ray", "--summary", "out.json")
+        found = summary(started, project)
+        digests.add(found.weights_sha256)
+    assert found.world_size == 2
+    assert len(digests) == 1
+    raylets.assert_free()
 
 
 def test_a_lost_raylet_s_rank_goes_on_where_there_is_room(

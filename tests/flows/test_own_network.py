@@ -41,21 +41,26 @@ def own(project: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_weights_are_equal_on_1_and_2_ranks_and_the_version_needs_neither_convoy_nor_the_network(
-    own: Path, program: Callable[..., Program]
+@pytest.mark.timeout(900)
+def test_weights_are_equal_on_1_and_2_ranks_and_2_nodes_and_the_version_needs_neither_convoy_nor_the_network(
+    own: Path, program: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("CONVOY_SLOTS", "1")
+    joined = program("join", "--ranks", "1")
     found: list[dict[str, Any]] = []
-    for ranks in "12":
-        file = own / f"{ranks}.json"
-        done = program(
-            *TRAIN, "--epochs", "2", "--name", f"own-{ranks}", "--ranks", ranks, "--summary", str(file)
-        ).wait(3 * PATIENCE)
+    for where in ("ranks=1", "ranks=2", "launcher=nodes"):
+        file = own / f"{where}.json"
+        options = sets(where, "nodes.min=2", "nodes.wait=60", f"name=own-{where.replace('=', '-')}")
+        done = program(*TRAIN, *options, "--epochs", "2", "--summary", str(file)).wait(3 * PATIENCE)
         assert done.status == 0, done.stderr
         found.append(json.loads(file.read_text()))
-    one, two = found
-    assert (one["world_size"], two["world_size"]) == (1, 2)
-    assert one["weights_sha256"] == two["weights_sha256"]
-    assert one["accuracy"] == two["accuracy"]
+    joined.process.terminate()
+    left = joined.wait()
+    assert f"run {found[2]['mlflow_run_id']}: left" in left.stdout, left.stderr
+    one, two, nodes = found
+    assert (one["world_size"], two["world_size"], nodes["world_size"]) == (1, 2, 2)
+    assert one["weights_sha256"] == two["weights_sha256"] == nodes["weights_sha256"]
+    assert one["accuracy"] == two["accuracy"] == nodes["accuracy"]
 
     run = MlflowClient().get_run(two["mlflow_run_id"])
     assert (run.data.params["model"], run.data.params["network.dropout"]) == (MODEL, "0.1")
