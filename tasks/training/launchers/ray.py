@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,8 @@ def agents(folder: JobFolder) -> Iterator[None]:
     job = folder.read_job()
     assert isinstance(job.launch, RayLaunch)
     config = job.launch.ray
-    _connect(config)
+    with chdir(folder.path):  # Ray's workers search the driver's working folder first; a user's may hold a `tasks`, too
+        _connect(config)
     bundle = {kind: float(amount) for kind, amount in (("CPU", config.cpus), ("GPU", config.gpus)) if amount}
     group = placement_group([bundle] * job.world_size, strategy=config.strategy, name=f"convoy-{job.run_id}")
     host: Any = ray.remote(AgentHost)
