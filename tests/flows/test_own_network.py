@@ -55,8 +55,7 @@ def test_weights_are_equal_on_1_and_2_ranks_and_2_nodes_and_the_version_needs_ne
         assert done.status == 0, done.stderr
         found.append(json.loads(file.read_text()))
     joined.process.terminate()
-    left = joined.wait()
-    assert f"run {found[2]['mlflow_run_id']}: left" in left.stdout, left.stderr
+    assert joined.wait().status == 0
     one, two, nodes = found
     assert (one["world_size"], two["world_size"], nodes["world_size"]) == (1, 2, 2)
     assert one["weights_sha256"] == two["weights_sha256"] == nodes["weights_sha256"]
