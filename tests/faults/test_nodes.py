@@ -113,7 +113,7 @@ def where(training: Training) -> list[str]:
     """Returns the nodes of each generation, from the coordinator's messages."""
     events = training.folder / "events.jsonl"
     text = events.read_text() if events.exists() else ""
-    return re.findall(r'"note":"(\d+ ranks: [^"]*)"', text)
+    return re.findall(r'"note":"(\d+ ranks?: [^"]*)"', text)
 
 
 def test_two_hosts_give_the_weights_of_one(hosts: Callable[[int], Cluster], undisturbed: Summary) -> None:

@@ -145,7 +145,7 @@ def processes(training: Training) -> list[psutil.Process]:
 
 def worlds(training: Training) -> list[str]:
     """Returns the number of ranks per generation, from the coordinator's messages."""
-    return re.findall(r'"note":"(\d+) ranks: ', (training.folder / "events.jsonl").read_text())
+    return re.findall(r'"note":"(\d+) ranks?: ', (training.folder / "events.jsonl").read_text())
 
 
 def assert_nothing_left(training: Training, raylets: Raylets) -> None:
