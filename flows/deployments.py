@@ -35,6 +35,7 @@ from infra.records import Record
 from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN, STARTED_BY
 from tasks.config.deployment import ProjectConfig, ScheduleConfig
 from tasks.config.run import RunConfig, load_config
+from tasks.orchestration.flow_runs import PAGE
 
 DEPLOYMENTS = Path(__file__).parents[1] / "infra" / "prefect.yaml"
 EXAMPLE = "fashion-mnist"
@@ -54,7 +55,6 @@ RENAMED = "renamed:"
 
 POOL_DESCRIPTION = "Flow runs that are due, and wait for a machine on which `convoy worker` runs."
 DATA_CHANGED = "convoy.data.changed"
-PAGE = 200  # automations per request, the most that Prefect gives
 REPORT_ARTIFACTS = ("quality-gate", "evaluation")  # in the order of a report
 PREFECT_PROGRAM = (
     "import cnn, infra, tasks, flows, runpy; runpy.run_module('prefect', run_name='__main__', alter_sys=True)"
