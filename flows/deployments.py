@@ -1,5 +1,6 @@
 """Registers deployments with Prefect from a file, starts their flow runs, follows and cancels them."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from prefect.client.schemas.responses import DeploymentResponse, SetStateStatus
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.events import EventTrigger, Resource, ResourceSpecification, emit_event
 from prefect.events.schemas.automations import Automation
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.states import Cancelling
 from prefect.utilities.urls import url_for
@@ -32,10 +33,12 @@ from flows.run_names import command_reason, model_name
 from flows.summary import REFUSED, Summary
 from infra.errors import ServiceError, UsageError, one_line
 from infra.records import Record
-from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN, STARTED_BY
+from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN, RESUMED_BY, STARTED_BY
 from tasks.config.deployment import ProjectConfig, ScheduleConfig
 from tasks.config.run import RunConfig, load_config
-from tasks.orchestration.flow_runs import PAGE
+from tasks.orchestration.flow_runs import PAGE, may_go_on
+from tasks.orchestration.outage import is_prefect_outage
+from tasks.training.platform import Platform
 
 DEPLOYMENTS = Path(__file__).parents[1] / "infra" / "prefect.yaml"
 EXAMPLE = "fashion-mnist"
@@ -44,6 +47,7 @@ EXAMPLE = "fashion-mnist"
 MAX_POLL_SECONDS = 2.0  # between polls of a flow run
 POLL_SHARE = 0.05  # of the time waited so far, as a pause before the next poll: short runs are polled often
 MAX_OUTAGE_SECONDS = 1800.0  # that Prefect may be down while a command waits for a flow run
+SUCCESSOR_SECONDS = 180.0  # that a command waits until a worker resumes a flow run; workers look every minute
 NO_ANSWER = "Prefect does not answer"
 NO_WORKER_SECONDS = 3.0  # that a flow run waits before a warning says that no worker is there
 BUSY_WORKER_SECONDS = 30.0  # that it waits before a warning says that the workers have not taken it
@@ -54,6 +58,7 @@ RENAMED = "renamed:"
 """Prefix of the tag of a deployment that has another name now, which follows."""
 
 POOL_DESCRIPTION = "Flow runs that are due, and wait for a machine on which `convoy worker` runs."
+PLATFORM_QUEUE, PLATFORM_DIGITS = "platform-", 8
 DATA_CHANGED = "convoy.data.changed"
 REPORT_ARTIFACTS = ("quality-gate", "evaluation")  # in the order of a report
 PREFECT_PROGRAM = (
@@ -214,6 +219,22 @@ def ensure_pool(name: str) -> None:
             client.create_work_pool(WorkPoolCreate(name=name, type="process", description=POOL_DESCRIPTION))
 
 
+def queues_to_serve(pool: str, platform: Platform) -> list[str]:
+    """Returns the work queues of a worker: first its platform's own, which it creates, then all but other platforms'.
+
+    Resumptions wait in the queue of their platform, since only workers of equal platforms give equal weights.
+    """
+    digest = hashlib.sha256(platform.model_dump_json().encode()).hexdigest()[:PLATFORM_DIGITS]
+    own = f"{PLATFORM_QUEUE}{digest}"
+    described = f"torch {platform.torch}, {platform.instruction_set}, code {platform.code_digest[:PLATFORM_DIGITS]}"
+    with get_client(sync_client=True) as client:
+        known = [queue.name for queue in client.read_work_queues(work_pool_name=pool)]
+        if own not in known:
+            with suppress(ObjectAlreadyExists):  # another worker was faster
+                client.create_work_queue(own, f"Trainings to resume with {described}", work_pool_name=pool)
+    return [own, *(name for name in known if not name.startswith(PLATFORM_QUEUE))]
+
+
 def _entries(file: Path) -> list[dict[str, Any]]:
     try:
         entries = yaml.safe_load(file.read_text())["deployments"]
@@ -293,7 +314,7 @@ def follow(flow_run_id: UUID, report: Callable[[str], None]) -> tuple[Summary, l
             try:
                 run = client.read_flow_run(flow_run_id)
             except httpx.HTTPError as error:
-                if not _is_outage(error):
+                if not is_prefect_outage(error):
                     raise
                 down_since = down_since or time.monotonic()
                 if time.monotonic() - down_since > MAX_OUTAGE_SECONDS:
@@ -309,7 +330,12 @@ def follow(flow_run_id: UUID, report: Callable[[str], None]) -> tuple[Summary, l
                 shown = state.name
                 report(f"{shown}{': ' + state.message if state.message else ''}")
             if state and state.is_final():
-                break
+                successor = _successor(client, run, report)
+                if successor is None:
+                    break
+                report(f"it goes on as flow run {url_for('flow-run', obj_id=successor) or successor}")
+                flow_run_id, shown, began = successor, None, time.monotonic()
+                continue
             waited = time.monotonic() - began
             if not warned and run.start_time is None and waited > NO_WORKER_SECONDS:
                 pool = run.work_pool_name or "convoy"
@@ -328,17 +354,27 @@ def follow(flow_run_id: UUID, report: Callable[[str], None]) -> tuple[Summary, l
     return _summary(run, data.get("summary")), [str(data[key]) for key in REPORT_ARTIFACTS if key in data]
 
 
+def _successor(client: SyncPrefectClient, run: FlowRun, report: Callable[[str], None]) -> UUID | None:
+    """Returns the flow run that goes on with one that died; None if there is none, or no worker makes one in time."""
+    deadline = time.monotonic() + SUCCESSOR_SECONDS
+    if may_go_on(run):
+        report(f"{run.state_name}: waiting until a worker resumes it")
+    while may_go_on(run) and time.monotonic() < deadline:
+        time.sleep(MAX_POLL_SECONDS)
+        with suppress(httpx.HTTPError):
+            run = client.read_flow_run(run.id)
+    try:
+        return UUID(str(run.labels.get(RESUMED_BY)))
+    except ValueError:  # the reason why nothing goes on
+        return None
+
+
 def _workers(client: SyncPrefectClient, pool: str) -> list[Worker]:
     """Returns the workers of a pool that Prefect has heard of lately."""
     try:
         return [each for each in client.read_workers_for_work_pool(pool) if each.status == WorkerStatus.ONLINE]
     except ObjectNotFound:
         return []
-
-
-def _is_outage(error: httpx.HTTPError) -> bool:
-    """Returns whether an error means that Prefect, or the network in between, is down or overloaded."""
-    return not isinstance(error, httpx.HTTPStatusError) or error.response.status_code in (408, 429, *range(500, 600))
 
 
 def _summary(run: FlowRun, rows: Any) -> Summary:
@@ -375,6 +411,9 @@ def cancel(run: str) -> str:
             found = client.read_flow_run(UUID(flow_run_id))
         except (ObjectNotFound, ValueError):
             raise UsageError(f"{run} is neither a training in MLflow nor a flow run; see `convoy runs`") from None
+        if may_go_on(found):
+            client.update_flow_run_labels(found.id, {RESUMED_BY: "none: a person cancelled it"})
+            return f"flow run {found.name} is {found.state_name}, and no worker resumes it"
         if found.state and found.state.is_final():
             raise UsageError(f"flow run {found.name} has ended: {found.state.name}")
         wanted: State[None] = Cancelling()

@@ -1,7 +1,9 @@
 """The way of a training from its source to the champion: the table of contents of the flows `train` and `retrain`."""
 
 import logging
+from contextlib import suppress
 
+import httpx
 from prefect import states
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
@@ -10,21 +12,26 @@ from prefect.utilities.urls import url_for
 
 from flows.step_timer import StepTimer
 from flows.summary import REFUSED, Refused, Summary
+from infra.errors import one_line
 from infra.machine import stopping
 from infra.machine.output import outlive_readers
 from infra.tracking.client import check_server
+from infra.tracking.tags import RESUMABLE
 from tasks.config.launchers import check_installed
 from tasks.config.run import RunConfig, Step, with_network_options
 from tasks.data.dataset import DatasetRef
 from tasks.data.download import download
 from tasks.data.preprocess import preprocess
 from tasks.orchestration.cancellation import Cancelled
-from tasks.orchestration.flow_runs import enter_project, flow_is_alive, give_up_tries
+from tasks.orchestration.flow_runs import enter_project, flow_is_alive, give_up_tries, label_flow_run
 from tasks.orchestration.messages import tell, tell_failure
 from tasks.orchestration.model_lease import model_lease
+from tasks.orchestration.outage import is_prefect_outage
 from tasks.release.retrain_decision import what_changed
 from tasks.training.runs.run_data import recorded_dataset, with_batch_size
 from tasks.training.runs.run_record import check_resumable, read_record
+
+MAX_REASON = 200  # characters of why a flow run may go on, in its label
 
 
 def _is_no_refusal(record: logging.LogRecord) -> bool:
@@ -63,7 +70,10 @@ def train_and_release(
         # Prefect lets a cancelled run end in this state only, and raises `cancelled` from it in the caller.
         return states.Cancelled(message=str(cancelled), data=cancelled)  # type: ignore[arg-type]
     except Exception as error:
-        tell_failure(error, trial=trial)
+        if resumable := getattr(error, "resumable", False) or is_prefect_outage(error):
+            with suppress(httpx.HTTPError):  # of a flow run that cannot say how it ended, its process's end is noticed
+                label_flow_run({RESUMABLE: one_line(error)[:MAX_REASON]})
+        tell_failure(error, trial=trial, resumable=resumable)
         raise
     if summary.news:
         tell(summary.news, summary.message, minor=trial and summary.news != "promoted")
@@ -109,7 +119,7 @@ def _train_and_release(
             check_resumable(resume)  # again: another process may have finished it while this one waited
         warm = False
         judge = None
-        if only_if_changed:
+        if only_if_changed and not resume:
             choice = step_timer("decide", what_changed(name, config, dataset, force=force))
             summary = summary.model_copy(update={"reason": choice.why})
             if not choice.train and not choice.judge:

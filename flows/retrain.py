@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from prefect import flow
+from pydantic.json_schema import SkipJsonSchema
 
 from flows.run_names import training_name
 from flows.summary import Summary
@@ -12,7 +13,10 @@ from tasks.config.run import RunConfig, Step
 
 @flow(name="retrain", flow_run_name=training_name, persist_result=False)
 def retrain_flow(
-    config: Annotated[RunConfig, Form()], force: bool = False, refresh: frozenset[Step] = frozenset()
+    config: Annotated[RunConfig, Form()],
+    force: bool = False,
+    refresh: frozenset[Step] = frozenset(),
+    resume: Annotated[str | None, SkipJsonSchema()] = None,
 ) -> Summary:
     """Retrains a model if data, code, configuration or lock file have changed since its champion.
 
@@ -22,6 +26,7 @@ def retrain_flow(
         config: What to train, on what, and when to release it. Fields that are left alone keep their defaults.
         force: Train although nothing has changed.
         refresh: Steps to repeat although their output exists.
+        resume: Id of the MLflow run of an unfinished training to continue, with the same configuration; not shown.
 
     Raises:
         Refused: a gate refused; the flow run ends in the state Refused, of Prefect's type failed.
@@ -29,4 +34,4 @@ def retrain_flow(
     from flows.pipeline import train_and_release  # not above: a deployment needs the parameters only
 
     # Prefect turns the returned state into its summary.
-    return train_and_release(config, refresh, only_if_changed=True, force=force)  # type: ignore[return-value]
+    return train_and_release(config, refresh, resume, only_if_changed=True, force=force)  # type: ignore[return-value]

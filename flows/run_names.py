@@ -1,17 +1,18 @@
 """Names flow runs after the model, the network and the reason why they run."""
 
 import os
-from typing import Literal
+from typing import Literal, get_args
 
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 
 from infra.sources.entries import ARCHIVE_SUFFIXES
 from infra.sources.slug import slug
-from infra.tracking.tags import STARTED_BY
+from infra.tracking.tags import RESUMES, STARTED_BY
 from tasks.config.run import RunConfig
 
 Reason = Literal["schedule", "event", "CI", "by hand"]
+_REASONS: dict[object, Reason] = {reason: reason for reason in get_args(Reason)}
 
 
 def training_name() -> str:
@@ -50,6 +51,8 @@ def command_reason() -> Reason:
 
 def reason_of(run: FlowRun) -> Reason:
     """Returns why a flow run runs; of one without a deployment, which runs in this process, this process knows it."""
+    if run.labels.get(RESUMES) and (reason := _REASONS.get(run.labels.get(STARTED_BY))):
+        return reason
     if run.auto_scheduled:
         return "schedule"
     if run.created_by and run.created_by.type == "AUTOMATION":

@@ -48,3 +48,6 @@ class ServiceError(RuntimeError):
 
 class Outage(ServiceError):
     """A server or the network is down, overloaded or restarting: a retry may succeed later."""
+
+    resumable = True
+    """Whether a training that ends with this error goes on by itself, if a deployment has started it."""

@@ -77,6 +77,9 @@ class Settings(BaseSettings):
     """CONVOY_CACHE_BYTES: the cache's limit, for example 200GB; the least recently used files are removed when more is
     needed. Unset: the cache's present size plus nine tenths of the disk's free space."""
 
+    sweep_seconds: float = Field(60.0, gt=0)
+    """CONVOY_SWEEP_SECONDS: seconds between a worker's looks at trainings that died."""
+
     pod: str | None = Field(None, pattern=r"^[^/]+/[^/]+/[^/]+$")
     """CONVOY_POD: namespace/name/uid of the Kubernetes pod that the flow runs in; its training's Job ends with it."""
 

@@ -91,24 +91,30 @@ def worker(
     Their relative paths, and networks of your own, are those of the folder in which this is called.
 
     First it cleans up after an earlier worker, as `convoy doctor --fix` does.
+
+    Trainings of deployments that die on any machine go on by themselves, on the next free worker with the same code,
+    libraries and kind of processor. After SIGTERM or Ctrl-C, running trainings store a checkpoint and go on elsewhere,
+    or when a worker starts again.
     """
     servers_up()
     with loading():
-        from flows.deployments import ensure_pool
+        from flows.deployments import ensure_pool, queues_to_serve
+        from tasks.training.platform import this_platform
         from tasks.upkeep.doctor import settle_all
 
+        platform = this_platform()
     ensure_pool(pool)
+    queues = queues_to_serve(pool, platform)
     for finding in settle_all():
         print_line(f"settled: {finding}")
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"  # a worker's output is its log
     os.environ.setdefault("CONVOY_PROJECT", os.getcwd())
     os.environ["PYTHONSAFEPATH"] = "1"  # otherwise `-m` searches the user's folder first, here and in flow runs
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", WORKER_POLL_SECONDS)
-    command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
     sys.stdout.flush()
     # At SIGTERM, Prefect's worker sends itself a SIGINT, which a script's background job ignores.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.execv(sys.executable, [sys.executable, *command])
+    os.execv(sys.executable, [sys.executable, "-m", "flows.worker", pool, str(limit), *queues])
 
 
 def join(

@@ -66,7 +66,25 @@ HELD_LEASE = "convoy.lease"
 """The concurrency limit of which the flow run holds a slot."""
 
 STARTED_BY = "convoy.started_by"
-"""`CI` or `by hand`, for flow runs that `convoy retrain` asks for."""
+"""Why the flow run runs, for those that `convoy retrain` asks for and for resumptions."""
+
+ALIVE = "convoy.alive"
+"""A number that the flow run's process counts up."""
+
+RESUMABLE = "convoy.resumable"
+"""Why a failed flow run may go on: what ended it was no fault of data, configuration or code."""
+
+RESUMED_BY = "convoy.resumed_by"
+"""The flow run that goes on with a dead one; or why none does."""
+
+RESUMES = "convoy.resumes"
+"""The dead flow run that this one goes on with."""
+
+RESUMED_STEP = "convoy.resumed_step"
+"""The step of the newest checkpoint when the flow run was resumed."""
+
+RESUMED_TRIES = "convoy.resumed_tries"
+"""Number of resumptions from that step."""
 
 
 class VersionRecord(Record, alias_generator=lambda name: f"convoy.{name}", populate_by_name=True):

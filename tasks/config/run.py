@@ -54,6 +54,13 @@ class CheckpointConfig(Config):
     """Seconds to continue training while no checkpoint can be stored."""
 
 
+class ResumeConfig(Config):
+    """How a training of a deployment goes on by itself after its process died (`resume.*`)."""
+
+    limit: int = Field(3, ge=0)
+    """Resumptions in a row without a newer checkpoint, before the training is given up. 0: none at all."""
+
+
 class RunConfig(TrainConfig):
     """All keys of `convoy train`. `TrainConfig`, `data` and the dataset decide the weights."""
 
@@ -86,6 +93,8 @@ class RunConfig(TrainConfig):
 
     restarts: int = Field(3, ge=0)
     """Restarts of died ranks in a row without progress, before the training is given up."""
+
+    resume: ResumeConfig = ResumeConfig()
 
     data_gate: DataGateConfig = DataGateConfig()
 

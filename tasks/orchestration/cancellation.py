@@ -22,6 +22,12 @@ class Cancelled(RuntimeError):
     exit_status = 75
 
 
+class Superseded(RuntimeError):
+    """Prefect says that this flow run has crashed: a worker took its process for dead, and may have resumed it."""
+
+    exit_status = 75
+
+
 class CancelWatch:
     """Checks for a signal, and every `POLL_SECONDS` asks Prefect whether this flow run was cancelled."""
 
@@ -37,7 +43,11 @@ class CancelWatch:
 
 
 def is_cancelled() -> bool:
-    """Asks Prefect whether this flow run was cancelled; False outside a flow run or if Prefect does not answer."""
+    """Asks Prefect whether this flow run was cancelled; False outside a flow run or if Prefect does not answer.
+
+    Raises:
+        Superseded: Prefect says that the flow run has crashed.
+    """
     if not (flow := flow_run_id()):
         return False
     try:
@@ -46,6 +56,8 @@ def is_cancelled() -> bool:
     except (httpx.HTTPError, PrefectException) as error:
         run_logger().debug("cannot ask Prefect about the flow run: %s", error)
         return False
+    if state is not None and state.type == StateType.CRASHED:
+        raise Superseded(f"this flow run counts as crashed ({state.message}); another one may go on with its training")
     return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
 
 

@@ -5,6 +5,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -25,16 +26,21 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Crashed
 
 from infra.errors import UsageError
 from infra.machine.files import locked
-from infra.machine.locks import note_of_dead_holder
+from infra.machine.locks import is_held, note_of_dead_holder
 from infra.settings import Settings
+from infra.tracking.tags import ALIVE, RESUMABLE, RESUMED_BY
 
 TRAINING_FLOWS = ("train", "retrain")
 PAGE = 200  # results per request to Prefect
+BEAT_SECONDS = 30.0  # between two signs of life
+
+_labelling = threading.Lock()
+"""Prefect merges labels in two steps, so that of two requests at the same moment one would be lost."""
 
 
 def flow_run_id() -> UUID | None:
@@ -43,14 +49,20 @@ def flow_run_id() -> UUID | None:
     return context.flow_run.id if context and context.flow_run else None
 
 
+def is_deployed() -> bool:
+    """Returns whether this is a flow run of a deployment."""
+    context = FlowRunContext.get()
+    return context is not None and context.flow_run is not None and context.flow_run.deployment_id is not None
+
+
 def enter_project() -> None:
     """Changes from Prefect's temporary folder to the worker's, in a flow run that a worker has started.
 
     Raises:
         UsageError: there is no such folder.
     """
-    context, folder = FlowRunContext.get(), Settings().project
-    if folder is None or context is None or context.flow_run is None or context.flow_run.deployment_id is None:
+    folder = Settings().project
+    if folder is None or not is_deployed():
         return
     try:
         os.chdir(folder)
@@ -61,9 +73,38 @@ def enter_project() -> None:
 
 @contextmanager
 def flow_is_alive() -> Iterator[None]:
-    """Holds the lock of this flow run while the block runs."""
-    with locked(_folder() / str(flow_run_id())):
-        yield
+    """Shows that this flow run's process lives while the block runs: by a lock here, and by a label that changes."""
+    flow, ended = flow_run_id(), threading.Event()
+    with locked(_folder() / str(flow)):
+        if flow:
+            threading.Thread(target=_beat, args=(flow, ended), name="alive", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+
+def _beat(flow_run_id: UUID, ended: threading.Event) -> None:
+    """Changes a label of the flow run every `BEAT_SECONDS`, so that workers elsewhere notice if it ends."""
+    beats = 0
+    while not ended.wait(BEAT_SECONDS):
+        beats += 1
+        with suppress(httpx.HTTPError, PrefectException):
+            _label(flow_run_id, {ALIVE: str(beats)})
+
+
+def may_go_on(run: FlowRun) -> bool:
+    """Returns whether a flow run of a deployment has ended without its own word, and nothing goes on with it yet.
+
+    A person's cancellation, a mistake, a refusal and any other failure is its own word.
+    """
+    died = run.state_type == StateType.CRASHED or (run.state_type == StateType.FAILED and RESUMABLE in run.labels)
+    return died and run.deployment_id is not None and RESUMED_BY not in run.labels
+
+
+def is_alive_here(flow_run_id: str) -> bool:
+    """Returns whether a process of this state folder runs the flow run."""
+    return is_held(_folder() / flow_run_id)
 
 
 def training_flow_runs(
@@ -111,8 +152,12 @@ def settle_killed_flow_runs() -> list[FlowRun]:
 def label_flow_run(labels: dict[str, str]) -> None:
     """Adds or changes labels of this flow run; does nothing outside a flow run."""
     if flow := flow_run_id():
-        with get_client(sync_client=True) as client:
-            client.update_flow_run_labels(flow, dict(labels))
+        _label(flow, labels)
+
+
+def _label(flow_run_id: UUID, labels: dict[str, str]) -> None:
+    with _labelling, get_client(sync_client=True) as client:
+        client.update_flow_run_labels(flow_run_id, dict(labels))
 
 
 def give_up_tries() -> None:
@@ -134,12 +179,12 @@ def read_flow_run(flow_run_id: str) -> FlowRun | None:
         return None
 
 
-def mark_crashed(flow_run_id: str) -> None:
+def mark_crashed(flow_run_id: str, why: str = "its process was killed") -> None:
     """Marks a flow run as crashed in Prefect, unless it has ended there."""
     found = read_flow_run(flow_run_id)
     if found is None or found.state is None or found.state.is_final():
         return
-    state: State[None] = Crashed(message="its process was killed")
+    state: State[None] = Crashed(message=why)
     with get_client(sync_client=True) as client:
         # Without force, Prefect releases what the flow run held.
         answer = client.set_flow_run_state(found.id, state)

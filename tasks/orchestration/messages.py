@@ -14,11 +14,13 @@ from prefect.exceptions import PrefectException
 from prefect.utilities.urls import url_for
 
 from infra.errors import one_line
+from infra.tracking.tags import STARTED_BY
 from tasks.orchestration.progress import run_logger
 
 Kind = Literal["promoted", "registered", "refused", "failed", "waiting", "test"]
 
 MISTAKE, INTERRUPTED = 2, (75, 130)  # exit statuses
+UNATTENDED = ("schedule", "event")  # reasons why a resumed flow run began
 REASON_CHARACTERS = 1000  # of an error's message, which may be a whole page
 
 
@@ -69,20 +71,24 @@ def tell_waiting(model: str, version: str, link: str, *, result: str = "") -> No
     tell("waiting", f"{head}\npromote or refuse: {link}")
 
 
-def tell_failure(error: Exception, *, trial: bool) -> None:
+def tell_failure(error: Exception, *, trial: bool, resumable: bool = False) -> None:
     """Reports that the current flow run has failed.
 
-    Minor are failed trial runs, interruptions, and mistakes (exit status 2). A mistake in a run that a schedule or an
-    event has started is not minor: nobody watches that run.
+    Minor are failed trial runs, interruptions, what goes on by itself, and mistakes (exit status 2). A mistake in a run
+    that a schedule or an event has started is not minor: nobody watches that run.
 
     Args:
         trial: the run is a trial.
+        resumable: a worker resumes the run, if a deployment has started it.
     """
     context = FlowRunContext.get()
     run = context.flow_run if context else None
     status = getattr(error, "exit_status", None)
-    unattended = run is not None and (run.auto_scheduled or run.created_by is not None)
-    minor = trial or status in INTERRUPTED or (status == MISTAKE and not unattended)
+    unattended = run is not None and (
+        run.auto_scheduled or run.created_by is not None or run.labels.get(STARTED_BY) in UNATTENDED
+    )
+    goes_on = resumable and run is not None and run.deployment_id is not None
+    minor = trial or goes_on or status in INTERRUPTED or (status == MISTAKE and not unattended)
     reason = one_line(error) if status else f"{type(error).__name__}: {one_line(error)}"
     if len(reason) > REASON_CHARACTERS:
         reason = f"{reason[:REASON_CHARACTERS]} …"

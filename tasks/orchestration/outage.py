@@ -4,12 +4,21 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import httpx
+
 from infra.errors import Outage
 
 MAX_OUTAGE_SECONDS = 180.0  # a restart of a server, or of one of its nodes, takes less
 MAX_PAUSE_SECONDS = 10.0  # between tries
 
 Result = TypeVar("Result")
+
+
+def is_prefect_outage(error: BaseException) -> bool:
+    """Returns whether an error of Prefect's client means that it, or the network in between, is down or overloaded."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in (408, 429, *range(500, 600))
+    return isinstance(error, httpx.HTTPError)
 
 
 def through_outage(

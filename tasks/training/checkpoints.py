@@ -50,6 +50,7 @@ class CheckpointFailed(RuntimeError):
 class Unsaved(CheckpointFailed):
     """No checkpoint could be stored for `checkpoints.patience` seconds."""
 
+    resumable = True
     status: Status = "unsaved"
 
 

@@ -298,8 +298,8 @@ def main() -> int:
         train(job, folder, _rendezvous_store(sys.argv[2:]), stop)
     except Exception as error:
         if status := getattr(error, "exit_status", None):
-            kind = getattr(error, "status", "failed")
-            folder.write_outcome(Outcome(status=kind, error=str(error), exit_status=status))
+            kind, resumable = getattr(error, "status", "failed"), getattr(error, "resumable", False)
+            folder.write_outcome(Outcome(status=kind, error=str(error), exit_status=status, resumable=resumable))
         else:
             folder.write_outcome(Outcome(status="crashed", error=f"{type(error).__name__}: {error}", exit_status=1))
             print_line(traceback.format_exc())

@@ -15,7 +15,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from infra.errors import ServiceError, UsageError
+from infra.errors import Outage, ServiceError, UsageError
 from infra.machine.lifeline import adopt_orphans, end_descendants, hear_sigterm_as_end_of_input
 from tasks.training.launchers.local import run
 from tasks.training.protocol.job import JobFolder, Outcome
@@ -30,7 +30,9 @@ def main() -> int:
         status = launch(folder)
         return 128 + received[0] if received else status
     except (UsageError, ServiceError) as error:
-        folder.write_outcome(Outcome(status="failed", error=str(error), exit_status=error.exit_status))
+        resumable = isinstance(error, Outage)
+        outcome = Outcome(status="failed", error=str(error), exit_status=error.exit_status, resumable=resumable)
+        folder.write_outcome(outcome)
         return error.exit_status
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

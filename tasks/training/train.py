@@ -35,11 +35,14 @@ POLL_SECONDS = 0.1  # seconds between two checks of the supervisor and its event
 
 
 class TrainingFailed(RuntimeError):
-    """The ranks failed. `exit_status` is 2 if the user's input was at fault, else 1."""
+    """The ranks failed. `exit_status` is 2 if the user's input was at fault, else 1.
 
-    def __init__(self, message: str, exit_status: int) -> None:
+    It is `resumable` if signals or an outage ended them.
+    """
+
+    def __init__(self, message: str, exit_status: int, *, resumable: bool) -> None:
         super().__init__(message)
-        self.exit_status = exit_status
+        self.exit_status, self.resumable = exit_status, resumable
 
 
 class TrainResult(Record):
@@ -176,8 +179,9 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
         raise Interrupted(f"{reason} at step {outcome.steps}; `convoy resume {folder.path.name}` goes on")
     killed = folder.killed()
     if outcome is None or (outcome.status == "crashed" and killed):
-        raise TrainingFailed(f"the ranks died (see {folder.log}): {killed or folder.log_end()}", exit_status=1)
-    raise TrainingFailed(outcome.error, outcome.exit_status)
+        reason = f"the ranks died (see {folder.log}): {killed or folder.log_end()}"
+        raise TrainingFailed(reason, exit_status=1, resumable=True)
+    raise TrainingFailed(outcome.error, outcome.exit_status, resumable=outcome.resumable)
 
 
 def _supervise(folder: JobFolder, show: Callable[[Event], None]) -> int:

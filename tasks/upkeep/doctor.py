@@ -106,7 +106,7 @@ def _methods(grace: timedelta) -> dict[Kind, _Method]:
     closed = "it becomes KILLED, its flow run Crashed; `convoy resume` goes on with it"
     return {
         "process": _Method(_processes, _end_process, "it is ended"),
-        "run": _Method(_runs, _close_run, closed),
+        "run": _Method(_runs, close_run, closed),
         "flow": _Method(_flow_runs, _end_flow_run, "it becomes Crashed"),
         "lease": _Method(_leases, free_forgotten, "it is freed"),
         "upload": _Method(lambda: _uploads(store, young), lambda what: _abort(store, what), "it is aborted"),
@@ -161,7 +161,8 @@ def _abandoned(run: Run) -> str | None:
     return None
 
 
-def _close_run(run_id: str) -> bool:
+def close_run(run_id: str) -> bool:
+    """Closes the MLflow run of a flow whose process was killed, and its flow run; returns whether it was still open."""
     lock = lock_file(run_id)
     flow_run_id = ""
     try:

@@ -8,6 +8,7 @@ stopped              exists once the ranks have reached the agreed step of a sto
 outcome.json         how the training ended, written by the first rank that ends with a result or an error
 """
 
+import operator
 import os
 import re
 import sys
@@ -90,6 +91,9 @@ class Outcome(Record, extra="forbid"):
 
     error: Line = ""
     exit_status: int = 0
+    resumable: bool = Field(False, exclude_if=operator.not_)
+    """Whether an outage ended it, so that it may go on later. Left out if not, for older readers."""
+
     weights_key: str = ""
     weights_sha256: str = ""
     steps: int = 0

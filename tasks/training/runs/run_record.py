@@ -22,6 +22,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import search_versions
 from infra.tracking.model_versions import find_version
 from infra.tracking.provenance import Provenance
+from infra.tracking.tags import FLOW_RUN
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.training.platform import Platform, code_inputs, differences
@@ -78,6 +79,12 @@ def read_record(run_id: str) -> RunRecord:
         raise UsageError(f"no run {run_id} in bucket {store.bucket}; `convoy runs` lists them") from None
     except ValidationError as error:
         raise UsageError(f"run {run_id} was made by another version of Convoy: {error.errors()[0]['msg']}") from None
+
+
+def run_of_flow(flow_run: str) -> str | None:
+    """Returns the newest run that a flow run has worked on; None if there is none, or it ended before its training."""
+    runs = mlflow_runs.search_runs(FLOW_RUN, flow_run, limit=1) if flow_run else []
+    return runs[0].run_id if runs and open_bucket().head(bucket_layout.run_record(runs[0].run_id)) else None
 
 
 def check_resumable(run_id: str) -> RunConfig:

@@ -17,25 +17,26 @@ from infra.errors import ServiceError, UsageError
 from infra.machine.stopping import Stopped
 from infra.records import Record
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectStore, open_bucket
+from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs, tags
 from infra.tracking.promotion_history import this_user
 from infra.tracking.provenance import Provenance, provenance
-from tasks.config.run import RunConfig
+from tasks.config.run import RunConfig, with_network_options
 from tasks.data.dataset import DatasetRef, load_manifest
-from tasks.orchestration.cancellation import Cancelled
-from tasks.orchestration.flow_runs import flow_run_id, label_flow_run
+from tasks.orchestration.cancellation import Cancelled, Superseded
+from tasks.orchestration.flow_runs import flow_run_id, is_deployed, label_flow_run
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.retries import outlast
 from tasks.training.liveness import hold_run_lock
 from tasks.training.platform import differences, flatten, this_machine
-from tasks.training.runs.run_record import RunManifest, RunRecord, check_resumable, inputs_of, read_record
+from tasks.training.runs.run_record import RunManifest, RunRecord, check_resumable, inputs_of, read_record, run_of_flow
 
 
 class Interrupted(RuntimeError):
     """A signal asked the ranks to stop, and they stored a checkpoint."""
 
     exit_status = 75
+    resumable = True
 
 
 class TrackedRun(Record):
@@ -68,7 +69,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
     code = provenance()
     manifest = run_manifest(config, dataset, code)
     flow_run = flow_tags().get(tags.FLOW_RUN, "")
-    asked, resume = resume, resume or _run_of(flow_run, store)
+    asked, resume = resume, resume or run_of_flow(flow_run)
     finished = False
     with contextlib.ExitStack() as alive:
         if resume:
@@ -104,9 +105,13 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
             if stopped and not isinstance(error, Interrupted):  # whose message says it
-                run_logger().warning("run %s has stopped; `convoy resume %s` goes on", run_id, run_id)
+                by_itself = is_deployed() and not isinstance(error, Cancelled)
+                after = (
+                    "a worker goes on with it" if by_itself else f"`convoy resume {run_id}` goes on, nothing else does"
+                )
+                run_logger().warning("run %s has stopped; %s", run_id, after)
             with contextlib.suppress(ServiceError):  # if the server failed, the first error explains more
-                if not finished:
+                if not finished and not isinstance(error, Superseded):  # the run may be another flow run's by now
                     mlflow_runs.end_run(run_id, "KILLED" if stopped else "FAILED")
             raise
         if not finished:
@@ -149,6 +154,19 @@ def log_cost(run_id: str, step_seconds: Mapping[str, float], rank_hours: float) 
     outlast(partial(mlflow_runs.log_metrics, run_id, figures))
 
 
+def differs_here(run_id: str) -> list[str]:
+    """Returns what keeps a run from going on in this environment with equal weights; nothing if it can.
+
+    Raises:
+        UsageError, InputError: its record or its network cannot be read here.
+    """
+    record = read_record(run_id)
+    current = run_manifest(with_network_options(record.config), record.dataset, provenance())
+    if record.manifest.digest == current.digest:
+        return []
+    return differences(record.manifest.model_dump(), current.model_dump())
+
+
 def _check_equal(run_id: str, earlier: RunManifest, current: RunManifest) -> None:
     """Refuses a resume whose weights would belong to neither manifest."""
     if earlier.digest_format != current.digest_format:
@@ -158,12 +176,6 @@ def _check_equal(run_id: str, earlier: RunManifest, current: RunManifest) -> Non
         )
     if differing := differences(earlier.model_dump(), current.model_dump()):
         raise UsageError(f"run {run_id} cannot go on here, because its weights would differ: {'; '.join(differing)}")
-
-
-def _run_of(flow_run: str, store: ObjectStore) -> str | None:
-    runs = mlflow_runs.search_runs(tags.FLOW_RUN, flow_run, limit=1) if flow_run else []
-    # A run without a record ended before its training began.
-    return runs[0].run_id if runs and store.head(bucket_layout.run_record(runs[0].run_id)) else None
 
 
 def flow_tags() -> dict[str, str]:

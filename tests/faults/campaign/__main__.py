@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from itertools import chain, repeat
 from pathlib import Path
 
+from tests.faults.campaign.night import watch
 from tests.faults.campaign.tables import FAULTS, INVARIANTS, MOMENTS, plan
 from tests.faults.campaign.trial import Home, Plan, Trial
 
@@ -25,6 +26,17 @@ def seeds(seed: int) -> Iterator[int]:
     return map(random.Random(seed).randrange, repeat(10**6))
 
 
+def each_of(family: str, seed: int) -> Iterator[Plan]:
+    """Returns a plan for each fault of a family, at a moment by the seed."""
+    left = set(FAULTS[family])
+    for chosen in map(plan, seeds(seed)):
+        if chosen.family == family and chosen.fault in left:
+            left.remove(chosen.fault)
+            yield chosen
+        if not left:
+            return
+
+
 def run(trial: Trial) -> dict[str, list[str]]:
     """Runs a trial; returns what is wrong, by invariant."""
     chosen = trial.plan
@@ -34,7 +46,10 @@ def run(trial: Trial) -> dict[str, list[str]]:
             trial.comes_to(MOMENTS[chosen.moment])
             if not trial.late:
                 FAULTS[chosen.family][chosen.fault][0](trial)
-        trial.recover()
+        if chosen.family == "night":
+            watch(trial)
+        else:
+            trial.recover()
         trial.home.reference = trial.home.reference or trial.finished()
         return {name: found for name, check in INVARIANTS.items() if (found := check(trial))}
     except Exception as error:  # a server that cannot be asked, for example; the next trial may tell more
@@ -47,6 +62,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20, help="no trial starts after so many")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="of all trials")
     parser.add_argument("--trial", type=int, nargs="*", help="only these trials, by their seeds")
+    parser.add_argument("--family", choices=FAULTS, help="only faults of this family, each once")
     asked = parser.parse_args()
     for name in [name for name in os.environ if name.startswith(("AWS_", "CONVOY_", "MLFLOW_", "PREFECT_"))]:
         del os.environ[name]  # the user's own
@@ -58,7 +74,8 @@ def main() -> int:
         home = Home(Path(folder))
         try:
             home.up()
-            for chosen in chain([UNDISTURBED], map(plan, asked.trial or seeds(asked.seed))):
+            plans = each_of(asked.family, asked.seed) if asked.family else map(plan, asked.trial or seeds(asked.seed))
+            for chosen in chain([UNDISTURBED], plans):
                 if time.monotonic() > end:
                     break
                 if chosen.family == "disk" and not home.disks:  # small disks take root

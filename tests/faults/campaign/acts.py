@@ -31,6 +31,13 @@ def signal(sent: Signals, victim: str, trial: Trial) -> None:
     trial.send(sent, found)
 
 
+def flow_of_worker(sent: Signals, trial: Trial) -> None:
+    """Sends a signal to the flow run that the worker has started; too late if there is none."""
+    found = [each for each in trial.home.others() if "prefect.engine" in " ".join(each.cmdline())]
+    trial.late = not found
+    trial.send(sent, found)
+
+
 def server(name: ServerName, how: str, trial: Trial) -> None:
     """Kills a server for good or for some seconds, or stops it for these."""
     processes = trial.home.servers(name)

@@ -24,6 +24,7 @@ MOMENTS: dict[str, Callable[[Trial], object]] = {
 ALL = tuple(MOMENTS)
 RANKS_LIVE = ("ranks start", "in training", "last step")
 TRAINING = ("about to train", *RANKS_LIVE)
+FLOW_RUNS = tuple(moment for moment in ALL if moment != "at once")
 CHECKPOINTED = ("in training", "last step", "weights committed")
 
 
@@ -60,6 +61,21 @@ FAULTS: dict[str, dict[str, tuple[Act, tuple[str, ...]]]] = {  # what is done, a
     "worker": {
         f"{sent.name} {victim}": (partial(acts.signal, sent, victim), TRAINING)
         for sent, victim in ((SIGTERM, "worker"), (SIGKILL, "worker"), (SIGKILL, "worker and all below"))
+    },
+    "night": {  # in which nobody types anything, see `night.watch`
+        **{
+            f"{sent.name} {victim}": (partial(acts.signal, sent, victim), RANKS_LIVE)
+            for sent, victim in (
+                *((SIGTERM, "worker"), (SIGKILL, "worker"), (SIGKILL, "worker and all below")),
+                *((SIGKILL, "supervisor"), (SIGKILL, "torchrun"), (SIGKILL, "rank 0"), (SIGTERM, "rank 0")),
+            )
+        },
+        **{
+            f"{sent.name} flow of the worker": (partial(acts.flow_of_worker, sent), FLOW_RUNS)
+            for sent in (SIGTERM, SIGKILL)
+        },
+        **{f"{name} killed": (partial(acts.server, name, "killed"), FLOW_RUNS) for name in SERVER_NAMES},
+        "everything at once": (acts.power_cut, FLOW_RUNS),
     },
 }
 

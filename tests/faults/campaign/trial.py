@@ -83,7 +83,8 @@ class Home:
                 self.disks.append(path)
         self.output.mkdir()
         ports = {f"CONVOY_{name}_PORT": str(random.choice(PORT_RANGE)) for name in ("S3", "MLFLOW", "PREFECT")}
-        self._user = os.environ | ports | {"CONVOY_HOME": str(self.folder), "TMPDIR": str(self.tmp), "COLUMNS": "80"}
+        here = {"CONVOY_HOME": str(self.folder), "TMPDIR": str(self.tmp), "COLUMNS": "80", "CONVOY_SWEEP_SECONDS": "5"}
+        self._user = os.environ | ports | here
         self.settings = Settings(home=self.folder)
         self.reference = ""  # MLflow run of the undisturbed training
 
@@ -171,7 +172,7 @@ class Trial:
 
     def start(self) -> None:
         """Starts the training, here or by a worker."""
-        if self.plan.family != "worker":
+        if self.plan.family not in ("worker", "night"):
             self.train(2)
             return
         config = {"dataset": "digits", "name": self.name, "ranks": 2}
@@ -180,8 +181,11 @@ class Trial:
         deployments = [deployment | {"parameters": {"config": config}}]
         file.write_text(yaml.safe_dump({"name": "convoy", "pull": [], "deployments": deployments}))
         self.home.start("deploy", "--file", str(file)).end()
-        self.worker = self.home.start("worker", "--pool", "campaign")
+        self.start_worker()
         self.call("retrain", "-d", f"retrain/{self.name}", "--force", "--wait", *CONFIG)
+
+    def start_worker(self) -> None:
+        self.worker = self.home.start("worker", "--pool", "campaign")
 
     def train(self, ranks: int) -> Command:
         return self.call("train", "--dataset", "digits", "--name", self.name, "--ranks", str(ranks), *CONFIG)
@@ -206,7 +210,7 @@ class Trial:
         by_worker = self.plan.family == "worker"
         if by_worker and not self.late:
             self.worker.end(180)
-            self.worker = self.home.start("worker", "--pool", "campaign")  # which settles what the first one has left
+            self.start_worker()  # which settles what the first one has left
         last = [command.end() for command in self.commands][-1]
         self.home.up()
         for _ in range(TRIES):

@@ -1,0 +1,235 @@
+"""Resumes trainings of deployments that ended without their own word; each worker does so beside its flow runs.
+
+Flow runs die with their process or their machine, or give up in a long outage. A round, every minute, marks them as
+crashed and asks Prefect for new runs of their deployments, which go on with the same MLflow run. Rounds of several
+workers need no lease: of two requests with the same key, Prefect drops the second.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+from uuid import UUID
+
+import httpx
+from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.exceptions import PrefectException, PrefectHTTPStatusError
+
+from flows.run_names import reason_of
+from infra.errors import ServiceError, UsageError, one_line
+from infra.storage.object_store import open_bucket
+from infra.tracking.tags import (
+    ALIVE,
+    HELD_LEASE,
+    MLFLOW_RUN,
+    RESUMED_BY,
+    RESUMED_STEP,
+    RESUMED_TRIES,
+    RESUMES,
+    STARTED_BY,
+)
+from tasks.config.run import RunConfig
+from tasks.orchestration.flow_runs import (
+    BEAT_SECONDS,
+    is_alive_here,
+    mark_crashed,
+    may_go_on,
+    settle_killed_flow_runs,
+    training_flow_runs,
+)
+from tasks.orchestration.messages import emit
+from tasks.orchestration.model_lease import free_forgotten
+from tasks.training.checkpoints import commits_of, finished_outcome
+from tasks.training.runs.run_record import check_resumable, read_record, run_of_flow
+from tasks.upkeep.doctor import close_run
+
+SILENCE_SECONDS = 10 * BEAT_SECONDS  # without a sign of life, until a flow run counts as dead
+MAX_AGE = timedelta(days=7)  # of dead flow runs that are looked at
+CHECK = (
+    "import json, sys; from tasks.training.runs.tracked_run import differs_here; "
+    "print(json.dumps(differs_here(sys.argv[1])))"
+)
+MAX_DIFFERENCES = 500  # characters
+
+Decision = Literal["leave", "resume", "give up"]
+
+
+def tries_from(labels: Mapping[str, Any], committed: int) -> int:
+    """Returns how many resumptions in a row have begun at the step of the newest checkpoint."""
+    return int(labels.get(RESUMED_TRIES, 0)) if labels.get(RESUMED_STEP) == committed else 0
+
+
+def decide(run: FlowRun, committed: int, limit: int) -> Decision:
+    """Decides what becomes of a flow run.
+
+    Args:
+        committed: step of the newest checkpoint of its training; 0 without one.
+        limit: resumptions in a row without a newer checkpoint.
+    """
+    if not may_go_on(run):
+        return "leave"
+    return "resume" if tries_from(run.labels, committed) < limit else "give up"
+
+
+class Sweep:
+    """Looks after the trainings of deployments, one round per call.
+
+    Args:
+        queue: the work queue of workers that can give equal weights.
+        report: receives a line about each thing that was done or could not be.
+    """
+
+    def __init__(self, queue: str, report: Callable[[str], None]) -> None:
+        self._queue, self._report = queue, report
+        self._signs: dict[UUID, tuple[Any, float]] = {}
+        self._told: set[str] = set()
+
+    def for_ever(self, pause: float) -> None:
+        """Does a round every `pause` seconds."""
+        while True:
+            self()
+            time.sleep(pause)
+
+    def __call__(self) -> None:
+        """Does a round. After an error, the next one begins anew."""
+        try:
+            self._settle()
+            with get_client(sync_client=True) as client:
+                self._end_silent(client)
+                ended = [StateType.CRASHED, StateType.FAILED]
+                for run in list(training_flow_runs(client, ended, after=datetime.now(UTC) - MAX_AGE)):
+                    if may_go_on(run) and not is_alive_here(str(run.id)):
+                        self._look_at(client, run)
+        except (httpx.HTTPError, PrefectException, ServiceError) as error:
+            self._signs.clear()  # signs of life were missed, too
+            self._tell(f"cannot look after trainings for now: {one_line(error)}")
+
+    def _settle(self) -> None:
+        """Marks what has ended on this machine as crashed."""
+        for killed in settle_killed_flow_runs():
+            self._tell(f"flow run {killed.name} is Crashed: its process was killed")
+            if limit := killed.labels.get(HELD_LEASE):
+                free_forgotten(str(limit), after=timedelta(0))  # no need to wait until the lease expires
+            if run_id := _mlflow_run(killed):
+                close_run(run_id)
+
+    def _end_silent(self, client: SyncPrefectClient) -> None:
+        """Marks flow runs of other machines as crashed if they have shown no sign of life for long.
+
+        Only changes count, and only this process's clock, since clocks of machines differ. A flow run that never gave a
+        sign is left alone: an older Convoy runs it, or it has just begun.
+        """
+        now, signs = time.monotonic(), dict[UUID, tuple[Any, float]]()
+        for run in training_flow_runs(client, [StateType.RUNNING, StateType.PAUSED]):
+            sign = run.labels.get(ALIVE)
+            if run.deployment_id is None or sign is None or is_alive_here(str(run.id)):
+                continue
+            before, since = self._signs.get(run.id, (None, now))
+            signs[run.id] = (sign, since if sign == before else now)
+            if sign == before and now - since > SILENCE_SECONDS:
+                why = f"no sign of life for {SILENCE_SECONDS / 60:.0f} minutes: its machine died, or lost its network"
+                mark_crashed(str(run.id), why)
+                self._tell(f"flow run {run.name} is Crashed: {why}")
+                if run_id := _mlflow_run(run):
+                    close_run(run_id)
+        self._signs = signs
+
+    def _look_at(self, client: SyncPrefectClient, run: FlowRun) -> None:
+        run_id = _mlflow_run(run)
+        parameters = {**run.parameters}
+        try:
+            if run_id:
+                check_resumable(run_id)
+            given = run.parameters.get("config", {})
+            config = read_record(run_id).config if run_id else RunConfig.model_validate(given)
+        except (UsageError, ValueError) as error:
+            self._label(client, run, {RESUMED_BY: f"none: {one_line(error)}"})
+            return
+        if run_id and (differing := _differences(run_id)):
+            self._tell(f"flow run {run.name} cannot go on here, because its weights would differ: {differing}")
+            return
+        if run_id:
+            parameters |= {"config": config.model_dump(mode="json", exclude_unset=True), "resume": run_id}
+        step = _committed(run_id) if run_id else 0
+        tries = tries_from(run.labels, step)
+        decision = decide(run, step, config.resume.limit)
+        if decision == "give up":
+            why = f"it has ended {tries + 1} times in a row at step {step}" if tries else "resume.limit is 0"
+            self._label(client, run, {RESUMED_BY: f"none: {why}"})
+            said = run.state.message if run.state else ""
+            by_hand = f"\n`convoy resume {run_id}` tries again" if run_id else ""
+            emit(client, "failed", f"flow run {run.name} is not resumed, since {why}: {said}{by_hand}")
+            self._tell(f"flow run {run.name} is not resumed: {why}")
+        elif decision == "resume":
+            self._resume(client, run, parameters, step, tries + 1)
+
+    def _resume(
+        self, client: SyncPrefectClient, run: FlowRun, parameters: dict[str, Any], step: int, tries: int
+    ) -> None:
+        assert run.deployment_id is not None
+        labels: dict[str, Any] = {
+            STARTED_BY: reason_of(run),
+            RESUMES: str(run.id),
+            RESUMED_STEP: step,
+            RESUMED_TRIES: tries,
+        }
+        try:
+            made = client.create_flow_run_from_deployment(
+                run.deployment_id,
+                parameters=parameters,
+                idempotency_key=f"resume-{run.id}-{step}",
+                work_queue_name=self._queue if "resume" in parameters else run.work_queue_name,
+                job_variables=run.job_variables,
+                tags=run.tags,
+                labels=labels,
+            )
+        except PrefectHTTPStatusError as error:  # above all a deployment of an earlier Convoy, without that parameter
+            self._tell(
+                f"Prefect does not take the resumption of {run.name}; `convoy deploy` may help: "
+                f"{error.response.text[:300]}"
+            )
+            return
+        self._label(client, run, {RESUMED_BY: str(made.id)})
+        where = f"from step {step}" if step else "from the beginning"
+        self._tell(f"flow run {run.name} goes on {where} as a new run of its deployment")
+
+    def _label(self, client: SyncPrefectClient, run: FlowRun, labels: dict[str, Any]) -> None:
+        client.update_flow_run_labels(run.id, labels)
+
+    def _tell(self, line: str) -> None:
+        if line not in self._told:  # most are true in each round
+            self._report(line)
+        self._told.add(line)
+
+
+def _mlflow_run(run: FlowRun) -> str | None:
+    """Returns the MLflow run that a flow run has worked on; None if it did not get so far."""
+    known = run.labels.get(MLFLOW_RUN) or run.parameters.get("resume")
+    return str(known) if known else run_of_flow(str(run.id))
+
+
+def _committed(run_id: str) -> int:
+    """Returns the step up to which a training cannot be lost; 0 without a checkpoint."""
+    store = open_bucket()
+    if outcome := finished_outcome(store, run_id):
+        return outcome.steps
+    newest = next(commits_of(store, run_id), None)
+    return newest.step if newest else 0
+
+
+def _differences(run_id: str) -> str:
+    """Returns why a training cannot go on here with equal weights; empty if it can.
+
+    A process of its own finds out: it loads PyTorch, and the network of one's own as the project has it now.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, run_id], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    if done.returncode:
+        return one_line(done.stderr.strip().rpartition("\n")[2])[:MAX_DIFFERENCES]
+    return "; ".join(json.loads(done.stdout.strip().rpartition("\n")[2]))[:MAX_DIFFERENCES]

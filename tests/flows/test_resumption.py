@@ -1,0 +1,225 @@
+"""Trainings of deployments that die go on by themselves: the decision, and a real worker whose flow run is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import psutil
+import pytest
+import yaml
+from prefect import get_client
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.states import Cancelled, Completed, Crashed, Failed, Running
+
+from flows.resumption import Decision, decide, tries_from
+from infra.settings import Settings
+from infra.tracking.tags import MLFLOW_RUN, RESUMABLE, RESUMED_BY, RESUMED_STEP, RESUMED_TRIES, RESUMES
+from tasks.orchestration.flow_runs import may_go_on
+from tests.flows import program as training_program
+from tests.flows.conftest import Convoy
+from tests.flows.program import NextTraining, Program, assert_as_undisturbed, sets, wait_for
+
+DEPLOYED = uuid4()
+SETTINGS = training_program.RESUMABLE
+
+
+def flow_run(state: Any, labels: dict[str, Any] | None = None, deployment: UUID | None = DEPLOYED) -> FlowRun:
+    return FlowRun(flow_id=uuid4(), state=state, state_type=state.type, deployment_id=deployment, labels=labels or {})
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (flow_run(Crashed()), True),
+        (flow_run(Failed(), {RESUMABLE: "MLflow is down"}), True),
+        (flow_run(Crashed(), deployment=None), False),
+        (flow_run(Crashed(), {RESUMED_BY: str(uuid4())}), False),
+        (flow_run(Crashed(), {RESUMED_BY: "none: cancelled"}), False),
+        (flow_run(Failed()), False),
+        (flow_run(Failed(name="Refused")), False),
+        (flow_run(Cancelled()), False),
+        (flow_run(Cancelled(), {RESUMABLE: "MLflow is down"}), False),
+        (flow_run(Completed()), False),
+        (flow_run(Running(), {RESUMABLE: "MLflow is down"}), False),
+    ],
+)
+def test_only_what_ended_without_its_own_word_goes_on(run: FlowRun, expected: bool) -> None:
+    assert may_go_on(run) is expected
+    assert decide(run, 0, 3) == ("resume" if expected else "leave")
+
+
+@pytest.mark.parametrize(
+    ("labels", "committed", "limit", "expected"),
+    [
+        ({}, 0, 1, "resume"),
+        ({}, 0, 0, "give up"),
+        ({RESUMED_STEP: 0, RESUMED_TRIES: 1}, 0, 1, "give up"),
+        ({RESUMED_STEP: 0, RESUMED_TRIES: 1}, 0, 2, "resume"),
+        ({RESUMED_STEP: 0, RESUMED_TRIES: 3}, 40, 3, "resume"),
+        ({RESUMED_STEP: 40, RESUMED_TRIES: 3}, 40, 3, "give up"),
+        ({RESUMED_STEP: 40, RESUMED_TRIES: 2}, 40, 3, "resume"),
+    ],
+)
+def test_it_is_given_up_once_so_many_resumptions_have_brought_no_newer_checkpoint(
+    labels: dict[str, Any], committed: int, limit: int, expected: Decision
+) -> None:
+    assert decide(flow_run(Crashed(), labels), committed, limit) == expected
+
+
+def test_resumptions_are_counted_from_one_step() -> None:
+    assert tries_from({}, 0) == 0
+    assert tries_from({RESUMED_STEP: 0, RESUMED_TRIES: 2}, 0) == 2
+    assert tries_from({RESUMED_STEP: 0, RESUMED_TRIES: 2}, 12) == 0
+
+
+POOL = "resumption-pool"
+
+
+@pytest.fixture
+def deployed(stack: object, convoy: Convoy, tmp_path: Path) -> Callable[..., str]:
+    """Deploys a training of digits; returns the deployment's name."""
+
+    def deploy(name: str, **config: Any) -> str:
+        values: dict[str, Any] = {"dataset": "digits", "name": name, "ranks": 2}
+        for setting in SETTINGS:
+            key, _, value = setting.partition("=")
+            section, _, last = key.rpartition(".")
+            place = values.setdefault(section, {}) if section else values
+            place[last] = yaml.safe_load(value)
+        values |= {"promote": True, **config}
+        entry = {
+            "name": name,
+            "entrypoint": "flows.retrain.retrain_flow",
+            "parameters": {"config": values},
+            "work_pool": {"name": POOL},
+        }
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({"name": "convoy", "pull": [], "deployments": [entry]}))
+        assert convoy("deploy", "--file", str(file)).status == 0
+        return f"retrain/{name}"
+
+    return deploy
+
+
+@pytest.fixture
+def start_worker(stack: object, tmp_path: Path) -> Iterator[Callable[[], "subprocess.Popen[bytes]"]]:
+    """Starts workers that look after trainings every second; each has a log in the test's folder."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-P", "-c", "from flows.cli import main; main()", "worker", "--pool", POOL]
+        with (tmp_path / f"worker-{len(started)}.log").open("wb") as log:
+            environment = os.environ | {"CONVOY_SWEEP_SECONDS": "1"}
+            started.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGTERM)
+            worker.wait(60)
+
+
+def run_of(flow_run_id: str) -> FlowRun:
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(UUID(flow_run_id))
+
+
+def resumption_of(flow_run_id: str) -> str:
+    """Waits until a worker has resumed a flow run; returns the new one's id."""
+    return str(wait_for(lambda: run_of(flow_run_id).labels.get(RESUMED_BY), "the resumption"))
+
+
+def flow_process() -> psutil.Process:
+    """The process of the only flow run of a worker."""
+    (found,) = [
+        process
+        for process in psutil.process_iter()
+        if "prefect.engine" in _command(process) and _home(process) == os.environ["CONVOY_HOME"]
+    ]
+    return found
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _home(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("CONVOY_HOME")
+    except psutil.Error:
+        return None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_training_whose_flow_is_killed_and_whose_worker_is_stopped_ends_as_if_undisturbed(
+    deployed: Callable[..., str],
+    start_worker: Callable[[], "subprocess.Popen[bytes]"],
+    settings: Settings,
+    program: Callable[..., Program],
+    tmp_path: Path,
+) -> None:
+    from flows.summary import Summary
+
+    undisturbed = tmp_path / "undisturbed.json"
+    done = program(
+        "train",
+        "--dataset",
+        "digits",
+        "--ranks",
+        "1",
+        *sets(*SETTINGS),
+        "--name",
+        "calm",
+        "--summary",
+        str(undisturbed),
+    ).wait()
+    assert done.status == 0, done.stderr
+
+    name = deployed("resumed")
+    worker = start_worker()
+    next_training = NextTraining(settings)
+    asked = program("retrain", "-d", name, "--wait", "--json")
+    training = next_training.under_way()
+    first = wait_for(lambda: _flow_run_of(training.run_id), "the flow run")
+    training.comes_to(20)
+    flow_process().kill()
+    second = resumption_of(first)
+    training.assert_ends()
+    training.comes_to(60)
+    worker.send_signal(signal.SIGTERM)
+    worker.wait(60)
+    training.assert_ends()
+    start_worker()
+    third = resumption_of(second)
+
+    done = asked.wait(300)
+    assert done.status == 0, done.stderr
+    found = Summary.model_validate_json(done.stdout)
+    assert found.prefect_flow_run_id == third
+    assert found.mlflow_run_id == training.run_id
+    assert_as_undisturbed(found, Summary.model_validate_json(undisturbed.read_text()))
+    assert [run_of(each).state_type for each in (first, second, third)] == [
+        StateType.CRASHED,
+        StateType.CRASHED,
+        StateType.COMPLETED,
+    ]
+    labels = run_of(third).labels
+    assert (labels[RESUMES], labels[RESUMED_TRIES], labels[MLFLOW_RUN]) == (second, 1, training.run_id)
+    assert "(resumed by hand)" in run_of(third).name
+
+
+def _flow_run_of(mlflow_run: str) -> str | None:
+    from infra.tracking import mlflow_runs
+    from infra.tracking.tags import FLOW_RUN
+
+    return mlflow_runs.run_tags(mlflow_run).get(FLOW_RUN)
