@@ -20,6 +20,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 
+from flows.activity import activities, publish
 from flows.run_names import reason_of
 from infra.errors import ServiceError, UsageError, one_line
 from infra.storage.object_store import open_bucket
@@ -88,6 +89,7 @@ class Sweep:
         self._queue, self._report = queue, report
         self._signs: dict[UUID, tuple[Any, float]] = {}
         self._told: set[str] = set()
+        self._page: UUID | None = None
 
     def for_ever(self, pause: float) -> None:
         """Does a round every `pause` seconds."""
@@ -105,6 +107,7 @@ class Sweep:
                 for run in list(training_flow_runs(client, ended, after=datetime.now(UTC) - MAX_AGE)):
                     if may_go_on(run) and not is_alive_here(str(run.id)):
                         self._look_at(client, run)
+            self._page = publish(activities(), self._page)
         except (httpx.HTTPError, PrefectException, ServiceError) as error:
             self._signs.clear()  # signs of life were missed, too
             self._tell(f"cannot look after trainings for now: {one_line(error)}")

@@ -5,6 +5,7 @@ python -m flows.worker POOL LIMIT QUEUE …
 
 import asyncio
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -59,7 +60,13 @@ def main() -> None:
     setup_signal_handlers_worker(os.getpid(), "the worker", print_line)
     sweep, pause = Sweep(queues[0], print_line), Settings().sweep_seconds
     threading.Thread(target=sweep.for_ever, args=(pause,), name="sweep", daemon=True).start()
-    worker = Worker(work_pool_name=pool, work_queues=queues, limit=int(limit), create_pool_if_not_found=False)
+    worker = Worker(
+        name=f"{socket.gethostname()} {os.getpid()}",
+        work_pool_name=pool,
+        work_queues=queues,
+        limit=int(limit),
+        create_pool_if_not_found=False,
+    )
     with suppress(KeyboardInterrupt, asyncio.CancelledError):
         asyncio.run(worker.start(printer=print_line))
 

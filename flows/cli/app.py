@@ -44,6 +44,7 @@ from infra.sources.entries import CATALOGUE
 from tasks.config.run import RunConfig, Step, load_config, recipes, with_network_options
 
 if TYPE_CHECKING:
+    from infra.stack.local_stack import ServerStatus
     from tasks.config.deployment import ProjectConfig
 
 INTERRUPTED_STATUSES = (75, 130)
@@ -330,18 +331,42 @@ def down() -> None:
 
 
 @app.command()
-def status(as_json: JsonOption = False) -> None:
-    """Show the servers' addresses, and whether they answer."""
-    _show_servers(Settings(), as_json)
+def status(
+    work: Annotated[bool, typer.Option("--work", help="Show only the work, not the servers.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the servers, and what the service does: workers, trainings that run, wait or have died, the next runs.
+
+    Starts no server. With --json, it prints the servers, or with --work the work.
+
+    [dim]convoy status --work --json[/]
+    """
+    servers = [] if work else _show_servers(Settings(), as_json)
+    if (as_json and not work) or any(each.name == "prefect" and each.state in ("stopped", "dead") for each in servers):
+        return
+    servers_to_read(only=["prefect"])
+    with loading():
+        from flows.activity import activities
+
+        found = activities()
+    if as_json:
+        print_json(found)
+        return
+    table = Table("", "what", "where it stands", box=None, show_header=False)
+    for each in found:
+        table.add_row(*each.cells())
+    if servers:
+        print_line("")
+    print_whole(table if found else "No worker is online, nothing runs, and no schedule is on.")
 
 
-def _show_servers(settings: Settings, as_json: bool) -> None:
+def _show_servers(settings: Settings, as_json: bool) -> "list[ServerStatus]":
     from infra.stack import local_stack
 
     found = local_stack.status(settings)
     if as_json:
         print_json(found)
-        return
+        return found
     colours = {"running": "green", "external": "cyan", "dead": "red", "stopped": "dim"}
     lines: dict[str, Text] = {}
     for server in found:
@@ -349,6 +374,7 @@ def _show_servers(settings: Settings, as_json: bool) -> None:
         state = (f"{server.state:8}", colours[server.state])
         lines[server.name] = Text.assemble(state, "  ", server.url, (log, "dim"))
     print_pairs(lines)
+    return found
 
 
 @app.command()

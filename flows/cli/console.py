@@ -43,15 +43,18 @@ def servers_up(*, only: "Collection[ServerName] | None" = None) -> None:
     _apply(endpoints)
 
 
-def servers_to_read() -> None:
-    """Puts the addresses of object storage and MLflow into the environment, for a command that only reads.
+def servers_to_read(only: "Collection[ServerName]" = ("seaweedfs", "mlflow")) -> None:
+    """Puts the servers' addresses into the environment, for a command that only reads.
+
+    Args:
+        only: those without which the command can do nothing.
 
     Raises:
-        ServiceError: one of them does not run; none is started.
+        ServiceError: one of these does not run; none is started.
     """
     from infra.stack.local_stack import running
 
-    _apply(running(Settings(), only=["seaweedfs", "mlflow"]))
+    _apply(running(Settings(), only=only))
 
 
 def _apply(endpoints: "Endpoints") -> None:

@@ -1,10 +1,12 @@
 """Trainings of deployments that die go on by themselves: the decision, and a real worker whose flow run is killed."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -13,13 +15,24 @@ import psutil
 import pytest
 import yaml
 from prefect import get_client
-from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.states import Cancelled, Completed, Crashed, Failed, Running
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterId
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Running, Scheduled
 
-from flows.resumption import Decision, decide, tries_from
+from flows.activity import activities, publish
+from flows.resumption import Decision, Sweep, decide, tries_from
 from infra.settings import Settings
-from infra.tracking.tags import MLFLOW_RUN, RESUMABLE, RESUMED_BY, RESUMED_STEP, RESUMED_TRIES, RESUMES
-from tasks.orchestration.flow_runs import may_go_on
+from infra.tracking.tags import (
+    ALIVE,
+    MLFLOW_RUN,
+    RESUMABLE,
+    RESUMED_BY,
+    RESUMED_STEP,
+    RESUMED_TRIES,
+    RESUMES,
+    STARTED_BY,
+)
+from tasks.orchestration.flow_runs import may_go_on, training_flow_runs
 from tests.flows import program as training_program
 from tests.flows.conftest import Convoy
 from tests.flows.program import NextTraining, Program, assert_as_undisturbed, sets, wait_for
@@ -157,6 +170,101 @@ def _home(process: psutil.Process) -> str | None:
         return process.environ().get("CONVOY_HOME")
     except psutil.Error:
         return None
+
+
+@pytest.fixture
+def new_run(deployed: Callable[..., str], quiet_prefect: None) -> Callable[..., str]:
+    """Makes a flow run of a deployment that no worker serves; returns its id."""
+    name = deployed(f"dead-{uuid4().hex[:6]}", resume={"limit": 1})
+
+    def make(state: State[Any], labels: dict[str, Any] | None = None) -> str:
+        with get_client(sync_client=True) as client:
+            found = client.read_deployment_by_name(name)
+            made = client.create_flow_run_from_deployment(found.id, labels=labels or {})
+            client.set_flow_run_state(made.id, state, force=True)
+        return str(made.id)
+
+    return make
+
+
+def test_a_dead_flow_run_is_resumed_once_whoever_looks_and_given_up_after_its_limit(
+    new_run: Callable[..., str], convoy: Convoy
+) -> None:
+    died = new_run(Crashed(message="its process was killed"), {STARTED_BY: "CI"})
+    said: list[str] = []
+    for _ in range(2):
+        Sweep("platform-test", said.append)()
+    (second,) = [run for run in resumptions() if run.labels.get(RESUMES) == died]
+    assert run_of(died).labels[RESUMED_BY] == str(second.id)
+    assert second.idempotency_key == f"resume-{died}-0"
+    assert second.parameters == run_of(died).parameters
+    assert (second.labels[RESUMED_STEP], second.labels[RESUMED_TRIES], second.labels[STARTED_BY]) == (0, 1, "CI")
+    assert len([line for line in said if "goes on from the beginning" in line]) == 1
+
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(second.id, Crashed(message="again"), force=True)
+    Sweep("platform-test", said.append)()
+    assert run_of(str(second.id)).labels[RESUMED_BY] == "none: it has ended 2 times in a row at step 0"
+    assert not [run for run in resumptions() if run.labels.get(RESUMES) == str(second.id)]
+    shown = json.loads(convoy("status", "--work", "--json").stdout)
+    (row,) = [each for each in shown if each["flow_run_id"] == str(second.id)]
+    assert (row["kind"], row["detail"][:50]) == ("died", "not resumed: it has ended 2 times in a row at step")
+
+
+def test_two_workers_that_look_at_the_same_moment_make_one_resumption(new_run: Callable[..., str]) -> None:
+    died = new_run(Crashed())
+    with ThreadPoolExecutor(4) as pool:
+        for each in [pool.submit(Sweep("platform-test", print)) for _ in range(4)]:
+            each.result()
+    assert len([run for run in resumptions() if run.labels.get(RESUMES) == died]) == 1
+
+
+def test_a_person_can_cancel_what_has_died(new_run: Callable[..., str], convoy: Convoy) -> None:
+    died = new_run(Crashed())
+    done = convoy("cancel", died)
+    assert (done.status, "and no worker resumes it" in done.stdout) == (0, True), done.stderr
+    Sweep("platform-test", print)()
+    assert not [run for run in resumptions() if run.labels.get(RESUMES) == died]
+
+
+def test_a_flow_run_elsewhere_counts_as_dead_once_its_sign_of_life_has_not_changed_for_long(
+    new_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent, alive, older = new_run(Running(), {ALIVE: "1"}), new_run(Running(), {ALIVE: "1"}), new_run(Running())
+    sweep = Sweep("platform-test", print)
+    sweep()
+    assert {run_of(each).state_type for each in (silent, alive, older)} == {StateType.RUNNING}
+    with get_client(sync_client=True) as client:
+        client.update_flow_run_labels(UUID(alive), {ALIVE: "2"})
+    monkeypatch.setattr("flows.resumption.SILENCE_SECONDS", 0.0)
+    sweep()
+    assert run_of(silent).state_type == StateType.CRASHED
+    assert "no sign of life" in (run_of(silent).state.message or "")  # type: ignore[union-attr]
+    assert {run_of(each).state_type for each in (alive, older)} == {StateType.RUNNING}
+    assert [run.labels[RESUMES] for run in resumptions() if run.labels.get(RESUMES) in (silent, alive, older)] == [
+        silent
+    ]
+
+
+def test_work_is_shown_as_a_page_and_by_the_command(new_run: Callable[..., str], convoy: Convoy) -> None:
+    paused = new_run(Paused())
+    waiting = new_run(Scheduled())
+    found = {str(each.flow_run_id): each for each in activities()}
+    assert found[paused].detail.startswith("waits for a person's approval, since ")
+    assert (found[waiting].kind, found[waiting].detail[:24]) == ("waiting", "waits for a worker, in q")
+    page = publish(list(found.values()), None)
+    assert publish(activities(), page) == page
+    with get_client(sync_client=True) as client:
+        (artifact,) = client.read_artifacts(artifact_filter=ArtifactFilter(id=ArtifactFilterId(any_=[page])))
+    assert "waits for a person's approval" in str(artifact.data)
+    done = convoy("status")
+    assert "waits for a person's approval" in done.stdout
+    assert done.stdout.startswith("seaweedfs  ")
+
+
+def resumptions() -> list[FlowRun]:
+    with get_client(sync_client=True) as client:
+        return [run for run in training_flow_runs(client, list(StateType)) if RESUMES in run.labels]
 
 
 @pytest.mark.slow
