@@ -29,12 +29,13 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.states import Cancelling
 from prefect.utilities.urls import url_for
 
+from flows.at_commit import COMMAND, COMMIT_VARIABLE, REPOSITORY_VARIABLE
 from flows.run_names import command_reason, model_name
 from flows.summary import REFUSED, Summary
 from infra.errors import ServiceError, UsageError, one_line
 from infra.records import Record
 from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN, RESUMED_BY, STARTED_BY
-from tasks.config.deployment import ProjectConfig, ScheduleConfig
+from tasks.config.deployment import CodeConfig, ProjectConfig, ScheduleConfig
 from tasks.config.run import RunConfig, load_config
 from tasks.orchestration.flow_runs import PAGE, may_go_on
 from tasks.orchestration.outage import is_prefect_outage
@@ -96,7 +97,7 @@ def deploy_project(project: ProjectConfig, switch: bool | None = None) -> Iterat
 def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
     name, deploy = model_name(project), project.deploy
     example = {entry["name"]: entry for entry in _entries(DEPLOYMENTS)}
-    pool = {"name": deploy.pool}
+    pool: dict[str, Any] = {"name": deploy.pool}
 
     def entry(named: str, schedule: ScheduleConfig, parameters: dict[str, Any], **changes: Any) -> dict[str, Any]:
         slug = example[named]["schedules"][0]["slug"]
@@ -108,7 +109,8 @@ def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
     triggers = example[EXAMPLE]["triggers"] if deploy.new_data else []
     older = {"older_names": list(deploy.older_names), "triggers": triggers}
     config = project.run.model_dump(mode="json", exclude_unset=True)
-    yield entry(EXAMPLE, deploy.schedule, {"config": config}, **older)
+    with_code = {"work_pool": pool | {"job_variables": job_variables(deploy.code)}} if deploy.code.ref else {}
+    yield entry(EXAMPLE, deploy.schedule, {"config": config}, **older, **with_code)
     if deploy.prunes:
         retention = deploy.retention.model_dump(mode="json", exclude_unset=True)
         yield entry("storage", deploy.prune, {"retention": retention})
@@ -258,7 +260,12 @@ def flow_of(entrypoint: str) -> Flow[..., Any]:
 
 
 def start_retraining(
-    deployment: str | None, settings: list[str], *, force: bool, config: RunConfig | None = None
+    deployment: str | None,
+    settings: list[str],
+    *,
+    force: bool,
+    config: RunConfig | None = None,
+    code: CodeConfig | None = None,
 ) -> Started:
     """Starts a flow run of a `retrain` deployment.
 
@@ -266,6 +273,7 @@ def start_retraining(
         deployment: its name, with or without the flow's name; None: that of the model of `config`.
         settings: `key=value` texts that change the deployment's configuration.
         config: takes the place of the deployment's configuration; the settings are in it already.
+        code: the commit whose code the worker runs; None: as the deployment says.
 
     Raises:
         UsageError: there is no such deployment, or a setting cannot be used.
@@ -280,10 +288,21 @@ def start_retraining(
         parameters = {"config": config.model_dump(mode="json", exclude_unset=True), "force": force}
         try:
             labels = {STARTED_BY: command_reason()}
-            run = client.create_flow_run_from_deployment(found.id, parameters=parameters, labels=dict(labels))
+            run = client.create_flow_run_from_deployment(
+                found.id,
+                parameters=parameters,
+                labels=dict(labels),
+                job_variables=job_variables(code) if code else None,
+            )
         except PrefectHTTPStatusError as error:
             raise ServiceError(f"Prefect refuses the run: {error.response.text[:300]}") from None
     return Started(id=run.id, url=url_for("flow-run", obj_id=run.id) or str(run.id))
+
+
+def job_variables(code: CodeConfig) -> dict[str, Any]:
+    """Returns what makes Prefect's process worker run a flow run with the code of a commit."""
+    variables = {REPOSITORY_VARIABLE: code.repository, COMMIT_VARIABLE: code.ref}
+    return {"command": COMMAND, "env": {name: value for name, value in variables.items() if value}}
 
 
 def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:

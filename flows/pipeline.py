@@ -1,6 +1,7 @@
 """The way of a training from its source to the champion: the table of contents of the flows `train` and `retrain`."""
 
 import logging
+import os
 from contextlib import suppress
 
 import httpx
@@ -111,6 +112,7 @@ def _train_and_release(
         dataset_version=dataset.version,
         model_name=name,
         reused=reused,
+        commit=os.environ.get("CONVOY_COMMIT"),
         prefect_flow_run_id=flow_run.id,
         prefect_flow_run_url=url_for("flow-run", obj_id=flow_run.id),
     )

@@ -21,11 +21,13 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 
 from flows.activity import activities, publish
+from flows.at_commit import COMMIT_VARIABLE
 from flows.run_names import reason_of
 from infra.errors import ServiceError, UsageError, one_line
 from infra.storage.object_store import open_bucket
 from infra.tracking.tags import (
     ALIVE,
+    COMMIT,
     HELD_LEASE,
     MLFLOW_RUN,
     RESUMED_BY,
@@ -53,7 +55,7 @@ SILENCE_SECONDS = 10 * BEAT_SECONDS  # without a sign of life, until a flow run 
 MAX_AGE = timedelta(days=7)  # of dead flow runs that are looked at
 CHECK = (
     "import json, sys; from tasks.training.runs.tracked_run import differs_here; "
-    "print(json.dumps(differs_here(sys.argv[1])))"
+    "print(json.dumps(differs_here(sys.argv[1], code=bool(sys.argv[2]))))"
 )
 MAX_DIFFERENCES = 500  # characters
 
@@ -153,7 +155,8 @@ class Sweep:
         except (UsageError, ValueError) as error:
             self._label(client, run, {RESUMED_BY: f"none: {one_line(error)}"})
             return
-        if run_id and (differing := _differences(run_id)):
+        by_commit = COMMIT in run.labels
+        if run_id and (differing := _differences(run_id, code=not by_commit)):
             self._tell(f"flow run {run.name} cannot go on here, because its weights would differ: {differing}")
             return
         if run_id:
@@ -175,6 +178,13 @@ class Sweep:
         self, client: SyncPrefectClient, run: FlowRun, parameters: dict[str, Any], step: int, tries: int
     ) -> None:
         assert run.deployment_id is not None
+        commit = run.labels.get(COMMIT)
+        variables = {**(run.job_variables or {})}
+        if commit:  # a branch may have gone on
+            variables["env"] = {**variables.get("env", {}), COMMIT_VARIABLE: commit}
+            queue = run.work_queue_name
+        else:
+            queue = self._queue if "resume" in parameters else run.work_queue_name
         labels: dict[str, Any] = {
             STARTED_BY: reason_of(run),
             RESUMES: str(run.id),
@@ -186,8 +196,8 @@ class Sweep:
                 run.deployment_id,
                 parameters=parameters,
                 idempotency_key=f"resume-{run.id}-{step}",
-                work_queue_name=self._queue if "resume" in parameters else run.work_queue_name,
-                job_variables=run.job_variables,
+                work_queue_name=queue,
+                job_variables=variables or None,
                 tags=run.tags,
                 labels=labels,
             )
@@ -225,13 +235,16 @@ def _committed(run_id: str) -> int:
     return newest.step if newest else 0
 
 
-def _differences(run_id: str) -> str:
+def _differences(run_id: str, *, code: bool) -> str:
     """Returns why a training cannot go on here with equal weights; empty if it can.
 
     A process of its own finds out: it loads PyTorch, and the network of one's own as the project has it now.
+
+    Args:
+        code: compare code and libraries too, and not only the machine.
     """
     done = subprocess.run(
-        [sys.executable, "-c", CHECK, run_id], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [sys.executable, "-c", CHECK, run_id, "code" * code], capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     if done.returncode:
         return one_line(done.stderr.strip().rpartition("\n")[2])[:MAX_DIFFERENCES]

@@ -62,6 +62,9 @@ class Summary(Record):
     mlflow_runs_url: str | None = None
     """The list of all runs of this data set."""
 
+    commit: str | None = None
+    """The commit whose code was asked for."""
+
     prefect_flow_run_id: str | None = None
     prefect_flow_run_url: str | None = None
     checkpoint_prefix: str | None = None
@@ -140,6 +143,7 @@ def write_report(path: Path, summary: Summary, pages: Sequence[str]) -> None:
         "quality gate": summary.verdict,
         "approval": summary.approval,
         "reason": summary.reason,
+        "commit": summary.commit,
         "error": summary.error,
         "cost": _cost(summary),
         "reused": ", ".join(summary.reused) or None,

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import httpx
 from prefect.client.schemas.objects import FlowRun
@@ -57,6 +58,8 @@ def print_line(line: str) -> None:
 def main() -> None:
     """Runs the worker until a signal ends it: first it takes no more flow runs, then its flow runs end themselves."""
     pool, limit, *queues = sys.argv[1:]
+    # For the command of flow runs with the code of a commit, see `flows.at_commit`.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     setup_signal_handlers_worker(os.getpid(), "the worker", print_line)
     sweep, pause = Sweep(queues[0], print_line), Settings().sweep_seconds
     threading.Thread(target=sweep.for_ever, args=(pause,), name="sweep", daemon=True).start()

@@ -175,6 +175,18 @@ def retrain(
         list[str] | None,
         typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a key for this run. Repeatable."),
     ] = None,
+    commit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REF", help="Train with the code of this commit, branch or tag, and the packages of its lock file."
+        ),
+    ] = None,
+    repository: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="With --commit: the git repository. Default: that of the worker's folder."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Train although nothing has changed.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and exit with its status.")] = False,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="With --wait: write a page (Markdown).")] = None,
@@ -186,7 +198,10 @@ def retrain(
     that a gate refused.
 
     [dim]convoy retrain -d retrain/fashion-mnist --wait --report report.md[/]
+    [dim]convoy retrain --commit $(git rev-parse HEAD) --repository https://example.org/team/project.git[/]
     """
+    if repository and not commit:
+        raise UsageError("--repository needs --commit")
     if report:
         check_writable(report, "--report")
     file = configuration_file(config_file) if deployment is None else config_file
@@ -198,9 +213,11 @@ def retrain(
     servers_up(only=["prefect"])
     with loading():
         from flows.deployments import follow, start_retraining
+        from tasks.config.deployment import CodeConfig
 
+    code = CodeConfig(repository=repository, ref=commit) if commit else None
     name = deployment or (None if config else EXAMPLE_DEPLOYMENT)
-    started = start_retraining(name, settings or [], force=force, config=config)
+    started = start_retraining(name, settings or [], force=force, config=config, code=code)
     print_line(f"flow run {started.url}", error=True)
     if not wait:
         if as_json:

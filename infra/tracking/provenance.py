@@ -1,6 +1,7 @@
 """Reads the provenance of a run's code: commit, lock file, versions of the libraries that decide the result."""
 
 import hashlib
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -42,9 +43,14 @@ class Provenance(Record):
 def provenance(code: Path = PACKAGE_FILE) -> Provenance:
     """Reads the environment, and the repository of `code`, a file two levels below the repository's root."""
     root = code.parent.parent
+    if commit := os.environ.get("CONVOY_COMMIT"):  # a worker runs the code of this commit
+        return _provenance(commit, changes="", root=root)
     # Installed code is often inside another project's repository, which does not track it.
     commit = _git(root, "rev-parse", "HEAD") if _git(root, "ls-files", "--error-unmatch", str(code)) else None
-    changes = _git(root, "status", "--porcelain") if commit else None
+    return _provenance(commit, _git(root, "status", "--porcelain") if commit else None, root)
+
+
+def _provenance(commit: str | None, changes: str | None, root: Path) -> Provenance:
     return Provenance(
         git_commit=commit,
         git_dirty=None if changes is None else changes != "",

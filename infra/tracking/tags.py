@@ -68,6 +68,9 @@ HELD_LEASE = "convoy.lease"
 STARTED_BY = "convoy.started_by"
 """Why the flow run runs, for those that `convoy retrain` asks for and for resumptions."""
 
+COMMIT = "convoy.commit"
+"""The commit whose code the flow run runs, if it was asked for one."""
+
 ALIVE = "convoy.alive"
 """A number that the flow run's process counts up."""
 

@@ -9,6 +9,7 @@ from functools import partial
 from pydantic import Field, field_validator, model_validator
 
 from cnn.config.base import Config
+from infra.machine.checkouts import check_address
 from tasks.config.retention import RetentionConfig
 from tasks.config.run import RunConfig, load_as
 
@@ -85,11 +86,31 @@ class NotificationConfig(Config):
         return name
 
 
+class CodeConfig(Config):
+    """The code that workers train with (`deploy.code.*`): a commit of a git repository, and its lock file's packages.
+
+    The lock file is `uv.lock`, `requirements.lock` or `requirements.txt`, and names Convoy (`convoy-cnn`), unless the
+    repository is Convoy's own."""
+
+    repository: str | None = None
+    """Address or folder, as workers reach it; credentials come from the worker's git. Unset: the worker's folder."""
+
+    ref: str | None = None
+    """Branch, tag or commit; a branch means its newest commit at each run. Unset: the code installed on the worker."""
+
+    @field_validator("repository")
+    @classmethod
+    def _holds_no_password(cls, repository: str | None) -> str | None:
+        return None if repository is None else check_address(repository)
+
+
 class DeployConfig(Config):
     """The deployment that `convoy deploy` makes of the project: `retrain/NAME`, named after the model (`deploy.*`)."""
 
     pool: str = Field("convoy", min_length=1)
     """Work pool whose workers run it (`convoy worker --pool`), in their working folder."""
+
+    code: CodeConfig = CodeConfig()
 
     new_data: bool = True
     """Retrain when `convoy notify-data NAME` announces new images; NAME is that of the model."""

@@ -154,13 +154,19 @@ def log_cost(run_id: str, step_seconds: Mapping[str, float], rank_hours: float) 
     outlast(partial(mlflow_runs.log_metrics, run_id, figures))
 
 
-def differs_here(run_id: str) -> list[str]:
+def differs_here(run_id: str, *, code: bool = True) -> list[str]:
     """Returns what keeps a run from going on in this environment with equal weights; nothing if it can.
+
+    Args:
+        code: compare code and libraries too, and not only the machine.
 
     Raises:
         UsageError, InputError: its record or its network cannot be read here.
     """
     record = read_record(run_id)
+    if not code:
+        here = {name: value for name, value in this_machine().items() if name != "torch"}
+        return differences(record.manifest.model_dump(include=set(here)), here)
     current = run_manifest(with_network_options(record.config), record.dataset, provenance())
     if record.manifest.digest == current.digest:
         return []

@@ -1,0 +1,141 @@
+"""Flow runs with the code of a commit: of Convoy's own repository, and of a team's project."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from infra.errors import Outage, UsageError
+from infra.machine import checkouts
+from infra.machine.checkouts import check_address, check_out
+from tests.flows.conftest import Convoy
+from tests.flows.program import Program
+from tests.flows.test_resumption import deployed, run_of, start_worker
+
+__all__ = ["deployed", "start_worker"]
+
+ROOT = Path(__file__).parents[2]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ("-c", "user.name=Ann", "-c", "user.email=ann@example.org")
+    done = subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A bare repository whose commits pin one small package, and the working tree that pushes to it."""
+    bare, work = tmp_path / "project.git", tmp_path / "work"
+    subprocess.run(["git", "init", "--quiet", "--bare", "--initial-branch=main", str(bare)], check=True)
+    subprocess.run(["git", "clone", "--quiet", str(bare), str(work)], check=True, capture_output=True)
+    (work / "requirements.txt").write_text("iniconfig==2.1.0\n")
+    (work / "net.py").write_text("WIDTH = 1\n")
+    git(work, "add", ".")
+    git(work, "commit", "--quiet", "-m", "first")
+    git(work, "push", "--quiet", "origin", "HEAD:main")
+    return bare
+
+
+def pushed(repository: Path, text: str) -> str:
+    """Pushes a changed file to main; returns the commit."""
+    work = repository.parent / "work"
+    (work / "net.py").write_text(text)
+    git(work, "commit", "--quiet", "-a", "-m", text)
+    git(work, "push", "--quiet", "origin", "HEAD:main")
+    return git(work, "rev-parse", "HEAD")
+
+
+def test_a_commit_or_branch_is_checked_out_with_the_packages_of_its_lock_file(repository: Path, tmp_path: Path) -> None:
+    first = git(repository, "rev-parse", "main")
+    found = check_out(tmp_path / "code", str(repository), "main")
+    assert (found.commit, (found.tree / "net.py").read_text()) == (first, "WIDTH = 1\n")
+    installed = [found.python, "-c", "import importlib.metadata as m; print(m.version('iniconfig'))"]
+    assert subprocess.run(installed, check=True, capture_output=True, text=True).stdout == "2.1.0\n"
+
+    second = pushed(repository, "WIDTH = 2\n")
+    again, earlier = (check_out(tmp_path / "code", str(repository), ref) for ref in ("main", first))
+    assert (again.commit, (again.tree / "net.py").read_text()) == (second, "WIDTH = 2\n")
+    assert earlier == found
+    assert again.python == found.python  # the lock file is the same
+
+
+def test_what_nothing_uses_is_removed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"from pathlib import Path; from infra.machine.checkouts import check_out; check_out(Path({str(tmp_path / 'code')!r}), {str(repository)!r}, 'main')"
+    subprocess.run(
+        [ROOT / ".venv" / "bin" / "python", "-c", code], check=True, cwd=ROOT
+    )  # it has ended: nothing is held
+    (old,) = [each for each in (tmp_path / "code" / "trees").iterdir() if each.is_dir()]
+    monkeypatch.setattr(checkouts, "UNUSED_SECONDS", -1.0)
+    pushed(repository, "WIDTH = 2\n")
+    new = check_out(tmp_path / "code", str(repository), "main")
+    assert new.tree.exists()
+    assert new.python.exists()
+    assert not old.exists()
+
+
+def test_mistakes_are_one_line(repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no commit, branch or tag v7$"):
+        check_out(tmp_path / "code", str(repository), "v7")
+    with pytest.raises(UsageError, match="is no commit, branch or tag"):
+        check_out(tmp_path / "code", str(repository), "--upload-pack=touch x")
+    with pytest.raises(Outage, match="git fetch failed"):
+        check_out(tmp_path / "code", str(tmp_path / "none.git"), "main")
+    for address in ("https://ann:secret@example.org/x.git", "ext::sh -c touch% x", "--upload-pack=x"):
+        with pytest.raises(UsageError) as raised:
+            check_address(address)
+        assert "secret" not in str(raised.value)
+    assert check_address("git@example.org:team/x.git") == "git@example.org:team/x.git"
+
+    work = repository.parent / "work"
+    git(work, "rm", "--quiet", "requirements.txt")
+    git(work, "commit", "--quiet", "-m", "none")
+    git(work, "push", "--quiet", "origin", "HEAD:main")
+    with pytest.raises(UsageError, match=r"has no lock file: uv.lock, requirements.lock, requirements.txt$"):
+        check_out(tmp_path / "code", str(repository), "main")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_pushed_change_of_a_network_is_trained_with_and_a_wrong_commit_fails(
+    deployed: Callable[..., str],
+    start_worker: Callable[[], "subprocess.Popen[bytes]"],
+    program: Callable[..., Program],
+    convoy: Convoy,
+    tmp_path: Path,
+) -> None:
+    bare, work = tmp_path / "convoy.git", tmp_path / "work"
+    subprocess.run(["git", "clone", "--quiet", "--bare", str(ROOT), str(bare)], check=True)
+    subprocess.run(["git", "clone", "--quiet", str(bare), str(work)], check=True, capture_output=True)
+    file = work / "cnn" / "networks" / "convoy9.py"
+    file.write_text(file.read_text() + "\nPUSHED = 'a change that decides no bit, but belongs to the code'\n")
+    before = git(work, "rev-parse", "HEAD")
+    git(work, "commit", "--quiet", "-a", "-m", "another network")
+    git(work, "push", "--quiet", "origin", "HEAD")
+    commit = git(work, "rev-parse", "HEAD")
+
+    name = deployed("by-commit", epochs=2)
+    start_worker()
+
+    def retrain(ref: str) -> tuple[int, dict[str, str]]:
+        options = ("--commit", ref, "--repository", str(bare), "--wait", "--json")
+        done = program("retrain", "-d", name, *options).wait(300)
+        return done.status, json.loads(done.stdout)
+
+    status, first = retrain(before)
+    assert (status, first["commit"], first["status"]) == (0, before, "done")
+    status, again = retrain(before)
+    assert (status, again["status"]) == (0, "unchanged")
+    status, second = retrain(commit)
+    assert (status, second["commit"]) == (0, commit), second
+    assert "code" in second["reason"]
+    runs = [MlflowClient().get_run(each["mlflow_run_id"]).data.tags for each in (first, second)]
+    assert [tags["mlflow.source.git.commit"] for tags in runs] == [before, commit]
+    assert runs[0]["convoy.code_digest"] != runs[1]["convoy.code_digest"]
+    assert run_of(second["prefect_flow_run_id"]).labels["convoy.commit"] == commit
+
+    status, wrong = retrain("no-such-branch")
+    assert (status, wrong["error"]) == (1, f"the code: {bare} has no commit, branch or tag no-such-branch")
