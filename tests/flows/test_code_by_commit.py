@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,10 +65,9 @@ def test_a_commit_or_branch_is_checked_out_with_the_packages_of_its_lock_file(re
 
 
 def test_what_nothing_uses_is_removed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = f"from pathlib import Path; from infra.machine.checkouts import check_out; check_out(Path({str(tmp_path / 'code')!r}), {str(repository)!r}, 'main')"
-    subprocess.run(
-        [ROOT / ".venv" / "bin" / "python", "-c", code], check=True, cwd=ROOT
-    )  # it has ended: nothing is held
+    code = "import sys, pathlib, infra.machine.checkouts as c; c.check_out(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
+    command = [sys.executable, "-c", code, str(tmp_path / "code"), str(repository), "main"]
+    subprocess.run(command, check=True, cwd=ROOT)  # when it has ended, nothing is held
     (old,) = [each for each in (tmp_path / "code" / "trees").iterdir() if each.is_dir()]
     monkeypatch.setattr(checkouts, "UNUSED_SECONDS", -1.0)
     pushed(repository, "WIDTH = 2\n")
