@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Requests a retraining, waits for it, and reports the result in the job's summary and in one comment on a pull request.
 #
-# Reads DEPLOYMENT, DATASET, MODEL, FORCE (true) and PULL_REQUEST (a number), each of which can be empty, and GitHub's
-# variables from the environment. Exits with the status of `convoy retrain`, with one exception: a refusal (3) fails the
+# Reads DEPLOYMENT, COMMIT, REPOSITORY, DATASET, MODEL, FORCE (true) and PULL_REQUEST (a number), each of which can be
+# empty, and GitHub's variables from the environment. Exits with the status of `convoy retrain`, with one exception: a refusal (3) fails the
 # job if a user has requested the model, but not if the schedule has. Then the champion stays in use, nothing is broken,
 # and no alarm is needed.
 set -euo pipefail
@@ -18,6 +18,10 @@ fi
 
 arguments=()
 if [[ -n "${DEPLOYMENT:-}" ]]; then arguments+=(--deployment "$DEPLOYMENT"); fi
+if [[ -n "${COMMIT:-}" ]]; then
+  arguments+=(--commit "$COMMIT")
+  if [[ -n "${REPOSITORY:-}" ]]; then arguments+=(--repository "$REPOSITORY"); fi
+fi
 if [[ -n "${DATASET:-}" ]]; then arguments+=(--set "dataset=$DATASET"); fi
 if [[ -n "${MODEL:-}" ]]; then arguments+=(--set "model=$MODEL"); fi
 if [[ "${FORCE:-}" == true ]]; then arguments+=(--force); fi

@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import httpx
@@ -39,7 +39,9 @@ from tasks.config.deployment import CodeConfig, ProjectConfig, ScheduleConfig
 from tasks.config.run import RunConfig, load_config
 from tasks.orchestration.flow_runs import PAGE, may_go_on
 from tasks.orchestration.outage import is_prefect_outage
-from tasks.training.platform import Platform
+
+if TYPE_CHECKING:
+    from tasks.training.platform import Platform
 
 DEPLOYMENTS = Path(__file__).parents[1] / "infra" / "prefect.yaml"
 EXAMPLE = "fashion-mnist"
@@ -221,7 +223,7 @@ def ensure_pool(name: str) -> None:
             client.create_work_pool(WorkPoolCreate(name=name, type="process", description=POOL_DESCRIPTION))
 
 
-def queues_to_serve(pool: str, platform: Platform) -> list[str]:
+def queues_to_serve(pool: str, platform: "Platform") -> list[str]:
     """Returns the work queues of a worker: first its platform's own, which it creates, then all but other platforms'.
 
     Resumptions wait in the queue of their platform, since only workers of equal platforms give equal weights.

@@ -5,19 +5,24 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.flows.test_resumption import deployed, run_of
 from tests.linters import program
+
+__all__ = ["deployed"]
 
 REPOSITORY = Path(__file__).parents[2]
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
-SCRIPTS = [*sorted((REPOSITORY / ".github").glob("*.sh")), REPOSITORY / ".ci" / "run"]
+ACTION = REPOSITORY / ".github" / "actions" / "retrain"
+SCRIPTS = [*sorted((REPOSITORY / ".github").glob("*.sh")), ACTION / "convoy", REPOSITORY / ".ci" / "run"]
 SCRIPT = REPOSITORY / ".github" / "retrain.sh"
 NEWEST = REPOSITORY / ".github" / "newest.sh"
 
@@ -55,6 +60,7 @@ def steps() -> Iterator[dict[str, Any]]:
     for file in WORKFLOWS:
         for job in yaml.safe_load(file.read_text())["jobs"].values():
             yield from job["steps"]
+    yield from yaml.safe_load((ACTION / "action.yml").read_text())["runs"]["steps"]
 
 
 def test_actionlint_finds_nothing() -> None:
@@ -74,9 +80,13 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 def test_actions_are_pinned_by_commit_with_the_version_beside() -> None:
-    lines = [line for file in WORKFLOWS for line in file.read_text().splitlines() if "uses:" in line]
+    files = [*WORKFLOWS, ACTION / "action.yml"]
+    lines = [line for file in files for line in file.read_text().splitlines() if re.match(r" +(- )?uses:", line)]
     assert lines
     for line in lines:
+        if "uses: ./" in line:
+            assert (REPOSITORY / line.partition("./")[2] / "action.yml").exists()
+            continue
         assert re.search(r"uses: [\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line), line
 
 
@@ -153,6 +163,10 @@ def test_what_was_asked_for_reaches_the_command_as_it_is(folder: Path) -> None:
     wanted = ["retrain", "--deployment", "retrain/d e", "--set", f"dataset={hostile}", "--set", "model=notes"]
     assert asked == "\n".join([*wanted, "--force", "--wait", "--report", "report.md", "--json", ""])
 
+    run(folder, 0, COMMIT="0123abc", REPOSITORY="https://host.example/team/project.git")
+    code = ["--commit", "0123abc", "--repository", "https://host.example/team/project.git"]
+    assert (folder / "arguments").read_text().split()[:5] == ["retrain", *code]
+
     run(folder, 0, DEPLOYMENT="", DATASET="", MODEL="", FORCE="false")
     assert (folder / "arguments").read_text().split() == ["retrain", "--wait", "--report", "report.md", "--json"]
 
@@ -181,6 +195,40 @@ def test_a_comment_that_cannot_be_written_changes_nothing(folder: Path) -> None:
     assert done.returncode == 0
     assert done.stdout.startswith("::warning::")
     assert len((folder / "calls").read_text().splitlines()) == 1  # no second comment after a failed search
+
+
+def test_the_workflow_gives_the_action_only_inputs_that_it_has() -> None:
+    action = yaml.safe_load((ACTION / "action.yml").read_text())
+    calls = [step for step in steps() if step.get("uses") == "./.github/actions/retrain"]
+    assert calls
+    for call in calls:
+        assert call["with"].keys() <= action["inputs"].keys()
+        assert call["with"].keys() >= {name for name, each in action["inputs"].items() if each.get("required")}
+
+
+@pytest.mark.slow
+def test_asking_takes_a_small_environment(deployed: Callable[..., str], tmp_path: Path) -> None:
+    python = tmp_path / "ask" / "bin" / "python"
+    uv = shutil.which("uv", path=str(Path(sys.executable).parent))
+    assert uv
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(tmp_path / "ask")], check=True)
+    install = [uv, "pip", "install", "--quiet", "--python", str(python), "-r", str(ACTION / "requirements.txt")]
+    subprocess.run(install, check=True)
+    size = sum(file.lstat().st_size for file in (tmp_path / "ask").rglob("*") if file.is_file())
+    assert size < 100e6
+
+    name = deployed("asked-small")
+    options = ("-d", name, "--commit", "0123abc", "--repository", "https://host.example/team/project.git", "--json")
+    environment = os.environ | {"CONVOY_ASK_PYTHON": str(python), "CI": "true"}
+    command = [str(ACTION / "convoy"), "retrain", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    asked = run_of(json.loads(done.stdout)["prefect_flow_run_id"])
+    assert asked.labels["convoy.started_by"] == "CI"
+    assert asked.job_variables == {
+        "command": "python -m flows.at_commit",
+        "env": {"CONVOY_REPOSITORY": "https://host.example/team/project.git", "CONVOY_COMMIT": "0123abc"},
+    }
 
 
 @pytest.mark.parametrize("missing", ["PREFECT_API_URL"])

@@ -170,8 +170,8 @@ class Trial:
         self.killed |= sent == SIGKILL
         send(sent, processes)
 
-    def start(self) -> None:
-        """Starts the training, here or by a worker."""
+    def start(self, *options: str) -> None:
+        """Starts the training, here or by a worker; `options` are further ones of `retrain`."""
         if self.plan.family not in ("worker", "night"):
             self.train(2)
             return
@@ -182,7 +182,7 @@ class Trial:
         file.write_text(yaml.safe_dump({"name": "convoy", "pull": [], "deployments": deployments}))
         self.home.start("deploy", "--file", str(file)).end()
         self.start_worker()
-        self.call("retrain", "-d", f"retrain/{self.name}", "--force", "--wait", *CONFIG)
+        self.call("retrain", "-d", f"retrain/{self.name}", "--force", "--wait", *CONFIG, *options)
 
     def start_worker(self) -> None:
         self.worker = self.home.start("worker", "--pool", "campaign")
