@@ -52,6 +52,7 @@ from tasks.training.runs.run_record import check_resumable, read_record, run_of_
 from tasks.upkeep.doctor import close_run
 
 SILENCE_SECONDS = 10 * BEAT_SECONDS  # without a sign of life, until a flow run counts as dead
+PENDING_SECONDS = 1800.0  # that a worker may take to start a flow run's process
 MAX_AGE = timedelta(days=7)  # of dead flow runs that are looked at
 CHECK = (
     "import json, sys; from tasks.training.runs.tracked_run import differs_here; "
@@ -90,6 +91,7 @@ class Sweep:
     def __init__(self, queue: str, report: Callable[[str], None]) -> None:
         self._queue, self._report = queue, report
         self._signs: dict[UUID, tuple[Any, float]] = {}
+        self._elsewhere: set[UUID] = set()  # dead flow runs that cannot go on here
         self._told: set[str] = set()
         self._page: UUID | None = None
 
@@ -107,7 +109,7 @@ class Sweep:
                 self._end_silent(client)
                 ended = [StateType.CRASHED, StateType.FAILED]
                 for run in list(training_flow_runs(client, ended, after=datetime.now(UTC) - MAX_AGE)):
-                    if may_go_on(run) and not is_alive_here(str(run.id)):
+                    if may_go_on(run) and run.id not in self._elsewhere and not is_alive_here(str(run.id)):
                         self._look_at(client, run)
             self._page = publish(activities(), self._page)
         except (httpx.HTTPError, PrefectException, ServiceError) as error:
@@ -126,18 +128,22 @@ class Sweep:
     def _end_silent(self, client: SyncPrefectClient) -> None:
         """Marks flow runs of other machines as crashed if they have shown no sign of life for long.
 
-        Only changes count, and only this process's clock, since clocks of machines differ. A flow run that never gave a
-        sign is left alone: an older Convoy runs it, or it has just begun.
+        Only changes count, and only this process's clock, since clocks of machines differ. A flow run that runs and
+        never gave a sign is left alone: an older Convoy runs it, or it has just begun. One that a worker has taken may
+        first install packages.
         """
         now, signs = time.monotonic(), dict[UUID, tuple[Any, float]]()
-        for run in training_flow_runs(client, [StateType.RUNNING, StateType.PAUSED]):
-            sign = run.labels.get(ALIVE)
+        for run in training_flow_runs(client, [StateType.RUNNING, StateType.PAUSED, StateType.PENDING]):
+            pending = run.state_type == StateType.PENDING
+            sign, patience = run.labels.get(ALIVE), SILENCE_SECONDS
+            if pending:
+                sign, patience = "pending", PENDING_SECONDS
             if run.deployment_id is None or sign is None or is_alive_here(str(run.id)):
                 continue
             before, since = self._signs.get(run.id, (None, now))
             signs[run.id] = (sign, since if sign == before else now)
-            if sign == before and now - since > SILENCE_SECONDS:
-                why = f"no sign of life for {SILENCE_SECONDS / 60:.0f} minutes: its machine died, or lost its network"
+            if sign == before and now - since > patience:
+                why = f"no sign of life for {patience / 60:.0f} minutes: its machine died, or lost its network"
                 mark_crashed(str(run.id), why)
                 self._tell(f"flow run {run.name} is Crashed: {why}")
                 if run_id := _mlflow_run(run):
@@ -157,6 +163,7 @@ class Sweep:
             return
         by_commit = COMMIT in run.labels
         if run_id and (differing := _differences(run_id, code=not by_commit)):
+            self._elsewhere.add(run.id)
             self._tell(f"flow run {run.name} cannot go on here, because its weights would differ: {differing}")
             return
         if run_id:

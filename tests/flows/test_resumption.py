@@ -17,7 +17,7 @@ import yaml
 from prefect import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterId
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Running, Scheduled
+from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Pending, Running, Scheduled
 
 from flows.activity import activities, publish
 from flows.resumption import Decision, Sweep, decide, tries_from
@@ -93,30 +93,36 @@ def test_resumptions_are_counted_from_one_step() -> None:
 POOL = "resumption-pool"
 
 
-@pytest.fixture
-def deployed(stack: object, convoy: Convoy, tmp_path: Path) -> Callable[..., str]:
+@pytest.fixture(scope="module")
+def deployed(stack: object, quiet_prefect: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Deploys a training of digits; returns the deployment's name."""
+    from flows.deployments import deploy
 
-    def deploy(name: str, **config: Any) -> str:
+    def make(name: str, **config: Any) -> str:
         values: dict[str, Any] = {"dataset": "digits", "name": name, "ranks": 2}
         for setting in SETTINGS:
             key, _, value = setting.partition("=")
             section, _, last = key.rpartition(".")
             place = values.setdefault(section, {}) if section else values
             place[last] = yaml.safe_load(value)
-        values |= {"promote": True, **config}
         entry = {
             "name": name,
             "entrypoint": "flows.retrain.retrain_flow",
-            "parameters": {"config": values},
+            "parameters": {"config": values | {"promote": True, **config}},
             "work_pool": {"name": POOL},
         }
-        file = tmp_path / f"{name}.yaml"
+        file = tmp_path_factory.mktemp("deployed") / "prefect.yaml"
         file.write_text(yaml.safe_dump({"name": "convoy", "pull": [], "deployments": [entry]}))
-        assert convoy("deploy", "--file", str(file)).status == 0
+        list(deploy(file))
         return f"retrain/{name}"
 
-    return deploy
+    return make
+
+
+@pytest.fixture(scope="module")
+def unserved(deployed: Callable[..., str]) -> str:
+    """A deployment that no worker serves."""
+    return deployed("unserved", resume={"limit": 1})
 
 
 @pytest.fixture
@@ -173,13 +179,12 @@ def _home(process: psutil.Process) -> str | None:
 
 
 @pytest.fixture
-def new_run(deployed: Callable[..., str], quiet_prefect: None) -> Callable[..., str]:
+def new_run(unserved: str) -> Callable[..., str]:
     """Makes a flow run of a deployment that no worker serves; returns its id."""
-    name = deployed(f"dead-{uuid4().hex[:6]}", resume={"limit": 1})
 
     def make(state: State[Any], labels: dict[str, Any] | None = None) -> str:
         with get_client(sync_client=True) as client:
-            found = client.read_deployment_by_name(name)
+            found = client.read_deployment_by_name(unserved)
             made = client.create_flow_run_from_deployment(found.id, labels=labels or {})
             client.set_flow_run_state(made.id, state, force=True)
         return str(made.id)
@@ -231,6 +236,7 @@ def test_a_flow_run_elsewhere_counts_as_dead_once_its_sign_of_life_has_not_chang
     new_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent, alive, older = new_run(Running(), {ALIVE: "1"}), new_run(Running(), {ALIVE: "1"}), new_run(Running())
+    taken = new_run(Pending())
     sweep = Sweep("platform-test", print)
     sweep()
     assert {run_of(each).state_type for each in (silent, alive, older)} == {StateType.RUNNING}
@@ -241,9 +247,16 @@ def test_a_flow_run_elsewhere_counts_as_dead_once_its_sign_of_life_has_not_chang
     assert run_of(silent).state_type == StateType.CRASHED
     assert "no sign of life" in (run_of(silent).state.message or "")  # type: ignore[union-attr]
     assert {run_of(each).state_type for each in (alive, older)} == {StateType.RUNNING}
+    assert run_of(taken).state_type == StateType.PENDING
     assert [run.labels[RESUMES] for run in resumptions() if run.labels.get(RESUMES) in (silent, alive, older)] == [
         silent
     ]
+    with get_client(sync_client=True) as client:
+        client.update_flow_run_labels(UUID(alive), {ALIVE: "3"})
+    monkeypatch.setattr("flows.resumption.PENDING_SECONDS", 0.0)
+    sweep()
+    assert run_of(taken).state_type == StateType.CRASHED
+    assert run_of(alive).state_type == StateType.RUNNING
 
 
 def test_work_is_shown_as_a_page_and_by_the_command(new_run: Callable[..., str], convoy: Convoy) -> None:
