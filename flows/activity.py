@@ -105,8 +105,10 @@ def _stands(client: SyncPrefectClient, run: FlowRun, holders: Mapping[Any, FlowR
         return f"waits for a person's approval{_since(run)}"
     if run.state_type != StateType.RUNNING:
         return f"{run.state_name}{_since(run)}"
-    config = RunConfig.model_validate(run.parameters.get("config", {}))
-    holder = holders.get(limit_of(config.name or model_name(config)))
+    holder = None
+    with suppress(ValueError):  # the parameters of another version of Convoy
+        config = RunConfig.model_validate(run.parameters.get("config", {}))
+        holder = holders.get(limit_of(model_name(config)))
     if holder and holder.id != run.id:
         return f"waits for the end of {holder.name}, which trains the same model{_since(run)}"
     found = client.read_artifacts(

@@ -25,6 +25,7 @@ from flows.at_commit import COMMIT_VARIABLE
 from flows.run_names import reason_of
 from infra.errors import ServiceError, UsageError, one_line
 from infra.storage.object_store import open_bucket
+from infra.tracking import mlflow_runs
 from infra.tracking.tags import (
     ALIVE,
     COMMIT,
@@ -96,9 +97,12 @@ class Sweep:
         self._page: UUID | None = None
 
     def for_ever(self, pause: float) -> None:
-        """Does a round every `pause` seconds."""
+        """Does a round every `pause` seconds, whatever goes wrong in one: nobody would notice if rounds ended."""
         while True:
-            self()
+            try:
+                self()
+            except Exception as error:
+                self._tell(f"cannot look after trainings: {type(error).__name__}: {one_line(error)}")
             time.sleep(pause)
 
     def __call__(self) -> None:
@@ -158,13 +162,15 @@ class Sweep:
                 check_resumable(run_id)
             given = run.parameters.get("config", {})
             config = read_record(run_id).config if run_id else RunConfig.model_validate(given)
-        except (UsageError, ValueError) as error:
-            self._label(client, run, {RESUMED_BY: f"none: {one_line(error)}"})
+            differing = _differences(run_id, code=COMMIT not in run.labels) if run_id else ""
+        except (UsageError, ValueError) as error:  # above all the record of another version of Convoy
+            if run_id and mlflow_runs.run_status(run_id) == "FINISHED":
+                self._label(client, run, {RESUMED_BY: f"none: {one_line(error)}"})
+            else:
+                self._leave(run, one_line(error))
             return
-        by_commit = COMMIT in run.labels
-        if run_id and (differing := _differences(run_id, code=not by_commit)):
-            self._elsewhere.add(run.id)
-            self._tell(f"flow run {run.name} cannot go on here, because its weights would differ: {differing}")
+        if differing:
+            self._leave(run, f"its weights would differ: {differing}")
             return
         if run_id:
             parameters |= {"config": config.model_dump(mode="json", exclude_unset=True), "resume": run_id}
@@ -218,6 +224,11 @@ class Sweep:
         where = f"from step {step}" if step else "from the beginning"
         self._tell(f"flow run {run.name} goes on {where} as a new run of its deployment")
 
+    def _leave(self, run: FlowRun, why: str) -> None:
+        """Leaves a dead flow run to other workers."""
+        self._elsewhere.add(run.id)
+        self._tell(f"flow run {run.name} cannot go on here: {why}")
+
     def _label(self, client: SyncPrefectClient, run: FlowRun, labels: dict[str, Any]) -> None:
         client.update_flow_run_labels(run.id, labels)
 
@@ -249,10 +260,13 @@ def _differences(run_id: str, *, code: bool) -> str:
 
     Args:
         code: compare code and libraries too, and not only the machine.
+
+    Raises:
+        ServiceError: it could not be found out.
     """
     done = subprocess.run(
         [sys.executable, "-c", CHECK, run_id, "code" * code], capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     if done.returncode:
-        return one_line(done.stderr.strip().rpartition("\n")[2])[:MAX_DIFFERENCES]
+        raise ServiceError(one_line(done.stderr.strip().rpartition("\n")[2])[:MAX_DIFFERENCES])
     return "; ".join(json.loads(done.stdout.strip().rpartition("\n")[2]))[:MAX_DIFFERENCES]
