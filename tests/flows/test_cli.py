@@ -302,7 +302,7 @@ def test_help_and_refusals_load_no_heavy_library(arguments: list[str], tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "loaded"),
     [
-        (["status"], ""),
+        (["status"], "boto3 prefect"),
         (["config", "--explain"], ""),
         (["config", "--model", "timm/resnet18d"], ""),
         (["config", "--schema"], ""),
