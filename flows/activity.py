@@ -11,8 +11,9 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterType
-from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
+from prefect.client.schemas.objects import FlowRun, StateType, Worker, WorkerStatus
 from prefect.client.schemas.sorting import ArtifactSort
+from prefect.exceptions import ObjectNotFound
 
 from flows.run_names import model_name
 from infra.errors import ServiceError
@@ -75,12 +76,19 @@ def publish(found: list[Activity], page: UUID | None) -> UUID:
     return made
 
 
+def online_workers(client: SyncPrefectClient, pool: str) -> list[Worker]:
+    """Returns the workers of a pool that Prefect has heard of lately; none if there is no such pool."""
+    try:
+        return [each for each in client.read_workers_for_work_pool(pool) if each.status == WorkerStatus.ONLINE]
+    except ObjectNotFound:
+        return []
+
+
 def _workers(client: SyncPrefectClient) -> Iterator[Activity]:
     for pool in client.read_work_pools():
-        for worker in client.read_workers_for_work_pool(pool.name):
-            if worker.status == WorkerStatus.ONLINE:
-                seen = f", last heard of {_ago(worker.last_heartbeat_time)}" if worker.last_heartbeat_time else ""
-                yield Activity(kind="worker", name=worker.name, detail=f"pool {pool.name}{seen}")
+        for worker in online_workers(client, pool.name):
+            seen = f", last heard of {_ago(worker.last_heartbeat_time)}" if worker.last_heartbeat_time else ""
+            yield Activity(kind="worker", name=worker.name, detail=f"pool {pool.name}{seen}")
 
 
 def _unfinished(client: SyncPrefectClient) -> Iterator[Activity]:

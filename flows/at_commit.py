@@ -13,10 +13,11 @@ from prefect.states import Failed
 from infra.errors import UsageError
 from infra.machine.checkouts import Checkout, check_out
 from infra.settings import Settings
+from infra.tracking.provenance import COMMIT_VARIABLE
 from infra.tracking.tags import COMMIT
 
 COMMAND = "python -m flows.at_commit"
-REPOSITORY_VARIABLE, COMMIT_VARIABLE = "CONVOY_REPOSITORY", "CONVOY_COMMIT"
+REPOSITORY_VARIABLE = "CONVOY_REPOSITORY"
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-from prefect.client.schemas.objects import FlowRun, State, StateType, Worker, WorkerStatus
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import DeploymentResponse, SetStateStatus
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.events import EventTrigger, Resource, ResourceSpecification, emit_event
@@ -29,11 +29,13 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.states import Cancelling
 from prefect.utilities.urls import url_for
 
-from flows.at_commit import COMMAND, COMMIT_VARIABLE, REPOSITORY_VARIABLE
+from flows.activity import online_workers
+from flows.at_commit import COMMAND, REPOSITORY_VARIABLE
 from flows.run_names import command_reason, model_name
 from flows.summary import REFUSED, Summary
 from infra.errors import ServiceError, UsageError, one_line
 from infra.records import Record
+from infra.tracking.provenance import COMMIT_VARIABLE
 from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN, RESUMED_BY, STARTED_BY
 from tasks.config.deployment import CodeConfig, ProjectConfig, ScheduleConfig
 from tasks.config.run import RunConfig, load_config
@@ -360,7 +362,7 @@ def follow(flow_run_id: UUID, report: Callable[[str], None]) -> tuple[Summary, l
             waited = time.monotonic() - began
             if not warned and run.start_time is None and waited > NO_WORKER_SECONDS:
                 pool = run.work_pool_name or "convoy"
-                if not _workers(client, pool):
+                if not online_workers(client, pool):
                     report(f"no worker of the pool {pool} is online: `convoy worker --pool {pool}` starts one here")
                     warned = True
                 elif waited > BUSY_WORKER_SECONDS:
@@ -388,14 +390,6 @@ def _successor(client: SyncPrefectClient, run: FlowRun, report: Callable[[str], 
         return UUID(str(run.labels.get(RESUMED_BY)))
     except ValueError:  # the reason why nothing goes on
         return None
-
-
-def _workers(client: SyncPrefectClient, pool: str) -> list[Worker]:
-    """Returns the workers of a pool that Prefect has heard of lately."""
-    try:
-        return [each for each in client.read_workers_for_work_pool(pool) if each.status == WorkerStatus.ONLINE]
-    except ObjectNotFound:
-        return []
 
 
 def _summary(run: FlowRun, rows: Any) -> Summary:

@@ -17,6 +17,7 @@ from infra.errors import one_line
 from infra.machine import stopping
 from infra.machine.output import outlive_readers
 from infra.tracking.client import check_server
+from infra.tracking.provenance import COMMIT_VARIABLE
 from infra.tracking.tags import RESUMABLE
 from tasks.config.launchers import check_installed
 from tasks.config.run import RunConfig, Step, with_network_options
@@ -112,7 +113,7 @@ def _train_and_release(
         dataset_version=dataset.version,
         model_name=name,
         reused=reused,
-        commit=os.environ.get("CONVOY_COMMIT"),
+        commit=os.environ.get(COMMIT_VARIABLE),
         prefect_flow_run_id=flow_run.id,
         prefect_flow_run_url=url_for("flow-run", obj_id=flow_run.id),
     )

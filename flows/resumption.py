@@ -21,11 +21,11 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 
 from flows.activity import activities, publish
-from flows.at_commit import COMMIT_VARIABLE
 from flows.run_names import reason_of
 from infra.errors import ServiceError, UsageError, one_line
 from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
+from infra.tracking.provenance import COMMIT_VARIABLE
 from infra.tracking.tags import (
     ALIVE,
     COMMIT,
@@ -165,7 +165,7 @@ class Sweep:
             differing = _differences(run_id, code=COMMIT not in run.labels) if run_id else ""
         except (UsageError, ValueError) as error:  # above all the record of another version of Convoy
             if run_id and mlflow_runs.run_status(run_id) == "FINISHED":
-                self._label(client, run, {RESUMED_BY: f"none: {one_line(error)}"})
+                client.update_flow_run_labels(run.id, {RESUMED_BY: f"none: {one_line(error)}"})
             else:
                 self._leave(run, one_line(error))
             return
@@ -179,7 +179,7 @@ class Sweep:
         decision = decide(run, step, config.resume.limit)
         if decision == "give up":
             why = f"it has ended {tries + 1} times in a row at step {step}" if tries else "resume.limit is 0"
-            self._label(client, run, {RESUMED_BY: f"none: {why}"})
+            client.update_flow_run_labels(run.id, {RESUMED_BY: f"none: {why}"})
             said = run.state.message if run.state else ""
             by_hand = f"\n`convoy resume {run_id}` tries again" if run_id else ""
             emit(client, "failed", f"flow run {run.name} is not resumed, since {why}: {said}{by_hand}")
@@ -220,7 +220,7 @@ class Sweep:
                 f"{error.response.text[:300]}"
             )
             return
-        self._label(client, run, {RESUMED_BY: str(made.id)})
+        client.update_flow_run_labels(run.id, {RESUMED_BY: str(made.id)})
         where = f"from step {step}" if step else "from the beginning"
         self._tell(f"flow run {run.name} goes on {where} as a new run of its deployment")
 
@@ -228,9 +228,6 @@ class Sweep:
         """Leaves a dead flow run to other workers."""
         self._elsewhere.add(run.id)
         self._tell(f"flow run {run.name} cannot go on here: {why}")
-
-    def _label(self, client: SyncPrefectClient, run: FlowRun, labels: dict[str, Any]) -> None:
-        client.update_flow_run_labels(run.id, labels)
 
     def _tell(self, line: str) -> None:
         if line not in self._told:  # most are true in each round

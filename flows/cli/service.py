@@ -22,6 +22,7 @@ from flows.cli.console import (
 from flows.cli.notify import set_up_notifications, webhook_of
 from flows.summary import write_report
 from infra.errors import UsageError
+from infra.machine.checkouts import check_address
 from infra.machine.files import check_writable
 from infra.settings import Settings
 from tasks.config.project import project_file
@@ -202,6 +203,8 @@ def retrain(
     """
     if repository and not commit:
         raise UsageError("--repository needs --commit")
+    if repository:
+        check_address(repository)
     if report:
         check_writable(report, "--report")
     file = configuration_file(config_file) if deployment is None else config_file

@@ -10,6 +10,9 @@ from pathlib import Path
 from infra.records import Record
 from infra.tracking.tags import GIT_DIRTY, LIBRARY, LOCK_SHA256, SOURCE_COMMIT
 
+COMMIT_VARIABLE = "CONVOY_COMMIT"
+"""The environment variable that names the commit whose code a worker runs."""
+
 LIBRARIES = ("torch", "torchvision", "mlflow", "prefect")
 PACKAGE_FILE = Path(__file__).resolve().parents[1] / "__init__.py"
 
@@ -43,7 +46,7 @@ class Provenance(Record):
 def provenance(code: Path = PACKAGE_FILE) -> Provenance:
     """Reads the environment, and the repository of `code`, a file two levels below the repository's root."""
     root = code.parent.parent
-    if commit := os.environ.get("CONVOY_COMMIT"):  # a worker runs the code of this commit
+    if commit := os.environ.get(COMMIT_VARIABLE):  # a worker runs the code of this commit
         return _provenance(commit, changes="", root=root)
     # Installed code is often inside another project's repository, which does not track it.
     commit = _git(root, "rev-parse", "HEAD") if _git(root, "ls-files", "--error-unmatch", str(code)) else None

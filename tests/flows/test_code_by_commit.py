@@ -98,6 +98,12 @@ def test_mistakes_are_one_line(repository: Path, tmp_path: Path) -> None:
         check_out(tmp_path / "code", str(repository), "main")
 
 
+def test_a_password_in_an_address_is_refused_and_not_repeated(convoy: Convoy) -> None:
+    done = convoy("retrain", "--commit", "main", "--repository", "https://ann:secret@example.org/x.git")
+    assert (done.status, "must hold no password" in done.complaint) == (2, True)
+    assert "secret" not in done.stdout + done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_pushed_change_of_a_network_is_trained_with_and_a_wrong_commit_fails(
