@@ -11,9 +11,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterType
-from prefect.client.schemas.objects import FlowRun, StateType, Worker, WorkerStatus
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import ArtifactSort
-from prefect.exceptions import ObjectNotFound
 
 from flows.run_names import model_name
 from infra.errors import ServiceError
@@ -21,7 +20,7 @@ from infra.records import Record
 from infra.storage.object_store import open_bucket
 from infra.tracking.tags import HELD_LEASE, MLFLOW_RUN, RESUMED_BY
 from tasks.config.run import RunConfig
-from tasks.orchestration.flow_runs import may_go_on, training_flow_runs
+from tasks.orchestration.flow_runs import may_go_on, online_workers, training_flow_runs
 from tasks.orchestration.model_lease import UNFINISHED, limit_of
 from tasks.reporting.markdown import table
 from tasks.training.checkpoints import commits_of
@@ -74,14 +73,6 @@ def publish(found: list[Activity], page: UUID | None) -> UUID:
     made = create_markdown_artifact(text, key=PAGE_KEY, description="Workers, and trainings that run, wait or are due")
     assert isinstance(made, UUID)  # not a coroutine, since this is no coroutine
     return made
-
-
-def online_workers(client: SyncPrefectClient, pool: str) -> list[Worker]:
-    """Returns the workers of a pool that Prefect has heard of lately; none if there is no such pool."""
-    try:
-        return [each for each in client.read_workers_for_work_pool(pool) if each.status == WorkerStatus.ONLINE]
-    except ObjectNotFound:
-        return []
 
 
 def _workers(client: SyncPrefectClient) -> Iterator[Activity]:

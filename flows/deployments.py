@@ -29,7 +29,6 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.states import Cancelling
 from prefect.utilities.urls import url_for
 
-from flows.activity import online_workers
 from flows.at_commit import COMMAND, REPOSITORY_VARIABLE
 from flows.run_names import command_reason, model_name
 from flows.summary import REFUSED, Summary
@@ -39,7 +38,7 @@ from infra.tracking.provenance import COMMIT_VARIABLE
 from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN, RESUMED_BY, STARTED_BY
 from tasks.config.deployment import CodeConfig, ProjectConfig, ScheduleConfig
 from tasks.config.run import RunConfig, load_config
-from tasks.orchestration.flow_runs import PAGE, may_go_on
+from tasks.orchestration.flow_runs import PAGE, may_go_on, online_workers
 from tasks.orchestration.outage import is_prefect_outage
 
 if TYPE_CHECKING:

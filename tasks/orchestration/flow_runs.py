@@ -1,4 +1,4 @@
-"""Finds the flow runs of trainings, and reports those whose process on this machine was killed to Prefect.
+"""Finds workers and the flow runs of trainings, and reports those whose process on this machine was killed to Prefect.
 
 <home>/flows/<flow run>      a lock that the flow's process holds; the kernel releases it when the process ends
 """
@@ -23,7 +23,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType, Worker, WorkerStatus
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectException
@@ -124,6 +124,14 @@ def training_flow_runs(
     while page := client.read_flow_runs(flow_filter=flows, flow_run_filter=wanted, limit=PAGE, offset=seen):
         yield from page
         seen += len(page)
+
+
+def online_workers(client: SyncPrefectClient, pool: str) -> list[Worker]:
+    """Returns the workers of a pool that Prefect has heard of lately; none if there is no such pool."""
+    try:
+        return [each for each in client.read_workers_for_work_pool(pool) if each.status == WorkerStatus.ONLINE]
+    except ObjectNotFound:
+        return []
 
 
 def killed_flow_runs() -> Iterator[FlowRun]:
