@@ -18,7 +18,7 @@ from flows.run_names import model_name
 from infra.errors import ServiceError
 from infra.records import Record
 from infra.storage.object_store import open_bucket
-from infra.tracking.tags import HELD_LEASE, MLFLOW_RUN, RESUMED_BY
+from infra.tracking.tags import HELD_LEASE, MLFLOW_RUN, RESUMED_BY, TRIAL
 from tasks.config.run import RunConfig
 from tasks.orchestration.flow_runs import may_go_on, online_workers, training_flow_runs
 from tasks.orchestration.model_lease import UNFINISHED, limit_of
@@ -108,7 +108,7 @@ def _stands(client: SyncPrefectClient, run: FlowRun, holders: Mapping[Any, FlowR
     with suppress(ValueError):  # the parameters of another version of Convoy
         config = RunConfig.model_validate(run.parameters.get("config", {}))
         holder = holders.get(limit_of(model_name(config)))
-    if holder and holder.id != run.id:
+    if holder and holder.id != run.id and TRIAL not in run.labels:
         return f"waits for the end of {holder.name}, which trains the same model{_since(run)}"
     found = client.read_artifacts(
         artifact_filter=ArtifactFilter(

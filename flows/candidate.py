@@ -30,7 +30,7 @@ from tasks.release.model_card import write_model_card
 from tasks.release.promote import champion_data, promotions_of, verdict_on
 from tasks.release.quality.verdict import Verdict
 from tasks.release.quality_gate import QualityRefused, quality_gate
-from tasks.release.register import register
+from tasks.release.register import register, version_record
 from tasks.release.release import release
 from tasks.release.report_page import publish_page
 from tasks.release.serving.clients import Consumer, Server
@@ -81,13 +81,30 @@ def train_version(
             registered = register(name, config.training(), dataset, trained, evaluated)
             step_timer("register", registered)
             write_model_card(registered, config, dataset, trained, evaluated)
-            summary = _with_version(summary, run, trained, evaluated, registered)
+            summary = _with_training(summary, run, trained, evaluated)
+            summary = summary.model_copy(update={"model_version": registered.version})
             summary = _through_gates(summary, config, registered, evaluated, consumer, server, published)
             step_timer("gates", summary)
         published.result()  # raises its error here if a gate refused before the result was read
         publish_page(outlast(partial(find_version, registered.address)))
         log_cost(run.run_id, step_timer.seconds, trained.world_size * trained.train_seconds / 3600)
     return summary
+
+
+def try_out(
+    summary: Summary, config: RunConfig, dataset: DatasetRef, resume: str | None, step_timer: StepTimer
+) -> Summary:
+    """Trains and evaluates in an experiment of its own; registers nothing, and leaves the verdict to others.
+
+    The MLflow run gets the tags that a version would have.
+    """
+    with tracked_run(config, dataset, resume, experiment=f"{dataset.name} trials") as run:
+        trained = step_timer("train", train(run, dataset, config))
+        evaluated = step_timer("evaluate", evaluate(config.training(), dataset, trained, slices=config.data.slices))
+        publish(config.training(), dataset, evaluated)
+        outlast(partial(set_tags, run.run_id, version_record(dataset, trained, evaluated).to_tags()))
+        log_cost(run.run_id, step_timer.seconds, trained.world_size * trained.train_seconds / 3600)
+    return _with_training(summary, run, trained, evaluated)
 
 
 def judge_again(summary: Summary, config: RunConfig, version: ModelVersion) -> Summary:
@@ -206,14 +223,11 @@ def _with_verdict(summary: Summary, verdict: Verdict) -> Summary:
     )
 
 
-def _with_version(
-    summary: Summary, run: TrackedRun, trained: TrainResult, evaluated: Evaluation, registered: ModelVersion
-) -> Summary:
+def _with_training(summary: Summary, run: TrackedRun, trained: TrainResult, evaluated: Evaluation) -> Summary:
     return summary.model_copy(
         update={
             "accuracy": evaluated.accuracy,
             "weights_sha256": trained.weights_sha256,
-            "model_version": registered.version,
             "world_size": trained.world_size,
             "train_seconds": round(trained.train_seconds, 3),
             "images_per_second": round(trained.images_per_second, 1),

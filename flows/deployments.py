@@ -46,7 +46,14 @@ if TYPE_CHECKING:
 
 DEPLOYMENTS = Path(__file__).parents[1] / "infra" / "prefect.yaml"
 EXAMPLE = "fashion-mnist"
-"""The deployment in that file that is copied for a project, with another name."""
+"""The name in that file of the deployments that are copied for a project, with another name."""
+
+RETRAIN, TRIAL, JUDGE, PRUNE = (
+    "flows.retrain.retrain_flow",
+    "flows.trial.trial_flow",
+    "flows.trial.judge_flow",
+    "flows.prune.prune_flow",
+)
 
 MAX_POLL_SECONDS = 2.0  # between polls of a flow run
 POLL_SHARE = 0.05  # of the time waited so far, as a pause before the next poll: short runs are polled often
@@ -99,24 +106,28 @@ def deploy_project(project: ProjectConfig, switch: bool | None = None) -> Iterat
 
 def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
     name, deploy = model_name(project), project.deploy
-    example = {entry["name"]: entry for entry in _entries(DEPLOYMENTS)}
+    text = json.dumps(_entries(DEPLOYMENTS)).replace(EXAMPLE, json.dumps(name)[1:-1])
+    example = {entry["entrypoint"]: entry for entry in json.loads(text)}
     pool: dict[str, Any] = {"name": deploy.pool}
 
-    def entry(named: str, schedule: ScheduleConfig, parameters: dict[str, Any], **changes: Any) -> dict[str, Any]:
-        slug = example[named]["schedules"][0]["slug"]
-        when = [{"slug": slug, "cron": schedule.cron, "timezone": schedule.timezone}] if schedule.cron else []
-        return example[named] | {"parameters": parameters, "schedules": when, "work_pool": pool} | changes
+    def entry(flow: str, schedule: ScheduleConfig | None, parameters: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        when = []
+        if schedule and schedule.cron:
+            slug = example[flow]["schedules"][0]["slug"]
+            when = [{"slug": slug, "cron": schedule.cron, "timezone": schedule.timezone}]
+        return {**example[flow], "parameters": parameters, "schedules": when, "work_pool": pool, **changes}
 
-    text = json.dumps(example[EXAMPLE])
-    example[EXAMPLE] = json.loads(text.replace(EXAMPLE, json.dumps(name)[1:-1]))
-    triggers = example[EXAMPLE]["triggers"] if deploy.new_data else []
+    triggers = example[RETRAIN]["triggers"] if deploy.new_data else []
     older = {"older_names": list(deploy.older_names), "triggers": triggers}
     config = project.run.model_dump(mode="json", exclude_unset=True)
     with_code = {"work_pool": pool | {"job_variables": job_variables(deploy.code)}} if deploy.code.ref else {}
-    yield entry(EXAMPLE, deploy.schedule, {"config": config}, **older, **with_code)
+    yield entry(RETRAIN, deploy.schedule, {"config": config}, **older, **with_code)
+    if deploy.trial_pool:
+        yield entry(TRIAL, None, {"config": config}, work_pool={"name": deploy.trial_pool})
+        yield entry(JUDGE, None, {"config": config})
     if deploy.prunes:
         retention = deploy.retention.model_dump(mode="json", exclude_unset=True)
-        yield entry("storage", deploy.prune, {"retention": retention})
+        yield entry(PRUNE, deploy.prune, {"retention": retention})
 
 
 def _deploy(entries: list[dict[str, Any]], file: Path, switch: bool | None) -> Iterator[str]:
@@ -285,20 +296,35 @@ def start_retraining(
     name = deployment or model_name(config or RunConfig())
     name = name if "/" in name else f"retrain/{name}"
     with get_client(sync_client=True) as client:
-        found = _deployment(client, name)
+        found = find_deployment(client, name)
         if config is None:
             config = load_config(None, settings, base=found.parameters.get("config", {}))  # mistakes are reported here
         parameters = {"config": config.model_dump(mode="json", exclude_unset=True), "force": force}
-        try:
-            labels = {STARTED_BY: command_reason()}
-            run = client.create_flow_run_from_deployment(
-                found.id,
-                parameters=parameters,
-                labels=dict(labels),
-                job_variables=job_variables(code) if code else None,
-            )
-        except PrefectHTTPStatusError as error:
-            raise ServiceError(f"Prefect refuses the run: {error.response.text[:300]}") from None
+        return start(client, found, parameters, code=code)
+
+
+def start(
+    client: SyncPrefectClient,
+    deployment: DeploymentResponse,
+    parameters: dict[str, Any],
+    *,
+    code: CodeConfig | None = None,
+    labels: dict[str, str] | None = None,
+) -> Started:
+    """Starts a flow run of a deployment.
+
+    Raises:
+        ServiceError: Prefect refuses the run.
+    """
+    try:
+        run = client.create_flow_run_from_deployment(
+            deployment.id,
+            parameters=parameters,
+            labels={STARTED_BY: command_reason(), **(labels or {})},
+            job_variables=job_variables(code) if code else None,
+        )
+    except PrefectHTTPStatusError as error:
+        raise ServiceError(f"Prefect refuses the run: {error.response.text[:300]}") from None
     return Started(id=run.id, url=url_for("flow-run", obj_id=run.id) or str(run.id))
 
 
@@ -308,15 +334,19 @@ def job_variables(code: CodeConfig) -> dict[str, Any]:
     return {"command": COMMAND, "env": {name: value for name, value in variables.items() if value}}
 
 
-def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
-    """Returns the deployment of that name; the one that replaces it, if it has been renamed since."""
+def find_deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
+    """Returns the deployment of that name; the one that replaces it, if it has been renamed since.
+
+    Raises:
+        UsageError: there is none.
+    """
     try:
         found = client.read_deployment_by_name(name)
     except ObjectNotFound:
         known = ", ".join(sorted(each.name for each in client.read_deployments())) or "none; see `convoy deploy`"
         raise UsageError(f"Prefect has no deployment {name}; there are: {known}") from None
     renamed = [tag.removeprefix(RENAMED) for tag in found.tags if tag.startswith(RENAMED)]
-    return _deployment(client, renamed[0]) if renamed else found
+    return find_deployment(client, renamed[0]) if renamed else found
 
 
 def follow(flow_run_id: UUID, report: Callable[[str], None]) -> tuple[Summary, list[str]]:
@@ -425,13 +455,22 @@ def cancel(run: str) -> str:
             found = client.read_flow_run(UUID(flow_run_id))
         except (ObjectNotFound, ValueError):
             raise UsageError(f"{run} is neither a training in MLflow nor a flow run; see `convoy runs`") from None
-        if may_go_on(found):
-            client.update_flow_run_labels(found.id, {RESUMED_BY: "none: a person cancelled it"})
-            return f"flow run {found.name} is {found.state_name}, and no worker resumes it"
-        if found.state and found.state.is_final():
-            raise UsageError(f"flow run {found.name} has ended: {found.state.name}")
-        wanted: State[None] = Cancelling()
-        answer = client.set_flow_run_state(found.id, wanted)
+        return cancel_flow_run(client, found, "a person cancelled it")
+
+
+def cancel_flow_run(client: SyncPrefectClient, found: FlowRun, why: str) -> str:
+    """Does what `cancel` describes to a flow run.
+
+    Args:
+        why: what people read if it is dead, and no worker resumes it.
+    """
+    if may_go_on(found):
+        client.update_flow_run_labels(found.id, {RESUMED_BY: f"none: {why}"})
+        return f"flow run {found.name} is {found.state_name}, and no worker resumes it"
+    if found.state and found.state.is_final():
+        raise UsageError(f"flow run {found.name} has ended: {found.state.name}")
+    wanted: State[None] = Cancelling(message=why)
+    answer = client.set_flow_run_state(found.id, wanted)
     # Prefect answers with a rejection if it cancels a run at once, since no worker has taken it yet.
     if answer.status != SetStateStatus.ACCEPT and not (answer.state and answer.state.is_cancelled()):
         state = answer.state.name if answer.state else found.state_name

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import httpx
 from prefect import states
@@ -11,6 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
+from flows.run_names import model_name
 from flows.step_timer import StepTimer
 from flows.summary import REFUSED, Refused, Summary
 from infra.errors import one_line
@@ -53,6 +54,7 @@ def train_and_release(
     *,
     only_if_changed: bool = False,
     force: bool = False,
+    trial: bool = False,
 ) -> Summary | State[Summary]:
     """Goes from the source to a version that is champion if it passes its gates; returns the result of a flow.
 
@@ -64,10 +66,11 @@ def train_and_release(
         resume: id of the MLflow run of an unfinished training to continue.
         only_if_changed: end after preprocessing if the champion was made of the same data, code and configuration.
         force: train in any case.
+        trial: end after the evaluation, and without the model's lease: nothing is registered.
     """
-    trial = config.data.limit is not None
+    minor = trial or config.data.limit is not None
     try:
-        summary = _train_and_release(config, refresh, resume, only_if_changed=only_if_changed, force=force)
+        summary = _train_and_release(config, refresh, resume, only_if_changed=only_if_changed, force=force, trial=trial)
     except Cancelled as cancelled:
         # Prefect lets a cancelled run end in this state only, and raises `cancelled` from it in the caller.
         return states.Cancelled(message=str(cancelled), data=cancelled)  # type: ignore[arg-type]
@@ -75,15 +78,42 @@ def train_and_release(
         if resumable := getattr(error, "resumable", False) or is_prefect_outage(error):
             with suppress(httpx.HTTPError):  # of a flow run that cannot say how it ended, its process's end is noticed
                 label_flow_run({RESUMABLE: one_line(error)[:MAX_REASON]})
-        tell_failure(error, trial=trial, resumable=resumable)
+        tell_failure(error, trial=minor, resumable=resumable)
         raise
     if summary.news:
-        tell(summary.news, summary.message, minor=trial and summary.news != "promoted")
+        tell(summary.news, summary.message, minor=minor and summary.news != "promoted")
     return _ended(summary)
 
 
+def judge_trial(config: RunConfig, run_id: str) -> Summary | State[Summary]:
+    """Judges the model of a trial as if it were a new version; returns the result of a flow.
+
+    Args:
+        config: of the deployment: its name and gate count, not what the trial says of them.
+        run_id: the trial's MLflow run.
+    """
+    step_timer = StepTimer()
+    check_server()
+    from tasks.release.trial import judge  # it loads PyTorch
+
+    name = model_name(config)
+    verdict = step_timer("quality-gate", judge(name, run_id, config.gate, config.data.slices))
+    known = {"accuracy": verdict.accuracy, "gain": verdict.gain, "verdict": verdict.summary, "mlflow_run_id": run_id}
+    summary = Summary(status="done", trial=True, dataset=config.dataset, model_name=name, **known)
+    if not verdict.passed:
+        refused = {"status": "refused", "exit_status": Refused.exit_status, "error": f"the gate {verdict.summary}"}
+        summary = summary.model_copy(update=refused)
+    return _ended(_finish(summary, step_timer))
+
+
 def _train_and_release(
-    config: RunConfig, refresh: frozenset[Step], resume: str | None, *, only_if_changed: bool, force: bool
+    config: RunConfig,
+    refresh: frozenset[Step],
+    resume: str | None,
+    *,
+    only_if_changed: bool,
+    force: bool,
+    trial: bool,
 ) -> Summary:
     """Does what `train_and_release` describes; its summary is an artifact in Prefect."""
     stopping.overhear()  # in a worker's process; see tasks.orchestration.cancellation.stop_if_told
@@ -114,10 +144,11 @@ def _train_and_release(
         model_name=name,
         reused=reused,
         commit=os.environ.get(COMMIT_VARIABLE),
+        trial=trial or None,
         prefect_flow_run_id=flow_run.id,
         prefect_flow_run_url=url_for("flow-run", obj_id=flow_run.id),
     )
-    with model_lease(name):
+    with nullcontext() if trial else model_lease(name):
         if resume:
             check_resumable(resume)  # again: another process may have finished it while this one waited
         warm = False
@@ -132,8 +163,10 @@ def _train_and_release(
                 same = config.model_copy(update=choice.champion_normalisation)
                 config = _with_weights(same, choice.champion_weights, dataset)
                 warm = True
-        from flows.candidate import judge_again, train_version, with_approval  # only now: they load PyTorch
+        from flows.candidate import judge_again, train_version, try_out, with_approval  # only now: they load PyTorch
 
+        if trial:
+            return _finish(try_out(summary, config, dataset, resume, step_timer), step_timer)
         if judge:
             summary = judge_again(summary, config, judge)
         else:

@@ -36,6 +36,7 @@ from infra.tracking.tags import (
     RESUMED_TRIES,
     RESUMES,
     STARTED_BY,
+    TRIAL,
 )
 from tasks.config.run import RunConfig
 from tasks.orchestration.flow_runs import (
@@ -203,6 +204,7 @@ class Sweep:
             RESUMES: str(run.id),
             RESUMED_STEP: step,
             RESUMED_TRIES: tries,
+            **{name: run.labels[name] for name in (TRIAL,) if name in run.labels},
         }
         try:
             made = client.create_flow_run_from_deployment(

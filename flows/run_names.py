@@ -10,17 +10,19 @@ from infra.sources.entries import ARCHIVE_SUFFIXES
 from infra.sources.slug import slug
 from infra.tracking.tags import RESUMES, STARTED_BY
 from tasks.config.run import RunConfig
+from tasks.orchestration.flow_runs import TRAINING_FLOWS
 
 Reason = Literal["schedule", "event", "CI", "by hand"]
 _REASONS: dict[object, Reason] = {reason: reason for reason in get_args(Reason)}
 
 
 def training_name() -> str:
-    """Returns the name of a run of `train` or `retrain`: `digits convoy9 (by hand)`."""
-    parameters = _run().parameters or {}
+    """Returns the name of a run that trains or judges: `digits convoy9 (by hand)`, `digits convoy9 (trial, CI)`."""
+    run, parameters = _run(), _run().parameters or {}
     config = RunConfig.model_validate(parameters["config"])
+    flow = f"{run.flow.name}, " if run.flow and run.flow.name not in TRAINING_FLOWS else ""
     resumed = "resumed " if parameters.get("resume") else ""
-    return f"{model_name(config)} {config.model} ({resumed}{_why()})"
+    return f"{model_name(config)} {config.model} ({flow}{resumed}{_why()})"
 
 
 def prediction_name() -> str:

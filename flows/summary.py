@@ -65,6 +65,9 @@ class Summary(Record):
     commit: str | None = None
     """The commit whose code was asked for."""
 
+    trial: bool | None = None
+    """True for a trial of a commit: nothing is registered, and gain and verdict are as if it were."""
+
     prefect_flow_run_id: str | None = None
     prefect_flow_run_url: str | None = None
     checkpoint_prefix: str | None = None
@@ -76,6 +79,8 @@ class Summary(Record):
     @property
     def headline(self) -> str:
         """The outcome as one line."""
+        if self.status == "done" and self.trial:
+            return f"trial of {self.model_name}: {self.verdict or self.result}"
         if self.status == "done":
             return f"{self.model_name}/{self.model_version} is " + ("champion" if self.champion else "registered")
         return (self.reason if self.status == "unchanged" else self.error) or self.status
@@ -87,7 +92,9 @@ class Summary(Record):
 
     @property
     def news(self) -> Literal["promoted", "registered", "refused"] | None:
-        """What a chat is told; None if nothing came of the run."""
+        """What a chat is told; None if nothing came of the run, and for a trial, which has its own readers."""
+        if self.trial:
+            return None
         if self.status == "done":
             return "promoted" if self.champion else "registered"
         return "refused" if self.status == "refused" else None
@@ -137,6 +144,8 @@ def write_report(path: Path, summary: Summary, pages: Sequence[str]) -> None:
         pages: the run's own pages, which are appended folded.
     """
     outcomes = {"done": "promoted" if summary.champion else "registered, not promoted", "unchanged": "nothing to do"}
+    if summary.trial:
+        outcomes |= {"done": "a trial that the quality gate would pass", "refused": "a trial that it would refuse"}
     rows = {
         "model": f"{summary.model_name} version {summary.model_version}" if summary.model_version else None,
         "accuracy": f"{summary.accuracy:.2%} of the test split" if summary.accuracy is not None else None,

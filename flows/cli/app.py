@@ -263,6 +263,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
             service.worker,
             service.join,
             service.retrain,
+            service.trial,
             service.cancel,
             service.notify_data,
         ),

@@ -1,9 +1,10 @@
-"""Commands of a retraining service: `deploy`, `worker`, `join`, `retrain`, `cancel`, `notify-data`."""
+"""Commands of a retraining service: `deploy`, `worker`, `join`, `retrain`, `trial`, `cancel`, `notify-data`."""
 
 import os
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +21,7 @@ from flows.cli.console import (
     servers_up,
 )
 from flows.cli.notify import set_up_notifications, webhook_of
-from flows.summary import write_report
+from flows.summary import Summary, write_report
 from infra.errors import UsageError
 from infra.machine.checkouts import check_address
 from infra.machine.files import check_writable
@@ -29,6 +30,7 @@ from tasks.config.project import project_file
 
 if TYPE_CHECKING:
     from tasks.config.deployment import ProjectConfig
+    from tasks.config.run import RunConfig
 
 WORKER_POLL_SECONDS = "2"  # between a worker's polls for flow runs; Prefect's default is 10
 EXAMPLE_DEPLOYMENT = "retrain/fashion-mnist"
@@ -154,40 +156,44 @@ def join(
     os.execv(sys.executable, [sys.executable, "-m", "tasks.training.nodes.agent", *([run] if run else [])])
 
 
+DeploymentOption = Annotated[
+    str | None,
+    typer.Option(
+        "--deployment",
+        "-d",
+        envvar="CONVOY_DEPLOYMENT",
+        help=f"Name, as `convoy deploy` prints it. Default: that of the project, or {EXAMPLE_DEPLOYMENT}.",
+    ),
+]
+FileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="YAML file of keys, in place of the deployment's. Default: convoy.yaml, unless --deployment is given.",
+    ),
+]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a key for this run. Repeatable."),
+]
+RepositoryOption = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="The git repository of the commit. Default: that of the worker's folder."),
+]
+
+
 def retrain(
-    deployment: Annotated[
-        str | None,
-        typer.Option(
-            "--deployment",
-            "-d",
-            envvar="CONVOY_DEPLOYMENT",
-            help=f"Name, as `convoy deploy` prints it. Default: that of the project, or {EXAMPLE_DEPLOYMENT}.",
-        ),
-    ] = None,
-    config_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            "-c",
-            help="YAML file of keys, in place of the deployment's. Default: convoy.yaml, unless --deployment is given.",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a key for this run. Repeatable."),
-    ] = None,
+    deployment: DeploymentOption = None,
+    config_file: FileOption = None,
+    settings: SettingsOption = None,
     commit: Annotated[
         str | None,
         typer.Option(
             metavar="REF", help="Train with the code of this commit, branch or tag, and the packages of its lock file."
         ),
     ] = None,
-    repository: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS", help="With --commit: the git repository. Default: that of the worker's folder."
-        ),
-    ] = None,
+    repository: RepositoryOption = None,
     force: Annotated[bool, typer.Option("--force", help="Train although nothing has changed.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and exit with its status.")] = False,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="With --wait: write a page (Markdown).")] = None,
@@ -203,16 +209,7 @@ def retrain(
     """
     if repository and not commit:
         raise UsageError("--repository needs --commit")
-    if repository:
-        check_address(repository)
-    if report:
-        check_writable(report, "--report")
-    file = configuration_file(config_file) if deployment is None else config_file
-    config = None
-    if file:
-        from tasks.config.deployment import load_project
-
-        config = load_project(file, settings or []).run
+    config = _given_config(deployment, config_file, settings, repository, report)
     servers_up(only=["prefect"])
     with loading():
         from flows.deployments import follow, start_retraining
@@ -226,7 +223,63 @@ def retrain(
         if as_json:
             print_json({"prefect_flow_run_id": started.id, "prefect_flow_run_url": started.url})
         return
-    summary, pages = follow(started.id, lambda line: print_line(line, error=True))
+    _show_result(*follow(started.id, partial(print_line, error=True)), report, as_json=as_json)
+
+
+def trial(
+    commit: Annotated[str, typer.Argument(metavar="REF", help="Commit, branch or tag.")],
+    deployment: DeploymentOption = None,
+    config_file: FileOption = None,
+    settings: SettingsOption = None,
+    repository: RepositoryOption = None,
+    key: Annotated[
+        str | None,
+        typer.Option(help="What it is tried for, such as pull-12: unfinished trials of other commits for it end."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page (Markdown).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask workers what a commit would do to the model, and wait: nothing is registered, and the champion stays.
+
+    The commit's code trains and evaluates in a work pool of its own (`deploy.trial_pool`). The installed code judges
+    the result as if it were a new version; exit status 3 means that the gate would refuse it.
+
+    [dim]convoy trial $(git rev-parse HEAD) -d retrain/fashion-mnist --report report.md[/]
+    """
+    config = _given_config(deployment, config_file, settings, repository, report)
+    servers_up(only=["prefect"])
+    with loading():
+        from flows.trial_request import try_commit
+        from tasks.config.deployment import CodeConfig
+
+    code = CodeConfig(repository=repository, ref=commit)
+    name = deployment or (None if config else EXAMPLE_DEPLOYMENT)
+    done = try_commit(name, settings or [], code, config=config, key=key, report=partial(print_line, error=True))
+    _show_result(*done, report, as_json=as_json)
+
+
+def _given_config(
+    deployment: str | None,
+    file: Path | None,
+    settings: list[str] | None,
+    repository: str | None,
+    report: Path | None,
+) -> "RunConfig | None":
+    """Returns the configuration that takes the place of the deployment's, if there is one; first checks the options."""
+    if repository:
+        check_address(repository)
+    if report:
+        check_writable(report, "--report")
+    found = configuration_file(file) if deployment is None else file
+    if not found:
+        return None
+    from tasks.config.deployment import load_project
+
+    return load_project(found, settings or []).run
+
+
+def _show_result(summary: Summary, pages: Sequence[str], report: Path | None, *, as_json: bool) -> None:
+    """Prints the result of a flow run that was waited for; exits with its status unless that is 0."""
     if report:
         write_report(report, summary, pages)
     if as_json:

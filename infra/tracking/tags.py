@@ -71,6 +71,9 @@ STARTED_BY = "convoy.started_by"
 COMMIT = "convoy.commit"
 """The commit whose code the flow run runs, if it was asked for one."""
 
+TRIAL = "convoy.trial"
+"""What the commit is tried for, for example a pull request; of later commits for the same, the newest counts."""
+
 ALIVE = "convoy.alive"
 """A number that the flow run's process counts up."""
 

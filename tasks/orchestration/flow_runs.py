@@ -35,7 +35,7 @@ from infra.machine.locks import is_held, note_of_dead_holder
 from infra.settings import Settings
 from infra.tracking.tags import ALIVE, RESUMABLE, RESUMED_BY
 
-TRAINING_FLOWS = ("train", "retrain")
+TRAINING_FLOWS, TRIAL_FLOW = ("train", "retrain"), "trial"
 PAGE = 200  # results per request to Prefect
 BEAT_SECONDS = 30.0  # between two signs of life
 
@@ -110,12 +110,12 @@ def is_alive_here(flow_run_id: str) -> bool:
 def training_flow_runs(
     client: SyncPrefectClient, states: Collection[StateType], *, after: datetime | None = None
 ) -> Iterator[FlowRun]:
-    """Yields the flow runs of trainings in any of these states, page by page.
+    """Yields the flow runs of trainings, trials among them, in any of these states, page by page.
 
     Args:
         after: excludes flow runs with an earlier expected start.
     """
-    flows = FlowFilter(name=FlowFilterName(any_=list(TRAINING_FLOWS)))
+    flows = FlowFilter(name=FlowFilterName(any_=[*TRAINING_FLOWS, TRIAL_FLOW]))
     wanted = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
         expected_start_time=FlowRunFilterExpectedStartTime(after_=after) if after else None,

@@ -105,7 +105,8 @@ def compare(
         ServiceError: a server failed.
     """
     store = open_bucket()
-    found = find_version(challenger.address)
+    # One with its run and tags need not be in the registry: a trial is none.
+    found = challenger if isinstance(challenger, RegisteredVersion) else find_version(challenger.address)
     dataset_version = found.required("dataset_version")
     manifest = load_manifest(store, dataset_version)
     split = open_split(open_cache(store), manifest, "test")

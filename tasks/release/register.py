@@ -62,6 +62,14 @@ def register(
             "weights_sha256": trained.weights_sha256,
         },
     )
+    record = version_record(dataset, trained, evaluated).model_copy(update={"serving": "pending"})
+    registered = create_version(name, model_id, run_id=trained.run_id, tags=record.to_tags())
+    run_logger().info("registered version %s of model %s", registered.version, registered.name)
+    return registered
+
+
+def version_record(dataset: DatasetRef, trained: TrainResult, evaluated: Evaluation) -> VersionRecord:
+    """Returns what a version's tags say of its training, before any gate."""
     flow = flow_run_id()
     record = VersionRecord(
         test_accuracy=str(evaluated.accuracy),
@@ -71,11 +79,7 @@ def register(
         weights_key=trained.weights_key,
         reference_key=evaluated.reference_key,
         temperature=str(evaluated.report.calibration.temperature),
-        serving="pending",
         git_commit=provenance().git_commit,
         flow_run=str(flow) if flow else None,
     )
-    record = record.model_copy(update={"result": record.headline})
-    registered = create_version(name, model_id, run_id=trained.run_id, tags=record.to_tags())
-    run_logger().info("registered version %s of model %s", registered.version, registered.name)
-    return registered
+    return record.model_copy(update={"result": record.headline})

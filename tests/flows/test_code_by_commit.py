@@ -104,6 +104,25 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(convoy: Convoy) ->
     assert "secret" not in done.stdout + done.stderr
 
 
+def pushed_copy(folder: Path, changes: int) -> tuple[Path, list[str]]:
+    """Copies this repository, and pushes changes of a network that decide no bit, but belong to the code.
+
+    Returns:
+        The bare repository; its commit before, and that of each change.
+    """
+    bare, work = folder / "convoy.git", folder / "work"
+    subprocess.run(["git", "clone", "--quiet", "--bare", str(ROOT), str(bare)], check=True)
+    subprocess.run(["git", "clone", "--quiet", str(bare), str(work)], check=True, capture_output=True)
+    file = work / "cnn" / "networks" / "convoy9.py"
+    commits = [git(work, "rev-parse", "HEAD")]
+    for number in range(changes):
+        file.write_text(f"{file.read_text()}\nPUSHED_{number} = True\n")
+        git(work, "commit", "--quiet", "-a", "-m", "another network")
+        commits.append(git(work, "rev-parse", "HEAD"))
+    git(work, "push", "--quiet", "origin", "HEAD")
+    return bare, commits
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_pushed_change_of_a_network_is_trained_with_and_a_wrong_commit_fails(
@@ -113,16 +132,7 @@ def test_a_pushed_change_of_a_network_is_trained_with_and_a_wrong_commit_fails(
     convoy: Convoy,
     tmp_path: Path,
 ) -> None:
-    bare, work = tmp_path / "convoy.git", tmp_path / "work"
-    subprocess.run(["git", "clone", "--quiet", "--bare", str(ROOT), str(bare)], check=True)
-    subprocess.run(["git", "clone", "--quiet", str(bare), str(work)], check=True, capture_output=True)
-    file = work / "cnn" / "networks" / "convoy9.py"
-    file.write_text(file.read_text() + "\nPUSHED = 'a change that decides no bit, but belongs to the code'\n")
-    before = git(work, "rev-parse", "HEAD")
-    git(work, "commit", "--quiet", "-a", "-m", "another network")
-    git(work, "push", "--quiet", "origin", "HEAD")
-    commit = git(work, "rev-parse", "HEAD")
-
+    bare, (before, commit) = pushed_copy(tmp_path, 1)
     name = deployed("by-commit", epochs=2)
     start_worker()
 

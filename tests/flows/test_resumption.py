@@ -98,7 +98,7 @@ def deployed(stack: object, quiet_prefect: None, tmp_path_factory: pytest.TempPa
     """Deploys a training of digits; returns the deployment's name."""
     from flows.deployments import deploy
 
-    def make(name: str, **config: Any) -> str:
+    def make(name: str, entrypoint: str = "flows.retrain.retrain_flow", pool: str = POOL, **config: Any) -> str:
         values: dict[str, Any] = {"dataset": "digits", "name": name, "ranks": 2}
         for setting in SETTINGS:
             key, _, value = setting.partition("=")
@@ -107,9 +107,9 @@ def deployed(stack: object, quiet_prefect: None, tmp_path_factory: pytest.TempPa
             place[last] = yaml.safe_load(value)
         entry = {
             "name": name,
-            "entrypoint": "flows.retrain.retrain_flow",
+            "entrypoint": entrypoint,
             "parameters": {"config": values | {"promote": True, **config}},
-            "work_pool": {"name": POOL},
+            "work_pool": {"name": pool},
         }
         file = tmp_path_factory.mktemp("deployed") / "prefect.yaml"
         file.write_text(yaml.safe_dump({"name": "convoy", "pull": [], "deployments": [entry]}))
@@ -126,14 +126,14 @@ def unserved(deployed: Callable[..., str]) -> str:
 
 
 @pytest.fixture
-def start_worker(stack: object, tmp_path: Path) -> Iterator[Callable[[], "subprocess.Popen[bytes]"]]:
+def start_worker(stack: object, tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
     """Starts workers that look after trainings every second; each has a log in the test's folder."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def start() -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-P", "-c", "from flows.cli import main; main()", "worker", "--pool", POOL]
+    def start(pool: str = POOL, **variables: str) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-P", "-c", "from flows.cli import main; main()", "worker", "--pool", pool]
         with (tmp_path / f"worker-{len(started)}.log").open("wb") as log:
-            environment = os.environ | {"CONVOY_SWEEP_SECONDS": "1"}
+            environment = os.environ | {"CONVOY_SWEEP_SECONDS": "1"} | variables
             started.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment))
         return started[-1]
 

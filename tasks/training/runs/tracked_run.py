@@ -48,7 +48,9 @@ class TrackedRun(Record):
 
 
 @contextlib.contextmanager
-def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = None) -> Iterator[TrackedRun]:
+def tracked_run(
+    config: RunConfig, dataset: DatasetRef, resume: str | None = None, *, experiment: str | None = None
+) -> Iterator[TrackedRun]:
     """Opens the run, and closes it as FINISHED, KILLED (cancelled, interrupted) or FAILED.
 
     A finished run is never opened again: if its version waits for approval, it is only read.
@@ -56,6 +58,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
     Args:
         resume: id of the run to resume. By default, if Prefect runs this flow run again, its earlier MLflow run; if
             that has finished, it is only read, for the rest of the flow.
+        experiment: in which the run is; by default, the one with the name of the dataset.
 
     Raises:
         ServiceError: the tracking server cannot be reached.
@@ -84,7 +87,7 @@ def tracked_run(config: RunConfig, dataset: DatasetRef, resume: str | None = Non
                 mlflow_runs.set_tags(run_id, flow_tags())
         else:
             run_id = mlflow_runs.start_run(
-                experiment=dataset.name,
+                experiment=experiment or dataset.name,
                 run_name=f"{config.model} {config.epochs} epochs",
                 params=flatten({"dataset": config.dataset, "data": config.data.model_dump(), **manifest.config}),
                 tags=_tags(config, dataset, manifest, code),
