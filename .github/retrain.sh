@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Requests a retraining, waits for it, and reports the result in the job's summary and in one comment on a pull request.
+# Requests a retraining, or a trial of a commit; waits for it, and reports the result in the job's summary and in one
+# comment on a pull request.
 #
-# Reads DEPLOYMENT, COMMIT, REPOSITORY, DATASET, MODEL, FORCE (true) and PULL_REQUEST (a number), each of which can be
-# empty, and GitHub's variables from the environment. Exits with the status of `convoy retrain`, with one exception: a refusal (3) fails the
-# job if a user has requested the model, but not if the schedule has. Then the champion stays in use, nothing is broken,
-# and no alarm is needed.
+# Reads DEPLOYMENT, COMMIT, REPOSITORY, DATASET, MODEL, FORCE (true), TRIAL (what the commit is tried for) and
+# PULL_REQUEST (a number), each of which can be empty, and GitHub's variables from the environment. Exits with the status
+# of `convoy`, with one exception: a refusal (3) fails the job if a user has requested the model, but not if the schedule
+# has. Then the champion stays in use, nothing is broken, and no alarm is needed.
 set -euo pipefail
 
 readonly marker='<!-- convoy retrain -->'
@@ -16,19 +17,21 @@ if [[ -z "${PREFECT_API_URL:-}" ]]; then
   exit 2
 fi
 
-arguments=()
-if [[ -n "${DEPLOYMENT:-}" ]]; then arguments+=(--deployment "$DEPLOYMENT"); fi
-if [[ -n "${COMMIT:-}" ]]; then
-  arguments+=(--commit "$COMMIT")
-  if [[ -n "${REPOSITORY:-}" ]]; then arguments+=(--repository "$REPOSITORY"); fi
+if [[ -n "${TRIAL:-}" ]]; then
+  arguments=(trial "${COMMIT:?}" --key "$TRIAL")
+else
+  arguments=(retrain --wait)
+  if [[ -n "${COMMIT:-}" ]]; then arguments+=(--commit "$COMMIT"); fi
+  if [[ "${FORCE:-}" == true ]]; then arguments+=(--force); fi
 fi
+if [[ -n "${DEPLOYMENT:-}" ]]; then arguments+=(--deployment "$DEPLOYMENT"); fi
+if [[ -n "${COMMIT:-}" && -n "${REPOSITORY:-}" ]]; then arguments+=(--repository "$REPOSITORY"); fi
 if [[ -n "${DATASET:-}" ]]; then arguments+=(--set "dataset=$DATASET"); fi
 if [[ -n "${MODEL:-}" ]]; then arguments+=(--set "model=$MODEL"); fi
-if [[ "${FORCE:-}" == true ]]; then arguments+=(--force); fi
 
 rm -f report.md
 status=0
-convoy retrain "${arguments[@]}" --wait --report report.md --json >retrain.json || status=$?
+convoy "${arguments[@]}" --report report.md --json >retrain.json || status=$?
 
 if [[ ! -s report.md ]]; then
   echo "### Retraining: **no report** (exit status $status); the job's log says why" >report.md

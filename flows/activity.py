@@ -7,9 +7,8 @@ from typing import Any, Literal
 from uuid import UUID
 
 from prefect import get_client
-from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterType
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import ArtifactSort
@@ -66,13 +65,12 @@ def publish(found: list[Activity], page: UUID | None) -> UUID:
     """
     lines = ["# What Convoy does now", "", f"As of {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.", ""]
     text = "\n".join([*lines, *table(HEAD, (each.cells() for each in found), "lll")])
-    if page is not None:
-        with get_client(sync_client=True) as client:
+    with get_client(sync_client=True) as client:
+        if page is not None:
             client.update_artifact(page, ArtifactUpdate(data=text))
-        return page
-    made = create_markdown_artifact(text, key=PAGE_KEY, description="Workers, and trainings that run, wait or are due")
-    assert isinstance(made, UUID)  # not a coroutine, since this is no coroutine
-    return made
+            return page
+        about = "Workers, and trainings that run, wait or are due"
+        return client.create_artifact(ArtifactCreate(key=PAGE_KEY, type="markdown", data=text, description=about)).id
 
 
 def _workers(client: SyncPrefectClient) -> Iterator[Activity]:

@@ -1,4 +1,4 @@
-"""An unattended night: every fault in turn, and nobody types anything.
+"""Unattended nights: every fault of a family in turn, and nobody types anything.
 
 python -m tests.faults.campaign --family night --minutes 60        prints the same as a table, as it goes on
 """
@@ -10,13 +10,15 @@ import sys
 import pytest
 
 from tests.faults.campaign.tables import FAULTS
+from tests.faults.campaign.trial import UNATTENDED
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(5400)
-def test_an_unattended_night() -> None:
+@pytest.mark.parametrize("family", UNATTENDED)
+def test_an_unattended_night(family: str) -> None:
     seed = str(random.SystemRandom().randrange(10**6))
-    command = [sys.executable, "-m", "tests.faults.campaign", "--family", "night", "--minutes", "80", "--seed", seed]
+    command = [sys.executable, "-m", "tests.faults.campaign", "--family", family, "--minutes", "80", "--seed", seed]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert f"{1 + len(FAULTS['night'])} trials; failed: none" in done.stdout
+    assert f"{1 + len(FAULTS[family])} trials; failed: none" in done.stdout

@@ -70,6 +70,7 @@ def test_a_run_of_a_command_says_whether_a_person_or_ci_called_it(
         for state in (
             training(config, return_state=True),
             training(config, "0123abcd", return_state=True),
+            training.with_options(name="trial")(config, return_state=True),
             prediction("cats@champion", return_state=True),
             pruning(return_state=True),
         )
@@ -77,6 +78,7 @@ def test_a_run_of_a_command_says_whether_a_person_or_ci_called_it(
     assert names == [
         "digits notes (CI)",
         "digits notes (resumed CI)",
+        "digits notes (trial, CI)",
         "cats@champion (CI)",
         "storage (CI)",
     ]

@@ -44,7 +44,16 @@ def keys(stack: object, tmp_path: Path) -> Iterator[dict[str, dict[str, str]]]:
     (tmp_path / "s3.json").write_text(json.dumps({"identities": identities}))
     s3, master, volume, filer = random.sample(PORT_RANGE, 4)
     weed = Path(sys.executable).parent / "weed"
-    command = [weed, "server", f"-dir={tmp_path}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", f"-s3.port={s3}"]
+    (tmp_path / "store").mkdir()
+    command = [
+        weed,
+        "server",
+        f"-dir={tmp_path / 'store'}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-s3",
+        f"-s3.port={s3}",
+    ]
     command += [f"-s3.config={tmp_path / 's3.json'}", f"-master.port={master}", f"-volume.port={volume}"]
     command += [f"-filer.port={filer}", "-volume.max=0", "-master.volumeSizeLimitMB=64", "-master.telemetry=false"]
     with (tmp_path / "weed.log").open("wb") as log:
@@ -126,13 +135,13 @@ def test_a_commit_is_tried_and_judged_without_a_trace_in_the_registry_and_a_newe
     assert commits[1] in report
 
     assert models() == before
-    client = MlflowClient()
-    assert [each.version for each in client.search_model_versions("name = 'tried'")] == ["1"]
-    run = client.get_run(summary["mlflow_run_id"])
-    experiment = client.get_experiment(run.info.experiment_id)
+    tracking = MlflowClient()
+    assert [each.version for each in tracking.search_model_versions("name = 'tried'")] == ["1"]
+    run = tracking.get_run(summary["mlflow_run_id"])
+    experiment = tracking.get_experiment(run.info.experiment_id)
     assert (experiment.name, run.data.tags["convoy.verdict"]) == ("digits trials", "passed")
-    champion = client.get_model_version("tried", "1")
-    assert run.data.tags["convoy.code_digest"] != client.get_run(champion.run_id).data.tags["convoy.code_digest"]
-    assert not client.search_model_versions(f"run_id = '{run.info.run_id}'")
+    champion = tracking.get_model_version("tried", "1")
+    assert run.data.tags["convoy.code_digest"] != tracking.get_run(champion.run_id).data.tags["convoy.code_digest"]
+    assert not tracking.search_model_versions(f"run_id = '{run.info.run_id}'")
     with pytest.raises(ClientError, match="AccessDenied"):
         client_of(keys["trials"]).put_object(Bucket="convoy", Key="models/tried/history/2.json", Body=b"{}")

@@ -160,15 +160,54 @@ def test_what_was_asked_for_reaches_the_command_as_it_is(folder: Path) -> None:
     hostile = 'digits"; echo $(id) `id` --force\nx'
     run(folder, 0, DEPLOYMENT="retrain/d e", DATASET=hostile, MODEL="notes", FORCE="true")
     asked = (folder / "arguments").read_text()
-    wanted = ["retrain", "--deployment", "retrain/d e", "--set", f"dataset={hostile}", "--set", "model=notes"]
-    assert asked == "\n".join([*wanted, "--force", "--wait", "--report", "report.md", "--json", ""])
+    wanted = ["retrain", "--wait", "--force", "--deployment", "retrain/d e", "--set", f"dataset={hostile}"]
+    assert asked == "\n".join([*wanted, "--set", "model=notes", "--report", "report.md", "--json", ""])
 
-    run(folder, 0, COMMIT="0123abc", REPOSITORY="https://host.example/team/project.git")
-    code = ["--commit", "0123abc", "--repository", "https://host.example/team/project.git"]
-    assert (folder / "arguments").read_text().split()[:5] == ["retrain", *code]
+    code = {"COMMIT": "0123abc", "REPOSITORY": "https://host.example/team/project.git"}
+    run(folder, 0, **code)
+    where = ["--repository", "https://host.example/team/project.git"]
+    assert (folder / "arguments").read_text().split()[:6] == ["retrain", "--wait", "--commit", "0123abc", *where]
+
+    run(folder, 0, **code, TRIAL="pull-12", FORCE="true", DEPLOYMENT="retrain/d")
+    tried = ["trial", "0123abc", "--key", "pull-12", "--deployment", "retrain/d", *where]
+    assert (folder / "arguments").read_text().split() == [*tried, "--report", "report.md", "--json"]
 
     run(folder, 0, DEPLOYMENT="", DATASET="", MODEL="", FORCE="false")
     assert (folder / "arguments").read_text().split() == ["retrain", "--wait", "--report", "report.md", "--json"]
+
+
+HEAD = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("event", "comment", "branch_of", "pinned"),
+    [
+        ("pull_request", "", "", "seen-by-the-event"),
+        ("issue_comment", f"/trial {HEAD}", "someone/convoy", HEAD),
+        ("issue_comment", f"/trial {HEAD[:7]}\r\nplease", "someone/convoy", HEAD),
+        ("issue_comment", f"/trial {HEAD[:6]}", "someone/convoy", None),  # too short to mean one commit
+        ("issue_comment", "/trial fedcba9", "someone/convoy", None),  # a later push came after what this person saw
+        ("issue_comment", "/trial main", "someone/convoy", None),
+        ("issue_comment", "/trial $(touch hacked)", "someone/convoy", None),
+        ("issue_comment", f"/trial {HEAD}", "a-fork/convoy", None),
+    ],
+)
+def test_a_trial_is_of_the_commit_that_its_author_has_seen(
+    folder: Path, event: str, comment: str, branch_of: str, pinned: str | None
+) -> None:
+    (pin,) = [step for step in steps() if step.get("id") == "pinned"]
+    (folder / "bin" / "gh").write_text(f"#!/bin/sh\necho '{HEAD} {branch_of}'\n")
+    variables = {"GITHUB_EVENT_NAME": event, "GITHUB_REPOSITORY": "someone/convoy", "COMMENT": comment, "NUMBER": "12"}
+    variables |= {"COMMIT": "seen-by-the-event", "GITHUB_OUTPUT": str(folder / "output")}
+    variables["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    # As GitHub runs it: https://docs.github.com/actions/reference/workflows-and-actions/workflow-syntax
+    done = subprocess.run(["bash", "-e", "-c", pin["run"]], env=variables, cwd=folder, capture_output=True, text=True)
+    if pinned is None:
+        assert (done.returncode, done.stdout[:9]) == (1, "::error::")
+        assert not (folder / "output").exists()
+    else:
+        assert (done.returncode, (folder / "output").read_text()) == (0, f"commit={pinned}\n")
+    assert not (folder / "hacked").exists()
 
 
 def test_without_a_report_the_summary_says_so(folder: Path) -> None:

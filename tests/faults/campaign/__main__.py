@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.faults.campaign.night import watch
 from tests.faults.campaign.tables import FAULTS, INVARIANTS, MOMENTS, plan
-from tests.faults.campaign.trial import Home, Plan, Trial
+from tests.faults.campaign.trial import UNATTENDED, Home, Plan, Trial
 
 HEAD = "| trial | seed | fault | moment | what the user did | failed |\n|---|---|---|---|---|---|"
 UNDISTURBED = Plan(0, "", "none", "-", 0, 0, 0, 2)  # the first trial, with which all others are compared
@@ -46,7 +46,7 @@ def run(trial: Trial) -> dict[str, list[str]]:
             trial.comes_to(MOMENTS[chosen.moment])
             if not trial.late:
                 FAULTS[chosen.family][chosen.fault][0](trial)
-        if chosen.family == "night":
+        if chosen.family in UNATTENDED:
             watch(trial)
         else:
             trial.recover()

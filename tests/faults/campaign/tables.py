@@ -77,6 +77,11 @@ FAULTS: dict[str, dict[str, tuple[Act, tuple[str, ...]]]] = {  # what is done, a
         **{f"{name} killed": (partial(acts.server, name, "killed"), FLOW_RUNS) for name in SERVER_NAMES},
         "everything at once": (acts.power_cut, FLOW_RUNS),
     },
+    "away": {  # likewise; each step after the training meets an outage of each server
+        f"{name} away, {moment}": (partial(acts.server, name, "away"), (moment,))
+        for name in SERVER_NAMES
+        for moment in ("weights committed", "evaluated", "registered", "promoted")
+    },
 }
 
 INVARIANTS: dict[str, Callable[[Trial], list[str]]] = {
@@ -95,4 +100,5 @@ def plan(seed: int) -> Plan:
     name = draw.choice(list(FAULTS[family]))
     moment = draw.choice(FAULTS[family][name][1])
     step, delay = draw.randint(1, STEPS - 30), draw.uniform(0, 12 if moment == "at once" else 1)
-    return Plan(seed, family, name, moment, step, delay, draw.choice((3.0, 20.0, 65.0)), draw.choice((1, 2, 4)))
+    seconds = 65.0 if family == "away" else draw.choice((3.0, 20.0, 65.0))
+    return Plan(seed, family, name, moment, step, delay, seconds, draw.choice((1, 2, 4)))

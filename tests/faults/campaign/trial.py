@@ -29,6 +29,7 @@ PATIENCE = 900.0  # seconds until a command counts as hanging
 TRIES = 4  # of a user to get a training finished
 DISKS = {"": 500, "runs": 32, "cache": 64, "tmp": 64}  # MiB, by folder of the state folder
 STEPS = 96
+UNATTENDED = ("night", "away")  # families whose trainings a worker runs, and nobody helps
 CONFIG = sets(*RESUMABLE, "epochs=8", "promote=true")
 
 
@@ -172,7 +173,7 @@ class Trial:
 
     def start(self, *options: str) -> None:
         """Starts the training, here or by a worker; `options` are further ones of `retrain`."""
-        if self.plan.family not in ("worker", "night"):
+        if self.plan.family not in ("worker", *UNATTENDED):
             self.train(2)
             return
         config = {"dataset": "digits", "name": self.name, "ranks": 2}
