@@ -119,7 +119,7 @@ def pushed_copy(folder: Path, changes: int) -> tuple[Path, list[str]]:
         file.write_text(f"{file.read_text()}\nPUSHED_{number} = True\n")
         git(work, "commit", "--quiet", "-a", "-m", "another network")
         commits.append(git(work, "rev-parse", "HEAD"))
-    git(work, "push", "--quiet", "origin", "HEAD")
+    git(work, "push", "--quiet", "origin", "HEAD:refs/heads/pushed")  # HEAD may be detached, as CI checks it out
     return bare, commits
 
 

@@ -24,6 +24,7 @@ from flows.resumption import Decision, Sweep, decide, tries_from
 from infra.settings import Settings
 from infra.tracking.tags import (
     ALIVE,
+    COMMIT,
     MLFLOW_RUN,
     RESUMABLE,
     RESUMED_BY,
@@ -281,16 +282,24 @@ def resumptions() -> list[FlowRun]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("by_commit", [False, True], ids=["installed code", "code of a commit"])
 def test_a_training_whose_flow_is_killed_and_whose_worker_is_stopped_ends_as_if_undisturbed(
+    by_commit: bool,
     deployed: Callable[..., str],
     start_worker: Callable[[], "subprocess.Popen[bytes]"],
     settings: Settings,
     program: Callable[..., Program],
+    convoy: Convoy,
     tmp_path: Path,
 ) -> None:
     from flows.summary import Summary
 
+    code: tuple[str, ...] = ()
+    if by_commit:
+        bare = str(tmp_path / "convoy.git")
+        subprocess.run(["git", "clone", "--quiet", "--bare", str(Path(__file__).parents[2]), bare], check=True)
+        code = ("--commit", "HEAD", "--repository", bare)
     undisturbed = tmp_path / "undisturbed.json"
     done = program(
         "train",
@@ -306,10 +315,10 @@ def test_a_training_whose_flow_is_killed_and_whose_worker_is_stopped_ends_as_if_
     ).wait()
     assert done.status == 0, done.stderr
 
-    name = deployed("resumed")
+    name = deployed(f"resumed-{len(code)}")
     worker = start_worker()
     next_training = NextTraining(settings)
-    asked = program("retrain", "-d", name, "--wait", "--json")
+    asked = program("retrain", "-d", name, "--wait", "--json", *code)
     training = next_training.under_way()
     first = wait_for(lambda: _flow_run_of(training.run_id), "the flow run")
     training.comes_to(20)
@@ -337,6 +346,17 @@ def test_a_training_whose_flow_is_killed_and_whose_worker_is_stopped_ends_as_if_
     labels = run_of(third).labels
     assert (labels[RESUMES], labels[RESUMED_TRIES], labels[MLFLOW_RUN]) == (second, 1, training.run_id)
     assert "(resumed by hand)" in run_of(third).name
+    assert len({run_of(each).labels.get(COMMIT) for each in (first, second, third)}) == 1
+    assert (COMMIT in labels) is by_commit
+
+    next_training = NextTraining(settings)
+    asked = program("retrain", "-d", name, "--force", "--wait", *sets("epochs=100000"), *code)
+    training = next_training.under_way()
+    assert convoy("cancel", training.run_id).status == 0
+    assert asked.wait().status == 75
+    training.assert_ends()
+    cancelled = run_of(str(_flow_run_of(training.run_id)))
+    assert (cancelled.state_type, may_go_on(cancelled)) == (StateType.CANCELLED, False)
 
 
 def _flow_run_of(mlflow_run: str) -> str | None:
