@@ -5,6 +5,7 @@ python -m flows.at_commit        in place of `python -m prefect.engine`; reads C
 
 import os
 import sys
+from functools import partial
 from uuid import UUID
 
 from prefect import get_client
@@ -15,7 +16,9 @@ from infra.machine.checkouts import Checkout, check_out
 from infra.settings import Settings
 from infra.tracking.provenance import COMMIT_VARIABLE
 from infra.tracking.tags import COMMIT
+from tasks.orchestration.outage import through_outage
 
+MAX_OUTAGE_SECONDS = 600.0  # of the git repository or the package index
 COMMAND = "python -m flows.at_commit"
 REPOSITORY_VARIABLE = "CONVOY_REPOSITORY"
 
@@ -26,7 +29,8 @@ def main() -> None:
     settings = Settings()
     repository = os.environ.get(REPOSITORY_VARIABLE) or str(settings.project or os.getcwd())
     try:
-        found = check_out(settings.home / "code", repository, os.environ[COMMIT_VARIABLE])
+        checking_out = partial(check_out, settings.home / "code", repository, os.environ[COMMIT_VARIABLE])
+        found = through_outage(checking_out, print, MAX_OUTAGE_SECONDS)
     except UsageError as error:
         with get_client(sync_client=True) as client:
             client.set_flow_run_state(flow_run_id, Failed(message=f"the code: {error}"), force=True)

@@ -29,6 +29,8 @@ LOCK_FILES = ("uv.lock", "requirements.lock", "requirements.txt")
 LONGEST_ERROR = 400  # characters
 NAME = re.compile(r"[0-9A-Za-z][\w./-]*")
 READY = ".convoy-ready"
+INDEX_AWAY = re.compile(r"error sending request|Request failed|HTTP status (server|client) error \((5..|429|408)")
+"""What uv says of a package index that does not answer, or is overloaded."""
 
 
 class Checkout(Record):
@@ -64,7 +66,7 @@ def check_out(folder: Path, repository: str, ref: str) -> Checkout:
 
     Raises:
         UsageError: there is no such commit, or it has no lock file, or the lock file's packages cannot be installed.
-        Outage: the repository cannot be reached.
+        Outage: the repository or the package index cannot be reached.
     """
     if not NAME.fullmatch(ref):
         raise UsageError(f"{ref!r} is no commit, branch or tag")
@@ -151,7 +153,8 @@ def _install(environment: Path, lock: Path, *, hashes: bool) -> None:
 def _run(command: list[str], variables: Mapping[str, str], lock: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=variables, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise UsageError(f"the packages of {lock.name} cannot be installed: {one_line(done.stderr)[-LONGEST_ERROR:]}")
+        error = Outage if INDEX_AWAY.search(done.stderr) else UsageError
+        raise error(f"the packages of {lock.name} cannot be installed: {one_line(done.stderr)[-LONGEST_ERROR:]}")
 
 
 def _hold(path: Path) -> None:

@@ -77,7 +77,7 @@ def test_what_nothing_uses_is_removed(repository: Path, tmp_path: Path, monkeypa
     assert not old.exists()
 
 
-def test_mistakes_are_one_line(repository: Path, tmp_path: Path) -> None:
+def test_mistakes_and_outages_are_one_line(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"has no commit, branch or tag v7$"):
         check_out(tmp_path / "code", str(repository), "v7")
     with pytest.raises(UsageError, match="is no commit, branch or tag"):
@@ -90,7 +90,20 @@ def test_mistakes_are_one_line(repository: Path, tmp_path: Path) -> None:
         assert "secret" not in str(raised.value)
     assert check_address("git@example.org:team/x.git") == "git@example.org:team/x.git"
 
+    variables = {"UV_DEFAULT_INDEX": "http://127.0.0.1:9/simple", "UV_NO_CACHE": "1", "UV_HTTP_RETRIES": "0"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Outage, match=r"the packages of requirements.txt cannot be installed: .*iniconfig"):
+        check_out(tmp_path / "no-index", str(repository), "main")
+    for name in variables:
+        monkeypatch.delenv(name)
     work = repository.parent / "work"
+    (work / "requirements.txt").write_text("iniconfig==99.1\n")
+    git(work, "commit", "--quiet", "-a", "-m", "no such version")
+    git(work, "push", "--quiet", "origin", "HEAD:main")
+    with pytest.raises(UsageError, match=r"the packages of requirements.txt cannot be installed: .*99\.1"):
+        check_out(tmp_path / "code", str(repository), "main")
+
     git(work, "rm", "--quiet", "requirements.txt")
     git(work, "commit", "--quiet", "-m", "none")
     git(work, "push", "--quiet", "origin", "HEAD:main")
