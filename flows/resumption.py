@@ -134,8 +134,8 @@ class Sweep:
         """Marks flow runs of other machines as crashed if they have shown no sign of life for long.
 
         Only changes count, and only this process's clock, since clocks of machines differ. A flow run that runs and
-        never gave a sign is left alone: an older Convoy runs it, or it has just begun. One that a worker has taken may
-        first install packages.
+        never gave a sign is left alone: an older Convoy runs it. One that a worker has taken may first install
+        packages.
         """
         now, signs = time.monotonic(), dict[UUID, tuple[Any, float]]()
         for run in training_flow_runs(client, [StateType.RUNNING, StateType.PAUSED, StateType.PENDING]):

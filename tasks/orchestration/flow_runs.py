@@ -9,6 +9,7 @@ import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from uuid import UUID
 
@@ -73,10 +74,13 @@ def enter_project() -> None:
 
 @contextmanager
 def flow_is_alive() -> Iterator[None]:
-    """Shows that this flow run's process lives while the block runs: by a lock here, and by a label that changes."""
+    """Shows that this flow run's process lives while the block runs: by a lock here, and by a label that changes.
+
+    Only a flow run of a deployment has the label, since only such a one is resumed.
+    """
     flow, ended = flow_run_id(), threading.Event()
     with locked(_folder() / str(flow)):
-        if flow:
+        if flow and is_deployed():
             threading.Thread(target=_beat, args=(flow, ended), name="alive", daemon=True).start()
         try:
             yield
@@ -86,11 +90,11 @@ def flow_is_alive() -> Iterator[None]:
 
 def _beat(flow_run_id: UUID, ended: threading.Event) -> None:
     """Changes a label of the flow run every `BEAT_SECONDS`, so that workers elsewhere notice if it ends."""
-    beats = 0
-    while not ended.wait(BEAT_SECONDS):
-        beats += 1
+    for beat in count():
         with suppress(httpx.HTTPError, PrefectException):
-            _label(flow_run_id, {ALIVE: str(beats)})
+            _label(flow_run_id, {ALIVE: str(beat)})
+        if ended.wait(BEAT_SECONDS):
+            return
 
 
 def may_go_on(run: FlowRun) -> bool:

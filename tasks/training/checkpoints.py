@@ -115,7 +115,7 @@ class CheckpointWriter:
         self._store, self._job, self._folder, self._config, self._on_trouble = store, job, folder, config, on_trouble
         self._waiting: Snapshot | None = None
         self._busy = False
-        self._closing = False
+        self._closing = self._over = False
         self._failing_since: float | None = None
         self._failed: CheckpointFailed | None = None
         self.committed = self._saved = resumed  # steps of the last committed and the last queued snapshot
@@ -167,6 +167,17 @@ class CheckpointWriter:
                 raise self._failed
             return self.committed == self._saved
 
+    def end(self) -> None:
+        """Ends the thread after the last step, when no snapshot is needed any more: one that waits is dropped.
+
+        An upload that runs may end: otherwise its state would stay in the bucket without a commit.
+        """
+        with self._changed:
+            self._closing = self._over = True
+            self._waiting = None
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._busy, self.patience)
+
     def _run(self) -> None:
         pause = 1.0
         while True:
@@ -212,7 +223,8 @@ class CheckpointWriter:
                 patience = f"{self._config.patience:g} s (checkpoints.patience)"
                 self._failed = Unsaved(f"no checkpoint could be stored for {patience}: {error}")
                 return pause
-            self._waiting = self._waiting or snapshot
+            if not self._over:
+                self._waiting = self._waiting or snapshot
             self._changed.wait_for(lambda: self._closing, min(pause, max(self._config.patience / 10, 0.1)))
             if self._closing:
                 time.sleep(0.2)

@@ -197,6 +197,10 @@ class RankZero:
             self.warn(f"the checkpoint of step {step} could not be stored within {patience:.0f} s; {kept}")
         return self._writer.committed
 
+    def end_checkpoints(self) -> None:
+        """Ends the storing of checkpoints once the weights are stored."""
+        self._writer.end()
+
     def close(self) -> tuple[dict[str, Any], ...]:
         """Sends the metrics that are still queued; returns the rows that the tracking server did not acknowledge."""
         self._system.stop()
@@ -361,6 +365,7 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
             state = trainer.weights()
             unplaced = outcome.model_copy(update={"metrics": rows})  # after a stop, the checkpoint has the rows
             outcome = through_outage(lambda: commit_weights(store, job, state, folder.weights, unplaced), first.warn)
+            first.end_checkpoints()
         folder.write_outcome(outcome)
 
 

@@ -1,5 +1,6 @@
 """Flow runs with the code of a commit: of Convoy's own repository, and of a team's project."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from infra.machine.checkouts import check_address, check_out
 from tests.flows.conftest import Convoy
 from tests.flows.program import Program
 from tests.flows.test_resumption import deployed, run_of, start_worker
+from tests.flows.test_wheel import built_wheel
+from tests.own_project import EXAMPLE, write
 
 __all__ = ["deployed", "start_worker"]
 
@@ -168,3 +171,38 @@ def test_a_pushed_change_of_a_network_is_trained_with_and_a_wrong_commit_fails(
 
     status, wrong = retrain("no-such-branch")
     assert (status, wrong["error"]) == (1, f"the code: {bare} has no commit, branch or tag no-such-branch")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_teams_project_trains_its_own_network_with_the_convoy_of_its_lock_file(
+    repository: Path,
+    deployed: Callable[..., str],
+    start_worker: Callable[[], "subprocess.Popen[bytes]"],
+    program: Callable[..., Program],
+    tmp_path: Path,
+) -> None:
+    wheel, work = built_wheel(tmp_path), repository.parent / "work"
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    locked = (ROOT / "requirements.lock").read_text() + f"convoy-cnn @ {wheel.as_uri()} --hash=sha256:{digest}\n"
+    write(work, {"nets/small.py": EXAMPLE, "requirements.txt": locked})
+    git(work, "add", ".")
+    git(work, "commit", "--quiet", "-m", "a network")
+    git(work, "push", "--quiet", "origin", "HEAD:main")
+    name = deployed("team", model="nets.small:Small", epochs=2)
+    start_worker()  # in a folder without the network
+
+    def retrain() -> dict[str, str]:
+        options = ("--commit", "main", "--repository", str(repository), "--wait", "--json")
+        done = program("retrain", "-d", name, *options).wait(300)
+        assert done.status == 0, done.stderr
+        return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+    first = retrain()
+    assert (first["status"], first["commit"]) == ("done", git(work, "rev-parse", "HEAD"))
+    write(work, {"nets/small.py": EXAMPLE.replace("ReLU", "SiLU")})
+    git(work, "commit", "--quiet", "-a", "-m", "another activation")
+    git(work, "push", "--quiet", "origin", "HEAD:main")
+    again = retrain()
+    assert (again["commit"], "code (nets/small.py)" in again["reason"]) == (git(work, "rev-parse", "HEAD"), True)
+    assert again["weights_sha256"] != first["weights_sha256"]

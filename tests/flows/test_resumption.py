@@ -347,7 +347,7 @@ def test_a_training_whose_flow_is_killed_and_whose_worker_is_stopped_ends_as_if_
     assert (labels[RESUMES], labels[RESUMED_TRIES], labels[MLFLOW_RUN]) == (second, 1, training.run_id)
     assert "(resumed by hand)" in run_of(third).name
     assert len({run_of(each).labels.get(COMMIT) for each in (first, second, third)}) == 1
-    assert (COMMIT in labels) is by_commit
+    assert (COMMIT in labels, ALIVE in labels) == (by_commit, True)
 
     next_training = NextTraining(settings)
     asked = program("retrain", "-d", name, "--force", "--wait", *sets("epochs=100000"), *code)

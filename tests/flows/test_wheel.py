@@ -27,14 +27,20 @@ deployments:
 """
 
 
+def built_wheel(folder: Path) -> Path:
+    """Builds the wheel into a folder; returns its path."""
+    build = [Path(sys.executable).with_name("uv"), "build", "--quiet", "--wheel", "--out-dir", folder, REPOSITORY]
+    subprocess.run(build, check=True, capture_output=True, text=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns `convoy` of an environment that has the wheel, and of this one only the libraries."""
     folder = tmp_path_factory.mktemp("wheel")
     uv = Path(sys.executable).with_name("uv")
-    build = [uv, "build", "--quiet", "--wheel", "--out-dir", folder, REPOSITORY]
-    subprocess.run(build, check=True, capture_output=True, text=True)
-    (wheel,) = folder.glob("*.whl")
+    wheel = built_wheel(folder)
     venv.create(folder / "environment", symlinks=True)
     python = folder / "environment" / "bin" / "python"
     subprocess.run([uv, "pip", "install", "--quiet", "--python", python, "--no-deps", wheel], check=True)

@@ -316,6 +316,21 @@ def test_a_newer_snapshot_takes_the_place_of_one_that_waits_and_saving_never_wai
     assert writing.told == []
 
 
+def test_after_the_last_step_an_upload_that_runs_ends_with_its_commit_and_one_that_waits_is_dropped(
+    frozen: Callable[[], None], own_store: ObjectStore, tmp_path: Path
+) -> None:
+    writing = Writing(own_store, tmp_path / "files", keep=9)
+    writing.writer.save(snapshot(1))
+    writing.until_taken()
+    writing.writer.save(snapshot(2))
+    threading.Timer(0.5, frozen).start()
+    writing.writer.end()
+    assert sorted(info.key.rpartition("/")[2] for info in own_store.list("")) == ["commit.json", "state.safetensors"]
+    assert steps(own_store) == [1]
+    writing.writer._thread.join(10)
+    assert not writing.writer._thread.is_alive()
+
+
 def test_an_outage_of_the_storage_costs_no_checkpoint_but_those_made_meanwhile(
     own: Settings, own_store: ObjectStore, tmp_path: Path
 ) -> None:
