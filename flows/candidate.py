@@ -98,7 +98,7 @@ def try_out(
 
     The MLflow run gets the tags that a version would have.
     """
-    with tracked_run(config, dataset, resume, experiment=f"{dataset.name} trials") as run:
+    with tracked_run(config, dataset, resume, trial=True) as run:
         trained = step_timer("train", train(run, dataset, config))
         evaluated = step_timer("evaluate", evaluate(config.training(), dataset, trained, slices=config.data.slices))
         publish(config.training(), dataset, evaluated)

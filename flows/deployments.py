@@ -123,8 +123,9 @@ def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
     with_code = {"work_pool": pool | {"job_variables": job_variables(deploy.code)}} if deploy.code.ref else {}
     yield entry(RETRAIN, deploy.schedule, {"config": config}, **older, **with_code)
     if deploy.trial_pool:
-        yield entry(TRIAL, None, {"config": config}, work_pool={"name": deploy.trial_pool})
-        yield entry(JUDGE, None, {"config": config})
+        names = {"older_names": list(deploy.older_names)}
+        yield entry(TRIAL, None, {"config": config}, work_pool={"name": deploy.trial_pool}, **names)
+        yield entry(JUDGE, None, {"config": config}, **names)
     if deploy.prunes:
         retention = deploy.retention.model_dump(mode="json", exclude_unset=True)
         yield entry(PRUNE, deploy.prune, {"retention": retention})

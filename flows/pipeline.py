@@ -85,11 +85,12 @@ def train_and_release(
     return _ended(summary)
 
 
+@flow_is_alive()
 def judge_trial(config: RunConfig, run_id: str) -> Summary | State[Summary]:
     """Judges the model of a trial as if it were a new version; returns the result of a flow.
 
     Args:
-        config: of the deployment: its name and gate count, not what the trial says of them.
+        config: of the deployment; the trial's own name and gate are ignored.
         run_id: the trial's MLflow run.
     """
     step_timer = StepTimer()
@@ -150,7 +151,7 @@ def _train_and_release(
     )
     with nullcontext() if trial else model_lease(name):
         if resume:
-            check_resumable(resume)  # again: another process may have finished it while this one waited
+            check_resumable(resume, trial=trial)  # again: another process may have finished it while this one waited
         warm = False
         judge = None
         if only_if_changed and not resume:

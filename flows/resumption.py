@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
@@ -83,15 +83,16 @@ def decide(run: FlowRun, committed: int, limit: int) -> Decision:
 
 
 class Sweep:
-    """Looks after the trainings of deployments, one round per call.
+    """Looks after the trainings of deployments in a work pool, one round per call.
 
     Args:
+        pool: the work pool; workers of another one may have other credentials.
         queue: the work queue of workers that can give equal weights.
         report: receives a line about each thing that was done or could not be.
     """
 
-    def __init__(self, queue: str, report: Callable[[str], None]) -> None:
-        self._queue, self._report = queue, report
+    def __init__(self, pool: str, queue: str, report: Callable[[str], None]) -> None:
+        self._pool, self._queue, self._report = pool, queue, report
         self._signs: dict[UUID, tuple[Any, float]] = {}
         self._elsewhere: set[UUID] = set()  # dead flow runs that cannot go on here
         self._told: set[str] = set()
@@ -113,13 +114,16 @@ class Sweep:
             with get_client(sync_client=True) as client:
                 self._end_silent(client)
                 ended = [StateType.CRASHED, StateType.FAILED]
-                for run in list(training_flow_runs(client, ended, after=datetime.now(UTC) - MAX_AGE)):
+                for run in list(self._runs(client, ended, after=datetime.now(UTC) - MAX_AGE)):
                     if may_go_on(run) and run.id not in self._elsewhere and not is_alive_here(str(run.id)):
                         self._look_at(client, run)
             self._page = publish(activities(), self._page)
         except (httpx.HTTPError, PrefectException, ServiceError) as error:
             self._signs.clear()  # signs of life were missed, too
             self._tell(f"cannot look after trainings for now: {one_line(error)}")
+
+    def _runs(self, client: SyncPrefectClient, states: list[StateType], **options: datetime) -> Iterator[FlowRun]:
+        return (run for run in training_flow_runs(client, states, **options) if run.work_pool_name == self._pool)
 
     def _settle(self) -> None:
         """Marks what has ended on this machine as crashed."""
@@ -138,7 +142,7 @@ class Sweep:
         packages.
         """
         now, signs = time.monotonic(), dict[UUID, tuple[Any, float]]()
-        for run in training_flow_runs(client, [StateType.RUNNING, StateType.PAUSED, StateType.PENDING]):
+        for run in self._runs(client, [StateType.RUNNING, StateType.PAUSED, StateType.PENDING]):
             pending = run.state_type == StateType.PENDING
             sign, patience = run.labels.get(ALIVE), SILENCE_SECONDS
             if pending:
@@ -160,7 +164,7 @@ class Sweep:
         parameters = {**run.parameters}
         try:
             if run_id:
-                check_resumable(run_id)
+                check_resumable(run_id, trial=TRIAL in run.labels)
             given = run.parameters.get("config", {})
             config = read_record(run_id).config if run_id else RunConfig.model_validate(given)
             differing = _differences(run_id, code=COMMIT not in run.labels) if run_id else ""
@@ -182,8 +186,9 @@ class Sweep:
             why = f"it has ended {tries + 1} times in a row at step {step}" if tries else "resume.limit is 0"
             client.update_flow_run_labels(run.id, {RESUMED_BY: f"none: {why}"})
             said = run.state.message if run.state else ""
-            by_hand = f"\n`convoy resume {run_id}` tries again" if run_id else ""
-            emit(client, "failed", f"flow run {run.name} is not resumed, since {why}: {said}{by_hand}")
+            trial = TRIAL in run.labels
+            by_hand = f"\n`convoy resume {run_id}` tries again" if run_id and not trial else ""
+            emit(client, "failed", f"flow run {run.name} is not resumed, since {why}: {said}{by_hand}", minor=trial)
             self._tell(f"flow run {run.name} is not resumed: {why}")
         elif decision == "resume":
             self._resume(client, run, parameters, step, tries + 1)

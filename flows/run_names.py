@@ -10,9 +10,7 @@ from infra.sources.entries import ARCHIVE_SUFFIXES
 from infra.sources.slug import slug
 from infra.tracking.tags import RESUMES, STARTED_BY
 from tasks.config.run import RunConfig
-
-OF_TRIALS = ("trial", "judge")
-"""Flows whose name is a part of their flow runs' names."""
+from tasks.orchestration.flow_runs import TRIAL_FLOWS
 
 Reason = Literal["schedule", "event", "CI", "by hand"]
 _REASONS: dict[object, Reason] = {reason: reason for reason in get_args(Reason)}
@@ -22,7 +20,7 @@ def training_name() -> str:
     """Returns the name of a run that trains or judges: `digits convoy9 (by hand)`, `digits convoy9 (trial, CI)`."""
     run, parameters = _run(), _run().parameters or {}
     config = RunConfig.model_validate(parameters["config"])
-    flow = f"{run.flow.name}, " if run.flow and run.flow.name in OF_TRIALS else ""
+    flow = f"{run.flow.name}, " if run.flow and run.flow.name in TRIAL_FLOWS else ""
     resumed = "resumed " if parameters.get("resume") else ""
     return f"{model_name(config)} {config.model} ({flow}{resumed}{_why()})"
 

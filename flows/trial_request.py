@@ -1,27 +1,30 @@
 """Asks workers to try the code of a commit, and to judge it: two flow runs, one after the other."""
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 
-from flows.deployments import Started, cancel_flow_run, find_deployment, follow, start
+from flows.deployments import cancel_flow_run, find_deployment, follow, job_variables, start
 from flows.run_names import model_name
 from flows.summary import Summary
 from infra.errors import UsageError
-from infra.tracking.provenance import COMMIT_VARIABLE
-from infra.tracking.tags import TRIAL
+from infra.tracking.tags import COMMIT, TRIAL
 from tasks.config.deployment import CodeConfig
 from tasks.config.run import RunConfig, load_config
-from tasks.orchestration.flow_runs import training_flow_runs
+from tasks.orchestration.flow_runs import may_go_on, training_flow_runs
 
 LIVE = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED]
-DEAD = [StateType.CRASHED, StateType.FAILED]  # which a worker may go on with
+DEAD = [StateType.CRASHED, StateType.FAILED]  # of these a worker may resume some
+FULL_NAME = re.compile(r"[0-9a-f]{40}")  # of a commit
+JUDGED = ("status", "error", "exit_status", "verdict", "gain")
 MAX_AGE = timedelta(days=7)  # of trials that are superseded
 
 
@@ -41,8 +44,8 @@ def try_commit(
             model of `config`.
         settings: `key=value` texts that change the trial's configuration; the gate stays the deployment's.
         config: takes the place of the trial's configuration; the settings are in it already.
-        key: what the commit is tried for. Unfinished trials of other commits for the same are cancelled, and one of
-            this commit is followed.
+        key: name of what the commit is tried for. Unfinished trials of other commits with this key are cancelled. One
+            of the same commit, given by its full name, with the same configuration is followed.
         report: is called with one line at each change.
 
     Raises:
@@ -54,35 +57,53 @@ def try_commit(
         trial, judge = (find_deployment(client, f"{flow}/{name}") for flow in ("trial", "judge"))
         if config is None:
             config = load_config(None, settings, base=trial.parameters.get("config", {}))
-        running = _supersede(client, trial, key, str(code.ref), report) if key else None
+        parameters: dict[str, Any] = {"config": config.model_dump(mode="json", exclude_unset=True)}
+        running = _supersede(client, trial, key, code, parameters, report) if key else None
+        label = {TRIAL: key or str(code.ref)}
         if running is None:
-            parameters = {"config": config.model_dump(mode="json", exclude_unset=True)}
-            started = start(client, trial, parameters, code=code, labels={TRIAL: key or str(code.ref)})
+            started = start(client, trial, parameters, code=code, labels=label)
             report(f"flow run {started.url}")
             running = started.id
     tried, pages = follow(running, report)
+    tried = tried.model_copy(update={"trial": True})
     if tried.status != "done" or not tried.mlflow_run_id:
         return tried, pages
     with get_client(sync_client=True) as client:
-        judging: Started = start(client, judge, {"config": judge.parameters["config"], "run": tried.mlflow_run_id})
+        parameters = {"config": judge.parameters.get("config", {}), "run": tried.mlflow_run_id}
+        judging = start(client, judge, parameters, labels=label)
     report(f"it is judged by flow run {judging.url}")
     judged, verdict = follow(judging.id, report)
-    outcome = {each: getattr(judged, each) for each in ("status", "error", "exit_status", "verdict", "gain")}
+    outcome: dict[str, Any] = {name: getattr(judged, name) for name in JUDGED}
+    if judged.accuracy is not None:
+        outcome["accuracy"] = judged.accuracy  # as computed by the installed code
     return tried.model_copy(update=outcome), [*verdict, *pages]
 
 
 def _supersede(
-    client: SyncPrefectClient, deployment: DeploymentResponse, key: str, ref: str, report: Callable[[str], None]
+    client: SyncPrefectClient,
+    deployment: DeploymentResponse,
+    key: str,
+    code: CodeConfig,
+    parameters: dict[str, Any],
+    report: Callable[[str], None],
 ) -> UUID | None:
-    """Cancels the trials of other commits for the same; returns the unfinished trial of this commit, if any."""
+    """Cancels the unfinished trials with a key that would not answer this request; returns one that will, if any."""
     same: UUID | None = None
     for run in list(training_flow_runs(client, [*LIVE, *DEAD], after=datetime.now(UTC) - MAX_AGE)):
-        if run.deployment_id != deployment.id or run.labels.get(TRIAL) != key:
+        unfinished = run.state_type in LIVE or may_go_on(run)
+        if not unfinished or run.deployment_id != deployment.id or run.labels.get(TRIAL) != key:
             continue
-        variables = (run.job_variables or {}).get("env", {})
-        if variables.get(COMMIT_VARIABLE) == ref:
-            same = run.id if run.state_type in LIVE else same
+        if _tries(run, code, parameters):
+            same = run.id
             continue
         with suppress(UsageError):  # it has ended
-            report(cancel_flow_run(client, run, f"commit {ref} is tried instead"))
+            report(cancel_flow_run(client, run, f"commit {code.ref} is tried instead"))
     return same
+
+
+def _tries(run: FlowRun, code: CodeConfig, parameters: dict[str, Any]) -> bool:
+    """Returns whether a flow run tries this commit with this configuration; a branch may have gone on since."""
+    if not FULL_NAME.fullmatch(str(code.ref)) or run.parameters.get("config") != parameters["config"]:
+        return False
+    wanted, given = job_variables(code), run.job_variables or {}
+    return run.labels.get(COMMIT, code.ref) == code.ref and given.get("env") == wanted["env"]

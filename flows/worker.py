@@ -65,7 +65,7 @@ def main() -> None:
     # For the command of flow runs with the code of a commit, see `flows.at_commit`.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     setup_signal_handlers_worker(os.getpid(), "the worker", print_line)
-    sweep, pause = Sweep(queues[0], print_line), Settings().sweep_seconds
+    sweep, pause = Sweep(pool, queues[0], print_line), Settings().sweep_seconds
     threading.Thread(target=sweep.for_ever, args=(pause,), name="sweep", daemon=True).start()
     worker = Worker(
         name=f"{socket.gethostname()} {os.getpid()}",

@@ -22,7 +22,7 @@ from flows.cli.console import (
 )
 from flows.cli.notify import set_up_notifications, webhook_of
 from flows.summary import Summary, write_report
-from infra.errors import UsageError
+from infra.errors import ServiceError, UsageError, one_line
 from infra.machine.checkouts import check_address
 from infra.machine.files import check_writable
 from infra.settings import Settings
@@ -108,8 +108,11 @@ def worker(
         platform = this_platform()
     ensure_pool(pool)
     queues = queues_to_serve(pool, platform)
-    for finding in settle_all():
-        print_line(f"settled: {finding}")
+    try:
+        for finding in settle_all():
+            print_line(f"settled: {finding}")
+    except ServiceError as error:  # for example since this worker may not write to the registry
+        print_line(f"cannot clean up: {one_line(error)}", error=True)
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"  # a worker's output is its log
     os.environ.setdefault("CONVOY_PROJECT", os.getcwd())
     os.environ["PYTHONSAFEPATH"] = "1"  # otherwise `-m` searches the user's folder first, here and in flow runs
@@ -234,7 +237,9 @@ def trial(
     repository: RepositoryOption = None,
     key: Annotated[
         str | None,
-        typer.Option(help="What it is tried for, such as pull-12: unfinished trials of other commits for it end."),
+        typer.Option(
+            help="Name of what it is tried for, such as pull-12; unfinished trials of other commits with this key end."
+        ),
     ] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page (Markdown).")] = None,
     as_json: JsonOption = False,
@@ -287,7 +292,7 @@ def _show_result(summary: Summary, pages: Sequence[str], report: Path | None, *,
     else:
         print_pairs({"status": summary.status, "why": summary.headline})
     if summary.exit_status:
-        if summary.mlflow_run_id and summary.status != "refused":
+        if summary.mlflow_run_id and summary.status != "refused" and not summary.trial:
             print_line(f"MLflow run {summary.mlflow_run_id}: `convoy resume` goes on with it", error=True)
         print_line(f"convoy: {summary.error}", error=True)
         raise typer.Exit(summary.exit_status)

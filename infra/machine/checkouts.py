@@ -29,8 +29,16 @@ LOCK_FILES = ("uv.lock", "requirements.lock", "requirements.txt")
 LONGEST_ERROR = 400  # characters
 NAME = re.compile(r"[0-9A-Za-z][\w./-]*")
 READY = ".convoy-ready"
-INDEX_AWAY = re.compile(r"error sending request|Request failed|HTTP status (server|client) error \((5..|429|408)")
+INDEX_AWAY = re.compile(
+    r"error sending request|Request failed|network timeout|HTTP status (server|client) error \((5..|429|408)"
+)
 """What uv says of a package index that does not answer, or is overloaded."""
+
+REFUSED = re.compile(
+    r"does not appear to be a git repository|[Rr]epository .*not found|could not read Username"
+    r"|Authentication failed|Permission denied"
+)
+"""What git says if the address or the credentials are wrong."""
 
 
 class Checkout(Record):
@@ -120,7 +128,7 @@ def _git(bare: Path, *arguments: str, must: bool = True) -> str | None:
     """Returns git's output; None if it fails, unless it must not.
 
     Raises:
-        Outage: it failed, and must not.
+        UsageError, Outage: it failed, and must not.
     """
     environment = os.environ | {"GIT_TERMINAL_PROMPT": "0", "GIT_DIR": str(bare)}
     command = ["git", "-c", "protocol.ext.allow=never", *arguments]
@@ -128,7 +136,8 @@ def _git(bare: Path, *arguments: str, must: bool = True) -> str | None:
     if done.returncode == 0:
         return done.stdout.strip()
     if must:
-        raise Outage(f"git {arguments[0]} failed: {one_line(without_login(done.stderr))[-LONGEST_ERROR:]}")
+        error = UsageError if REFUSED.search(done.stderr) else Outage
+        raise error(f"git {arguments[0]} failed: {one_line(without_login(done.stderr))[-LONGEST_ERROR:]}")
     return None
 
 

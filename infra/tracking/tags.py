@@ -72,7 +72,8 @@ COMMIT = "convoy.commit"
 """The commit whose code the flow run runs, if it was asked for one."""
 
 TRIAL = "convoy.trial"
-"""What the commit is tried for, for example a pull request; of later commits for the same, the newest counts."""
+"""Of a flow run that tries a commit or judges it: what for, such as a pull request; of several commits with the same
+value, the newest counts. Also a tag of the trial's run in MLflow."""
 
 ALIVE = "convoy.alive"
 """A number that the flow run's process counts up."""

@@ -36,7 +36,7 @@ from infra.machine.locks import is_held, note_of_dead_holder
 from infra.settings import Settings
 from infra.tracking.tags import ALIVE, RESUMABLE, RESUMED_BY
 
-TRAINING_FLOWS, TRIAL_FLOW = ("train", "retrain"), "trial"
+TRAINING_FLOWS, TRIAL_FLOWS = ("train", "retrain"), ("trial", "judge")
 PAGE = 200  # results per request to Prefect
 BEAT_SECONDS = 30.0  # between two signs of life
 
@@ -114,12 +114,12 @@ def is_alive_here(flow_run_id: str) -> bool:
 def training_flow_runs(
     client: SyncPrefectClient, states: Collection[StateType], *, after: datetime | None = None
 ) -> Iterator[FlowRun]:
-    """Yields the flow runs of trainings, trials among them, in any of these states, page by page.
+    """Yields the flow runs of trainings, and of trials of commits, in any of these states, page by page.
 
     Args:
         after: excludes flow runs with an earlier expected start.
     """
-    flows = FlowFilter(name=FlowFilterName(any_=[*TRAINING_FLOWS, TRIAL_FLOW]))
+    flows = FlowFilter(name=FlowFilterName(any_=[*TRAINING_FLOWS, *TRIAL_FLOWS]))
     wanted = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
         expected_start_time=FlowRunFilterExpectedStartTime(after_=after) if after else None,

@@ -105,7 +105,7 @@ def compare(
         ServiceError: a server failed.
     """
     store = open_bucket()
-    # One with its run and tags need not be in the registry: a trial is none.
+    # A trial has a run and tags, but is not in the registry.
     found = challenger if isinstance(challenger, RegisteredVersion) else find_version(challenger.address)
     dataset_version = found.required("dataset_version")
     manifest = load_manifest(store, dataset_version)

@@ -8,8 +8,8 @@ from prefect.artifacts import create_markdown_artifact
 from infra.errors import UsageError
 from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
-from infra.tracking.model_registry import RegisteredVersion
-from infra.tracking.tags import RESULT, VERDICT
+from infra.tracking.model_registry import RegisteredVersion, search_versions
+from infra.tracking.tags import RESULT, TRIAL, VERDICT
 from tasks.config.gates import GateConfig
 from tasks.data.dataset import load_manifest
 from tasks.evaluation.split_predictions import load_predictions
@@ -48,11 +48,13 @@ def _as_version(name: str, run_id: str) -> RegisteredVersion:
     """Returns a trial as a version that the registry does not have, for the quality gate."""
     tags = mlflow_runs.run_tags(run_id)
     named = f"trial-{tags.get('convoy.git_commit', run_id)[:COMMIT_DIGITS]}"
+    if TRIAL not in tags or search_versions(run_id=run_id):
+        raise UsageError(f"run {run_id} is no trial of a commit")
     trial = RegisteredVersion(
         name=name, version=named, run_id=run_id, created=datetime.now(UTC), description="", tags=tags
     )
     dataset, weights = trial.record.dataset_version, trial.record.weights_sha256
     store = open_bucket()
     if not dataset or not weights or not load_predictions(store, run_id, load_manifest(store, dataset), weights):
-        raise UsageError(f"run {run_id} is no trial that was evaluated")
+        raise UsageError(f"trial {run_id} has not been evaluated")
     return trial

@@ -85,8 +85,10 @@ def test_mistakes_and_outages_are_one_line(repository: Path, tmp_path: Path, mon
         check_out(tmp_path / "code", str(repository), "v7")
     with pytest.raises(UsageError, match="is no commit, branch or tag"):
         check_out(tmp_path / "code", str(repository), "--upload-pack=touch x")
-    with pytest.raises(Outage, match="git fetch failed"):
+    with pytest.raises(UsageError, match="does not appear to be a git repository"):
         check_out(tmp_path / "code", str(tmp_path / "none.git"), "main")
+    with pytest.raises(Outage, match="git fetch failed"):
+        check_out(tmp_path / "code", "http://127.0.0.1:9/team/project.git", "main")
     for address in ("https://ann:secret@example.org/x.git", "ext::sh -c touch% x", "--upload-pack=x"):
         with pytest.raises(UsageError) as raised:
             check_address(address)
@@ -195,7 +197,7 @@ def test_a_teams_project_trains_its_own_network_with_the_convoy_of_its_lock_file
     def retrain() -> dict[str, str]:
         options = ("--commit", "main", "--repository", str(repository), "--wait", "--json")
         done = program("retrain", "-d", name, *options).wait(300)
-        assert done.status == 0, done.stderr
+        assert done.status in (0, 3), done.stderr  # of two poor versions the gate may refuse the second
         return json.loads(done.stdout)  # type: ignore[no-any-return]
 
     first = retrain()

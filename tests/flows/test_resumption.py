@@ -199,7 +199,7 @@ def test_a_dead_flow_run_is_resumed_once_whoever_looks_and_given_up_after_its_li
     died = new_run(Crashed(message="its process was killed"), {STARTED_BY: "CI"})
     said: list[str] = []
     for _ in range(2):
-        Sweep("platform-test", said.append)()
+        Sweep(POOL, "platform-test", said.append)()
     (second,) = [run for run in resumptions() if run.labels.get(RESUMES) == died]
     assert run_of(died).labels[RESUMED_BY] == str(second.id)
     assert second.idempotency_key == f"resume-{died}-0"
@@ -209,7 +209,7 @@ def test_a_dead_flow_run_is_resumed_once_whoever_looks_and_given_up_after_its_li
 
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(second.id, Crashed(message="again"), force=True)
-    Sweep("platform-test", said.append)()
+    Sweep(POOL, "platform-test", said.append)()
     assert run_of(str(second.id)).labels[RESUMED_BY] == "none: it has ended 2 times in a row at step 0"
     assert not [run for run in resumptions() if run.labels.get(RESUMES) == str(second.id)]
     shown = json.loads(convoy("status", "--work", "--json").stdout)
@@ -220,7 +220,7 @@ def test_a_dead_flow_run_is_resumed_once_whoever_looks_and_given_up_after_its_li
 def test_two_workers_that_look_at_the_same_moment_make_one_resumption(new_run: Callable[..., str]) -> None:
     died = new_run(Crashed())
     with ThreadPoolExecutor(4) as pool:
-        for each in [pool.submit(Sweep("platform-test", print)) for _ in range(4)]:
+        for each in [pool.submit(Sweep(POOL, "platform-test", print)) for _ in range(4)]:
             each.result()
     assert len([run for run in resumptions() if run.labels.get(RESUMES) == died]) == 1
 
@@ -229,7 +229,7 @@ def test_a_person_can_cancel_what_has_died(new_run: Callable[..., str], convoy: 
     died = new_run(Crashed())
     done = convoy("cancel", died)
     assert (done.status, "and no worker resumes it" in done.stdout) == (0, True), done.stderr
-    Sweep("platform-test", print)()
+    Sweep(POOL, "platform-test", print)()
     assert not [run for run in resumptions() if run.labels.get(RESUMES) == died]
 
 
@@ -238,7 +238,7 @@ def test_a_flow_run_elsewhere_counts_as_dead_once_its_sign_of_life_has_not_chang
 ) -> None:
     silent, alive, older = new_run(Running(), {ALIVE: "1"}), new_run(Running(), {ALIVE: "1"}), new_run(Running())
     taken = new_run(Pending())
-    sweep = Sweep("platform-test", print)
+    sweep = Sweep(POOL, "platform-test", print)
     sweep()
     assert {run_of(each).state_type for each in (silent, alive, older)} == {StateType.RUNNING}
     with get_client(sync_client=True) as client:

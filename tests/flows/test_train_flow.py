@@ -68,16 +68,19 @@ def test_photographs_stay_larger_for_pretrained_networks(
     monkeypatch.setattr(pipeline, "preprocess", preprocess)
     config = CONFIG.model_copy(update={"pretrained": pretrained})
     with pytest.raises(Preprocessed) as found:
-        pipeline._train_and_release(config, frozenset(), None, only_if_changed=False, force=False)
+        pipeline._train_and_release(config, frozenset(), None, only_if_changed=False, force=False, trial=False)
     assert found.value.args == (limit,)
 
 
 def test_servers_are_asked_no_more_than_they_need_to_be(
     trained: Summary, requests_made: Counter[tuple[str, str]]
 ) -> None:
-    """Some of the requests to Prefect depend on time: log lines, progress, and renewals of the lease."""
+    """Some of the requests to Prefect depend on time: log lines, progress, and renewals of the lease.
+
+    Those to the bucket are counted as from an empty one; if another test has packed the data before, they are fewer.
+    """
     print(table(requests_made))
-    for server, most in {"MLflow": 117, "Prefect": 110, "bucket": 82}.items():
+    for server, most in {"MLflow": 117, "Prefect": 110, "bucket": 85}.items():
         assert sum(count for (each, _), count in requests_made.items() if each == server) <= most, server
 
 

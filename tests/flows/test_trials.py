@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import UUID
 
 import boto3
 import pytest
@@ -13,9 +14,17 @@ from botocore.exceptions import ClientError
 from mlflow.tracking import MlflowClient
 from prefect import get_client
 from prefect.client.schemas.objects import StateType
+from prefect.states import Crashed
 
+from flows import trial_request
+from flows.deployments import cancel_flow_run, find_deployment, start
+from flows.summary import Summary
+from infra.errors import UsageError
 from infra.tracking.tags import TRIAL
-from tasks.orchestration.flow_runs import training_flow_runs
+from tasks.config.deployment import CodeConfig
+from tasks.config.gates import GateConfig
+from tasks.orchestration.flow_runs import may_go_on, training_flow_runs
+from tasks.release.trial import judge
 from tests.conftest import PORT_RANGE
 from tests.flows.program import Program, wait_for
 from tests.flows.test_code_by_commit import pushed_copy
@@ -86,6 +95,53 @@ def client_of(variables: dict[str, str]) -> "boto3.client":
     )
 
 
+A, B = "a" * 40, "b" * 40
+
+
+def test_of_the_trials_with_a_key_only_one_of_the_same_commit_and_configuration_goes_on(
+    deployed: Callable[..., str],
+) -> None:
+    deployed("asked", "flows.trial.trial_flow", f"{POOL}-idle")
+    with get_client(sync_client=True) as client:
+        trial = find_deployment(client, "trial/asked")
+        parameters = {"config": {**trial.parameters["config"], "epochs": 2}}
+
+        def started(ref: str, key: str, **changes: int) -> str:
+            config = parameters["config"] | changes
+            code = CodeConfig(repository="/team.git", ref=ref)
+            return str(start(client, trial, {"config": config}, code=code, labels={TRIAL: key}).id)
+
+        def supersede(ref: str) -> str | None:
+            code = CodeConfig(repository="/team.git", ref=ref)
+            found = trial_request._supersede(client, trial, "pull-1", code, parameters, print)
+            return found and str(found)
+
+        def states(*runs: str) -> list[str | None]:
+            return [run_of(each).state_name for each in runs]
+
+        earlier, same, longer, other = (
+            started(A, "pull-1"),
+            started(B, "pull-1"),
+            started(B, "pull-1", epochs=3),
+            started(A, "pull-2"),
+        )
+        assert supersede(B) == same
+        assert states(earlier, same, longer, other) == ["Cancelled", "Scheduled", "Cancelled", "Scheduled"]
+        client.set_flow_run_state(UUID(same), Crashed(), force=True)
+        assert supersede(B) == same  # a worker resumes it
+        assert supersede("main") is None  # which may have gone on since
+        assert not may_go_on(run_of(same))
+        branch = started("main", "pull-1")
+        assert supersede("main") is None
+        assert states(branch, other) == ["Cancelled", "Scheduled"]
+        cancel_flow_run(client, run_of(other), "the end of the test")
+
+
+def test_only_a_trial_is_judged_as_if(trained: Summary) -> None:
+    with pytest.raises(UsageError, match="is no trial of a commit"):
+        judge.fn("whole-flow", str(trained.mlflow_run_id), GateConfig(), ())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_commit_is_tried_and_judged_without_a_trace_in_the_registry_and_a_newer_one_supersedes_it(
@@ -93,6 +149,7 @@ def test_a_commit_is_tried_and_judged_without_a_trace_in_the_registry_and_a_newe
     start_worker: Callable[..., "subprocess.Popen[bytes]"],
     keys: dict[str, dict[str, str]],
     program: Callable[..., Program],
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     bare, (_, *commits) = pushed_copy(tmp_path, 2)
@@ -143,5 +200,9 @@ def test_a_commit_is_tried_and_judged_without_a_trace_in_the_registry_and_a_newe
     champion = tracking.get_model_version("tried", "1")
     assert run.data.tags["convoy.code_digest"] != tracking.get_run(champion.run_id).data.tags["convoy.code_digest"]
     assert not tracking.search_model_versions(f"run_id = '{run.info.run_id}'")
+    for variable, value in keys["worker"].items():
+        monkeypatch.setenv(variable, value)
+    resumed = program("resume", run.info.run_id).wait()
+    assert (resumed.status, "is a trial of a commit, which registers nothing" in resumed.complaint) == (2, True)
     with pytest.raises(ClientError, match="AccessDenied"):
         client_of(keys["trials"]).put_object(Bucket="convoy", Key="models/tried/history/2.json", Body=b"{}")

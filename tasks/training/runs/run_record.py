@@ -22,7 +22,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import search_versions
 from infra.tracking.model_versions import find_version
 from infra.tracking.provenance import Provenance
-from infra.tracking.tags import FLOW_RUN
+from infra.tracking.tags import FLOW_RUN, TRIAL
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.training.platform import Platform, code_inputs, differences
@@ -87,15 +87,21 @@ def run_of_flow(flow_run: str) -> str | None:
     return runs[0].run_id if runs and open_bucket().head(bucket_layout.run_record(runs[0].run_id)) else None
 
 
-def check_resumable(run_id: str) -> RunConfig:
+def check_resumable(run_id: str, *, trial: bool = False) -> RunConfig:
     """Returns the configuration of an unfinished run, or of a finished one whose version waits for approval.
 
     Call this again once the model's lease is held: the run may finish while its resume waits for the lease.
 
+    Args:
+        trial: whether the run is to go on as a trial of a commit.
+
     Raises:
-        UsageError: there is no such run, or it has finished.
+        UsageError: there is no such run, it has finished, or it is a trial and `trial` is false, or the reverse.
     """
     record = read_record(run_id)
+    if (TRIAL in mlflow_runs.run_tags(run_id)) != trial:
+        kind = "a trial of a commit, which registers nothing; `convoy trial` tries it again"
+        raise UsageError(f"run {run_id} is {'no trial' if trial else kind}")
     if mlflow_runs.run_status(run_id) == "FINISHED" and not _waits_for_approval(run_id):
         raise UsageError(f"run {run_id} has finished; there is nothing to resume")
     return record.config

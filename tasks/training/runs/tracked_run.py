@@ -49,7 +49,7 @@ class TrackedRun(Record):
 
 @contextlib.contextmanager
 def tracked_run(
-    config: RunConfig, dataset: DatasetRef, resume: str | None = None, *, experiment: str | None = None
+    config: RunConfig, dataset: DatasetRef, resume: str | None = None, *, trial: bool = False
 ) -> Iterator[TrackedRun]:
     """Opens the run, and closes it as FINISHED, KILLED (cancelled, interrupted) or FAILED.
 
@@ -58,7 +58,7 @@ def tracked_run(
     Args:
         resume: id of the run to resume. By default, if Prefect runs this flow run again, its earlier MLflow run; if
             that has finished, it is only read, for the rest of the flow.
-        experiment: in which the run is; by default, the one with the name of the dataset.
+        trial: the run is in an experiment of its own, and never gets a version.
 
     Raises:
         ServiceError: the tracking server cannot be reached.
@@ -80,17 +80,17 @@ def tracked_run(
             run_id = resume
             alive.enter_context(hold_run_lock(run_id, flow_run))
             if asked:
-                check_resumable(run_id)  # again: until now another process may have trained it
+                check_resumable(run_id, trial=trial)  # again: until now another process may have trained it
             finished = mlflow_runs.run_status(run_id) == "FINISHED"
             if not finished:
                 mlflow_runs.reopen_run(run_id)
                 mlflow_runs.set_tags(run_id, flow_tags())
         else:
             run_id = mlflow_runs.start_run(
-                experiment=experiment or dataset.name,
+                experiment=f"{dataset.name} trials" if trial else dataset.name,
                 run_name=f"{config.model} {config.epochs} epochs",
                 params=flatten({"dataset": config.dataset, "data": config.data.model_dump(), **manifest.config}),
-                tags=_tags(config, dataset, manifest, code),
+                tags=_tags(config, dataset, manifest, code) | ({tags.TRIAL: "true"} if trial else {}),
             )
             alive.enter_context(hold_run_lock(run_id, flow_run))
         try:
@@ -109,9 +109,8 @@ def tracked_run(
             stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
             if stopped and not isinstance(error, Interrupted):  # whose message says it
                 by_itself = is_deployed() and not isinstance(error, Cancelled)
-                after = (
-                    "a worker goes on with it" if by_itself else f"`convoy resume {run_id}` goes on, nothing else does"
-                )
+                by_hand = "nothing goes on with it" if trial else f"`convoy resume {run_id}` goes on, nothing else does"
+                after = "a worker goes on with it" if by_itself else by_hand
                 run_logger().warning("run %s has stopped; %s", run_id, after)
             with contextlib.suppress(ServiceError):  # if the server failed, the first error explains more
                 if not finished and not isinstance(error, Superseded):  # the run may be another flow run's by now
