@@ -49,6 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in before:
         if name.startswith(USERS_OWN):
             del os.environ[name]
+    if "gpu" not in config.getoption("markexpr", "").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests take 2 and 4 ranks, whatever GPUs there are
     if workers := config.getoption("numprocesses", None):
         # Threads of PyTorch wait for each other by spinning: with more of them than cores, they do little else.
         # A worker inherits the variable; if it is set once a worker runs, some libraries have read it already.

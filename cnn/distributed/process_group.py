@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from cnn.distributed.lanes import Exchange
+from cnn.errors import InputError
 
 THREADS_PER_RANK = 1  # another number would add a convolution's weight gradient in another order
 EXCHANGE_TIMEOUT = timedelta(minutes=10)
@@ -58,13 +59,27 @@ def local_device() -> torch.device:
     return device
 
 
+def check_devices(ranks: int) -> None:
+    """Raises InputError unless each rank on this machine can have a device of its own; CPU cores can be shared."""
+    if torch.cuda.is_available() and ranks > (gpus := torch.cuda.device_count()):
+        raise InputError(
+            f"{ranks} ranks need a GPU each, and this machine has {gpus}; set ranks to at most {gpus}, or "
+            "CUDA_VISIBLE_DEVICES= to train on CPU cores"
+        )
+
+
 def device_count() -> int:
     """Returns the number of ranks that this machine can run: one per GPU, or one per CPU core of this process."""
     return torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
-def make_deterministic() -> None:
-    """Selects deterministic kernels and a fixed number of threads; call it before any computation."""
+def make_deterministic(*, tf32: bool = False) -> None:
+    """Selects deterministic kernels and a fixed number of threads; call it before any computation.
+
+    Args:
+        tf32: see `set_tf32`.
+    """
+    set_tf32(tf32)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(THREADS_PER_RANK)
     # `use_deterministic_algorithms` does the same, but loads torch.compile, which takes seconds and is not used here.
@@ -72,3 +87,14 @@ def make_deterministic() -> None:
     # Filling would only guard against bugs, at a cost in every step.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
+
+
+def set_tf32(on: bool) -> bool:
+    """Lets GPUs compute float32 matrix products and convolutions in TensorFloat-32, or not; returns what was before.
+
+    TensorFloat-32 keeps 10 of the 23 bits of a mantissa. PyTorch's default is to use it for convolutions only. It makes
+    no difference on a CPU.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = on
+    return before

@@ -77,8 +77,9 @@ class KubernetesConfig(Config):
     gpus: int = Field(0, ge=0, le=1)
     """GPUs per rank; a rank uses one, or none."""
 
-    memory: str = Field("2Gi", pattern=r"^\d+(Mi|Gi)$")
-    """Memory limit per rank; a pod that exceeds its limit is ended."""
+    memory: str | None = Field(None, pattern=r"^\d+(Mi|Gi)$")
+    """Memory limit per rank; a pod that exceeds its limit is ended. Unset: 2Gi, or 8Gi with a GPU, since CUDA's
+    libraries take several."""
 
     secret: str = "convoy-servers"
     """The Secret that holds the variables of the object storage and of MLflow."""

@@ -28,7 +28,7 @@ from tasks.reporting.markdown import Markup, plain, table
 
 CHALLENGER = "challenger"
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}
-"""Largest difference of a probability, by the device of the evaluation: round-off; on a GPU also that of TF32."""
+"""Largest difference of a probability, by the device of the evaluation: round-off. That of GPUs is an estimate."""
 
 
 class ServingCheck(Record):

@@ -323,7 +323,7 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
     val_split = open_split(cache, manifest, "val")
 
     weights = job.config.pretrained_sha256
-    make_deterministic()
+    make_deterministic(tf32=job.config.precision == "tf32")
     with process_group(rendezvous) as (device, exchange):
         stop.ranks_have_met()
         first = RankZero(job, folder, store) if exchange.rank == 0 else None

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from cnn.distributed.process_group import device_count
+import torch
+
+from cnn.distributed.process_group import check_devices, device_count
 from cnn.distributed.world_size import default_world_size
 from cnn.networks.own import network_files
 from infra.errors import counted
@@ -130,11 +132,23 @@ def await_earlier_start(folder: JobFolder) -> None:
 
 
 def _world_size(config: RunConfig) -> int:
-    """Returns the world size: exact on this machine, the maximum on several nodes."""
+    """Returns the world size: exact on this machine, the maximum on several nodes.
+
+    Raises:
+        InputError: this machine has fewer GPUs.
+    """
     if config.launcher != "local":
         return config.ranks or config.lanes
     devices = device_count()
     world_size = config.ranks or default_world_size(config.lanes, devices)
+    check_devices(world_size)
+    if torch.cuda.is_available() and config.lanes > world_size:
+        run_logger().warning(
+            "each GPU computes %d lanes, one after another: with lanes=%d training would be faster, and give other "
+            "weights",
+            config.lanes // world_size,
+            world_size,
+        )
     if (idle := devices - world_size) > 0:
         run_logger().warning(
             "%d of %d devices stay idle: %s for %d lanes", idle, devices, counted(world_size, "rank"), config.lanes

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from cnn.config.training import TrainConfig
 from cnn.distributed.lanes import PartialSums
-from cnn.distributed.process_group import EXCHANGE_TIMEOUT, process_group
+from cnn.distributed.process_group import EXCHANGE_TIMEOUT, check_devices, process_group
 from cnn.distributed.world_size import check_world_size, default_world_size
 from cnn.errors import InputError
 from tests.cnn.conftest import Packed, Ranks
@@ -214,6 +214,15 @@ def test_ranks_that_cannot_share_the_lanes_are_refused_with_the_nearest_that_can
         check_world_size(8, 3)
     with pytest.raises(InputError, match="nearest is 8"):
         check_world_size(8, 16)
+
+
+def test_more_ranks_than_gpus_are_refused_but_ranks_may_share_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_devices(1000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_devices(2)
+    with pytest.raises(InputError, match=r"^4 ranks need a GPU each, and this machine has 2; set ranks to at most 2"):
+        check_devices(4)
 
 
 def test_default_world_size_is_the_largest_that_has_devices_and_shares_the_lanes() -> None:

@@ -44,6 +44,11 @@ def test_job_has_a_pod_for_each_rank() -> None:
     assert "<" not in str(manifest)  # nothing was left to fill in
 
 
+def test_a_rank_with_a_gpu_gets_more_memory() -> None:
+    (agent,) = training_job(order(gpus=1), None)["spec"]["template"]["spec"]["containers"]
+    assert agent["resources"]["limits"] == {"memory": "8Gi", "nvidia.com/gpu": "1"}
+
+
 def test_ranks_may_share_a_pod_with_its_gpus() -> None:
     manifest = training_job(order(ranks_per_pod=3, gpus=1, cpus=1.5, memory="500Mi", secret="s"), None)
     assert_valid(manifest)

@@ -101,7 +101,8 @@ def _owner(flow_pod: str, namespace: str) -> list[Mapping[str, str]]:
 def _resources(config: KubernetesConfig) -> dict[str, dict[str, str]]:
     """Returns a pod's resources; no CPU limit, since it would throttle ranks that wait for each other."""
     ranks = config.ranks_per_pod
-    memory = f"{int(config.memory[:-2]) * ranks}{config.memory[-2:]}"
+    per_rank = config.memory or ("8Gi" if config.gpus else "2Gi")
+    memory = f"{int(per_rank[:-2]) * ranks}{per_rank[-2:]}"
     gpus = {GPU: str(config.gpus * ranks)} if config.gpus else {}
     return {
         "requests": {"cpu": f"{config.cpus * ranks:g}", "memory": memory, **gpus},

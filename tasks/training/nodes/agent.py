@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cnn.distributed.process_group import device_count
+from cnn.distributed.process_group import check_devices, device_count
 from cnn.networks.own import digests
 from infra.errors import ServiceError, UsageError, counted
 from infra.machine.lifeline import adopt_orphans, end_descendants
@@ -58,14 +58,17 @@ class Node:
 
         Raises:
             UsageError: the address is not this machine's.
+            InputError: there are more slots than GPUs.
         """
+        slots = settings.slots or device_count()
+        check_devices(slots)
         address = settings.address or address_towards(store.endpoint_url)
         name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         return cls(
             name=re.sub(r"[^\w.-]", "-", name),
             address=address,
             interface=interface_of(address),
-            slots=settings.slots or device_count(),
+            slots=slots,
             platform=this_platform(),
         )
 
