@@ -48,12 +48,7 @@ DEPLOYMENTS = Path(__file__).parents[1] / "infra" / "prefect.yaml"
 EXAMPLE = "fashion-mnist"
 """The name in that file of the deployments that are copied for a project, with another name."""
 
-RETRAIN, TRIAL, JUDGE, PRUNE = (
-    "flows.retrain.retrain_flow",
-    "flows.trial.trial_flow",
-    "flows.trial.judge_flow",
-    "flows.prune.prune_flow",
-)
+RETRAIN, PRUNE = "flows.retrain.retrain_flow", "flows.prune.prune_flow"
 
 MAX_POLL_SECONDS = 2.0  # between polls of a flow run
 POLL_SHARE = 0.05  # of the time waited so far, as a pause before the next poll: short runs are polled often
@@ -123,9 +118,10 @@ def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
     with_code = {"work_pool": pool | {"job_variables": job_variables(deploy.code)}} if deploy.code.ref else {}
     yield entry(RETRAIN, deploy.schedule, {"config": config}, **older, **with_code)
     if deploy.trial_pool:
-        names = {"older_names": list(deploy.older_names)}
-        yield entry(TRIAL, None, {"config": config}, work_pool={"name": deploy.trial_pool}, **names)
-        yield entry(JUDGE, None, {"config": config}, **names)
+        for flow, its_pool in (("trial", deploy.trial_pool), ("judge", deploy.pool)):
+            earlier = [f"{name}-{flow}" for name in deploy.older_names]
+            changes = {"older_names": earlier, "work_pool": {"name": its_pool}}
+            yield entry(f"flows.trial.{flow}_flow", None, {"config": config}, **changes)
     if deploy.prunes:
         retention = deploy.retention.model_dump(mode="json", exclude_unset=True)
         yield entry(PRUNE, deploy.prune, {"retention": retention})

@@ -40,8 +40,8 @@ def try_commit(
     """Has a commit tried and judged; returns the summary, and the pages for a report.
 
     Args:
-        deployment: the name of `trial/NAME` and `judge/NAME`; a flow's name before it does not count. None: that of the
-            model of `config`.
+        deployment: NAME of `trial/NAME-trial` and `judge/NAME-judge`, or `retrain/NAME`. None: the name of the model of
+            `config`.
         settings: `key=value` texts that change the trial's configuration; the gate stays the deployment's.
         config: takes the place of the trial's configuration; the settings are in it already.
         key: name of what the commit is tried for. Unfinished trials of other commits with this key are cancelled. One
@@ -54,7 +54,7 @@ def try_commit(
     """
     name = (deployment or model_name(config or RunConfig())).rpartition("/")[2]
     with get_client(sync_client=True) as client:
-        trial, judge = (find_deployment(client, f"{flow}/{name}") for flow in ("trial", "judge"))
+        trial, judge = (find_deployment(client, f"{flow}/{name}-{flow}") for flow in ("trial", "judge"))
         if config is None:
             config = load_config(None, settings, base=trial.parameters.get("config", {}))
         parameters: dict[str, Any] = {"config": config.model_dump(mode="json", exclude_unset=True)}

@@ -113,9 +113,9 @@ class DeployConfig(Config):
     code: CodeConfig = CodeConfig()
 
     trial_pool: str | None = Field(None, min_length=1)
-    """Work pool of `trial/NAME`, in which `convoy trial` runs the code of commits that are not merged yet; `judge/NAME`
-    in the pool above judges them. Its workers need no right to write below `models/`, or to other MLflow experiments.
-    Unset: there are no trials."""
+    """Work pool of `trial/NAME-trial`, in which `convoy trial` runs the code of commits that are not merged yet;
+    `judge/NAME-judge` in the pool above judges them. Its workers need no right to write below `models/`, or to other
+    MLflow experiments. Unset: there are no trials."""
 
     new_data: bool = True
     """Retrain when `convoy notify-data NAME` announces new images; NAME is that of the model."""

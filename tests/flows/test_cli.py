@@ -58,7 +58,7 @@ REFUSED = {
 
 COMMANDS = (
     "train resume join runs config init up down status env models promote rollback history compare predict errors "
-    "export data deploy worker retrain cancel notify-data notify prune doctor"
+    "export data deploy worker retrain trial cancel notify-data notify prune doctor"
 )
 
 

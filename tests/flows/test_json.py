@@ -19,7 +19,7 @@ from tests.flows.test_cli import COMMANDS
 
 PRINT_DATA = {
     *("data show", "data diff", "data check", "runs", "models", "history", "compare", "predict", "errors", "export"),
-    *("config", "status", "up", "env", "doctor", "prune", "retrain"),
+    *("config", "status", "up", "env", "doctor", "prune", "retrain", "trial"),
 }
 """Commands whose result is data."""
 

@@ -99,8 +99,10 @@ def deployed(stack: object, quiet_prefect: None, tmp_path_factory: pytest.TempPa
     """Deploys a training of digits; returns the deployment's name."""
     from flows.deployments import deploy
 
-    def make(name: str, entrypoint: str = "flows.retrain.retrain_flow", pool: str = POOL, **config: Any) -> str:
-        values: dict[str, Any] = {"dataset": "digits", "name": name, "ranks": 2}
+    def make(
+        name: str, flow: str = "flows.retrain.retrain_flow", pool: str = POOL, of: str | None = None, **config: Any
+    ) -> str:
+        values: dict[str, Any] = {"dataset": "digits", "name": of or name, "ranks": 2}
         for setting in SETTINGS:
             key, _, value = setting.partition("=")
             section, _, last = key.rpartition(".")
@@ -108,7 +110,7 @@ def deployed(stack: object, quiet_prefect: None, tmp_path_factory: pytest.TempPa
             place[last] = yaml.safe_load(value)
         entry = {
             "name": name,
-            "entrypoint": entrypoint,
+            "entrypoint": flow,
             "parameters": {"config": values | {"promote": True, **config}},
             "work_pool": {"name": pool},
         }

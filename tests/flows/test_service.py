@@ -238,7 +238,7 @@ def test_the_deployments_that_come_with_convoy_are_whole() -> None:
     flows = {entry["entrypoint"]: flow_of(entry["entrypoint"]) for entry in entries}
     assert len({entry["name"] for entry in entries}) == len(entries)  # Prefect's list shows this name first
     assert all(each["description"] for entry in entries for each in (entry, *entry.get("triggers", ())))
-    assert {flow.name for flow in flows.values()} == {"retrain", "train", "predict", "prune"}
+    assert {flow.name for flow in flows.values()} == {"retrain", "train", "predict", "prune", "trial", "judge"}
     for entry in entries:
         if "schedules" in entry:  # without a person who fills in a form
             wanted = set(flows[entry["entrypoint"]].parameters.required or ())

@@ -17,11 +17,11 @@ from prefect.client.schemas.objects import StateType
 from prefect.states import Crashed
 
 from flows import trial_request
-from flows.deployments import cancel_flow_run, find_deployment, start
+from flows.deployments import _project_entries, cancel_flow_run, find_deployment, start
 from flows.summary import Summary
 from infra.errors import UsageError
 from infra.tracking.tags import TRIAL
-from tasks.config.deployment import CodeConfig
+from tasks.config.deployment import CodeConfig, DeployConfig, ProjectConfig
 from tasks.config.gates import GateConfig
 from tasks.orchestration.flow_runs import may_go_on, training_flow_runs
 from tasks.release.trial import judge
@@ -101,9 +101,9 @@ A, B = "a" * 40, "b" * 40
 def test_of_the_trials_with_a_key_only_one_of_the_same_commit_and_configuration_goes_on(
     deployed: Callable[..., str],
 ) -> None:
-    deployed("asked", "flows.trial.trial_flow", f"{POOL}-idle")
+    deployed("asked-trial", "flows.trial.trial_flow", f"{POOL}-idle")
     with get_client(sync_client=True) as client:
-        trial = find_deployment(client, "trial/asked")
+        trial = find_deployment(client, "trial/asked-trial")
         parameters = {"config": {**trial.parameters["config"], "epochs": 2}}
 
         def started(ref: str, key: str, **changes: int) -> str:
@@ -137,6 +137,23 @@ def test_of_the_trials_with_a_key_only_one_of_the_same_commit_and_configuration_
         cancel_flow_run(client, run_of(other), "the end of the test")
 
 
+def test_a_project_with_a_pool_for_trials_has_their_deployments() -> None:
+    deploy = {"trial_pool": "untrusted", "older_names": ["roses"], "schedule": {"cron": "0 3 * * *"}}
+    project = ProjectConfig.model_validate({"dataset": "digits", "name": "flowers", "deploy": deploy})
+    found = {entry["name"]: entry for entry in _project_entries(project)}
+    assert found.keys() == {"flowers", "flowers-trial", "flowers-judge"}
+    assert [found[f"flowers-{flow}"]["work_pool"] for flow in ("trial", "judge")] == [
+        {"name": "untrusted"},
+        {"name": "convoy"},
+    ]
+    for flow in ("trial", "judge"):
+        entry = found[f"flowers-{flow}"]
+        assert (entry["schedules"], entry["older_names"]) == ([], [f"roses-{flow}"])
+        assert entry["parameters"]["config"]["name"] == "flowers"
+    without = project.model_copy(update={"deploy": DeployConfig()})
+    assert [entry["name"] for entry in _project_entries(without)] == ["flowers"]
+
+
 def test_only_a_trial_is_judged_as_if(trained: Summary) -> None:
     with pytest.raises(UsageError, match="is no trial of a commit"):
         judge.fn("whole-flow", str(trained.mlflow_run_id), GateConfig(), ())
@@ -154,8 +171,8 @@ def test_a_commit_is_tried_and_judged_without_a_trace_in_the_registry_and_a_newe
 ) -> None:
     bare, (_, *commits) = pushed_copy(tmp_path, 2)
     name = deployed("tried", epochs=2)
-    deployed("tried", "flows.trial.trial_flow", TRIAL_POOL, epochs=2)
-    deployed("tried", "flows.trial.judge_flow", epochs=2)
+    deployed("tried-trial", "flows.trial.trial_flow", TRIAL_POOL, "tried", epochs=2)
+    deployed("tried-judge", "flows.trial.judge_flow", POOL, "tried", epochs=2)
     start_worker(**keys["worker"])
     start_worker(TRIAL_POOL, **keys["trials"])
     assert program("retrain", "-d", name, "--wait").wait(300).status == 0
