@@ -175,7 +175,7 @@ def test_a_commit_is_tried_and_judged_without_a_trace_in_the_registry_and_a_newe
     deployed("tried-judge", "flows.trial.judge_flow", POOL, "tried", epochs=2)
     start_worker(**keys["worker"])
     start_worker(TRIAL_POOL, **keys["trials"])
-    assert program("retrain", "-d", name, "--wait").wait(300).status == 0
+    assert program("retrain", "-d", name, "--wait").wait(600).status == 0
     s3 = client_of(keys["worker"])
 
     def models() -> list[tuple[str, str]]:
