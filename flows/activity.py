@@ -19,7 +19,7 @@ from infra.records import Record
 from infra.storage.object_store import open_bucket
 from infra.tracking.tags import HELD_LEASE, MLFLOW_RUN, RESUMED_BY, TRIAL
 from tasks.config.run import RunConfig
-from tasks.orchestration.flow_runs import may_go_on, online_workers, training_flow_runs
+from tasks.orchestration.flow_runs import DEAD, may_go_on, online_workers, training_flow_runs
 from tasks.orchestration.model_lease import UNFINISHED, limit_of
 from tasks.reporting.markdown import table
 from tasks.training.checkpoints import commits_of
@@ -120,7 +120,7 @@ def _stands(client: SyncPrefectClient, run: FlowRun, holders: Mapping[Any, FlowR
 
 def _died(client: SyncPrefectClient) -> Iterator[Activity]:
     after = datetime.now(UTC) - DIED_WITHIN
-    for run in training_flow_runs(client, [StateType.CRASHED, StateType.FAILED], after=after):
+    for run in training_flow_runs(client, DEAD, after=after):
         by = str(run.labels.get(RESUMED_BY, ""))
         if may_go_on(run):
             detail = "a worker with the same code, libraries and kind of processor resumes it"

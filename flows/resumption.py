@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
@@ -41,6 +41,8 @@ from infra.tracking.tags import (
 from tasks.config.run import RunConfig
 from tasks.orchestration.flow_runs import (
     BEAT_SECONDS,
+    DEAD,
+    DEAD_FOR_AT_MOST,
     is_alive_here,
     mark_crashed,
     may_go_on,
@@ -55,7 +57,6 @@ from tasks.upkeep.doctor import close_run
 
 SILENCE_SECONDS = 10 * BEAT_SECONDS  # without a sign of life, until a flow run counts as dead
 PENDING_SECONDS = 1800.0  # that a worker may take to start a flow run's process
-MAX_AGE = timedelta(days=7)  # of dead flow runs that are looked at
 CHECK = (
     "import json, sys; from tasks.training.runs.tracked_run import differs_here; "
     "print(json.dumps(differs_here(sys.argv[1], code=bool(sys.argv[2]))))"
@@ -113,8 +114,7 @@ class Sweep:
             self._settle()
             with get_client(sync_client=True) as client:
                 self._end_silent(client)
-                ended = [StateType.CRASHED, StateType.FAILED]
-                for run in list(self._runs(client, ended, after=datetime.now(UTC) - MAX_AGE)):
+                for run in list(self._runs(client, DEAD, after=datetime.now(UTC) - DEAD_FOR_AT_MOST)):
                     if may_go_on(run) and run.id not in self._elsewhere and not is_alive_here(str(run.id)):
                         self._look_at(client, run)
             self._page = publish(activities(), self._page)
@@ -122,7 +122,7 @@ class Sweep:
             self._signs.clear()  # signs of life were missed, too
             self._tell(f"cannot look after trainings for now: {one_line(error)}")
 
-    def _runs(self, client: SyncPrefectClient, states: list[StateType], **options: datetime) -> Iterator[FlowRun]:
+    def _runs(self, client: SyncPrefectClient, states: Collection[StateType], **options: datetime) -> Iterator[FlowRun]:
         return (run for run in training_flow_runs(client, states, **options) if run.work_pool_name == self._pool)
 
     def _settle(self) -> None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -19,13 +19,11 @@ from infra.errors import UsageError
 from infra.tracking.tags import COMMIT, TRIAL
 from tasks.config.deployment import CodeConfig
 from tasks.config.run import RunConfig, load_config
-from tasks.orchestration.flow_runs import may_go_on, training_flow_runs
+from tasks.orchestration.flow_runs import DEAD, DEAD_FOR_AT_MOST, may_go_on, training_flow_runs
 
 LIVE = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED]
-DEAD = [StateType.CRASHED, StateType.FAILED]  # of these a worker may resume some
 FULL_NAME = re.compile(r"[0-9a-f]{40}")  # of a commit
 JUDGED = ("status", "error", "exit_status", "verdict", "gain")
-MAX_AGE = timedelta(days=7)  # of trials that are superseded
 
 
 def try_commit(
@@ -89,7 +87,7 @@ def _supersede(
 ) -> UUID | None:
     """Cancels the unfinished trials with a key that would not answer this request; returns one that will, if any."""
     same: UUID | None = None
-    for run in list(training_flow_runs(client, [*LIVE, *DEAD], after=datetime.now(UTC) - MAX_AGE)):
+    for run in list(training_flow_runs(client, [*LIVE, *DEAD], after=datetime.now(UTC) - DEAD_FOR_AT_MOST)):
         unfinished = run.state_type in LIVE or may_go_on(run)
         if not unfinished or run.deployment_id != deployment.id or run.labels.get(TRIAL) != key:
             continue

@@ -89,12 +89,21 @@ def make_deterministic(*, tf32: bool = False) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def set_tf32(on: bool) -> bool:
-    """Lets GPUs compute float32 matrix products and convolutions in TensorFloat-32, or not; returns what was before.
+def set_tf32(on: bool) -> None:
+    """Lets GPUs compute float32 matrix products and convolutions in TensorFloat-32, or not.
 
     TensorFloat-32 keeps 10 of the 23 bits of a mantissa. PyTorch's default is to use it for convolutions only. It makes
     no difference on a CPU.
     """
-    before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = on
-    return before
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Has GPUs compute float32 as such while the block runs; then convolutions and products are as they were before."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    set_tf32(False)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products

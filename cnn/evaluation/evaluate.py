@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cnn.data.split_reader import Batch, SplitReader
 from cnn.distributed.lanes import Exchange
-from cnn.distributed.process_group import THREADS_PER_RANK, set_tf32
+from cnn.distributed.process_group import THREADS_PER_RANK, without_tf32
 
 EVAL_BATCH = 250  # images; it changes the last bits of the result, so it is no option
 MAX_PARALLEL_BATCHES = 8  # on a CPU; each takes memory for its activations
@@ -99,11 +99,10 @@ def evaluate(network: nn.Module, split: SplitReader, device: torch.device, excha
 def _evaluating(network: nn.Module) -> Iterator[None]:
     in_training = [module for module in network.modules() if module.training]  # frozen layers are not
     network.eval()
-    tf32 = set_tf32(False)  # a served version is compared with the evaluation, and runs on other devices
     try:
-        with torch.inference_mode():
+        # Without, since a served version is compared with the evaluation, and runs on other devices.
+        with without_tf32(), torch.inference_mode():
             yield
     finally:
-        set_tf32(tf32)
         for module in in_training:
             module.training = True

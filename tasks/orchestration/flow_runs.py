@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
 from uuid import UUID
@@ -39,6 +39,8 @@ from infra.tracking.tags import ALIVE, RESUMABLE, RESUMED_BY
 TRAINING_FLOWS, TRIAL_FLOWS = ("train", "retrain"), ("trial", "judge")
 PAGE = 200  # results per request to Prefect
 BEAT_SECONDS = 30.0  # between two signs of life
+DEAD = (StateType.CRASHED, StateType.FAILED)  # of flow runs with these states, `may_go_on` says which may go on
+DEAD_FOR_AT_MOST = timedelta(days=7)  # of dead flow runs that are looked at
 
 _labelling = threading.Lock()
 """Prefect merges labels in two steps, so that of two requests at the same moment one would be lost."""

@@ -183,16 +183,21 @@ def publish(version: ModelVersion, verdict: Verdict) -> None:
     store = open_bucket()
     store.put_bytes(bucket_layout.verdict(version.name, verdict.sha256), verdict.to_bytes())
     record = VersionRecord(
-        verdict="passed" if verdict.passed else "refused",
+        verdict=verdict.outcome,
         verdict_summary=verdict.summary,
         verdict_champion=verdict.champion or NO_CHAMPION,
         verdict_sha256=verdict.sha256,
     )
     found = find_version(version.address)
     approval = found.record.model_copy(update={"verdict": record.verdict}).approval_sentence
-    mlflow_runs.log_text(found.run_id, "report/verdict.json", verdict.to_bytes().decode())
-    mlflow_runs.log_text(found.run_id, "report/verdict.md", verdict.markdown(approval))
+    log_verdict(found.run_id, verdict, approval)
     tag_version(version, record.to_tags())
+
+
+def log_verdict(run_id: str, verdict: Verdict, approval: str = "") -> None:
+    """Writes a verdict into an MLflow run, as JSON and as a page."""
+    mlflow_runs.log_text(run_id, "report/verdict.json", verdict.to_bytes().decode())
+    mlflow_runs.log_text(run_id, "report/verdict.md", verdict.markdown(approval))
 
 
 def score(

@@ -9,13 +9,13 @@ from infra.errors import UsageError
 from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import RegisteredVersion, search_versions
-from infra.tracking.tags import RESULT, TRIAL, VERDICT
+from infra.tracking.tags import RESULT, TRIAL, VERDICT, VersionRecord
 from tasks.config.gates import GateConfig
 from tasks.data.dataset import load_manifest
 from tasks.evaluation.split_predictions import load_predictions
 from tasks.orchestration.step import step
 from tasks.release.quality.verdict import Verdict
-from tasks.release.quality_gate import judge_version
+from tasks.release.quality_gate import judge_version, log_verdict
 
 COMMIT_DIGITS = 8  # in the name under which the verdict speaks of a trial
 
@@ -35,11 +35,9 @@ def judge(name: str, run_id: str, config: GateConfig, slices: Sequence[str]) -> 
     verdict = judge_version(trial, config.model_copy(update={"max_latency_ms": None}), slices)
     if config.max_latency_ms is not None:
         verdict = verdict.model_copy(update={"notes": (*verdict.notes, "the latency of a trial is not measured")})
-    mlflow_runs.log_text(run_id, "report/verdict.json", verdict.to_bytes().decode())
-    mlflow_runs.log_text(run_id, "report/verdict.md", verdict.markdown())
-    outcome = "passed" if verdict.passed else "refused"
-    record = trial.record.model_copy(update={"verdict": outcome})
-    mlflow_runs.set_tags(run_id, {VERDICT: outcome, RESULT: f"trial: {record.headline}"})
+    log_verdict(run_id, verdict)
+    record = trial.record.model_copy(update={"verdict": verdict.outcome})
+    mlflow_runs.set_tags(run_id, {VERDICT: verdict.outcome, RESULT: f"trial: {record.headline}"})
     create_markdown_artifact(verdict.markdown(), key="quality-gate", description=verdict.summary)
     return verdict
 
@@ -47,13 +45,14 @@ def judge(name: str, run_id: str, config: GateConfig, slices: Sequence[str]) -> 
 def _as_version(name: str, run_id: str) -> RegisteredVersion:
     """Returns a trial as a version that the registry does not have, for the quality gate."""
     tags = mlflow_runs.run_tags(run_id)
-    named = f"trial-{tags.get('convoy.git_commit', run_id)[:COMMIT_DIGITS]}"
+    record = VersionRecord.from_tags(tags)
+    named = f"trial-{(record.git_commit or run_id)[:COMMIT_DIGITS]}"
     if TRIAL not in tags or search_versions(run_id=run_id):
         raise UsageError(f"run {run_id} is no trial of a commit")
     trial = RegisteredVersion(
         name=name, version=named, run_id=run_id, created=datetime.now(UTC), description="", tags=tags
     )
-    dataset, weights = trial.record.dataset_version, trial.record.weights_sha256
+    dataset, weights = record.dataset_version, record.weights_sha256
     store = open_bucket()
     if not dataset or not weights or not load_predictions(store, run_id, load_manifest(store, dataset), weights):
         raise UsageError(f"trial {run_id} has not been evaluated")

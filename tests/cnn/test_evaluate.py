@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cnn.config.training import TrainConfig
 from cnn.data.mapped_split import MappedSplit
 from cnn.distributed.lanes import Exchange
-from cnn.distributed.process_group import set_tf32
+from cnn.distributed.process_group import without_tf32
 from cnn.evaluation.evaluate import EVAL_BATCH, evaluate, predict_logits
 from cnn.networks.build import build_network
 from cnn.networks.wrappers import Normalise
@@ -116,7 +116,8 @@ def test_logits_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_evaluation_is_in_float32_whatever_training_is_in(digits: Packed) -> None:
+@pytest.mark.parametrize(("convolutions", "products"), [(True, True), (True, False), (False, False)])
+def test_evaluation_is_in_float32_whatever_training_is_in(digits: Packed, convolutions: bool, products: bool) -> None:
     seen = list[bool]()
 
     class Watching(nn.Module):
@@ -124,13 +125,11 @@ def test_evaluation_is_in_float32_whatever_training_is_in(digits: Packed) -> Non
             seen.append(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
             return torch.zeros(len(images), 10)
 
-    before = set_tf32(True)
-    try:
+    with without_tf32():  # which also restores what this test sets
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
         predict_logits(Watching(), digits.split("val"), torch.device("cpu"))
         assert set(seen) == {False}
-        assert set_tf32(before)
-    finally:
-        set_tf32(before)
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (convolutions, products)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -106,13 +106,18 @@ class Verdict(Record):
         return self.model_dump_json(indent=2).encode()
 
     @property
+    def outcome(self) -> str:
+        """`passed` or `refused`."""
+        return "passed" if self.passed else "refused"
+
+    @property
     def summary(self) -> str:
         """The decision, its reasons, and what was not tested, in one line."""
         head = f"{self.challenger} {self.accuracy:.2%}"
         against = f" against {self.champion}" if self.champion else ", no champion"
         if self.champion_accuracy is not None:
             against += f" {self.champion_accuracy:.2%}"
-        parts = [f"{'passed' if self.passed else 'refused'}: {head}{against}", *self.reasons]
+        parts = [f"{self.outcome}: {head}{against}", *self.reasons]
         if gaps := self.gaps:
             parts.append(f"not tested: {', '.join(gaps)}")
         return "; ".join(parts)
