@@ -61,6 +61,11 @@ class MappedSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images."""
+        return sum(images.nbytes for images in self._images)
+
     def gather(self, index: Tensor) -> Batch:
         labels = self.labels.index_select(0, index)
         if len(self._images) == 1:

@@ -14,6 +14,7 @@ Related: EasyScale (Li et al., SC '23) makes elastic training consistent by repl
 of a ring all-reduce; with a tree, ranks do most of the adding before they communicate.
 """
 
+import inspect
 import queue
 import threading
 import weakref
@@ -33,6 +34,10 @@ SPLIT_BYTES = 1 << 16
 IN_FLIGHT_BYTES = 1 << 19
 """Bytes that two ranks swap at a time. Over a network, more would overflow queues on the way, so that TCP backs off;
 less would pay the latency too often. With more ranks there are more rounds with a latency. Not part of the result."""
+
+_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
+SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
+"""DDP's option to send buffers before each forward pass; its older name is that of PyTorch up to 2.13."""
 
 
 class PartialSums:
@@ -75,7 +80,7 @@ class Exchange:
 
     On a CPU one thread performs all exchanges in the order of their submission, so that all ranks use the same order,
     and the exchange overlaps with computation. (Chaining the rounds as callbacks of futures has been seen to corrupt
-    gradients at four ranks.) On a GPU the rounds are queued on the current stream, with the same two effects.
+    gradients at four ranks.) On a GPU the rounds are queued on a stream of their own, with the same two effects.
 
     Args:
         group: process group of all ranks, for the exclusive use of this object. None for a single process.
@@ -88,6 +93,7 @@ class Exchange:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="lane-exchange", daemon=True)
         self._thread.start()
+        self._side: torch.cuda.Stream | None = None
 
     def submit(self, tensor: Tensor, prepare: Callable[[], None] = lambda: None) -> Future[Tensor]:
         """Runs `prepare`, then sums `tensor` over all ranks, in place; equal bits on every rank."""
@@ -97,7 +103,14 @@ class Exchange:
             return self._sum(tensor)
 
         future: Future[Tensor] = Future(devices=[tensor.device] if tensor.is_cuda else None)
-        if tensor.is_cuda or self.world_size == 1:
+        if tensor.is_cuda and self.world_size > 1:
+            # The caller's stream, which still computes, waits for the sum where it waits for the future. What is used
+            # here is freed after that, so that its memory is not reused too early.
+            self._side = self._side or torch.cuda.Stream(tensor.device)
+            self._side.wait_stream(torch.cuda.current_stream(tensor.device))
+            with torch.cuda.stream(self._side):
+                future.set_result(job())
+        elif self.world_size == 1:
             future.set_result(job())
         else:
             self._jobs.put((job, future))
@@ -193,9 +206,7 @@ class LaneParallel:
         self._reduced_message: Future[Tensor] = Future()
         # `finish` averages the buffers, which are equal at the start, so DDP need not send them.
         self._ddp = DistributedDataParallel(
-            network,
-            device_ids=[p.device for p in self._parameters[:1] if p.is_cuda] or None,
-            forward_sync_buffers=False,
+            network, device_ids=[p.device for p in self._parameters[:1] if p.is_cuda] or None, **{SYNC_BUFFERS: False}
         )
         # A bound method would keep this object alive, and with it DDP's copy of the gradients, since the garbage
         # collector does not see DDP's reference to its hook.

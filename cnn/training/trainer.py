@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cnn.config.training import TrainConfig
+from cnn.data.device_batches import device_batches
 from cnn.data.manifest import Manifest
 from cnn.data.mapped_split import MappedSplit
 from cnn.data.split_reader import Batch, SplitReader
@@ -215,12 +216,14 @@ class Trainer:
         self._clock.start()
         if self._batches is None:
             orders = _orders(self.order, self.lanes.lanes_here, self.step, self.total_steps)
-            self._batches = self.train_split.batches(orders)
+            self._batches = device_batches(self.train_split, orders, self.device)
         rate = learning_rate(self.config, self.step, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
-        for lane in self.lanes.lanes_here:
+        lanes = self.lanes.lanes_here
+        images, labels = (tensor.chunk(len(lanes)) for tensor in next(self._batches))
+        for lane, *batch in zip(lanes, images, labels, strict=True):
             with _inexact_refused(self.config.model):
-                self.lanes.run(lane, partial(self._lane, step=self.step, lane=lane, batches=self._batches))
+                self.lanes.run(lane, partial(self._lane, step=self.step, lane=lane, batch=batch))
         figures = self.lanes.finish()
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = get_total_norm(gradients)
@@ -277,7 +280,7 @@ class Trainer:
         for lane in self.lanes.lanes_here:
             self.optimizer.zero_grad(set_to_none=True)
             again = self.train_split.gather(samples[lane])
-            loss, _ = self._lane(self._trained_part(self.network), step=step - 1, lane=lane, batches=iter([again]))
+            loss, _ = self._lane(self._trained_part(self.network), step=step - 1, lane=lane, batch=again)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
             bad[lane] = ~(norm + loss).isfinite()
@@ -299,12 +302,11 @@ class Trainer:
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         return self.order.epoch(epoch, range(self.config.lanes))[step_of_epoch]
 
-    def _lane(self, network: nn.Module, *, step: int, lane: int, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+    def _lane(self, network: nn.Module, *, step: int, lane: int, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Returns one lane's mean loss, and its part of the step's figures."""
-        images, labels = next(batches)
-        if self.device.type == "cuda":
-            images, labels = images.pin_memory(), labels.pin_memory()
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        # A copy: where a lane's part of the step's memory begins depends on the ranks, and a kernel may compute other
+        # bits from memory that is aligned otherwise.
+        images, labels = (tensor.to(self.device, copy=True) for tensor in batch)
         random = generator(self.device, self.config.seed, "augment", step, lane)
         images = self.normalise(augment(images, self.config.augment, random))
         images, targets = mix(images, labels, self.classes, self.config.augment, random)
@@ -343,13 +345,13 @@ def _inexact_refused(model: str) -> Iterator[None]:
 
 
 def _orders(order: Order, lanes: range, step: int, total_steps: int) -> Iterator[Tensor]:
-    """Yields per epoch, from a step on, the images of all steps, lane after lane: int64 [steps · lanes, images].
+    """Yields per epoch, from a step on, the images of each step, lane after lane: int64 [steps, lanes · images].
 
     It is not a method, since a thread that reads ahead would then keep the trainer alive.
     """
     while step < total_steps:
         epoch, done = divmod(step, order.steps_per_epoch)
-        yield order.epoch(epoch, lanes)[done:].flatten(0, 1)
+        yield order.epoch(epoch, lanes)[done:].flatten(1)
         step = (epoch + 1) * order.steps_per_epoch
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cnn.config.training import TrainConfig
-from cnn.distributed.lanes import PartialSums
+from cnn.distributed.lanes import Exchange, PartialSums
 from cnn.distributed.process_group import EXCHANGE_TIMEOUT, check_devices, process_group
 from cnn.distributed.world_size import check_world_size, default_world_size
 from cnn.errors import InputError
@@ -227,3 +227,55 @@ def test_more_ranks_than_gpus_are_refused_but_ranks_may_share_cores(monkeypatch:
 
 def test_default_world_size_is_the_largest_that_has_devices_and_shares_the_lanes() -> None:
     assert [default_world_size(8, devices) for devices in (0, 1, 2, 3, 6, 8, 64)] == [1, 1, 2, 2, 4, 8, 8]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_on_a_gpu_a_stream_of_its_own_waits_for_the_gradient_and_the_callers_waits_for_the_sum_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is queued, in which order and on which stream; what a GPU makes of it can be seen on one only."""
+    events: list[str] = []
+    on = ["compute"]
+
+    class Stream:
+        def wait_stream(self, other: str) -> None:
+            events.append(f"side waits for {other}")
+
+    class Entered:
+        def __init__(self, _: Stream) -> None: ...
+
+        def __enter__(self) -> None:
+            on.append("side")
+
+        def __exit__(self, *_: object) -> None:
+            on.pop()
+
+    class Future:
+        def __init__(self, devices: list[torch.device]) -> None: ...
+
+        def set_result(self, _: torch.Tensor) -> None:  # records an event on the current stream
+            events.append(f"done on {on[-1]}")
+
+        def wait(self) -> None:
+            events.append(f"{on[-1]} waits for it")
+
+    monkeypatch.setattr("torch.cuda.Stream", lambda _: Stream())
+    monkeypatch.setattr("torch.cuda.current_stream", lambda _: on[-1])
+    monkeypatch.setattr("torch.cuda.stream", Entered)
+    monkeypatch.setattr("cnn.distributed.lanes.Future", Future)
+    exchange = Exchange(None)
+    exchange.world_size = 2
+    monkeypatch.setattr(exchange, "_sum", lambda tensor: events.append(f"summed on {on[-1]}") or tensor)
+    future = exchange.submit(torch.zeros(1).as_subclass(OnGpu), lambda: events.append(f"folded on {on[-1]}"))
+    events.append("backward goes on")
+    future.wait()
+    exchange.close()
+    assert events == [
+        *("side waits for compute", "folded on side", "summed on side", "done on side"),
+        *("backward goes on", "compute waits for it"),
+    ]

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
+from cnn.data.device_batches import resident_batches
 from cnn.data.mapped_split import MappedSplit
 from cnn.data.shard_writer import ShardWriter, shard_path
 from cnn.errors import InputError
@@ -55,6 +56,15 @@ def test_slices_cover_the_split_in_order(split: MappedSplit) -> None:
     assert torch.equal(torch.cat([labels for _, labels in parts]), LABELS)
     images, labels = split.slice(1797, 1900)
     assert images.shape == (0, 1, 8, 8) and labels.shape == (0,)
+
+
+def test_a_split_held_on_a_device_gives_the_same_batches(split: MappedSplit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cnn.data.device_batches.BLOCK", 250)
+    orders = [torch.randperm(1797)[:1792].view(7, 256) for _ in range(2)]
+    resident = resident_batches(split, orders, torch.device("cpu"))
+    for (images, labels), (theirs, their_labels) in zip(resident, split.batches(orders), strict=True):
+        assert torch.equal(images, theirs) and torch.equal(labels, their_labels)
+    assert split.nbytes == 1797 * 64
 
 
 def test_images_are_mapped_and_not_copied(tmp_path: Path) -> None:
