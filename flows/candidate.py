@@ -231,6 +231,7 @@ def _with_training(summary: Summary, run: TrackedRun, trained: TrainResult, eval
             "world_size": trained.world_size,
             "train_seconds": round(trained.train_seconds, 3),
             "images_per_second": round(trained.images_per_second, 1),
+            "utilisation": trained.utilisation,
             "mlflow_tracking_uri": tracking_uri(),
             "checkpoint_prefix": run.checkpoint_prefix,
             **_links(run.run_id),

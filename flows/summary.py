@@ -13,6 +13,7 @@ from infra.errors import GateRefused
 from infra.machine.files import is_irreplaceable
 from infra.records import Record
 from tasks.reporting.markdown import Markup, accuracy_and_gain, plain, shown, table
+from tasks.training.utilisation import Utilisation
 
 REFUSED = "Refused"
 """Name of the state of a flow run that a gate has refused; notifications and scripts depend on it."""
@@ -56,6 +57,9 @@ class Summary(Record):
     train_seconds: float | None = None
     total_seconds: float | None = None
     images_per_second: float | None = None
+    utilisation: Utilisation | None = None
+    """What the ranks did with their time in training; left out for a training of an earlier release."""
+
     mlflow_tracking_uri: str | None = None
     mlflow_run_id: str | None = None
     mlflow_run_url: str | None = None
@@ -155,6 +159,7 @@ def write_report(path: Path, summary: Summary, pages: Sequence[str]) -> None:
         "commit": summary.commit,
         "error": summary.error,
         "cost": _cost(summary),
+        "devices": summary.utilisation.line if summary.utilisation else None,
         "reused": ", ".join(summary.reused) or None,
         "MLflow": Markup(f"[run, charts and report]({summary.mlflow_run_url})") if summary.mlflow_run_url else None,
         "Prefect": Markup(f"[flow run]({summary.prefect_flow_run_url})") if summary.prefect_flow_run_url else None,

@@ -43,7 +43,7 @@ def resident_batches(split: SplitReader, orders: Iterable[Tensor], device: torch
 
 def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Copies batches to a GPU on a stream of their own, from pinned memory, so that neither host nor GPU waits."""
-    copies = torch.cuda.Stream(device)
+    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copied() -> Generator[tuple[Batch, torch.cuda.Event], None, None]:
         for images, labels in batches:

@@ -19,6 +19,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,8 +37,10 @@ IN_FLIGHT_BYTES = 1 << 19
 less would pay the latency too often. With more ranks there are more rounds with a latency. Not part of the result."""
 
 _OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
-SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
-"""DDP's option to send buffers before each forward pass; its older name is that of PyTorch up to 2.13."""
+SEND_NO_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers": False
+}
+"""DDP's option not to send buffers before each forward pass; its second name is that of older versions of PyTorch."""
 
 
 class PartialSums:
@@ -106,7 +109,7 @@ class Exchange:
         if tensor.is_cuda and self.world_size > 1:
             # The caller's stream, which still computes, waits for the sum where it waits for the future. What is used
             # here is freed after that, so that its memory is not reused too early.
-            self._side = self._side or torch.cuda.Stream(tensor.device)
+            self._side = self._side or torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
             self._side.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(self._side):
                 future.set_result(job())
@@ -206,7 +209,7 @@ class LaneParallel:
         self._reduced_message: Future[Tensor] = Future()
         # `finish` averages the buffers, which are equal at the start, so DDP need not send them.
         self._ddp = DistributedDataParallel(
-            network, device_ids=[p.device for p in self._parameters[:1] if p.is_cuda] or None, **{SYNC_BUFFERS: False}
+            network, device_ids=[p.device for p in self._parameters[:1] if p.is_cuda] or None, **SEND_NO_BUFFERS
         )
         # A bound method would keep this object alive, and with it DDP's copy of the gradients, since the garbage
         # collector does not see DDP's reference to its hook.

@@ -24,6 +24,12 @@ class StepReport:
     rank_seconds: tuple[float, ...]
     """Computing time per step and rank, without the time of waiting for other ranks; empty if not known yet."""
 
+    data_seconds: float = 0.0
+    """Waiting for images per step, the mean of the ranks; part of `rank_seconds`."""
+
+    exchange_seconds: float = 0.0
+    """Waiting for other ranks after the last gradient, likewise; not part of `rank_seconds`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EpochReport:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cnn.training.reports import StepReport
+from cnn.training.step_clock import StepTimes
 
 REPORTS_PER_EPOCH = 50  # less than twice as many; each covers equally many steps
 
@@ -20,15 +21,23 @@ class StepFigures:
         self.losses = slice(0, lanes)  # of each lane
         self.correct, self.votes = lanes, lanes + 1  # images classified correctly; ranks that want to stop
         self.seconds = slice(lanes + 2, lanes + 2 + ranks)  # computing time of each rank; 0.0 if not known yet
-        self.norm = lanes + 2 + ranks  # the gradient's norm, which is appended to the sum
+        self.data, self.exchange = lanes + 2 + ranks, lanes + 3 + ranks  # waiting times, summed over the ranks
+        self.norm = lanes + 4 + ranks  # the gradient's norm, which is appended to the sum
 
     def pack(
-        self, lane: int, *, loss: Tensor, correct: Tensor, rank: int, vote: bool = False, seconds: float = 0.0
+        self,
+        lane: int,
+        *,
+        loss: Tensor,
+        correct: Tensor,
+        rank: int,
+        vote: bool = False,
+        times: StepTimes = StepTimes(),  # noqa: B008 (immutable)
     ) -> Tensor:
-        """Returns a lane's part of the vector, on the loss's device. One lane per rank sets `vote` and `seconds`."""
+        """Returns a lane's part of the vector, on the loss's device. One lane per rank sets `vote` and `times`."""
         figures = torch.zeros(self.norm, dtype=torch.float64)
         figures[self.votes] = vote
-        figures[self.seconds.start + rank] = seconds
+        figures[self.seconds.start + rank], figures[self.data], figures[self.exchange] = times
         figures = figures.to(loss.device, non_blocking=True)
         figures[lane] = loss
         figures[self.correct] = correct
@@ -81,12 +90,14 @@ class StepReports:
                 self.vote_step = min(self.vote_step, step)
             self.recent.append([loss, values[at.correct] / self._batch_size, norm, rate])
             if all(values[at.seconds]):
-                self._seconds.append(values[at.seconds])
+                ranks = len(values[at.seconds])
+                self._seconds.append([*values[at.seconds], values[at.data] / ranks, values[at.exchange] / ranks])
             if step % self._steps_per_epoch % self._every == 0:
                 yield self._report(step)
 
     def _report(self, step: int) -> StepReport:
         loss, accuracy, norm, _ = (_mean(column) for column in zip(*self.recent, strict=True))
+        *rank_seconds, data, exchange = [_mean(column) for column in zip(*self._seconds, strict=True)] or (0.0, 0.0)
         report = StepReport(
             step=step,
             steps=len(self.recent),
@@ -94,7 +105,9 @@ class StepReports:
             accuracy=accuracy,
             gradient_norm=norm,
             learning_rate=self.recent[-1][3],
-            rank_seconds=tuple(_mean(column) for column in zip(*self._seconds, strict=True)),
+            rank_seconds=tuple(rank_seconds),
+            data_seconds=data,
+            exchange_seconds=exchange,
         )
         self.recent.clear()
         self._seconds.clear()

@@ -24,14 +24,15 @@ from cnn.networks.build import build
 from cnn.networks.trial import check_network
 from cnn.networks.weights import copy_to_host, load_pretrained
 from cnn.networks.wrappers import Normalise, normalisation, predictor
+from cnn.training.arithmetic import counted_operations
 from cnn.training.augment import augment, mix
-from cnn.training.compute_clock import ComputeClock
 from cnn.training.features import Tail, compute_features, dropout_before_head, wants_features
 from cnn.training.finetune import Freezing, check_finetuning, rate_factors
 from cnn.training.optimizer import build_optimizer, set_learning_rate
 from cnn.training.order import Order, check_sampling
 from cnn.training.random_streams import generator, seed_default_generator, stream_seed
 from cnn.training.schedule import average_decay, learning_rate
+from cnn.training.step_clock import StepClock
 from cnn.training.step_figures import StepFigures, StepReports
 
 
@@ -151,7 +152,7 @@ class Trainer:
             load_pretrained(network, pretrained)
         self.network = network.to(device).to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.network) if config.ema else None
-        self._clock = ComputeClock(device)
+        self._clock = StepClock(device)
         self._freezing = Freezing(config, self.network, steps_per_epoch=self.steps_per_epoch)
         self._rate_factors = rate_factors(config.finetune, self.network)
         self._trained_part: Callable[[nn.Module], nn.Module] = lambda network: network
@@ -170,6 +171,8 @@ class Trainer:
         self._figures = StepFigures(config.lanes, exchange.world_size)
         self.reports = StepReports(self._figures, batch_size=config.batch_size, steps_per_epoch=self.steps_per_epoch)
         self._broken = torch.zeros((), device=device)
+        self.operations_per_image = 0.0
+        """Floating-point operations of a training step per image; 0 before the first step."""
 
     def _prepare(self, *, frozen: bool, earlier: Mapping[Tensor, Any]) -> None:
         """Makes what depends on which parameters are trained. All ranks call it together: DDP's constructor exchanges.
@@ -185,7 +188,7 @@ class Trainer:
             self._trained_part(self.network),
             lanes=self.config.lanes,
             exchange=self.exchange,
-            on_computed=self._clock.stop,
+            on_computed=self._clock.computed,
         )
         self._parameters = [p for p in self.network.parameters() if p.requires_grad]
 
@@ -221,10 +224,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         lanes = self.lanes.lanes_here
         images, labels = (tensor.chunk(len(lanes)) for tensor in next(self._batches))
+        self._clock.data_ready()
         for lane, *batch in zip(lanes, images, labels, strict=True):
-            with _inexact_refused(self.config.model):
+            with _inexact_refused(self.config.model), self._counted():
                 self.lanes.run(lane, partial(self._lane, step=self.step, lane=lane, batch=batch))
         figures = self.lanes.finish()
+        self._clock.exchanged()
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = get_total_norm(gradients)
         if self.config.clip_norm:
@@ -297,6 +302,16 @@ class Trainer:
             samples=images,
         )
 
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Counts the operations of a lane, in the first step."""
+        if self.operations_per_image:
+            yield
+            return
+        with counted_operations(self.network) as operations:
+            yield
+        self.operations_per_image = operations.count / (self.config.batch_size / self.config.lanes)
+
     def _samples(self, step: int) -> Tensor:
         """Returns the images of a step, counted from 0: int64 lanes × images per lane, positions in the split."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
@@ -326,7 +341,7 @@ class Trainer:
         correct = (logits.detach().argmax(1) == labels).sum()
         pack = partial(self._figures.pack, lane, loss=loss.detach(), correct=correct, rank=self.exchange.rank)
         if lane == self.lanes.lanes_here[0]:
-            return loss, pack(vote=self._stop_requested(), seconds=self._clock.seconds())
+            return loss, pack(vote=self._stop_requested(), times=self._clock.times())
         return loss, pack()
 
 

@@ -452,6 +452,7 @@ def _print(result: Summary) -> None:
             "approval": result.approval if result.approval and result.approval not in (result.error or "") else "",
             "weights": f"SHA-256 {result.weights_sha256}",
             "time": f"{result.train_seconds:.0f} s of training ({speed}), {result.total_seconds:.0f} s {since}",
+            "devices": result.utilisation.line if result.utilisation else "",
             "reused": ", ".join(result.reused),
             "MLflow run": result.mlflow_run_url or "",
             "all runs": result.mlflow_runs_url or "",

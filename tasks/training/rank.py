@@ -22,6 +22,7 @@ from torch import Tensor
 from cnn.distributed.process_group import make_deterministic, process_group
 from cnn.errors import InputError
 from cnn.networks.own import network_files
+from cnn.training.arithmetic import peak
 from cnn.training.loop import fit
 from cnn.training.reports import EpochReport, StepReport
 from cnn.training.stragglers import StragglerWatch
@@ -39,6 +40,7 @@ from tasks.training.checkpoints import CheckpointWriter, Snapshot, commit_weight
 from tasks.training.protocol.board import Board
 from tasks.training.protocol.job import Event, Job, JobFolder, Outcome, print_line
 from tasks.training.protocol.patience import CHECKPOINT_MAX, METRICS_WAIT, SLACK, STOP_STEP_WAIT
+from tasks.training.utilisation import Utilisation
 
 SPEED_SPAN = 0.5  # minimum of seconds that a speed is measured over
 
@@ -109,6 +111,29 @@ class Speed:
         return self._images / self._seconds if self._seconds else 0.0
 
 
+class UtilisationMeter:
+    """Adds up the times of a training's steps on this start of the ranks."""
+
+    def __init__(self) -> None:
+        self._seconds = self._data = self._exchange = 0.0
+
+    def add(self, report: StepReport) -> None:
+        """Adds the steps of a report, if their times are known."""
+        if times := report.rank_seconds:
+            self._seconds += report.steps * (sum(times) / len(times) + report.exchange_seconds)
+            self._data += report.steps * report.data_seconds
+            self._exchange += report.steps * report.exchange_seconds
+
+    def result(self, peak_share: float) -> Utilisation | None:
+        """Returns the shares; None if no time is known."""
+        if not self._seconds:
+            return None
+        data, exchange = self._data / self._seconds, self._exchange / self._seconds
+        return Utilisation(
+            peak_share=round(peak_share, 3), data_share=round(data, 3), exchange_share=round(exchange, 3)
+        )
+
+
 class WarningForwarder(logging.Handler):
     """Forwards warnings of `infra`, for example about damaged files, to the log and the train task."""
 
@@ -148,6 +173,7 @@ class RankZero:
         self._seconds_before = 0.0
         self._began = time.perf_counter()
         self._speed = Speed(job.config.batch_size)
+        self._meter = UtilisationMeter()
 
     def resume(self) -> dict[str, Tensor] | None:
         """Returns the state of the newest checkpoint, if there is one; opens the metrics and the checkpoint writer."""
@@ -174,9 +200,13 @@ class RankZero:
         )
         return found[1] if found else None
 
-    def start(self, trainer: Trainer) -> None:
-        """Begins to measure the time and speed of the training, and reports from which step it goes on."""
-        self._trainer = trainer
+    def start(self, trainer: Trainer, peak: float) -> None:
+        """Begins to measure the time and speed of the training, and reports from which step it goes on.
+
+        Args:
+            peak: floating-point operations per second that all ranks together can do at most.
+        """
+        self._trainer, self._peak = trainer, peak
         waiting = f"going on after step {trainer.step}" if trainer.step else "computing the first step"
         self._folder.write_event(Event(step=trainer.step, total_steps=trainer.total_steps, waiting=waiting))
         self._began = time.perf_counter()
@@ -219,6 +249,14 @@ class RankZero:
         """Returns the speed of all ranks together, without validation."""
         return self._speed.mean
 
+    @property
+    def utilisation(self) -> Utilisation | None:
+        """Returns what the devices did with their time in this start of the ranks."""
+        return self._meter.result(self._peak_share(self._speed.mean))
+
+    def _peak_share(self, speed: float) -> float:
+        return speed * self._trainer.operations_per_image / self._peak
+
     def warn(self, message: str) -> None:
         """Prints a warning to the log, and sends it to the train task."""
         print_line(message)
@@ -235,12 +273,18 @@ class RankZero:
             "train/gradient_norm": report.gradient_norm,
             **{f"train/{name}": value for name, value in speed.items()},
         }
+        if measured is not None:
+            figures["train/gflops_per_second"] = measured * self._trainer.operations_per_image / 1e9
+            figures["train/peak_share"] = self._peak_share(measured)
         if times := sorted(report.rank_seconds):
             figures |= {
                 "train/rank_seconds_min": times[0],
                 "train/rank_seconds_median": times[(len(times) - 1) // 2],
                 "train/rank_seconds_max": times[-1],
+                "train/data_wait_seconds": report.data_seconds,
+                "train/exchange_wait_seconds": report.exchange_seconds,
             }
+            self._meter.add(report)
             for rank in self._watch.check(report):
                 self.warn(f"rank {rank} is slow: {report.rank_seconds[rank]:.3f} s per step, others {times[0]:.3f} s")
         self._metrics.log(report.step, figures)
@@ -326,6 +370,7 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
     make_deterministic(tf32=job.config.precision == "tf32")
     with process_group(rendezvous) as (device, exchange):
         stop.ranks_have_met()
+        peak_here = peak(device, bfloat16=job.config.precision == "bfloat16")
         first = RankZero(job, folder, store) if exchange.rank == 0 else None
         state = first.resume() if first else None
         trainer = Trainer(
@@ -343,7 +388,7 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
             if not fit(trainer, SilentReporter()):
                 stop.set_deadline(CHECKPOINT_MAX + METRICS_WAIT + SLACK)  # NCCL waits for rank 0's checkpoint
             return
-        first.start(trainer)
+        first.start(trainer, peak_here * exchange.world_size)
         try:
             finished = fit(trainer, first)
         except BaseException:
@@ -355,6 +400,7 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
             world_size=exchange.world_size,
             train_seconds=first.train_seconds,
             images_per_second=first.images_per_second,
+            utilisation=first.utilisation,
         )
         if finished:
             outcome = outcome.model_copy(

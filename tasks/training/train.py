@@ -32,6 +32,7 @@ from tasks.training.checkpoints import finished_outcome
 from tasks.training.protocol.job import STARTING, Event, Job, JobFolder, Outcome, Restarts, spare_outcome
 from tasks.training.protocol.patience import FLOW_WAIT
 from tasks.training.runs.tracked_run import Interrupted, TrackedRun
+from tasks.training.utilisation import Utilisation
 
 POLL_SECONDS = 0.1  # seconds between two checks of the supervisor and its events
 
@@ -63,6 +64,7 @@ class TrainResult(Record):
     images_per_second: float
     """Speed of all ranks together, without validation."""
 
+    utilisation: Utilisation | None = None
     val_accuracy: float
     val_loss: float
 

@@ -44,7 +44,7 @@ class History:
         self.state: dict[str, Any] = {}
 
     def on_step(self, report: StepReport) -> None:
-        self.steps.append({key: value for key, value in asdict(report).items() if key != "rank_seconds"})
+        self.steps.append({key: value for key, value in asdict(report).items() if not key.endswith("_seconds")})
 
     def on_epoch(self, report: EpochReport) -> None:
         self.epochs.append(asdict(report))

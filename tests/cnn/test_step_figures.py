@@ -2,6 +2,7 @@
 
 import torch
 
+from cnn.training.step_clock import StepTimes
 from cnn.training.step_figures import StepFigures, StepReports
 
 
@@ -9,7 +10,7 @@ def test_reports_say_what_the_lanes_of_all_ranks_have_packed() -> None:
     figures = StepFigures(lanes=4, ranks=2)
     reports = StepReports(figures, batch_size=16, steps_per_epoch=2)
     for step in (1, 2):
-        told = {lane: {"vote": step == lane == 2, "seconds": float(step + lane)} for lane in (0, 2)}
+        told = {lane: {"vote": step == lane == 2, "times": StepTimes(float(step + lane), 0.5, lane)} for lane in (0, 2)}
         parts = [
             figures.pack(
                 lane,
@@ -25,6 +26,7 @@ def test_reports_say_what_the_lanes_of_all_ranks_have_packed() -> None:
     assert (first.loss, first.accuracy, first.gradient_norm, first.learning_rate) == (2.5, 6 / 16, 3, 0.1)
     assert (first.step, second.step, second.loss) == (1, 2, 3.5)
     assert (first.rank_seconds, second.rank_seconds) == ((1, 3), (2, 4))
+    assert (first.data_seconds, first.exchange_seconds) == (0.5, 1)
     assert (reports.vote_step, reports.in_flight) == (2, type(reports.in_flight)())
 
 

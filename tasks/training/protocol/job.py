@@ -25,6 +25,7 @@ from infra.records import Record
 from tasks.config.launchers import AnyLaunch, Launch
 from tasks.config.run import CheckpointConfig
 from tasks.training.protocol.memory_file import memory_file
+from tasks.training.utilisation import Utilisation
 
 SPARE_OUTCOME = "CONVOY_SPARE_OUTCOME"  # variable: path of the memory file of `spare_outcome`
 
@@ -102,6 +103,9 @@ class Outcome(Record, extra="forbid"):
 
     train_seconds: float = 0.0
     images_per_second: float = 0.0
+    utilisation: Utilisation | None = Field(None, exclude_if=operator.not_)
+    """Of the last start of the ranks."""
+
     val_accuracy: float = 0.0
     val_loss: float = 0.0
     metrics: tuple[dict[str, Any], ...] = ()
