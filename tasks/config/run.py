@@ -96,6 +96,10 @@ class RunConfig(TrainConfig):
 
     resume: ResumeConfig = ResumeConfig()
 
+    profile: int = Field(0, ge=0, le=1000)
+    """Steps of rank 0 to trace with PyTorch's profiler, near the start. The MLflow run gets `profile/trace.json.gz`,
+    which https://ui.perfetto.dev opens; with `launcher=local` only. 0: none."""
+
     data_gate: DataGateConfig = DataGateConfig()
 
     serving: ServingConfig = ServingConfig()

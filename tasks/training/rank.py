@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -41,6 +41,9 @@ from tasks.training.protocol.board import Board
 from tasks.training.protocol.job import Event, Job, JobFolder, Outcome, print_line
 from tasks.training.protocol.patience import CHECKPOINT_MAX, METRICS_WAIT, SLACK, STOP_STEP_WAIT
 from tasks.training.utilisation import Utilisation
+
+if TYPE_CHECKING:
+    from tasks.training.trace import Trace
 
 SPEED_SPAN = 0.5  # minimum of seconds that a speed is measured over
 
@@ -174,6 +177,7 @@ class RankZero:
         self._began = time.perf_counter()
         self._speed = Speed(job.config.batch_size)
         self._meter = UtilisationMeter()
+        self._trace: Trace | None = None
 
     def resume(self) -> dict[str, Tensor] | None:
         """Returns the state of the newest checkpoint, if there is one; opens the metrics and the checkpoint writer."""
@@ -207,6 +211,10 @@ class RankZero:
             peak: floating-point operations per second that all ranks together can do at most.
         """
         self._trainer, self._peak = trainer, peak
+        if self._job.profile:
+            from tasks.training.trace import Trace  # loads torch.compile
+
+            self._trace = Trace(self._job.profile, self._folder.trace)
         waiting = f"going on after step {trainer.step}" if trainer.step else "computing the first step"
         self._folder.write_event(Event(step=trainer.step, total_steps=trainer.total_steps, waiting=waiting))
         self._began = time.perf_counter()
@@ -233,6 +241,8 @@ class RankZero:
 
     def close(self) -> tuple[dict[str, Any], ...]:
         """Sends the metrics that are still queued; returns the rows that the tracking server did not acknowledge."""
+        if self._trace:
+            self._trace.close()
         self._system.stop()
         rows = self._metrics.close(METRICS_WAIT)
         if rows:
@@ -301,6 +311,8 @@ class RankZero:
         self._speed.begin(report.step)
 
     def after_step(self, trainer: Trainer, *, milestone: bool) -> None:
+        if self._trace:
+            self._trace.step_done()
         if not (milestone or self._writer.is_due()):
             return
         for report in trainer.reports.until(trainer.step):

@@ -100,6 +100,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
             network_files=network_files(config.model),
             checkpoints=config.checkpoints,
             restarts=config.restarts,
+            profile=config.profile,
         )
     )
     total = float(config.epochs)
@@ -165,6 +166,8 @@ def _publish(run: TrackedRun, outcome: Outcome, folder: JobFolder) -> TrainResul
         run_logger().info("sending %s of metrics that MLflow has not acknowledged", counted(len(rows), "row"))
         outlast(partial(deliver, run.run_id, rows))
     outlast(partial(mlflow_runs.log_file, run.run_id, folder.weights, "weights"))
+    if folder.trace.exists():
+        outlast(partial(mlflow_runs.log_file, run.run_id, folder.trace, "profile"))
     tags = {WEIGHTS_SHA256: outcome.weights_sha256, WORLD_SIZE: str(outcome.world_size)}
     outlast(partial(mlflow_runs.set_tags, run.run_id, tags))
     return TrainResult(run_id=run.run_id, **outcome.model_dump(exclude={"status", "error", "exit_status", "metrics"}))

@@ -19,6 +19,7 @@ from tasks.upkeep.environment import describe
 from tests.bench import (
     checkpoints,
     frameworks,
+    gpu,
     index,
     label_errors,
     loaders,
@@ -50,6 +51,7 @@ COMPARISONS: dict[str, Measure] = {
     "overhead": overhead.overhead,
     "photos": photos.photos,
     "errors": label_errors.label_errors,
+    "gpu": gpu.gpu,
 }
 WIDTH = 140  # of the table, wherever it is printed
 

@@ -91,10 +91,11 @@ def lightning(job: Job, manifest: Manifest, train: MappedSplit) -> None:
         def on_train_batch_end(self, trainer: pytorch_lightning.Trainer, *_: object) -> None:
             trainer.should_stop = not self.turns.step_done()
 
+    on_gpus = torch.cuda.is_available()
     pytorch_lightning.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if on_gpus else "cpu",
         devices=job.ranks,
-        strategy=DDPStrategy(process_group_backend="gloo", **DDP_OPTIONS),
+        strategy=DDPStrategy(process_group_backend="nccl" if on_gpus else "gloo", **DDP_OPTIONS),
         callbacks=[TakeTurns()],
         max_epochs=-1,
         logger=False,
@@ -198,6 +199,7 @@ def _loader(job: Job, train: MappedSplit, *, sharded: bool = False) -> DataLoade
         num_workers=job.workers,
         persistent_workers=job.workers > 0,
         drop_last=True,
+        pin_memory=torch.cuda.is_available(),
     )
 
 

@@ -1,8 +1,11 @@
 """The train task with real ranks: what it returns, and how it fails."""
 
+import gzip
+import json
 import shutil
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -17,6 +20,7 @@ from tasks.data.preprocess import preprocess
 from tasks.training.checkpoints import Commit, commits_of
 from tasks.training.runs.tracked_run import TrackedRun, tracked_run
 from tasks.training.train import TrainingFailed, TrainResult, train
+from tasks.training.utilisation import Utilisation
 from tests.flows.program import ENDLESS, SMALL, NextTraining, Training, wait_for
 
 DIGITS = {"dataset": "digits"}
@@ -130,3 +134,39 @@ def test_a_loss_that_is_no_number_fails_the_training_with_its_step_and_commits_n
     assert MlflowClient().get_run(run.run_id).info.status == "FAILED"
     assert list(ObjectStore.connect(settings.bucket).list(f"runs/{run.run_id}/weights/")) == []
     assert not (settings.runs / run.run_id / "train.log.1").exists()  # it would only do the same again
+
+
+def test_steps_are_traced_on_request_and_the_result_says_what_the_ranks_waited_for(settings: Settings) -> None:
+    steps = ["ranks=2", "data.limit=600", "epochs=1", "profile=3"]
+    trained = only_train(load_config(None, [*SMALL, *steps], DIGITS))
+    found = trained.utilisation
+    assert found and 0 < found.peak_share < 1 and 0 <= found.data_share < 1 and 0 <= found.exchange_share < 1
+    assert found.advice in found.line
+    metrics = MlflowClient().get_run(trained.run_id).data.metrics
+    assert metrics["train/gflops_per_second"] > 0 and 0 < metrics["train/peak_share"] < 1
+    (stored,) = MlflowClient().list_artifacts(trained.run_id, "profile")
+    trace = Path(MlflowClient().download_artifacts(trained.run_id, stored.path)).read_bytes()
+    if trace.startswith(b"\x1f\x8b"):  # HTTP clients unpack what is called .gz
+        trace = gzip.decompress(trace)
+    events = json.loads(trace)["traceEvents"]
+    assert [event["name"] for event in events if event["name"].startswith("ProfilerStep")] == [
+        "ProfilerStep#4",
+        "ProfilerStep#5",
+        "ProfilerStep#6",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("peak", "data", "exchange", "advice"),
+    [
+        (0.6, 0.3, 0.2, "images come too slowly"),
+        (0.6, 0.1, 0.2, "look for a slow rank"),
+        (0.1, 0.01, 0.02, "layers are small"),
+        (0.7, 0.01, 0.02, "the devices are busy"),
+    ],
+)
+def test_the_largest_loss_of_time_is_what_advice_is_given_about(
+    peak: float, data: float, exchange: float, advice: str
+) -> None:
+    used = Utilisation(peak_share=peak, data_share=data, exchange_share=exchange)
+    assert used.advice.startswith(advice)

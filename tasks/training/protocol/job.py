@@ -4,6 +4,7 @@ job.json             the task's order to train
 events.jsonl         rank 0's progress, one event per line
 train.log            what ranks and torchrun print; train.log.1 … of earlier starts
 model.safetensors    the final weights
+trace.json.gz        what PyTorch's profiler recorded, if asked for
 stopped              exists once the ranks have reached the agreed step of a stop and store its checkpoint
 outcome.json         how the training ended, written by the first rank that ends with a result or an error
 """
@@ -59,6 +60,8 @@ class Job(Record, extra="forbid"):
 
     checkpoints: CheckpointConfig
     restarts: int
+    profile: int = 0
+    """Steps to trace."""
 
 
 class Event(Record, extra="forbid"):
@@ -154,6 +157,7 @@ class JobFolder:
         self.path = path
         self.log = path / "train.log"
         self.weights = path / "model.safetensors"
+        self.trace = path / "trace.json.gz"
         self._events_read = 0
 
     def write_job(self, job: Job) -> None:
