@@ -94,13 +94,13 @@ def this_machine() -> dict[str, Any]:
     """Returns the fields of the platform that describe PyTorch and the hardware."""
     import torch  # not above: programs that only read records do without it
 
-    from cnn.distributed.process_group import THREADS_PER_RANK, local_device
+    from cnn.distributed.process_group import THREADS_PER_RANK
 
-    device = local_device().type
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    # No device is selected: that would take memory on a GPU on which a rank computes.
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
         "torch": torch.__version__,
-        "device": device,
+        "device": "cuda" if gpu else "cpu",
         "instruction_set": gpu or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads_per_rank": THREADS_PER_RANK,
     }

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu.checks import overlap
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -29,10 +31,20 @@ def test_what_is_missing_is_named() -> None:
     assert (done.returncode, done.stderr) == (2, f"missing: pip install {missing}\n")
 
 
+def test_the_overlap_of_a_trace_is_the_share_of_nccl_time_beside_other_kernels() -> None:
+    def kernel(name: str, begin: float, end: float) -> dict[str, object]:
+        return {"cat": "kernel", "name": name, "ts": begin, "dur": end - begin}
+
+    others = [kernel("gemm", 0, 12), kernel("relu", 5, 14), kernel("add", 18, 40), {"cat": "cpu_op", "name": "conv"}]
+    assert overlap([*others, kernel("ncclDevKernel_SendRecv", 10, 20)]) == pytest.approx(0.6)
+    assert overlap([kernel("ncclDevKernel_SendRecv", 10, 20)]) == overlap(others) == 0.0
+
+
 @pytest.mark.slow
 def test_the_checks_pass_on_cores() -> None:
     done = run("--cpu", "--networks", "notes", "resnet18")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("| equal") == 8
+    assert "| an image that is not a number is named | lane " in done.stdout
     assert "| probabilities as on a CPU | never run" in done.stdout
     assert done.stdout.endswith("\n0 failed\n")

@@ -57,6 +57,8 @@ def main() -> int:
         for name, check in checks.equal_bits(machine, expected):
             row(f"weights: {name}", check)
         row("a rank that fails ends the others", lambda: checks.all_end(machine))
+        row("an image that is not a number is named", lambda: checks.not_finite(machine))
+        row("the exchange runs beside the backward pass", lambda: checks.overlapped(machine))
         row("probabilities as on a CPU", lambda: checks.as_on_a_cpu(machine))
         for network in asked.networks:
             row(f"gradient of {network}, twice", lambda network=network: checks.deterministic(machine, network))

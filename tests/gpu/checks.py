@@ -1,5 +1,6 @@
 """The checks of `python -m tests.gpu`. Each returns what it found; a failure begins with `failed`."""
 
+import gzip
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from cnn.evaluation.evaluate import predict_logits
 from cnn.networks.build import build_network
 from cnn.networks.wrappers import Normalise
 from cnn.preprocessing.pack import preprocess
-from tests.gpu.rank import FOUND, STATE
+from tests.gpu.rank import FOUND, STATE, TRACE
 
 IMAGES, SIDE, GREY = 1797, 8, 16
 CONFIG: dict[str, Any] = {
@@ -81,6 +82,7 @@ class Training:
 
     def start(self, ranks: int, **job: Any) -> "subprocess.Popen[bytes]":
         asked = {"stops_at": None, "failing_rank": None, "fails_at": None, "pause": 0.0} | job
+        asked = {"poisoned": False, "resident": True, "traced_steps": 0} | asked
         asked |= {"data": str(self._machine.folder), "config": self._config}
         (self.folder / "job.json").write_text(json.dumps(asked))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -139,6 +141,7 @@ def equal_bits(machine: Machine, expected: str) -> Iterator[tuple[str, Callable[
     yield "stopped half-way and resumed", lambda: weights("resumed", (1, half), (1, None))
     yield "stopped with 2 ranks, resumed with 1", lambda: weights("fewer", (2, half), (1, None))
     yield "killed (SIGKILL) and resumed", lambda: _killed(machine, expected)
+    yield "images copied in each step", lambda: _copied(machine, expected)
 
 
 def _killed(machine: Machine, expected: str) -> str:
@@ -150,6 +153,13 @@ def _killed(machine: Machine, expected: str) -> str:
         return "failed: it ended before it was killed"
     found = training.train(1)
     return _compared(found["weights"], expected) if found["began"] else "failed: it began anew"
+
+
+def _copied(machine: Machine, expected: str) -> str:
+    """Trains on images that are copied to the GPU ahead of use, as where they do not fit there."""
+    if machine.cpu:
+        return f"{NEVER}: images stay where they are"
+    return _compared(Training(machine, "copied").train(1, resident=False)["weights"], expected)
 
 
 def _compared(weights: str, expected: str) -> str:
@@ -165,6 +175,41 @@ def all_end(machine: Machine) -> str:
     status = ranks.wait()
     seconds = time.time() - float((training.folder / "failed").read_text())
     return f"after {seconds:.1f} s" if status and seconds < ENDS_WITHIN else f"failed: after {seconds:.1f} s, {status}"
+
+
+def not_finite(machine: Machine) -> str:
+    """Makes one image not a number; returns which lane the training blames."""
+    training = Training(machine, "poisoned", augment={"flip": False, "shift": 0})
+    found = training.train(1, poisoned=True)
+    right = found["lanes"] == found["guilty"] and found["images"]
+    return f"lane {found['lanes'][0]}" if right else f"failed: {found}"
+
+
+def overlapped(machine: Machine) -> str:
+    """Traces some steps of two ranks; returns which share of the exchange other kernels of the GPU hide."""
+    if machine.cpu or not machine.can_run(2):
+        return f"{NEVER}: {0 if machine.cpu else device_count()} GPU"
+    training = Training(machine, "traced", network={"width": 64})
+    training.train(2, traced_steps=10)
+    with gzip.open(training.folder / TRACE) as trace:
+        share = overlap(json.load(trace)["traceEvents"])
+    return f"{share:.0%} of the exchange" if share else "failed: nothing of the exchange"
+
+
+def overlap(events: Sequence[Mapping[str, Any]]) -> float:
+    """Returns the share of NCCL's kernels during which another kernel ran, of a trace in Chrome's format."""
+    exchange, others = list[tuple[float, float]](), list[tuple[float, float]]()
+    for event in events:
+        if event.get("cat") == "kernel":
+            kind = exchange if "nccl" in event["name"].lower() else others
+            kind.append((event["ts"], event["ts"] + event["dur"]))
+    hidden = 0.0
+    for begin, end in exchange:
+        reached = begin
+        for first, last in sorted(others):  # which may overlap one another
+            hidden += max(0.0, min(end, last) - max(reached, first))
+            reached = max(reached, min(end, last))
+    return hidden / sum(end - begin for begin, end in exchange) if exchange else 0.0
 
 
 def deterministic(machine: Machine, name: str) -> str:
