@@ -21,7 +21,7 @@ from infra.tracking.model_versions import find_version
 from infra.tracking.promotion_history import Promotion
 from infra.tracking.tags import APPROVED, WAITING, VersionRecord, decision
 from tasks.config.run import RunConfig
-from tasks.data.data_gate import DataRefused, data_gate, log_data_report
+from tasks.data.data_gate import DataRefused, DataReport, data_gate, log_data_report
 from tasks.data.dataset import DatasetRef
 from tasks.evaluation.evaluate import Evaluation, evaluate, publish
 from tasks.orchestration.retries import outlast
@@ -55,16 +55,8 @@ def train_version(
         warm: whether the training starts from the champion's weights.
     """
     name = summary.model_name or dataset.name
-    champions = champion_data(name)
     try:
-        checked = data_gate(
-            dataset,
-            config.data_gate,
-            champions.present,
-            oldest=champions.oldest,
-            images_for_margin=config.gate.images_for_margin(),
-            warm_start=warm,
-        )
+        checked = checked_data(name, config, dataset, warm=warm)
     except DataRefused as refused:
         return _refused(summary, refused)
     step_timer("data-gate", checked)
@@ -89,6 +81,23 @@ def train_version(
         publish_page(outlast(partial(find_version, registered.address)))
         log_cost(run.run_id, step_timer.seconds, trained.world_size * trained.train_seconds / 3600)
     return summary
+
+
+def checked_data(name: str, config: RunConfig, dataset: DatasetRef, *, warm: bool) -> DataReport:
+    """Runs the data gate, against the champions of a model.
+
+    Raises:
+        DataRefused: the data may not be trained on.
+    """
+    champions = champion_data(name)
+    return data_gate(
+        dataset,
+        config.data_gate,
+        champions.present,
+        oldest=champions.oldest,
+        images_for_margin=config.gate.images_for_margin(),
+        warm_start=warm,
+    )
 
 
 def try_out(

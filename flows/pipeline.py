@@ -3,6 +3,7 @@
 import logging
 import os
 from contextlib import nullcontext, suppress
+from typing import Any
 
 import httpx
 from prefect import states
@@ -14,7 +15,7 @@ from prefect.utilities.urls import url_for
 from flows.run_names import model_name
 from flows.step_timer import StepTimer
 from flows.summary import REFUSED, Refused, Summary
-from infra.errors import one_line
+from infra.errors import GateRefused, one_line
 from infra.machine import stopping
 from infra.machine.output import outlive_readers
 from infra.tracking.client import check_server
@@ -22,6 +23,7 @@ from infra.tracking.provenance import COMMIT_VARIABLE
 from infra.tracking.tags import RESUMABLE
 from tasks.config.launchers import check_installed
 from tasks.config.run import RunConfig, Step, with_network_options
+from tasks.config.sweep import SweepRequest
 from tasks.data.dataset import DatasetRef
 from tasks.data.download import download
 from tasks.data.preprocess import preprocess
@@ -55,6 +57,7 @@ def train_and_release(
     only_if_changed: bool = False,
     force: bool = False,
     trial: bool = False,
+    sweep: SweepRequest | None = None,
 ) -> Summary | State[Summary]:
     """Goes from the source to a version that is champion if it passes its gates; returns the result of a flow.
 
@@ -67,10 +70,19 @@ def train_and_release(
         only_if_changed: end after preprocessing if the champion was made of the same data, code and configuration.
         force: train in any case.
         trial: end after the evaluation, and without the model's lease: nothing is registered.
+        sweep: first search for the best configuration, which then goes on.
     """
     minor = trial or config.data.limit is not None
+    step_timer, found = StepTimer(), None
     try:
-        summary = _train_and_release(config, refresh, resume, only_if_changed=only_if_changed, force=force, trial=trial)
+        if sweep:
+            config, resume, found = _search(config, refresh, sweep, step_timer)
+        summary = _train_and_release(
+            config, refresh, resume, step_timer, only_if_changed=only_if_changed, force=force, trial=trial
+        ).model_copy(update={"sweep": found})
+    except GateRefused as refused:  # the data, before a sweep
+        told = {"dataset": config.dataset, "model_name": model_name(config), "error": str(refused)}
+        summary = Summary(status="refused", exit_status=refused.exit_status, **told)
     except Cancelled as cancelled:
         # Prefect lets a cancelled run end in this state only, and raises `cancelled` from it in the caller.
         return states.Cancelled(message=str(cancelled), data=cancelled)  # type: ignore[arg-type]
@@ -83,6 +95,45 @@ def train_and_release(
     if summary.news:
         tell(summary.news, summary.message, minor=minor and summary.news != "promoted")
     return _ended(summary)
+
+
+def _search(
+    config: RunConfig, refresh: frozenset[Step], asked: SweepRequest, step_timer: StepTimer
+) -> tuple[RunConfig, str, dict[str, Any]]:
+    """Runs or resumes a sweep; returns the best configuration, its run, and what the sweep has found."""
+    stopping.overhear()
+    enter_project()
+    check_server()
+    if asked.resume:
+        from tasks.training.sweep import read_sweep_record, sweep_best  # it loads PyTorch, likewise below
+
+        record = read_sweep_record(asked.resume)
+    else:
+        config, dataset, _ = _prepared(with_network_options(config), refresh, step_timer)
+        from flows.candidate import checked_data
+        from tasks.training.sweep import SweepRecord, sweep_best
+
+        checked_data(config.name or dataset.name, config, dataset, warm=False)  # a refusal should not come hours later
+        assert asked.sweep
+        record = SweepRecord(config=config, dataset=dataset, sweep=asked.sweep)
+    best, run_id, result = sweep_best(record, asked.resume, asked.at_once)
+    step_timer("sweep", result)
+    return best, run_id, result.model_dump()
+
+
+def _prepared(
+    config: RunConfig, refresh: frozenset[Step], step_timer: StepTimer
+) -> tuple[RunConfig, DatasetRef, tuple[str, ...]]:
+    """Downloads and packs the data; returns the configuration for them, the dataset, and the steps that were reused."""
+    raw = download(config.dataset, config.data, refresh=Step.download in refresh)
+    step_timer("download", raw)
+    packed = preprocess(raw, config.data, max_default_size=config.max_default_size, refresh=Step.preprocess in refresh)
+    dataset = step_timer("preprocess", packed)
+    reused = tuple(step for step, output in (("download", raw), ("preprocess", dataset)) if output.reused)
+    config = with_batch_size(config, dataset)
+    if config.pretrained:
+        config = _with_weights(config, config.pretrained, dataset)
+    return config, dataset, reused
 
 
 @flow_is_alive()
@@ -111,6 +162,7 @@ def _train_and_release(
     config: RunConfig,
     refresh: frozenset[Step],
     resume: str | None,
+    step_timer: StepTimer,
     *,
     only_if_changed: bool,
     force: bool,
@@ -118,7 +170,6 @@ def _train_and_release(
 ) -> Summary:
     """Does what `train_and_release` describes; its summary is an artifact in Prefect."""
     stopping.overhear()  # in a worker's process; see tasks.orchestration.cancellation.stop_if_told
-    step_timer = StepTimer()
     enter_project()
     config = with_network_options(config)  # before hours of work; likewise:
     check_installed(config.launcher)
@@ -127,16 +178,7 @@ def _train_and_release(
     if resume:
         dataset, reused = recorded_dataset(read_record(resume)), ("download", "preprocess")
     else:
-        raw = download(config.dataset, config.data, refresh=Step.download in refresh)
-        step_timer("download", raw)
-        packed = preprocess(
-            raw, config.data, max_default_size=config.max_default_size, refresh=Step.preprocess in refresh
-        )
-        dataset = step_timer("preprocess", packed)
-        reused = tuple(step for step, output in (("download", raw), ("preprocess", dataset)) if output.reused)
-        config = with_batch_size(config, dataset)
-        if config.pretrained:
-            config = _with_weights(config, config.pretrained, dataset)
+        config, dataset, reused = _prepared(config, refresh, step_timer)
     name = config.name or dataset.name
     summary = Summary(
         status="done",

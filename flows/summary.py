@@ -72,6 +72,9 @@ class Summary(Record):
     trial: bool | None = None
     """True for a trial of a commit: nothing is registered, and gain and verdict are as if it were."""
 
+    sweep: dict[str, Any] | None = None
+    """What a sweep has found; see `tasks.training.sweep.SweepResult`."""
+
     prefect_flow_run_id: str | None = None
     prefect_flow_run_url: str | None = None
     checkpoint_prefix: str | None = None

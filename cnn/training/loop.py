@@ -19,13 +19,17 @@ class Reporter(Protocol):
         """May store the trainer's state; a `milestone` is the end of an epoch, or the last step before a stop."""
 
 
-def fit(trainer: Trainer, reporter: Reporter) -> bool:
+def fit(trainer: Trainer, reporter: Reporter, *, until_epoch: int | None = None) -> bool:
     """Trains to the last step, or to the step at which the ranks agree to stop; returns whether training is finished.
+
+    Args:
+        until_epoch: train to the end of this epoch only; the same training can go on from its state then.
 
     Raises:
         NonFinite: a loss or gradient was infinite or not a number.
     """
-    while not trainer.finished:
+    end = trainer.total_steps if until_epoch is None else until_epoch * trainer.steps_per_epoch
+    while not trainer.finished and trainer.step < end:
         trainer.train_step()
         epoch_ends = trainer.step % trainer.steps_per_epoch == 0
         settled = trainer.step if epoch_ends else trainer.step - REPORT_DELAY_STEPS
@@ -40,4 +44,4 @@ def fit(trainer: Trainer, reporter: Reporter) -> bool:
         reporter.after_step(trainer, milestone=epoch_ends or stopping)
         if stopping:
             return trainer.finished
-    return True
+    return trainer.finished

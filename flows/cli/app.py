@@ -42,13 +42,14 @@ from infra.machine.output import outlive_readers
 from infra.settings import Settings
 from infra.sources.entries import CATALOGUE
 from tasks.config.run import RunConfig, Step, load_config, recipes, with_network_options
+from tasks.config.sweep import SweepConfig, SweepRequest, read_sweep
 
 if TYPE_CHECKING:
     from infra.stack.local_stack import ServerStatus
     from tasks.config.deployment import ProjectConfig
 
 INTERRUPTED_STATUSES = (75, 130)
-HANDLE_SIGNALS = ("train", "resume")
+HANDLE_SIGNALS = ("train", "sweep", "resume")
 """Commands that handle signals themselves; for the others the default actions are restored."""
 
 app = typer.Typer(
@@ -190,6 +191,71 @@ def train(
         return _train(config, refresh or [])
 
     _run_with_summary(run, summary, read_config.keywords["dataset"])
+
+
+@app.command()
+@configured
+def sweep(
+    read_config: "partial[ProjectConfig]",
+    space: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML: keys with ranges or lists of values.", show_default=False)
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Configurations to try.")] = SweepConfig.model_fields["trials"].default,
+    eta: Annotated[
+        int, typer.Option(help="One of so many trials goes on at each rung, to so many times the epochs.")
+    ] = SweepConfig.model_fields["eta"].default,
+    metric: Annotated[str, typer.Option(help="val/accuracy or val/loss.")] = "val/accuracy",
+    at_once: Annotated[
+        int | None,
+        typer.Option(min=1, help="Trials to run at a time. Default: one per core. The result does not depend on it."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the rungs and what they cost; start nothing.")
+    ] = False,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on with a sweep that has stopped, by its MLflow run.")
+    ] = None,
+    summary: SummaryOption = None,
+) -> None:
+    """Search for the best configuration: many are trained for a few epochs, and the better ones go on.
+
+    A trial that goes on continues from its checkpoint: it ends with the weights of an uninterrupted training. The best
+    one is registered and judged like any version. A file with `lr: {low: 0.05, high: 0.8, log: true}` says what to try.
+
+    [dim]convoy sweep --space space.yaml --trials 27 --dry-run[/]
+    [dim]convoy sweep --dataset photos/ --space space.yaml --trials 9 --epochs 9[/]
+    """
+    if (space is None) == (resume is None):
+        raise UsageError("give a --space to search, or the sweep to --resume")
+    if dry_run and resume:
+        raise UsageError("--dry-run and --resume exclude each other")
+    config = read_config().run
+    asked = SweepRequest(resume=resume, at_once=at_once)
+    if space:
+        options = {"trials": trials, "eta": eta, "metric": metric}
+        asked = asked.model_copy(update={"sweep": read_sweep(space, options, config)})
+    if config.launcher != "local":
+        raise UsageError("a sweep trains on this machine; leave out `launcher`")
+    if dry_run and asked.sweep:
+        _print_rungs(asked.sweep, config.epochs)
+        return
+
+    def run() -> Summary:
+        check_before_servers(config)
+        return _train(config, [], sweep=asked)
+
+    _run_with_summary(run, summary, read_config.keywords["dataset"])
+
+
+def _print_rungs(sweep: SweepConfig, epochs: int) -> None:
+    table = Table("rung", "trials", "trained to epoch", "epochs", box=None)
+    before = 0
+    for number, rung in enumerate(sweep.rungs(epochs), start=1):
+        table.add_row(*map(str, (number, rung.trials, rung.epoch, rung.trials * (rung.epoch - before))))
+        before = rung.epoch
+    print_whole(table)
+    cost, whole = sweep.cost(epochs), sweep.trials * epochs
+    typer.echo(f"{cost} epochs, {cost / whole:.0%} of the {whole} of {sweep.trials} whole trainings")
 
 
 @app.command()
@@ -427,9 +493,11 @@ def _stopped_after_end(result: Summary, stopped: stopping.Stopped) -> Summary:
     return result.model_copy(update={"status": "interrupted", "error": why, "exit_status": stopped.exit_status})
 
 
-def _train(config: RunConfig, refresh: list[Step], resume: str | None = None) -> Summary:
+def _train(
+    config: RunConfig, refresh: list[Step], resume: str | None = None, sweep: SweepRequest | None = None
+) -> Summary:
     try:
-        result = run_training(config, refresh, resume)
+        result = run_training(config, refresh, resume, sweep=sweep)
     except Refused as refused:
         result = refused.summary
     except KeyboardInterrupt:  # if a program that calls this function kept Python's signal handler
@@ -453,12 +521,22 @@ def _print(result: Summary) -> None:
             "weights": f"SHA-256 {result.weights_sha256}",
             "time": f"{result.train_seconds:.0f} s of training ({speed}), {result.total_seconds:.0f} s {since}",
             "devices": result.utilisation.line if result.utilisation else "",
+            "sweep": _found(result.sweep) if result.sweep else "",
             "reused": ", ".join(result.reused),
             "MLflow run": result.mlflow_run_url or "",
             "all runs": result.mlflow_runs_url or "",
         }
     lines["Prefect run"] = result.prefect_flow_run_url or ""
     print_pairs({key: value for key, value in lines.items() if value})
+
+
+def _found(sweep: dict[str, Any]) -> str:
+    """Returns what a sweep has found, as one line."""
+    values = ", ".join(f"{key}={value}" for key, value in sweep["values"].items())
+    return (
+        f"trial {sweep['best_trial']} of {sweep['trials']}: {values}; {sweep['epochs']} epochs in place of "
+        f"{sweep['grid_epochs']}"
+    )
 
 
 def main() -> None:

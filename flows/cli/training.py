@@ -1,4 +1,4 @@
-"""Runs the flows `train` and `retrain` in this process, for the commands and for `flows.interface`."""
+"""Runs the flows `train`, `retrain` and `sweep` in this process, for the commands and for `flows.interface`."""
 
 import os
 from collections.abc import Iterable
@@ -7,6 +7,7 @@ from flows.cli.console import loading, print_line, servers_up
 from flows.summary import Summary
 from infra.machine import stopping
 from tasks.config.run import RunConfig, Step
+from tasks.config.sweep import SweepRequest
 
 
 def check_before_servers(config: RunConfig) -> None:
@@ -33,8 +34,9 @@ def run_training(
     *,
     only_if_changed: bool = False,
     force: bool = False,
+    sweep: SweepRequest | None = None,
 ) -> Summary:
-    """Starts the servers that do not run, then runs the flow `train`, or `retrain` if `only_if_changed`.
+    """Starts the servers that do not run, then runs the flow `train`, `retrain` if `only_if_changed`, or `sweep`.
 
     Raises:
         Refused: a gate refused.
@@ -43,11 +45,14 @@ def run_training(
     with loading():
         import flows.candidate  # noqa: F401  # the flow would load it later, without a word
         from flows.retrain import retrain_flow
+        from flows.sweep import sweep_flow
         from flows.train import train_flow
         from tasks.orchestration.progress import show_task_logs
 
     show_task_logs()
     stopping.check()
+    if sweep:
+        return sweep_flow(config, sweep, frozenset(refresh))
     if only_if_changed:
         return retrain_flow(config, force, frozenset(refresh))
     return train_flow(config, frozenset(refresh), resume)

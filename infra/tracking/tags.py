@@ -31,6 +31,20 @@ LOCK_SHA256 = "convoy.lock_sha256"
 LIBRARY = "convoy.version."
 """Prefix of the tags that give a library's version."""
 
+SWEEP = "convoy.sweep"
+"""Of a sweep's trial: the run of the sweep. `PARENT` lets MLflow's list show trials below their sweep."""
+
+SWEEP_TRIAL = "convoy.sweep_trial"
+"""The number of a trial in its sweep, from 1."""
+
+SWEEP_VALUES = "convoy.sweep_values"
+"""Of a trial: the keys that the sweep has set, as JSON."""
+
+SWEEP_FAILED = "convoy.sweep_failed"
+"""Of a trial: why its training failed, which would fail again."""
+
+PARENT = "mlflow.parentRunId"
+
 SOURCE_COMMIT = "mlflow.source.git.commit"
 SOURCE_NAME = "mlflow.source.name"
 USER = "mlflow.user"

@@ -123,9 +123,10 @@ class UtilisationMeter:
     def add(self, report: StepReport) -> None:
         """Adds the steps of a report, if their times are known."""
         if times := report.rank_seconds:
-            self._seconds += report.steps * (sum(times) / len(times) + report.exchange_seconds)
+            waited = report.exchange_seconds if len(times) > 1 else 0.0  # a single rank has nobody to wait for
+            self._seconds += report.steps * (sum(times) / len(times) + waited)
             self._data += report.steps * report.data_seconds
-            self._exchange += report.steps * report.exchange_seconds
+            self._exchange += report.steps * waited
 
     def result(self, peak_share: float) -> Utilisation | None:
         """Returns the shares; None if no time is known."""
@@ -397,27 +398,27 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
         )
         restore(trainer, state)
         if first is None:
-            if not fit(trainer, SilentReporter()):
+            if not fit(trainer, SilentReporter(), until_epoch=job.until_epoch):
                 stop.set_deadline(CHECKPOINT_MAX + METRICS_WAIT + SLACK)  # NCCL waits for rank 0's checkpoint
             return
         first.start(trainer, peak_here * exchange.world_size)
         try:
-            finished = fit(trainer, first)
+            finished = fit(trainer, first, until_epoch=job.until_epoch)
         except BaseException:
             first.close()
             raise
+        paused = len(trainer.history) == job.until_epoch and not finished
         outcome = Outcome(
-            status="finished" if finished else "interrupted",
+            status="finished" if finished else "paused" if paused else "interrupted",
             steps=trainer.step if finished else first.store_last(trainer.step, stop),
             world_size=exchange.world_size,
             train_seconds=first.train_seconds,
             images_per_second=first.images_per_second,
             utilisation=first.utilisation,
         )
-        if finished:
-            outcome = outcome.model_copy(
-                update={"val_accuracy": trainer.selected.accuracy, "val_loss": trainer.selected.loss}
-            )
+        if finished or paused:
+            score = trainer.selected if finished else trainer.history[-1]
+            outcome = outcome.model_copy(update={"val_accuracy": score.accuracy, "val_loss": score.loss})
         rows = first.close()
         if finished:
             state = trainer.weights()

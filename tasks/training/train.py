@@ -89,20 +89,7 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
         store.get_file(outcome.weights_key, folder.weights)
         return _publish(run, outcome, folder)
     world_size = _world_size(config)
-    folder.write_job(
-        Job(
-            run_id=run.run_id,
-            config=config.training(),
-            dataset_version=dataset.version,
-            world_size=world_size,
-            launch=launch_of(config),
-            manifest_digest=run.manifest_digest,
-            network_files=network_files(config.model),
-            checkpoints=config.checkpoints,
-            restarts=config.restarts,
-            profile=config.profile,
-        )
-    )
+    folder.write_job(_job(run, dataset, config, world_size))
     total = float(config.epochs)
     where = counted(world_size, "rank") if config.launcher == "local" else f"up to {world_size} ranks of several nodes"
     with (
@@ -116,6 +103,51 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     if not folder.weights.exists():  # rank 0 ran on another node
         outlast(partial(store.get_file, outcome.weights_key, folder.weights))
     return _publish(run, outcome, folder)
+
+
+def train_to(
+    run: TrackedRun,
+    dataset: DatasetRef,
+    config: RunConfig,
+    epoch: int,
+    *,
+    ranks: int,
+    show: Callable[[Event], None],
+) -> Outcome:
+    """Trains on this machine up to the end of an epoch, from the run's newest checkpoint if it has one.
+
+    Args:
+        show: called with what the ranks report.
+
+    Returns:
+        An outcome with the validation scores of that epoch, or of the selected one if the training is finished.
+
+    Raises:
+        TrainingFailed, Cancelled, Stopped, Interrupted: as `train`.
+    """
+    stop_if_cancelled()
+    folder = JobFolder(Settings().runs / run.run_id)
+    await_earlier_start(folder)
+    if outcome := finished_outcome(open_bucket(), run.run_id):
+        return outcome
+    job = _job(run, dataset, config, ranks)
+    folder.write_job(job.model_copy(update={"until_epoch": epoch if epoch < config.epochs else None}))
+    return _run(folder, show)
+
+
+def _job(run: TrackedRun, dataset: DatasetRef, config: RunConfig, world_size: int) -> Job:
+    return Job(
+        run_id=run.run_id,
+        config=config.training(),
+        dataset_version=dataset.version,
+        world_size=world_size,
+        launch=launch_of(config),
+        manifest_digest=run.manifest_digest,
+        network_files=network_files(config.model),
+        checkpoints=config.checkpoints,
+        restarts=config.restarts,
+        profile=config.profile,
+    )
 
 
 def await_earlier_start(folder: JobFolder) -> None:
@@ -191,7 +223,7 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
         reason = f"the supervisor was killed by signal {-status}"
         show(Event(warning=f"{reason}; starting again from the last checkpoint", waiting=STARTING))
         folder.start_again()
-    if outcome and outcome.status == "finished":
+    if outcome and outcome.status in ("finished", "paused"):
         return outcome
     if outcome and outcome.status == "interrupted":
         reason = outcome.error or "interrupted"

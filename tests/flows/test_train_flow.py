@@ -28,6 +28,7 @@ from cnn.config.preprocessing import PreprocessConfig
 from cnn.data.manifest import canonical_json
 from cnn.networks.weights import weights_sha256
 from flows import pipeline
+from flows.step_timer import StepTimer
 from flows.summary import Summary
 from infra.settings import Settings
 from infra.storage.bucket_layout import LAYOUT
@@ -68,7 +69,9 @@ def test_photographs_stay_larger_for_pretrained_networks(
     monkeypatch.setattr(pipeline, "preprocess", preprocess)
     config = CONFIG.model_copy(update={"pretrained": pretrained})
     with pytest.raises(Preprocessed) as found:
-        pipeline._train_and_release(config, frozenset(), None, only_if_changed=False, force=False, trial=False)
+        pipeline._train_and_release(
+            config, frozenset(), None, StepTimer(), only_if_changed=False, force=False, trial=False
+        )
     assert found.value.args == (limit,)
 
 

@@ -32,7 +32,7 @@ SPARE_OUTCOME = "CONVOY_SPARE_OUTCOME"  # variable: path of the memory file of `
 
 STARTING = "starting the ranks"  # what a training waits for first, and after each restart
 
-Status = Literal["finished", "interrupted", "failed", "unsaved", "crashed"]
+Status = Literal["finished", "paused", "interrupted", "failed", "unsaved", "crashed"]
 
 Line = Annotated[str, AfterValidator(one_line)]
 """Text for people, joined to one line: errors of libraries, above all of PyTorch, have several."""
@@ -63,6 +63,9 @@ class Job(Record, extra="forbid"):
     profile: int = 0
     """Steps to trace."""
 
+    until_epoch: int | None = None
+    """Pause at the end of this epoch; a later job for the same run goes on."""
+
 
 class Event(Record, extra="forbid"):
     """Progress of a training (`step` of `total_steps` steps in `epoch`, both counted from 1), a warning or a note.
@@ -90,8 +93,9 @@ class Outcome(Record, extra="forbid"):
     """How a training ended. The command line should exit with `exit_status` and `error`."""
 
     status: Status
-    """`interrupted`: the ranks agreed to stop, and `steps` is the step of the last checkpoint. `unsaved`: no checkpoint
-    could be stored for `checkpoints.patience`. `crashed`: unexpected error, perhaps only because another rank died."""
+    """`paused`: at the end of `Job.until_epoch`, with a checkpoint. `interrupted`: the ranks agreed to stop; `steps` is
+    the step of the last checkpoint. `unsaved`: no checkpoint could be stored for `checkpoints.patience`. `crashed`:
+    unexpected error, perhaps only because another rank died."""
 
     error: Line = ""
     exit_status: int = 0

@@ -49,7 +49,12 @@ class TrackedRun(Record):
 
 @contextlib.contextmanager
 def tracked_run(
-    config: RunConfig, dataset: DatasetRef, resume: str | None = None, *, trial: bool = False
+    config: RunConfig,
+    dataset: DatasetRef,
+    resume: str | None = None,
+    *,
+    trial: bool = False,
+    sweep: Mapping[str, str] | None = None,
 ) -> Iterator[TrackedRun]:
     """Opens the run, and closes it as FINISHED, KILLED (cancelled, interrupted) or FAILED.
 
@@ -59,6 +64,7 @@ def tracked_run(
         resume: id of the run to resume. By default, if Prefect runs this flow run again, its earlier MLflow run; if
             that has finished, it is only read, for the rest of the flow.
         trial: the run is in an experiment of its own, and never gets a version.
+        sweep: tags of one of the runs that a sweep works on at the same time, in one flow run.
 
     Raises:
         ServiceError: the tracking server cannot be reached.
@@ -72,7 +78,7 @@ def tracked_run(
     code = provenance()
     manifest = run_manifest(config, dataset, code)
     flow_run = flow_tags().get(tags.FLOW_RUN, "")
-    asked, resume = resume, resume or run_of_flow(flow_run)
+    asked, resume = resume, resume or (None if sweep else run_of_flow(flow_run))
     finished = False
     with contextlib.ExitStack() as alive:
         if resume:
@@ -90,12 +96,15 @@ def tracked_run(
                 experiment=f"{dataset.name} trials" if trial else dataset.name,
                 run_name=f"{config.model} {config.epochs} epochs",
                 params=flatten({"dataset": config.dataset, "data": config.data.model_dump(), **manifest.config}),
-                tags=_tags(config, dataset, manifest, code) | ({tags.TRIAL: "true"} if trial else {}),
+                tags=_tags(config, dataset, manifest, code)
+                | ({tags.TRIAL: "true"} if trial else {})
+                | dict(sweep or {}),
             )
             alive.enter_context(hold_run_lock(run_id, flow_run))
         try:
-            with contextlib.suppress(httpx.HTTPError):  # for `convoy retrain --wait` only
-                label_flow_run({tags.MLFLOW_RUN: run_id})
+            if not sweep:
+                with contextlib.suppress(httpx.HTTPError):  # for `convoy retrain --wait` only
+                    label_flow_run({tags.MLFLOW_RUN: run_id})
             prefix = store.uri(bucket_layout.checkpoints(run_id))
             if not resume:
                 mlflow_runs.set_tags(run_id, {tags.CHECKPOINT_PREFIX: prefix, **_mixing_tags(config, data)})
@@ -107,7 +116,7 @@ def tracked_run(
             yield TrackedRun(run_id=run_id, manifest_digest=manifest.digest, checkpoint_prefix=prefix)
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
-            if stopped and not isinstance(error, Interrupted):  # whose message says it
+            if stopped and not isinstance(error, Interrupted) and not sweep:  # others' messages say it
                 by_itself = is_deployed() and not isinstance(error, Cancelled)
                 by_hand = "nothing goes on with it" if trial else f"`convoy resume {run_id}` goes on, nothing else does"
                 after = "a worker goes on with it" if by_itself else by_hand
