@@ -248,7 +248,8 @@ class Sweep:
             else:
                 self._advance(0.0)  # which looks for signals
 
-        trained = trial_step.with_options(task_run_name=f"{name}, epochs {begin + 1} to {epoch}")(
+        epochs = f"epoch {epoch}" if epoch == begin + 1 else f"epochs {begin + 1} to {epoch}"
+        trained = trial_step.with_options(task_run_name=f"{name}, {epochs}")(
             self._run_id, self._record, trial, rung, epoch, self._ranks, show
         )
         score = trained.scores.get(rung)

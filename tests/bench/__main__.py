@@ -26,6 +26,7 @@ from tests.bench import (
     memory,
     overhead,
     photos,
+    prediction,
     scaling,
     training,
 )
@@ -52,6 +53,7 @@ COMPARISONS: dict[str, Measure] = {
     "photos": photos.photos,
     "errors": label_errors.label_errors,
     "gpu": gpu.gpu,
+    "predict": prediction.prediction,
 }
 WIDTH = 140  # of the table, wherever it is printed
 

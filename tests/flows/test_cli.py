@@ -57,8 +57,8 @@ REFUSED = {
 
 
 COMMANDS = (
-    "train resume join runs config init up down status env models promote rollback history compare predict errors "
-    "export data deploy worker retrain trial cancel notify-data notify prune doctor"
+    "train sweep resume join runs config init up down status env models promote rollback history compare predict "
+    "errors export data deploy worker retrain trial cancel notify-data notify prune doctor"
 )
 
 

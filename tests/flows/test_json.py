@@ -24,7 +24,7 @@ PRINT_DATA = {
 """Commands whose result is data."""
 
 DO_NOT = {
-    *("train", "resume"),  # they write it to a file: --summary
+    *("train", "resume", "sweep"),  # they write it to a file: --summary
     *("promote", "rollback", "deploy", "cancel", "notify", "notify-data", "init", "down"),  # they say what they did
     *("worker", "join"),  # they run until they are stopped
 }

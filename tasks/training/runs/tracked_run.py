@@ -94,7 +94,7 @@ def tracked_run(
         else:
             run_id = mlflow_runs.start_run(
                 experiment=f"{dataset.name} trials" if trial else dataset.name,
-                run_name=f"{config.model} {config.epochs} epochs",
+                run_name=f"trial {sweep[tags.SWEEP_TRIAL]}" if sweep else f"{config.model} {config.epochs} epochs",
                 params=flatten({"dataset": config.dataset, "data": config.data.model_dump(), **manifest.config}),
                 tags=_tags(config, dataset, manifest, code)
                 | ({tags.TRIAL: "true"} if trial else {})
