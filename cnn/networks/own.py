@@ -27,7 +27,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 import cnn
-from cnn.code_digest import code_digest
+from cnn.code_digest import code_digest, parsed
 from cnn.config.networks import is_own
 from cnn.errors import InputError
 
@@ -253,7 +253,7 @@ def _imports(file: Path, package: str = "") -> Iterator[tuple[str, int]]:
     """Yields each module that a file's statements name (perhaps with what they take from it), and the line."""
     if file.suffix != ".py":
         return
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

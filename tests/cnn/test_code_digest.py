@@ -1,9 +1,13 @@
 """The code digest follows what code does, not how it looks."""
 
+import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import cnn
 from cnn.code_digest import code_digest
 
 ORIGINAL = '''
@@ -80,3 +84,22 @@ def test_statements_that_move_between_files_count(tmp_path: Path) -> None:
         (tmp_path / folder / "x.py").write_text(first)
         (tmp_path / folder / "y.py").write_text(second)
     assert code_digest((tmp_path / "one").iterdir()) != code_digest((tmp_path / "two").iterdir())
+
+
+def test_threads_get_the_same_digest_at_the_same_time() -> None:
+    """Python 3.11's parser fails if another thread uses it meanwhile, as while a collection of garbage runs code."""
+    files = sorted(Path(cnn.__file__).parent.rglob("*.py"))[:20]
+    expected = code_digest(files)
+    threshold = gc.get_threshold()
+
+    def switch_threads(*_: object) -> None:
+        time.sleep(0)
+
+    gc.callbacks.append(switch_threads)
+    gc.set_threshold(50)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(code_digest, [files] * 8)) == [expected] * 8
+    finally:
+        gc.callbacks.remove(switch_threads)
+        gc.set_threshold(*threshold)
