@@ -46,6 +46,7 @@ def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Ba
     copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copied() -> Generator[tuple[Batch, torch.cuda.Event], None, None]:
+        torch.cuda.set_device(device)  # this thread's; otherwise it takes memory on the first GPU, too
         for images, labels in batches:
             with torch.cuda.stream(copies):
                 batch = (

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,13 @@ def counted_operations(network: nn.Module) -> Iterator[Operations]:
     """
     operations = Operations()
 
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
+    def add(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        weight, given = layer.weight, inputs[0] if inputs else None
+        if not (isinstance(weight, Tensor) and isinstance(given, Tensor) and isinstance(output, Tensor)):
+            return  # a layer of one's own that is called otherwise
         # Each value of the output, or of a transposed convolution's input, meets all weights of its channel.
-        values = inputs[0] if isinstance(layer, nn.modules.conv._ConvTransposeNd) else output
-        passes = 1 + weight.requires_grad + inputs[0].requires_grad
+        values = given if isinstance(layer, nn.modules.conv._ConvTransposeNd) else output
+        passes = 1 + weight.requires_grad + given.requires_grad
         operations.count += 2 * values.numel() * weight[0].numel() * passes
 
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)]

@@ -16,7 +16,7 @@ class StepTimes(NamedTuple):
     """From the beginning to the last gradient, with the time of waiting for images."""
 
     data: float = 0.0
-    """Waiting for images: the host's time, also where a GPU computes meanwhile."""
+    """Waiting for images; 0.0 with a GPU, which may compute while its host waits."""
 
     exchange: float = 0.0
     """Waiting for the sums of all ranks after this rank's last gradient."""
@@ -38,7 +38,7 @@ class StepClock:
 
     def data_ready(self) -> None:
         """Marks that the step's images are there."""
-        self._data = time.perf_counter() - self._data
+        self._data = 0.0 if self._cuda else time.perf_counter() - self._data
 
     def computed(self) -> None:
         """Marks the end of the step's computation: its last gradient is computed."""

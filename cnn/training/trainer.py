@@ -45,7 +45,7 @@ class NonFinite(RuntimeError):
         samples: the images of these lanes, as positions in the training split.
     """
 
-    exit_status = 1
+    exit_status, status = 1, "diverged"
 
     def __init__(self, message: str, *, step: int, lanes: list[int], samples: list[int]) -> None:
         super().__init__(message)

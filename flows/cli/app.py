@@ -200,11 +200,17 @@ def sweep(
     space: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML: keys with ranges or lists of values.", show_default=False)
     ] = None,
-    trials: Annotated[int, typer.Option(help="Configurations to try.")] = SweepConfig.model_fields["trials"].default,
+    trials: Annotated[int | None, typer.Option(help="Configurations to try. Default: 27.", show_default=False)] = None,
     eta: Annotated[
-        int, typer.Option(help="One of so many trials goes on at each rung, to so many times the epochs.")
-    ] = SweepConfig.model_fields["eta"].default,
-    metric: Annotated[str, typer.Option(help="val/accuracy or val/loss.")] = "val/accuracy",
+        int | None,
+        typer.Option(
+            help="One of so many trials goes on at each rung, to so many times the epochs. Default: 3.",
+            show_default=False,
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="val/accuracy or val/loss. Default: val/accuracy.", show_default=False)
+    ] = None,
     at_once: Annotated[
         int | None,
         typer.Option(min=1, help="Trials to run at a time. Default: one per core. The result does not depend on it."),
@@ -229,11 +235,14 @@ def sweep(
         raise UsageError("give a --space to search, or the sweep to --resume")
     if dry_run and resume:
         raise UsageError("--dry-run and --resume exclude each other")
+    chosen = {"trials": trials, "eta": eta, "metric": metric}
+    given = [name for name, value in (read_config.keywords | chosen).items() if value not in (None, [], "")]
+    if resume and given:
+        raise UsageError(f"--resume goes on with what the sweep was started with; leave out {', '.join(given)}")
     config = read_config().run
     asked = SweepRequest(resume=resume, at_once=at_once)
     if space:
-        options = {"trials": trials, "eta": eta, "metric": metric}
-        asked = asked.model_copy(update={"sweep": read_sweep(space, options, config)})
+        asked = asked.model_copy(update={"sweep": read_sweep(space, chosen, config)})
     if config.launcher != "local":
         raise UsageError("a sweep trains on this machine; leave out `launcher`")
     if dry_run and asked.sweep:
@@ -241,8 +250,18 @@ def sweep(
         return
 
     def run() -> Summary:
-        check_before_servers(config)
-        return _train(config, [], sweep=asked)
+        begun = config
+        if resume:
+            servers_up()
+            with loading():
+                from tasks.training.sweep import read_sweep_record
+            begun = read_sweep_record(resume).config
+        else:
+            check_before_servers(config)
+        with loading():
+            from tasks.training.sweep import at_a_time
+        at_a_time(begun, at_once)
+        return _train(begun, [], sweep=asked)
 
     _run_with_summary(run, summary, read_config.keywords["dataset"])
 
@@ -507,7 +526,8 @@ def _train(
 
 
 def _print(result: Summary) -> None:
-    lines: dict[str, str | Text] = {"dataset": f"{result.dataset}, version {result.dataset_version}"}
+    version = f", version {result.dataset_version}" if result.dataset_version else ""
+    lines: dict[str, str | Text] = {"dataset": f"{result.dataset}{version}"}
     if result.accuracy is not None:
         speed = f"{result.images_per_second:,.0f} images/s on {counted(result.world_size or 0, 'rank')}"
         place = "champion" if result.champion else "not champion"

@@ -43,6 +43,9 @@ SWEEP_VALUES = "convoy.sweep_values"
 SWEEP_FAILED = "convoy.sweep_failed"
 """Of a trial: why its training failed, which would fail again."""
 
+SWEEP_BEST = "convoy.sweep_best"
+"""Of the best trial, once it is known: it is an ordinary training from then on."""
+
 PARENT = "mlflow.parentRunId"
 
 SOURCE_COMMIT = "mlflow.source.git.commit"

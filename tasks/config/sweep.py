@@ -30,7 +30,7 @@ class Range(Config):
     log: bool = False
     """Whether each order of magnitude is as likely as another."""
 
-    step: int | float | None = None
+    step: int | float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
@@ -134,6 +134,8 @@ def read_sweep(file: Path, options: Mapping[str, Any], config: RunConfig) -> Swe
     except ValidationError as error:
         raise UsageError(f"{file}: {explain(error, SweepConfig, given)}") from None
     for key, value in sweep.corners():
+        if key == "batch_size" and not value:
+            raise UsageError(f"{file}: batch_size: name sizes; 0, which leaves the choice to Convoy, is none")
         try:
             with_values(config, {key: value})
         except UsageError as error:

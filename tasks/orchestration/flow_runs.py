@@ -36,7 +36,7 @@ from infra.machine.locks import is_held, note_of_dead_holder
 from infra.settings import Settings
 from infra.tracking.tags import ALIVE, RESUMABLE, RESUMED_BY
 
-TRAINING_FLOWS, TRIAL_FLOWS = ("train", "retrain"), ("trial", "judge")
+TRAINING_FLOWS, TRIAL_FLOWS = ("train", "retrain", "sweep"), ("trial", "judge")
 PAGE = 200  # results per request to Prefect
 BEAT_SECONDS = 30.0  # between two signs of life
 DEAD = (StateType.CRASHED, StateType.FAILED)  # of flow runs with these states, `may_go_on` says which may go on

@@ -8,7 +8,7 @@ on depends on the trials' scores only, and these on seeds: not on how many trial
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from prefect.artifacts import create_table_artifact
 from prefect.exceptions import TerminationSignal
-from pydantic import Field
+from pydantic import Field, ValidationError
 from scipy.stats import spearmanr
 
-from cnn.distributed.process_group import device_count
+from cnn.distributed.process_group import check_devices, device_count
 from cnn.distributed.world_size import default_world_size
+from cnn.errors import InputError
 from infra.errors import UsageError
 from infra.machine.stopping import Stopped
 from infra.records import Record
@@ -68,7 +69,7 @@ class SweepResult(Record):
     """Of the best trial, by key."""
 
     score: float
-    """The best trial's metric on the validation split, after its last epoch."""
+    """The best trial's metric on the validation split, of the weights that it keeps."""
 
     epochs: int
     """Trained by all trials together."""
@@ -99,27 +100,34 @@ def read_sweep_record(run_id: str) -> SweepRecord:
     Raises:
         UsageError: the run is no sweep.
     """
-    if tags.SWEEP not in (found := mlflow_runs.run_tags(run_id)) or found[tags.SWEEP] != run_id:
+    if mlflow_runs.run_tags(run_id).get(tags.SWEEP) != run_id:
         raise UsageError(f"run {run_id} is no sweep; MLflow shows sweeps as runs with trials below them")
     with TemporaryDirectory() as folder:
-        return SweepRecord.model_validate_json(mlflow_runs.fetch_artifacts(run_id, RECORD, Path(folder)).read_bytes())
+        written = mlflow_runs.fetch_artifacts(run_id, RECORD, Path(folder)).read_bytes()
+    try:
+        return SweepRecord.model_validate_json(written)
+    except ValidationError as error:
+        raise UsageError(f"sweep {run_id} was made by another version of Convoy: {error.errors()[0]['msg']}") from None
 
 
-def at_a_time(config: RunConfig, asked: int | None) -> tuple[int, int]:
-    """Returns how many trials run at a time, and the ranks of each; the result depends on neither.
-
-    On GPUs one trial at a time uses all of them; on a CPU each uses one core, unless `ranks` is set.
+def at_a_time(config: RunConfig, asked: int | None) -> int:
+    """Returns how many trials run at a time, on which the result does not depend.
 
     Raises:
+        InputError: this machine has fewer GPUs than `ranks`.
         UsageError: several trials at a time are asked for on GPUs.
     """
-    devices = device_count()
+    check_devices(config.ranks or 1)
     if torch.cuda.is_available():
         if (asked or 1) > 1:
             raise UsageError("on GPUs, trials run one at a time, each on all GPUs that its lanes allow")
-        return 1, config.ranks or default_world_size(config.lanes, devices)
-    ranks = config.ranks or 1
-    return asked or max(1, devices // ranks), ranks
+        return 1
+    return asked or max(1, device_count() // (config.ranks or 1))
+
+
+def _ranks(config: RunConfig) -> int:
+    """Returns the ranks of a trial: all GPUs that its lanes allow, or one core, unless `ranks` is set."""
+    return config.ranks or (default_world_size(config.lanes, device_count()) if torch.cuda.is_available() else 1)
 
 
 class Sweep:
@@ -129,12 +137,11 @@ class Sweep:
         run_id: the sweep's run.
         advance: adds epochs to what is done, and shows a note.
         trials_at_a_time: trials that run at the same time.
-        ranks: of each.
     """
 
-    def __init__(self, run_id: str, record: SweepRecord, advance: Advance, trials_at_a_time: int, ranks: int) -> None:
+    def __init__(self, run_id: str, record: SweepRecord, advance: Advance, trials_at_a_time: int) -> None:
         self._run_id, self._record, self._advance = run_id, record, advance
-        self._at_a_time, self._ranks = trials_at_a_time, ranks
+        self._at_a_time = trials_at_a_time
         self._sign = 1 if record.sweep.metric == "val/accuracy" else -1
         self._rungs = record.sweep.rungs(record.config.epochs)
         self._earlier = {trial.number: trial for trial in _trials_of(run_id)}
@@ -221,18 +228,29 @@ class Sweep:
     def _trained(self, trials: Sequence[Trial], rung: int) -> list[Trial]:
         """Trains the trials to a rung, some at a time; returns them with their scores, in the same order."""
         with ThreadPoolExecutor(self._at_a_time, thread_name_prefix="trial") as pool:
-            futures = [pool.submit(copy_context().run, self._train, trial, rung) for trial in trials]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            futures = [
+                pool.submit(copy_context().run, self._train, trial, self._config_of(trial), rung) for trial in trials
+            ]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [each for each in futures if each.done() and each.exception()]
+            pool.shutdown(wait=False, cancel_futures=bool(failed))
+            return [future.result() for future in (*failed, *futures)][len(failed) :]
 
-    def _train(self, trial: Trial, rung: int) -> Trial:
+    def _config_of(self, trial: Trial) -> RunConfig | None:
+        """Returns a trial's configuration; None, with a warning, if its values do not go together."""
+        try:
+            return with_network_options(with_values(self._record.config, trial.values))
+        except (InputError, UsageError) as error:
+            run_logger().warning("trial %d is left out, with %s: %s", trial.number, trial.values, error)
+            return None
+
+    def _train(self, trial: Trial, config: RunConfig | None, rung: int) -> Trial:
         epoch = self._rungs[rung - 1].epoch
         begin = self._rungs[rung - 2].epoch if rung > 1 else 0
         name = f"trial {trial.number} of {self._record.sweep.trials}"
-        if trial.failed or rung in trial.scores:
+        if config is None:
+            trial = trial.model_copy(update={"failed": True})
+        if config is None or trial.failed or rung in trial.scores:
             self._advance(epoch - begin, f"{name} has been there")
             return trial
         done = 0.0
@@ -250,7 +268,7 @@ class Sweep:
 
         epochs = f"epoch {epoch}" if epoch == begin + 1 else f"epochs {begin + 1} to {epoch}"
         trained = trial_step.with_options(task_run_name=f"{name}, {epochs}")(
-            self._run_id, self._record, trial, rung, epoch, self._ranks, show
+            self._run_id, self._record, trial, config, rung, epoch, show
         )
         score = trained.scores.get(rung)
         what = "failed" if score is None else f"{self._record.sweep.metric} {score:.4f}"
@@ -258,42 +276,49 @@ class Sweep:
         return trained
 
 
-@step("trial", retried=False)
+@step("trial")
 def trial_step(
     sweep_run: str,
     record: SweepRecord,
     trial: Trial,
+    config: RunConfig,
     rung: int,
     epoch: int,
-    ranks: int,
     show: Callable[[Event], None],
 ) -> Trial:
     """Trains a trial to the end of an epoch; returns it with its score there, or as failed.
 
     Raises:
-        Cancelled, Stopped, Interrupted, ServiceError: it can go on later.
+        Cancelled, Stopped, Interrupted, TrainingFailed, ServiceError: it can go on later.
     """
-    config = with_network_options(with_values(record.config, trial.values))
+    if not trial.run_id:  # a try before an outage may have begun it
+        trial = next((each for each in _trials_of(sweep_run) if each.number == trial.number), trial)
     told = {
         tags.PARENT: sweep_run,
         tags.SWEEP: sweep_run,
         tags.SWEEP_TRIAL: str(trial.number),
         tags.SWEEP_VALUES: json.dumps(trial.values),
     }
-    if trial.run_id:
-        outlast(partial(mlflow_runs.reopen_run, trial.run_id))  # at the rung before, it was finished
     try:
         with tracked_run(config, record.dataset, trial.run_id, sweep=told) as run:
             trial = trial.model_copy(update={"run_id": run.run_id})
-            outcome = train_to(run, record.dataset, config, epoch, ranks=ranks, show=show)
+            outcome = train_to(run, record.dataset, config, epoch, ranks=_ranks(config), show=show)
             score = outcome.val_accuracy if record.sweep.metric == "val/accuracy" else outcome.val_loss
+            if not math.isfinite(score):
+                why = f"{record.sweep.metric} is {score} after epoch {epoch}"
+                raise TrainingFailed(why, exit_status=1, resumable=False, diverged=True)
             outlast(partial(mlflow_runs.log_metrics, run.run_id, {RUNG_METRIC.format(rung): score}, step=epoch))
             reached = f"rung {rung} of its sweep: {record.sweep.metric} {score:.4f}"
             outlast(partial(mlflow_runs.set_tags, run.run_id, {tags.RESULT: reached}))
-    except TrainingFailed as failed:
-        if failed.resumable or not trial.run_id:
+    except InputError as error:  # its values do not suit the images
+        if trial.run_id:
             raise
-        run_logger().warning("trial %d failed with %s: %s", trial.number, trial.values, failed)
+        run_logger().warning("trial %d is left out, with %s: %s", trial.number, trial.values, error)
+        return trial.model_copy(update={"failed": True})
+    except TrainingFailed as failed:
+        if not failed.diverged or not trial.run_id:
+            raise
+        run_logger().warning("trial %d is left out, with %s: %s", trial.number, trial.values, failed)
         outlast(partial(mlflow_runs.set_tags, trial.run_id, {tags.SWEEP_FAILED: str(failed)}))
         return trial.model_copy(update={"failed": True})
     return trial.model_copy(update={"scores": {**trial.scores, rung: score}})
@@ -309,55 +334,61 @@ def sweep_best(record: SweepRecord, sweep_run: str | None, asked: int | None) ->
         asked: trials to run at a time, None for as many as this machine can.
     """
     total = record.sweep.cost(record.config.epochs)
-    count, ranks = at_a_time(record.config, asked)
+    count = at_a_time(record.config, asked)
     with (
         _sweep_run(record, sweep_run) as run_id,
         spare_outcome(),
         progress(f"Sweep of {record.sweep.trials} trials", total, unit="epochs", artifact="sweep") as advance,
     ):
-        sweep = Sweep(run_id, record, advance, count, ranks)
+        sweep = Sweep(run_id, record, advance, count)
         trials = sweep.search()
         result = sweep.result(trials)
         _publish(result, sweep.ranked(trials), record.sweep.metric)
-    best = next(trial for trial in trials if trial.number == result.best_trial)
-    assert best.run_id
-    version = mlflow_runs.run_tags(best.run_id).get(tags.MODEL_VERSION)
-    if version and mlflow_runs.run_status(best.run_id) == "FINISHED":
-        raise UsageError(f"sweep {result.run_id} has finished: its best trial is {version}")
-    outlast(partial(mlflow_runs.reopen_run, best.run_id))  # now it can be resumed, to be evaluated and registered
+        best = next(trial for trial in trials if trial.number == result.best_trial)
+        assert best.run_id
+        version = mlflow_runs.run_tags(best.run_id).get(tags.MODEL_VERSION)
+        if version and mlflow_runs.run_status(best.run_id) == "FINISHED":
+            raise UsageError(f"sweep {result.run_id} has finished: its best trial is {version}")
+        for trial in trials:
+            if trial.run_id and not trial.failed and trial is not best:
+                outlast(partial(mlflow_runs.end_run, trial.run_id, "FINISHED"))
+        outlast(partial(mlflow_runs.set_tags, best.run_id, {tags.SWEEP_BEST: "true"}))
     return with_network_options(with_values(record.config, best.values)), best.run_id, result
 
 
 @contextmanager
 def _sweep_run(record: SweepRecord, run_id: str | None) -> Iterator[str]:
     """Opens the run of a sweep, and closes it."""
-    sweep = record.sweep
-    if run_id:
-        outlast(partial(mlflow_runs.reopen_run, run_id))
-    else:
+    sweep, resumed = record.sweep, run_id is not None
+    if run_id is None:
         space = {f"space.{key}": _shown(values) for key, values in sweep.space.items()}
         run_id = mlflow_runs.start_run(
             experiment=record.dataset.name,
             run_name=f"sweep of {sweep.trials} trials",
             params={"trials": sweep.trials, "eta": sweep.eta, "metric": sweep.metric, **space},
-            tags={tags.RESULT: "a sweep under way", tags.USER: this_user(), **flow_tags()},
+            tags={tags.RESULT: "a sweep under way", tags.USER: this_user()},
         )
-        mlflow_runs.log_text(run_id, RECORD, record.model_dump_json(indent=2))
-        mlflow_runs.set_tags(run_id, {tags.SWEEP: run_id})
     hint = f"`convoy sweep --resume {run_id}` goes on"
-    run_logger().info("the sweep's run is %s", mlflow_runs.run_url(run_id))
-    try:
-        with hold_run_lock(run_id):
+    with hold_run_lock(run_id):
+        status: mlflow_runs.RunStatus = "FINISHED"
+        try:
+            if resumed:
+                outlast(partial(mlflow_runs.reopen_run, run_id))
+            else:
+                mlflow_runs.log_text(run_id, RECORD, record.model_dump_json(indent=2, exclude_unset=True))
+            mlflow_runs.set_tags(run_id, {tags.SWEEP: run_id, **flow_tags()})
+            run_logger().info("the sweep's run is %s", mlflow_runs.run_url(run_id))
             yield run_id
-    except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
-        if not isinstance(error, UsageError):
-            run_logger().warning("the sweep has stopped; %s", hint)
-        outlast(partial(mlflow_runs.end_run, run_id, "KILLED" if stopped else "FAILED"))
-        if isinstance(error, Interrupted):
-            raise Interrupted(f"interrupted; {hint}") from None
-        raise
-    outlast(partial(mlflow_runs.end_run, run_id, "FINISHED"))
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
+            status = "KILLED" if stopped else "FAILED"
+            if not isinstance(error, UsageError):
+                run_logger().warning("the sweep has stopped; %s", hint)
+            if isinstance(error, Interrupted):
+                raise Interrupted(f"interrupted; {hint}") from None
+            raise
+        finally:
+            outlast(partial(mlflow_runs.end_run, run_id, status))
 
 
 def _publish(result: SweepResult, ranked: Sequence[Trial], metric: str) -> None:

@@ -40,12 +40,12 @@ POLL_SECONDS = 0.1  # seconds between two checks of the supervisor and its event
 class TrainingFailed(RuntimeError):
     """The ranks failed. `exit_status` is 2 if the user's input was at fault, else 1.
 
-    It is `resumable` if signals or an outage ended them.
+    It is `resumable` if signals or an outage ended them; `diverged`, and would again, if a loss was not finite.
     """
 
-    def __init__(self, message: str, exit_status: int, *, resumable: bool) -> None:
+    def __init__(self, message: str, exit_status: int, *, resumable: bool, diverged: bool = False) -> None:
         super().__init__(message)
-        self.exit_status, self.resumable = exit_status, resumable
+        self.exit_status, self.resumable, self.diverged = exit_status, resumable, diverged
 
 
 class TrainResult(Record):
@@ -232,7 +232,8 @@ def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:
     if outcome is None or (outcome.status == "crashed" and killed):
         reason = f"the ranks died (see {folder.log}): {killed or folder.log_end()}"
         raise TrainingFailed(reason, exit_status=1, resumable=True)
-    raise TrainingFailed(outcome.error, outcome.exit_status, resumable=outcome.resumable)
+    diverged = outcome.status == "diverged"
+    raise TrainingFailed(outcome.error, outcome.exit_status, resumable=outcome.resumable, diverged=diverged)
 
 
 def _supervise(folder: JobFolder, show: Callable[[Event], None]) -> int:

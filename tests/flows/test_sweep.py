@@ -38,6 +38,7 @@ def test_a_dry_run_prints_the_rungs_and_what_they_cost(convoy: Convoy, space: st
         ([], "give a --space to search, or the sweep to --resume"),
         (["--space", "missing.yaml"], "cannot read the space missing.yaml: No such file"),
         (["--space", "SPACE", "--resume", "1"], "give a --space to search, or the sweep to --resume"),
+        (["--resume", "1", "--trials", "3", "--epochs", "3"], "leave out epochs, trials"),
         (["--space", "SPACE", "--set", "launcher=nodes"], "a sweep trains on this machine"),
         (["--space", "SPACE", "--trials", "1"], "trials: "),
     ],
@@ -71,8 +72,11 @@ def test_a_sweep_that_is_killed_and_stopped_finds_the_same_and_its_winner_is_tha
     def summary(name: str) -> dict[str, Any]:
         return dict(json.loads((tmp_path / f"{name}.json").read_bytes()))
 
+    def into(name: str) -> tuple[str, str]:
+        return "--summary", str(tmp_path / f"{name}.json")
+
     def options(name: str) -> tuple[str, ...]:
-        return ("--name", f"sweep-{name}", "--summary", str(tmp_path / f"{name}.json"))
+        return "--name", f"sweep-{name}", *into(name)
 
     done = program("sweep", "--space", space, *SEARCH, "--at-once", "2", *options("calm")).wait(600)
     assert done.status == 0, done.stderr
@@ -88,13 +92,16 @@ def test_a_sweep_that_is_killed_and_stopped_finds_the_same_and_its_winner_is_tha
     training.assert_ends()
     before = trials_of(sweep)
     assert set(before) == {1, 2} and scores(before[1])
-    resumed = program("sweep", "--resume", sweep, "--at-once", "1", *options("disturbed"))
+    by_hand = program("resume", before[1].info.run_id).wait()
+    assert by_hand.status == 2
+    assert f"is a trial of a sweep; `convoy sweep --resume {sweep}` goes on with that" in by_hand.complaint
+    resumed = program("sweep", "--resume", sweep, "--at-once", "1", *into("disturbed"))
     wait_for(lambda: len(trials_of(sweep)) == 4, "the last trial", 300)
     resumed.process.send_signal(signal.SIGTERM)
     stopped = resumed.wait()
     assert stopped.status == 75, stopped.stderr
     assert f"`convoy sweep --resume {sweep}` goes on" in stopped.stderr
-    done = program("sweep", "--resume", sweep, *options("disturbed")).wait(600)
+    done = program("sweep", "--resume", sweep, *into("disturbed")).wait(600)
     assert done.status == 0, done.stderr
     found = summary("disturbed")
 
@@ -116,6 +123,36 @@ def test_a_sweep_that_is_killed_and_stopped_finds_the_same_and_its_winner_is_tha
     assert done.status == 0, done.stderr
     assert summary("direct")["weights_sha256"] == found["weights_sha256"]
 
-    again = program("sweep", "--resume", sweep, *options("again")).wait()
+    again = program("sweep", "--resume", sweep, *into("again")).wait()
     assert again.status == 2
     assert again.complaint == f"sweep {sweep} has finished: its best trial is {found['model_name']}/1"
+
+
+NETWORK = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, channels, image_size, classes, *, width: int = 4):
+        super().__init__(nn.Flatten(), nn.Linear(channels * image_size**2, width), nn.ReLU(), nn.Linear(width, classes))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trials_of_a_network_of_ones_own_run_at_the_same_time_and_values_that_do_not_go_together_are_left_out(
+    stack: object, program: Callable[..., Program], tmp_path: Path
+) -> None:
+    (tmp_path / "nets.py").write_text(NETWORK)
+    # Only multiples of the four lanes are batch sizes.
+    (tmp_path / "space.yaml").write_text("batch_size: {low: 32, high: 36}\nnetwork.width: {low: 4, high: 32}\n")
+    settings = sets("data.limit=400", "batch_size=32", "model=nets:Net", *LET_PASS)
+    search = ("--space", "space.yaml", "--trials", "6", "--eta", "2", "--epochs", "2", "--dataset", "digits", *settings)
+    done = program("sweep", *search, "--at-once", "3", "--name", "sweep-own", "--summary", "out.json").wait(400)
+    assert done.status == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_bytes())["sweep"]
+    trials = trials_of(found["run_id"])
+    left_out = [line for line in done.stderr.splitlines() if "is left out, with" in line]
+    assert 0 < found["failed"] == 6 - len(trials) < 6
+    assert {line.split()[1] for line in left_out} == {str(number) for number in set(range(1, 7)) - set(trials)}
+    assert all(int(run.data.params["batch_size"]) % 4 == 0 for run in trials.values())
+    assert found["values"]["batch_size"] % 4 == 0

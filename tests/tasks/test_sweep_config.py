@@ -44,6 +44,8 @@ def test_rungs_end_at_the_last_epoch_and_cost_what_their_trials_add(
         ("epochs: [3, 9]", r"space.yaml: epochs is no key that trials can differ in"),
         ("ranks: [1, 2]", r"space.yaml: ranks is no key that trials can differ in"),
         ("augment.shfit: [1, 2]", r"space.yaml: unknown key 'augment.shfit'; did you mean 'augment.shift'\?"),
+        ("augment.shift: {low: 0, high: 3, step: 0}", r"space.yaml: .*greater than 0"),
+        ("batch_size: [0, 64]", r"space.yaml: batch_size: name sizes; 0, which leaves the choice to Convoy, is none"),
         ("optimizer: [sgd, sdg]", r"space.yaml: optimizer: "),
         ("", r"space.yaml must hold keys with ranges or lists"),
         ("lr: [", r"space.yaml.*not valid YAML"),

@@ -99,7 +99,7 @@ class Coordinator:
         alive = {node for node, heartbeat in self._heartbeats.items() if heartbeat.silence <= patience}
         lost = [node for node in self._order.members if node not in alive]
         # If the checkpoint of a pause cannot be stored, the next generation only repeats its steps.
-        final: list[Status] = ["finished", "failed"]
+        final: list[Status] = ["finished", "failed", "diverged"]
         if self._paused is None:
             final.append("unsaved")
         if outcome := next((outcomes[status] for status in final if status in outcomes), None):

@@ -32,7 +32,7 @@ SPARE_OUTCOME = "CONVOY_SPARE_OUTCOME"  # variable: path of the memory file of `
 
 STARTING = "starting the ranks"  # what a training waits for first, and after each restart
 
-Status = Literal["finished", "paused", "interrupted", "failed", "unsaved", "crashed"]
+Status = Literal["finished", "paused", "interrupted", "failed", "diverged", "unsaved", "crashed"]
 
 Line = Annotated[str, AfterValidator(one_line)]
 """Text for people, joined to one line: errors of libraries, above all of PyTorch, have several."""
@@ -94,8 +94,8 @@ class Outcome(Record, extra="forbid"):
 
     status: Status
     """`paused`: at the end of `Job.until_epoch`, with a checkpoint. `interrupted`: the ranks agreed to stop; `steps` is
-    the step of the last checkpoint. `unsaved`: no checkpoint could be stored for `checkpoints.patience`. `crashed`:
-    unexpected error, perhaps only because another rank died."""
+    the step of the last checkpoint. `diverged`: a loss or gradient was not finite. `unsaved`: no checkpoint could be
+    stored for `checkpoints.patience`. `crashed`: unexpected error, perhaps only because another rank died."""
 
     error: Line = ""
     exit_status: int = 0

@@ -22,7 +22,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import search_versions
 from infra.tracking.model_versions import find_version
 from infra.tracking.provenance import Provenance
-from infra.tracking.tags import FLOW_RUN, TRIAL
+from infra.tracking.tags import FLOW_RUN, SWEEP, SWEEP_BEST, TRIAL
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.training.platform import Platform, code_inputs, differences
@@ -96,10 +96,13 @@ def check_resumable(run_id: str, *, trial: bool = False) -> RunConfig:
         trial: whether the run is to go on as a trial of a commit.
 
     Raises:
-        UsageError: there is no such run, it has finished, or it is a trial and `trial` is false, or the reverse.
+        UsageError: there is no such run, it has finished, it is a trial and `trial` is false, or the reverse, or it is
+            one of a sweep that is not decided yet.
     """
-    record = read_record(run_id)
-    if (TRIAL in mlflow_runs.run_tags(run_id)) != trial:
+    record, tags = read_record(run_id), mlflow_runs.run_tags(run_id)
+    if SWEEP in tags and SWEEP_BEST not in tags:
+        raise UsageError(f"run {run_id} is a trial of a sweep; `convoy sweep --resume {tags[SWEEP]}` goes on with that")
+    if (TRIAL in tags) != trial:
         kind = "a trial of a commit, which registers nothing; `convoy trial` tries it again"
         raise UsageError(f"run {run_id} is {'no trial' if trial else kind}")
     if mlflow_runs.run_status(run_id) == "FINISHED" and not _waits_for_approval(run_id):

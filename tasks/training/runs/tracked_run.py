@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
 
@@ -30,6 +31,9 @@ from tasks.orchestration.retries import outlast
 from tasks.training.liveness import hold_run_lock
 from tasks.training.platform import differences, flatten, this_machine
 from tasks.training.runs.run_record import RunManifest, RunRecord, check_resumable, inputs_of, read_record, run_of_flow
+
+_checking = threading.Lock()
+"""Trying a network uses PyTorch's global state and standard error; a sweep's trials do it in threads."""
 
 
 class Interrupted(RuntimeError):
@@ -64,7 +68,8 @@ def tracked_run(
         resume: id of the run to resume. By default, if Prefect runs this flow run again, its earlier MLflow run; if
             that has finished, it is only read, for the rest of the flow.
         trial: the run is in an experiment of its own, and never gets a version.
-        sweep: tags of one of the runs that a sweep works on at the same time, in one flow run.
+        sweep: tags of one of the runs that a sweep works on at the same time, in one flow run. It is closed as KILLED
+            in any case, since it may go on later.
 
     Raises:
         ServiceError: the tracking server cannot be reached.
@@ -74,9 +79,10 @@ def tracked_run(
     """
     store = open_bucket()
     data = load_manifest(store, dataset.version)
-    check_fits(config.training(), data)
-    code = provenance()
-    manifest = run_manifest(config, dataset, code)
+    with _checking:
+        check_fits(config.training(), data)
+        code = provenance()
+        manifest = run_manifest(config, dataset, code)
     flow_run = flow_tags().get(tags.FLOW_RUN, "")
     asked, resume = resume, resume or (None if sweep else run_of_flow(flow_run))
     finished = False
@@ -85,7 +91,7 @@ def tracked_run(
             _check_equal(resume, read_record(resume).manifest, manifest)
             run_id = resume
             alive.enter_context(hold_run_lock(run_id, flow_run))
-            if asked:
+            if asked and not sweep:
                 check_resumable(run_id, trial=trial)  # again: until now another process may have trained it
             finished = mlflow_runs.run_status(run_id) == "FINISHED"
             if not finished:
@@ -126,7 +132,7 @@ def tracked_run(
                     mlflow_runs.end_run(run_id, "KILLED" if stopped else "FAILED")
             raise
         if not finished:
-            outlast(partial(mlflow_runs.end_run, run_id, "FINISHED"))
+            outlast(partial(mlflow_runs.end_run, run_id, "KILLED" if sweep else "FINISHED"))
 
 
 def _mixing_tags(config: RunConfig, data: Manifest) -> dict[str, str]:
