@@ -58,8 +58,6 @@ def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Ba
     for batch, done in read_ahead(copied(), AHEAD):
         now = torch.cuda.current_stream(device)
         now.wait_event(done)
-        for tensor in batch:
-            tensor.record_stream(
-                now
-            )  # its memory, which belongs to the other stream, is not reused before its last use here
+        for tensor in batch:  # so that memory of the other stream is not reused before its last use on this one
+            tensor.record_stream(now)
         yield batch

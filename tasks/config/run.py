@@ -309,13 +309,25 @@ def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_file(file: Path, what: str) -> Any:
+    """Returns what a YAML file holds.
+
+    Args:
+        what: the file's purpose, for messages.
+
+    Raises:
+        UsageError: it cannot be read, or is not YAML.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise UsageError(f"cannot read the configuration {file}: {reason}") from None
-    values = read_yaml(text, str(file))
+        raise UsageError(f"cannot read the {what} {file}: {reason}") from None
+    return read_yaml(text, str(file))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    values = read_file(file, "configuration")
     if values is None:
         return {}
     if not isinstance(values, dict):

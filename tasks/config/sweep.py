@@ -11,8 +11,7 @@ from cnn.config.base import Config
 from cnn.config.training import TrainConfig
 from infra.errors import UsageError
 from tasks.config.key_values import explain
-from tasks.config.plain_yaml import read_yaml
-from tasks.config.run import RunConfig, load_config
+from tasks.config.run import RunConfig, load_config, read_file
 
 Value = bool | int | float | str | None
 Metric = Literal["val/accuracy", "val/loss"]
@@ -114,11 +113,7 @@ def read_sweep(file: Path, options: Mapping[str, Any], config: RunConfig) -> Swe
     Raises:
         UsageError: one line that names the wrong key.
     """
-    try:
-        space = read_yaml(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise UsageError(f"cannot read the space {file}: {reason}") from None
+    space = read_file(file, "space")
     if not isinstance(space, dict) or not space:
         raise UsageError(f"{file} must hold keys with ranges or lists, for example 'lr: {{low: 0.05, high: 0.5}}'")
     for key, values in space.items():
