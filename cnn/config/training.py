@@ -83,7 +83,7 @@ class FinetuneConfig(Config):
     those of the network. Frozen batch norms keep their statistics, and frozen layers cost no backward pass. Without
     `pretrained` the frozen layers keep random weights, which only helps to measure what the trained part does. If only
     the head is ever trained (`body`, and `freeze_epochs` unset), on images that do not change (no `augment.*`, no
-    `test_flip`), the body's output is computed once per image, unless it takes more than 1 GiB."""
+    `test_flip` or `test_shift`), the body's output is computed once per image, unless it takes more than 1 GiB."""
 
     freeze_epochs: int | None = Field(None, ge=1)
     """Epochs for which `freeze` holds; then everything is trained. Unset: to the end."""
@@ -148,14 +148,15 @@ class TrainConfig(Config):
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds the initial weights, the order of the images, augmentation and dropout."""
 
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """`sgd` uses Nesterov momentum; `adam` adds L2 to the gradient; `adamw` decouples the weight decay."""
+    optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
+    """`sgd` uses Nesterov momentum; `adam` adds L2 to the gradient; `adamw` decouples the weight decay; `muon`, which
+    does so too, makes the step of each matrix and kernel orthogonal, and needs fewer steps: try lr=0.05."""
 
     lr: float = Field(0.2, gt=0, le=100)
     """Peak learning rate."""
 
     momentum: float = Field(0.9, ge=0, lt=1)
-    """SGD's momentum; Adam's first beta."""
+    """Momentum of SGD and Muon; Adam's first beta."""
 
     weight_decay: float = Field(5e-4, ge=0, le=1)
     """Weight decay of matrices and kernels; norms and biases have none."""
@@ -182,6 +183,9 @@ class TrainConfig(Config):
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of a moving average of the weights, which is validated and kept in place of the weights. 0 is off."""
 
+    validate_every: int = Field(1, ge=1)
+    """Epochs from one validation to the next; the last epoch is always validated."""
+
     select: Literal["last", "best"] = "last"
     """Which weights to keep: of the last epoch, or of the epoch with the best validation accuracy."""
 
@@ -190,6 +194,10 @@ class TrainConfig(Config):
 
     test_flip: bool = False
     """Average the logits of each image and its mirror image in all predictions."""
+
+    test_shift: int = Field(0, ge=0, le=64)
+    """Average the logits of each image and of two copies, moved by this many pixels along the diagonal, in all
+    predictions, which then take three times as long. 0 is off."""
 
     augment: AugmentConfig = AugmentConfig()
 

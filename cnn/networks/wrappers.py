@@ -4,6 +4,7 @@ from statistics import fmean
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest
@@ -62,6 +63,32 @@ class TestTimeFlip(torch.nn.Module):
         return (self.network(images) + self.network(images.flip(-1))) / 2  # type: ignore[no-any-return]
 
 
+class TestTimeShift(torch.nn.Module):
+    """A network that averages its logits over each image and two copies, moved along the diagonal, of half the weight.
+
+    What moves in at an edge repeats that edge (Jordan, "94% on CIFAR-10 in 3.29 seconds", 2024).
+
+    Args:
+        network: maps float N×C×H×W to logits N×classes.
+        distance: down and to the right, and up and to the left, in pixels.
+    """
+
+    def __init__(self, network: torch.nn.Module, distance: int) -> None:
+        super().__init__()
+        self.network, self.distance = network, distance
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps normalised float images N×C×H×W to logits N×classes."""
+        by = self.distance
+        padded = F.pad(images, (by, by, by, by), mode="replicate")
+        moved = [
+            padded[..., a:b, a:b].contiguous(memory_format=torch.channels_last)
+            for a, b in ((0, -2 * by), (2 * by, None))
+        ]
+        return self.network(images) / 2 + sum(self.network(each) for each in moved) / 4  # type: ignore[no-any-return]
+
+
 def predictor(network: nn.Module, config: TrainConfig) -> nn.Module:
-    """Returns the network as it predicts: with `test_flip` wrapped, so that it averages over mirror images."""
-    return TestTimeFlip(network) if config.test_flip else network
+    """Returns the network as it predicts: with `test_flip` and `test_shift` averaged over copies of each image."""
+    network = TestTimeFlip(network) if config.test_flip else network
+    return TestTimeShift(network, config.test_shift) if config.test_shift else network

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cnn.config.training import TrainConfig
+from cnn.training.muon import Muon
 
 
 def build_optimizer(
@@ -19,19 +20,26 @@ def build_optimizer(
     Args:
         factors: multiples of the learning rate; of parameters that are not among them, 1.
     """
-    by_group: dict[tuple[float, float], list[nn.Parameter]] = {}
+    by_group: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for parameter in filter(lambda parameter: parameter.requires_grad, network.parameters()):
-        key = config.weight_decay if is_matrix(parameter) else 0.0, (factors or {}).get(parameter, 1.0)
-        by_group.setdefault(key, []).append(parameter)
+        by_group.setdefault((is_matrix(parameter), (factors or {}).get(parameter, 1.0)), []).append(parameter)
     groups = [
-        {"params": parameters, "weight_decay": decay, "lr_factor": factor}
-        for (decay, factor), parameters in by_group.items()
+        {
+            "params": parameters,
+            "matrices": matrices,
+            "weight_decay": matrices * config.weight_decay,
+            "lr_factor": factor,
+        }
+        for (matrices, factor), parameters in by_group.items()
     ]
     optimizer: torch.optim.Optimizer
     match config.optimizer:
         case "sgd":
             nesterov = config.momentum > 0
             optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+        case "muon":
+            low = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+            optimizer = Muon(groups, lr=config.lr, momentum=config.momentum, precision=low)
         case "adam":
             optimizer = torch.optim.Adam(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
         case "adamw":
@@ -49,7 +57,7 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
     """Creates the state that torch would create in the first step, so that a checkpoint can be loaded into it."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if isinstance(optimizer, torch.optim.SGD):
+            if isinstance(optimizer, torch.optim.SGD | Muon):
                 if group["momentum"]:
                     optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
             else:

@@ -163,7 +163,7 @@ class Trainer:
         self._batches: Iterator[Batch] | None = None  # of this rank's lanes, from this step on
         self._stop_requested = stop_requested
         self.history: list[Score] = []
-        """The validation scores of all epochs so far."""
+        """The validation scores so far, of every epoch or as `validate_every` says."""
 
         self.best: dict[str, Tensor] = {}
         """The weights of the best epoch so far; empty unless the configuration selects these."""
@@ -250,21 +250,40 @@ class Trainer:
         """Whether all steps are done, or early stopping has ended the training."""
         if self.step == self.total_steps:
             return True
-        at_epoch_end = len(self.history) * self.steps_per_epoch == self.step
+        ended = self._validated_epoch(len(self.history) - 1)
         patience = self.config.early_stopping
-        return bool(patience and at_epoch_end and len(self.history) - self.best_epoch >= patience)
+        return bool(patience and self.step == ended * self.steps_per_epoch and ended - self.best_epoch >= patience)
+
+    @property
+    def epochs_done(self) -> float:
+        """The epochs so far; a whole number at an epoch's end."""
+        return self.step / self.steps_per_epoch
+
+    @property
+    def validates(self) -> bool:
+        """Whether an epoch has ended after which the network is validated."""
+        return self.epochs_done % self.config.validate_every == 0 or self.step == self.total_steps
 
     @property
     def best_epoch(self) -> int:
         """The first epoch with the best validation accuracy, counted from 1; 0 before the first validation."""
-        return max(range(len(self.history)), key=lambda e: (self.history[e].accuracy, -e)) + 1 if self.history else 0
+        return self._validated_epoch(self._best)
+
+    @property
+    def _best(self) -> int:
+        """The place of the best score in the history; -1 before the first validation."""
+        return max(range(len(self.history)), key=lambda place: (self.history[place].accuracy, -place), default=-1)
+
+    def _validated_epoch(self, place: int) -> int:
+        """Returns the epoch, counted from 1, of a place in the history; 0 for -1."""
+        return min((place + 1) * self.config.validate_every, self.config.epochs)
 
     def validate(self) -> Score:
-        """Computes the validation score of this epoch, and adds it to the history."""
+        """Computes the validation score of the current weights, and adds it to the history."""
         kept = self.average or self.network
         network = nn.Sequential(self.normalise, predictor(self._trained_part(kept), self.config))
         self.history.append(evaluate(network, self.val_split, self.device, self.exchange))
-        if self.config.select == "best" and self.best_epoch == len(self.history):
+        if self.config.select == "best" and self._best == len(self.history) - 1:
             self.best = copy_to_host(kept.state_dict())
         return self.history[-1]
 
@@ -275,7 +294,7 @@ class Trainer:
     @property
     def selected(self) -> Score:
         """The validation score of `weights`."""
-        return self.history[self.best_epoch - 1 if self.best else -1]
+        return self.history[self._best if self.best else -1]
 
     def non_finite_error(self) -> NonFinite:
         """Repeats the first step that was not finite, lane by lane, and returns the error that names its lanes."""

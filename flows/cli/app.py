@@ -268,10 +268,8 @@ def sweep(
 
 def _print_rungs(sweep: SweepConfig, epochs: int) -> None:
     table = Table("rung", "trials", "trained to epoch", "epochs", box=None)
-    before = 0
     for number, rung in enumerate(sweep.rungs(epochs), start=1):
-        table.add_row(*map(str, (number, rung.trials, rung.epoch, rung.trials * (rung.epoch - before))))
-        before = rung.epoch
+        table.add_row(*map(str, (number, rung.trials, rung.epoch, rung.cost)))
     print_whole(table)
     cost, whole = sweep.cost(epochs), sweep.trials * epochs
     typer.echo(f"{cost} epochs, {cost / whole:.0%} of the {whole} of {sweep.trials} whole trainings")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -16,7 +17,7 @@ from tasks.config.run import RunConfig, load_config, read_file
 Value = bool | int | float | str | None
 Metric = Literal["val/accuracy", "val/loss"]
 
-FIXED = {"epochs", "pretrained", "pretrained_sha256", "pretrained_mean", "pretrained_std"}
+FIXED = {"epochs", "validate_every", "pretrained", "pretrained_sha256", "pretrained_mean", "pretrained_std"}
 """Keys that all trials share, since they are compared at the same epochs and start from the same weights."""
 
 
@@ -46,10 +47,16 @@ class Range(Config):
 
 
 class Rung(NamedTuple):
-    """So many trials are trained up to the end of an epoch; the best of them go on."""
+    """So many trials are trained from the end of one epoch to that of another; the best of them go on."""
 
+    start: int
     epoch: int
     trials: int
+
+    @property
+    def cost(self) -> int:
+        """The epochs that its trials train together."""
+        return self.trials * (self.epoch - self.start)
 
 
 class SweepConfig(Config):
@@ -67,19 +74,15 @@ class SweepConfig(Config):
     def rungs(self, epochs: int) -> list[Rung]:
         """Returns the rungs; the last is at the end of the training."""
         count = min(_whole_log(self.trials, self.eta), _whole_log(epochs, self.eta))
+        ends = [max(1, round(epochs / self.eta ** (count - number))) for number in range(count + 1)]
         return [
-            Rung(max(1, round(epochs / self.eta ** (count - number))), max(1, self.trials // self.eta**number))
-            for number in range(count + 1)
+            Rung(start, end, max(1, self.trials // self.eta**number))
+            for number, (start, end) in enumerate(pairwise([0, *ends]))
         ]
 
     def cost(self, epochs: int) -> int:
         """Returns the epochs that all trials together train."""
-        before = 0
-        total = 0
-        for rung in self.rungs(epochs):
-            total += rung.trials * (rung.epoch - before)
-            before = rung.epoch
-        return total
+        return sum(rung.cost for rung in self.rungs(epochs))
 
     def corners(self) -> Iterator[tuple[str, Value]]:
         """Yields each key with each value of its list, or both ends of its range."""
@@ -135,6 +138,8 @@ def read_sweep(file: Path, options: Mapping[str, Any], config: RunConfig) -> Swe
             with_values(config, {key: value})
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from None
+    if config.validate_every > 1:
+        raise UsageError("validate_every must be 1 in a sweep, which compares the trials at the ends of its rungs")
     if len(sweep.rungs(config.epochs)) < 2:
         raise UsageError(
             f"a sweep compares trials before their end: give it at least {sweep.eta} epochs and {sweep.eta} trials"

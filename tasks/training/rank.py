@@ -407,7 +407,9 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
         except BaseException:
             first.close()
             raise
-        paused = len(trainer.history) == job.until_epoch and not finished
+        paused = (
+            job.until_epoch is not None and trainer.step == job.until_epoch * trainer.steps_per_epoch and not finished
+        )
         outcome = Outcome(
             status="finished" if finished else "paused" if paused else "interrupted",
             steps=trainer.step if finished else first.store_last(trainer.step, stop),

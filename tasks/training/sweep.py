@@ -245,8 +245,7 @@ class Sweep:
             return None
 
     def _train(self, trial: Trial, config: RunConfig | None, rung: int) -> Trial:
-        epoch = self._rungs[rung - 1].epoch
-        begin = self._rungs[rung - 2].epoch if rung > 1 else 0
+        begin, epoch, _ = self._rungs[rung - 1]
         name = f"trial {trial.number} of {self._record.sweep.trials}"
         if config is None:
             trial = trial.model_copy(update={"failed": True})

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from cnn.config.training import AugmentConfig
 from cnn.networks.wrappers import Normalise
 from cnn.networks.wrappers import TestTimeFlip as FlippedNetwork
+from cnn.networks.wrappers import TestTimeShift as ShiftedNetwork
 from cnn.serving.classifier import ServedClassifier
 from cnn.training.augment import augment, mix
 from tests.cnn.conftest import check_export_takes_any_number
@@ -240,8 +241,19 @@ def test_test_time_flip_gives_mirror_images_the_same_logits_which_are_the_mean()
     assert not torch.allclose(logits, network(images))
 
 
-def test_test_time_flip_survives_export() -> None:
+def test_test_time_shift_gives_the_weighted_mean_over_moved_images_whose_edges_are_repeated() -> None:
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 5, 7))
+    images = torch.rand(2, 3, 4, 5)
+    rows, columns = torch.arange(4)[:, None], torch.arange(5)
+    down, up = (images[:, :, (rows + by).clamp(0, 3), (columns + by).clamp(0, 4)] for by in (-1, 1))
+    assert torch.equal(down[..., 1:, 1:], images[..., :-1, :-1])
+    expected = network(images) / 2 + network(down) / 4 + network(up) / 4
+    torch.testing.assert_close(ShiftedNetwork(network, 1)(images), expected)
+    assert not torch.allclose(expected, network(images))
+
+
+def test_averages_over_copies_survive_export() -> None:
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 6 * 6, 5))
-    served = ServedClassifier(FlippedNetwork(network), (0.2, 0.4, 0.6), (0.1, 0.2, 0.3))
+    served = ServedClassifier(ShiftedNetwork(FlippedNetwork(network), 2), (0.2, 0.4, 0.6), (0.1, 0.2, 0.3))
     images = torch.randint(256, (9, 3, 8, 8), dtype=torch.uint8)
     check_export_takes_any_number(served, images)

@@ -127,7 +127,7 @@ def test_frozen_layers_record_nothing_for_a_backward_pass_and_have_no_gradient_e
     }
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_after_the_boundary_everything_is_trained_and_the_head_keeps_its_optimizers_state(
     optimizer: str, trainer_of: Make
 ) -> None:
@@ -363,6 +363,7 @@ def test_ranks_and_interruptions_change_nothing_where_features_are_computed_once
         {"finetune": {"freeze": "head"}},
         {"finetune": {"freeze": "body", "freeze_epochs": 1}},
         {"test_flip": True},
+        {"test_shift": 1},
     ],
 )
 def test_images_are_used_where_features_would_differ_between_epochs(change: dict[str, Any], trainer_of: Make) -> None:

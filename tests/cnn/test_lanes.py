@@ -47,8 +47,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": "convoy9",
         "network": {"width": 4},
         "precision": "bfloat16",
-        "optimizer": "adam",
-        "lr": 0.01,
+        "optimizer": "muon",
+        "lr": 0.05,
+        "test_shift": 1,
+        "validate_every": 2,
     },
 }
 

@@ -24,10 +24,12 @@ from tests.cnn.conftest import Packed, joined_group
 SMALL = {"channels": [8], "kernel_sizes": [3], "strides": [1], "hidden": [32]}
 NOTES: dict[str, Any] = {"model": "notes", "network": SMALL | {"dropout": 0.1}}
 CONVOY9: dict[str, Any] = {"model": "convoy9", "network": {"width": 8}}
+MUON = {"optimizer": "muon"}
 OPTIMIZERS: dict[str, dict[str, float]] = {
     "sgd": {"lr": 0.05},
     "adam": {"lr": 0.01, "weight_decay": 1e-4},
     "adamw": {"lr": 0.01, "weight_decay": 0.01},
+    "muon": {"lr": 0.05},
 }
 FLOOR = 0.85  # validation accuracy; they reach 0.94 to 1
 
@@ -207,7 +209,7 @@ def test_weights_are_a_function_of_the_configuration(lab: Lab) -> None:
     assert once == again
 
 
-@pytest.mark.parametrize("network", [NOTES, CONVOY9], ids=["notes", "convoy9"])
+@pytest.mark.parametrize("network", [NOTES, CONVOY9, CONVOY9 | MUON], ids=["notes", "convoy9", "muon"])
 def test_figures_that_are_not_finite_stop_training_and_leave_the_weights_of_the_step_before(
     lab: Lab, network: dict[str, Any]
 ) -> None:
@@ -274,6 +276,20 @@ def test_early_stopping_and_best_epoch_keep_the_weights_of_the_best(lab: Lab) ->
     while again.step < best * again.steps_per_epoch:
         again.train_step()
     assert weights_sha256(trainer.weights()) == weights_sha256(again.network.state_dict())
+
+
+def test_only_some_epochs_are_validated_and_the_last_and_early_stopping_counts_epochs(lab: Lab) -> None:
+    trainer, history = lab.train(epochs=8, validate_every=3, **CONVOY9)
+    assert [report.epoch for report in history.epochs] == [3, 6, 8]
+    every, reports = lab.train(epochs=8, **CONVOY9)
+    assert [reports.epochs[epoch - 1] for epoch in (3, 6, 8)] == history.epochs
+    assert weights_sha256(trainer.weights()) == weights_sha256(every.weights())
+    keys = {"epochs": 30, "early_stopping": 4, "select": "best", "lr": 0.3, "validate_every": 2, **CONVOY9}
+    trainer, history = lab.train(**keys)
+    accuracies = {report.epoch: report.val.accuracy for report in history.epochs}
+    assert trainer.best_epoch == max(accuracies, key=lambda epoch: (accuracies[epoch], -epoch))
+    assert trainer.selected.accuracy == max(accuracies.values())
+    assert trainer.step // trainer.steps_per_epoch == trainer.best_epoch + 4 < 30
 
 
 def test_moving_average_lags_behind_the_weights_and_is_what_is_kept(lab: Lab) -> None:

@@ -27,7 +27,8 @@ def test_rungs_end_at_the_last_epoch_and_cost_what_their_trials_add(
     trials: int, eta: int, epochs: int, rungs: list[tuple[int, int]], cost: int
 ) -> None:
     sweep = SweepConfig(space={"lr": (0.1, 0.2)}, trials=trials, eta=eta)
-    assert sweep.rungs(epochs) == [Rung(*rung) for rung in rungs]
+    starts = [0, *(end for end, _ in rungs)]
+    assert sweep.rungs(epochs) == [Rung(start, *rung) for start, rung in zip(starts, rungs, strict=False)]
     assert sweep.cost(epochs) == cost
     assert rungs[-1][0] == epochs
 
