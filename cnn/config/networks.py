@@ -55,7 +55,13 @@ class Convoy9Options(Config):
     """Options of `convoy9`, eight convolutions with batch norm and a linear layer (`network.*`)."""
 
     width: int = Field(32, ge=4, le=512, multiple_of=4)
-    """Filters of the first convolution; later stages have two, four and eight times as many."""
+    """Filters of the first convolution; the two stages after it have two and four times as many."""
+
+    stem_width: int | None = Field(None, ge=4, le=512)
+    """Filters of the first convolution, if not `width`. Half as many save a tenth of the time on small grey images."""
+
+    stem_kernel: Literal[2, 3] = 3
+    """Height and width of the first convolution's kernel, in pixels; 2 is faster."""
 
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping a feature before the linear layer."""

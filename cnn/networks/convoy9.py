@@ -15,10 +15,10 @@ class Convoy9(nn.Module):
 
     def __init__(self, options: Convoy9Options, *, channels: int, image_size: int, classes: int) -> None:
         super().__init__()
-        width = options.width
+        width, stem = options.width, options.stem_width or options.width
         pool = [image_size >> stage >= 2 for stage in range(3)]
-        self.stem = _conv(channels, width, pool=pool[0])
-        self.stage1 = nn.Sequential(_conv(width, 2 * width, pool=pool[1]), _Residual(2 * width))
+        self.stem = _conv(channels, stem, kernel=options.stem_kernel, pool=pool[0])
+        self.stage1 = nn.Sequential(_conv(stem, 2 * width, pool=pool[1]), _Residual(2 * width))
         self.stage2 = nn.Sequential(_conv(2 * width, 4 * width, pool=pool[2]), _Residual(4 * width))
         self.head = _conv(4 * width, 4 * width)
         self.dropout = nn.Dropout(options.dropout)
@@ -31,10 +31,10 @@ class Convoy9(nn.Module):
         return logits
 
 
-def _conv(inputs: int, outputs: int, *, pool: bool = False) -> nn.Sequential:
-    """Builds a 3×3 convolution, 2×2 max pooling if `pool`, batch norm and ReLU."""
+def _conv(inputs: int, outputs: int, *, kernel: int = 3, pool: bool = False) -> nn.Sequential:
+    """Builds a convolution, 2×2 max pooling if `pool`, batch norm and ReLU."""
     pooling = [nn.MaxPool2d(2)] if pool else []
-    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    convolution = nn.Conv2d(inputs, outputs, kernel, padding=1, bias=False)
     return nn.Sequential(convolution, *pooling, nn.BatchNorm2d(outputs), nn.ReLU())
 
 

@@ -122,13 +122,18 @@ def network(maps):
     return F.linear(layer(maps, "head").amax((2, 3)), weights["linear.weight"], weights["linear.bias"])
 
 
+def predict(maps):
+    return (network(maps) + network(maps.flip(3))) / 2 if described["config"]["test_flip"] else network(maps)
+
+
 {prepare(resize)}
 described = json.loads(about["convoy"])
 mean, std = (torch.tensor(described[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
 maps = (torch.from_numpy(images) / 255 - mean) / std.clamp_min(1e-6)
-logits = network(maps)
-if described["config"]["test_flip"]:
-    logits = (logits + network(maps.flip(3))) / 2
+logits = predict(maps)
+if by := described["config"]["test_shift"]:
+    padded = F.pad(maps, (by, by, by, by), mode="replicate")
+    logits = logits / 2 + predict(padded[..., : -2 * by, : -2 * by]) / 4 + predict(padded[..., 2 * by :, 2 * by :]) / 4
 probabilities = logits.softmax(1).numpy()
 {ANSWER}"""
 

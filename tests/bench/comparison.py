@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+from cnn.training.reports import EpochReport, StepReport
+from cnn.training.trainer import Trainer
+
 
 @dataclass(frozen=True)
 class Side:
@@ -95,3 +98,13 @@ def fastest(sides: Sequence[Side]) -> Side:
     for side in sides:
         side.measure()
     return max(sides, key=lambda side: side.measure())
+
+
+class Quiet:
+    """Reports nothing of a training."""
+
+    def on_step(self, report: StepReport) -> None: ...
+
+    def on_epoch(self, report: EpochReport) -> None: ...
+
+    def after_step(self, trainer: Trainer, *, milestone: bool) -> None: ...

@@ -34,7 +34,7 @@ from cnn.preprocessing.pack import preprocess
 from cnn.training.loop import fit
 from cnn.training.trainer import Trainer
 from infra.machine.lifeline import die_with_parent
-from tests.bench.comparison import Comparison, Side, compare, rate, require
+from tests.bench.comparison import Comparison, Quiet, Side, compare, rate, require
 
 WRONG = 0.03  # share of the labels that is changed, to a random other class
 EPOCHS = (12, 40)  # of a training
@@ -142,16 +142,6 @@ def _comparison(name: str, ours: tuple[str, list[float]], theirs: tuple[str, lis
     )
 
 
-class _Quiet:
-    """Reports nothing of a training."""
-
-    def on_step(self, report: object) -> None: ...
-
-    def on_epoch(self, report: object) -> None: ...
-
-    def after_step(self, trainer: Trainer, *, milestone: bool) -> None: ...
-
-
 def main() -> None:
     """Trains on the planted labels, and prints the figures of images that were seen in training, and of the others."""
     die_with_parent(os.getppid())
@@ -173,7 +163,7 @@ def main() -> None:
             device=device,
             exchange=exchange,
         )
-        fit(trainer, _Quiet())
+        fit(trainer, Quiet())
         trainer.network.load_state_dict(trainer.weights())
         network = nn.Sequential(Normalise(manifest.mean, manifest.std), trainer.network)
         results = {}

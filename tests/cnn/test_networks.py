@@ -25,8 +25,19 @@ def test_a_name_of_each_kind_builds_its_network(model: str) -> None:
     assert network(model, channels=3, image_size=32, classes=7)(torch.rand(2, 3, 32, 32)).shape == (2, 7)
 
 
-def test_convoy9_takes_a_single_pixel() -> None:
-    assert network("convoy9", image_size=1)(torch.rand(2, 1, 1, 1)).shape == (2, 10)
+@pytest.mark.parametrize("stem", [{}, {"stem_width": 6, "stem_kernel": 2}])
+def test_convoy9_takes_a_single_pixel(stem: dict[str, int]) -> None:
+    assert network("convoy9", image_size=1, **stem)(torch.rand(2, 1, 1, 1)).shape == (2, 10)
+
+
+def test_the_first_convolution_of_convoy9_can_be_smaller_and_the_rest_stays() -> None:
+    usual, small = (network("convoy9", width=8, **stem) for stem in ({}, {"stem_width": 4, "stem_kernel": 2}))
+    shapes, smaller = ({key: tuple(value.shape) for key, value in each.state_dict().items()} for each in (usual, small))
+    assert smaller["stem.0.weight"] == (4, 1, 2, 2)
+    assert smaller["stage1.0.0.weight"] == (16, 4, 3, 3)
+    of_stem = {key for key in shapes if key.startswith("stem") or key == "stage1.0.0.weight"}
+    assert {key for key in shapes if shapes[key] != smaller[key]} == of_stem - {"stem.2.num_batches_tracked"}
+    assert small.stem(torch.rand(2, 1, 28, 28)).shape == (2, 4, 14, 14)
 
 
 def test_notes_is_the_network_of_the_notes() -> None:
