@@ -197,7 +197,8 @@ class TrainConfig(Config):
 
     test_shift: int = Field(0, ge=0, le=64)
     """Average the logits of each image and of two copies, moved by this many pixels along the diagonal, in all
-    predictions, which then take three times as long. 0 is off."""
+    predictions, which then take three times as long (with `test_flip`, which mirrors one of these copies, four times);
+    0 is off."""
 
     augment: AugmentConfig = AugmentConfig()
 

@@ -122,18 +122,18 @@ def network(maps):
     return F.linear(layer(maps, "head").amax((2, 3)), weights["linear.weight"], weights["linear.bias"])
 
 
-def predict(maps):
-    return (network(maps) + network(maps.flip(3))) / 2 if described["config"]["test_flip"] else network(maps)
-
-
 {prepare(resize)}
 described = json.loads(about["convoy"])
 mean, std = (torch.tensor(described[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
 maps = (torch.from_numpy(images) / 255 - mean) / std.clamp_min(1e-6)
-logits = predict(maps)
-if by := described["config"]["test_shift"]:
+copies, flip, by = [maps], described["config"]["test_flip"], described["config"]["test_shift"]
+if flip:
+    copies.append(maps.flip(3))
+if by:
     padded = F.pad(maps, (by, by, by, by), mode="replicate")
-    logits = logits / 2 + predict(padded[..., : -2 * by, : -2 * by]) / 4 + predict(padded[..., 2 * by :, 2 * by :]) / 4
+    left = padded[..., 2 * by :, 2 * by :]
+    copies += [padded[..., : -2 * by, : -2 * by], left.flip(3) if flip else left]
+logits = sum(map(network, copies)) / len(copies)
 probabilities = logits.softmax(1).numpy()
 {ANSWER}"""
 
