@@ -126,14 +126,9 @@ def network(maps):
 described = json.loads(about["convoy"])
 mean, std = (torch.tensor(described[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
 maps = (torch.from_numpy(images) / 255 - mean) / std.clamp_min(1e-6)
-copies, flip, by = [maps], described["config"]["test_flip"], described["config"]["test_shift"]
-if flip:
-    copies.append(maps.flip(3))
-if by:
-    padded = F.pad(maps, (by, by, by, by), mode="replicate")
-    left = padded[..., 2 * by :, 2 * by :]
-    copies += [padded[..., : -2 * by, : -2 * by], left.flip(3) if flip else left]
-logits = sum(map(network, copies)) / len(copies)
+logits = network(maps)
+if described["config"]["test_flip"]:
+    logits = (logits + network(maps.flip(3))) / 2
 probabilities = logits.softmax(1).numpy()
 {ANSWER}"""
 

@@ -52,8 +52,8 @@ class Tail(nn.Module):
 
 def wants_features(config: TrainConfig, manifest: Manifest, network: nn.Module) -> bool:
     """Checks whether all epochs would compute the same features for a linear head, and whether they fit into memory."""
-    changing = config.test_flip or config.test_shift or not config.augment.is_off
-    if changing or config.finetune.freeze != "body" or config.finetune.freeze_epochs is not None:
+    same = config.finetune.freeze == "body" and config.finetune.freeze_epochs is None and not config.test_flip
+    if not same or not config.augment.is_off:
         return False
     head, images = head_of(network), manifest.splits["train"].count + manifest.splits["val"].count
     return isinstance(head, nn.Linear) and images * head.in_features * 4 <= MAX_BYTES

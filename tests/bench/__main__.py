@@ -27,6 +27,7 @@ from tests.bench import (
     overhead,
     photos,
     prediction,
+    record,
     scaling,
     training,
 )
@@ -54,6 +55,7 @@ COMPARISONS: dict[str, Measure] = {
     "errors": label_errors.label_errors,
     "gpu": gpu.gpu,
     "predict": prediction.prediction,
+    "record": record.record,
 }
 WIDTH = 140  # of the table, wherever it is printed
 

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from cnn.config.training import AugmentConfig
 from cnn.networks.wrappers import Normalise
-from cnn.networks.wrappers import TestTimeAverage as Averaged
+from cnn.networks.wrappers import TestTimeFlip as FlippedNetwork
 from cnn.serving.classifier import ServedClassifier
 from cnn.training.augment import augment, mix
 from tests.cnn.conftest import check_export_takes_any_number
@@ -234,27 +234,14 @@ def test_nothing_is_read_from_the_device(options: dict[str, float]) -> None:
 def test_test_time_flip_gives_mirror_images_the_same_logits_which_are_the_mean() -> None:
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 5, 7))
     images = torch.rand(2, 3, 4, 5)
-    logits = Averaged(network, flip=True, shift=0)(images)
+    logits = FlippedNetwork(network)(images)
     torch.testing.assert_close(logits, torch.stack([network(images), network(images.flip(3))]).mean(0))
-    torch.testing.assert_close(logits, Averaged(network, flip=True, shift=0)(images.flip(3)))
+    torch.testing.assert_close(logits, FlippedNetwork(network)(images.flip(3)))
     assert not torch.allclose(logits, network(images))
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_test_time_shift_averages_over_moved_images_whose_edges_are_repeated(flip: bool) -> None:
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 5, 7))
-    images = torch.rand(2, 3, 4, 5)
-    rows, columns = torch.arange(4)[:, None], torch.arange(5)
-    right, left = (images[:, :, (rows + by).clamp(0, 3), (columns + by).clamp(0, 4)] for by in (-1, 1))
-    assert torch.equal(right[..., 1:, 1:], images[..., :-1, :-1])
-    copies = [images, images.flip(3), right, left.flip(3)] if flip else [images, right, left]
-    expected = torch.stack([network(each) for each in copies]).mean(0)
-    torch.testing.assert_close(Averaged(network, flip=flip, shift=1)(images), expected)
-    assert not torch.allclose(expected, network(images))
-
-
-def test_averages_over_copies_survive_export() -> None:
+def test_test_time_flip_survives_export() -> None:
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 6 * 6, 5))
-    served = ServedClassifier(Averaged(network, flip=True, shift=2), (0.2, 0.4, 0.6), (0.1, 0.2, 0.3))
+    served = ServedClassifier(FlippedNetwork(network), (0.2, 0.4, 0.6), (0.1, 0.2, 0.3))
     images = torch.randint(256, (9, 3, 8, 8), dtype=torch.uint8)
     check_export_takes_any_number(served, images)

@@ -58,7 +58,7 @@ USAGE = Usage(
 def original() -> tuple[torch.nn.Module, Description, ServedClassifier]:
     torch.manual_seed(0)
     described = Description(
-        config=TrainConfig(model="convoy9", network={"width": 4}, test_flip=True, test_shift=1),
+        config=TrainConfig(model="convoy9", network={"width": 4}, test_flip=True),
         classes=CLASSES,
         channels=3,
         image_size=16,

@@ -363,7 +363,6 @@ def test_ranks_and_interruptions_change_nothing_where_features_are_computed_once
         {"finetune": {"freeze": "head"}},
         {"finetune": {"freeze": "body", "freeze_epochs": 1}},
         {"test_flip": True},
-        {"test_shift": 1},
     ],
 )
 def test_images_are_used_where_features_would_differ_between_epochs(change: dict[str, Any], trainer_of: Make) -> None:

@@ -49,7 +49,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "precision": "bfloat16",
         "optimizer": "muon",
         "lr": 0.05,
-        "test_shift": 1,
         "validate_every": 2,
     },
 }
