@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from cnn.config.base import Config
 from cnn.config.training import TrainConfig
 from infra.errors import UsageError
-from tasks.config.key_values import explain
+from tasks.config.key_values import explain, put
 from tasks.config.run import RunConfig, load_config, read_file
 
 Value = bool | int | float | str | None
@@ -155,11 +155,7 @@ def with_values(config: RunConfig, values: Mapping[str, Value]) -> RunConfig:
     """
     nested: dict[str, Any] = {}
     for key, value in values.items():
-        section = nested
-        *path, last = key.split(".")
-        for name in path:
-            section = section.setdefault(name, {})
-        section[last] = value
+        put(nested, key, value, key)
     return load_config(None, (), nested, base=config.model_dump(exclude_unset=True))
 
 
