@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.console import as_known_error, configuration_file
+from flows.cli.in_process import check_before_servers, run_training
 from flows.cli.models import compare_named, promote_named
 from flows.cli.prediction import write_predictions
-from flows.cli.training import check_before_servers, run_training
 from flows.summary import Summary
 from infra.machine import stopping
 from tasks.config.deployment import load_project

@@ -178,8 +178,9 @@ class TrainConfig(Config):
     """Largest norm of a step's gradient; a larger gradient is scaled down to it. 0 is off."""
 
     precision: Literal["float32", "bfloat16", "tf32"] = "float32"
-    """`bfloat16` runs the network under autocast; weights, sums and losses stay float32. `tf32` lets a GPU round the
-    factors of products to 10 bits of mantissa; on a CPU it is float32. Evaluation is always in float32."""
+    """`bfloat16` runs the network under autocast, and Muon's products; weights, sums and losses stay float32. `tf32`
+    lets a GPU round the factors of products to 10 bits of mantissa; on a CPU it is float32. Evaluation is always in
+    float32."""
 
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of a moving average of the weights, which is validated and kept in place of the weights. 0 is off."""

@@ -31,14 +31,15 @@ def fit(trainer: Trainer, reporter: Reporter, *, until_epoch: int | None = None)
     end = trainer.total_steps if until_epoch is None else until_epoch * trainer.steps_per_epoch
     while not trainer.finished and trainer.step < end:
         trainer.train_step()
-        epoch_ends = trainer.epochs_done.is_integer()
+        epoch_ends = trainer.step % trainer.steps_per_epoch == 0
         settled = trainer.step if epoch_ends else trainer.step - REPORT_DELAY_STEPS
         for report in trainer.reports.until(settled):
             reporter.on_step(report)
         if trainer.reports.broken_step <= settled:
             raise trainer.non_finite_error()
         if trainer.validates:
-            reporter.on_epoch(EpochReport(epoch=int(trainer.epochs_done), step=trainer.step, val=trainer.validate()))
+            epoch = trainer.step // trainer.steps_per_epoch
+            reporter.on_epoch(EpochReport(epoch=epoch, step=trainer.step, val=trainer.validate()))
         stopping = trainer.reports.vote_step <= settled
         reporter.after_step(trainer, milestone=epoch_ends or stopping)
         if stopping:

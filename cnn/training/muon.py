@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the polynomial in Jordan et al., "Muon" (2024): steep at zero: a few turns bring most singular values near 1."""
+"""The polynomial of a Newton-Schulz step in Jordan et al., "Muon" (2024): most singular values soon come near 1."""
 
-TURNS = 3
-"""Jordan takes five, and three in his fastest trainings of small networks (airbench94_muon)."""
+NEWTON_SCHULZ_STEPS = 3
+"""Jordan makes five, and three in his fastest trainings of small networks (airbench94_muon)."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -42,15 +42,16 @@ class Muon(torch.optim.Optimizer):
                 momentum.mul_(torch.where(keeps, group["momentum"], 1)).add_(gradient)
                 change = gradient.add_(momentum, alpha=group["momentum"])
                 if group["matrices"]:
-                    change = orthogonal(change, group["precision"])
+                    change = orthogonalize(change, group["precision"])
                 change = change.add(parameter, alpha=group["weight_decay"])
                 parameter.add_(torch.where(keeps, change, 0), alpha=-group["lr"])
 
 
-def orthogonal(values: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
+def orthogonalize(values: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
     """Returns about the nearest matrix whose rows, or columns if these are fewer, are orthogonal and of length one.
 
-    A matrix with more rows than columns is enlarged, so that outputs change as much as with a square one.
+    Newton-Schulz steps come near it without a decomposition. A matrix with more rows than columns is enlarged, so that
+    outputs change as much as with a square one.
 
     Args:
         values: a matrix, or a kernel O×I×H×W, which counts as O×(I·H·W).
@@ -60,7 +61,7 @@ def orthogonal(values: Tensor, precision: torch.dtype = torch.float32) -> Tensor
     matrix = (matrix / matrix.norm().clamp_min(1e-7)).to(precision)
     matrix = matrix.T if tall else matrix
     a, b, c = COEFFICIENTS
-    for _ in range(TURNS):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         square = matrix @ matrix.T
         matrix = torch.addmm(matrix, torch.addmm(square, square, square, beta=b, alpha=c), matrix, beta=a)
     matrix = matrix.T if tall else matrix

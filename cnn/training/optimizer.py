@@ -58,7 +58,7 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if isinstance(optimizer, torch.optim.SGD | Muon):
-                if group["momentum"]:
+                if group["momentum"] or isinstance(optimizer, Muon):
                     optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
             else:
                 optimizer.state[parameter] = {

@@ -255,14 +255,10 @@ class Trainer:
         return bool(patience and self.step == ended * self.steps_per_epoch and ended - self.best_epoch >= patience)
 
     @property
-    def epochs_done(self) -> float:
-        """The epochs so far; a whole number at an epoch's end."""
-        return self.step / self.steps_per_epoch
-
-    @property
     def validates(self) -> bool:
-        """Whether an epoch has ended after which the network is validated."""
-        return self.epochs_done % self.config.validate_every == 0 or self.step == self.total_steps
+        """Whether the last step ended an epoch after which the network is validated."""
+        epoch, rest = divmod(self.step, self.steps_per_epoch)
+        return rest == 0 and (epoch % self.config.validate_every == 0 or epoch == self.config.epochs)
 
     @property
     def best_epoch(self) -> int:

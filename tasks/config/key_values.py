@@ -32,13 +32,24 @@ def read_settings(settings: Iterable[str], values: dict[str, Any], *, example: s
         key, equals, text = setting.partition("=")
         if not equals:
             raise UsageError(f"--set {setting}: write key=value, for example --set {example}")
-        section = values
-        *path, last = key.strip().split(".")
-        for name in path:
-            section = section.setdefault(name, {})
-            if not isinstance(section, dict):
-                raise UsageError(f"--set {setting}: {name} is a value, not a section")
-        section[last] = read_yaml(text, f"--set {setting}: the value")
+        put(values, key.strip(), read_yaml(text, f"--set {setting}: the value"), f"--set {setting}")
+
+
+def put(values: dict[str, Any], key: str, value: Any, what: str) -> None:
+    """Puts a value into nested mappings; a dot separates section and key.
+
+    Args:
+        what: the beginning of an error message.
+
+    Raises:
+        UsageError: a section is a value.
+    """
+    *path, last = key.split(".")
+    for name in path:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise UsageError(f"{what}: {name} is a value, not a section")
+    values[last] = value
 
 
 def from_settings(model: type[Flat], settings: Iterable[str], *, example: str, section: str = "") -> Flat:

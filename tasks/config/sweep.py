@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from cnn.config.base import Config
 from cnn.config.training import TrainConfig
 from infra.errors import UsageError
-from tasks.config.key_values import explain
+from tasks.config.key_values import explain, put
 from tasks.config.run import RunConfig, load_config, read_file
 
 Value = bool | int | float | str | None
@@ -135,11 +135,9 @@ def read_sweep(file: Path, options: Mapping[str, Any], config: RunConfig) -> Swe
         if key == "batch_size" and not value:
             raise UsageError(f"{file}: batch_size: name sizes; 0, which leaves the choice to Convoy, is none")
         try:
-            with_values(config, {key: value})
+            trial_config(config, {key: value})
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from None
-    if config.validate_every > 1:
-        raise UsageError("validate_every must be 1 in a sweep, which compares the trials at the ends of its rungs")
     if len(sweep.rungs(config.epochs)) < 2:
         raise UsageError(
             f"a sweep compares trials before their end: give it at least {sweep.eta} epochs and {sweep.eta} trials"
@@ -147,19 +145,17 @@ def read_sweep(file: Path, options: Mapping[str, Any], config: RunConfig) -> Swe
     return sweep
 
 
-def with_values(config: RunConfig, values: Mapping[str, Value]) -> RunConfig:
-    """Returns the configuration with other values of some keys in dotted form.
+def trial_config(config: RunConfig, values: Mapping[str, Value]) -> RunConfig:
+    """Returns the configuration of a trial, with its values of some keys in dotted form.
+
+    It is validated after each epoch, since trials are compared at the ends of rungs.
 
     Raises:
         UsageError: a value is invalid.
     """
-    nested: dict[str, Any] = {}
+    nested: dict[str, Any] = {"validate_every": 1}
     for key, value in values.items():
-        section = nested
-        *path, last = key.split(".")
-        for name in path:
-            section = section.setdefault(name, {})
-        section[last] = value
+        put(nested, key, value, key)
     return load_config(None, (), nested, base=config.model_dump(exclude_unset=True))
 
 

@@ -65,7 +65,7 @@ class Commit(Record, extra="forbid"):
     """SHA-256 of each file, by its key."""
 
     val_accuracy: float | None = None
-    """Validation accuracy, 0 to 1, after the last epoch before the checkpoint."""
+    """Validation accuracy, 0 to 1, of these weights; None if they were not validated."""
 
     train_seconds: float = 0.0
     """Seconds of training up to this step, summed over restarts."""

@@ -274,7 +274,7 @@ class RankZero:
         self._folder.write_event(Event(warning=message))
 
     def on_step(self, report: StepReport) -> None:
-        epoch_ends = report.step % self._trainer.steps_per_epoch == 0  # validation follows
+        epoch_ends = report.step % self._trainer.steps_per_epoch == 0  # validation may follow
         measured = self._speed.measure(self._trainer.step, at_least=SPEED_SPAN / 10 if epoch_ends else SPEED_SPAN)
         speed = {} if measured is None else {"images_per_second": measured}
         figures = {
@@ -324,7 +324,7 @@ class RankZero:
             Snapshot(
                 step=trainer.step,
                 state=take_state(trainer),
-                val_accuracy=trainer.history[-1].accuracy if trainer.history else None,
+                val_accuracy=trainer.history[-1].accuracy if trainer.validates else None,
                 train_seconds=self.train_seconds,
                 metrics=tuple(row.model_dump(mode="json") for row in self._metrics.unacknowledged()),
             )
@@ -407,9 +407,8 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
         except BaseException:
             first.close()
             raise
-        paused = (
-            job.until_epoch is not None and trainer.step == job.until_epoch * trainer.steps_per_epoch and not finished
-        )
+        until = job.until_epoch and job.until_epoch * trainer.steps_per_epoch
+        paused = not finished and trainer.step == until
         outcome = Outcome(
             status="finished" if finished else "paused" if paused else "interrupted",
             steps=trainer.step if finished else first.store_last(trainer.step, stop),

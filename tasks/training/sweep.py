@@ -33,7 +33,7 @@ from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs, tags
 from infra.tracking.promotion_history import this_user
 from tasks.config.run import RunConfig, with_network_options
-from tasks.config.sweep import Range, SweepConfig, Value, contains, value_of, with_values
+from tasks.config.sweep import Range, SweepConfig, Value, contains, trial_config, value_of
 from tasks.data.dataset import DatasetRef
 from tasks.orchestration.cancellation import Cancelled
 from tasks.orchestration.progress import Advance, progress, run_logger
@@ -239,7 +239,7 @@ class Sweep:
     def _config_of(self, trial: Trial) -> RunConfig | None:
         """Returns a trial's configuration; None, with a warning, if its values do not go together."""
         try:
-            return with_network_options(with_values(self._record.config, trial.values))
+            return with_network_options(trial_config(self._record.config, trial.values))
         except (InputError, UsageError) as error:
             run_logger().warning("trial %d is left out, with %s: %s", trial.number, trial.values, error)
             return None
@@ -352,7 +352,7 @@ def sweep_best(record: SweepRecord, sweep_run: str | None, asked: int | None) ->
             if trial.run_id and not trial.failed and trial is not best:
                 outlast(partial(mlflow_runs.end_run, trial.run_id, "FINISHED"))
         outlast(partial(mlflow_runs.set_tags, best.run_id, {tags.SWEEP_BEST: "true"}))
-    return with_network_options(with_values(record.config, best.values)), best.run_id, result
+    return with_network_options(trial_config(record.config, best.values)), best.run_id, result
 
 
 @contextmanager

@@ -293,7 +293,9 @@ def test_ranks_and_interruptions_just_before_at_and_after_the_boundary_change_no
         assert (each["steps"], each["epochs"]) == (alone["steps"], alone["epochs"])
 
 
-@pytest.mark.parametrize(("optimizer", "state"), [("sgd", "momentum_buffer"), ("adam", "exp_avg")])
+@pytest.mark.parametrize(
+    ("optimizer", "state"), [("sgd", "momentum_buffer"), ("adam", "exp_avg"), ("muon", "momentum_buffer")]
+)
 def test_a_checkpoint_of_any_step_around_the_boundary_continues_in_the_same_way(
     optimizer: str, state: str, trainer_of: Make
 ) -> None:

@@ -47,8 +47,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": "convoy9",
         "network": {"width": 4},
         "precision": "bfloat16",
+        "optimizer": "adam",
+        "lr": 0.01,
+    },
+    "convoy9 by Muon in bfloat16": {
+        "model": "convoy9",
+        "network": {"width": 4, "stem_width": 4, "stem_kernel": 2},
+        "precision": "bfloat16",
         "optimizer": "muon",
         "lr": 0.05,
+        "weight_decay": 0.02,
+        "select": "best",
         "validate_every": 2,
     },
 }
@@ -150,14 +159,16 @@ def test_eight_lanes_give_the_same_to_1_2_4_and_8_ranks(ranks: Ranks, digits: Pa
     assert len({rank["weights"] for plan in plans for rank in plan}) == 1
 
 
-@pytest.mark.parametrize("recipe", ["notes", "convoy9", "convoy9 augmented, of balanced classes"])
+@pytest.mark.parametrize(
+    "recipe", ["notes", "convoy9", "convoy9 augmented, of balanced classes", "convoy9 by Muon in bfloat16"]
+)
 def test_stopped_and_resumed_in_mid_epoch_by_other_numbers_of_ranks_nothing_differs(
     recipe: str, ranks: Ranks, digits: Packed
 ) -> None:
-    config = TrainConfig(epochs=2, batch_size=64, lanes=4, **RECIPES[recipe])
+    config = TrainConfig(epochs=3, batch_size=64, lanes=4, **RECIPES[recipe])
     per_epoch = digits.manifest.splits["train"].count // 64
     (undisturbed,), (resumed,), four = ranks.train(
-        digits, config, 1, f"2@5,4@{per_epoch - 2},2@{per_epoch + 3},1", "1@9,4"
+        digits, config, 1, f"2@5,4@{per_epoch - 2},2@{2 * per_epoch + 3},1", "1@9,4"
     )
     assert resumed == undisturbed
     assert four[0] == undisturbed

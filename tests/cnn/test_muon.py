@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cnn.config.training import TrainConfig
-from cnn.training.muon import orthogonal
+from cnn.training.muon import orthogonalize
 from cnn.training.optimizer import build_optimizer, set_learning_rate
 
 
@@ -12,7 +12,7 @@ from cnn.training.optimizer import build_optimizer, set_learning_rate
 def test_all_directions_of_a_step_are_about_equally_long_and_the_same_as_the_gradients(shape: tuple[int, ...]) -> None:
     random = torch.Generator().manual_seed(0)
     gradient = torch.randn(shape, generator=random) * 1e-3
-    step = orthogonal(gradient).flatten(1)
+    step = orthogonalize(gradient).flatten(1)
     rows, columns = step.shape
     left, _, right = torch.linalg.svd(gradient.flatten(1).double(), full_matrices=False)
     turned = left.T @ step.double() @ right.T  # diagonal, if the directions are the same
@@ -20,24 +20,24 @@ def test_all_directions_of_a_step_are_about_equally_long_and_the_same_as_the_gra
     assert (turned - turned.diag().diag()).abs().max() < 1e-3 * scale
     assert (0.5 * scale < turned.diag()).all()
     assert (turned.diag() < 1.3 * scale).all()
-    in_bfloat16 = orthogonal(gradient, torch.bfloat16).flatten(1)
+    in_bfloat16 = orthogonalize(gradient, torch.bfloat16).flatten(1)
     assert (in_bfloat16 - step).norm() < 0.05 * step.norm()
 
 
-def test_a_step_has_momentum_decay_and_the_learning_rate_of_its_group() -> None:
+@pytest.mark.parametrize("momentum", [0.5, 0.0])
+def test_a_step_has_momentum_decay_and_the_learning_rate_of_its_group(momentum: float) -> None:
     network = torch.nn.Linear(3, 2)
-    config = TrainConfig(optimizer="muon", momentum=0.5, weight_decay=0.1)
+    config = TrainConfig(optimizer="muon", momentum=momentum, weight_decay=0.1)
     optimizer = build_optimizer(config, network, {network.bias: 10.0})
     set_learning_rate(optimizer, 0.01)
     weight, bias = network.weight.detach().clone(), network.bias.detach().clone()
-    gradient = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    first, second = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), torch.tensor([[0.0, 0.0, 3.0], [1.0, 0.0, 0.0]])
     optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
-    for number in (1, 2):
+    for gradient, average, of_bias in ((first, first, 1), (second, momentum * first + second, 1 + momentum)):
         network.weight.grad, network.bias.grad = gradient.clone(), torch.ones(2)
         optimizer.step()
-        momentum = {1: 1.0, 2: 1.5}[number]
-        bias = bias - 0.1 * (1 + 0.5 * momentum)
-        weight = weight - 0.01 * (orthogonal(gradient * (1 + 0.5 * momentum)) + 0.1 * weight)
+        bias = bias - 0.1 * (1 + momentum * of_bias)
+        weight = weight - 0.01 * (orthogonalize(gradient + momentum * average) + 0.1 * weight)
         torch.testing.assert_close(network.bias.detach(), bias)
         torch.testing.assert_close(network.weight.detach(), weight)
 

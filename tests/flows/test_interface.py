@@ -138,7 +138,7 @@ def test_prefect_loaded_before_the_servers_uses_their_server(stack: Endpoints, t
         f"""
 import os, sys, convoy
 from flows.cli.console import servers_to_read, servers_up
-from flows.cli.training import check_before_servers
+from flows.cli.in_process import check_before_servers
 from tasks.config.run import load_config
 for name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_", "PREFECT_"))]:
     del os.environ[name]

@@ -86,10 +86,10 @@ def test_ctrl_c_after_the_training_promotes_nothing(
 
 AFTER_THE_FLOW = """
 import time
-from flows.cli import app as cli
-write = cli.write_summary
-cli.write_summary = lambda *arguments: (write(*arguments), time.sleep(3))
-cli.main()
+from flows.cli import app, training
+write = training.write_summary
+training.write_summary = lambda *arguments: (write(*arguments), time.sleep(3))
+app.main()
 """  # else the signal may come when the program has ended
 
 

@@ -77,7 +77,7 @@ def test_what_has_few_values_is_a_choice() -> None:
     by_name, own = fields["config.model"]["anyOf"]
     assert by_name["enum"] == [*NETWORKS, *(f"timm/{name}" for name in timm_names())]
     assert own["title"] == "Your own"
-    assert fields["config.optimizer"]["enum"] == ["sgd", "adam", "adamw"]
+    assert fields["config.optimizer"]["enum"] == ["sgd", "adam", "adamw", "muon"]
     assert fields["config.promote"]["enum"] == [True, False, None]
     assert fields["config.data.channels"]["enum"] == [1, 3, None]
     assert definition(schema, fields["refresh"]["items"])["enum"] == ["download", "preprocess"]

@@ -7,7 +7,7 @@ import pytest
 
 from infra.errors import UsageError
 from tasks.config.run import load_config
-from tasks.config.sweep import Range, Rung, SweepConfig, contains, read_sweep, value_of, with_values
+from tasks.config.sweep import Range, Rung, SweepConfig, contains, read_sweep, trial_config, value_of
 
 CONFIG = load_config(None, ["epochs=9"])
 
@@ -43,6 +43,7 @@ def test_rungs_end_at_the_last_epoch_and_cost_what_their_trials_add(
         ("lr: []", r"space.yaml: lr: write a list of values, or a range"),
         ("learning_rate: [0.1]", r"space.yaml: learning_rate is no key that trials can differ in"),
         ("epochs: [3, 9]", r"space.yaml: epochs is no key that trials can differ in"),
+        ("validate_every: [1, 3]", r"space.yaml: validate_every is no key that trials can differ in"),
         ("ranks: [1, 2]", r"space.yaml: ranks is no key that trials can differ in"),
         ("augment.shfit: [1, 2]", r"space.yaml: unknown key 'augment.shfit'; did you mean 'augment.shift'\?"),
         ("augment.shift: {low: 0, high: 3, step: 0}", r"space.yaml: .*greater than 0"),
@@ -72,8 +73,10 @@ def test_a_sweep_too_small_to_stop_a_trial_early_is_refused(tmp_path: Path) -> N
 
 
 def test_values_replace_single_keys_of_a_configuration() -> None:
-    found = with_values(CONFIG, {"lr": 0.5, "network.width": 8, "augment.shift": 1})
+    given = load_config(None, ["epochs=9", "validate_every=3"])
+    found = trial_config(given, {"lr": 0.5, "network.width": 8, "augment.shift": 1})
     assert (found.lr, found.epochs, found.augment.shift, found.augment.flip) == (0.5, 9, 1, True)
+    assert found.validate_every == 1  # since trials are compared at any epoch
     assert value_of(found, "network.width") == 8
     assert value_of(found, "augment.shift") == 1
     assert value_of(found, "augment.nothing") is None

@@ -1,0 +1,99 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from inspect import Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli import completion
+from flows.cli.console import configuration_file
+from infra.sources.entries import CATALOGUE
+from tasks.config.run import RunConfig, recipes, with_network_options
+
+if TYPE_CHECKING:
+    from tasks.config.deployment import ProjectConfig
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="YAML file of configuration keys; see `convoy config`. Default: convoy.yaml, if it is here; "
+        "/dev/null is no file.",
+    ),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Named configuration to build on: {', '.join(recipes())}.", autocompletion=completion.recipe_names
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Set any key: -s lr=0.05 -s augment.shift=3. Repeatable.",
+        autocompletion=completion.settings,
+    ),
+]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(entry.name for entry in CATALOGUE)}; or a folder or archive of class sub-folders; or a label "
+        "table (.csv, .tsv, .jsonl, .parquet) with the columns path and label; or the address of one.",
+        autocompletion=completion.datasets,
+    ),
+]
+_model = RunConfig.model_fields["model"]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{' '.join((_model.description or '').split())} Default: {_model.default}.",
+        autocompletion=completion.networks,
+    ),
+]
+EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+RanksOption = Annotated[
+    int | None, typer.Option(help="Processes; the result does not depend on it. Default: one per GPU or core.")
+]
+NameOption = Annotated[str | None, typer.Option(help="Name of the registered model. Default: the dataset's.")]
+SummaryOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON, also on failure.")]
+LimitOption = Annotated[int | None, typer.Option(help="Trial run on at most this many images of each split.")]
+
+
+def read_project(
+    dataset: DatasetOption = None,
+    model: ModelOption = None,
+    epochs: EpochsOption = None,
+    ranks: RanksOption = None,
+    name: NameOption = None,
+    limit: LimitOption = None,
+    settings: SetOption = None,
+    config_file: ConfigOption = None,
+    recipe: RecipeOption = None,
+) -> "ProjectConfig":
+    """Reads the configuration that the options give."""
+    from tasks.config.deployment import load_project
+
+    settings = [*(settings or []), *([f"data.limit={limit}"] if limit is not None else [])]
+    options = {"dataset": dataset, "model": model, "epochs": epochs, "ranks": ranks, "name": name}
+    project = load_project(configuration_file(config_file), settings, options, recipe=recipe)
+    return with_network_options(project)
+
+
+def configured(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of `read_project` to a command, whose first argument becomes that function with their values."""
+    shared, (_, *own) = signature(read_project).parameters, signature(command).parameters.values()
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        command(partial(read_project, **{name: given.pop(name) for name in shared}), **given)
+
+    run.__dict__["__signature__"] = Signature([*shared.values(), *own])
+    run.__annotations__ = {each.name: each.annotation for each in (*shared.values(), *own)}
+    return run
