@@ -102,7 +102,8 @@ def test_the_state_of_servers_and_store_is_printed_as_json(stack: object, convoy
 
 def test_a_configuration_is_printed_as_json(convoy: Convoy) -> None:
     values = json.loads(convoy("config", "--set", "lr=0.5", "--json").stdout)
-    assert (values["lr"], values["network"]) == (0.5, {"width": 32, "stem_width": None, "stem_kernel": 3, "dropout": 0.0})
+    network = {"width": 32, "stem_width": None, "stem_kernel": 3, "dropout": 0.0}
+    assert (values["lr"], values["network"]) == (0.5, network)
     assert "exclude each other" in convoy("config", "--json", "--explain").complaint
     deployed = json.loads(convoy("config", "--schema").stdout)["$defs"]["DeployConfig"]
     assert deployed["properties"]["pool"]["default"] == "convoy"
