@@ -1,6 +1,9 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what the shell completes for them.
 
-from collections.abc import Callable
+A function that completes gets the word so far. Where nothing here fits, the shell completes names of files.
+"""
+
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from inspect import Signature, signature
 from pathlib import Path
@@ -8,13 +11,45 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli import completion
 from flows.cli.console import configuration_file
 from infra.sources.entries import CATALOGUE
 from tasks.config.run import RunConfig, recipes, with_network_options
 
 if TYPE_CHECKING:
     from tasks.config.deployment import ProjectConfig
+
+
+def _datasets(incomplete: str) -> list[str]:
+    """Returns names of the catalogue."""
+    return _beginning(incomplete, (entry.name for entry in CATALOGUE))
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    """Returns names of recipes."""
+    return _beginning(incomplete, recipes())
+
+
+def _networks(incomplete: str) -> list[str]:
+    """Returns names of networks; of those before a `/`, such as timm's thousand, only that first part."""
+    from tasks.config.keys import network_names
+
+    names = network_names()
+    if "/" not in incomplete:
+        names = list(dict.fromkeys(name[: name.find("/") + 1] or name for name in names))
+    return _beginning(incomplete, names)
+
+
+def _settings(incomplete: str) -> list[str]:
+    """Returns keys as `KEY=`."""
+    from tasks.config.deployment import ProjectConfig
+    from tasks.config.key_values import known_keys
+
+    return _beginning(incomplete, (f"{key}=" for key in known_keys(ProjectConfig)))
+
+
+def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
+
 
 ConfigOption = Annotated[
     Path | None,
@@ -27,9 +62,7 @@ ConfigOption = Annotated[
 ]
 RecipeOption = Annotated[
     str | None,
-    typer.Option(
-        help=f"Named configuration to build on: {', '.join(recipes())}.", autocompletion=completion.recipe_names
-    ),
+    typer.Option(help=f"Named configuration to build on: {', '.join(recipes())}.", autocompletion=_recipe_names),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -38,7 +71,7 @@ SetOption = Annotated[
         "-s",
         metavar="KEY=VALUE",
         help="Set any key: -s lr=0.05 -s augment.shift=3. Repeatable.",
-        autocompletion=completion.settings,
+        autocompletion=_settings,
     ),
 ]
 DatasetOption = Annotated[
@@ -46,7 +79,7 @@ DatasetOption = Annotated[
     typer.Option(
         help=f"{', '.join(entry.name for entry in CATALOGUE)}; or a folder or archive of class sub-folders; or a label "
         "table (.csv, .tsv, .jsonl, .parquet) with the columns path and label; or the address of one.",
-        autocompletion=completion.datasets,
+        autocompletion=_datasets,
     ),
 ]
 _model = RunConfig.model_fields["model"]
@@ -54,7 +87,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         help=f"{' '.join((_model.description or '').split())} Default: {_model.default}.",
-        autocompletion=completion.networks,
+        autocompletion=_networks,
     ),
 ]
 EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]
