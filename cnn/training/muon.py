@@ -30,6 +30,9 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, momentum: float, precision: torch.dtype) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "precision": precision})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

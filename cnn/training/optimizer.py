@@ -39,7 +39,7 @@ def build_optimizer(
             optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
         case "muon":
             low = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-            optimizer = Muon(groups, lr=config.lr, momentum=config.momentum, precision=low)
+            return Muon(groups, lr=config.lr, momentum=config.momentum, precision=low)
         case "adam":
             optimizer = torch.optim.Adam(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
         case "adamw":
@@ -57,8 +57,8 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
     """Creates the state that torch would create in the first step, so that a checkpoint can be loaded into it."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if isinstance(optimizer, torch.optim.SGD | Muon):
-                if group["momentum"] or isinstance(optimizer, Muon):
+            if isinstance(optimizer, torch.optim.SGD):
+                if group["momentum"]:
                     optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
             else:
                 optimizer.state[parameter] = {

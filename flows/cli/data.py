@@ -15,6 +15,7 @@ from flows.cli.console import (
     print_whole,
     servers_to_read,
 )
+from flows.cli.options import set_option
 from infra.errors import UsageError, counted, escaped
 from infra.machine.files import check_writable
 
@@ -25,7 +26,7 @@ app = typer.Typer(no_args_is_help=True, help="Look into dataset versions: which 
 
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A key of `data`: -s data.columns.label=class. Repeatable."),
+    set_option("A key of `data`: -s data.columns.label=class. Repeatable."),
 ]
 DATASET_HELP = "The beginning of a dataset version, a run's id, or a model: NAME, NAME@ALIAS or NAME/VERSION."
 

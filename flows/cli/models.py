@@ -18,6 +18,7 @@ from flows.cli.console import (
     servers_up,
     terminal,
 )
+from flows.cli.options import set_option
 
 if TYPE_CHECKING:
     from infra.tracking.promotion_history import Promotion
@@ -30,9 +31,7 @@ ReasonOption = Annotated[str, typer.Option(metavar="TEXT", help="Why; kept in th
 REFERENCE_HELP = "NAME/VERSION, NAME@ALIAS, or NAME for its champion."
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="A condition of the quality gate: -s mode=non-inferior. Repeatable."
-    ),
+    set_option("A condition of the quality gate: -s mode=non-inferior. Repeatable."),
 ]
 
 

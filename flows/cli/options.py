@@ -51,6 +51,11 @@ def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
+def set_option(help: str, *, completed_by: Callable[[str], list[str]] | None = None) -> Any:
+    """Returns the option `--set`; which keys it takes, the help of each command says."""
+    return typer.Option("--set", "-s", metavar="KEY=VALUE", help=help, autocompletion=completed_by)
+
+
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
@@ -65,14 +70,7 @@ RecipeOption = Annotated[
     typer.Option(help=f"Named configuration to build on: {', '.join(recipes())}.", autocompletion=_recipe_names),
 ]
 SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        "-s",
-        metavar="KEY=VALUE",
-        help="Set any key: -s lr=0.05 -s augment.shift=3. Repeatable.",
-        autocompletion=_settings,
-    ),
+    list[str] | None, set_option("Set any key: -s lr=0.05 -s augment.shift=3. Repeatable.", completed_by=_settings)
 ]
 DatasetOption = Annotated[
     str | None,

@@ -21,6 +21,7 @@ from flows.cli.console import (
     servers_up,
 )
 from flows.cli.notify import set_up_notifications, webhook_of
+from flows.cli.options import set_option
 from flows.summary import Summary, write_report
 from infra.errors import ServiceError, UsageError, one_line
 from infra.machine.checkouts import check_address
@@ -178,7 +179,7 @@ FileOption = Annotated[
 ]
 SettingsOption = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a key for this run. Repeatable."),
+    set_option("Change a key for this run. Repeatable."),
 ]
 RepositoryOption = Annotated[
     str | None,

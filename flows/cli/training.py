@@ -12,7 +12,7 @@ from rich.text import Text
 
 from flows.cli.console import as_known_error, describe, loading, print_line, print_pairs, print_whole, servers_up
 from flows.cli.in_process import check_before_servers, run_training
-from flows.cli.options import RanksOption, SummaryOption, configured
+from flows.cli.options import RanksOption, SummaryOption, configured, set_option
 from flows.summary import Refused, Summary, write_summary
 from infra.errors import UsageError, counted
 from infra.machine import stopping
@@ -135,7 +135,7 @@ def resume(
     ranks: RanksOption = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a key that does not affect the result."),
+        set_option("Change a key that does not affect the result."),
     ] = None,
     summary: SummaryOption = None,
 ) -> None:

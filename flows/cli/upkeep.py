@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.console import JsonOption, loading, print_json, print_line, servers_up, terminal
+from flows.cli.options import set_option
 from infra.settings import Settings
 from tasks.config.retention import RetentionConfig, load_retention
 
@@ -16,12 +17,7 @@ if TYPE_CHECKING:
 
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        "-s",
-        metavar="KEY=VALUE",
-        help=f"Change how long something is kept. Repeatable. Keys: {', '.join(RetentionConfig.model_fields)}.",
-    ),
+    set_option(f"Change how long something is kept. Repeatable. Keys: {', '.join(RetentionConfig.model_fields)}."),
 ]
 
 

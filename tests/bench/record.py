@@ -14,14 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from unittest.mock import patch
 
 from torch import nn
 
 from cnn.config.training import TrainConfig
 from cnn.distributed.process_group import device_count, make_deterministic, process_group
 from cnn.evaluation.evaluate import evaluate
-from cnn.networks.build import build
-from cnn.networks.wrappers import Normalise, predictor
+from cnn.networks.wrappers import predictor
 from cnn.training.loop import fit
 from cnn.training.trainer import Trainer
 from infra.machine.lifeline import die_with_parent
@@ -46,7 +46,6 @@ WITHOUT: Mapping[str, dict[str, Any]] = {
 }
 """What replaces each part of the recipe."""
 
-
 ABLATED = 2  # seeds for which the parts are left out
 
 
@@ -58,16 +57,13 @@ def record(rounds: int) -> Iterator[Comparison]:
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
-        environment, before = environment_of(folder / "home"), dict(os.environ)
+        environment = environment_of(folder / "home")
         run_command(convoy_command("up"), folder, environment)
         try:
-            os.environ.clear()
-            os.environ.update(environment)
-            yield from _measured(rounds)
+            with patch.dict(os.environ, environment, clear=True):
+                yield from _measured(rounds)
         finally:
             run_command(convoy_command("down"), folder, environment)
-            os.environ.clear()
-            os.environ.update(before)
 
 
 def _measured(rounds: int) -> Iterator[Comparison]:
@@ -120,9 +116,8 @@ def main() -> None:
         began = time.perf_counter()
         fit(trainer, Quiet())
         seconds = time.perf_counter() - began
-        network = build(config, manifest)
-        network.load_state_dict(trainer.weights())
-        whole = nn.Sequential(Normalise(manifest.mean, manifest.std), predictor(network, config))
+        trainer.network.load_state_dict(trainer.weights())
+        whole = nn.Sequential(trainer.normalise, predictor(trainer.network, config))
         wrong = round(len(test) * (1 - evaluate(whole, test, device, exchange).accuracy))
     print(json.dumps({"wrong": wrong, "seconds": seconds}))
 
