@@ -1,4 +1,4 @@
-"""The command line: one module per panel of `convoy --help`."""
+"""The command line: one module per subject."""
 
 
 def main() -> None:
