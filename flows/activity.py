@@ -21,6 +21,7 @@ from infra.tracking.tags import HELD_LEASE, MLFLOW_RUN, RESUMED_BY, TRIAL
 from tasks.config.run import RunConfig
 from tasks.orchestration.flow_runs import DEAD, may_go_on, online_workers, training_flow_runs
 from tasks.orchestration.model_lease import UNFINISHED, limit_of
+from tasks.orchestration.progress import duration
 from tasks.reporting.markdown import table
 from tasks.training.checkpoints import commits_of
 
@@ -76,7 +77,7 @@ def publish(found: list[Activity], page: UUID | None) -> UUID:
 def _workers(client: SyncPrefectClient) -> Iterator[Activity]:
     for pool in client.read_work_pools():
         for worker in online_workers(client, pool.name):
-            seen = f", last heard of {_ago(worker.last_heartbeat_time)}" if worker.last_heartbeat_time else ""
+            seen = f", last heard of {_age(worker.last_heartbeat_time)} ago" if worker.last_heartbeat_time else ""
             yield Activity(kind="worker", name=worker.name, detail=f"pool {pool.name}{seen}")
 
 
@@ -85,7 +86,7 @@ def _unfinished(client: SyncPrefectClient) -> Iterator[Activity]:
     holders = {run.labels.get(HELD_LEASE): run for run in runs if run.labels.get(HELD_LEASE)}
     for run in runs:
         step, age = _checkpoint(run)
-        checkpoint = "" if age is None else f"; checkpoint of step {step:,} {_span(age)} ago"
+        checkpoint = "" if age is None else f"; checkpoint of step {step:,} {duration(age)} ago"
         yield Activity(
             kind="training",
             name=run.name,
@@ -99,15 +100,15 @@ def _unfinished(client: SyncPrefectClient) -> Iterator[Activity]:
 def _stands(client: SyncPrefectClient, run: FlowRun, holders: Mapping[Any, FlowRun]) -> str:
     """Returns how far a flow run is, or what it waits for."""
     if run.state_type == StateType.PAUSED:
-        return f"waits for a person's approval{_since(run)}"
+        return f"waits for a person's approval{_for(run)}"
     if run.state_type != StateType.RUNNING:
-        return f"{run.state_name}{_since(run)}"
+        return f"{run.state_name}{_for(run)}"
     holder = None
     with suppress(ValueError):  # the parameters of another version of Convoy
         config = RunConfig.model_validate(run.parameters.get("config", {}))
         holder = holders.get(limit_of(model_name(config)))
     if holder and holder.id != run.id and TRIAL not in run.labels:
-        return f"waits for the end of {holder.name}, which trains the same model{_since(run)}"
+        return f"waits for the end of {holder.name}, which trains the same model{_for(run)}"
     found = client.read_artifacts(
         artifact_filter=ArtifactFilter(
             flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]), type=ArtifactFilterType(any_=["progress"])
@@ -115,7 +116,7 @@ def _stands(client: SyncPrefectClient, run: FlowRun, holders: Mapping[Any, FlowR
         sort=ArtifactSort.CREATED_DESC,
         limit=1,
     )
-    return (found[0].description if found else None) or f"runs{_since(run)}"
+    return (found[0].description if found else None) or f"runs{_for(run)}"
 
 
 def _died(client: SyncPrefectClient) -> Iterator[Activity]:
@@ -128,7 +129,8 @@ def _died(client: SyncPrefectClient) -> Iterator[Activity]:
             detail = f"not resumed: {by.removeprefix('none: ')}"
         else:
             continue
-        yield Activity(kind="died", name=run.name, detail=f"{detail}{_since(run)}", flow_run_id=run.id)
+        died = f"; it died {_age(run.state.timestamp)} ago" if run.state else ""
+        yield Activity(kind="died", name=run.name, detail=f"{detail}{died}", flow_run_id=run.id)
 
 
 def _scheduled(client: SyncPrefectClient) -> Iterator[Activity]:
@@ -139,7 +141,7 @@ def _scheduled(client: SyncPrefectClient) -> Iterator[Activity]:
         if at is None or at <= now:
             queue = f"queue {run.work_queue_name} of pool {run.work_pool_name}"
             waits = "waits until it is tried again" if run.deployment_id is None else f"waits for a worker, in {queue}"
-            yield Activity(kind="waiting", name=run.name, detail=f"{waits}{_since(run)}", flow_run_id=run.id)
+            yield Activity(kind="waiting", name=run.name, detail=f"{waits}{_for(run)}", flow_run_id=run.id)
         elif (first := next_ones.get(run.deployment_id)) is None or at < _start(first):
             next_ones[run.deployment_id] = run
     for deployment_id, run in sorted(next_ones.items(), key=lambda each: _start(each[1])):
@@ -160,16 +162,10 @@ def _checkpoint(run: FlowRun) -> tuple[int | None, float | None]:
     return None, None
 
 
-def _since(run: FlowRun) -> str:
-    return f", since {_span((datetime.now(UTC) - run.state.timestamp).total_seconds())}" if run.state else ""
+def _for(run: FlowRun) -> str:
+    """Returns how long a flow run has been in its state, as the end of a sentence."""
+    return f", for {_age(run.state.timestamp)}" if run.state else ""
 
 
-def _ago(moment: datetime) -> str:
-    return f"{_span((datetime.now(UTC) - moment).total_seconds())} ago"
-
-
-def _span(seconds: float) -> str:
-    for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
+def _age(moment: datetime) -> str:
+    return duration((datetime.now(UTC) - moment).total_seconds())

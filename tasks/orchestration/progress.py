@@ -102,22 +102,22 @@ class _Pace:
         return min(self.done / self._total, 1.0) if self._total else None
 
     def line(self) -> str:
-        """Returns share, speed, remaining or total time, and the note; or what is waited for, and since when."""
+        """Returns share, speed, remaining or total time, and the note; or what is waited for, and how long."""
         now = time.monotonic()
         share = "" if self.share is None else f"{self.share:.0%}"
         if self._waiting and self._first and not self.finished:
             seconds = now - self._first[0]
-            since = _duration(seconds) if seconds >= 1 else ""
-            return ", ".join(filter(None, (share if self.done else "", self._waiting, since)))
-        duration = f"in {_duration(now - self._began)}" if self.finished else self._remaining(now)
-        return ", ".join(filter(None, (share, self._speed(now - self._began), duration, self._note)))
+            waited = duration(seconds) if seconds >= 1 else ""
+            return ", ".join(filter(None, (share if self.done else "", self._waiting, waited)))
+        taken = f"in {duration(now - self._began)}" if self.finished else self._remaining(now)
+        return ", ".join(filter(None, (share, self._speed(now - self._began), taken, self._note)))
 
     def _remaining(self, now: float) -> str:
         """Returns the remaining time, by the speed since the first report: the start of ranks is not repeated."""
         if self._first is None or self._total is None or self.done <= self._first[1]:
             return ""
         left = max(self._total - self.done, 0.0)  # sums of shares can exceed the whole
-        return f"{_duration(left * (now - self._first[0]) / (self.done - self._first[1]))} to go"
+        return f"{duration(left * (now - self._first[0]) / (self.done - self._first[1]))} to go"
 
     def _speed(self, seconds: float) -> str:
         if self._unit == "epochs" or not self.done or not seconds:  # ranks measure their own speed
@@ -128,11 +128,14 @@ class _Pace:
         return f"{per_second:,.0f} {self._unit}/s" if per_second >= 10 else f"{per_second:.1f} {self._unit}/s"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Returns a duration in words, as short as it can be."""
     if seconds < 100:
-        return f"{seconds:.0f} s"
+        return f"{max(0.0, seconds):.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes / 1440:.0f} days"
 
 
 class _Line(ProgressColumn):

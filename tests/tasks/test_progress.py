@@ -164,10 +164,11 @@ def test_time_to_go_counts_from_the_first_news(caplog: pytest.LogCaptureFixture,
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5900, "98 min"), (7260, "2 h 1 min")]
+    ("seconds", "said"),
+    [(-1, "0 s"), (99, "99 s"), (100, "2 min"), (5900, "98 min"), (7260, "2 h 1 min"), (200_000, "2 days")],
 )
 def test_durations_are_as_short_as_they_can_be(seconds: float, said: str) -> None:
-    assert module._duration(seconds) == said
+    assert module.duration(seconds) == said
 
 
 def test_what_looks_like_markup_in_a_name_is_shown_as_it_is(
