@@ -5,12 +5,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 from cnn.networks.published import published_weights
 from infra.settings import Settings
@@ -21,7 +21,7 @@ from infra.storage.object_store import open_bucket
 from tasks.config.run import load_config
 from tasks.evaluation.paired import lower_bound
 from tests.bench.comparison import Comparison, LeftOut
-from tests.bench.overhead import REFUSED, convoy_command, environment_of, run_command
+from tests.bench.servers import REFUSED, convoy_command, convoy_servers, run_command
 
 RECIPE = "photos"
 
@@ -48,24 +48,18 @@ def photos(rounds: int, data: Path | None = None) -> Iterator[Comparison]:
     """Recipe `photos` against a plain timm loop, once convoy9 without weights, on `--data`; seeds are rounds."""
     if data is None or not (data / "test").is_dir():
         raise LeftOut("needs --data FOLDER, with train, validation and test folders of class folders")
-    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-        folder = Path(temporary)
-        environment = environment_of(folder / "home")
+    with convoy_servers() as (folder, environment):
         weights: Path | None = None
         ours, theirs, scratch = list[Figures](), list[Figures](), list[Figures]()
 
         def convoy(*arguments: str) -> None:
             run_command(convoy_command(*arguments), folder, environment, (0, REFUSED))
 
-        convoy("up")
-        try:
-            for seed in range(rounds):
-                ours.append(_convoy(convoy, folder, data, seed, recipe=RECIPE))
-                weights = weights or _weights(folder, environment)
-                theirs.append(_timm_loop(data, weights, seed))
-                scratch = scratch or [_convoy(convoy, folder, data, seed)]
-        finally:
-            convoy("down")
+        for seed in range(rounds):
+            ours.append(_convoy(convoy, folder, data, seed, recipe=RECIPE))
+            weights = weights or _weights(folder, environment)
+            theirs.append(_timm_loop(data, weights, seed))
+            scratch = scratch or [_convoy(convoy, folder, data, seed)]
     _print_interval(ours, theirs)
     table = partial(_comparison, ours=ours)
     yield table("test accuracy", "timm loop", theirs, "%", "accuracy")
@@ -104,11 +98,11 @@ def _convoy(convoy: Callable[..., None], folder: Path, data: Path, seed: int, *,
 
 def _weights(folder: Path, environment: Mapping[str, str]) -> Path:
     """Fetches the published weights that the recipe has used from the bucket."""
-    os.environ.update(environment)
-    running(Settings()).apply()
-    used = read_first_use(open_bucket(), published_weights(load_config(None, recipe=RECIPE).model).name)
-    assert used
-    open_bucket().get_file(bucket_layout.pretrained_weights(used.sha256), folder / "weights.safetensors")
+    with patch.dict(os.environ, environment):
+        running(Settings()).apply()
+        used = read_first_use(open_bucket(), published_weights(load_config(None, recipe=RECIPE).model).name)
+        assert used
+        open_bucket().get_file(bucket_layout.pretrained_weights(used.sha256), folder / "weights.safetensors")
     return folder / "weights.safetensors"
 
 

@@ -1,9 +1,7 @@
 """`convoy predict` against a plain loop of MLflow's pyfunc on the same files, and against the model alone."""
 
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from PIL import Image
 
 from tests.bench.comparison import Comparison, Side, compare
 from tests.bench.data import pictures
-from tests.bench.overhead import convoy_command, environment_of, run_command
+from tests.bench.servers import convoy_command, convoy_servers, run_command
 
 LET_PASS = ("gate.floor=0", "gate.min_class_recall=0", "serving.http=false", "augment.flip=false")
 TRAINED_ON = 160  # images per class
@@ -56,37 +54,31 @@ def prediction(rounds: int) -> Iterator[Comparison]:
 
     All load the model; the bare one predicts one batch again and again. Two threads each.
     """
-    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-        folder = Path(temporary)
-        environment = environment_of(folder / "home")
-        run_command(convoy_command("up"), folder, environment)
-        try:
-            for case in CASES:
-                for label in ("light", "dark"):
-                    case.write(folder / case.name / label, TRAINED_ON)
-                settings = (f"data.image_size={case.side}", *LET_PASS)
-                options = [word for setting in settings for word in ("--set", setting)]
-                train = ("train", "--dataset", f"{case.name}/", "--model", case.model, "--epochs", "1", *options)
-                run_command(convoy_command(*train), folder, environment)
-                case.write(folder / f"{case.name}-files", case.images)
-                memory: dict[str, list[float]] = {}
+    with convoy_servers() as (folder, environment):
+        for case in CASES:
+            for label in ("light", "dark"):
+                case.write(folder / case.name / label, TRAINED_ON)
+            settings = (f"data.image_size={case.side}", *LET_PASS)
+            options = [word for setting in settings for word in ("--set", setting)]
+            train = ("train", "--dataset", f"{case.name}/", "--model", case.model, "--epochs", "1", *options)
+            run_command(convoy_command(*train), folder, environment)
+            case.write(folder / f"{case.name}-files", case.images)
+            memory: dict[str, list[float]] = {}
 
-                def side(program: str, case: Case = case, memory: dict[str, list[float]] = memory) -> Side:
-                    return Side(program, _measure(program, case, folder, environment, memory.setdefault(program, [])))
+            def side(program: str, case: Case = case, memory: dict[str, list[float]] = memory) -> Side:
+                return Side(program, _measure(program, case, folder, environment, memory.setdefault(program, [])))
 
-                for other in ("pyfunc", "bare"):
-                    ours, theirs = side("convoy"), side(other)
-                    yield compare(f"predict: {case.name}", ours, theirs, rounds=rounds, warm_up=False)
-                yield Comparison(
-                    name=f"predict: {case.name}",
-                    ours_label="convoy",
-                    theirs_label="pyfunc",
-                    unit="MB at most",
-                    ours=tuple(memory["convoy"][:rounds]),
-                    theirs=tuple(memory["pyfunc"]),
-                )
-        finally:
-            run_command(convoy_command("down"), folder, environment)
+            for other in ("pyfunc", "bare"):
+                ours, theirs = side("convoy"), side(other)
+                yield compare(f"predict: {case.name}", ours, theirs, rounds=rounds, warm_up=False)
+            yield Comparison(
+                name=f"predict: {case.name}",
+                ours_label="convoy",
+                theirs_label="pyfunc",
+                unit="MB at most",
+                ours=tuple(memory["convoy"][:rounds]),
+                theirs=tuple(memory["pyfunc"]),
+            )
 
 
 def _measure(
@@ -96,15 +88,8 @@ def _measure(
     root = str(Path(__file__).parents[2])
 
     def measure() -> float:
-        found = json.loads(_output(command, folder, environment | {"PYTHONPATH": root}).splitlines()[-1])
+        found = json.loads(run_command(command, folder, environment | {"PYTHONPATH": root}).splitlines()[-1])
         memory.append(found["peak_mb"])
         return float(found["images_per_second"])
 
     return measure
-
-
-def _output(command: list[str], folder: Path, environment: dict[str, str]) -> str:
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
-    return done.stdout

@@ -7,11 +7,9 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 from unittest.mock import patch
@@ -33,7 +31,7 @@ from tasks.data.dataset import load_manifest, open_cache, open_split
 from tasks.data.download import download
 from tasks.data.preprocess import preprocess
 from tests.bench.comparison import Comparison, Quiet
-from tests.bench.overhead import convoy_command, environment_of, run_command
+from tests.bench.servers import convoy_servers
 
 RECIPE = "fashion-94"
 WITHOUT: Mapping[str, dict[str, Any]] = {
@@ -55,15 +53,8 @@ def record(rounds: int) -> Iterator[Comparison]:
     As many trainings run at a time as there are cores, each in one process of one thread: the number of ranks changes
     no weight.
     """
-    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-        folder = Path(temporary)
-        environment = environment_of(folder / "home")
-        run_command(convoy_command("up"), folder, environment)
-        try:
-            with patch.dict(os.environ, environment, clear=True):
-                yield from _measured(rounds)
-        finally:
-            run_command(convoy_command("down"), folder, environment)
+    with convoy_servers() as (_, environment), patch.dict(os.environ, environment, clear=True):
+        yield from _measured(rounds)
 
 
 def _measured(rounds: int) -> Iterator[Comparison]:

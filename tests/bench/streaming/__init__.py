@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from infra.settings import Settings
-from infra.stack.local_stack import down, up
 from tests.bench.comparison import Comparison, LeftOut
+from tests.bench.servers import object_store
 from tests.bench.streaming.data import Data, prepare
 
 IMAGES = (4_000,)
@@ -32,25 +31,17 @@ def streaming(rounds: int, images: Sequence[int] = IMAGES) -> Iterator[Compariso
     others = [name for name in OTHERS if _installed(name)]
     if not others:
         raise LeftOut("none of the other libraries is installed")
-    with tempfile.TemporaryDirectory(prefix="bench-") as home:
-        settings = Settings(home=Path(home) / ".convoy")
-        before = dict(os.environ)
-        try:
-            os.environ.update(up(settings, only=["seaweedfs"]).environment())
-            os.environ["S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL"]  # MosaicML's name for it
-            os.environ["CONVOY_HOME"] = str(settings.home)
-            for count in images:
-                for encoding in ("jpeg", "raw"):
-                    kind = "photographs" if count <= PHOTOGRAPHS else "fashion"
-                    folder = Path(home) / f"{count}-{encoding}"
-                    data = Data(kind=kind, images=count, encoding=encoding, bucket=settings.bucket, folder=str(folder))
-                    size = prepare(data, [(_command("write", name, data), _environment(name)) for name in others])
-                    print(f"{data.name}: {size / 1e6:,.0f} MB", file=sys.stderr)
-                    yield from _compare(data, others, rounds)
-        finally:
-            down(settings)
-            os.environ.clear()
-            os.environ.update(before)
+    with object_store() as settings:
+        os.environ["S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL"]  # MosaicML's name for it
+        os.environ["CONVOY_HOME"] = str(settings.home)
+        for count in images:
+            for encoding in ("jpeg", "raw"):
+                kind = "photographs" if count <= PHOTOGRAPHS else "fashion"
+                folder = settings.home.parent / f"{count}-{encoding}"
+                data = Data(kind=kind, images=count, encoding=encoding, bucket=settings.bucket, folder=str(folder))
+                size = prepare(data, [(_command("write", name, data), _environment(name)) for name in others])
+                print(f"{data.name}: {size / 1e6:,.0f} MB", file=sys.stderr)
+                yield from _compare(data, others, rounds)
 
 
 def _compare(data: Data, others: Sequence[str], rounds: int) -> Iterator[Comparison]:
