@@ -5,10 +5,10 @@ pytest -m faults tests/faults/test_day.py -s        prints what happens, with ti
 
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -27,7 +27,7 @@ from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking.model_registry import aliased
 from infra.tracking.promotion_history import history
-from tests.flows.program import Done, NextTraining, Program, wait_for
+from tests.flows.program import Done, NextTraining, Program, running_worker, wait_for
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 
@@ -69,20 +69,9 @@ def convoy(stack: object, tmp_path: Path) -> Callable[..., Done]:
 
 
 @pytest.fixture
-def start_worker(stack: object, tmp_path: Path) -> Iterator[Callable[[], Program]]:
-    workers: list[Program] = []
-
-    def start() -> Program:
-        folder = tmp_path / f"worker-{len(workers)}"
-        folder.mkdir()
-        workers.append(Program("worker", "--pool", "day-pool", folder=folder))
-        return workers[-1]
-
-    yield start
-    for worker in workers:
-        if worker.process.poll() is None:
-            worker.process.send_signal(signal.SIGTERM)
-            worker.process.wait(60)
+def start_worker(stack: object, tmp_path: Path) -> Iterator[Callable[[], "subprocess.Popen[bytes]"]]:
+    with ExitStack() as started:
+        yield lambda: started.enter_context(running_worker(tmp_path, "day-pool"))
 
 
 def deployments(file: Path, photos: Path, *, schedules: list[dict[str, str]]) -> Path:
@@ -152,7 +141,7 @@ def our_processes() -> list[psutil.Process]:
 def test_a_day(
     photos: Callable[[int, int], Path],
     convoy: Callable[..., Done],
-    start_worker: Callable[[], Program],
+    start_worker: Callable[[], "subprocess.Popen[bytes]"],
     tmp_path: Path,
 ) -> None:
     folder = photos(0, 700)
@@ -203,7 +192,7 @@ def test_a_day(
     next_training = NextTraining(Settings())
     asked = convoy("retrain", "-d", MODEL, *LONG, "--json")
     training = next_training.under_way()
-    lost = [worker.process, *psutil.Process(worker.process.pid).children(recursive=True)]
+    lost = [worker, *psutil.Process(worker.pid).children(recursive=True)]
     flow_processes = [process for process in lost if "tasks." not in " ".join(_cmdline(process))]
     for process in flow_processes:
         _kill(process)

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ from infra.settings import Settings
 
 PATIENCE = 120.0  # seconds until a wait counts as a failure, on a busy machine
 ENDS_WITHIN = 20.0  # seconds that a training's processes have to end
+
+CODE = "from flows.cli import main; main()"
+CONVOY = (sys.executable, "-P", "-c", CODE)
 
 # Small, and long enough that a test can disturb it in time.
 # What no gate refuses, and what takes no time to try.
@@ -92,7 +97,7 @@ class Done:
 class Program:
     """`convoy` with arguments, as a process of its own."""
 
-    def __init__(self, *arguments: str, folder: Path, code: str = "from flows.cli import main; main()") -> None:
+    def __init__(self, *arguments: str, folder: Path, code: str = CODE) -> None:
         self._out, self._err = folder / "stdout", folder / "stderr"
         command = [sys.executable, "-P", "-c", code, *arguments]
         with self._out.open("wb") as out, self._err.open("wb") as err:
@@ -112,6 +117,28 @@ class Program:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+@contextmanager
+def running_worker(
+    folder: Path, pool: str, *, convoy: Sequence[str | Path] = CONVOY, **variables: str
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A worker of a pool in a folder, whose file `log` has what it says; SIGTERM ends it."""
+    with (folder / "log").open("ab") as log:
+        worker = subprocess.Popen(
+            [*convoy, "worker", "--pool", pool],
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env=os.environ | variables,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a script's background job has it
+        )
+    try:
+        yield worker
+    finally:
+        if worker.poll() is None:
+            worker.terminate()
+            worker.wait(60)
 
 
 class Training:

@@ -15,8 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.flows.conftest import Convoy
-from tests.flows.program import LET_PASS, PATIENCE, NextTraining, Program, sets
-from tests.flows.test_service import start_worker
+from tests.flows.program import LET_PASS, PATIENCE, NextTraining, Program, running_worker, sets
 from tests.own_project import EXAMPLE, write
 
 MODEL = "nets.small:Small"
@@ -129,10 +128,8 @@ def worker(own: Path, stack: object, quiet_prefect: None) -> Iterator["subproces
     }
     (own / "prefect.yaml").write_text(yaml.safe_dump({"name": "convoy", "pull": [], "deployments": [deployment]}))
     assert list(deploy(own / "prefect.yaml")) == ["retrain/own-served"]
-    worker = start_worker(own)
-    yield worker
-    worker.send_signal(signal.SIGTERM)
-    worker.wait(60)
+    with running_worker(own, "test-pool") as worker:
+        yield worker
 
 
 @pytest.mark.slow

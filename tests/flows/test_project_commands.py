@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from tasks.config.deployment import load_project
 from tests.flows.conftest import Convoy
-from tests.flows.program import Done
+from tests.flows.program import Done, running_worker
 from tests.flows.test_cli import pictures
 
 SECRET = "http://127.0.0.1:9/hooks/T0/secret"
@@ -199,12 +199,8 @@ def test_deploy_makes_changes_and_deletes_what_the_project_says(
 
 @pytest.fixture
 def worker(project: Path, stack: object) -> Iterator["subprocess.Popen[bytes]"]:
-    command = [sys.executable, "-P", "-c", "from flows.cli import main; main()", "worker", "--pool", "project-pool"]
-    with (project / "log").open("wb") as log:
-        worker = subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
-    yield worker
-    worker.terminate()
-    worker.wait(60)
+    with running_worker(project, "project-pool") as worker:
+        yield worker
 
 
 @pytest.mark.slow

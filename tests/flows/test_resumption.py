@@ -4,9 +4,9 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -36,7 +36,7 @@ from infra.tracking.tags import (
 from tasks.orchestration.flow_runs import may_go_on, training_flow_runs
 from tests.flows import program as training_program
 from tests.flows.conftest import Convoy
-from tests.flows.program import NextTraining, Program, assert_as_undisturbed, sets, wait_for
+from tests.flows.program import NextTraining, Program, assert_as_undisturbed, running_worker, sets, wait_for
 
 DEPLOYED = uuid4()
 SETTINGS = training_program.RESUMABLE
@@ -129,22 +129,10 @@ def unserved(deployed: Callable[..., str]) -> str:
 
 
 @pytest.fixture
-def start_worker(stack: object, tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
-    """Starts workers that look after trainings every second; each has a log in the test's folder."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(pool: str = POOL, **variables: str) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-P", "-c", "from flows.cli import main; main()", "worker", "--pool", pool]
-        with (tmp_path / f"worker-{len(started)}.log").open("wb") as log:
-            environment = os.environ | {"CONVOY_SWEEP_SECONDS": "1"} | variables
-            started.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment))
-        return started[-1]
-
-    yield start
-    for worker in started:
-        if worker.poll() is None:
-            worker.send_signal(signal.SIGTERM)
-            worker.wait(60)
+def start_worker(stack: object, tmp_path: Path) -> Iterator[Callable[[], "subprocess.Popen[bytes]"]]:
+    """Starts workers that look after trainings every second; they have one log in the test's folder."""
+    with ExitStack() as started:
+        yield lambda: started.enter_context(running_worker(tmp_path, POOL, CONVOY_SWEEP_SECONDS="1"))
 
 
 def run_of(flow_run_id: str) -> FlowRun:
@@ -266,7 +254,7 @@ def test_work_is_shown_as_a_page_and_by_the_command(new_run: Callable[..., str],
     paused = new_run(Paused())
     waiting = new_run(Scheduled())
     found = {str(each.flow_run_id): each for each in activities()}
-    assert found[paused].detail.startswith("waits for a person's approval, since ")
+    assert found[paused].detail.startswith("waits for a person's approval, for ")
     assert (found[waiting].kind, found[waiting].detail[:24]) == ("waiting", "waits for a worker, in q")
     page = publish(list(found.values()), None)
     assert publish(activities(), page) == page

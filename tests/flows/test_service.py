@@ -19,7 +19,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 
 from tests.flows.conftest import Convoy
-from tests.flows.program import NextTraining, wait_for
+from tests.flows.program import NextTraining, running_worker, wait_for
 
 MODEL = "served-digits"
 CONFIG = {
@@ -86,24 +86,10 @@ def deployed(stack: object, quiet_prefect: None, tmp_path_factory: pytest.TempPa
     return file
 
 
-def start_worker(folder: Path) -> "subprocess.Popen[bytes]":
-    log = (folder / "log").open("wb")
-    command = [sys.executable, "-P", "-c", "from flows.cli import main; main()", "worker", "--pool", "test-pool"]
-    return subprocess.Popen(
-        command,
-        stdout=log,
-        stderr=log,
-        cwd=folder,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a script's background job has it
-    )
-
-
 @pytest.fixture(scope="module")
 def worker(deployed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
-    worker = start_worker(tmp_path_factory.mktemp("worker"))
-    yield worker
-    worker.send_signal(signal.SIGTERM)
-    worker.wait(60)
+    with running_worker(tmp_path_factory.mktemp("worker"), "test-pool") as worker:
+        yield worker
 
 
 @pytest.mark.slow
@@ -362,12 +348,10 @@ def test_sigterm_ends_a_worker_that_a_script_has_started_and_all_that_it_runs(
 def test_a_training_whose_worker_is_killed_goes_on_to_its_end(
     convoy: Convoy, deployed: Path, next_training: NextTraining, tmp_path: Path
 ) -> None:
-    worker = start_worker(tmp_path)
-    try:
+    with running_worker(tmp_path, "test-pool") as worker:
         started = convoy("retrain", "-d", MODEL, "--json", "--force", "--set", "epochs=60")
         flow_run = UUID(json.loads(started.stdout)["prefect_flow_run_id"])
         training = next_training.under_way()
-    finally:
         worker.kill()
         worker.wait()
     assert wait_for(lambda: final_state(flow_run), "the flow run to end").is_completed()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.flows.program import wait_for
+from tests.flows.program import running_worker, wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 DEPLOYMENT = """
@@ -61,11 +61,8 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def worker(installed: Path, project: Path, stack: object) -> Iterator["subprocess.Popen[bytes]"]:
-    with (project / "log").open("wb") as log:
-        worker = subprocess.Popen([installed, "worker", "--pool", "wheel"], cwd=project, stdout=log, stderr=log)
-    yield worker
-    worker.terminate()
-    worker.wait(60)
+    with running_worker(project, "wheel", convoy=[installed]) as worker:
+        yield worker
 
 
 @pytest.mark.slow
