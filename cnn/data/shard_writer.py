@@ -10,7 +10,7 @@ The format is safetensors: https://github.com/huggingface/safetensors. Every sha
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,18 @@ class ShardWriter:
 
     def add(self, images: Images, labels: NDArray[np.int64]) -> list[Shard]:
         """Appends n images and labels [n]; returns the shards that were written."""
-        start, before = 0, len(self._shards)
+        return list(self.each_shard_of(images, labels))
+
+    def each_shard_of(self, images: Images, labels: NDArray[np.int64]) -> Iterator[Shard]:
+        """Appends n images and labels [n], if it is used up; yields each shard before its file can be replaced."""
+        start = 0
         while start < len(images):
             count = self._buffer.append(images[start:])
             self._labels.append(np.asarray(labels[start : start + count], dtype=np.int64))
             start += count
             if start < len(images):
                 self._write()
-        return self._shards[before:]
+                yield self._shards[-1]
 
     def close(self) -> tuple[Shard, ...]:
         """Writes the last shard; returns all shards in order."""

@@ -98,10 +98,16 @@ def head_name(network: nn.Module) -> str:
     """Returns the name of the head, whose size depends on the classes.
 
     It is the last linear layer, or in a network without any, such as SqueezeNet, the last convolution.
+
+    Raises:
+        InputError: it has neither.
     """
     layers: list[tuple[str, nn.Module]] = [*network.named_modules()][::-1]
     kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
-    return next(name for kind in kinds for name, layer in layers if isinstance(layer, kind))
+    found = next((name for kind in kinds for name, layer in layers if isinstance(layer, kind)), None)
+    if found is None:
+        raise InputError("finetune.* and pretrained need a head: the network has no nn.Linear and no nn.Conv2d")
+    return found
 
 
 def load_pretrained(network: nn.Module, path: Path, *, named: str | None = None) -> tuple[str, ...]:

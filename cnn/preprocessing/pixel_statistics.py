@@ -12,7 +12,8 @@ Moments = NDArray[np.int64]
 def moments(images: NDArray[np.uint8]) -> Moments:
     """Returns the sums of images [n, C, H, W]."""
     count, channels, height, width = images.shape
-    rows = images.reshape(count, channels, height if height * width > 2**16 else 1, -1)
+    parts = height if height * width > 2**16 else 1
+    rows = images.reshape(count, channels, parts, height * width // parts)  # not -1: there may be no image
     # 255 · 255 fits into 16 bits, and a row's sum into 32 bits: four times as fast as 64 bits.
     squares = np.multiply(rows, rows, dtype=np.uint16)
     sums = [values.sum(axis=3, dtype=np.uint32).sum(axis=2, dtype=np.int64) for values in (rows, squares)]

@@ -81,7 +81,7 @@ class SplitPacker:
             return
         self._positions.append(positions)
         self._moments.append(moments)
-        for shard in self._writer.add(images, labels):
+        for shard in self._writer.each_shard_of(images, labels):
             self._record(shard)
 
     def close(self) -> tuple[Shard, ...]:

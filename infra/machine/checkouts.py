@@ -2,6 +2,7 @@
 
 <folder>/<repository>.git             a bare copy of the repository
 <folder>/trees/<commit>               the files of a commit
+<folder>/trees/<commit>.ready         is there once these are complete
 <folder>/environments/<digest>        the packages of a lock file
 <folder>/trees/<commit>.lock, …       held by each process that uses it; its time says when it was last used
 
@@ -28,7 +29,6 @@ UNUSED_SECONDS = 7 * 86_400.0  # after which a tree or an environment is removed
 LOCK_FILES = ("uv.lock", "requirements.lock", "requirements.txt")
 LONGEST_ERROR = 400  # characters
 NAME = re.compile(r"[0-9A-Za-z][\w./-]*")
-READY = ".convoy-ready"
 INDEX_AWAY = re.compile(
     r"error sending request|Request failed|network timeout|HTTP status (server|client) error \((5..|429|408)"
 )
@@ -86,9 +86,11 @@ def check_out(folder: Path, repository: str, ref: str) -> Checkout:
         commit = _fetch(bare, repository, ref)
         tree = trees / commit
         _hold(tree)
-        if not tree.exists():
+        if not _mark(tree).exists():
+            shutil.rmtree(tree, ignore_errors=True)
             _git(bare, "worktree", "prune")
             _git(bare, "worktree", "add", "--detach", "--force", str(tree), commit)
+            _mark(tree).touch()
     lock = next((tree / each for each in LOCK_FILES if (tree / each).exists()), None)
     if lock is None:
         raise UsageError(f"commit {commit[:12]} has no lock file: {', '.join(LOCK_FILES)}")
@@ -97,10 +99,10 @@ def check_out(folder: Path, repository: str, ref: str) -> Checkout:
     environment = environments / digest[:24]
     with locked(environments / f"{digest}.making"):
         _hold(environment)
-        if not (environment / READY).exists():
+        if not _mark(environment).exists():
             shutil.rmtree(environment, ignore_errors=True)
             _install(environment, lock, hashes=b"--hash=" in text)
-            (environment / READY).touch()
+            _mark(environment).touch()
     for each in (*trees.iterdir(), *environments.iterdir()):
         _remove_if_unused(each)
     return Checkout(commit=commit, tree=tree, python=environment / "bin" / "python")
@@ -166,23 +168,38 @@ def _run(command: list[str], variables: Mapping[str, str], lock: Path) -> None:
         raise error(f"the packages of {lock.name} cannot be installed: {one_line(done.stderr)[-LONGEST_ERROR:]}")
 
 
+def _mark(path: Path) -> Path:
+    """Returns the file that says that a tree or an environment is complete."""
+    return path.with_name(f"{path.name}.ready")
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
 def _hold(path: Path) -> None:
     """Marks a tree or an environment as in use, by this process and the program that it becomes by exec."""
-    descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    while True:
+        descriptor = os.open(_lock(path), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if _lock(path).exists() and _lock(path).stat().st_ino == os.fstat(descriptor).st_ino:
+            break
+        os.close(descriptor)  # another process has just removed the path, and its lock
     os.utime(descriptor)
     os.set_inheritable(descriptor, True)
 
 
 def _remove_if_unused(path: Path) -> None:
-    lock = path.with_name(f"{path.name}.lock")
-    if path.name.endswith(".lock") or not lock.exists() or time.time() - lock.stat().st_mtime < UNUSED_SECONDS:
+    """Removes a tree or an environment; nothing if the path is another file."""
+    lock = _lock(path)
+    if not lock.exists() or time.time() - lock.stat().st_mtime < UNUSED_SECONDS:
         return
     descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.unlink()
+        _mark(path).unlink(missing_ok=True)  # first, so that what remains after a kill counts as incomplete
         shutil.rmtree(path, ignore_errors=True)
+        lock.unlink()
     except BlockingIOError:
         pass
     finally:

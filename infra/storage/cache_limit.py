@@ -90,7 +90,7 @@ def disk_limit(root: Path) -> int:
 def _files(root: Path) -> list[_File]:
     """Returns all complete files; removes unfinished ones of killed processes."""
     files = []
-    for path in root.glob("[0-9a-f][0-9a-f]/*"):
+    for path in (*root.glob("[0-9a-f][0-9a-f]/*"), *root.glob(".*.part")):
         try:
             status = path.stat()
         except FileNotFoundError:  # it was just removed

@@ -172,7 +172,7 @@ class ObjectStore:
         """
         created = self._put_if_absent(key, data)
         if created and not self._conditions_proven:
-            if self._put_if_absent(key, data):
+            if self._put_if_absent(key, data, again=True):
                 raise ServiceError(f"{self._where(key)}: this store ignores If-None-Match{UNSAFE}")
             self._conditions_proven = True
         return created
@@ -276,7 +276,12 @@ class ObjectStore:
                 if error_code(error) not in {"404", "NoSuchUpload"}:
                     raise
 
-    def _put_if_absent(self, key: str, data: bytes) -> bool:
+    def _put_if_absent(self, key: str, data: bytes, *, again: bool = False) -> bool:
+        """Returns whether this call wrote the object.
+
+        Args:
+            again: whether an earlier call wrote these bytes, so that to find them proves nothing.
+        """
         condition = {"IfNoneMatch": "*", **_digests(hashlib.sha256(data).hexdigest())}
         with translated(self._where(key)):
             for remaining in reversed(range(TRIES)):
@@ -289,7 +294,7 @@ class ObjectStore:
                         raise ServiceError(f"{self._where(key)}: this store refuses If-None-Match{UNSAFE}") from error
                     if code in {"412", "PreconditionFailed"}:
                         resent = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
-                        return resent and self.get_bytes(key) == data
+                        return resent and not again and self.get_bytes(key) == data
                     if code not in {"409", "ConditionalRequestConflict"} or not remaining:
                         raise
                     time.sleep(0.1 * (TRIES - remaining))  # another writer is writing it: find out which one won

@@ -19,6 +19,7 @@ from botocore.exceptions import (
     ParamValidationError,
     PartialCredentialsError,
 )
+from s3transfer.exceptions import S3DownloadFailedError, S3ValidationError
 
 from infra.errors import Outage, ServiceError, UsageError, one_line
 from infra.settings import Settings
@@ -110,7 +111,7 @@ def translated(where: str) -> Iterator[None]:
         raise Outage(f"{where}: no connection; {hint}") from error
     except (ConnectionError, HTTPClientError, RetriesExceededError) as error:
         raise Outage(f"{where}: the connection failed after several tries: {one_line(error)}") from error
-    except BotoCoreError as error:
+    except (BotoCoreError, S3DownloadFailedError, S3ValidationError) as error:  # the latter two: it has just changed
         raise ServiceError(f"{where}: {one_line(error)}") from error
 
 

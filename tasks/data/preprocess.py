@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -152,11 +152,9 @@ def _in_place(listing: ListingRef, cache: Cache) -> ListedFiles:
 
 
 def _fetch(raw: RawSource, cache: Cache) -> dict[str, Path]:
-    """Returns local paths of the raw files, by their paths in the source."""
+    """Returns local paths of the raw files, each verified, by their paths in the source."""
     missing = sum(file.size for file in raw.files if not cache.holds(file.sha256, file.size))
-    if not missing:
-        return {file.path: cache.path(file.sha256) for file in raw.files}
-    with progress(f"Fetching {raw.name}", missing, unit="bytes") as advance:
+    with progress(f"Fetching {raw.name}", missing, unit="bytes") if missing else nullcontext() as advance:
         paths = in_parallel(
             lambda file: cache.fetch(file.key, file.sha256, size=file.size, on_progress=advance), raw.files
         )

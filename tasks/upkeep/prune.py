@@ -286,7 +286,12 @@ def _written(info: ObjectInfo) -> datetime:
 def _prune_machine(settings: Settings, needed: References, config: RetentionConfig, *, dry_run: bool) -> list[Freed]:
     """Removes cached files, and folders of trainings that have ended."""
     before = time.time() - 86_400 * max(config.cache_days, config.grace_days)
-    cached = [file for file in settings.cache.glob("[0-9a-f][0-9a-f]/*") if file.is_file() and _used(file) < before]
+    cached = [
+        file
+        for pattern in ("[0-9a-f][0-9a-f]/*", ".*.part", "partial/*")  # the latter two are unfinished
+        for file in settings.cache.glob(pattern)
+        if file.is_file() and _used(file) < before
+    ]
     folders = [
         folder
         for folder in settings.runs.glob("*")

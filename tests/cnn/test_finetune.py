@@ -253,6 +253,12 @@ def test_without_a_linear_layer_the_head_is_the_last_convolution(trainer_of: Mak
     assert changed(trainer, before) == {"classifier"}
 
 
+def test_a_network_without_a_head_is_refused() -> None:
+    config = TrainConfig.model_validate({"finetune": {"head_lr": 2}})
+    with pytest.raises(InputError, match=r"^finetune.* and pretrained need a head: the network has no nn.Linear"):
+        check_finetuning(config, nn.BatchNorm2d(1), torch.zeros(2, 1, 8, 8))
+
+
 def test_parameters_that_the_network_itself_does_not_train_stay_so(digits: Packed) -> None:
     network = network_of()
     network.stem[0].weight.requires_grad_(False)

@@ -130,6 +130,16 @@ class Counts(Base):
 
 def nothing(channels, image_size, classes):
     return {}
+
+
+class Twice(Base):
+    def __init__(self, channels, image_size, classes):
+        super().__init__(channels, image_size, classes)
+        act = nn.PReLU()
+        self.first, self.second = nn.Sequential(nn.Conv2d(4, 4, 1), act), nn.Sequential(nn.Conv2d(4, 4, 1), act)
+
+    def features(self, images):
+        return self.second(self.first(self.conv(images))).mean((2, 3))
 """
 
 
@@ -337,6 +347,10 @@ def test_packages_that_are_installed_below_the_folder_are_not_the_projects(
             "faulty:Branches, faulty.py:50: torch.export cannot make a program of it, for any number of",
         ),
         ("Lazy", "faulty:Lazy: linear.weight gets its shape from the first images; "),
+        (
+            "Twice",
+            "faulty:Twice has one tensor as first.1.weight and second.1.weight; give each place a layer of its own",
+        ),
         ("Spare", "faulty:Spare does not use spare.weight in training, so it has no gradient"),
         ("Counts", "faulty:Counts changes seen in training; lanes can share the averages of batch norm only"),
         ("nothing", "faulty:nothing, faulty.py:75: it made a dict, not a torch.nn.Module"),

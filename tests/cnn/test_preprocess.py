@@ -346,6 +346,19 @@ def test_few_unreadable_images_are_named_and_left_out(folder: Folder, out: Path)
     assert "2 images could not be read and were left out" in report.warnings
 
 
+@pytest.mark.parametrize("size", [16, 300])
+def test_unreadable_images_may_stand_alone_in_a_piece(
+    size: int, folder: Folder, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As among large images, of which each is a piece."""
+    monkeypatch.setattr("cnn.preprocessing.pack.PIECE_BYTES", 1)
+    folder.add_digits(range(100))
+    folder.add("0/broken.png", b"no image at all")
+    config = PreprocessConfig(max_unreadable=0.1, image_size=size)
+    report = preprocess("folder", folder.files, config, out).report
+    assert (report.packed, report.unreadable) == (100, 1)
+
+
 def test_many_unreadable_images_fail_with_names(folder: Folder, out: Path) -> None:
     folder.add_digits(range(100))
     for number in range(30):
@@ -378,6 +391,22 @@ def test_copies_are_counted_and_share_a_split(folder: Folder, out: Path) -> None
         for image in unpack(out, manifest, split)[0]:
             splits_of.setdefault(image.tobytes(), set()).add(split)
     assert all(len(splits) == 1 for splits in splits_of.values())
+
+
+def test_copies_side_by_side_may_be_shards_of_their_own(folder: Folder, out: Path) -> None:
+    folder.add_digits(range(60))
+    for path, local in list(folder.files.items()):
+        folder.add(path.replace(".png", "-copy.png"), local.read_bytes())
+    kept: list[bytes] = []
+
+    def keep(packed: PackedShard, file: Path) -> None:
+        kept.append(file.read_bytes())
+        file.unlink()
+
+    config = PreprocessConfig(shard_bytes=64, max_unreadable=0)
+    plan = survey(open_source("folder", folder.files), config)
+    manifest = pack(open_source("folder", folder.files), plan, config, out, on_shard=keep).manifest
+    assert len(kept) == sum(len(split.shards) for split in manifest.splits.values()) == 120
 
 
 def test_test_images_that_are_in_training_too_are_a_warning(folder: Folder, out: Path) -> None:

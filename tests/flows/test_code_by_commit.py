@@ -80,6 +80,19 @@ def test_what_nothing_uses_is_removed(repository: Path, tmp_path: Path, monkeypa
     assert not old.exists()
 
 
+def test_what_a_kill_has_left_unfinished_is_made_anew(repository: Path, tmp_path: Path) -> None:
+    """As after a power cut during `git worktree add`, or during the removal of an environment."""
+    first = check_out(tmp_path / "code", str(repository), "main")
+    for path in (first.tree, first.python.parents[1]):
+        path.with_name(f"{path.name}.ready").unlink()
+    (first.tree / "net.py").unlink()
+    first.python.unlink()
+    again = check_out(tmp_path / "code", str(repository), "main")
+    assert again == first
+    assert (again.tree / "net.py").read_text() == "WIDTH = 1\n"
+    assert again.python.exists()
+
+
 def test_mistakes_and_outages_are_one_line(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"has no commit, branch or tag v7$"):
         check_out(tmp_path / "code", str(repository), "v7")

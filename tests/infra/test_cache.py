@@ -179,12 +179,13 @@ def test_what_a_killed_process_left_unfinished_is_removed_when_it_is_old(store: 
     first, second = _put_several(store, 2)
     cache = Cache(tmp_path / "cache", store, limit=10_000)
     folder = cache.fetch(first, first).parent
-    old, young = folder / ".old.part", folder / ".young.part"
-    for file in (old, young):
+    old, young = ([place / f".{name}.part" for place in (folder, cache.root)] for name in ("old", "young"))
+    for file in (*old, *young):
         file.touch()
-    os.utime(old, (1, 1))
+    for file in old:
+        os.utime(file, (1, 1))
     cache.fetch(second, second)
-    assert not old.exists() and young.exists()
+    assert not any(file.exists() for file in old) and all(file.exists() for file in young)
 
 
 def _fetch_many(root: Path, digests: list[str], seed: int) -> None:

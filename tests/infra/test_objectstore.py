@@ -200,6 +200,40 @@ def test_a_store_that_ignores_conditions_is_found_out(store: ObjectStore) -> Non
         store.put_if_absent("commit", b"mine")
 
 
+def test_a_disturbed_proof_does_not_accuse_the_store(store: ObjectStore) -> None:
+    """The request that is to prove that the store heeds the condition is answered with 503, and sent again."""
+    sent: list[str] = []
+
+    def busy_for_the_second(request: AWSPreparedRequest, **_: object) -> AWSResponse | None:
+        sent.append(request.url)
+        if len(sent) != 2:
+            return None
+        return AWSResponse(request.url, 503, {}, HTTPResponse(io.BytesIO(b""), preload_content=False))
+
+    with _meddling(store, "before-send.s3.PutObject", busy_for_the_second):
+        assert store.put_if_absent("commit", b"mine") is True
+    assert len(sent) == 3 and store.get_bytes("commit") == b"mine"
+
+
+def test_an_object_that_changes_while_its_parts_are_fetched_is_an_error_of_one_line(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(PART_BYTES + 1000)
+    store.put_file("key", tmp_path / "file")
+
+    def changed(request: AWSPreparedRequest, **_: object) -> AWSResponse:
+        body = b"<Error><Code>PreconditionFailed</Code><Message>another ETag</Message></Error>"
+        return AWSResponse(request.url, 412, {}, HTTPResponse(io.BytesIO(body), preload_content=False))
+
+    with (
+        _meddling(store, "before-send.s3.GetObject", changed),
+        pytest.raises(ServiceError, match=r"key key: .*modified"),
+    ):
+        store.get_file("key", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
 def _not_implemented(request: AWSPreparedRequest, **_: object) -> AWSResponse:
     body = b"<Error><Code>NotImplemented</Code><Message>A header implies what is not there</Message></Error>"
     return AWSResponse(request.url, 501, {}, HTTPResponse(io.BytesIO(body), preload_content=False))

@@ -25,6 +25,7 @@ from infra.storage.s3_client import ObjectMissing
 from tasks.data.dataset import DatasetDamaged, DatasetRef, load_manifest, open_split, shards_of
 from tasks.data.download import download
 from tasks.data.preprocess import preprocess, step_key
+from tests.infra.test_cache import flip
 
 CSV = gzip.decompress(files("sklearn.datasets.data").joinpath("digits.csv.gz").read_bytes())
 CONFIG = PreprocessConfig()
@@ -284,6 +285,16 @@ def test_a_damaged_raw_file_is_refused(store: ObjectStore, raw: RawSource, home:
     with pytest.raises(ServiceError, match=raw.files[0].sha256):
         run(raw)
     assert keys(store, "") == [raw.files[0].key]
+
+
+def test_a_raw_file_that_has_changed_on_this_disk_is_fetched_again(
+    store: ObjectStore, raw: RawSource, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = run(raw)
+    flip(Cache(home / "cache", store).fetch(raw.files[0].key, raw.files[0].sha256))
+    again = run(raw, refresh=True)
+    assert again.version == before.version
+    assert f"{raw.files[0].sha256} is damaged" in caplog.text
 
 
 def test_a_manifest_that_is_missing_or_does_not_match_its_version_is_refused(

@@ -416,21 +416,25 @@ def test_a_prune_whose_mark_was_taken_for_a_dead_ones_stops(made: Leftovers) -> 
 
 def test_files_of_this_machine_go_by_age(made: Leftovers) -> None:
     cache, runs = Settings().cache / "ab", Settings().runs
+    unfinished = [Settings().cache / ".copy.part", Settings().cache / "partial" / "download"]
     live, ended = made.run("RUNNING", days=0), made.run(days=0)
     for folder in (cache, runs / live, runs / ended):
         folder.mkdir(parents=True)
         for name in ("old", "new"):
             (folder / name).write_bytes(b"xx")
     (runs / ended / "new").unlink()
+    for file in unfinished:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"xx")
     then = time.time() - 31 * 86_400
-    for path in (cache / "old", runs / live / "old", runs / ended / "old", runs / ended):
+    for path in (*unfinished, cache / "old", runs / live / "old", runs / ended / "old", runs / ended):
         os.utime(path, (then, then))
     result = prune()
     assert [(each.kind, each.count, each.bytes) for each in result.freed] == [
-        ("cached files", 1, 2),
+        ("cached files", 3, 6),
         ("folders of trainings", 1, 2),
     ]
-    assert (cache / "new").exists() and not (cache / "old").exists()
+    assert (cache / "new").exists() and not any(file.exists() for file in (cache / "old", *unfinished))
     assert (runs / live).exists() and not (runs / ended).exists()
 
 
