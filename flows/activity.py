@@ -121,7 +121,7 @@ def _stands(client: SyncPrefectClient, run: FlowRun, holders: Mapping[Any, FlowR
 
 def _died(client: SyncPrefectClient) -> Iterator[Activity]:
     after = datetime.now(UTC) - DIED_WITHIN
-    for run in training_flow_runs(client, DEAD, after=after):
+    for run in training_flow_runs(client, DEAD, ended_after=after):
         by = str(run.labels.get(RESUMED_BY, ""))
         if may_go_on(run):
             detail = "a worker with the same code, libraries and kind of processor resumes it"

@@ -198,7 +198,7 @@ def _release(
         GateRefused: it has not passed.
     """
     while not release(version, approval):
-        summary = _with_verdict(summary, quality_gate(version, config.gate))
+        summary = _with_verdict(summary, quality_gate(version, config.gate, slices=config.data.slices))
     return summary.model_copy(update={"champion": True})
 
 

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import httpx
@@ -75,26 +76,36 @@ def train_and_release(
     minor = trial or config.data.limit is not None
     step_timer, found = StepTimer(), None
     try:
-        if sweep:
-            config, resume, found = _search(config, refresh, sweep, step_timer)
-        summary = _train_and_release(
-            config, refresh, resume, step_timer, only_if_changed=only_if_changed, force=force, trial=trial
-        ).model_copy(update={"sweep": found})
+        with _failure_told(minor=minor):
+            if sweep:
+                config, resume, found = _search(config, refresh, sweep, step_timer)
+            summary = _train_and_release(
+                config, refresh, resume, step_timer, only_if_changed=only_if_changed, force=force, trial=trial
+            ).model_copy(update={"sweep": found})
     except GateRefused as refused:  # the data, before a sweep
         told = {"dataset": config.dataset, "model_name": model_name(config), "error": str(refused)}
         summary = Summary(status="refused", exit_status=refused.exit_status, **told)
     except Cancelled as cancelled:
         # Prefect lets a cancelled run end in this state only, and raises `cancelled` from it in the caller.
         return states.Cancelled(message=str(cancelled), data=cancelled)  # type: ignore[arg-type]
+    if summary.news:
+        tell(summary.news, summary.message, minor=minor and summary.news != "promoted")
+    return _ended(summary)
+
+
+@contextmanager
+def _failure_told(*, minor: bool) -> Iterator[None]:
+    """Tells Prefect of an error in the block, and whether the flow run may go on after it."""
+    try:
+        yield
+    except (GateRefused, Cancelled):
+        raise
     except Exception as error:
         if resumable := getattr(error, "resumable", False) or is_prefect_outage(error):
             with suppress(httpx.HTTPError):  # of a flow run that cannot say how it ended, its process's end is noticed
                 label_flow_run({RESUMABLE: one_line(error)[:MAX_REASON]})
         tell_failure(error, trial=minor, resumable=resumable)
         raise
-    if summary.news:
-        tell(summary.news, summary.message, minor=minor and summary.news != "promoted")
-    return _ended(summary)
 
 
 def _search(
@@ -145,11 +156,12 @@ def judge_trial(config: RunConfig, run_id: str) -> Summary | State[Summary]:
         run_id: the trial's MLflow run.
     """
     step_timer = StepTimer()
-    check_server()
-    from tasks.release.trial import judge  # it loads PyTorch
-
     name = model_name(config)
-    verdict = step_timer("quality-gate", judge(name, run_id, config.gate, config.data.slices))
+    with _failure_told(minor=True):
+        check_server()
+        from tasks.release.trial import judge  # it loads PyTorch
+
+        verdict = step_timer("quality-gate", judge(name, run_id, config.gate, config.data.slices))
     known = {"accuracy": verdict.accuracy, "gain": verdict.gain, "verdict": verdict.summary, "mlflow_run_id": run_id}
     summary = Summary(status="done", trial=True, dataset=config.dataset, model_name=name, **known)
     if not verdict.passed:

@@ -22,7 +22,7 @@ from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 
 from flows.activity import activities, publish
 from flows.run_names import reason_of
-from infra.errors import ServiceError, UsageError, one_line
+from infra.errors import Outage, ServiceError, UsageError, one_line
 from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.provenance import COMMIT_VARIABLE
@@ -109,18 +109,41 @@ class Sweep:
             time.sleep(pause)
 
     def __call__(self) -> None:
-        """Does a round. After an error, the next one begins anew."""
-        try:
-            self._settle()
-            with get_client(sync_client=True) as client:
-                self._end_silent(client)
-                for run in list(self._runs(client, DEAD, after=datetime.now(UTC) - DEAD_FOR_AT_MOST)):
-                    if may_go_on(run) and run.id not in self._elsewhere and not is_alive_here(str(run.id)):
-                        self._look_at(client, run)
-            self._page = publish(activities(), self._page)
-        except (httpx.HTTPError, PrefectException, ServiceError) as error:
+        """Does a round. What fails in it is tried again in the next one."""
+        if not self._done(self._mark_dead):
             self._signs.clear()  # signs of life were missed, too
+        elif self._done(self._resume_dead):
+            self._done(self._publish)
+
+    def _done(self, part: Callable[[], None]) -> bool:
+        """Does a part of a round; returns whether it succeeded, or says why not."""
+        try:
+            part()
+        except (httpx.HTTPError, PrefectException, ServiceError) as error:
             self._tell(f"cannot look after trainings for now: {one_line(error)}")
+            return False
+        return True
+
+    def _mark_dead(self) -> None:
+        self._settle()
+        with get_client(sync_client=True) as client:
+            self._end_silent(client)
+
+    def _resume_dead(self) -> None:
+        with get_client(sync_client=True) as client:
+            for run in list(self._runs(client, DEAD, ended_after=datetime.now(UTC) - DEAD_FOR_AT_MOST)):
+                if not may_go_on(run) or run.id in self._elsewhere or is_alive_here(str(run.id)):
+                    continue
+                try:
+                    self._look_at(client, run)
+                except Outage:
+                    raise
+                except ServiceError as error:  # of this run only: above all its own network does not load here
+                    self._tell(f"flow run {run.name} cannot go on here for now: {one_line(error)}")
+
+    def _publish(self) -> None:
+        page, self._page = self._page, None  # a new one if this fails: it may have been deleted
+        self._page = publish(activities(), page)
 
     def _runs(self, client: SyncPrefectClient, states: Collection[StateType], **options: datetime) -> Iterator[FlowRun]:
         return (run for run in training_flow_runs(client, states, **options) if run.work_pool_name == self._pool)
@@ -161,6 +184,8 @@ class Sweep:
 
     def _look_at(self, client: SyncPrefectClient, run: FlowRun) -> None:
         run_id = _mlflow_run(run)
+        if run_id and MLFLOW_RUN not in run.labels and mlflow_runs.run_status(run_id) == "FINISHED":
+            run_id = run.parameters.get("resume")  # it has trained nothing, but judged an earlier version again
         parameters = {**run.parameters}
         try:
             if run_id:

@@ -87,7 +87,8 @@ def _supersede(
 ) -> UUID | None:
     """Cancels the unfinished trials with a key that would not answer this request; returns one that will, if any."""
     same: UUID | None = None
-    for run in list(training_flow_runs(client, [*LIVE, *DEAD], after=datetime.now(UTC) - DEAD_FOR_AT_MOST)):
+    lately = datetime.now(UTC) - DEAD_FOR_AT_MOST
+    for run in [*training_flow_runs(client, LIVE), *training_flow_runs(client, DEAD, ended_after=lately)]:
         unfinished = run.state_type in LIVE or may_go_on(run)
         if not unfinished or run.deployment_id != deployment.id or run.labels.get(TRIAL) != key:
             continue

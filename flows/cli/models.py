@@ -74,7 +74,8 @@ def promote(
     """
     from tasks.config.gates import load_gate
 
-    conditions = load_gate(settings or []) if judge else None  # a wrong key is reported before servers start
+    scored = judge or bool(settings)
+    conditions = load_gate(settings or []) if scored else None  # a wrong key is reported before servers start
     promotion = promote_named(
         name, version, conditions, force, reason, lambda verdict: terminal().print(Markdown(verdict.markdown()))
     )

@@ -79,7 +79,10 @@ def doctor(
     capabilities = probe(Settings().bucket)
     lacking = [each.name for each in capabilities if each.needed and not each.honoured]
     found = find_orphans()
-    settled = {(each.kind, each.what) for each in settle(found)} if fix else set()
+    if fix:
+        settle(found)
+    still = {(each.kind, each.what) for each in (find_orphans() if fix else found)}  # one may have settled another
+    settled = {(each.kind, each.what) for each in found} - still
     left = len(found) - len(settled)
     if as_json:
         findings = [dict(each) | {"settled": (each.kind, each.what) in settled} for each in found]

@@ -63,6 +63,9 @@ class CatalogueEntry(Record, extra="forbid"):
     image_size: int | None = None
     """Height and width of its images, in pixels; None if they are not known before the images are read."""
 
+    channels: int | None = None
+    """Of its images: 1 or 3; None if they are not known before the images are read."""
+
     test_images: int | None = None
     """Images of its test split; None if Convoy splits it."""
 
@@ -113,6 +116,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         name="fashion-mnist",
         format="idx",
         image_size=28,
+        channels=1,
         test_images=10_000,
         homepage="https://github.com/zalandoresearch/fashion-mnist",
         licence="MIT",
@@ -136,6 +140,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         name="mnist",
         format="idx",
         image_size=28,
+        channels=1,
         test_images=10_000,
         handed=True,
         homepage="http://yann.lecun.com/exdb/mnist/",
@@ -154,6 +159,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         name="kmnist",
         format="idx",
         image_size=28,
+        channels=1,
         test_images=10_000,
         handed=True,
         homepage="http://codh.rois.ac.jp/kmnist/",
@@ -173,6 +179,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         name="cifar10",
         format="cifar",
         image_size=32,
+        channels=3,
         test_images=10_000,
         homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
         licence="none stated; its author asks for the citation",
@@ -184,6 +191,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         name="cifar100",
         format="cifar",
         image_size=32,
+        channels=3,
         test_images=10_000,
         homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
         licence="none stated; its author asks for the citation",
@@ -195,6 +203,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         name="digits",
         format="digits",
         image_size=8,
+        channels=1,
         handed=True,
         homepage="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
         licence="CC BY 4.0",

@@ -1,6 +1,7 @@
 """Connects to the MLflow server of `MLFLOW_TRACKING_URI`: its address, a check that it answers, and a client."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -71,8 +72,12 @@ def all_pages(search: Callable[..., PagedList[T]], *, limit: int | None = None, 
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, at most 300 characters: MLflow's messages may fill pages."""
-    return str(error).strip().partition("\n")[0][:300]
+    """Returns the first line of an error's message, at most 300 characters: MLflow's messages may fill pages.
+
+    Users and passwords in addresses are removed.
+    """
+    line = str(error).strip().partition("\n")[0]
+    return re.sub(r"//[^/\s]*@", "//", line)[:300]
 
 
 def tracking_uri() -> str:
@@ -106,6 +111,6 @@ def check_server() -> None:
         status = httpx.get(f"{address}/health", timeout=HEALTH_TIMEOUT_SECONDS).status_code
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         hint = "start it with `convoy up`, or correct MLFLOW_TRACKING_URI"
-        raise Outage(f"MLflow at {tracking_uri()} does not answer ({error}); {hint}") from error
+        raise Outage(f"MLflow at {tracking_uri()} does not answer ({first_line(error)}); {hint}") from error
     if status in (502, 503, 504):
         raise Outage(f"MLflow at {tracking_uri()} is not available (HTTP {status}); try again later")

@@ -115,7 +115,7 @@ class RunConfig(TrainConfig):
     warm_start: bool = False
     """Start `convoy retrain` from the champion's weights instead of fresh ones."""
 
-    approval_patience: float = Field(86_400.0, gt=0)
+    approval_patience: float = Field(86_400.0, gt=0, le=315_360_000.0)
     """Seconds to wait for an approval."""
 
     @model_validator(mode="before")

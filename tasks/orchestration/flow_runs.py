@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
     FlowRunFilter,
-    FlowRunFilterExpectedStartTime,
+    FlowRunFilterEndTime,
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
@@ -114,17 +114,17 @@ def is_alive_here(flow_run_id: str) -> bool:
 
 
 def training_flow_runs(
-    client: SyncPrefectClient, states: Collection[StateType], *, after: datetime | None = None
+    client: SyncPrefectClient, states: Collection[StateType], *, ended_after: datetime | None = None
 ) -> Iterator[FlowRun]:
     """Yields the flow runs of trainings, and of trials of commits, in any of these states, page by page.
 
     Args:
-        after: excludes flow runs with an earlier expected start.
+        ended_after: excludes flow runs that ended earlier, or have not ended.
     """
     flows = FlowFilter(name=FlowFilterName(any_=[*TRAINING_FLOWS, *TRIAL_FLOWS]))
     wanted = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
-        expected_start_time=FlowRunFilterExpectedStartTime(after_=after) if after else None,
+        end_time=FlowRunFilterEndTime(after_=ended_after) if ended_after else None,
     )
     seen = 0
     while page := client.read_flow_runs(flow_filter=flows, flow_run_filter=wanted, limit=PAGE, offset=seen):

@@ -26,6 +26,7 @@ def check_early(config: RunConfig) -> None:
         check_exists(config.pretrained)
     entry = catalogued(config.dataset)
     if image_size := config.data.image_size or (entry and entry.image_size):
-        check_trainable(config, channels=config.data.channels or 3, image_size=image_size, classes=2)
+        channels = config.data.channels or (entry and entry.channels) or 3
+        check_trainable(config, channels=channels, image_size=image_size, classes=2)
     if entry and entry.test_images and config.promotes:
         config.gate.check_floor(min(entry.test_images, config.data.limit or entry.test_images))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from prefect.artifacts import create_table_artifact
 from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run
 from pydantic import Field, ValidationError
 from scipy.stats import spearmanr
 
@@ -204,10 +205,10 @@ class Sweep:
             new = [self._trial(len(trials) + 1 + place, each.params) for place, each in enumerate(asked)]
             new = self._trained(new, 1)
             for each, trial in zip(asked, new, strict=True):
-                if trial.failed:
-                    study.tell(each, state=optuna.trial.TrialState.FAIL)
-                else:
+                if 1 in trial.scores:  # what fails at a later rung, before an interruption, has been told its score too
                     study.tell(each, trial.scores[1])
+                else:
+                    study.tell(each, state=optuna.trial.TrialState.FAIL)
             trials += new
         return trials
 
@@ -368,8 +369,9 @@ def _sweep_run(record: SweepRecord, run_id: str | None) -> Iterator[str]:
             tags={tags.RESULT: "a sweep under way", tags.USER: this_user()},
         )
     hint = f"`convoy sweep --resume {run_id}` goes on"
-    with hold_run_lock(run_id):
+    with hold_run_lock(run_id, str(flow_run.id)):
         status: mlflow_runs.RunStatus = "FINISHED"
+        finished = mlflow_runs.run_status(run_id) == "FINISHED"
         try:
             if resumed:
                 outlast(partial(mlflow_runs.reopen_run, run_id))
@@ -380,7 +382,7 @@ def _sweep_run(record: SweepRecord, run_id: str | None) -> Iterator[str]:
             yield run_id
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
-            status = "KILLED" if stopped else "FAILED"
+            status = "KILLED" if stopped else "FINISHED" if finished else "FAILED"
             if not isinstance(error, UsageError):
                 run_logger().warning("the sweep has stopped; %s", hint)
             if isinstance(error, Interrupted):

@@ -6,7 +6,7 @@ and aliases that do not follow their model's history.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,7 +24,7 @@ from infra.storage.object_store import ObjectInfo, ObjectStore, open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.mlflow_runs import Run
 from infra.tracking.promotion_history import misplaced_aliases, names_with_history, repair_aliases
-from infra.tracking.tags import FLOW_RUN, MANIFEST_DIGEST
+from infra.tracking.tags import FLOW_RUN, MANIFEST_DIGEST, SWEEP
 from tasks.orchestration.flow_runs import killed_flow_runs, mark_crashed, read_flow_run
 from tasks.orchestration.model_lease import forgotten_leases, free_forgotten
 from tasks.training.liveness import liveness, lock_file, orphaned, processes_of
@@ -103,7 +103,7 @@ def _methods(grace: timedelta) -> dict[Kind, _Method]:
     """Returns the method of each kind. Processes come first, since they keep their runs alive."""
     store = open_bucket(create=True)
     young = datetime.now(UTC) - grace
-    closed = "it becomes KILLED, its flow run Crashed; `convoy resume` goes on with it"
+    closed = "it becomes KILLED, its flow run Crashed; `convoy resume`, or `convoy sweep --resume`, goes on with it"
     return {
         "process": _Method(_processes, _end_process, "it is ended"),
         "run": _Method(_runs, close_run, closed),
@@ -140,9 +140,15 @@ def _end_process(what: str) -> bool:
 
 
 def _runs() -> Iterator[tuple[str, str]]:
-    for run in mlflow_runs.search_runs(MANIFEST_DIGEST):
-        if run.status == "RUNNING" and (why := _abandoned(run)):
+    found = {run.run_id: run for tag in (MANIFEST_DIGEST, SWEEP) for run in mlflow_runs.search_runs(tag)}
+    for run in found.values():
+        if run.status == "RUNNING" and _is_of_a_flow(run.run_id, run.tags) and (why := _abandoned(run)):
             yield run.run_id, f"MLflow says that it is running, but {why}"
+
+
+def _is_of_a_flow(run_id: str, tags: Mapping[str, str]) -> bool:
+    """Returns whether a run is a training, or a sweep."""
+    return MANIFEST_DIGEST in tags or tags.get(SWEEP) == run_id
 
 
 def _abandoned(run: Run) -> str | None:
@@ -168,7 +174,7 @@ def close_run(run_id: str) -> bool:
     try:
         with try_locked(lock) as held:  # a resume at the same moment waits, or was faster
             tags = mlflow_runs.run_tags(run_id)
-            if not held or MANIFEST_DIGEST not in tags or mlflow_runs.run_status(run_id) != "RUNNING":
+            if not held or not _is_of_a_flow(run_id, tags) or mlflow_runs.run_status(run_id) != "RUNNING":
                 return False
             flow_run_id = tags.get(FLOW_RUN, "")
             mark_crashed(flow_run_id)

@@ -150,11 +150,11 @@ def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: boo
 
 
 def active_trainings() -> set[str]:
-    """Returns the flow runs of trainings that are running or pending in Prefect."""
-    since = datetime.now(UTC) - MAX_PREPARATION
+    """Returns the flow runs of trainings that are pending in Prefect, or have begun lately."""
+    now = datetime.now(UTC)
     with get_client(sync_client=True) as client:
-        found = training_flow_runs(client, [StateType.RUNNING, StateType.PENDING], after=since)
-        return {str(run.id) for run in found}
+        found = training_flow_runs(client, [StateType.RUNNING, StateType.PENDING])
+        return {str(run.id) for run in found if (run.start_time or now) >= now - MAX_PREPARATION}
 
 
 class _Marks:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -160,9 +161,17 @@ def test_flow_run_is_cancelled_while_it_waits(asking: Asked) -> None:
 
 
 def test_champion_that_changed_meanwhile_is_what_a_version_is_judged_against(
-    stack: object, quiet_prefect: None, tmp_path: Path
+    stack: object, quiet_prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (register_digits("overtaken", tmp_path).version for _ in range(2))
+    config = CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"slices": ("camera",)})})
+    slices: list[tuple[str, ...]] = []
+
+    def judged(*arguments: Any, **options: Any) -> Any:
+        slices.append(options["slices"])
+        return quality_gate(*arguments)  # without them: digits have no camera
+
+    monkeypatch.setattr(candidate, "quality_gate", judged)
 
     @flow
     def run() -> Summary:
@@ -173,10 +182,11 @@ def test_champion_that_changed_meanwhile_is_what_a_version_is_judged_against(
         assert release(first)
         assert not release(second, decision(APPROVED, "Ann", "looks right"))
         assert aliased("overtaken", "champion") == first
-        return _release(Summary(status="done"), CONFIG, second, decision(APPROVED, "Ann", "looks right"))
+        return _release(Summary(status="done"), config, second, decision(APPROVED, "Ann", "looks right"))
 
     summary = run()
     assert summary.champion
+    assert slices == [("camera",)]
     assert "against overtaken/1" in (summary.verdict or "")
     newest = history(open_bucket(), "overtaken")[-1]
     assert (newest.to_version, newest.approved_by, newest.from_version) == ("2", "Ann", "1")

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -15,16 +16,20 @@ import psutil
 import pytest
 import yaml
 from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterId
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Pending, Running, Scheduled
 
 from flows.activity import activities, publish
 from flows.resumption import Decision, Sweep, decide, tries_from
+from infra.errors import ServiceError
 from infra.settings import Settings
+from infra.tracking import mlflow_runs
 from infra.tracking.tags import (
     ALIVE,
     COMMIT,
+    FLOW_RUN,
     MLFLOW_RUN,
     RESUMABLE,
     RESUMED_BY,
@@ -129,10 +134,14 @@ def unserved(deployed: Callable[..., str]) -> str:
 
 
 @pytest.fixture
-def start_worker(stack: object, tmp_path: Path) -> Iterator[Callable[[], "subprocess.Popen[bytes]"]]:
+def start_worker(stack: object, tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
     """Starts workers that look after trainings every second; they have one log in the test's folder."""
     with ExitStack() as started:
-        yield lambda: started.enter_context(running_worker(tmp_path, POOL, CONVOY_SWEEP_SECONDS="1"))
+
+        def start(pool: str = POOL, **variables: str) -> "subprocess.Popen[bytes]":
+            return started.enter_context(running_worker(tmp_path, pool, CONVOY_SWEEP_SECONDS="1", **variables))
+
+        yield start
 
 
 def run_of(flow_run_id: str) -> FlowRun:
@@ -248,6 +257,53 @@ def test_a_flow_run_elsewhere_counts_as_dead_once_its_sign_of_life_has_not_chang
     sweep()
     assert run_of(taken).state_type == StateType.CRASHED
     assert run_of(alive).state_type == StateType.RUNNING
+
+
+def test_one_that_cannot_be_looked_at_holds_up_no_other(
+    new_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a network of one's own could not be loaded here."""
+    faulty, died = new_run(Crashed()), new_run(Crashed())
+    look_at, said = Sweep._look_at, list[str]()
+
+    def looked_at(sweep: Sweep, client: SyncPrefectClient, run: FlowRun) -> None:
+        if str(run.id) == faulty:
+            raise ServiceError("there is no module nets")
+        look_at(sweep, client, run)
+
+    monkeypatch.setattr(Sweep, "_look_at", looked_at)
+    sweep = Sweep(POOL, "platform-test", said.append)
+    sweep()
+    assert [run.labels[RESUMES] for run in resumptions() if run.labels.get(RESUMES) in (faulty, died)] == [died]
+    assert sweep._page
+    assert sum("cannot go on here for now: there is no module nets" in line for line in said) == 1
+    with get_client(sync_client=True) as client:
+        client.delete_artifact(sweep._page)
+    sweep()
+    sweep()
+    assert sweep._page
+
+
+def test_one_that_waited_for_long_before_it_died_is_resumed_too(unserved: str) -> None:
+    began = datetime.now(UTC) - timedelta(days=30)
+    with get_client(sync_client=True) as client:
+        found = client.read_deployment_by_name(unserved)
+        made = client.create_flow_run_from_deployment(found.id, state=Scheduled(scheduled_time=began))
+        for state in (Pending(), Running(), Crashed()):
+            client.set_flow_run_state(made.id, state, force=True)
+    Sweep(POOL, "platform-test", print)()
+    assert run_of(str(made.id)).labels[RESUMED_BY]
+
+
+def test_a_flow_run_that_judged_an_earlier_version_again_is_repeated_as_it_was_asked_for(
+    new_run: Callable[..., str],
+) -> None:
+    died = new_run(Crashed())
+    earlier = mlflow_runs.start_run("resumption", "earlier", {}, {FLOW_RUN: died})
+    mlflow_runs.end_run(earlier, "FINISHED")
+    Sweep(POOL, "platform-test", print)()
+    (again,) = [run for run in resumptions() if run.labels.get(RESUMES) == died]
+    assert again.parameters == run_of(died).parameters
 
 
 def test_work_is_shown_as_a_page_and_by_the_command(new_run: Callable[..., str], convoy: Convoy) -> None:

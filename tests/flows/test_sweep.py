@@ -126,6 +126,7 @@ def test_a_sweep_that_is_killed_and_stopped_finds_the_same_and_its_winner_is_tha
     again = program("sweep", "--resume", sweep, *into("again")).wait()
     assert again.status == 2
     assert again.complaint == f"sweep {sweep} has finished: its best trial is {found['model_name']}/1"
+    assert MlflowClient().get_run(sweep).info.status == "FINISHED"
 
 
 NETWORK = """

@@ -18,11 +18,13 @@ from prefect.states import Crashed
 
 from flows import trial_request
 from flows.deployments import _project_entries, cancel_flow_run, find_deployment, start
+from flows.pipeline import judge_trial
 from flows.summary import Summary
-from infra.errors import UsageError
-from infra.tracking.tags import TRIAL
+from infra.errors import Outage, UsageError
+from infra.tracking.tags import RESUMABLE, TRIAL
 from tasks.config.deployment import CodeConfig, DeployConfig, ProjectConfig
 from tasks.config.gates import GateConfig
+from tasks.config.run import RunConfig
 from tasks.orchestration.flow_runs import may_go_on, training_flow_runs
 from tasks.release.trial import judge
 from tests.conftest import PORT_RANGE
@@ -152,6 +154,19 @@ def test_a_project_with_a_pool_for_trials_has_their_deployments() -> None:
         assert entry["parameters"]["config"]["name"] == "flowers"
     without = project.model_copy(update={"deploy": DeployConfig()})
     assert [entry["name"] for entry in _project_entries(without)] == ["flowers"]
+
+
+def test_a_judgement_that_an_outage_ends_may_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away() -> None:
+        raise Outage("MLflow does not answer")
+
+    labels: dict[str, str] = {}
+    monkeypatch.setattr("flows.pipeline.check_server", away)
+    monkeypatch.setattr("flows.pipeline.label_flow_run", labels.update)
+    monkeypatch.setattr("flows.pipeline.tell_failure", lambda *_, **__: None)
+    with pytest.raises(Outage):
+        judge_trial(RunConfig(dataset="digits"), "run")
+    assert labels == {RESUMABLE: "MLflow does not answer"}
 
 
 def test_only_a_trial_is_judged_as_if(trained: Summary) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import typer
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+from prefect.states import Running
 
 from flows.cli import upkeep
 from infra.errors import UsageError
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
-from tests.tasks.leftovers import Leftovers
+from tasks.training.liveness import lock_file
+from tests.tasks.leftovers import Leftovers, flow_run_in
 
 Output = pytest.CaptureFixture[str]
 
@@ -49,6 +51,18 @@ def test_prune_refuses_a_wrong_key_before_it_needs_servers(tmp_path: Path, monke
     monkeypatch.setattr(upkeep, "servers_up", lambda: pytest.fail("it started servers"))
     with pytest.raises(UsageError, match="wrong"):
         upkeep.prune(settings=["wrong=1"])
+
+
+def test_doctor_counts_what_one_finding_has_settled_for_another(made: Leftovers, capsys: Output) -> None:
+    """After the kill of `convoy train`, the MLflow run and the flow run are findings; the former settles the latter."""
+    flow_run = flow_run_in(Running())
+    run = made.run("RUNNING", flow_run=str(flow_run.id))
+    for lock in (Settings().home / "flows" / str(flow_run.id), lock_file(run)):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.write_text(str(flow_run.id))  # as a killed process leaves it
+    upkeep.doctor(fix=True)
+    said = capsys.readouterr().out
+    assert f"settled: run {run}" in said and f"settled: flow {flow_run.id}" in said
 
 
 def test_doctor_exits_with_1_until_all_is_settled(made: Leftovers, capsys: Output) -> None:

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from infra.errors import ServiceError, UsageError
 from infra.tracking import mlflow_runs
-from infra.tracking.client import check_server, tracking_uri
+from infra.tracking.client import check_server, mlflow_client, tracking_uri
 from infra.tracking.metric_log import MetricLogger, MetricRow, deliver
 from infra.tracking.system_metrics import SystemMetrics
 
@@ -91,6 +91,10 @@ def test_password_in_the_servers_address_is_never_shown(monkeypatch: pytest.Monk
     with pytest.raises(ServiceError) as failure:
         check_server()
     assert tracking_uri() == "http://127.0.0.1:9"
+    assert "hidden" not in str(failure.value)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ServiceError, match=r"API request to http://127.0.0.1:9/api") as failure, mlflow_client("ask"):
+        MlflowClient().search_experiments()
     assert "hidden" not in str(failure.value)
 
 

@@ -255,6 +255,10 @@ def test_unknown_key_that_is_near_to_none_is_answered_with_all() -> None:
     [
         ("lr=0", ["lr", "greater than 0", "given: 0"]),
         ("lr=.nan", ["lr"]),
+        ("clip_norm=.inf", ["clip_norm", "finite number"]),
+        ("checkpoints.every=.inf", ["checkpoints.every", "finite number"]),
+        ("data_gate.max_imbalance=.inf", ["data_gate.max_imbalance", "finite number"]),
+        ("approval_patience=1e12", ["approval_patience", "315360000"]),
         ("epochs=1.5", ["epochs", "given: 1.5"]),
         ("batch_size=2", ["batch_size", "nearest is 8"]),
         ("batch_size=130", ["nearest is 128"]),

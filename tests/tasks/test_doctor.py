@@ -27,6 +27,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.mlflow_runs import Run
 from infra.tracking.model_registry import aliased, set_alias
 from infra.tracking.promotion_history import promote
+from infra.tracking.tags import FLOW_RUN, SWEEP
 from tasks.training import liveness
 from tasks.training.checkpoints import STATE
 from tasks.training.liveness import DEAD_AFTER_SECONDS, hold_run_lock, lock_file
@@ -221,6 +222,15 @@ def test_what_has_been_taken_up_meanwhile_is_not_settled(made: Leftovers) -> Non
     mlflow_runs.end_run(run, "FINISHED")
     assert settle(found) == []
     assert mlflow_runs.run_status(run) == "FINISHED"
+
+
+def test_a_sweep_whose_flow_has_died_is_closed(made: Leftovers) -> None:
+    run = mlflow_runs.start_run("leftovers", "sweep", {}, {FLOW_RUN: str(flow_run_in(Failed()).id)})
+    made.runs.append(run)
+    assert find_orphans() == []
+    mlflow_runs.set_tags(run, {SWEEP: run})
+    assert whats(settle_all()) == [("run", run)]
+    assert mlflow_runs.run_status(run) == "KILLED"
 
 
 def test_runs_that_are_not_ours_are_left_alone(made: Leftovers) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from infra.errors import UsageError
-from tasks.config.run import load_config
+from tasks.config.run import RunConfig, load_config
 from tasks.config.sweep import Range, Rung, SweepConfig, contains, read_sweep, trial_config, value_of
+from tasks.data.dataset import DatasetRef
+from tasks.training.sweep import Sweep, SweepRecord, Trial
 
 CONFIG = load_config(None, ["epochs=9"])
 
@@ -96,3 +98,26 @@ def test_the_configuration_itself_is_a_trial_only_if_the_space_contains_it(
 ) -> None:
     assert all(contains(values, value) for value in inside)
     assert not any(contains(values, value) for value in outside)
+
+
+def test_a_trial_that_failed_at_a_later_rung_changes_nothing_in_a_resumed_sweep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its score at the first rung was told to Optuna before it failed; a resumed sweep must tell the same."""
+    config = SweepConfig(space={"lr": Range(low=0.01, high=1.0, log=True)}, trials=9, eta=3)
+    record = SweepRecord(config=CONFIG, dataset=DatasetRef.model_construct(name="digits"), sweep=config)
+    earlier: list[Trial] = []
+
+    def train(sweep: Sweep, trial: Trial, config: RunConfig | None, rung: int) -> Trial:
+        if trial.failed or rung in trial.scores:
+            return trial
+        if rung == 2 and trial.number == 1:
+            return trial.model_copy(update={"failed": True})
+        return trial.model_copy(update={"scores": {**trial.scores, rung: 1 - abs(float(trial.values["lr"]) - 0.2)}})
+
+    monkeypatch.setattr("tasks.training.sweep._trials_of", lambda run: earlier)
+    monkeypatch.setattr(Sweep, "_train", train)
+    first = Sweep("run", record, lambda *_: None, 1).search()
+    assert first[0].failed and 1 in first[0].scores
+    earlier = first
+    assert Sweep("run", record, lambda *_: None, 1).search() == first
