@@ -75,6 +75,8 @@ def loopback_without_proxy(environment: Mapping[str, str] | None = None) -> dict
     """
     environment = os.environ if environment is None else environment
     set_so_far = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    if set_so_far.strip() == "*":  # no proxy at all; clients do not know it among others
+        return dict.fromkeys(NO_PROXY, "*")
     hosts = [host.strip().removeprefix("[").removesuffix("]") for host in set_so_far.split(",")]
     hosts = [host for host in hosts if host and _httpx_reads(host)]
     hosts += [host for host in ("127.0.0.1", "localhost") if host not in hosts]

@@ -216,7 +216,8 @@ def _export(
     expected: Tensor,
     tolerance: float,
 ) -> float:
-    with TemporaryDirectory(dir=out.absolute().parent, prefix=".export-") as temporary:
+    target = os.path.realpath(out)  # a link stays one
+    with TemporaryDirectory(dir=os.path.dirname(target), prefix=".export-") as temporary:
         file = Path(temporary, f"model{suffix}")
         save(file)
         worst = _largest_difference(load(file), images, expected)
@@ -225,7 +226,7 @@ def _export(
                 f"{out}: the exported model differs from the original: a probability by {worst:.2g}, "
                 f"more than {tolerance:g}; nothing was written"
             )
-        os.replace(file, out)
+        os.replace(file, target)
     return worst
 
 

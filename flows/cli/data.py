@@ -1,5 +1,6 @@
 """Commands about data: `data show`, `data diff` and `data check`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -99,7 +100,7 @@ def check(
     from tasks.data.label_tables import missing_files, table_options
 
     options = table_options(load_project(configuration_file(None), settings or ()).data)
-    if not is_table(table.name) or not table.is_file():
+    if not is_table(table.name) or not os.path.isfile(table):
         raise UsageError(f"{table}: there is no such label table (.csv, .tsv, .jsonl, .parquet)")
     try:
         found = read_table(table, table.name, options)

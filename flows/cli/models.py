@@ -67,7 +67,8 @@ def promote(
 ) -> None:
     """Make a version the champion, if it passed its gates against the present one.
 
-    Of several simultaneous promotions, one wins; the others report which. Exit status 3: a gate refused.
+    Of several simultaneous promotions, one wins; the others report which. Exit status 3: a gate refused. The conditions
+    of --judge are those of the version's training, unless --set changes them.
 
     [dim]convoy promote fashion-mnist 4[/]
     [dim]convoy promote fashion-mnist 4 --force --reason "the only one that knows the new sizes"[/]
@@ -93,7 +94,8 @@ def promote_named(
     """Does what `promote` describes, with its servers.
 
     Args:
-        conditions: those of the quality gate, to score the version against the present champion first; None: do not.
+        conditions: changes of the quality gate's conditions, to score the version against the present champion first;
+            None: do not.
         judged: is called with the verdict, before a gate may refuse.
     """
     servers_up()
@@ -106,10 +108,10 @@ def promote_named(
     found = find_version(f"{name}{separator}{version}")
     if conditions and found != standing_champion(open_bucket(create=True), name).version:  # not against itself
         with loading():
-            from tasks.release.quality_gate import judge_version, publish
+            from tasks.release.quality_gate import conditions_of, judge_version, publish
             from tasks.release.report_page import make_page
 
-        verdict = judge_version(found, conditions)
+        verdict = judge_version(found, conditions_of(found, conditions))
         publish(found, verdict)
         make_page(find_version(found.address))
         judged(verdict)
@@ -178,7 +180,8 @@ def compare(
 ) -> None:
     """Compare two versions on the test split of A's dataset, image by image, as the quality gate does.
 
-    Nothing is promoted, and no server is started. Exit status 0, whatever the verdict.
+    The conditions are those of A's training, unless --set changes them. Nothing is promoted, and no server is started.
+    Exit status 0, whatever the verdict.
 
     [dim]convoy compare fashion-mnist@challenger fashion-mnist@champion[/]
     """
@@ -192,10 +195,16 @@ def compare(
 
 
 def compare_named(a: str, b: str, conditions: "GateConfig") -> "Verdict":
-    """Does what `compare` describes, with its servers."""
+    """Does what `compare` describes, with its servers.
+
+    Args:
+        conditions: changes of the quality gate's conditions.
+    """
     servers_to_read()
     with loading():
         from infra.tracking.model_versions import find_version
         from tasks.release.quality_gate import compare as judge
+        from tasks.release.quality_gate import conditions_of
 
-    return judge(find_version(a), find_version(b), conditions)
+    challenger = find_version(a)
+    return judge(challenger, find_version(b), conditions_of(challenger, conditions))

@@ -275,7 +275,7 @@ def _given_config(
     if repository:
         check_address(repository)
     if report:
-        check_writable(report, "--report")
+        check_writable(report, "--report", replaced=False)
     found = configuration_file(file) if deployment is None else file
     if not found:
         return None

@@ -161,7 +161,7 @@ def resume(
 def _run_with_summary(run: Callable[[], Summary], file: Path | None, dataset: str | None = None) -> None:
     """Runs a flow and writes its summary to a file, also when it fails."""
     if file:
-        check_writable(file, "--summary")
+        check_writable(file, "--summary", replaced=False)
     result = Summary(status="failed", dataset=dataset)
     try:
         with outlive_readers("stdout"):

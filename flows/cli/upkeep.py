@@ -79,9 +79,12 @@ def doctor(
     capabilities = probe(Settings().bucket)
     lacking = [each.name for each in capabilities if each.needed and not each.honoured]
     found = find_orphans()
-    if fix:
-        settle(found)
-    still = {(each.kind, each.what) for each in (find_orphans() if fix else found)}  # one may have settled another
+    left_behind = found
+    for _ in range(2 if fix and found else 0):  # to settle one may settle another, or reveal one
+        settle(left_behind)
+        left_behind = find_orphans()
+        found = [*found, *(each for each in left_behind if each not in found)]
+    still = {(each.kind, each.what) for each in left_behind}
     settled = {(each.kind, each.what) for each in found} - still
     left = len(found) - len(settled)
     if as_json:

@@ -24,20 +24,25 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def check_writable(path: Path, option: str) -> None:
+def check_writable(path: Path, option: str, *, replaced: bool = True) -> None:
     """Checks the value of an option that names a file to write, before the work rather than after it.
+
+    Args:
+        replaced: whether a new file replaces the old one, so that devices and pipes cannot be named.
 
     Raises:
         UsageError: a file cannot be written there.
     """
-    place = path if path.exists() and is_irreplaceable(path) else Path(os.path.realpath(path)).parent
-    if path.is_dir() or not os.access(place, os.W_OK):
+    real = os.path.realpath(path)  # functions of os.path, since methods of Path raise where one may not look
+    in_place = not replaced and os.path.exists(path) and is_irreplaceable(path)
+    special = os.path.isdir(real) or (replaced and os.path.exists(real) and not os.path.isfile(real))
+    if special or not os.access(path if in_place else os.path.dirname(real), os.W_OK):
         raise UsageError(f"{option} {path}: cannot write there; name a file in a folder that exists")
 
 
 def is_irreplaceable(path: Path) -> bool:
     """Returns whether a new file must not replace the path: a device, a pipe, or a link such as /dev/stdout."""
-    return path.is_symlink() or (path.exists() and not path.is_file())
+    return os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path))
 
 
 @contextmanager
@@ -70,7 +75,11 @@ def publish(temporary: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yields a temporary path next to `target`; publishes it as `target` when the block ends without an error."""
+    """Yields a temporary path next to `target`; publishes it as `target` when the block ends without an error.
+
+    A link stays one: the file that it leads to is replaced.
+    """
+    target = Path(os.path.realpath(target))
     with temporary_file(target.parent) as temporary:
         yield temporary
         publish(temporary, target)

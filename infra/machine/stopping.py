@@ -44,6 +44,7 @@ class Stopped(BaseException):
 _read_end, _write_end = socket.socketpair()  # one per process, like the handlers
 _read_end.setblocking(False)
 _write_end.setblocking(False)
+_reading = threading.Lock()
 _replaced: dict[signal.Signals, object] = {}
 _presses: list[float] = []  # times of Ctrl-C
 _at_end: list[Callable[[Stopped], None]] = []
@@ -84,11 +85,15 @@ def unlisten() -> None:
 
 def asked() -> Stopped | None:
     """Returns the first signal that has arrived; None if none has."""
-    try:
-        numbers = _read_end.recv(64, socket.MSG_PEEK)
-    except BlockingIOError:
-        return None
-    return next((Stopped(signal.Signals(number)) for number in numbers if number in EXIT_STATUS), None)
+    with _reading:
+        while True:
+            try:
+                (number,) = _read_end.recv(1, socket.MSG_PEEK)
+            except BlockingIOError:
+                return None
+            if number in EXIT_STATUS:
+                return Stopped(signal.Signals(number))
+            _read_end.recv(1)  # another signal, which the program that called Convoy handles
 
 
 def check() -> None:
@@ -109,7 +114,9 @@ def forget() -> None:
 
 def wait(seconds: float) -> None:
     """Returns after `seconds`, or immediately when a signal has arrived. The caller calls `check`."""
-    select.select([_read_end], [], [], seconds)
+    end = time.monotonic() + seconds
+    while asked() is None and (left := end - time.monotonic()) > 0:
+        select.select([_read_end], [], [], left)
 
 
 def sleep(seconds: float) -> None:

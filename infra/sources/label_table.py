@@ -9,8 +9,8 @@ import posixpath
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -428,16 +428,15 @@ class _Checker:
 
     def _check_labels(self) -> None:
         """Refuses labels that look alike but are not, and those with invisible characters."""
-        numbers: dict[float, str] = {}
+        numbers: dict[Decimal, str] = {}  # exact, since labels may be long
         for label, row in self._labels.items():
             if escaped(label) != label or "Cf" in map(unicodedata.category, (label[0], label[-1])):
                 self._faults.add(row, f"has an invisible character in its label {label!r}")
             if _NUMBER.fullmatch(label):
-                with suppress(OverflowError):
-                    other = numbers.setdefault(float(label), label)
-                    if other != label:
-                        first = self._labels[other]
-                        self._faults.add(row, f"has the label {label!r}, and row {first} {other!r}: the same number")
+                other = numbers.setdefault(Decimal(label), label)
+                if other != label:
+                    first = self._labels[other]
+                    self._faults.add(row, f"has the label {label!r}, and row {first} {other!r}: the same number")
 
     def _check_repeated(self, table: pa.Table) -> None:
         paths = table["path"].combine_chunks()

@@ -91,7 +91,7 @@ class Mirrors:
             case "hf":
                 yield hub_file(rest, self.web)
             case "file":
-                yield _readable(Path(unquote(rest[2:]) if rest.startswith("//") else rest))
+                yield _readable(Path(unquote(rest[2:]) if rest.startswith("///") else rest))
             case "package":
                 yield _readable(_inside_package(rest))
             case _:

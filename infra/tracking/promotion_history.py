@@ -249,22 +249,21 @@ def rollback(store: ObjectStore, name: str, *, who: str | None = None, reason: s
     repair_aliases(store, name)
     entries = history(store, name)
     standing = champions(entries)
-    present = standing[-1] if standing else None
-    target = next(_present(name, standing[:-1]), None)
+    champion, target = _champion_and_previous(name, standing)
     if target is None:
-        what = f"version {present} is the first champion of {name!r}" if present else f"{name!r} has no champion"
+        what = f"version {champion} is the first champion of {name!r}" if champion else f"{name!r} has no champion"
         raise UsageError(f"{what}, so there is none to go back to; `convoy history {name}` shows all changes")
     entry = Promotion(
         name=name,
         number=entries[-1].number + 1,
         action="rollback",
-        from_version=present,
-        to_version=target.version,
+        from_version=standing[-1],
+        to_version=target,
         who=who or this_user(),
         when=datetime.now(UTC),
         reason=reason,
         id=uuid.uuid4().hex,
-        **lineage_of(entries, target.version).model_dump(),
+        **lineage_of(entries, target).model_dump(),
     )
     return _append(store, entry)
 
@@ -307,12 +306,11 @@ def names_with_history(store: ObjectStore) -> list[str]:
 
 def _misplaced(name: str, entries: Sequence[Promotion]) -> Iterator[tuple[str, str | None, str | None]]:
     """Yields each wrong alias with the version that it points at and the right one."""
-    present = _present(name, champions(entries))
-    for alias in (CHAMPION, PREVIOUS):
-        wanted, found = next(present, None), aliased(name, alias)
-        pair = found.version if found else None, wanted.version if wanted else None
-        if pair[0] != pair[1]:
-            yield alias, *pair
+    for alias, wanted in zip((CHAMPION, PREVIOUS), _champion_and_previous(name, champions(entries)), strict=True):
+        found = aliased(name, alias)
+        version = found.version if found else None
+        if version != wanted:
+            yield alias, version, wanted
 
 
 def this_user() -> str:
@@ -348,6 +346,13 @@ def _present(name: str, standing: Sequence[str]) -> Iterator[RegisteredVersion]:
     for version in reversed(standing):
         with suppress(UsageError):
             yield find_version(f"{name}/{version}")
+
+
+def _champion_and_previous(name: str, standing: Sequence[str]) -> tuple[str | None, str | None]:
+    """Returns the version that is champion, and another one that was before; both are still in the registry."""
+    present = (each.version for each in _present(name, standing))
+    champion = next(present, None)
+    return champion, next((each for each in present if each != champion), None)
 
 
 def _keys(store: ObjectStore, name: str) -> list[str]:

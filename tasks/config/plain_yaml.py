@@ -30,8 +30,9 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
-            if key.tag != "tag:yaml.org,2002:merge" and lines.setdefault(name, line) != line:
+            if key.tag != "tag:yaml.org,2002:merge" and name in lines:
                 raise UsageError(f"{name} is there twice (lines {lines[name]} and {line}); keep one")
+            lines[name] = line
         return self.construct_mapping(node, deep=True)
 
     def whole_number(self, node: yaml.ScalarNode) -> int:

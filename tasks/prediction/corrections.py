@@ -41,7 +41,7 @@ def read_corrections(file: Path) -> LabelTable:
     Raises:
         UsageError: there is none, or rows are faulty; the message names them.
     """
-    if not file.is_file() or not is_table(file.name):
+    if not os.path.isfile(file) or not is_table(file.name):
         raise UsageError(f"--corrected {file}: there is no such table; name the .csv that `convoy errors` has written")
     return read_table(file, str(file), TableOptions())
 

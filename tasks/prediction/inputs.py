@@ -58,20 +58,24 @@ def target_of(served: ServedModel) -> Target:
 
 
 def _on_disk(given: str) -> Iterator[Picture]:
-    root = Path(given)
-    if root.is_file():
-        yield _file(root)
-    elif root.is_dir():
-        for folder, inner, names in os.walk(root):
+    # functions of os.path, since methods of Path raise where one may not look
+    if os.path.isfile(given):
+        yield _file(Path(given))
+    elif os.path.isdir(given):
+        for folder, inner, names in os.walk(given, onerror=_refuse):
             inner[:] = sorted(name for name in inner if not name.startswith("."))
             for name in sorted(names):
                 path = Path(folder, name)
-                if _is_image(name) and path.is_file():
+                if _is_image(name) and os.path.isfile(path):
                     yield _file(path)
     elif "://" in given:
         raise UsageError(f"{given}: name files, a folder, or an s3:// address")
     else:
         raise UsageError(f"{given}: no such file or folder")
+
+
+def _refuse(error: OSError) -> None:
+    raise UsageError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def _file(path: Path) -> Picture:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -61,7 +62,7 @@ def check_out(out: str) -> None:
 @contextmanager
 def result_file(out: str) -> Iterator[Path]:
     """Yields a temporary path with the same suffix; the file written there appears at `out` if the block succeeds."""
-    local = None if out.startswith("s3://") else Path(out).absolute()
+    local = None if out.startswith("s3://") else Path(os.path.realpath(out))  # a link stays one
     with TemporaryDirectory(dir=local and local.parent, prefix=".convoy-") as temporary:
         file = Path(temporary, PurePosixPath(out).name)
         yield file

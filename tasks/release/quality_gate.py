@@ -30,6 +30,7 @@ from infra.tracking.promotion_history import standing_champion
 from infra.tracking.served_model import ServedModel
 from infra.tracking.tags import NO_CHAMPION, VersionRecord
 from tasks.config.gates import GateConfig
+from tasks.config.key_values import explain
 from tasks.data.dataset import DatasetDamaged, load_manifest, open_cache, open_split
 from tasks.data.image_index import index_digest, load_index, slice_masks
 from tasks.evaluation.report import median_ms
@@ -77,6 +78,28 @@ def quality_gate(registered: ModelVersion, config: GateConfig, *, slices: Sequen
         raise QualityRefused(verdict)
     run_logger().info("quality gate passed: %s", verdict.challenger)  # the command prints the rest at its end
     return verdict
+
+
+def conditions_of(version: RegisteredVersion, changes: GateConfig) -> GateConfig:
+    """Returns the conditions that a version's training was to meet, with changes.
+
+    Args:
+        changes: the keys that are set in it replace those of the training; all keys, if the training's record is gone
+            or another version of Convoy wrote it.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    try:
+        own = read_record(version.run_id).config.gate
+    except UsageError as error:
+        run_logger().warning("%s is judged by the default conditions: %s", version.address, error)
+        return changes
+    values = own.model_dump(exclude_unset=True) | changes.model_dump(exclude_unset=True)
+    try:
+        return GateConfig.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(explain(error, GateConfig, values)) from None
 
 
 def judge_version(version: ModelVersion, config: GateConfig, slices: Sequence[str] | None = None) -> Verdict:

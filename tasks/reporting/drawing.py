@@ -16,6 +16,8 @@ from torch import Tensor
 
 from cnn.data.split_reader import SplitReader
 
+matplotlib.rcParams["text.parse_math"] = False  # the names of classes may hold any letters, such as $$
+
 COLUMNS = 8  # images per row of a gallery
 CELL, SIDE = (1.25, 1.6), 1.15  # inches: a cell with image, caption and margin; the image's side
 TILE, GAP, LINE, TITLE = 168, 12, 19, 56  # pixels: an image of a gallery, between images, and above them

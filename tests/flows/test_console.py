@@ -13,7 +13,7 @@ from rich.table import Table
 from flows.cli.console import as_known_error, describe, print_line, print_pairs, terminal
 from flows.summary import Summary, write_summary
 from infra.errors import Outage, ServiceError, UsageError
-from infra.machine.files import check_writable
+from infra.machine.files import atomic_file, check_writable
 from tests.conftest import REPOSITORY
 
 ODD = "[red]cat 5, [blue]:dog: 3 [/x] [link=http://x]y[/]"
@@ -126,12 +126,26 @@ def test_a_summary_is_written_to_a_pipe_or_link_and_does_not_replace_it(tmp_path
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     for each in (link, pipe):
-        check_writable(each, "--summary")
+        check_writable(each, "--summary", replaced=False)
         write_summary(each, Summary(status="failed", dataset="digits"))
     received = os.read(reader, 10_000)
     os.close(reader)
     assert link.is_symlink() and pipe.is_fifo()
     assert json.loads(target.read_bytes()) == json.loads(received)
+
+
+def test_a_file_that_is_replaced_may_be_a_link_but_no_device_or_pipe(tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "file", tmp_path / "link", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    check_writable(link, "--out")
+    with atomic_file(link) as file:
+        file.write_text("new")
+    assert (link.is_symlink(), target.read_text()) == (True, "new")
+    for each in (pipe, Path(os.devnull), tmp_path, tmp_path / "none" / "file", tmp_path / (300 * "x") / "file"):
+        with pytest.raises(UsageError, match=r"^--out .*: cannot write there; name a file in a folder that exists$"):
+            check_writable(each, "--out")
 
 
 @pytest.mark.parametrize(

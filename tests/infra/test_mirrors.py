@@ -156,6 +156,14 @@ def test_a_page_in_place_of_a_gzip_file_is_refused_with_both_digests(fetcher: Fe
     assert SHA256 in message and hashlib.sha256(page).hexdigest() in message
 
 
+def test_a_path_with_two_leading_slashes_is_no_path_below_the_working_folder(
+    fetcher: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.bin").write_bytes(CONTENT)
+    assert "//data.bin (no such file)" in _refusal(fetcher, PLAIN, ["file://data.bin"])
+
+
 def test_a_cut_gzip_file_is_refused(fetcher: Fetcher, web: WebServer) -> None:
     web.files["/data.bin.gz"] = gzip.compress(CONTENT)[:-20]
     assert "no whole gzip file" in _refusal(fetcher, PACKED, [f"{web.url}/data.bin.gz"])

@@ -161,6 +161,21 @@ def test_rollback_skips_versions_that_were_deleted(
     assert aliases() == ("1", None)
 
 
+def test_rollback_after_the_champion_was_deleted_restores_the_one_before_that_which_took_its_place(
+    store: ObjectStore, versions: list[ModelVersion], aliases: Any
+) -> None:
+    name = versions[0].name
+    promote_all(store, versions)
+    MlflowClient().delete_model_version(name, "3")
+    repair_aliases(store, name)
+    assert aliases() == ("2", "1")
+    back = rollback(store, name)
+    assert (back.from_version, back.to_version) == ("3", "1")
+    assert aliases() == ("1", None)
+    with pytest.raises(UsageError, match="version 1 is the first champion"):
+        rollback(store, name)
+
+
 def test_rollback_without_a_champion_says_so(store: ObjectStore, versions: list[ModelVersion]) -> None:
     with pytest.raises(UsageError, match="has no champion"):
         rollback(store, versions[0].name)

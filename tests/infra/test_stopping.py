@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 BEGIN = """
-import signal, sys, threading, time, weakref
+import os, signal, sys, threading, time, weakref
 from infra.machine import stopping
 stopping.listen()
 def say(word): print(word, flush=True)
@@ -69,6 +69,18 @@ signal.signal(signal.SIGTERM, lambda *_: (say("ours"), sys.exit(7)))
 stopping.listen()
 say("ready")
 stopping.attended(lambda: signal.sigtimedwait([signal.SIGUSR1], 60))
+"""
+TIMER = """
+signal.signal(signal.SIGALRM, lambda *_: None)
+say("ready")
+def work():
+    for _ in range(100): os.kill(os.getpid(), signal.SIGALRM)
+    began = time.monotonic()
+    stopping.wait(0.2)
+    if time.monotonic() - began >= 0.2: say("waited")
+    os.kill(os.getpid(), signal.SIGTERM)
+    stopping.sleep(20)
+run(work)
 """
 STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -130,6 +142,13 @@ def test_what_does_not_look_for_signals_is_ended_by_the_third(start: Start) -> N
     said = "\nstopping at the end of this step; press Ctrl-C again to stop immediately\n"
     assert (process.returncode, process.stderr.read()) == (130, said)
     assert presses >= 3
+
+
+def test_signals_of_the_program_itself_neither_shorten_waits_nor_hide_a_stop(start: Start) -> None:
+    """As in a program that calls Convoy's functions, and has a timer."""
+    process = start(TIMER)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (75, "waited\n", "")
 
 
 def test_a_signal_that_is_ignored_from_the_start_stays_so(start: Start) -> None:

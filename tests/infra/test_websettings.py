@@ -18,7 +18,7 @@ from infra.settings import Settings
 from infra.stack.endpoints import Endpoints
 from infra.stack.local_stack import up
 from infra.storage.s3_client import open_client
-from infra.web_settings import loopback_without_proxy, usable_web_environment
+from infra.web_settings import loopback_without_proxy, proxy_of, usable_web_environment
 from tests.conftest import REPOSITORY
 
 NOWHERE = "http://127.0.0.1:1"
@@ -204,6 +204,13 @@ def test_entries_of_no_proxy_that_httpx_cannot_read_are_mended_or_left_out() -> 
     assert loopback_without_proxy(given)["NO_PROXY"] == (
         "10.0.0.0/8,::1,intranet.example:8080,::1,.local,127.0.0.1,localhost"
     )
+
+
+def test_no_proxy_at_all_stays_so(shell: pytest.MonkeyPatch) -> None:
+    shell.setenv("https_proxy", "http://proxy.example:3128")
+    shell.setenv("no_proxy", "*")
+    assert loopback_without_proxy() == dict.fromkeys(("no_proxy", "NO_PROXY"), "*")
+    assert proxy_of("https://mlflow.example/") is None
 
 
 def test_a_server_that_sends_notifications_keeps_the_proxies_that_work(shell: pytest.MonkeyPatch) -> None:

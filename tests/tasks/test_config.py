@@ -323,6 +323,7 @@ def test_plain_yaml_values_mean_what_they_look_like(tmp_path: Path, text: str, v
     {
         "epochs: 3\nlr: 0.1\nepochs: 4\n": "epochs is there twice (lines 1 and 3)",
         "augment:\n  shift: 1\naugment:\n  cutout: 3\n": "augment is there twice (lines 1 and 3)",
+        "augment: {shift: 1, shift: 2}\n": "shift is there twice (lines 1 and 1)",
         "epochs: 12:30\n": "epochs: input should be a valid integer",
         "name: 123\n": "put it into quotes",
         "network: &a {width: *a}\n": "config.yaml is not valid YAML",

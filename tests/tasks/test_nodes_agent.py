@@ -1,5 +1,9 @@
 """The program of each node, without a cluster."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +12,11 @@ import pytest
 
 from cnn.config.training import TrainConfig
 from infra.machine.network import free_port
+from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.storage.s3_client import open_client
 from tasks.config.run import CheckpointConfig
-from tasks.training.nodes.agent import Membership, Node
+from tasks.training.nodes.agent import Membership, Node, serve
 from tasks.training.platform import this_platform
 from tasks.training.protocol.board import Board
 from tasks.training.protocol.job import Job, JobFolder
@@ -34,6 +39,35 @@ def member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[st
     node = Node(name="node", address="127.0.0.1", interface="lo", slots=1, platform=this_platform())
     board = Board(ObjectStore(open_client(timeout=1.0), "away"), job.run_id)
     return lambda said: Membership(node, board, job, JobFolder(tmp_path), said.append)
+
+
+def test_an_agent_of_one_training_does_not_wait_for_ever(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after the training has ended, or with a mistyped id."""
+    monkeypatch.setattr("tasks.training.nodes.agent.UNINVITED_SECONDS", 0.0)
+    node = Node(name="node", address="127.0.0.1", interface="lo", slots=1, platform=this_platform())
+    said: list[str] = []
+    assert not serve(node, Settings(), store, lambda: False, said.append, "f00d")
+    assert said[-1] == "run f00d has invited no node for 0 minutes; is it over?"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sent", "status"),
+    [(["f00d"], signal.SIGTERM, 75), ([], signal.SIGTERM, 0), (["f00d"], signal.SIGINT, 130), ([], signal.SIGINT, 130)],
+)
+def test_an_agent_that_is_ended_says_how(
+    store: ObjectStore, tmp_path: Path, arguments: list[str], sent: signal.Signals, status: int
+) -> None:
+    """A pod of Kubernetes that was told to go is replaced only if it fails."""
+    environment = os.environ | {
+        "CONVOY_BUCKET": store.bucket,
+        "CONVOY_HOME": str(tmp_path),
+        "CONVOY_ADDRESS": "127.0.0.1",
+    }
+    command = [sys.executable, "-u", "-m", "tasks.training.nodes.agent", *arguments]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and "waiting for a training" in process.stdout.readline()
+        process.send_signal(sent)
+        assert process.wait(60) == status
 
 
 def test_node_can_be_told_to_leave_while_the_storage_does_not_answer(

@@ -28,7 +28,7 @@ from tasks.evaluation.figures import confusion_figure, gallery_picture, heat_map
 from tasks.evaluation.heat_maps import MAPPED, HeatMap, heat_maps
 from tasks.evaluation.publish import publish_evaluation, report_markdown
 from tasks.evaluation.report import EvaluationReport, evaluation_report, measure_footprint
-from tasks.reporting.drawing import LINE, TILE, TITLE, Section, gallery
+from tasks.reporting.drawing import LINE, TILE, TITLE, Section, gallery, png
 from tests.tasks.galleries import as_tile, height_of, tile
 
 
@@ -113,6 +113,12 @@ def test_picture_shows_every_class(classes: int) -> None:
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == names
     assert [text.get_text() for text in axes.texts] == (["1"] * classes if classes == 2 else [])
+
+
+def test_names_of_classes_may_hold_dollars() -> None:
+    """Which matplotlib would read as formulas."""
+    classes = ("$", "$$", "$5_$10")
+    assert png(confusion_figure(evaluation_report("test", torch.eye(3), torch.arange(3), classes)))
 
 
 def test_accuracy_has_wilsons_interval(report: EvaluationReport) -> None:

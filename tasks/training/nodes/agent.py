@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from cnn.distributed.process_group import check_devices, device_count
+from cnn.errors import InputError
 from cnn.networks.own import digests
 from infra.errors import ServiceError, UsageError, counted
 from infra.machine.lifeline import adopt_orphans, end_descendants
@@ -34,6 +35,7 @@ from tasks.training.torchrun import node_options, start_torchrun
 
 END_RANKS_SECONDS = 2.0  # seconds that ranks have to end after their generation is over
 POLL_SECONDS = 2.0  # seconds between two searches for an invitation
+UNINVITED_SECONDS = 600.0  # that an agent of one training waits for an invitation, as long as `nodes.wait`
 CONNECTION_LOST = re.compile(r"gloo/transport|[Cc]onnection (closed|reset)|ncclRemoteError")  # in a rank's error
 EVENTS_PER_REPORT = 32
 
@@ -206,8 +208,9 @@ def serve(
     """Joins one training after another until `leave` returns True; given a `run`, joins only that.
 
     Returns:
-        False if the coordinator of the `run` was silent for too long: the caller may try again.
+        False if the coordinator of the `run` was silent for too long, or invited no node: the caller may try again.
     """
+    began = time.monotonic()
     print_line(f"node {node.name}: {counted(node.slots, 'rank')} at {node.address}; waiting for a training")
     silent: dict[str, Instruction | None] = {}  # last order of each coordinator that fell silent, perhaps killed
     while not leave():
@@ -229,6 +232,9 @@ def serve(
                     return run not in silent
         except ServiceError as error:
             print_line(str(error))
+        if run and time.monotonic() - began > UNINVITED_SECONDS:
+            print_line(f"run {run} has invited no node for {UNINVITED_SECONDS / 60:.0f} minutes; is it over?")
+            return False
         time.sleep(POLL_SECONDS)
     return True
 
@@ -245,12 +251,14 @@ def main() -> int:
         with spare_outcome():
             if not serve(node, settings, store, lambda: bool(received), partial(print, flush=True), *sys.argv[1:2]):
                 return 75
-    except (ServiceError, UsageError) as error:
+    except (ServiceError, UsageError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return getattr(error, "exit_status", UsageError.exit_status)
     finally:
         end_descendants(SUPERVISOR_WAIT)
-    return 128 + received[0] if received == [signal.SIGINT] else 0
+    if signal.SIGINT in received:
+        return 128 + signal.SIGINT
+    return 75 if received and sys.argv[1:] else 0  # Kubernetes replaces a pod that was told to go only if it fails
 
 
 if __name__ == "__main__":
