@@ -36,7 +36,7 @@ class Activity(Record):
     """A worker, or a flow run of a training."""
 
     kind: Kind
-    """`training`: it runs. `waiting`: for a worker. `died`: without its own word. `next`: on schedule, later."""
+    """`training`: it runs. `waiting`: for a worker. `died`: without reporting a result. `next`: on schedule, later."""
 
     name: str
     detail: str
@@ -100,15 +100,15 @@ def _unfinished(client: SyncPrefectClient) -> Iterator[Activity]:
 def _stands(client: SyncPrefectClient, run: FlowRun, holders: Mapping[Any, FlowRun]) -> str:
     """Returns how far a flow run is, or what it waits for."""
     if run.state_type == StateType.PAUSED:
-        return f"waits for a person's approval{_for(run)}"
+        return f"waits for a person's approval{_time_in_state(run)}"
     if run.state_type != StateType.RUNNING:
-        return f"{run.state_name}{_for(run)}"
+        return f"{run.state_name}{_time_in_state(run)}"
     holder = None
     with suppress(ValueError):  # the parameters of another version of Convoy
         config = RunConfig.model_validate(run.parameters.get("config", {}))
         holder = holders.get(limit_of(model_name(config)))
     if holder and holder.id != run.id and TRIAL not in run.labels:
-        return f"waits for the end of {holder.name}, which trains the same model{_for(run)}"
+        return f"waits for the end of {holder.name}, which trains the same model{_time_in_state(run)}"
     found = client.read_artifacts(
         artifact_filter=ArtifactFilter(
             flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]), type=ArtifactFilterType(any_=["progress"])
@@ -116,7 +116,7 @@ def _stands(client: SyncPrefectClient, run: FlowRun, holders: Mapping[Any, FlowR
         sort=ArtifactSort.CREATED_DESC,
         limit=1,
     )
-    return (found[0].description if found else None) or f"runs{_for(run)}"
+    return (found[0].description if found else None) or f"runs{_time_in_state(run)}"
 
 
 def _died(client: SyncPrefectClient) -> Iterator[Activity]:
@@ -141,7 +141,7 @@ def _scheduled(client: SyncPrefectClient) -> Iterator[Activity]:
         if at is None or at <= now:
             queue = f"queue {run.work_queue_name} of pool {run.work_pool_name}"
             waits = "waits until it is tried again" if run.deployment_id is None else f"waits for a worker, in {queue}"
-            yield Activity(kind="waiting", name=run.name, detail=f"{waits}{_for(run)}", flow_run_id=run.id)
+            yield Activity(kind="waiting", name=run.name, detail=f"{waits}{_time_in_state(run)}", flow_run_id=run.id)
         elif (first := next_ones.get(run.deployment_id)) is None or at < _start(first):
             next_ones[run.deployment_id] = run
     for deployment_id, run in sorted(next_ones.items(), key=lambda each: _start(each[1])):
@@ -162,9 +162,9 @@ def _checkpoint(run: FlowRun) -> tuple[int | None, float | None]:
     return None, None
 
 
-def _for(run: FlowRun) -> str:
-    """Returns how long a flow run has been in its state, as the end of a sentence."""
-    return f", for {_age(run.state.timestamp)}" if run.state else ""
+def _time_in_state(run: FlowRun) -> str:
+    """Returns how long a flow run has been in its state, in brackets."""
+    return f" ({_age(run.state.timestamp)})" if run.state else ""
 
 
 def _age(moment: datetime) -> str:

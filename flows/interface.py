@@ -121,7 +121,7 @@ def compare(a: str, b: str, **conditions: Any) -> "Verdict":
     Args:
         a: the challenger: `name/version`, `name@alias`, or `name` for its champion.
         b: the version to compare it with.
-        conditions: keys of the quality gate: `margin=0.01`.
+        conditions: keys of the quality gate, in place of those of A's training: `margin=0.01`.
 
     Raises:
         UsageError: no such version, or a wrong condition.
@@ -147,7 +147,8 @@ def promote(
         version: its number, or `@alias`.
         judge: score it against the present champion first.
         force: override the gates; needs a reason, which the history keeps.
-        conditions: keys of the quality gate: `margin=0.01`; with any, it is scored as by `judge`.
+        conditions: keys of the quality gate, in place of those of the version's training: `margin=0.01`; with any, it
+            is scored as by `judge`.
 
     Returns:
         The new entry of the model's history.

@@ -1,4 +1,4 @@
-"""Resumes trainings of deployments that ended without their own word; each worker does so beside its flow runs.
+"""Resumes trainings of deployments that ended without reporting a result; each worker does so beside its flow runs.
 
 Flow runs die with their process or their machine, or give up in a long outage. A round, every minute, marks them as
 crashed and asks Prefect for new runs of their deployments, which go on with the same MLflow run. Rounds of several

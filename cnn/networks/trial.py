@@ -70,7 +70,7 @@ def _try_own(network: nn.Module, own: OwnNetwork, channels: int, size: int, clas
         raise InputError(f"{own.name}: {lazy[0]} gets its shape from the first images; send some through it once")
     names: dict[int, str] = {}
     for key, tensor in network.state_dict(keep_vars=True).items():
-        if (first := names.setdefault(id(tensor), key)) != key:
+        if isinstance(tensor, Tensor) and (first := names.setdefault(id(tensor), key)) != key:
             raise InputError(f"{own.name} has one tensor as {first} and {key}; give each place a layer of its own")
     steps = []
     with own.blamed():

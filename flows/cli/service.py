@@ -125,7 +125,13 @@ def worker(
 
 
 def join(
-    run: Annotated[str | None, typer.Argument(metavar="RUN", help="Join only this training, until it ends.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Join only this training; end with it, or if it invites no node for ten minutes.",
+        ),
+    ] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Most ranks on this machine. Default: one per GPU or core.")
     ] = None,

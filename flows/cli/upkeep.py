@@ -14,6 +14,7 @@ from tasks.config.retention import RetentionConfig, load_retention
 
 if TYPE_CHECKING:
     from infra.storage.probe import Capability
+    from tasks.upkeep.doctor import Finding
 
 SetOption = Annotated[
     list[str] | None,
@@ -78,26 +79,28 @@ def doctor(
 
     capabilities = probe(Settings().bucket)
     lacking = [each.name for each in capabilities if each.needed and not each.honoured]
-    found = find_orphans()
-    left_behind = found
+
+    def look() -> "dict[tuple[str, str], Finding]":
+        return {(finding.kind, finding.what): finding for finding in find_orphans()}
+
+    found = left = look()
     for _ in range(2 if fix and found else 0):  # to settle one may settle another, or reveal one
-        settle(left_behind)
-        left_behind = find_orphans()
-        found = [*found, *(each for each in left_behind if each not in found)]
-    still = {(each.kind, each.what) for each in left_behind}
-    settled = {(each.kind, each.what) for each in found} - still
-    left = len(found) - len(settled)
+        settle(left.values())
+        left = look()
+        found = found | left
+        if not left:
+            break
     if as_json:
-        findings = [dict(each) | {"settled": (each.kind, each.what) in settled} for each in found]
+        findings = [dict(each) | {"settled": key not in left} for key, each in found.items()]
         print_json({"object_storage": capabilities, "findings": findings})
     else:
         _print_capabilities(capabilities)
-        for finding in found:
-            print_line(f"{'settled: ' if (finding.kind, finding.what) in settled else ''}{finding}")
+        for key, finding in found.items():
+            print_line(f"{'settled: ' if key not in left else ''}{finding}")
         if not found:
             print_line("Nothing was left behind.")
     if left:
-        print_line(f"{left} to settle: {'see above' if fix else '`convoy doctor --fix` does'}", error=True)
+        print_line(f"{len(left)} to settle: {'see above' if fix else '`convoy doctor --fix` does'}", error=True)
     if lacking:
         print_line(f"convoy: this object store cannot be used: it lacks {', '.join(lacking)}", error=True)
     if left or lacking:

@@ -86,11 +86,12 @@ def check_out(folder: Path, repository: str, ref: str) -> Checkout:
         commit = _fetch(bare, repository, ref)
         tree = trees / commit
         _hold(tree)
-        if not _mark(tree).exists():
-            shutil.rmtree(tree, ignore_errors=True)
-            _git(bare, "worktree", "prune")
-            _git(bare, "worktree", "add", "--detach", "--force", str(tree), commit)
-            _mark(tree).touch()
+        with locked(trees / f"{commit}.making"):  # another address of the repository has the same commits
+            if not _is_complete(tree):
+                shutil.rmtree(tree, ignore_errors=True)
+                _git(bare, "worktree", "prune")
+                _git(bare, "worktree", "add", "--detach", "--force", str(tree), commit)
+                _mark(tree).touch()
     lock = next((tree / each for each in LOCK_FILES if (tree / each).exists()), None)
     if lock is None:
         raise UsageError(f"commit {commit[:12]} has no lock file: {', '.join(LOCK_FILES)}")
@@ -99,7 +100,7 @@ def check_out(folder: Path, repository: str, ref: str) -> Checkout:
     environment = environments / digest[:24]
     with locked(environments / f"{digest}.making"):
         _hold(environment)
-        if not _mark(environment).exists():
+        if not _is_complete(environment):
             shutil.rmtree(environment, ignore_errors=True)
             _install(environment, lock, hashes=b"--hash=" in text)
             _mark(environment).touch()
@@ -173,8 +174,20 @@ def _mark(path: Path) -> Path:
     return path.with_name(f"{path.name}.ready")
 
 
+def _is_complete(path: Path) -> bool:
+    return _mark(path).exists() and path.is_dir()
+
+
 def _lock(path: Path) -> Path:
     return path.with_name(f"{path.name}.lock")
+
+
+def _is_current(lock: Path, descriptor: int) -> bool:
+    """Returns whether an open lock file is still the one of this name: who removes a path removes its lock too."""
+    try:
+        return lock.stat().st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _hold(path: Path) -> None:
@@ -182,9 +195,9 @@ def _hold(path: Path) -> None:
     while True:
         descriptor = os.open(_lock(path), os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if _lock(path).exists() and _lock(path).stat().st_ino == os.fstat(descriptor).st_ino:
+        if _is_current(_lock(path), descriptor):
             break
-        os.close(descriptor)  # another process has just removed the path, and its lock
+        os.close(descriptor)
     os.utime(descriptor)
     os.set_inheritable(descriptor, True)
 
@@ -192,11 +205,16 @@ def _hold(path: Path) -> None:
 def _remove_if_unused(path: Path) -> None:
     """Removes a tree or an environment; nothing if the path is another file."""
     lock = _lock(path)
-    if not lock.exists() or time.time() - lock.stat().st_mtime < UNUSED_SECONDS:
+    try:
+        if time.time() - lock.stat().st_mtime < UNUSED_SECONDS:
+            return
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
         return
-    descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_current(lock, descriptor):
+            return
         _mark(path).unlink(missing_ok=True)  # first, so that what remains after a kill counts as incomplete
         shutil.rmtree(path, ignore_errors=True)
         lock.unlink()

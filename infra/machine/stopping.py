@@ -107,7 +107,7 @@ def forget() -> None:
 
     Without effect after `listen`, since a command ends after a signal.
     """
-    with suppress(BlockingIOError):
+    with _reading, suppress(BlockingIOError):
         while not _replaced and _read_end.recv(64):
             pass
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cnn.data.checks import DataChecks
 from cnn.data.split_reader import SplitReader
 from cnn.data.splits import Split
-from tasks.reporting.drawing import CELL, COLUMNS, images_at, rgb, section, section_height, short
+from tasks.reporting.drawing import CELL, COLUMNS, images_at, rgb, section, section_height, short, without_formulas
 
 MAX_CLASSES = 40  # rows of a contact sheet; with more classes, evenly spaced ones are shown
 IMAGES_PER_CLASS = 12
@@ -51,7 +51,7 @@ def contact_sheet(checks: DataChecks, splits: Mapping[Split, SplitReader]) -> Fi
     axes.spines[:].set_visible(False)
     for part, (title, images, captions) in zip(parts[1:], offenders, strict=True):
         section(part, title, images, captions)
-    return figure
+    return without_formulas(figure)
 
 
 def _mosaic(rows: Sequence[Tensor], columns: int) -> NDArray[np.uint8]:

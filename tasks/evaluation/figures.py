@@ -16,7 +16,7 @@ from cnn.data.split_reader import SplitReader
 from cnn.evaluation.calibration import Reliability
 from tasks.evaluation.heat_maps import HeatMap
 from tasks.evaluation.report import EvaluationReport, Example
-from tasks.reporting.drawing import Section, gallery, images_at, short
+from tasks.reporting.drawing import Section, gallery, images_at, short, without_formulas
 
 COUNTED_CLASSES = 20  # with more classes, numbers in the confusion matrix's cells would be unreadable
 
@@ -62,7 +62,7 @@ def confusion_figure(report: EvaluationReport) -> Figure:
     bar.ax.set_yticklabels(["0", "1 %", "5 %", "20 %", "50 %", "100 %"])
     bar.set_label("share of the true class")
     bar.outline.set_visible(False)
-    return figure
+    return without_formulas(figure)
 
 
 def reliability_figure(report: EvaluationReport) -> Figure:

@@ -100,9 +100,9 @@ def _beat(flow_run_id: UUID, ended: threading.Event) -> None:
 
 
 def may_go_on(run: FlowRun) -> bool:
-    """Returns whether a flow run of a deployment has ended without its own word, and nothing goes on with it yet.
+    """Returns whether a flow run of a deployment has ended without reporting a result, and nothing goes on with it yet.
 
-    A person's cancellation, a mistake, a refusal and any other failure is its own word.
+    A person's cancellation, a mistake, a refusal and any other failure is a result.
     """
     died = run.state_type == StateType.CRASHED or (run.state_type == StateType.FAILED and RESUMABLE in run.labels)
     return died and run.deployment_id is not None and RESUMED_BY not in run.labels

@@ -93,7 +93,7 @@ def conditions_of(version: RegisteredVersion, changes: GateConfig) -> GateConfig
     try:
         own = read_record(version.run_id).config.gate
     except UsageError as error:
-        run_logger().warning("%s is judged by the default conditions: %s", version.address, error)
+        run_logger().warning("the conditions of %s are not known, so the defaults apply: %s", version.address, error)
         return changes
     values = own.model_dump(exclude_unset=True) | changes.model_dump(exclude_unset=True)
     try:

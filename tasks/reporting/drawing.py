@@ -10,13 +10,12 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cnn.data.split_reader import SplitReader
-
-matplotlib.rcParams["text.parse_math"] = False  # the names of classes may hold any letters, such as $$
 
 COLUMNS = 8  # images per row of a gallery
 CELL, SIDE = (1.25, 1.6), 1.15  # inches: a cell with image, caption and margin; the image's side
@@ -29,6 +28,13 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     return buffer.getvalue()
+
+
+def without_formulas(figure: Figure) -> Figure:
+    """Has texts drawn as they are: names of classes may hold dollars, which matplotlib takes for formulas."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # type: ignore[attr-defined]
+    return figure
 
 
 def section_height(images: int) -> float:

@@ -27,6 +27,7 @@ from infra.settings import Settings
 from infra.sources.raw_data import RawSource
 from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
+from infra.storage.cache_limit import ABANDONED_SECONDS
 from infra.storage.object_store import ObjectInfo, ObjectStore, open_bucket
 from infra.storage.s3_client import ObjectMissing
 from infra.tracking.promotion_history import Lineage
@@ -150,11 +151,12 @@ def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: boo
 
 
 def active_trainings() -> set[str]:
-    """Returns the flow runs of trainings that are pending in Prefect, or have begun lately."""
+    """Returns the flow runs of trainings that are pending or running in Prefect, and became so lately."""
     now = datetime.now(UTC)
     with get_client(sync_client=True) as client:
         found = training_flow_runs(client, [StateType.RUNNING, StateType.PENDING])
-        return {str(run.id) for run in found if (run.start_time or now) >= now - MAX_PREPARATION}
+        begun = {str(run.id): run.start_time or (run.state.timestamp if run.state else now) for run in found}
+    return {run_id for run_id, moment in begun.items() if moment >= now - MAX_PREPARATION}
 
 
 class _Marks:
@@ -286,11 +288,12 @@ def _written(info: ObjectInfo) -> datetime:
 def _prune_machine(settings: Settings, needed: References, config: RetentionConfig, *, dry_run: bool) -> list[Freed]:
     """Removes cached files, and folders of trainings that have ended."""
     before = time.time() - 86_400 * max(config.cache_days, config.grace_days)
+    abandoned = min(before, time.time() - ABANDONED_SECONDS)
     cached = [
         file
-        for pattern in ("[0-9a-f][0-9a-f]/*", ".*.part", "partial/*")  # the latter two are unfinished
+        for pattern, limit in (("[0-9a-f][0-9a-f]/*", before), (".*.part", abandoned), ("partial/*", abandoned))
         for file in settings.cache.glob(pattern)
-        if file.is_file() and _used(file) < before
+        if file.is_file() and file.suffix != ".lock" and _used(file) < limit
     ]
     folders = [
         folder

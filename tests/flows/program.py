@@ -136,9 +136,12 @@ def running_worker(
     try:
         yield worker
     finally:
-        if worker.poll() is None:
-            worker.terminate()
+        worker.terminate()
+        try:
             worker.wait(60)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            raise
 
 
 class Training:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,6 +90,9 @@ def test_what_a_kill_has_left_unfinished_is_made_anew(repository: Path, tmp_path
     first.python.unlink()
     again = check_out(tmp_path / "code", str(repository), "main")
     assert again == first
+    assert (again.tree / "net.py").exists()
+    shutil.rmtree(again.tree)  # as a person may do
+    again = check_out(tmp_path / "code", str(repository), "main")
     assert (again.tree / "net.py").read_text() == "WIDTH = 1\n"
     assert again.python.exists()
 

@@ -310,7 +310,7 @@ def test_work_is_shown_as_a_page_and_by_the_command(new_run: Callable[..., str],
     paused = new_run(Paused())
     waiting = new_run(Scheduled())
     found = {str(each.flow_run_id): each for each in activities()}
-    assert found[paused].detail.startswith("waits for a person's approval, for ")
+    assert found[paused].detail == "waits for a person's approval (0 s)"
     assert (found[waiting].kind, found[waiting].detail[:24]) == ("waiting", "waits for a worker, in q")
     page = publish(list(found.values()), None)
     assert publish(activities(), page) == page

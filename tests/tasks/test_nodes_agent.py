@@ -52,7 +52,7 @@ def test_an_agent_of_one_training_does_not_wait_for_ever(store: ObjectStore, mon
 
 @pytest.mark.parametrize(
     ("arguments", "sent", "status"),
-    [(["f00d"], signal.SIGTERM, 75), ([], signal.SIGTERM, 0), (["f00d"], signal.SIGINT, 130), ([], signal.SIGINT, 130)],
+    [(["f00d"], signal.SIGTERM, 75), ([], signal.SIGTERM, 0), (["f00d"], signal.SIGINT, 130)],
 )
 def test_an_agent_that_is_ended_says_how(
     store: ObjectStore, tmp_path: Path, arguments: list[str], sent: signal.Signals, status: int
@@ -65,9 +65,12 @@ def test_an_agent_that_is_ended_says_how(
     }
     command = [sys.executable, "-u", "-m", "tasks.training.nodes.agent", *arguments]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout and "waiting for a training" in process.stdout.readline()
-        process.send_signal(sent)
-        assert process.wait(60) == status
+        try:
+            assert process.stdout and "waiting for a training" in process.stdout.readline()
+            process.send_signal(sent)
+            assert process.wait(60) == status
+        finally:
+            process.kill()
 
 
 def test_node_can_be_told_to_leave_while_the_storage_does_not_answer(

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,7 +14,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from prefect.context import refresh_global_settings_context
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
-from prefect.states import Running
+from prefect.states import Pending, Running
 
 import tasks.data.prune_mark
 import tasks.upkeep.prune
@@ -290,8 +291,10 @@ def test_data_are_left_alone_while_a_training_prepares_its_own(
 ) -> None:
     monkeypatch.undo()
     before = active_trainings()
-    flow_run = flow_run_in(Running(), "train")
-    assert active_trainings() == before | {str(flow_run.id)}
+    begun = {str(flow_run_in(state, "train").id) for state in (Running(), Pending())}
+    assert active_trainings() == before | begun
+    monkeypatch.setattr("tasks.upkeep.prune.MAX_PREPARATION", timedelta(seconds=-1))  # as if all had begun long ago
+    assert active_trainings() == set()
 
 
 def test_what_is_no_data_goes_all_the_same(made: Leftovers, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def serve(
     Returns:
         False if the coordinator of the `run` was silent for too long, or invited no node: the caller may try again.
     """
-    began = time.monotonic()
+    invited = time.monotonic()
     print_line(f"node {node.name}: {counted(node.slots, 'rank')} at {node.address}; waiting for a training")
     silent: dict[str, Instruction | None] = {}  # last order of each coordinator that fell silent, perhaps killed
     while not leave():
@@ -232,7 +232,8 @@ def serve(
                     return run not in silent
         except ServiceError as error:
             print_line(str(error))
-        if run and time.monotonic() - began > UNINVITED_SECONDS:
+            invited = time.monotonic()  # there may be an invitation
+        if run and time.monotonic() - invited > UNINVITED_SECONDS:
             print_line(f"run {run} has invited no node for {UNINVITED_SECONDS / 60:.0f} minutes; is it over?")
             return False
         time.sleep(POLL_SECONDS)
