@@ -21,8 +21,8 @@ def counted(count: int, noun: str) -> str:
 
 
 def without_login(address: str) -> str:
-    """Removes user and password from an address."""
-    return re.sub(r"^([^/]*//)[^/]*@", r"\1", address)
+    """Removes user and password from an address, or from each address in a text."""
+    return re.sub(r"(^[^/]*//)[^/]*@|(?<=//)[^/\s]*@", r"\1", address)
 
 
 class UsageError(ValueError):

@@ -18,11 +18,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from infra.errors import Outage, UsageError, one_line, without_login
-from infra.machine.files import locked
+from infra.machine.files import is_current, locked
 from infra.records import Record
 
 UNUSED_SECONDS = 7 * 86_400.0  # after which a tree or an environment is removed
@@ -85,25 +86,19 @@ def check_out(folder: Path, repository: str, ref: str) -> Checkout:
     with locked(folder / f"{name}.making"):
         commit = _fetch(bare, repository, ref)
         tree = trees / commit
-        _hold(tree)
-        with locked(trees / f"{commit}.making"):  # another address of the repository has the same commits
-            if not _is_complete(tree):
-                shutil.rmtree(tree, ignore_errors=True)
+        with _making(tree) as wanted:
+            if wanted:
                 _git(bare, "worktree", "prune")
                 _git(bare, "worktree", "add", "--detach", "--force", str(tree), commit)
-                _mark(tree).touch()
     lock = next((tree / each for each in LOCK_FILES if (tree / each).exists()), None)
     if lock is None:
         raise UsageError(f"commit {commit[:12]} has no lock file: {', '.join(LOCK_FILES)}")
     text = lock.read_bytes()
     digest = hashlib.sha256(f"{lock.name} {platform.python_version()}\n".encode() + text).hexdigest()
     environment = environments / digest[:24]
-    with locked(environments / f"{digest}.making"):
-        _hold(environment)
-        if not _is_complete(environment):
-            shutil.rmtree(environment, ignore_errors=True)
+    with _making(environment) as wanted:
+        if wanted:
             _install(environment, lock, hashes=b"--hash=" in text)
-            _mark(environment).touch()
     for each in (*trees.iterdir(), *environments.iterdir()):
         _remove_if_unused(each)
     return Checkout(commit=commit, tree=tree, python=environment / "bin" / "python")
@@ -174,20 +169,23 @@ def _mark(path: Path) -> Path:
     return path.with_name(f"{path.name}.ready")
 
 
-def _is_complete(path: Path) -> bool:
-    return _mark(path).exists() and path.is_dir()
-
-
 def _lock(path: Path) -> Path:
     return path.with_name(f"{path.name}.lock")
 
 
-def _is_current(lock: Path, descriptor: int) -> bool:
-    """Returns whether an open lock file is still the one of this name: who removes a path removes its lock too."""
-    try:
-        return lock.stat().st_ino == os.fstat(descriptor).st_ino
-    except FileNotFoundError:
-        return False
+@contextmanager
+def _making(path: Path) -> Iterator[bool]:
+    """Holds a tree or an environment, and yields whether the block has to make it.
+
+    Only one process makes it at a time, also if others have the same commit from another address.
+    """
+    with locked(path.with_name(f"{path.name}.making")):
+        _hold(path)
+        wanted = not (_mark(path).exists() and path.is_dir())
+        if wanted:
+            shutil.rmtree(path, ignore_errors=True)
+        yield wanted
+        _mark(path).touch()
 
 
 def _hold(path: Path) -> None:
@@ -195,7 +193,7 @@ def _hold(path: Path) -> None:
     while True:
         descriptor = os.open(_lock(path), os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if _is_current(_lock(path), descriptor):
+        if is_current(_lock(path), descriptor):
             break
         os.close(descriptor)
     os.utime(descriptor)
@@ -213,7 +211,7 @@ def _remove_if_unused(path: Path) -> None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _is_current(lock, descriptor):
+        if not is_current(lock, descriptor):
             return
         _mark(path).unlink(missing_ok=True)  # first, so that what remains after a kill counts as incomplete
         shutil.rmtree(path, ignore_errors=True)

@@ -98,6 +98,14 @@ def wait_for_lock(file: int) -> None:
             stopping.sleep(LOCK_POLL_SECONDS)
 
 
+def is_current(path: Path, file: int) -> bool:
+    """Returns whether an open lock file is still the one at `path`: its last holder may have removed it."""
+    try:
+        return path.stat().st_ino == os.fstat(file).st_ino
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds the lock named by `path`; other threads and processes wait for it.
@@ -110,11 +118,7 @@ def locked(path: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             wait_for_lock(descriptor)
-            try:
-                current = path.stat().st_ino == os.fstat(descriptor).st_ino
-            except FileNotFoundError:
-                current = False
-            if current:
+            if is_current(path, descriptor):
                 try:
                     yield
                 finally:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from infra.machine.files import is_current
+
 
 @contextmanager
 def try_locked(path: Path, note: str = "") -> Iterator[bool]:
@@ -19,8 +21,8 @@ def try_locked(path: Path, note: str = "") -> Iterator[bool]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = path.stat().st_ino == os.fstat(descriptor).st_ino  # its last holder may have removed the file
-        except (BlockingIOError, FileNotFoundError):
+            held = is_current(path, descriptor)
+        except BlockingIOError:
             held = False
         if not held:
             yield False

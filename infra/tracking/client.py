@@ -1,7 +1,6 @@
 """Connects to the MLflow server of `MLFLOW_TRACKING_URI`: its address, a check that it answers, and a client."""
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -76,8 +75,7 @@ def first_line(error: Exception) -> str:
 
     Users and passwords in addresses are removed.
     """
-    line = str(error).strip().partition("\n")[0]
-    return re.sub(r"//[^/\s]*@", "//", line)[:300]
+    return without_login(str(error).strip().partition("\n")[0])[:300]
 
 
 def tracking_uri() -> str:

@@ -150,25 +150,24 @@ def test_rollbacks_go_back_one_by_one(store: ObjectStore, versions: list[ModelVe
     assert aliases() == ("3", "1")
 
 
+@pytest.mark.parametrize(
+    ("deleted", "repaired", "pair"),
+    [("2", ["previous: none → 1"], ("3", "1")), ("3", ["champion: none → 2", "previous: 2 → 1"], ("2", "1"))],
+    ids=["the one before", "the champion, whose place that one takes"],
+)
 def test_rollback_skips_versions_that_were_deleted(
-    store: ObjectStore, versions: list[ModelVersion], aliases: Any
+    deleted: str,
+    repaired: list[str],
+    pair: tuple[str, str],
+    store: ObjectStore,
+    versions: list[ModelVersion],
+    aliases: Any,
 ) -> None:
     name = versions[0].name
     promote_all(store, versions)
-    MlflowClient().delete_model_version(name, "2")
-    assert repair_aliases(store, name) == ["previous: none → 1"]
-    assert rollback(store, name).to_version == "1"
-    assert aliases() == ("1", None)
-
-
-def test_rollback_after_the_champion_was_deleted_restores_the_one_before_that_which_took_its_place(
-    store: ObjectStore, versions: list[ModelVersion], aliases: Any
-) -> None:
-    name = versions[0].name
-    promote_all(store, versions)
-    MlflowClient().delete_model_version(name, "3")
-    repair_aliases(store, name)
-    assert aliases() == ("2", "1")
+    MlflowClient().delete_model_version(name, deleted)
+    assert repair_aliases(store, name) == repaired
+    assert aliases() == pair
     back = rollback(store, name)
     assert (back.from_version, back.to_version) == ("3", "1")
     assert aliases() == ("1", None)
