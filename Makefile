@@ -1,6 +1,8 @@
 # Every target installs what it needs. The machine needs Python 3.11+, git and make.
 PYTHON ?= python3
 BIN := .venv/bin
+# Else the first commands take twice as long, and all do where PYTHONDONTWRITEBYTECODE is set.
+export UV_COMPILE_BYTECODE := 1
 
 .PHONY: setup train test test-all faults linters lint up down bench lock ray team-secrets
 .DEFAULT_GOAL := help
@@ -18,16 +20,14 @@ help:
 setup: .venv/ready
 
 $(BIN)/uv:
-	@echo "setup, step 1 of 4: .venv, and the installer uv"
+	@echo "setup, step 1 of 3: .venv, and the installer uv"
 	@$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv
 
-# uv installs the locked set in under a minute; pip takes five. Step 3 installs nothing more.
+# uv installs the locked set in under a minute; pip takes five.
 .venv/ready: requirements.lock pyproject.toml | $(BIN)/uv
-	@echo "setup, step 2 of 4: $$(grep -c '^[a-z].*==' requirements.lock) locked packages, about 8 GB; takes minutes"
+	@echo "setup, step 2 of 3: $$(grep -c '^[a-z].*==' requirements.lock) locked packages, about 8 GB; takes minutes"
 	@$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements.lock
-	@echo "setup, step 3 of 4: compiling them, so that commands start fast; takes minutes"
-	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
-	@echo "setup, step 4 of 4: Convoy itself, editable"
+	@echo "setup, step 3 of 3: Convoy itself, editable"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 	@echo "setup is done: \`source .venv/bin/activate\` makes \`convoy\` a command"

@@ -417,13 +417,13 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
             images_per_second=first.images_per_second,
             utilisation=first.utilisation,
         )
+        rows = first.close()
         if finished or paused:
             score = trainer.selected if finished else trainer.history[-1]
-            outcome = outcome.model_copy(update={"val_accuracy": score.accuracy, "val_loss": score.loss})
-        rows = first.close()
+            found = {"val_accuracy": score.accuracy, "val_loss": score.loss}
+            outcome = outcome.model_copy(update=found | {"metrics": rows})  # after a stop, the checkpoint has the rows
         if finished:
-            state = trainer.weights()
-            unplaced = outcome.model_copy(update={"metrics": rows})  # after a stop, the checkpoint has the rows
+            state, unplaced = trainer.weights(), outcome
             outcome = through_outage(lambda: commit_weights(store, job, state, folder.weights, unplaced), first.warn)
             first.end_checkpoints()
         folder.write_outcome(outcome)

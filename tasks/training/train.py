@@ -128,11 +128,13 @@ def train_to(
     stop_if_cancelled()
     folder = JobFolder(Settings().runs / run.run_id)
     await_earlier_start(folder)
-    if outcome := finished_outcome(open_bucket(), run.run_id):
-        return outcome
-    job = _job(run, dataset, config, ranks)
-    folder.write_job(job.model_copy(update={"until_epoch": epoch if epoch < config.epochs else None}))
-    return _run(folder, show)
+    outcome = finished_outcome(open_bucket(), run.run_id)
+    if not outcome:
+        job = _job(run, dataset, config, ranks)
+        folder.write_job(job.model_copy(update={"until_epoch": epoch if epoch < config.epochs else None}))
+        outcome = _run(folder, show)
+    _deliver_metrics(run.run_id, outcome)  # now, since it may be the end of this run
+    return outcome
 
 
 def _job(run: TrackedRun, dataset: DatasetRef, config: RunConfig, world_size: int) -> Job:
@@ -193,16 +195,20 @@ def _world_size(config: RunConfig) -> int:
 
 def _publish(run: TrackedRun, outcome: Outcome, folder: JobFolder) -> TrainResult:
     """Logs the weights and the last metrics to the MLflow run, even if an earlier process was killed before."""
-    rows = [MetricRow.model_validate(row) for row in outcome.metrics]
-    if rows:
-        run_logger().info("sending %s of metrics that MLflow has not acknowledged", counted(len(rows), "row"))
-        outlast(partial(deliver, run.run_id, rows))
+    _deliver_metrics(run.run_id, outcome)
     outlast(partial(mlflow_runs.log_file, run.run_id, folder.weights, "weights"))
     if folder.trace.exists():
         outlast(partial(mlflow_runs.log_file, run.run_id, folder.trace, "profile"))
     tags = {WEIGHTS_SHA256: outcome.weights_sha256, WORLD_SIZE: str(outcome.world_size)}
     outlast(partial(mlflow_runs.set_tags, run.run_id, tags))
     return TrainResult(run_id=run.run_id, **outcome.model_dump(exclude={"status", "error", "exit_status", "metrics"}))
+
+
+def _deliver_metrics(run_id: str, outcome: Outcome) -> None:
+    """Sends the rows that the ranks could not send; a second call does not store them again."""
+    if rows := [MetricRow.model_validate(row) for row in outcome.metrics]:
+        run_logger().info("sending %s of metrics that MLflow has not acknowledged", counted(len(rows), "row"))
+        outlast(partial(deliver, run_id, rows))
 
 
 def _run(folder: JobFolder, show: Callable[[Event], None]) -> Outcome:

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ def test_that_is_interrupted_and_swallows_it():
 def test_that_does_not_begin():
     print("begun", file=sys.__stderr__, flush=True)
 """
+
+
+def test_setup_has_compiled_all_packages_so_that_processes_start_in_half_the_time() -> None:
+    package = Path(find_spec("mlflow").origin).parent
+    missing = [file for file in package.rglob("*.py") if not Path(cache_from_source(file)).exists()]
+    assert not missing, "remove .venv, and run `make setup`"
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])

@@ -116,7 +116,8 @@ class Outcome(Record, extra="forbid"):
     val_accuracy: float = 0.0
     val_loss: float = 0.0
     metrics: tuple[dict[str, Any], ...] = ()
-    """Rows (`MetricRow`) of a finished training that the tracking server had not acknowledged; the flow sends them."""
+    """Rows (`MetricRow`) of a finished or paused training that the tracking server had not acknowledged; the flow sends
+    them."""
 
 
 @contextmanager
