@@ -144,7 +144,8 @@ def _install(environment: Path, lock: Path, *, hashes: bool) -> None:
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     if uv is None:
         raise UsageError("code by commit needs the program uv on the worker")
-    variables = os.environ | {"UV_PROJECT_ENVIRONMENT": str(environment)}
+    # Compiled, since the image has processes write no bytecode: each one would take twice as long to start.
+    variables = os.environ | {"UV_PROJECT_ENVIRONMENT": str(environment), "UV_COMPILE_BYTECODE": "1"}
     if lock.name == "uv.lock":
         project = ["--project", str(lock.parent), "--python", sys.executable]
         steps = [["sync", "--frozen", "--no-dev", "--no-install-project", *project]]

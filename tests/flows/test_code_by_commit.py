@@ -60,6 +60,7 @@ def test_a_commit_or_branch_is_checked_out_with_the_packages_of_its_lock_file(re
     assert (found.commit, (found.tree / "net.py").read_text()) == (first, "WIDTH = 1\n")
     installed = [found.python, "-c", "import importlib.metadata as m; print(m.version('iniconfig'))"]
     assert subprocess.run(installed, check=True, capture_output=True, text=True).stdout == "2.1.0\n"
+    assert list(found.python.parents[1].glob("lib/*/site-packages/iniconfig/__pycache__/*.pyc"))  # compiled
 
     second = pushed(repository, "WIDTH = 2\n")
     again, earlier = (check_out(tmp_path / "code", str(repository), ref) for ref in ("main", first))
