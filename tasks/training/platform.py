@@ -4,7 +4,6 @@ import hashlib
 import operator
 import platform
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -72,15 +71,10 @@ def code_inputs(code: Provenance, network_files: Mapping[str, str] = NO_FILES) -
     """Returns the fields of the platform that describe code and lock file."""
     return {
         "digest_format": DIGEST_FORMAT,
-        "code_digest": _joined(_convoys_digest(), network_files),
+        "code_digest": _joined(code_digest(weight_files()), network_files),
         "lock_sha256": code.lock_sha256,
         "network_files": dict(network_files),
     }
-
-
-@cache  # since this process goes on with the code that it has loaded, whatever becomes of the files
-def _convoys_digest() -> str:
-    return code_digest(weight_files())
 
 
 def with_files(platform: Platform, network_files: Mapping[str, str]) -> Platform:
