@@ -71,10 +71,15 @@ def code_inputs(code: Provenance, network_files: Mapping[str, str] = NO_FILES) -
     """Returns the fields of the platform that describe code and lock file."""
     return {
         "digest_format": DIGEST_FORMAT,
-        "code_digest": _joined(code_digest(weight_files()), network_files),
+        "code_digest": digest_with(network_files),
         "lock_sha256": code.lock_sha256,
         "network_files": dict(network_files),
     }
+
+
+def digest_with(network_files: Mapping[str, str]) -> str:
+    """Returns the digest of Convoy's code, as it is on disk now, and of a network's files."""
+    return _joined(code_digest(weight_files()), network_files)
 
 
 def with_files(platform: Platform, network_files: Mapping[str, str]) -> Platform:

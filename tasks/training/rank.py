@@ -37,6 +37,7 @@ from tasks.data.dataset import load_manifest, open_cache, open_split
 from tasks.data.training_split import open_training_split
 from tasks.orchestration.outage import through_outage
 from tasks.training.checkpoints import CheckpointWriter, Snapshot, commit_weights, newest_checkpoint
+from tasks.training.platform import digest_with
 from tasks.training.protocol.board import Board
 from tasks.training.protocol.job import Event, Job, JobFolder, Outcome, print_line
 from tasks.training.protocol.patience import CHECKPOINT_MAX, METRICS_WAIT, SLACK, STOP_STEP_WAIT
@@ -133,9 +134,8 @@ class UtilisationMeter:
         if not self._seconds:
             return None
         data, exchange = self._data / self._seconds, self._exchange / self._seconds
-        return Utilisation(
-            peak_share=round(peak_share, 3), data_share=round(data, 3), exchange_share=round(exchange, 3)
-        )
+        shares = {"peak_share": peak_share, "data_share": data, "exchange_share": exchange}
+        return Utilisation(**{name: float(f"{share:.3g}") for name, share in shares.items()})  # a little is not zero
 
 
 class WarningForwarder(logging.Handler):
@@ -370,7 +370,7 @@ def main() -> int:
 
 def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: StopSignal) -> None:
     """Trains to the end, or until the ranks agree to stop; rank 0 stores the weights and writes the outcome."""
-    check_network_files(job)
+    check_code(job)
     if os.environ.get("RANK") == "0":
         folder.write_event(Event(waiting="loading the data"))
     store = open_bucket()
@@ -429,15 +429,21 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
         folder.write_outcome(outcome)
 
 
-def check_network_files(job: Job) -> None:
-    """Raises InputError if the files of a network of one's own are not those that the training began with.
+def check_code(job: Job) -> None:
+    """Raises InputError if this process has not loaded the code that the training began with.
 
-    They may have changed before a restart of the ranks, and this node may have others than the flow's machine.
+    Convoy, or the files of a network of one's own, may have changed before a restart of the ranks, and this node may
+    have other files than the flow's machine.
     """
     here = network_files(job.config.model)
-    if differing := sorted(file for file, _ in job.network_files.items() ^ here.items()):
+    changed = sorted({file for file, _ in job.network_files.items() ^ here.items()})
+    if changed:
+        changed[0] = f"{job.config.model}: {changed[0]}"
+    elif os.environ.get("LOCAL_RANK", "0") == "0" and digest_with(here) != job.code_digest:  # once per machine
+        changed = ["Convoy's code"]
+    if changed:
         raise InputError(
-            f"{job.config.model}: {', '.join(dict.fromkeys(differing))} changed after this training had begun; "
+            f"{', '.join(changed)} changed after this training had begun; "
             "train again, or restore what it began with and call `convoy resume`"
         )
 

@@ -145,6 +145,7 @@ def _job(run: TrackedRun, dataset: DatasetRef, config: RunConfig, world_size: in
         world_size=world_size,
         launch=launch_of(config),
         manifest_digest=run.manifest_digest,
+        code_digest=run.code_digest,
         network_files=network_files(config.model),
         checkpoints=config.checkpoints,
         restarts=config.restarts,

@@ -25,7 +25,7 @@ class Play:
     def __init__(self, store: ObjectStore, folder: Path, network_files: dict[str, str]) -> None:
         job = Job(
             run_id="f00d", config=TrainConfig(), dataset_version="0" * 64, world_size=2, manifest_digest="",
-            network_files=network_files,
+            code_digest="", network_files=network_files,
             checkpoints=CheckpointConfig(), restarts=1,
             launch=Launch(launcher="nodes", nodes=NodesConfig(min=2, max=2)),
         )  # fmt: skip

@@ -22,6 +22,7 @@ JOB = Job(
     dataset_version="ab" * 32,
     world_size=2,
     manifest_digest="cd" * 32,
+    code_digest="ef" * 32,
     checkpoints=CheckpointConfig(),
     restarts=3,
 )

@@ -20,6 +20,7 @@ from tasks.config.run import CheckpointConfig, load_config
 from tasks.data.dataset import DatasetRef, open_cache
 from tasks.orchestration.retries import outlast
 from tasks.training.checkpoints import finished_outcome
+from tasks.training.platform import digest_with
 from tasks.training.protocol.job import Job, JobFolder
 from tasks.training.runs.tracked_run import TrackedRun
 from tasks.training.train import train, train_to
@@ -63,6 +64,7 @@ def test_metrics_that_mlflow_did_not_take_are_sent_by_the_flow_and_a_damaged_sha
     folder = JobFolder(Settings().runs / run_id)
     job = Job(
         run_id=run_id, config=CONFIG, dataset_version=manifest.version, world_size=1, manifest_digest="ab" * 32,
+        code_digest=digest_with({}),
         checkpoints=CheckpointConfig(), restarts=0,
     )  # fmt: skip
     folder.write_job(job)
@@ -76,7 +78,10 @@ def test_metrics_that_mlflow_did_not_take_are_sent_by_the_flow_and_a_damaged_sha
     assert MlflowClient().get_metric_history(run_id, "train/loss") == []
 
     run = TrackedRun(
-        run_id=run_id, manifest_digest=job.manifest_digest, checkpoint_prefix=bucket_layout.checkpoints(run_id)
+        run_id=run_id,
+        manifest_digest=job.manifest_digest,
+        code_digest=job.code_digest,
+        checkpoint_prefix=bucket_layout.checkpoints(run_id),
     )
     for _ in range(2):  # a resume after a crash does it again
         train.fn(run, DatasetRef(version=manifest.version, name="digits"), load_config(None, [], {"dataset": "digits"}))
@@ -93,7 +98,12 @@ def test_metrics_of_a_training_that_pauses_are_sent_then_since_it_may_never_go_o
     dataset = DatasetRef(version=manifest.version, name="digits")
     config = load_config(None, ["epochs=3", "network.width=4", "batch_size=64"], {"dataset": "digits"})
     run_id = mlflow_runs.start_run("last-metrics", "paused", {}, {})
-    run = TrackedRun(run_id=run_id, manifest_digest="ab" * 32, checkpoint_prefix=bucket_layout.checkpoints(run_id))
+    run = TrackedRun(
+        run_id=run_id,
+        manifest_digest="ab" * 32,
+        code_digest=digest_with({}),
+        checkpoint_prefix=bucket_layout.checkpoints(run_id),
+    )
 
     def train_without_mlflow(folder: JobFolder, show: object) -> int:
         rank = [sys.executable, "-m", "tasks.training.rank", str(folder.path)]

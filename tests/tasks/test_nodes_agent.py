@@ -17,7 +17,6 @@ from infra.storage.object_store import ObjectStore
 from infra.storage.s3_client import open_client
 from tasks.config.run import CheckpointConfig
 from tasks.training.nodes.agent import Membership, Node, serve
-from tasks.training.platform import this_platform
 from tasks.training.protocol.board import Board
 from tasks.training.protocol.job import Job, JobFolder
 from tests.flows.program import wait_for
@@ -33,10 +32,11 @@ def member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[st
         dataset_version="0" * 64,
         world_size=2,
         manifest_digest="",
+        code_digest="",
         checkpoints=CheckpointConfig(),
         restarts=0,
     )
-    node = Node(name="node", address="127.0.0.1", interface="lo", slots=1, platform=this_platform())
+    node = Node(name="node", address="127.0.0.1", interface="lo", slots=1)
     board = Board(ObjectStore(open_client(timeout=1.0), "away"), job.run_id)
     return lambda said: Membership(node, board, job, JobFolder(tmp_path), said.append)
 
@@ -44,7 +44,7 @@ def member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[st
 def test_an_agent_of_one_training_does_not_wait_for_ever(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after the training has ended, or with a mistyped id."""
     monkeypatch.setattr("tasks.training.nodes.agent.UNINVITED_SECONDS", 0.0)
-    node = Node(name="node", address="127.0.0.1", interface="lo", slots=1, platform=this_platform())
+    node = Node(name="node", address="127.0.0.1", interface="lo", slots=1)
     said: list[str] = []
     assert not serve(node, Settings(), store, lambda: False, said.append, "f00d")
     assert said[-1] == "run f00d has invited no node for 0 minutes; is it over?"

@@ -22,9 +22,10 @@ from tasks.data.dataset import DatasetRef
 from tasks.release import retrain_decision
 from tasks.release.serving.fresh_process import Hide
 from tasks.training.nodes.agent import Membership, Node
-from tasks.training.platform import code_inputs, differences, this_platform, with_files
+from tasks.training.platform import code_inputs, differences, digest_with, this_platform, weight_files, with_files
+from tasks.training.protocol.board import Instruction
 from tasks.training.protocol.job import Job, JobFolder
-from tasks.training.rank import check_network_files
+from tasks.training.rank import check_code
 from tasks.training.runs import tracked_run
 from tasks.training.runs.run_record import RunManifest, config_inputs, inputs_of
 from tests.own_project import EXAMPLE, write
@@ -142,6 +143,7 @@ def job(files: dict[str, str]) -> Job:
         dataset_version="0" * 64,
         world_size=2,
         manifest_digest="",
+        code_digest=digest_with(files),
         network_files=files,
         checkpoints=CheckpointConfig(),
         restarts=0,
@@ -151,25 +153,43 @@ def job(files: dict[str, str]) -> Job:
 def test_a_rank_refuses_files_that_have_changed_since_the_training_began(own: Path) -> None:
     write(own, {"nets/small.py": f"from nets import extra\n{EXAMPLE}", "nets/extra.py": ""})
     files = network_files(MODEL)
-    check_network_files(job(files))
+    check_code(job(files))
     with pytest.raises(InputError) as refused:
-        check_network_files(job({"nets/small.py": "1" * 64, "nets/gone.py": "2" * 64}))
+        check_code(job({"nets/small.py": "1" * 64, "nets/gone.py": "2" * 64}))
     changed = "nets/extra.py, nets/gone.py, nets/small.py changed after this training had begun"
     assert str(refused.value).startswith(f"{MODEL}: {changed}; ")
 
 
 def test_a_node_reports_the_digests_of_its_own_files_without_importing_them(own: Path) -> None:
     (own / "nets/small.py").write_text("raise SystemExit\n")
-    node = Node(name="node", address="127.0.0.1", interface="lo", slots=1, platform=this_platform())
+    node = Node(name="node", address="127.0.0.1", interface="lo", slots=1)
     asked = {"nets/small.py": "1" * 64, "nets/gone.py": "2" * 64}
     board: Any = None
     member = Membership(node, board, job(asked), JobFolder(own), print)
     reported = member._report.platform
     assert reported.network_files["nets/gone.py"] == "missing"
-    differing = differences(with_files(node.platform, asked).model_dump(), reported.model_dump())
+    differing = differences(with_files(this_platform(), asked).model_dump(), reported.model_dump())
     names = [each.partition(" was ")[0] for each in differing]
     assert names == ["code_digest", "network_files.nets/gone.py", "network_files.nets/small.py"]
     assert "nets" not in sys.modules
+
+
+def test_a_node_reports_its_code_anew_for_each_start_of_ranks(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its agent goes on for days, while its ranks load what is on disk."""
+    node = Node(name="node", address="127.0.0.1", interface="lo", slots=1)
+    files = network_files(MODEL)
+    board: Any = None
+    member = Membership(node, board, job(files), JobFolder(own), print)
+    first = member._report.platform
+    assert first == with_files(this_platform(), files)
+    (own / "nets/small.py").write_text(f"{EXAMPLE}CHANGED = 1\n")
+    member._follow(Instruction(beat=1, generation="a"), leaving=False)
+    assert [*differences(first.network_files, member._report.platform.network_files)] != []
+    (own / "nets/small.py").write_text(EXAMPLE)
+    monkeypatch.setattr("tasks.training.platform.weight_files", lambda: weight_files()[1:])  # one file fewer
+    member._follow(Instruction(beat=2, generation="b"), leaving=False)
+    upgraded = member._report.platform
+    assert upgraded.network_files == files and upgraded.code_digest != first.code_digest
 
 
 def test_the_process_that_tries_a_version_finds_no_module_that_is_hidden(

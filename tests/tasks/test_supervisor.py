@@ -19,6 +19,7 @@ from tasks.config.launchers import KubernetesLaunch
 from tasks.config.run import CheckpointConfig
 from tasks.orchestration import outage
 from tasks.orchestration.outage import through_outage
+from tasks.training.platform import digest_with
 from tasks.training.protocol.job import Job, JobFolder, Outcome
 from tasks.training.torchrun import node_options, start_torchrun
 from tasks.training.train import TrainingFailed, _run, await_earlier_start
@@ -203,7 +204,7 @@ def training(tmp_path: Path) -> Training:
     return order(tmp_path, restarts=0)
 
 
-def order(folder_of_test: Path, *, restarts: int) -> Training:
+def order(folder_of_test: Path, *, restarts: int, code_digest: str = "") -> Training:
     folder = JobFolder(folder_of_test / "job")
     config = TrainConfig()
     folder.write_job(
@@ -213,6 +214,7 @@ def order(folder_of_test: Path, *, restarts: int) -> Training:
             dataset_version="0" * 64,
             world_size=2,
             manifest_digest="",
+            code_digest=code_digest or digest_with({}),
             checkpoints=CheckpointConfig(),
             restarts=restarts,
         )
@@ -463,6 +465,18 @@ def test_supervisor_starts_killed_ranks_again_as_often_as_it_may(
     ]
     warnings = [event.warning for event in JobFolder(training.folder).new_events()]
     assert warnings == ["they were killed; starting again from the last checkpoint"] * 2
+
+
+def test_ranks_that_load_other_code_than_the_training_began_with_end_it(
+    started: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """As after an upgrade beside a training, when its ranks are started again."""
+    training = order(tmp_path, restarts=2, code_digest="1" * 64)
+    assert supervise(started, training).wait(120) == 1
+    outcome = JobFolder(training.folder).read_outcome()
+    assert outcome and (outcome.status, outcome.exit_status) == ("failed", 2)
+    assert outcome.error.startswith("Convoy's code changed after this training had begun; train again, or restore ")
+    assert not list(training.folder.glob("train.log.*"))
 
 
 def test_supervisor_does_not_start_ranks_again_that_say_what_was_wrong(

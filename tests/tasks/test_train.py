@@ -12,12 +12,14 @@ from mlflow.tracking import MlflowClient
 from prefect import flow
 from prefect.context import refresh_global_settings_context
 
+from cnn.training.reports import StepReport
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from tasks.config.run import RunConfig, load_config
 from tasks.data.download import download
 from tasks.data.preprocess import preprocess
 from tasks.training.checkpoints import Commit, commits_of
+from tasks.training.rank import UtilisationMeter
 from tasks.training.runs.tracked_run import TrackedRun, tracked_run
 from tasks.training.train import TrainingFailed, TrainResult, train
 from tasks.training.utilisation import Utilisation
@@ -154,6 +156,19 @@ def test_steps_are_traced_on_request_and_the_result_says_what_the_ranks_waited_f
         "ProfilerStep#5",
         "ProfilerStep#6",
     ]
+
+
+def test_a_small_share_is_not_recorded_as_none() -> None:
+    """A small network on a busy machine reaches a few ten-thousandths of the peak."""
+    meter = UtilisationMeter()
+    meter.add(
+        StepReport(
+            step=4, steps=4, loss=1.0, accuracy=0.5, gradient_norm=1.0, learning_rate=0.1,
+            rank_seconds=(1.0, 2.0), data_seconds=0.0001, exchange_seconds=0.5,
+        )
+    )  # fmt: skip
+    found = Utilisation(peak_share=0.000123, data_share=0.00005, exchange_share=0.25)
+    assert meter.result(0.00012345) == found
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,6 @@ class Node:
     slots: int
     """Ranks that the node can run."""
 
-    platform: Platform
-
     @classmethod
     def this_machine(cls, settings: Settings, store: ObjectStore) -> "Node":
         """Returns this node, by default with the address that reaches the storage, and one slot per device.
@@ -71,7 +69,6 @@ class Node:
             address=address,
             interface=interface_of(address),
             slots=slots,
-            platform=this_platform(),
         )
 
 
@@ -86,9 +83,7 @@ class Membership:
     def __init__(self, node: Node, board: Board, job: Job, folder: JobFolder, print_line: Print) -> None:
         self._node, self._board, self._job, self._folder, self._print = node, board, job, folder, print_line
         self._heartbeat = Heartbeat()
-        # By its files only: an agent goes on for days, so it must not import a network that may change meanwhile.
-        self._platform = with_files(node.platform, digests(Path.cwd(), job.network_files))
-        self._report = NodeReport(beat=0, slots=node.slots, platform=self._platform)
+        self._report = NodeReport(beat=0, slots=node.slots, platform=self._platform())
         self._torchrun: subprocess.Popen[bytes] | None = None
         self._told_to_stop = False
         self._events: list[Event] = []
@@ -122,6 +117,13 @@ class Membership:
                     return True
             time.sleep(BEAT)
 
+    def _platform(self) -> Platform:
+        """Returns the platform that ranks would have that start now.
+
+        An agent goes on for days, while its files may change: it imports no network, and reads the files each time.
+        """
+        return with_files(this_platform(), digests(Path.cwd(), self._job.network_files))
+
     def _follow(self, order: Instruction, *, leaving: bool) -> None:
         if order.generation != self._report.generation:
             end_descendants(END_RANKS_SECONDS)
@@ -130,7 +132,7 @@ class Membership:
             self._report = NodeReport(
                 beat=self._report.beat,
                 slots=self._node.slots,
-                platform=self._platform,
+                platform=self._platform(),
                 generation=order.generation,
             )
         stopping = order.pause or leaving

@@ -48,6 +48,7 @@ class TrackedRun(Record):
 
     run_id: str
     manifest_digest: str
+    code_digest: str
     checkpoint_prefix: str
 
 
@@ -119,7 +120,12 @@ def tracked_run(
                 mlflow_runs.log_text(run_id, "manifest.json", manifest.model_dump_json(indent=2))
                 record = RunRecord(config=config, dataset=dataset, manifest=manifest)
                 store.put_if_absent(bucket_layout.run_record(run_id), record.model_dump_json().encode())
-            yield TrackedRun(run_id=run_id, manifest_digest=manifest.digest, checkpoint_prefix=prefix)
+            yield TrackedRun(
+                run_id=run_id,
+                manifest_digest=manifest.digest,
+                code_digest=manifest.code_digest,
+                checkpoint_prefix=prefix,
+            )
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
             if stopped and not isinstance(error, Interrupted) and not sweep:  # others' messages say it
