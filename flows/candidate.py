@@ -33,7 +33,7 @@ from tasks.release.quality_gate import QualityRefused, quality_gate
 from tasks.release.register import register, version_record
 from tasks.release.release import release
 from tasks.release.report_page import publish_page
-from tasks.release.serving.clients import Consumer, Server
+from tasks.release.serving.clients import FreshProcesses
 from tasks.release.serving_gate import serving_gate
 from tasks.training.liveness import hold_run_lock
 from tasks.training.runs.tracked_run import TrackedRun, flow_tags, log_cost, tracked_run
@@ -60,22 +60,20 @@ def train_version(
     except DataRefused as refused:
         return _refused(summary, refused)
     step_timer("data-gate", checked)
-    with tracked_run(config, dataset, resume) as run:
+    with tracked_run(config, dataset, resume) as run, FreshProcesses() as fresh:
         outlast(partial(log_data_report, run.run_id, checked))
-        trained = step_timer("train", train(run, dataset, config))
+        trained = step_timer("train", train(run, dataset, config, fresh.load))
+        fresh.load()  # an earlier process may have trained the last epoch
         evaluated = step_timer("evaluate", evaluate(config.training(), dataset, trained, slices=config.data.slices))
         with ExitStack() as background:
             published = publish.submit(config.training(), dataset, evaluated)
             background.callback(published.wait)  # nothing writes to the run once it is closed
-            # The processes of the serving gate load their libraries while the version is registered.
-            consumer = background.enter_context(Consumer())
-            server = background.enter_context(Server()) if config.serving.http else None
             registered = register(name, config.training(), dataset, trained, evaluated)
             step_timer("register", registered)
             write_model_card(registered, config, dataset, trained, evaluated)
             summary = _with_training(summary, run, trained, evaluated)
             summary = summary.model_copy(update={"model_version": registered.version})
-            summary = _through_gates(summary, config, registered, evaluated, consumer, server, published)
+            summary = _through_gates(summary, config, registered, evaluated, fresh, published)
             step_timer("gates", summary)
         published.result()  # raises its error here if a gate refused before the result was read
         publish_page(outlast(partial(find_version, registered.address)))
@@ -129,8 +127,7 @@ def _through_gates(
     config: RunConfig,
     registered: ModelVersion,
     evaluated: Evaluation | None,
-    consumer: Consumer | None = None,
-    server: Server | None = None,
+    fresh: FreshProcesses | None = None,
     published: PrefectFuture[None] | None = None,
 ) -> Summary:
     """Runs serving gate, quality gate and release; returns the summary with the outcome.
@@ -140,8 +137,7 @@ def _through_gates(
 
     Args:
         evaluated: None if the version passed the serving gate before.
-        consumer: the fresh process of the serving gate, if it was started in advance.
-        server: the HTTP server of the serving gate, if it was started in advance.
+        fresh: starts the processes of the serving gate.
         published: the task run that publishes the evaluation.
     """
     if evaluated and (entries := promotions_of(registered)):
@@ -149,7 +145,7 @@ def _through_gates(
     summary = summary.model_copy(update={"champion": False})
     try:
         if evaluated:
-            serving_gate(registered, evaluated, config.serving, consumer, server, config.model)
+            serving_gate(registered, evaluated, config.serving, fresh, config.model)
         if published:
             published.result()  # before anything is released
         verdict = quality_gate(registered, config.gate, slices=config.data.slices)

@@ -23,7 +23,7 @@ from tasks.evaluation.reference_images import load_reference
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.step import step
-from tasks.release.serving.clients import Consumer, ConsumerFailed, Server, batch_sizes, http_server, post_images
+from tasks.release.serving.clients import ConsumerFailed, FreshProcesses, batch_sizes, post_images
 from tasks.reporting.markdown import Markup, plain, table
 
 CHALLENGER = "challenger"
@@ -87,8 +87,7 @@ def serving_gate(
     registered: ModelVersion,
     evaluated: Evaluation,
     config: ServingConfig,
-    consumer: Consumer | None = None,
-    server: Server | None = None,
+    fresh: FreshProcesses | None = None,
     network: str = "",
 ) -> ServingReport:
     """Uses the version as a consumer would, then moves the alias `challenger` to it.
@@ -99,9 +98,8 @@ def serving_gate(
     inspection, without an alias.
 
     Args:
-        consumer: the fresh process to use; if it is None or already used, the gate starts another.
-        server: likewise.
-        network: its name. Of one's own, the fresh process cannot import the files, just as it cannot import Convoy.
+        fresh: starts the processes that use the version; None makes one for this gate.
+        network: its name. Of one's own, those processes cannot import the files, just as they cannot import Convoy.
 
     Raises:
         Cancelled: the flow run was cancelled.
@@ -112,16 +110,13 @@ def serving_gate(
     reference = load_reference(open_bucket(), evaluated.reference_key)
     tolerance = config.tolerance or TOLERANCE[evaluated.device]
     with ExitStack() as started:
-        if consumer is None or not consumer.is_waiting:
-            consumer = started.enter_context(Consumer())
         report = try_serving(
             registered,
             reference["images"],
             reference["probabilities"],
             tolerance,
             config,
-            consumer,
-            server,
+            fresh or started.enter_context(FreshProcesses()),
             (*CONVOYS, *own_packages(network)),
         )
     mlflow_runs.log_text(evaluated.run_id, "report/serving.json", report.model_dump_json(indent=2))
@@ -147,29 +142,30 @@ def try_serving(
     expected: Tensor,
     tolerance: float,
     config: ServingConfig,
-    consumer: Consumer,
-    server: Server | None = None,
+    fresh: FreshProcesses,
     hidden: Sequence[str] = CONVOYS,
 ) -> ServingReport:
-    """Runs all checks; the server starts while the fresh process works.
+    """Runs all checks, side by side in a process that predicts and one that serves the model; then ends both.
 
     Args:
         images: uint8 N×C×H×W.
         expected: probabilities float32 N×classes.
         tolerance: largest difference of a probability.
-        consumer: an unused one.
-        server: likewise; None starts one.
-        hidden: packages that the fresh process cannot import.
+        fresh: starts these processes.
+        hidden: packages that they cannot import.
     """
     not_needed = Event()
     with ThreadPoolExecutor(1) as executor:
         try:
-            http = executor.submit(list, _over_http(model, images, expected, tolerance, config, not_needed, server))
-            checks = list(_in_fresh_process(model, images, expected, tolerance, config, consumer, hidden))
+            http = executor.submit(
+                list, _over_http(model, images, expected, tolerance, config, fresh, hidden, not_needed)
+            )
+            checks = list(_in_fresh_process(model, images, expected, tolerance, config, fresh, hidden))
             if checks[0].passed:  # a model that does not load cannot be served either
                 checks += http.result()
         finally:
             not_needed.set()
+            fresh.dismiss()
     return ServingReport(model=model.uri, tolerance=tolerance, checks=tuple(checks))
 
 
@@ -179,11 +175,11 @@ def _in_fresh_process(
     expected: Tensor,
     tolerance: float,
     config: ServingConfig,
-    consumer: Consumer,
+    fresh: FreshProcesses,
     hidden: Sequence[str],
 ) -> Iterator[ServingCheck]:
     try:
-        consumed = consumer.predict(model.uri, images, batch_sizes(images), config.time_limit, hidden)
+        consumed = fresh.predict(model.uri, images, batch_sizes(images), config.time_limit, hidden)
     except ConsumerFailed as error:
         yield ServingCheck(name="loads in a fresh process", passed=False, detail=str(error))
         return
@@ -201,15 +197,16 @@ def _over_http(
     expected: Tensor,
     tolerance: float,
     config: ServingConfig,
+    fresh: FreshProcesses,
+    hidden: Sequence[str],
     not_needed: Event,
-    server: Server | None,
 ) -> Iterator[ServingCheck]:
     if not config.http:
         detail = "serving.http=false switches it off"
         yield ServingCheck(name="is served over HTTP", passed=True, tested=False, detail=detail)
         return
     try:
-        with http_server(model.uri, config.time_limit, not_needed, server) as client:
+        with fresh.serve(model.uri, config.time_limit, hidden, not_needed) as client:
             yield ServingCheck(name="is served over HTTP", passed=True, detail="mlflow models serve")
 
             def post(content: object) -> httpx.Response:

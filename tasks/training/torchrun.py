@@ -110,6 +110,9 @@ def main() -> None:
     fork_ranks()
     os.environ[TORCHRUN_PID] = str(os.getpid())
     run.main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the ranks have ended; the interpreter would take a second to take PyTorch's modules apart
 
 
 if __name__ == "__main__":

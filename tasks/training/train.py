@@ -70,8 +70,13 @@ class TrainResult(Record):
 
 
 @step("train", retried=False)
-def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResult:
+def train(
+    run: TrackedRun, dataset: DatasetRef, config: RunConfig, in_last_epoch: Callable[[], None] = lambda: None
+) -> TrainResult:
     """Trains, from the run's newest checkpoint if it has one, and returns the committed weights.
+
+    Args:
+        in_last_epoch: called at steps of the last epoch, to prepare what comes after it.
 
     Raises:
         TrainingFailed: the ranks failed; the message says why.
@@ -99,7 +104,13 @@ def train(run: TrackedRun, dataset: DatasetRef, config: RunConfig) -> TrainResul
     ):
         display = _Display(advance, config.epochs)
         display(Event(waiting=STARTING if config.launcher == "local" else "waiting for nodes"))
-        outcome = _run(folder, display)
+
+        def show(event: Event) -> None:
+            display(event)
+            if event.epoch == config.epochs:
+                in_last_epoch()
+
+        outcome = _run(folder, show)
     if not folder.weights.exists():  # rank 0 ran on another node
         outlast(partial(store.get_file, outcome.weights_key, folder.weights))
     return _publish(run, outcome, folder)

@@ -20,7 +20,7 @@ from infra.tracking.model_registry import aliased
 from tasks.config.gates import ServingConfig
 from tasks.evaluation.evaluate import Evaluation
 from tasks.evaluation.reference_images import load_reference, store_reference
-from tasks.release.serving.clients import Consumer, ConsumerFailed, http_server, post_images
+from tasks.release.serving.clients import FRESH_PROCESS, ConsumerFailed, FreshProcesses, post_images
 from tasks.release.serving_gate import ServingRefused, ServingReport, serving_gate, try_serving
 from tests.tasks.registered import Registered, register_digits
 
@@ -43,9 +43,7 @@ def servers() -> set[int]:
     found = set()
     for process in psutil.process_iter():
         try:
-            serves = any(
-                "scoring_server" in word or word == "tasks.release.serving.http_server" for word in process.cmdline()
-            )
+            serves = any(word.endswith("fresh_process.py") for word in process.cmdline())
             ours = serves and process.environ().get("CONVOY_HOME") == os.environ["CONVOY_HOME"]
             if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.add(process.pid)
@@ -127,20 +125,48 @@ def test_version_without_files_is_refused_without_waiting_for_a_server(registere
     made = client.create_model_version(registered.version.name, f"models:/{empty.model_id}", model_id=empty.model_id)
     lost = registered.version.model_copy(update={"version": str(made.version)})
     reference = load_reference(registered.store, registered.evaluated.reference_key)
-    with Consumer() as consumer:
-        report = try_serving(lost, reference["images"], reference["probabilities"], 1e-5, ServingConfig(), consumer)
-    assert [check.passed for check in report.checks] == [False]
-    assert "gave no predictions in a fresh process" in report.checks[0].detail
-    with pytest.raises(ConsumerFailed, match="cannot be served over HTTP"), http_server(lost.uri, 120):
-        pass
+    with FreshProcesses() as fresh:
+        report = try_serving(lost, reference["images"], reference["probabilities"], 1e-5, ServingConfig(), fresh)
+        assert [check.passed for check in report.checks] == [False]
+        assert "gave no predictions in a fresh process" in report.checks[0].detail
+        with pytest.raises(ConsumerFailed, match="cannot be served over HTTP"), fresh.serve(lost.uri, 120):
+            pass
+
+
+def test_libraries_load_without_a_thread_or_a_device_since_forks_could_not_use_one() -> None:
+    program = f"""
+import runpy, threading
+import torch
+asked = []
+for name in ("is_available", "device_count", "init", "_lazy_init"):
+    setattr(torch.cuda, name, lambda *_, name=name: asked.append(name))
+runpy.run_path({str(FRESH_PROCESS)!r}, run_name="loaded")
+print(asked, threading.active_count())
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] 1\n"
+
+
+def test_processes_start_again_after_they_were_dismissed(registered: Registered) -> None:
+    """As if the gate is tried again after an outage."""
+    images = load_reference(registered.store, registered.evaluated.reference_key)["images"]
+    before = servers()
+    with FreshProcesses() as fresh:
+        fresh.load()
+        first = servers() - before
+        fresh.dismiss()
+        assert fresh.predict(registered.version.uri, images, [1], 120).predictions[1].shape == (1, 10)
+        assert len(first) == 1 and servers() & first == set()
+    assert servers() == before
 
 
 @pytest.mark.slow
 def test_server_does_not_outlive_a_killed_owner(registered: Registered) -> None:
     before = servers()
     program = (
-        "import sys, time\nfrom tasks.release.serving.clients import http_server\n"
-        "with http_server(sys.argv[1], 200):\n    print('up', flush=True)\n    time.sleep(600)\n"
+        "import sys, time\nfrom tasks.release.serving.clients import FreshProcesses\n"
+        "with FreshProcesses() as fresh, fresh.serve(sys.argv[1], 200):\n"
+        "    print('up', flush=True)\n    time.sleep(600)\n"
     )
     owner = subprocess.Popen([sys.executable, "-c", program, registered.version.uri], stdout=subprocess.PIPE)
     try:
@@ -160,6 +186,6 @@ def test_server_does_not_outlive_a_killed_owner(registered: Registered) -> None:
 def test_fractions_are_what_the_server_does_not_refuse(registered: Registered) -> None:
     """A limit of MLflow's server that users have to know: it rounds towards zero."""
     images = load_reference(registered.store, registered.evaluated.reference_key)["images"][:1]
-    with http_server(registered.version.uri, 200) as client:
+    with FreshProcesses() as fresh, fresh.serve(registered.version.uri, 200) as client:
         whole = post_images(client, images.tolist()).json()
         assert post_images(client, (images.float() + 0.4).clamp(max=255).tolist()).json() == whole

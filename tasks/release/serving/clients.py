@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import Event
-from typing import NamedTuple, Self
+from tempfile import TemporaryDirectory, mkdtemp
+from threading import Event, Lock
+from typing import IO, NamedTuple, Self
 
 import httpx
 from PIL import Image
@@ -26,8 +26,8 @@ from infra.tracking.model_versions import LOADING_ENVIRONMENT
 
 BATCH_SIZES = (1, 3, 64)
 FRESH_PROCESS = Path(__file__).with_name("fresh_process.py")
-POLL_SECONDS = 0.1  # between requests to a starting server
-STOP_SECONDS = 15.0  # after them, the server's process is killed; more than twice STOP_SECONDS of http_server.py
+POLL_SECONDS = 0.1  # between checks of a process that starts or works
+STOP_SECONDS = 10.0  # after them, processes that were asked to end are killed
 
 
 class ConsumerFailed(RuntimeError):
@@ -51,46 +51,58 @@ def batch_sizes(images: Tensor) -> list[int]:
     return sorted({min(size, len(images)) for size in BATCH_SIZES})
 
 
-class Consumer:
-    """A fresh process that can import neither Convoy nor the user's network; it loads its libraries immediately, and
-    waits for a model.
+class FreshProcesses:
+    """Starts processes that use a model, and can import neither Convoy nor the user's network.
 
-    Leaving the context ends the process and removes its files. If this process is killed, the kernel closes the
-    consumer's standard input, and the consumer ends as soon as it reads it.
+    They are forked from one that loads their libraries, which takes seconds and some hundred megabytes: `load` starts
+    it while the model is still being made.
+
+    Leaving the context ends all of them, and removes their files. If this process is killed, the kernel closes the
+    other's standard input, and they end by themselves.
     """
 
     def __enter__(self) -> Self:
         self._folder = TemporaryDirectory()
-        # The model has to work where Convoy is not installed: -P keeps this program's folder off the path, and the
-        # program imports nothing that is `hidden` from it, which an installation or PYTHONPATH may offer.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(FRESH_PROCESS)],
-            cwd=self._folder.name,
-            env=_environment(self._folder.name),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
+        self._log = Path(self._folder.name, "log")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._unused = False
+        self._starting = Lock()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        with self._process:  # closes its pipes, and waits
-            pass
+        self._end()
         self._folder.cleanup()
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the process runs and is still unused."""
-        assert self._process.stdin
-        return not self._process.stdin.closed and self._process.poll() is None
+    def load(self) -> None:
+        """Starts to load the libraries, unless a process has them already."""
+        if self._process and self._process.poll() is None and not self._input.closed:
+            return
+        self._end()
+        self._unused = True
+        with self._log.open("wb") as output:
+            # The model has to work where Convoy is not installed: -P keeps this program's folder off the path, and the
+            # program imports nothing that is `hidden` from it, which an installation or PYTHONPATH may offer.
+            # In its own session, no Ctrl-C of the terminal reaches it.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(FRESH_PROCESS)],
+                cwd=self._folder.name,
+                env=_environment(self._folder.name),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def dismiss(self) -> None:
+        """Makes all processes end, without waiting for it."""
+        if self._process:
+            with suppress(BrokenPipeError):
+                self._input.close()
 
     def predict(
         self, uri: str, images: Tensor, sizes: Sequence[int], time_limit: float, hidden: Sequence[str] = CONVOYS
     ) -> Consumed:
-        """Loads a model through `mlflow.pyfunc`, and predicts. A consumer can do so only once.
+        """Loads a model through `mlflow.pyfunc` in a process, and predicts.
 
         Args:
             uri: `models:/name/version`.
@@ -102,126 +114,108 @@ class Consumer:
         Raises:
             ConsumerFailed: the process returned no predictions.
         """
-        folder = Path(self._folder.name, "images")
-        folder.mkdir(exist_ok=True)
+        folder = self._new_folder()
+        (folder / "images").mkdir()
         for number, image in enumerate(images):
             pixels = image.permute(1, 2, 0).squeeze(2).numpy()
-            Image.fromarray(pixels).save(folder / f"{number:06d}.png")
-        task = {
-            "uri": uri,
-            "images": str(folder),
-            "out": self._folder.name,
-            "sizes": list(sizes),
-            "hidden": list(hidden),
-        }
+            Image.fromarray(pixels).save(folder / "images" / f"{number:06d}.png")
+        self._start("predict", folder, hidden, uri=uri, sizes=list(sizes))
+        deadline = time.monotonic() + time_limit
+        while (status := self._status(folder)) is None:
+            if time.monotonic() > deadline:
+                raise ConsumerFailed(f"{uri} gave no predictions within {time_limit:.0f} s")
+            time.sleep(POLL_SECONDS)
         try:
-            _, errors = self._process.communicate(json.dumps(task), timeout=time_limit)
-        except subprocess.TimeoutExpired:
-            raise ConsumerFailed(f"{uri} gave no predictions within {time_limit:.0f} s") from None
-        try:
-            made = load_file(Path(self._folder.name, "predictions.safetensors"))
-            refusals = json.loads(Path(self._folder.name, "refusals.json").read_bytes())
+            made = load_file(folder / "predictions.safetensors")
+            refusals = json.loads((folder / "refusals.json").read_bytes())
         except (FileNotFoundError, SafetensorError):
-            last_line = (errors.strip() or "no message").splitlines()[-1]
-            raise ConsumerFailed(
-                f"{uri} gave no predictions in a fresh process (status {self._process.returncode}): {last_line.strip()}"
-            ) from None
+            told = f"(status {status}): {self._told(folder, lines=1)}"
+            raise ConsumerFailed(f"{uri} gave no predictions in a fresh process {told}") from None
         return Consumed(predictions={int(size): tensor for size, tensor in made.items()}, refusals=refusals)
 
+    @contextmanager
+    def serve(
+        self, uri: str, time_limit: float, hidden: Sequence[str] = CONVOYS, not_needed: Event | None = None
+    ) -> Iterator[httpx.Client]:
+        """Serves a model over HTTP in a process, on a free port of 127.0.0.1; yields a client of the server.
 
-class Server:
-    """`mlflow models serve` in its own process, which loads its libraries immediately, and waits for a model.
+        The server runs until `dismiss`, or until the context ends.
 
-    Leaving the context ends the process with all its child processes, and removes their files. If this process is
-    killed, they end by themselves.
-    """
+        Args:
+            uri: `models:/name/version`.
+            time_limit: seconds to start, and per response.
+            hidden: packages that the process cannot import, wherever they lie.
+            not_needed: aborts the start once it is set.
 
-    def __enter__(self) -> Self:
-        self._folder = TemporaryDirectory()
-        self._log = Path(self._folder.name, "log")
-        with self._log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tasks.release.serving.http_server"],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                cwd=FRESH_PROCESS.parents[3],
-                env=_environment(self._folder.name),
-            )
-        self._used = False
-        return self
+        Raises:
+            ConsumerFailed: the server did not start, or `not_needed` was set.
+        """
+        port = next(port for port in random.SystemRandom().sample(PORT_RANGE, 200) if is_free(port))
+        folder = self._new_folder()
+        self._start("serve", folder, hidden, uri=uri, port=port)
+        deadline = time.monotonic() + time_limit
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=time_limit, trust_env=False) as client:
+            while not _answers(client):
+                if (status := self._status(folder)) is not None:
+                    told = f"(status {status}): {self._told(folder)}"
+                    raise ConsumerFailed(f"{uri} cannot be served over HTTP {told}")
+                if time.monotonic() > deadline:
+                    told = f"within {time_limit:.0f} s: {self._told(folder)}"
+                    raise ConsumerFailed(f"{uri} was not served over HTTP {told}")
+                if not_needed and not_needed.is_set():
+                    raise ConsumerFailed(f"{uri} is not needed any more")
+                time.sleep(POLL_SECONDS)
+            yield client
 
-    def __exit__(self, *_: object) -> None:
+    def _new_folder(self) -> Path:
+        return Path(mkdtemp(dir=self._folder.name))
+
+    def _start(self, kind: str, folder: Path, hidden: Sequence[str], **task: object) -> None:
+        line = json.dumps({"kind": kind, "folder": str(folder), "hidden": list(hidden), **task}).encode() + b"\n"
+        with self._starting:
+            self.load()
+            self._unused = False
+            with suppress(BrokenPipeError):  # the process has ended; its status says it
+                self._input.write(line)
+                self._input.flush()
+
+    def _end(self) -> None:
+        """Ends all processes, and waits for it."""
         self.dismiss()
+        if not self._process:
+            return
+        if self._unused:  # it may still load its libraries, and would not notice
+            self._process.kill()
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._process.kill()  # the kernel then kills the others
             self._process.wait()
-        self._folder.cleanup()
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether the process runs and is still unused."""
-        return not self._used and self._process.poll() is None
+    def _input(self) -> IO[bytes]:
+        assert self._process and self._process.stdin
+        return self._process.stdin
 
-    def serve(self, uri: str, client: httpx.Client, time_limit: float, not_needed: Event) -> None:
-        """Serves a model at a client's address, and returns once it answers. A server can do so only once.
+    def _status(self, folder: Path) -> int | None:
+        """Returns the exit status of a task's process, or of the one that would start it; None if they run."""
+        assert self._process
+        ended = self._process.poll()
+        with suppress(FileNotFoundError):
+            return int((folder / "status").read_text())
+        return ended
 
-        Raises:
-            ConsumerFailed: the model was not served, or `not_needed` was set.
-        """
-        assert self._process.stdin
-        self._used = True
-        with suppress(BrokenPipeError):  # the process has ended; the loop below reports it
-            self._process.stdin.write(json.dumps({"uri": uri, "port": client.base_url.port}).encode() + b"\n")
-            self._process.stdin.flush()
-        deadline = time.monotonic() + time_limit
-        while self._process.poll() is None:
-            try:
-                if client.get("/ping", timeout=5.0).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
-            if time.monotonic() > deadline:
-                raise ConsumerFailed(f"{uri} was not served over HTTP within {time_limit:.0f} s: {log_end(self._log)}")
-            if not_needed.wait(POLL_SECONDS):
-                raise ConsumerFailed(f"{uri} is not needed any more")
-        raise ConsumerFailed(
-            f"{uri} cannot be served over HTTP (status {self._process.returncode}): {log_end(self._log)}"
-        )
-
-    def dismiss(self) -> None:
-        """Makes the process end, without waiting for it."""
-        assert self._process.stdin
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
+    def _told(self, folder: Path, lines: int = 3) -> str:
+        """Returns the end of a task's log; if it was not started, of the log of what should have started it."""
+        log = folder / "log"
+        return log_end(log if log.exists() else self._log, lines)
 
 
-@contextmanager
-def http_server(
-    uri: str, time_limit: float, not_needed: Event | None = None, server: Server | None = None
-) -> Iterator[httpx.Client]:
-    """Serves a model with `mlflow models serve` on a free port of 127.0.0.1; yields a client of the server.
-
-    Args:
-        uri: `models:/name/version`.
-        time_limit: seconds to start, and per response.
-        not_needed: aborts the start once it is set.
-        server: the server to use; it is asked to end with the block. None or a used one starts another, none of whose
-            processes outlives the block.
-
-    Raises:
-        ConsumerFailed: the server did not start.
-    """
-    port = next(port for port in random.SystemRandom().sample(PORT_RANGE, 200) if is_free(port))
-    with ExitStack() as started:
-        if server is None or not server.is_waiting:
-            server = started.enter_context(Server())
-        started.callback(server.dismiss)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=time_limit, trust_env=False) as client:
-            server.serve(uri, client, time_limit, not_needed or Event())
-            yield client
+def _answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/ping", timeout=5.0).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def post_images(client: httpx.Client, content: object) -> httpx.Response:
