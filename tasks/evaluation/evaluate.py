@@ -23,7 +23,6 @@ from infra.tracking import mlflow_runs
 from tasks.data.dataset import DatasetRef, load_manifest, open_cache, open_split, stream_split
 from tasks.data.image_index import load_index
 from tasks.evaluation.heat_maps import HeatMap, heat_maps
-from tasks.evaluation.publish import publish_evaluation
 from tasks.evaluation.reference_images import store_reference
 from tasks.evaluation.report import EvaluationReport, evaluation_report, measure_footprint
 from tasks.evaluation.split_predictions import store_predictions
@@ -125,6 +124,8 @@ def publish(config: TrainConfig, dataset: DatasetRef, evaluated: Evaluation) -> 
         Cancelled: the flow run was cancelled.
         ServiceError: a server failed.
     """
+    from tasks.evaluation.publish import publish_evaluation  # loads matplotlib
+
     stop_if_cancelled()
     store = open_bucket()
     manifest, cache = load_manifest(store, dataset.version), open_cache(store)

@@ -4,18 +4,18 @@ import io
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cnn.data.split_reader import SplitReader
+
+if TYPE_CHECKING:  # matplotlib takes half a second to load
+    from matplotlib.figure import Figure, SubFigure
 
 COLUMNS = 8  # images per row of a gallery
 CELL, SIDE = (1.25, 1.6), 1.15  # inches: a cell with image, caption and margin; the image's side
@@ -23,15 +23,17 @@ TILE, GAP, LINE, TITLE = 168, 12, 19, 56  # pixels: an image of a gallery, betwe
 NAME_LETTERS = 20  # of a class beside an image
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: "Figure") -> bytes:
     """Returns the figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     return buffer.getvalue()
 
 
-def without_formulas(figure: Figure) -> Figure:
+def without_formulas(figure: "Figure") -> "Figure":
     """Has texts drawn as they are: names of classes may hold dollars, which matplotlib takes for formulas."""
+    from matplotlib.text import Text
+
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # type: ignore[attr-defined]
     return figure
@@ -42,7 +44,7 @@ def section_height(images: int) -> float:
     return 0.5 + CELL[1] * -(-images // COLUMNS)
 
 
-def section(part: SubFigure, title: str, images: Tensor, captions: Sequence[str]) -> None:
+def section(part: "SubFigure", title: str, images: Tensor, captions: Sequence[str]) -> None:
     """Draws a title, and below it a grid of uint8 images n×C×H×W with a caption each, into a part of a figure."""
     part.suptitle(title)
     axes = part.add_subplot()  # one for all images: matplotlib takes seconds to lay out a pair of axes per image
@@ -102,6 +104,8 @@ def _tile(image: Tensor) -> Image.Image:
 
 @cache
 def _font(pixels: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), pixels)
 
 

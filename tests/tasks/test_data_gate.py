@@ -99,6 +99,16 @@ def test_good_data_pass_and_the_report_is_in_the_bucket_and_in_prefect(versions:
     assert "| leakage | passed | 0 | 0.01 |" in page
 
 
+def test_samples_are_drawn_once_per_report(versions: Versions) -> None:
+    key = gate(versions.good).prefix + "data_samples.png"
+    versions.store.put_bytes(key, b"drawn before")
+    gate(versions.good)
+    assert versions.store.get_bytes(key) == b"drawn before"
+    versions.store.delete(key)
+    gate(versions.good)
+    assert versions.store.get_bytes(key).startswith(b"\x89PNG")
+
+
 def test_refused_data_raise_after_the_report_is_published(versions: Versions) -> None:
     with pytest.raises(DataRefused) as refusal:
         gate(versions.bad)
