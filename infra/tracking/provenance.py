@@ -15,6 +15,7 @@ COMMIT_VARIABLE = "CONVOY_COMMIT"
 
 LIBRARIES = ("torch", "torchvision", "mlflow", "prefect")
 PACKAGE_FILE = Path(__file__).resolve().parents[1] / "__init__.py"
+"""A file two levels below the root of Convoy's repository."""
 
 
 class Provenance(Record):
@@ -47,17 +48,17 @@ def provenance(code: Path = PACKAGE_FILE) -> Provenance:
     """Reads the environment, and the repository of `code`, a file two levels below the repository's root."""
     root = code.parent.parent
     if commit := os.environ.get(COMMIT_VARIABLE):  # a worker runs the code of this commit
-        return _provenance(commit, changes="", root=root)
+        return _provenance(commit, changes="", code=code)
     # Installed code is often inside another project's repository, which does not track it.
     commit = _git(root, "rev-parse", "HEAD") if _git(root, "ls-files", "--error-unmatch", str(code)) else None
-    return _provenance(commit, _git(root, "status", "--porcelain") if commit else None, root)
+    return _provenance(commit, _git(root, "status", "--porcelain") if commit else None, code)
 
 
-def _provenance(commit: str | None, changes: str | None, root: Path) -> Provenance:
+def _provenance(commit: str | None, changes: str | None, code: Path) -> Provenance:
     return Provenance(
         git_commit=commit,
         git_dirty=None if changes is None else changes != "",
-        lock_sha256=_lock_digest(root),
+        lock_sha256=lock_digest(code),
         versions={"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
     )
 
@@ -71,9 +72,10 @@ def _git(root: Path, *arguments: str) -> str | None:
         return None
 
 
-def _lock_digest(root: Path) -> str | None:
+def lock_digest(code: Path = PACKAGE_FILE) -> str | None:
+    """Returns the SHA-256 of the lock file in the repository of `code`, as in `provenance`; None if there is none."""
     try:
-        return hashlib.sha256((root / "requirements.lock").read_bytes()).hexdigest()
+        return hashlib.sha256((code.parent.parent / "requirements.lock").read_bytes()).hexdigest()
     except FileNotFoundError:
         return None
 

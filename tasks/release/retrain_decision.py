@@ -13,7 +13,6 @@ from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion, search_versions
 from infra.tracking.promotion_history import Standing
-from infra.tracking.provenance import provenance
 from infra.tracking.tags import EXPIRED, FLOW_RUN, NO_CHAMPION, REFUSED, WAITING
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
@@ -108,7 +107,7 @@ def _decide(
 ) -> tuple[bool, str, ModelVersion | None]:
     """Returns whether to train, why, and which version to judge instead."""
     champion = standing.version
-    now = _inputs(inputs_of(config, dataset, provenance()), config)
+    now = _inputs(inputs_of(config, dataset), config)
     if not force and (undecided := _undecided(name, config, champion, now)):
         return undecided
     if champion is None:

@@ -14,7 +14,7 @@ import cnn
 from cnn.code_digest import code_digest
 from cnn.data.manifest import canonical_json
 from infra.records import Record
-from infra.tracking.provenance import Provenance, provenance
+from infra.tracking.provenance import lock_digest
 
 DIGEST_FORMAT = 2
 """How `code_digest` is made. Format 1 covered all files of `cnn`, by their places before `cnn` had packages."""
@@ -62,17 +62,17 @@ def weight_files() -> list[Path]:
     ]
 
 
-def this_platform(code: Provenance | None = None) -> Platform:
-    """Returns this process's platform; `code` is its provenance, if the caller knows it already."""
-    return Platform(**code_inputs(code or provenance()), **this_machine())
+def this_platform() -> Platform:
+    """Returns the platform of processes that start now."""
+    return Platform(**code_inputs(), **this_machine())
 
 
-def code_inputs(code: Provenance, network_files: Mapping[str, str] = NO_FILES) -> dict[str, Any]:
+def code_inputs(network_files: Mapping[str, str] = NO_FILES) -> dict[str, Any]:
     """Returns the fields of the platform that describe code and lock file."""
     return {
         "digest_format": DIGEST_FORMAT,
         "code_digest": digest_with(network_files),
-        "lock_sha256": code.lock_sha256,
+        "lock_sha256": lock_digest(),
         "network_files": dict(network_files),
     }
 

@@ -13,7 +13,6 @@ from cnn.config.training import TrainConfig
 from cnn.errors import InputError
 from cnn.networks.own import network_files
 from infra.errors import UsageError
-from infra.tracking.provenance import provenance
 from tasks.config.deployment import load_project
 from tasks.config.explain import explained
 from tasks.config.keys import schema_of
@@ -98,10 +97,10 @@ def test_explained_configuration_and_schema_take_the_options(own: Path) -> None:
 
 def test_manifests_of_other_runs_stay_as_they_are() -> None:
     """Else no earlier run could be resumed, and each model would be trained again."""
-    code, config = provenance(), RunConfig(batch_size=64)
+    config = RunConfig(batch_size=64)
     manifest = manifest_of(config, {})
     assert "network_files" not in manifest.model_dump()
-    assert inputs_of(config, DATASET, code)["code_digest"] == code_inputs(code)["code_digest"] == manifest.code_digest
+    assert inputs_of(config, DATASET)["code_digest"] == code_inputs()["code_digest"] == manifest.code_digest
     assert RunManifest.model_validate_json(manifest.model_dump_json()) == manifest
 
 
@@ -113,11 +112,11 @@ def manifest_of(config: RunConfig, files: dict[str, str]) -> RunManifest:
 def test_files_of_the_network_are_code_that_a_resume_and_a_retraining_name(
     own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, code = read(), provenance()
+    config = read()
     files = network_files(MODEL)
-    inputs = inputs_of(config, DATASET, code)
+    inputs = inputs_of(config, DATASET)
     assert inputs["network_files"] == files and [*files] == ["nets/small.py"]
-    assert inputs["code_digest"] != code_inputs(code)["code_digest"]
+    assert inputs["code_digest"] != code_inputs()["code_digest"]
     earlier, same = manifest_of(config, {"nets/small.py": "1" * 64}), manifest_of(config, files)
     assert inputs["code_digest"] == same.code_digest != earlier.code_digest
     with pytest.raises(UsageError, match=f"network_files.nets/small.py was {'1' * 64}, is {files['nets/small.py']}"):

@@ -21,7 +21,6 @@ from infra.storage.s3_client import ObjectMissing
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import search_versions
 from infra.tracking.model_versions import find_version
-from infra.tracking.provenance import Provenance
 from infra.tracking.tags import FLOW_RUN, SWEEP, SWEEP_BEST, TRIAL
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, load_manifest
@@ -50,10 +49,10 @@ class RunRecord(Record, extra="forbid"):
     manifest: RunManifest
 
 
-def inputs_of(config: RunConfig, dataset: DatasetRef, code: Provenance) -> dict[str, Any]:
+def inputs_of(config: RunConfig, dataset: DatasetRef) -> dict[str, Any]:
     """Returns the fields of a training's manifest that do not depend on the machine."""
     return {
-        **code_inputs(code, network_files(config.model)),
+        **code_inputs(network_files(config.model)),
         "dataset_version": dataset.version,
         "config": config_inputs(config),
     }

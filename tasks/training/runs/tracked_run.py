@@ -82,8 +82,7 @@ def tracked_run(
     data = load_manifest(store, dataset.version)
     with _checking:
         check_fits(config.training(), data)
-        code = provenance()
-        manifest = run_manifest(config, dataset, code)
+        manifest = run_manifest(config, dataset)
     flow_run = flow_tags().get(tags.FLOW_RUN, "")
     asked, resume = resume, resume or (None if sweep else run_of_flow(flow_run))
     finished = False
@@ -103,7 +102,7 @@ def tracked_run(
                 experiment=f"{dataset.name} trials" if trial else dataset.name,
                 run_name=f"trial {sweep[tags.SWEEP_TRIAL]}" if sweep else f"{config.model} {config.epochs} epochs",
                 params=flatten({"dataset": config.dataset, "data": config.data.model_dump(), **manifest.config}),
-                tags=_tags(config, dataset, manifest, code)
+                tags=_tags(config, dataset, manifest, provenance())
                 | ({tags.TRIAL: "true"} if trial else {})
                 | dict(sweep or {}),
             )
@@ -157,9 +156,9 @@ def _mixing_tags(config: RunConfig, data: Manifest) -> dict[str, str]:
     return {tags.SHUFFLE_WINDOW: str(window), tags.MIXING: f"{uneven:.4g}"}
 
 
-def run_manifest(config: RunConfig, dataset: DatasetRef, code: Provenance) -> RunManifest:
+def run_manifest(config: RunConfig, dataset: DatasetRef) -> RunManifest:
     """Returns the manifest of a training on this machine's kind of device."""
-    return RunManifest(**this_machine(), **inputs_of(config, dataset, code))
+    return RunManifest(**this_machine(), **inputs_of(config, dataset))
 
 
 def log_cost(run_id: str, step_seconds: Mapping[str, float], rank_hours: float) -> None:
@@ -190,7 +189,7 @@ def differs_here(run_id: str, *, code: bool = True) -> list[str]:
     if not code:
         here = {name: value for name, value in this_machine().items() if name != "torch"}
         return differences(record.manifest.model_dump(include=set(here)), here)
-    current = run_manifest(with_network_options(record.config), record.dataset, provenance())
+    current = run_manifest(with_network_options(record.config), record.dataset)
     if record.manifest.digest == current.digest:
         return []
     return differences(record.manifest.model_dump(), current.model_dump())
