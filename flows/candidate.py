@@ -62,8 +62,8 @@ def train_version(
     step_timer("data-gate", checked)
     with tracked_run(config, dataset, resume) as run, FreshProcesses() as fresh:
         outlast(partial(log_data_report, run.run_id, checked))
-        trained = step_timer("train", train(run, dataset, config, fresh.load))
-        fresh.load()  # an earlier process may have trained the last epoch
+        trained = step_timer("train", train(run, dataset, config, fresh.load_early))
+        fresh.load_early()  # an earlier process may have trained the last epoch
         evaluated = step_timer("evaluate", evaluate(config.training(), dataset, trained, slices=config.data.slices))
         with ExitStack() as background:
             published = publish.submit(config.training(), dataset, evaluated)

@@ -30,6 +30,7 @@ Output = TypeVar("Output")
 EXIT_STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}
 DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 GRACEFUL_PRESSES = 2  # presses of Ctrl-C that wait for the step to end; the next one ends the program like `kill -9`
+HANDLER_SECONDS = 0.5  # after which a signal is handled that arrived just before a wait began, which it did not end
 SAME_PRESS_SECONDS = 0.3  # signals in quick succession are one press: timeout(1) signals the program and its group
 
 
@@ -151,7 +152,8 @@ def attended(work: Callable[[], Output]) -> Output:
     # A daemon, so that the interpreter does not wait for it when the main thread has to end.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="work", daemon=True)
     thread.start()
-    thread.join()
+    while thread.is_alive():
+        thread.join(HANDLER_SECONDS)
     return output.result()
 
 

@@ -154,6 +154,7 @@ def try_serving(
         fresh: starts these processes.
         hidden: packages that they cannot import.
     """
+    fresh.load()
     not_needed = Event()
     with ThreadPoolExecutor(1) as executor:
         try:
@@ -207,7 +208,7 @@ def _over_http(
         return
     try:
         with fresh.serve(model.uri, config.time_limit, hidden, not_needed) as client:
-            yield ServingCheck(name="is served over HTTP", passed=True, detail="mlflow models serve")
+            yield ServingCheck(name="is served over HTTP", passed=True, detail="the server that mlflow models serve starts")
 
             def post(content: object) -> httpx.Response:
                 if not_needed.is_set():

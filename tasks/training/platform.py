@@ -4,6 +4,7 @@ import hashlib
 import operator
 import platform
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -71,24 +72,28 @@ def code_inputs(network_files: Mapping[str, str] = NO_FILES) -> dict[str, Any]:
     """Returns the fields of the platform that describe code and lock file."""
     return {
         "digest_format": DIGEST_FORMAT,
-        "code_digest": digest_with(network_files),
+        "code_digest": joined_digest(code_digest(weight_files()), network_files),
         "lock_sha256": lock_digest(),
         "network_files": dict(network_files),
     }
 
 
-def digest_with(network_files: Mapping[str, str]) -> str:
-    """Returns the digest of Convoy's code, as it is on disk now, and of a network's files."""
-    return _joined(code_digest(weight_files()), network_files)
+@cache
+def loaded_code() -> str:
+    """Returns the digest of Convoy's code as it was at the first call, in this process or one that forked it.
+
+    Only for programs that have just loaded the code.
+    """
+    return code_digest(weight_files())
 
 
 def with_files(platform: Platform, network_files: Mapping[str, str]) -> Platform:
     """Returns the platform for a training of a network of one's own that has these files."""
-    joined = _joined(platform.code_digest, network_files)
+    joined = joined_digest(platform.code_digest, network_files)
     return platform.model_copy(update={"code_digest": joined, "network_files": dict(network_files)})
 
 
-def _joined(convoys: str, network_files: Mapping[str, str]) -> str:
+def joined_digest(convoys: str, network_files: Mapping[str, str]) -> str:
     """Returns a digest of Convoy's code and a network's files: Convoy's own, if the network has none."""
     if not network_files:
         return convoys

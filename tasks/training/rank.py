@@ -37,7 +37,7 @@ from tasks.data.dataset import load_manifest, open_cache, open_split
 from tasks.data.training_split import open_training_split
 from tasks.orchestration.outage import through_outage
 from tasks.training.checkpoints import CheckpointWriter, Snapshot, commit_weights, newest_checkpoint
-from tasks.training.platform import digest_with
+from tasks.training.platform import joined_digest, loaded_code
 from tasks.training.protocol.board import Board
 from tasks.training.protocol.job import Event, Job, JobFolder, Outcome, print_line
 from tasks.training.protocol.patience import CHECKPOINT_MAX, METRICS_WAIT, SLACK, STOP_STEP_WAIT
@@ -430,7 +430,7 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
 
 
 def check_code(job: Job) -> None:
-    """Raises InputError if this process has not loaded the code that the training began with.
+    """Raises InputError if this process has loaded other code than that which the training began with.
 
     Convoy, or the files of a network of one's own, may have changed before a restart of the ranks, and this node may
     have other files than the flow's machine.
@@ -439,7 +439,7 @@ def check_code(job: Job) -> None:
     changed = sorted({file for file, _ in job.network_files.items() ^ here.items()})
     if changed:
         changed[0] = f"{job.config.model}: {changed[0]}"
-    elif os.environ.get("LOCAL_RANK", "0") == "0" and digest_with(here) != job.code_digest:  # once per machine
+    elif joined_digest(loaded_code(), here) != job.code_digest:
         changed = ["Convoy's code"]
     if changed:
         raise InputError(

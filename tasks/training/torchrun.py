@@ -94,6 +94,7 @@ def main() -> None:
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
     from tasks.training.forked_ranks import fork_ranks, load_network
+    from tasks.training.platform import loaded_code
 
     class Alone(StaticTCPRendezvous):
         def get_backend(self) -> str:
@@ -107,6 +108,7 @@ def main() -> None:
 
     rendezvous_handler_registry.register("alone", alone)
     load_network(Path(sys.argv[sys.argv.index("tasks.training.rank") + 1]))
+    loaded_code()  # here, since the ranks are forked from this process
     fork_ranks()
     os.environ[TORCHRUN_PID] = str(os.getpid())
     run.main(sys.argv[1:])

@@ -76,7 +76,7 @@ def train(
     """Trains, from the run's newest checkpoint if it has one, and returns the committed weights.
 
     Args:
-        in_last_epoch: called at steps of the last epoch, to prepare what comes after it.
+        in_last_epoch: called once the last epoch has begun, to prepare what comes after it.
 
     Raises:
         TrainingFailed: the ranks failed; the message says why.
@@ -105,10 +105,12 @@ def train(
         display = _Display(advance, config.epochs)
         display(Event(waiting=STARTING if config.launcher == "local" else "waiting for nodes"))
 
+        last_epoch = iter([in_last_epoch])
+
         def show(event: Event) -> None:
             display(event)
-            if event.epoch == config.epochs:
-                in_last_epoch()
+            if event.epoch == config.epochs and (prepare := next(last_epoch, None)):
+                prepare()
 
         outcome = _run(folder, show)
     if not folder.weights.exists():  # rank 0 ran on another node

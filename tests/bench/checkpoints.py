@@ -41,7 +41,6 @@ def checkpoints(rounds: int) -> Iterator[Comparison]:
             dataset_version=manifest.version,
             world_size=1,
             manifest_digest="",
-            code_digest="",
             checkpoints=CheckpointConfig(every=EVERY),
             restarts=0,
         )

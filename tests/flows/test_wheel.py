@@ -79,7 +79,7 @@ def test_the_wheel_trains_deploys_and_works_beside_packages_of_the_same_names(
     code = [installed.with_name("python"), "-P", "-c", "import flows; print(flows.__file__)"]
     found = Path(subprocess.run(code, cwd=project, env=environment, capture_output=True, text=True, check=True).stdout)
     assert not found.is_relative_to(REPOSITORY)
-    keys = ("network.width=4", "gate.min_class_recall=0", "serving.http=false")  # the program uvicorn is not installed
+    keys = ("network.width=4", "gate.min_class_recall=0")
     small = [f"--set={key}" for key in keys]
     convoy("train", "--dataset", "digits", "--name", "wheel", "--epochs", "1", "--ranks", "2", *small)
     assert "retrain/fashion-mnist" in convoy("deploy")  # of the file that the wheel brings

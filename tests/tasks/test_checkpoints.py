@@ -73,7 +73,6 @@ def job_with(checkpoints: CheckpointConfig) -> Job:
         dataset_version="0" * 64,
         world_size=1,
         manifest_digest=DIGEST,
-        code_digest="",
         checkpoints=checkpoints,
         restarts=0,
     )

@@ -20,7 +20,7 @@ from tasks.config.run import CheckpointConfig, load_config
 from tasks.data.dataset import DatasetRef, open_cache
 from tasks.orchestration.retries import outlast
 from tasks.training.checkpoints import finished_outcome
-from tasks.training.platform import digest_with
+from tasks.training.platform import this_platform
 from tasks.training.protocol.job import Job, JobFolder
 from tasks.training.runs.tracked_run import TrackedRun
 from tasks.training.train import train, train_to
@@ -64,7 +64,7 @@ def test_metrics_that_mlflow_did_not_take_are_sent_by_the_flow_and_a_damaged_sha
     folder = JobFolder(Settings().runs / run_id)
     job = Job(
         run_id=run_id, config=CONFIG, dataset_version=manifest.version, world_size=1, manifest_digest="ab" * 32,
-        code_digest=digest_with({}),
+        code_digest=this_platform().code_digest,
         checkpoints=CheckpointConfig(), restarts=0,
     )  # fmt: skip
     folder.write_job(job)
@@ -101,7 +101,7 @@ def test_metrics_of_a_training_that_pauses_are_sent_then_since_it_may_never_go_o
     run = TrackedRun(
         run_id=run_id,
         manifest_digest="ab" * 32,
-        code_digest=digest_with({}),
+        code_digest=this_platform().code_digest,
         checkpoint_prefix=bucket_layout.checkpoints(run_id),
     )
 

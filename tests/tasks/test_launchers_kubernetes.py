@@ -25,7 +25,6 @@ def order(**kubernetes: Any) -> Job:
         world_size=4,
         launch=KubernetesLaunch(kubernetes=KubernetesConfig(image="registry.example/convoy:1", **kubernetes)),
         manifest_digest="",
-        code_digest="",
         checkpoints=CheckpointConfig(),
         restarts=0,
     )

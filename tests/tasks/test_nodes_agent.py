@@ -32,7 +32,6 @@ def member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[st
         dataset_version="0" * 64,
         world_size=2,
         manifest_digest="",
-        code_digest="",
         checkpoints=CheckpointConfig(),
         restarts=0,
     )

@@ -21,7 +21,7 @@ from tasks.data.dataset import DatasetRef
 from tasks.release import retrain_decision
 from tasks.release.serving.fresh_process import Hide
 from tasks.training.nodes.agent import Membership, Node
-from tasks.training.platform import code_inputs, differences, digest_with, this_platform, weight_files, with_files
+from tasks.training.platform import code_inputs, differences, this_platform, weight_files, with_files
 from tasks.training.protocol.board import Instruction
 from tasks.training.protocol.job import Job, JobFolder
 from tasks.training.rank import check_code
@@ -142,7 +142,7 @@ def job(files: dict[str, str]) -> Job:
         dataset_version="0" * 64,
         world_size=2,
         manifest_digest="",
-        code_digest=digest_with(files),
+        code_digest=with_files(this_platform(), files).code_digest,
         network_files=files,
         checkpoints=CheckpointConfig(),
         restarts=0,

@@ -129,11 +129,12 @@ def test_version_without_files_is_refused_without_waiting_for_a_server(registere
         report = try_serving(lost, reference["images"], reference["probabilities"], 1e-5, ServingConfig(), fresh)
         assert [check.passed for check in report.checks] == [False]
         assert "gave no predictions in a fresh process" in report.checks[0].detail
+        fresh.load()
         with pytest.raises(ConsumerFailed, match="cannot be served over HTTP"), fresh.serve(lost.uri, 120):
             pass
 
 
-def test_libraries_load_without_a_thread_or_a_device_since_forks_could_not_use_one() -> None:
+def test_libraries_load_without_a_device_or_a_python_thread_since_forks_could_not_use_one() -> None:
     program = f"""
 import runpy, threading
 import torch
@@ -155,6 +156,9 @@ def test_processes_start_again_after_they_were_dismissed(registered: Registered)
         fresh.load()
         first = servers() - before
         fresh.dismiss()
+        with pytest.raises(ConsumerFailed, match="dismissed"):
+            fresh.predict(registered.version.uri, images, [1], 120)
+        fresh.load()
         assert fresh.predict(registered.version.uri, images, [1], 120).predictions[1].shape == (1, 10)
         assert len(first) == 1 and servers() & first == set()
     assert servers() == before

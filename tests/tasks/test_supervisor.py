@@ -19,7 +19,7 @@ from tasks.config.launchers import KubernetesLaunch
 from tasks.config.run import CheckpointConfig
 from tasks.orchestration import outage
 from tasks.orchestration.outage import through_outage
-from tasks.training.platform import digest_with
+from tasks.training.platform import this_platform
 from tasks.training.protocol.job import Job, JobFolder, Outcome
 from tasks.training.torchrun import node_options, start_torchrun
 from tasks.training.train import TrainingFailed, _run, await_earlier_start
@@ -214,7 +214,7 @@ def order(folder_of_test: Path, *, restarts: int, code_digest: str = "") -> Trai
             dataset_version="0" * 64,
             world_size=2,
             manifest_digest="",
-            code_digest=code_digest or digest_with({}),
+            code_digest=code_digest or this_platform().code_digest,
             checkpoints=CheckpointConfig(),
             restarts=restarts,
         )

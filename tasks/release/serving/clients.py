@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from threading import Event, Lock
+from threading import Event, RLock
 from typing import IO, NamedTuple, Self
 
 import httpx
@@ -54,30 +54,33 @@ def batch_sizes(images: Tensor) -> list[int]:
 class FreshProcesses:
     """Starts processes that use a model, and can import neither Convoy nor the user's network.
 
-    They are forked from one that loads their libraries, which takes seconds and some hundred megabytes: `load` starts
-    it while the model is still being made.
+    They are forked from one that loads their libraries, which takes seconds and some hundred megabytes: `load_early`
+    starts it while the model is still being made.
 
     Leaving the context ends all of them, and removes their files. If this process is killed, the kernel closes the
     other's standard input, and they end by themselves.
     """
 
     def __enter__(self) -> Self:
-        self._folder = TemporaryDirectory()
-        self._log = Path(self._folder.name, "log")
         self._process: subprocess.Popen[bytes] | None = None
-        self._unused = False
-        self._starting = Lock()
+        self._starting = RLock()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end()
-        self._folder.cleanup()
+
+    def load_early(self) -> None:
+        """Starts to load the libraries, as far as the machine has the resources now."""
+        with suppress(OSError):
+            self.load()
 
     def load(self) -> None:
-        """Starts to load the libraries, unless a process has them already."""
+        """Starts to load the libraries, unless a process has them already; also after `dismiss`."""
         if self._process and self._process.poll() is None and not self._input.closed:
             return
         self._end()
+        self._folder = TemporaryDirectory(ignore_cleanup_errors=True)  # killed processes may still write there
+        self._log = Path(self._folder.name, "log")
         self._unused = True
         with self._log.open("wb") as output:
             # The model has to work where Convoy is not installed: -P keeps this program's folder off the path, and the
@@ -94,9 +97,9 @@ class FreshProcesses:
             )
 
     def dismiss(self) -> None:
-        """Makes all processes end, without waiting for it."""
-        if self._process:
-            with suppress(BrokenPipeError):
+        """Makes all processes end, without waiting for it; none starts any more until `load`."""
+        with self._starting, suppress(BrokenPipeError):
+            if self._process:
                 self._input.close()
 
     def predict(
@@ -139,7 +142,7 @@ class FreshProcesses:
     ) -> Iterator[httpx.Client]:
         """Serves a model over HTTP in a process, on a free port of 127.0.0.1; yields a client of the server.
 
-        The server runs until `dismiss`, or until the context ends.
+        The server runs until `dismiss`, or until the context of this object ends.
 
         Args:
             uri: `models:/name/version`.
@@ -168,16 +171,19 @@ class FreshProcesses:
             yield client
 
     def _new_folder(self) -> Path:
-        return Path(mkdtemp(dir=self._folder.name))
+        with self._starting:
+            if not self._process:
+                self.load()
+            return Path(mkdtemp(dir=self._folder.name))
 
     def _start(self, kind: str, folder: Path, hidden: Sequence[str], **task: object) -> None:
         line = json.dumps({"kind": kind, "folder": str(folder), "hidden": list(hidden), **task}).encode() + b"\n"
-        with self._starting:
-            self.load()
+        with self._starting, suppress(BrokenPipeError):  # the process has ended; its status says it
+            if self._input.closed:
+                raise ConsumerFailed("the processes that use the model were dismissed")
             self._unused = False
-            with suppress(BrokenPipeError):  # the process has ended; its status says it
-                self._input.write(line)
-                self._input.flush()
+            self._input.write(line)
+            self._input.flush()
 
     def _end(self) -> None:
         """Ends all processes, and waits for it."""
@@ -191,6 +197,7 @@ class FreshProcesses:
         except subprocess.TimeoutExpired:
             self._process.kill()  # the kernel then kills the others
             self._process.wait()
+        self._folder.cleanup()
 
     @property
     def _input(self) -> IO[bytes]:

@@ -15,6 +15,7 @@ import select
 import shlex
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -129,6 +130,7 @@ def _run(kind: str, folder: str, hidden: Sequence[str], **task: Any) -> None:
     log = os.open(Path(folder, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for output in (1, 2):
         os.dup2(log, output)
+    os.environ["TMPDIR"], tempfile.tempdir = folder, None
     assert not sys.modules.keys() & hidden, "what is hidden is loaded"
     sys.meta_path.insert(0, Hide(hidden))  # type: ignore[arg-type]
     KINDS[kind](Path(folder), **task)

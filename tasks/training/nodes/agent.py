@@ -118,21 +118,32 @@ class Membership:
             time.sleep(BEAT)
 
     def _platform(self) -> Platform:
-        """Returns the platform that ranks would have that start now.
+        """Returns the platform that ranks would have that start now, as far as files decide it.
 
         An agent goes on for days, while its files may change: it imports no network, and reads the files each time.
+
+        Raises:
+            ServiceError: the files cannot be read, for example during an upgrade.
         """
-        return with_files(this_platform(), digests(Path.cwd(), self._job.network_files))
+        try:
+            return with_files(this_platform(), digests(Path.cwd(), self._job.network_files))
+        except (OSError, SyntaxError) as error:
+            raise ServiceError(f"the code of this node cannot be read: {error}") from error
 
     def _follow(self, order: Instruction, *, leaving: bool) -> None:
         if order.generation != self._report.generation:
             end_descendants(END_RANKS_SECONDS)
             self._torchrun = None
             self._events.clear()
+            try:
+                platform = self._platform()
+            except ServiceError as error:
+                self._print(f"run {self._job.run_id}: {error}")
+                return
             self._report = NodeReport(
                 beat=self._report.beat,
                 slots=self._node.slots,
-                platform=self._platform(),
+                platform=platform,
                 generation=order.generation,
             )
         stopping = order.pause or leaving

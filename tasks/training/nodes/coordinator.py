@@ -176,13 +176,19 @@ class Coordinator:
         return plan(slots, lanes=self._job.config.lanes, ranks=self._job.world_size, most_nodes=self._nodes.max)
 
     def _candidates(self) -> dict[str, NodeReport]:
-        """Returns the reports of nodes that can join: alive, not leaving, and of the same platform."""
+        """Returns the reports of nodes that can join: alive, not leaving, and of the same platform and code.
+
+        Between generations, a node first has to end the last one's ranks, and to look at the code that new ones load.
+        """
         found: dict[str, NodeReport] = {}
         for node, report in self._reports.items():
             if report.leaving or self._heartbeats[node].silence > STALE_SECONDS:
                 continue
+            if report.generation and not self._order.members:
+                continue
             platform = self._platform or next(iter(found.values()), report).platform
-            wanted = platform.model_copy(update={"network_files": self._job.network_files})
+            code = {"code_digest": self._job.code_digest, "network_files": self._job.network_files}
+            wanted = platform.model_copy(update=code)
             differing = differences(wanted.model_dump(), report.platform.model_dump())
             if not differing:
                 found[node] = report

@@ -55,8 +55,9 @@ class Job(Record, extra="forbid"):
 
     launch: AnyLaunch = Launch()
     manifest_digest: str
-    code_digest: str
-    """`Platform.code_digest` of the code that the training began with: ranks check that they have loaded the same."""
+    code_digest: str = ""
+    """`Platform.code_digest` of the code that the training began with: each rank checks that it has loaded the same.
+    Empty in jobs of earlier versions of Convoy, which had other code."""
 
     network_files: dict[str, str] = Field(default_factory=dict)
     """Files of a network of one's own (`Platform.network_files`): each rank checks that it has loaded the same."""
