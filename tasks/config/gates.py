@@ -112,7 +112,7 @@ class ServingConfig(Config):
     """How the serving gate tests a registered version (`serving.*`)."""
 
     http: bool = True
-    """Test it over HTTP (the server that `mlflow models serve` starts), in addition to loading it in a fresh process."""
+    """Test it over HTTP (the server of `mlflow models serve`), in addition to loading it in a fresh process."""
 
     tolerance: float | None = Field(None, gt=0, le=0.1)
     """Largest difference between a served and an evaluated probability. Unset: 1e-5, or 1e-3 if a GPU evaluated."""

@@ -208,7 +208,7 @@ def _over_http(
         return
     try:
         with fresh.serve(model.uri, config.time_limit, hidden, not_needed) as client:
-            yield ServingCheck(name="is served over HTTP", passed=True, detail="the server that mlflow models serve starts")
+            yield ServingCheck(name="is served over HTTP", passed=True, detail="the server of mlflow models serve")
 
             def post(content: object) -> httpx.Response:
                 if not_needed.is_set():
