@@ -108,6 +108,7 @@ def main() -> None:
 
 def _fork(task: dict[str, Any]) -> int:
     """Starts a process for a task; returns its id."""
+    # As `infra.machine.lifeline.die_with_parent`, which this program must not import.
     parent = os.getpid()
     if process := os.fork():
         return process
