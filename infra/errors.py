@@ -47,7 +47,7 @@ class ServiceError(RuntimeError):
 
 
 class Outage(ServiceError):
-    """A server or the network is down, overloaded or restarting: a retry may succeed later."""
+    """A server, the network or this machine is down, overloaded or restarting: a retry may succeed later."""
 
     resumable = True
     """Whether a training that ends with this error goes on by itself, if a deployment has started it."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ from mlflow.tracking import MlflowClient
 from prefect import flow
 from prefect.artifacts import Artifact
 
+from infra.errors import Outage
 from infra.tracking.model_registry import aliased
 from tasks.config.gates import ServingConfig
 from tasks.evaluation.evaluate import Evaluation
@@ -162,6 +164,29 @@ def test_processes_start_again_after_they_were_dismissed(registered: Registered)
         assert fresh.predict(registered.version.uri, images, [1], 120).predictions[1].shape == (1, 10)
         assert len(first) == 1 and servers() & first == set()
     assert servers() == before
+
+
+def test_killed_processes_are_no_verdict_on_the_version(registered: Registered) -> None:
+    """As when memory runs out: the step is then tried again."""
+    reference = load_reference(registered.store, registered.evaluated.reference_key)
+    images, config, before = reference["images"], ServingConfig(), servers()
+
+    def kill_first() -> None:
+        while not (started := servers() - before):
+            pass
+        os.kill(min(started), signal.SIGKILL)
+
+    with FreshProcesses() as fresh, ThreadPoolExecutor(1) as executor:
+        killed = executor.submit(kill_first)
+        with pytest.raises(Outage, match="was killed"):
+            try_serving(registered.version, images, reference["probabilities"], 1e-5, config, fresh)
+        killed.result()
+        fresh.load()
+        loaded = servers() - before
+        with pytest.raises(Outage, match="was killed"), fresh.serve(registered.version.uri, 120) as client:
+            for process in servers() - before - loaded:
+                os.kill(process, signal.SIGKILL)
+            post_images(client, images[:1].tolist())
 
 
 @pytest.mark.slow

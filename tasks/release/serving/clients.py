@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cnn.networks.own import CONVOYS
+from infra.errors import Outage
 from infra.stack.ports import PORT_RANGE, is_free
 from infra.stack.processes import log_end
 from infra.tracking.model_versions import LOADING_ENVIRONMENT
@@ -27,6 +29,7 @@ from infra.tracking.model_versions import LOADING_ENVIRONMENT
 BATCH_SIZES = (1, 3, 64)
 FRESH_PROCESS = Path(__file__).with_name("fresh_process.py")
 POLL_SECONDS = 0.1  # between checks of a process that starts or works
+STATUS_SECONDS = 2.0  # from the end of a process until its status must be there
 STOP_SECONDS = 10.0  # after them, processes that were asked to end are killed
 
 
@@ -116,6 +119,7 @@ class FreshProcesses:
 
         Raises:
             ConsumerFailed: the process returned no predictions.
+            Outage: the process was killed.
         """
         folder = self._new_folder()
         (folder / "images").mkdir()
@@ -152,6 +156,7 @@ class FreshProcesses:
 
         Raises:
             ConsumerFailed: the server did not start, or `not_needed` was set.
+            Outage: the server was killed, now or while the client is used.
         """
         port = next(port for port in random.SystemRandom().sample(PORT_RANGE, 200) if is_free(port))
         folder = self._new_folder()
@@ -168,7 +173,13 @@ class FreshProcesses:
                 if not_needed and not_needed.is_set():
                     raise ConsumerFailed(f"{uri} is not needed any more")
                 time.sleep(POLL_SECONDS)
-            yield client
+            try:
+                yield client
+            except (httpx.NetworkError, httpx.RemoteProtocolError):
+                deadline = time.monotonic() + STATUS_SECONDS
+                while self._status(folder) is None and time.monotonic() < deadline:
+                    time.sleep(POLL_SECONDS)
+                raise
 
     def _new_folder(self) -> Path:
         with self._starting:
@@ -205,12 +216,18 @@ class FreshProcesses:
         return self._process.stdin
 
     def _status(self, folder: Path) -> int | None:
-        """Returns the exit status of a task's process, or of the one that would start it; None if they run."""
+        """Returns the exit status of a task's process, or of the one that would start it; None if they run.
+
+        Raises:
+            Outage: it was killed, which tells nothing about the model.
+        """
         assert self._process
-        ended = self._process.poll()
+        status = self._process.poll()
         with suppress(FileNotFoundError):
-            return int((folder / "status").read_text())
-        return ended
+            status = int((folder / "status").read_text())
+        if status == -signal.SIGKILL:
+            raise Outage("a process that tried the model was killed, as happens when memory runs out")
+        return status
 
     def _told(self, folder: Path, lines: int = 3) -> str:
         """Returns the end of a task's log; if it was not started, of the log of what should have started it."""
