@@ -66,9 +66,9 @@ class Decision(Record):
 def what_changed(name: str, config: RunConfig, dataset: DatasetRef, *, force: bool = False) -> Decision:
     """Compares the inputs of a training with those of the champion.
 
-    Also decides against a training if a version with equal inputs was refused against this champion: an exact training
+    Also decides against a training if a version with equal inputs was judged against this champion: an exact training
     would give the same weights and, under the same conditions of the gate, the same verdict. So does a version with
-    equal inputs that a person has refused against this champion, or that waits for a person.
+    equal inputs that was rolled back, that a person has refused against this champion, or that waits for a person.
 
     Args:
         name: of the model.
@@ -110,35 +110,64 @@ def _decide(
     now = _inputs(inputs_of(config, dataset), config)
     if not force and (undecided := _undecided(name, config, champion, now)):
         return undecided
+    before = _inputs_of(champion, config) if champion else None
+    changed = _changed(before, now) if before is not None else ""
+    if not force:
+        if champion and before == now:
+            return False, f"nothing has changed since the champion, version {champion.version}", None
+        if known := _known(store, name, config, dataset, standing, now):
+            return known
     if champion is None:
         return True, standing.note or "there is no champion yet", None
-    before = _inputs_of(champion, config)
+    if force:
+        return True, f"training was forced; {'changed: ' + changed if changed else 'nothing has changed'}", None
     if before is None:
         return True, f"the inputs of the champion, version {champion.version}, are unknown", None
+    return True, f"changed since the champion, version {champion.version}: {changed}", None
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Names the inputs that differ; empty if none does."""
     differing = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
     if "digest_format" in differing:  # then digests of the same code differ
         differing.remove("code_digest")
     files = ", ".join(key.removeprefix(FILES) for key in differing if key.startswith(FILES))
     names = INPUTS | ({"code_digest": f"{INPUTS['code_digest']} ({files})"} if files else {})
-    changed = "; ".join(
+    return "; ".join(
         names.get(key) or f"{key.removeprefix('config.')} was {before.get(key)}, is {now.get(key)}"
         for key in differing
         if not key.startswith(FILES)
     )
-    if force:
-        return True, f"training was forced; {'changed: ' + changed if changed else 'nothing has changed'}", None
-    if not differing:
-        return False, f"nothing has changed since the champion, version {champion.version}", None
-    for version in search_versions(name=champion.name):
-        refused = version.record.verdict == "refused" and version.record.verdict_champion == champion.address
-        if refused and _inputs_of(version, config) == now:
-            why = f"version {version.version}, with the same inputs, was refused against version {champion.version}"
-            verdict = verdict_on(store, version)
-            slices = config.data.slices, index_digest(store, dataset.version, config.data.slices)
-            if verdict and verdict.config == config.gate and (verdict.slices, verdict.index_sha256) == slices:
-                return False, why, None
-            return False, f"{why} by other conditions than the present ones, so it is judged again", version
-    return True, f"changed since the champion, version {champion.version}: {changed}", None
+
+
+def _known(
+    store: ObjectStore, name: str, config: RunConfig, dataset: DatasetRef, standing: Standing, now: Mapping[str, Any]
+) -> tuple[bool, str, ModelVersion | None] | None:
+    """Returns the decision against a training that would only repeat a version on which the verdict is known."""
+    champion = standing.version
+    present = champion.address if champion else NO_CHAMPION
+    against = f"against version {champion.version}" if champion else "when there was no champion either"
+    left = {entry.from_version: entry for entry in standing.entries}  # the last change away from each champion
+    for version in search_versions(name=name):
+        record, why = version.record, f"version {version.version}, with the same inputs,"
+        judged = record.verdict in ("passed", "refused") and record.verdict_champion == present and not record.approval
+        change = left.get(version.version)
+        given_up = change if change and (change.action == "rollback" or judged) else None
+        if version.address == present or not (given_up or judged) or _inputs_of(version, config) != now:
+            continue
+        if given_up:
+            return False, f"{why} was champion until version {given_up.to_version} was restored; --force trains", None
+        if record.verdict == "passed":
+            if config.promotes:
+                return False, f"{why} passed {against}, so it is judged again in place of a training", version
+            return False, f"{why} passed {against}; `convoy promote {name} {version.version}` makes it champion", None
+        why = f"{why} was refused {against}"
+        verdict = verdict_on(store, version)
+        slices = config.data.slices, index_digest(store, dataset.version, config.data.slices)
+        if verdict and verdict.config == config.gate and (verdict.slices, verdict.index_sha256) == slices:
+            return False, why, None
+        return False, f"{why} by other conditions than the present ones, so it is judged again", version
+    return None
 
 
 def _undecided(

@@ -19,7 +19,7 @@ from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import RegisteredVersion, create_version, search_versions
 from infra.tracking.model_versions import find_version
-from infra.tracking.promotion_history import history, newest, promote
+from infra.tracking.promotion_history import history, newest, promote, rollback
 from infra.tracking.tags import WAITING, VersionRecord
 from tasks.config.gates import GateConfig
 from tasks.config.run import RunConfig
@@ -174,7 +174,7 @@ def test_cost_is_in_the_run_and_in_the_summary(first: tuple[RunConfig, Summary])
 # From here on without training: versions are copies of the first
 
 
-def copied(first: tuple[RunConfig, Summary], lr: float) -> RegisteredVersion:
+def copied(first: tuple[RunConfig, Summary], lr: float, to: str = "retrained") -> RegisteredVersion:
     """Registers another version with the first version's files, as a training with another learning rate would."""
     before = first[1]
     name, run_id = before.model_name or "", before.mlflow_run_id or ""
@@ -189,7 +189,7 @@ def copied(first: tuple[RunConfig, Summary], lr: float) -> RegisteredVersion:
     (output,) = MlflowClient().get_run(run_id).outputs.model_outputs
     original = MlflowClient().get_model_version(name, before.model_version or "")
     tags = {key: value for key, value in original.tags.items() if not key.startswith("convoy.verdict")}
-    return find_version(create_version(name, output.model_id, run_id=copy, tags=tags).address)
+    return find_version(create_version(to, output.model_id, run_id=copy, tags=tags).address)
 
 
 def test_what_other_conditions_refused_is_judged_again_rather_than_trained_again(
@@ -209,6 +209,37 @@ def test_what_other_conditions_refused_is_judged_again_rather_than_trained_again
     assert judged.mlflow_run_id == refused.run_id  # of the earlier training
     assert "train" not in judged.step_seconds
     assert find_version("retrained@champion") == find_version(refused.address)
+
+
+def test_what_a_training_would_only_repeat_is_not_trained(first: tuple[RunConfig, Summary]) -> None:
+    before, store, name = first[1], ObjectStore.connect(Settings().bucket), "retrained"
+    dataset = DatasetRef(version=before.dataset_version or "", name="digits")
+    config = with_batch_size(first[0].model_copy(update={"lr": 0.0625}), dataset)
+    champion = find_version(name).version
+    version = copied(first, lr=0.0625)
+    publish(version, judge_version(version, config.gate))
+    same = f"version {version.version}, with the same inputs,"
+
+    registered = what_changed.fn(name, config.model_copy(update={"promote": False}), dataset)
+    to_do = f"`convoy promote {name} {version.version}` makes it champion"
+    assert (registered.train, registered.judge) == (False, None)
+    assert registered.why == f"{same} passed against version {champion}; {to_do}"
+    released = what_changed.fn(name, config, dataset)
+    assert (released.train, released.judge and released.judge.version) == (False, version.version)
+
+    promote_version(version)
+    rollback(store, name)
+    given_up = what_changed.fn(name, config, dataset)
+    assert (given_up.train, given_up.judge) == (False, None)
+    assert given_up.why == f"{same} was champion until version {champion} was restored; --force trains"
+    assert what_changed.fn(name, config, dataset, force=True).train
+
+    first_refused = copied(first, lr=0.0625, to="never-champion")
+    strict = config.model_copy(update={"gate": GateConfig(floor=1.0)})
+    publish(first_refused, judge_version(first_refused, strict.gate))
+    again = what_changed.fn("never-champion", strict, dataset)
+    assert (again.train, again.judge) == (False, None)
+    assert again.why == "version 1, with the same inputs, was refused when there was no champion either"
 
 
 def test_champions_that_the_registry_has_lost_do_not_lock_anyone_out(first: tuple[RunConfig, Summary]) -> None:

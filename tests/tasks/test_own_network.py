@@ -123,7 +123,7 @@ def test_files_of_the_network_are_code_that_a_resume_and_a_retraining_name(
         tracked_run._check_equal("f00d", earlier, same)
 
     champion: Any = SimpleNamespace(name="m", version="1", run_id="f00d", address="m/1")
-    standing: Any = SimpleNamespace(version=champion, note=None)
+    standing: Any = SimpleNamespace(version=champion, note=None, entries=())
     monkeypatch.setattr(retrain_decision, "search_versions", lambda **_: [])
     for record, why in (
         (earlier, "changed since the champion, version 1: code (nets/small.py)"),
