@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from infra.errors import ServiceError, one_line
+from infra.errors import Outage, ServiceError, one_line
 from infra.machine.files import file_digest
 from infra.records import Record
 from infra.storage import bucket_layout
@@ -330,7 +330,7 @@ def newest_checkpoint(
         folder: for temporary files; None for the system's temporary folder.
 
     Raises:
-        ServiceError: the storage failed, or all checkpoints are damaged.
+        ServiceError: the storage failed (Outage: temporarily), or all checkpoints are damaged.
     """
     from safetensors.torch import load_file
 
@@ -344,6 +344,8 @@ def newest_checkpoint(
                 file = Path(temporary) / STATE
                 store.get_file(key, file, sha256=digest)
                 return commit, load_file(file)
+        except Outage:  # says nothing about the checkpoint
+            raise
         except (ServiceError, SafetensorError) as error:
             damaged += 1
             on_damage(f"the checkpoint of step {commit.step} cannot be used, trying the one before: {error}")

@@ -182,8 +182,9 @@ class RankZero:
 
     def resume(self) -> dict[str, Tensor] | None:
         """Returns the state of the newest checkpoint, if there is one; opens the metrics and the checkpoint writer."""
-        found = newest_checkpoint(
-            self._store, self._job.run_id, self._job.manifest_digest, self.warn, self._folder.path
+        job, folder = self._job, self._folder.path
+        found = through_outage(
+            lambda: newest_checkpoint(self._store, job.run_id, job.manifest_digest, self.warn, folder), self.warn
         )
         backlog: tuple[dict[str, Any], ...] = ()
         if found:

@@ -17,7 +17,7 @@ from torch import Tensor
 import infra
 from cnn.config.training import TrainConfig
 from cnn.networks.weights import weights_sha256
-from infra.errors import ServiceError
+from infra.errors import Outage, ServiceError
 from infra.settings import Settings
 from infra.stack.local_stack import down, up
 from infra.stack.state import StackFolder
@@ -204,6 +204,19 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_with_a_warning(
         "the checkpoint of step 2",
     ]
     assert all("\n" not in warning for warning in warnings)
+
+
+def test_an_outage_while_a_checkpoint_is_read_is_no_damage(
+    store: ObjectStore, write: Callable[..., Writing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write().save(snapshot(1), snapshot(2))
+
+    def away(*_: object, **__: object) -> None:
+        raise Outage("the store is away")
+
+    monkeypatch.setattr(store, "get_file", away)
+    with pytest.raises(Outage, match="the store is away"):
+        newest_checkpoint(store, RUN, DIGEST, pytest.fail)
 
 
 def test_a_training_never_begins_anew_when_only_damaged_checkpoints_are_left(
