@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import httpx
@@ -33,6 +34,7 @@ from tasks.orchestration.flow_runs import enter_project, flow_is_alive, give_up_
 from tasks.orchestration.messages import tell, tell_failure
 from tasks.orchestration.model_lease import model_lease
 from tasks.orchestration.outage import is_prefect_outage
+from tasks.orchestration.retries import outlast
 from tasks.release.retrain_decision import what_changed
 from tasks.training.runs.run_data import recorded_dataset, with_batch_size
 from tasks.training.runs.run_record import check_resumable, read_record
@@ -242,7 +244,8 @@ def _finish(summary: Summary, step_timer: StepTimer) -> Summary:
     """Adds the times, and stores the summary in Prefect as an artifact."""
     summary = summary.model_copy(update={"total_seconds": step_timer.total, "step_seconds": step_timer.seconds})
     rows = [{"name": name, "value": value} for name, value in summary.as_dict().items()]
-    create_table_artifact(rows, key="summary", description=summary.headline)
+    # A promotion may have been its last step: an outage of Prefect must not make a failure of it.
+    outlast(partial(create_table_artifact, rows, key="summary", description=summary.headline))
     return summary
 
 

@@ -8,7 +8,7 @@ longer than a lease lasts while no unfinished flow run has that label.
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -23,7 +23,14 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from infra.machine import stopping
 from infra.tracking.tags import HELD_LEASE
 from tasks.orchestration.cancellation import stop_if_cancelled
-from tasks.orchestration.flow_runs import PAGE, flow_run_id, label_flow_run, settle_killed_flow_runs, training_flow_runs
+from tasks.orchestration.flow_runs import (
+    PAGE,
+    flow_run_id,
+    is_alive_here,
+    label_flow_run,
+    settle_killed_flow_runs,
+    training_flow_runs,
+)
 from tasks.orchestration.progress import run_logger
 
 LEASE_SECONDS = 60.0  # after which the lease of a dead holder expires: the least that Prefect accepts
@@ -105,22 +112,30 @@ def _acquire(limit: str, held: ExitStack) -> bool:
                     limit,
                 )
             return False
+        holders = (run for run in training_flow_runs(client, UNFINISHED) if run.labels.get(HELD_LEASE) == limit)
+        if any(str(run.id) != flow_run and is_alive_here(str(run.id)) for run in holders):
+            return False  # Prefect has let its lease expire, as in an outage, but it goes on
         try:
-            held.enter_context(
-                concurrency(
-                    limit,
-                    lease_duration=LEASE_SECONDS,
-                    timeout_seconds=ACQUIRE_SECONDS,
-                    strict=True,
-                    holder=ConcurrencyLeaseHolder(type="flow_run", id=flow_run) if flow_run else None,
-                    raise_on_lease_renewal_failure=False,  # an outage of Prefect must not end a running training
-                )
+            lease = concurrency(
+                limit,
+                lease_duration=LEASE_SECONDS,
+                timeout_seconds=ACQUIRE_SECONDS,
+                strict=True,
+                holder=ConcurrencyLeaseHolder(type="flow_run", id=flow_run) if flow_run else None,
+                raise_on_lease_renewal_failure=False,  # an outage of Prefect must not end a running training
             )
+            lease.__enter__()
         except (TimeoutError, ConcurrencySlotAcquisitionError):  # another flow run was faster
             return False
+    held.callback(_release, lease)
     label_flow_run({HELD_LEASE: limit})
     held.callback(_unlabel)
     return True
+
+
+def _release(lease: AbstractContextManager[None]) -> None:
+    with suppress(httpx.HTTPError):  # a lease that is not given back expires
+        lease.__exit__(None, None, None)
 
 
 def _unlabel() -> None:

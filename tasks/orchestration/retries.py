@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-from infra.errors import Outage
+from infra.errors import one_line
 from infra.machine import stopping
 from tasks.orchestration.cancellation import POLL_SECONDS, CancelWatch, stop_if_cancelled
-from tasks.orchestration.outage import through_outage
+from tasks.orchestration.outage import is_outage, through_outage
 from tasks.orchestration.progress import run_logger
 
 T = TypeVar("T")
@@ -29,10 +29,10 @@ def is_outage_after_wait(task: Task[..., Any], run: TaskRun, state: State[Any]) 
     Raises:
         Stopped, TerminationSignal: as `stop_if_told`.
     """
-    if not isinstance(error := state.result(raise_on_failure=False), Outage):
+    if not is_outage(error := state.result(raise_on_failure=False)):
         return False
     seconds = PAUSES[min(run.run_count, len(PAUSES)) - 1] * random.uniform(1 - JITTER, 1 + JITTER)
-    run_logger().warning("%s; trying again in %.0f s", error, seconds)
+    run_logger().warning("%s; trying again in %.0f s", one_line(error) or type(error).__name__, seconds)
     _pause(seconds)
     return True  # also after a cancellation: tasks check for it before they begin
 
@@ -47,7 +47,7 @@ def outlast(work: Callable[[], T], *, patience: float = MAX_OUTAGE_SECONDS) -> T
     Raises:
         Cancelled: the flow run was cancelled during the outage.
         Stopped, TerminationSignal: as `stop_if_told`.
-        Outage: it lasted longer than `patience` seconds.
+        Outage, httpx.HTTPError: it lasted longer than `patience` seconds.
     """
 
     def wait(seconds: float) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -118,7 +119,7 @@ def test_metrics_of_a_training_that_pauses_are_sent_then_since_it_may_never_go_o
 
 
 def test_an_outage_is_outlasted_but_no_refusal(caplog: pytest.LogCaptureFixture) -> None:
-    answers: list[Exception | None] = [Outage("MLflow is away"), None]
+    answers: list[Exception | None] = [Outage("MLflow is away"), httpx.ConnectError("Prefect is away"), None]
 
     def ask() -> str:
         if answer := answers.pop(0):

@@ -1,9 +1,11 @@
 """A model's lease: who waits for it, and how a lease that Prefect has lost is freed."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from uuid import uuid4
 
+import httpx
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
@@ -99,6 +101,37 @@ def test_what_a_killed_flow_run_of_this_machine_held_is_free_at_once(
             pass
 
     train()
+
+
+def test_what_goes_on_without_its_lease_is_waited_for(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect lets leases expire that could not be renewed during an outage."""
+    training, waits = holder(model), []
+    monkeypatch.setattr(lease, "is_alive_here", str(training.id).__eq__)
+    monkeypatch.setattr(lease.stopping, "wait", lambda _: waits.append(end(training)))
+
+    @flow
+    def train() -> None:
+        with model_lease(model):
+            pass
+
+    train()
+    assert len(waits) == 1
+
+
+def test_prefect_need_not_be_there_when_a_lease_is_given_back(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def cannot_be_released(*_: object, **__: object) -> Iterator[None]:
+        yield
+        raise httpx.ConnectError("Connection refused")
+
+    monkeypatch.setattr(lease, "concurrency", cannot_be_released)
+
+    @flow
+    def train() -> str:
+        with model_lease(model):
+            return "trained"
+
+    assert train() == "trained"
 
 
 def test_a_slot_that_was_taken_just_now_is_not_forgotten(model: str) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import httpx
 import pytest
 from prefect import flow, get_client, states, task
 from prefect.client.schemas.objects import State
@@ -72,6 +73,23 @@ def test_a_cancel_ends_the_wait_for_another_try(
     with pytest.raises(Cancelled):
         waits()
     assert tries == ["tried"]
+
+
+def test_an_outage_of_prefect_is_one_too(
+    stack: object,
+    quiet_prefect: None,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retries, "PAUSES", (0.0, 0.0))
+    answers = iter([httpx.ConnectError(""), Outage("the server is away"), None])
+
+    @task(**retries.RETRIED)
+    def publish() -> str:
+        if error := next(answers):
+            raise error
+        return "published"
+
+    assert flow(lambda: publish(), name="publishes")() == "published"
 
 
 def test_what_fails_otherwise_is_not_tried_again(stack: object, quiet_prefect: None) -> None:  # noqa: F811
