@@ -105,12 +105,14 @@ def train(
         display = _Display(advance, config.epochs)
         display(Event(waiting=STARTING if config.launcher == "local" else "waiting for nodes"))
 
-        last_epoch = iter([in_last_epoch])
+        told = False
 
         def show(event: Event) -> None:
+            nonlocal told
             display(event)
-            if event.epoch == config.epochs and (prepare := next(last_epoch, None)):
-                prepare()
+            if event.epoch == config.epochs and not told:
+                told = True
+                in_last_epoch()
 
         outcome = _run(folder, show)
     if not folder.weights.exists():  # rank 0 ran on another node
@@ -283,6 +285,9 @@ def _supervise(folder: JobFolder, show: Callable[[Event], None]) -> int:
         except subprocess.TimeoutExpired:
             supervisor.kill()  # torchrun and the ranks die with it
             supervisor.wait()
+        for event in folder.new_events():  # on a stop: whether the last checkpoint could be stored
+            if event.warning:
+                run_logger().warning("%s", event.warning)
     return supervisor.returncode
 
 
