@@ -283,6 +283,7 @@ class ObjectStore:
             again: whether an earlier call wrote these bytes, so that to find them proves nothing.
         """
         condition = {"IfNoneMatch": "*", **_digests(hashlib.sha256(data).hexdigest())}
+        resent = False
         with translated(self._where(key)):
             for remaining in reversed(range(TRIES)):
                 try:
@@ -290,10 +291,10 @@ class ObjectStore:
                     return True
                 except ClientError as error:
                     code = error_code(error)
+                    resent |= error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                     if code in {"501", "NotImplemented"}:
                         raise ServiceError(f"{self._where(key)}: this store refuses If-None-Match{UNSAFE}") from error
                     if code in {"412", "PreconditionFailed"}:
-                        resent = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                         return resent and not again and self.get_bytes(key) == data
                     if code not in {"409", "ConditionalRequestConflict"} or not remaining:
                         raise

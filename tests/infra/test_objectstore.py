@@ -181,12 +181,27 @@ def test_a_conflict_with_another_writer_is_settled_by_asking_again(store: Object
         if conflicts:
             return None
         conflicts.append(request.url)
-        body = b"<Error><Code>ConditionalRequestConflict</Code><Message>again</Message></Error>"
-        return AWSResponse(request.url, 409, {}, HTTPResponse(io.BytesIO(body), preload_content=False))
+        return _conflict(request)
 
     with _meddling(store, "before-send.s3.PutObject", conflict_once):
         assert store.put_if_absent("commit", b"mine") is True
     assert len(conflicts) == 1 and store.get_bytes("commit") == b"mine"
+
+
+def test_a_lost_answer_and_then_a_conflict_with_oneself_are_not_taken_for_a_lost_race(store: ObjectStore) -> None:
+    """The store still works on the first request when the second one comes."""
+    sent: list[str] = []
+
+    def meddle(request: AWSPreparedRequest, **_: object) -> AWSResponse | None:
+        sent.append(request.url)
+        if len(sent) == 1:
+            store._client._endpoint.http_session.send(request)
+            raise ConnectionClosedError(endpoint_url=request.url)
+        return _conflict(request) if len(sent) == 2 else None
+
+    with _meddling(store, "before-send.s3.PutObject", meddle):
+        assert store.put_if_absent("commit", b"mine") is True
+    assert len(sent) > 2 and store.get_bytes("commit") == b"mine"
 
 
 def test_a_store_that_ignores_conditions_is_found_out(store: ObjectStore) -> None:
@@ -232,6 +247,11 @@ def test_an_object_that_changes_while_its_parts_are_fetched_is_an_error_of_one_l
     ):
         store.get_file("key", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+def _conflict(request: AWSPreparedRequest) -> AWSResponse:
+    body = b"<Error><Code>ConditionalRequestConflict</Code><Message>again</Message></Error>"
+    return AWSResponse(request.url, 409, {}, HTTPResponse(io.BytesIO(body), preload_content=False))
 
 
 def _not_implemented(request: AWSPreparedRequest, **_: object) -> AWSResponse:
