@@ -114,7 +114,8 @@ def _fetch(bare: Path, repository: str, ref: str) -> str:
     address = os.path.abspath(repository) if os.path.isdir(repository) else repository
     found = "FETCH_HEAD"
     if _git(bare, "fetch", "--quiet", "--no-tags", address, ref, must=False) is None:
-        _git(bare, "fetch", "--quiet", address, "+refs/heads/*:refs/heads/*")  # some servers give no commit by its name
+        # Some servers give no commit by its name.
+        _git(bare, "fetch", "--quiet", "--prune", address, "+refs/heads/*:refs/heads/*")
         found = ref
     commit = _git(bare, "rev-parse", "--verify", "--quiet", f"{found}^{{commit}}", must=False)
     if not commit:
