@@ -12,7 +12,7 @@ from scipy.special import softmax
 from cnn.formats.archive import MAX_MEMBER_BYTES
 from cnn.formats.decode import decode_image, read_header, reason_of
 from cnn.threads import in_order
-from infra.errors import ServiceError, UsageError, counted
+from infra.errors import Outage, ServiceError, UsageError, counted
 from infra.records import Record
 from infra.storage.object_store import open_bucket
 from infra.tracking.model_registry import RegisteredVersion
@@ -139,8 +139,10 @@ def _trained_on_colour(dataset_version: str) -> bool:
     """Checks whether the training data had colour images, which preprocessing then converted to grey."""
     try:
         manifest = load_manifest(open_bucket(), dataset_version)
-    except ServiceError:  # the data may be deleted while the model is still in use
-        return False
+    except Outage:
+        raise
+    except ServiceError:  # deleted while the model is still in use, or not to be read from here: refuse no image
+        return True
     return not set(manifest.report.modes) <= GREY_MODES | {"P"}
 
 

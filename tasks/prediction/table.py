@@ -18,6 +18,7 @@ from infra.errors import UsageError
 from infra.machine.files import check_writable, publish
 from infra.records import Record
 from infra.storage.object_store import ObjectStore, parse_s3
+from tasks.orchestration.retries import outlast
 
 ROW_GROUP_ROWS = 8192  # of Parquet
 
@@ -50,11 +51,12 @@ def check_out(out: str) -> None:
 
     Raises:
         UsageError: it cannot be written, or its suffix names no format.
+        ServiceError: there is no such bucket, or the object store failed.
     """
     if PurePosixPath(out).suffix.lower() not in (".parquet", ".csv", ".json", ".jsonl"):
         raise UsageError(f"--out {out}: its name must end with .parquet, .csv or .json")
     if out.startswith("s3://"):
-        parse_s3(out)
+        ObjectStore.connect(parse_s3(out)[0], create=False)
     else:
         check_writable(Path(out), "--out")
 
@@ -70,7 +72,7 @@ def result_file(out: str) -> Iterator[Path]:
             publish(file, local)
         else:
             bucket, key = parse_s3(out)
-            ObjectStore.connect(bucket, create=False).put_file(key, file)
+            outlast(lambda: ObjectStore.connect(bucket, create=False).put_file(key, file))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from cnn.config.preprocessing import PreprocessConfig, Resize
 from cnn.data.shard_writer import shard_path
 from cnn.formats.decode import Target, decode_image
 from cnn.preprocessing.pack import preprocess
-from infra.errors import ServiceError, UsageError
+from infra.errors import Outage, ServiceError, UsageError
 from infra.storage.object_store import ObjectStore
 from infra.tracking.model_registry import set_alias
 from infra.tracking.model_versions import find_version
@@ -27,7 +27,7 @@ from infra.tracking.served_model import ServedModel
 from tasks.evaluation.reference_images import load_reference
 from tasks.prediction.export import export
 from tasks.prediction.inputs import pictures, target_of
-from tasks.prediction.predict import ImageClassifier, Predictions, _decode, calibrated, predict
+from tasks.prediction.predict import ImageClassifier, Predictions, _decode, _trained_on_colour, calibrated, predict
 from tests.cnn.without_convoy import read_metadata, run_example, save_photo
 from tests.tasks.registered import Registered, register_digits
 
@@ -180,6 +180,20 @@ def test_files_become_the_pixels_that_are_packed_for_training(
     batch = _decode(list(pictures([str(tmp_path / "photos")])), classifier)
     assert len(packed) == 9 and not batch.unread
     assert (batch.images == packed).all()
+
+
+def test_colour_images_are_refused_only_if_the_training_data_are_known_to_be_grey(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.prediction.predict.open_bucket", lambda: store)
+    assert _trained_on_colour("0" * 64)  # pruned since
+
+    def away(*_: object) -> None:
+        raise Outage("the store is away")
+
+    monkeypatch.setattr("tasks.prediction.predict.load_manifest", away)
+    with pytest.raises(Outage):
+        _trained_on_colour("0" * 64)
 
 
 def loaded_model(shape: tuple[int, ...], **metadata: object) -> SimpleNamespace:
