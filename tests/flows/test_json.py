@@ -14,6 +14,7 @@ from typer.main import get_command
 from flows.cli.console import print_json
 from flows.summary import Summary
 from infra.records import Record
+from tasks.training.runs import run_list
 from tests.flows.conftest import Convoy
 from tests.flows.test_cli import COMMANDS
 
@@ -60,7 +61,11 @@ def test_any_text_and_number_is_printed_as_json_that_every_terminal_takes(capsys
     assert json.loads(said) == [{"name": "naïve 花 \udcff", "path": "/x", "share": None}, {"none": None}]
 
 
-def test_lists_and_verdicts_are_those_of_the_training(trained: Summary, convoy: Convoy) -> None:
+def test_lists_and_verdicts_are_those_of_the_training(
+    trained: Summary, convoy: Convoy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_list, "IDS_PER_REQUEST", 1)
+
     def data(*arguments: str) -> object:
         done = convoy(*arguments, "--json")
         assert done.status == 0, done.stderr

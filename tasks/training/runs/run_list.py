@@ -12,6 +12,9 @@ from infra.tracking.tags import MANIFEST_DIGEST, MODEL, VersionRecord
 from tasks.training.checkpoints import commits_of
 from tasks.training.runs.run_record import read_record
 
+IDS_PER_REQUEST = 100
+"""Runs whose versions one request asks for: their ids stand in its address, which servers limit to 8 KB."""
+
 
 class Training(Record):
     """A training in the list."""
@@ -56,7 +59,9 @@ def list_trainings(limit: int) -> list[Training]:
     """Returns the newest trainings, newest first."""
     store = open_bucket()
     runs = mlflow_runs.search_runs(MANIFEST_DIGEST, limit=limit)
-    found = search_versions(run_id=[run.run_id for run in runs]) if runs else []
+    ids = [run.run_id for run in runs]
+    parts = [ids[start : start + IDS_PER_REQUEST] for start in range(0, len(ids), IDS_PER_REQUEST)]
+    found = [version for part in parts for version in search_versions(run_id=part)]
     versions = {version.run_id: version for version in reversed(found)}
     return [_training(store, run, versions.get(run.run_id)) for run in runs]
 
