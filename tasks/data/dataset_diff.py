@@ -2,9 +2,12 @@
 
 import csv
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from infra.errors import UsageError
 from infra.storage.object_store import ObjectStore
@@ -19,6 +22,9 @@ KINDS = {
     "moved": "moved to another split",
 }
 """Kinds of changes, with their words for people."""
+
+COLUMNS = ["path", "digest", "label", "split"]
+"""Of an index: those by which images are compared."""
 
 
 class Change(NamedTuple):
@@ -46,7 +52,7 @@ def differences(earlier: ImageIndex, later: ImageIndex) -> list[Change]:
 
     An image is found again by its path, and if that is gone, by its content.
     """
-    old, new = _by_path(earlier), _by_path(later)
+    old, new = (_by_path(each) for each in _without_equal_rows(earlier.table, later.table))
     gone = defaultdict[str, list[str]](list)  # by content
     for path in sorted(old.keys() - new.keys(), reverse=True):
         gone[old[path].digest].append(path)
@@ -70,11 +76,22 @@ def differences(earlier: ImageIndex, later: ImageIndex) -> list[Change]:
     return sorted(changes, key=lambda change: (order.index(change.kind), change.path))
 
 
-def _by_path(index: ImageIndex) -> dict[str, _Image]:
+def _without_equal_rows(*tables: pa.Table) -> Iterator[pa.Table]:
+    """Yields what differs of both tables: of millions of images few, which then fit into Python's objects."""
+    rows, separator = [table.select(COLUMNS) for table in tables], pa.scalar("\0", pa.large_string())
+    as_text = [
+        pc.binary_join_element_wise(*(column.cast(pa.large_string()) for column in each.columns), separator)
+        for each in rows
+    ]  # null without a path: such an image is looked for by its content
+    for each, text, other in zip(rows, as_text, reversed(as_text), strict=True):
+        yield each.filter(pc.invert(pc.is_in(text, value_set=other.combine_chunks(), skip_nulls=True)))
+
+
+def _by_path(table: pa.Table) -> dict[str, _Image]:
     """Returns the images by path; those without one by their content, and by a number among equal ones."""
     seen = Counter[str]()
     images = {}
-    for batch in index.table.select(["path", "digest", "label", "split"]).to_batches():
+    for batch in table.to_batches():
         for path, digest, label, split in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             seen[digest] += path is None
             images[path or f"{digest}#{seen[digest]}"] = _Image(digest, label, split)
