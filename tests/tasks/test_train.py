@@ -3,8 +3,12 @@
 import gzip
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,16 +17,20 @@ from prefect import flow
 from prefect.context import refresh_global_settings_context
 
 from cnn.training.reports import StepReport
+from infra.machine import stopping
+from infra.machine.stopping import Stopped
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from tasks.config.run import RunConfig, load_config
 from tasks.data.download import download
 from tasks.data.preprocess import preprocess
 from tasks.training.checkpoints import Commit, commits_of
+from tasks.training.protocol.job import JobFolder
 from tasks.training.rank import UtilisationMeter
 from tasks.training.runs.tracked_run import TrackedRun, tracked_run
-from tasks.training.train import TrainingFailed, TrainResult, train
+from tasks.training.train import TrainingFailed, TrainResult, _supervise, train
 from tasks.training.utilisation import Utilisation
+from tests.conftest import REPOSITORY
 from tests.flows.program import ENDLESS, SMALL, NextTraining, Training, wait_for
 
 DIGITS = {"dataset": "digits"}
@@ -156,6 +164,28 @@ def test_steps_are_traced_on_request_and_the_result_says_what_the_ranks_waited_f
         "ProfilerStep#5",
         "ProfilerStep#6",
     ]
+
+
+def test_a_stop_passes_on_what_the_ranks_said_at_their_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ending = f"""
+import sys
+from pathlib import Path
+from tasks.training.protocol.job import Event, JobFolder
+sys.stdin.read()
+JobFolder(Path({str(tmp_path)!r})).write_event(Event(warning="the checkpoint of step 3 could not be stored"))
+"""
+    start = partial(subprocess.Popen, [sys.executable, "-c", ending], cwd=REPOSITORY, stdin=subprocess.PIPE)
+    monkeypatch.setattr("tasks.training.train.subprocess.Popen", lambda *_, **__: start())
+
+    def stop(_: float) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(stopping, "wait", stop)
+    with pytest.raises(Stopped):
+        _supervise(JobFolder(tmp_path), pytest.fail)
+    assert "the checkpoint of step 3 could not be stored" in caplog.text
 
 
 def test_a_small_share_is_not_recorded_as_none() -> None:
