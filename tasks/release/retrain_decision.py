@@ -113,7 +113,7 @@ def _decide(
     before = _inputs_of(champion, config) if champion else None
     changed = _changed(before, now) if before is not None else ""
     if not force:
-        if champion and before == now:
+        if champion and before is not None and not changed:
             return False, f"nothing has changed since the champion, version {champion.version}", None
         if known := _known(store, name, config, dataset, standing, now):
             return known
