@@ -112,8 +112,7 @@ def _acquire(limit: str, held: ExitStack) -> bool:
                     limit,
                 )
             return False
-        holders = (run for run in training_flow_runs(client, UNFINISHED) if run.labels.get(HELD_LEASE) == limit)
-        if any(str(run.id) != flow_run and is_alive_here(str(run.id)) for run in holders):
+        if any(holder != flow_run and is_alive_here(holder) for holder in _holders(client, limit)):
             return False  # Prefect has let its lease expire, as in an outage, but it goes on
         try:
             lease = concurrency(
@@ -151,7 +150,12 @@ def _is_forgotten(
     old = not after or (limit.updated is not None and datetime.now(UTC) - limit.updated > after)
     if limit.active_slots < limit.limit or not old:
         return False
-    return not any(run.labels.get(HELD_LEASE) == limit.name for run in training_flow_runs(client, UNFINISHED))
+    return not _holders(client, limit.name)
+
+
+def _holders(client: SyncPrefectClient, limit: str) -> list[str]:
+    """Returns the ids of the unfinished flow runs that say that they hold a lease."""
+    return [str(run.id) for run in training_flow_runs(client, UNFINISHED) if run.labels.get(HELD_LEASE) == limit]
 
 
 def _free(client: SyncPrefectClient, limit: GlobalConcurrencyLimitResponse) -> bool:
