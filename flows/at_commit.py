@@ -19,13 +19,14 @@ from infra.tracking.tags import COMMIT
 from tasks.orchestration.outage import through_outage
 
 MAX_OUTAGE_SECONDS = 600.0  # of the git repository or the package index
+FLOW_RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"  # which Prefect sets for the process of a flow run
 COMMAND = "python -m flows.at_commit"
 REPOSITORY_VARIABLE = "CONVOY_REPOSITORY"
 
 
 def main() -> None:
     """Becomes the flow run's process; a mistake ends the flow run as Failed, an outage as Crashed, so it is resumed."""
-    flow_run_id = UUID(os.environ["PREFECT__FLOW_RUN_ID"])
+    flow_run_id = UUID(os.environ[FLOW_RUN_VARIABLE])
     settings = Settings()
     repository = os.environ.get(REPOSITORY_VARIABLE) or str(settings.project or os.getcwd())
     try:

@@ -18,7 +18,6 @@ from flows.run_names import model_name
 from flows.step_timer import StepTimer
 from flows.summary import REFUSED, Refused, Summary
 from infra.errors import GateRefused, one_line
-from infra.machine import stopping
 from infra.machine.output import outlive_readers
 from infra.tracking.client import check_server
 from infra.tracking.provenance import COMMIT_VARIABLE
@@ -29,7 +28,7 @@ from tasks.config.sweep import SweepRequest
 from tasks.data.dataset import DatasetRef
 from tasks.data.download import download
 from tasks.data.preprocess import preprocess
-from tasks.orchestration.cancellation import Cancelled
+from tasks.orchestration.cancellation import Cancelled, sigterm_is_checked_for
 from tasks.orchestration.flow_runs import enter_project, flow_is_alive, give_up_tries, label_flow_run
 from tasks.orchestration.messages import tell, tell_failure
 from tasks.orchestration.model_lease import model_lease
@@ -52,6 +51,7 @@ logging.getLogger("prefect.flow_runs").addFilter(_is_no_refusal)
 
 @outlive_readers("stdout", "stderr")  # the worker that reads the output may be killed
 @flow_is_alive()
+@sigterm_is_checked_for()
 def train_and_release(
     config: RunConfig,
     refresh: frozenset[Step],
@@ -114,7 +114,6 @@ def _search(
     config: RunConfig, refresh: frozenset[Step], asked: SweepRequest, step_timer: StepTimer
 ) -> tuple[RunConfig, str, dict[str, Any]]:
     """Runs or resumes a sweep; returns the best configuration, its run, and what the sweep has found."""
-    stopping.overhear()
     enter_project()
     check_server()
     if asked.resume:
@@ -150,6 +149,7 @@ def _prepared(
 
 
 @flow_is_alive()
+@sigterm_is_checked_for()
 def judge_trial(config: RunConfig, run_id: str) -> Summary | State[Summary]:
     """Judges the model of a trial as if it were a new version; returns the result of a flow.
 
@@ -183,7 +183,6 @@ def _train_and_release(
     trial: bool,
 ) -> Summary:
     """Does what `train_and_release` describes; its summary is an artifact in Prefect."""
-    stopping.overhear()  # in a worker's process; see tasks.orchestration.cancellation.stop_if_told
     enter_project()
     config = with_network_options(config)  # before hours of work; likewise:
     check_installed(config.launcher)

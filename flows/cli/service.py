@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -119,8 +118,6 @@ def worker(
     os.environ["PYTHONSAFEPATH"] = "1"  # otherwise `-m` searches the user's folder first, here and in flow runs
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", WORKER_POLL_SECONDS)
     sys.stdout.flush()
-    # At SIGTERM, Prefect's worker sends itself a SIGINT, which a script's background job ignores.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.execv(sys.executable, [sys.executable, "-m", "flows.worker", pool, str(limit), *queues])
 
 

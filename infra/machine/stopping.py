@@ -62,15 +62,18 @@ def listen() -> None:
         atexit.register(_exit)  # registered first, so called last
 
 
-def overhear() -> None:
-    """Records which signals arrive, whatever their handlers do.
+def overhear() -> bool:
+    """Records which signals arrive, whatever their handlers do; returns whether it does.
 
     Does nothing outside the main thread, or if an event loop has set its own wakeup descriptor.
     """
-    if threading.current_thread() is threading.main_thread():
-        previous = signal.set_wakeup_fd(_write_end.fileno(), warn_on_full_buffer=False)
-        if previous not in (-1, _write_end.fileno()):
-            signal.set_wakeup_fd(previous)
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    previous = signal.set_wakeup_fd(_write_end.fileno(), warn_on_full_buffer=False)
+    if previous in (-1, _write_end.fileno()):
+        return True
+    signal.set_wakeup_fd(previous)
+    return False
 
 
 def unlisten() -> None:

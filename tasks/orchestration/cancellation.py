@@ -2,12 +2,15 @@
 
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import httpx
 from prefect import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectException, TerminationSignal
-from prefect.utilities.engine import is_prefect_sigterm_handler_installed
+from prefect.utilities import engine
 
 from infra.machine import stopping
 from tasks.orchestration.flow_runs import flow_run_id
@@ -35,7 +38,7 @@ class CancelWatch:
         self._polled = time.monotonic()
 
     def __call__(self) -> bool:
-        stop_if_told()
+        stopping.check()
         if time.monotonic() - self._polled < POLL_SECONDS:
             return False
         self._polled = time.monotonic()
@@ -61,19 +64,35 @@ def is_cancelled() -> bool:
     return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
 
 
-def stop_if_told() -> None:
-    """Raises if a signal has asked this process to end.
+@contextmanager
+def sigterm_is_checked_for() -> Iterator[None]:
+    """Lets SIGTERM raise nothing in the block, which checks for it by `stopping.check`, as on the command line.
+
+    In the process of a worker's flow run, Prefect's handler would raise between any two instructions, so that a folder
+    is not removed, or the second of two signals breaks off what the first has begun.
 
     Raises:
-        Stopped: the command line runs the flow.
-        TerminationSignal: a worker runs the flow. It is Prefect's own; the one that Prefect's handler raised got lost.
+        TerminationSignal: the block has raised Stopped; by this Prefect knows the cause.
     """
+    if not (stopping.overhear() and engine.is_prefect_sigterm_handler_installed()):
+        yield
+        return
+    raising = engine._prefect_sigterm_handler
+    _replace_handler(lambda number, frame: None)
     try:
-        stopping.check()
-    except stopping.Stopped:
-        if is_prefect_sigterm_handler_installed():
+        yield
+    except stopping.Stopped as stopped:
+        if stopped.exit_status == stopping.EXIT_STATUS[signal.SIGTERM]:
             raise TerminationSignal(signal.SIGTERM) from None
         raise
+    finally:
+        _replace_handler(raising)
+
+
+def _replace_handler(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Replaces Prefect's handler by one that it takes for its own, since it then cancels as usual."""
+    engine._prefect_sigterm_handler = handler  # type: ignore[assignment]
+    signal.signal(signal.SIGTERM, handler)
 
 
 def stop_if_cancelled() -> None:
@@ -81,8 +100,8 @@ def stop_if_cancelled() -> None:
 
     Raises:
         Cancelled: the flow run was cancelled.
-        Stopped, TerminationSignal: as `stop_if_told`.
+        Stopped: a signal asked this process to end.
     """
-    stop_if_told()
+    stopping.check()
     if is_cancelled():
         raise Cancelled("the flow run was cancelled")

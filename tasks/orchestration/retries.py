@@ -27,7 +27,7 @@ def is_outage_after_wait(task: Task[..., Any], run: TaskRun, state: State[Any]) 
     It waits here because Prefect's own wait does not react to a signal or a cancellation.
 
     Raises:
-        Stopped, TerminationSignal: as `stop_if_told`.
+        Stopped: a signal asked this process to end.
     """
     if not is_outage(error := state.result(raise_on_failure=False)):
         return False
@@ -46,7 +46,7 @@ def outlast(work: Callable[[], T], *, patience: float = MAX_OUTAGE_SECONDS) -> T
 
     Raises:
         Cancelled: the flow run was cancelled during the outage.
-        Stopped, TerminationSignal: as `stop_if_told`.
+        Stopped: a signal asked this process to end.
         Outage, httpx.HTTPError: it lasted longer than `patience` seconds.
     """
 
@@ -61,7 +61,7 @@ def _pause(seconds: float) -> None:
     """Waits so many seconds, or until the flow run is cancelled.
 
     Raises:
-        Stopped, TerminationSignal: as `stop_if_told`.
+        Stopped: a signal asked this process to end.
     """
     until = time.monotonic() + seconds
     cancelled = CancelWatch()

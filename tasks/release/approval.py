@@ -10,7 +10,7 @@ from prefect import get_client
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State, StateType
 from prefect.client.schemas.responses import SetStateStatus
-from prefect.exceptions import PrefectException, TerminationSignal
+from prefect.exceptions import PrefectException
 from prefect.input import RunInput
 from prefect.input.actions import read_flow_run_input
 from prefect.input.run_input import Keyset, keyset_from_paused_state
@@ -26,7 +26,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, describe_version, tag_version
 from infra.tracking.model_versions import find_version
 from infra.tracking.tags import APPROVED, EXPIRED, REFUSED, VersionRecord, decision
-from tasks.orchestration.cancellation import POLL_SECONDS, Cancelled, stop_if_cancelled, stop_if_told
+from tasks.orchestration.cancellation import POLL_SECONDS, Cancelled, stop_if_cancelled
 from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.messages import tell_waiting
 from tasks.orchestration.progress import run_logger
@@ -67,7 +67,7 @@ def wait_for_approval(registered: ModelVersion, verdict: Verdict, time_limit: fl
 
     Raises:
         Cancelled: the flow run was cancelled, or ended by someone else.
-        Stopped, TerminationSignal: a signal asked this process to end.
+        Stopped: a signal asked this process to end.
     """
     flow_run = flow_run_id()
     assert flow_run is not None
@@ -89,7 +89,7 @@ def wait_for_approval(registered: ModelVersion, verdict: Verdict, time_limit: fl
     tell_waiting(registered.name, registered.version, link, result=accuracy_and_gain(verdict.accuracy, verdict.gain))
     try:
         answer = _answer(flow_run, form, keyset, deadline)
-    except (Cancelled, Stopped, TerminationSignal):
+    except (Cancelled, Stopped):
         run_logger().warning("%s still waits for a person; `convoy resume %s` asks again", registered.address, run_id)
         raise
     if answer is None:
@@ -139,8 +139,7 @@ def _pause(flow_run: UUID, form: type[Approval], message: str, time_limit: float
 def _answer(flow_run: UUID, form: type[Approval], keyset: Keyset, deadline: float) -> Approval | None:
     """Polls for the answer until the deadline; returns None if there is none. Outages of Prefect are waited out."""
     while (left := deadline - time.monotonic()) > 0:
-        stopping.wait(min(POLL_SECONDS, left))
-        stop_if_told()
+        stopping.sleep(min(POLL_SECONDS, left))
         with suppress(httpx.HTTPError, PrefectException), get_client(sync_client=True) as client:
             state = client.read_flow_run(flow_run).state
             if state and state.is_running():

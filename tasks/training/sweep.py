@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from prefect.artifacts import create_table_artifact
-from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from pydantic import Field, ValidationError
 from scipy.stats import spearmanr
@@ -381,7 +380,7 @@ def _sweep_run(record: SweepRecord, run_id: str | None) -> Iterator[str]:
             run_logger().info("the sweep's run is %s", mlflow_runs.run_url(run_id))
             yield run_id
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
+            stopped = isinstance(error, KeyboardInterrupt | Stopped | Cancelled | Interrupted)
             status = "KILLED" if stopped else "FINISHED" if finished else "FAILED"
             if not isinstance(error, UsageError):
                 run_logger().warning("the sweep has stopped; %s", hint)

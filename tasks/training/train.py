@@ -23,7 +23,7 @@ from infra.tracking.tags import WEIGHTS_SHA256, WORLD_SIZE
 from tasks.config.launchers import launch_of
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
-from tasks.orchestration.cancellation import Cancelled, CancelWatch, stop_if_cancelled, stop_if_told
+from tasks.orchestration.cancellation import Cancelled, CancelWatch, stop_if_cancelled
 from tasks.orchestration.progress import Advance, progress, run_logger
 from tasks.orchestration.retries import outlast
 from tasks.orchestration.step import step
@@ -175,13 +175,12 @@ def await_earlier_start(folder: JobFolder) -> None:
     would write to the same files.
 
     Raises:
-        Stopped, TerminationSignal: a signal asked this process to end.
+        Stopped: a signal asked this process to end.
     """
     if liveness.processes_of(folder.path):
         run_logger().info("waiting for the processes of an earlier start of run %s to end", folder.path.name)
     while liveness.processes_of(folder.path):
-        stop_if_told()
-        stopping.wait(POLL_SECONDS)
+        stopping.sleep(POLL_SECONDS)
 
 
 def _world_size(config: RunConfig) -> int:

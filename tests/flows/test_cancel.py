@@ -1,17 +1,23 @@
-"""A training ends with its flow: when the flow is killed, and when it is cancelled in Prefect."""
+"""A training ends with its flow: when the flow is killed or gets a signal, and when it is cancelled in Prefect."""
 
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
 
 import psutil
+import pytest
 from mlflow.tracking import MlflowClient
 from prefect import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelling
 
 from flows.summary import Summary
+from tests.conftest import REPOSITORY
 from tests.flows.conftest import Convoy
 from tests.flows.program import ENDLESS, NextTraining, Program, Training, flow_run_of, sets
 
@@ -91,3 +97,45 @@ def test_a_task_does_not_begin_in_a_cancelled_flow_run(stack: object, quiet_pref
 
     between_tasks(return_state=True)
     assert found == [True]
+
+
+SIGNALLED = """
+import os, signal
+from prefect import flow
+from infra.machine import stopping
+from tasks.orchestration.cancellation import sigterm_is_checked_for
+def send():
+    for _ in range(2):  # as a service manager does: to the worker, which forwards it, and to each of its processes
+        os.kill(os.getpid(), signal.SIGTERM)
+    print("sent", flush=True)
+@flow(name={name!r})
+def signalled():
+    with sigterm_is_checked_for():
+        {inside}
+    {after}
+signalled()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "after", "said"),
+    [
+        ("signalled-inside", "send(); stopping.check()", "print('not here')", "sent\n"),
+        ("signalled-after", "print('began')", "send()", "began\n"),
+    ],
+)
+def test_a_signal_raises_in_a_training_only_where_it_is_checked_for(
+    stack: object, name: str, inside: str, after: str, said: str
+) -> None:
+    """The process is as a worker starts it: Prefect's handler, which would raise immediately, is in its main thread."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED.format(name=name, inside=inside, after=after)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, said), done.stderr
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=[name])))
+    assert run.state_type == StateType.CRASHED

@@ -339,8 +339,10 @@ def test_sigterm_ends_a_worker_that_a_script_has_started_and_all_that_it_runs(
 ) -> None:
     assert convoy("retrain", "-d", MODEL, "--force", "--set", "epochs=100000").status == 0
     training = next_training.under_way()
-    worker.send_signal(signal.SIGTERM)
+    for _ in range(2):  # as `timeout` does
+        worker.send_signal(signal.SIGTERM)
     worker.wait(60)
+    assert MlflowClient().get_run(training.run_id).info.status == "KILLED"  # its flow run has ended itself
     training.assert_ends()
 
 

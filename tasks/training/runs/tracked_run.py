@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 import httpx
-from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run as running_flow
 from prefect.utilities.urls import url_for
 
@@ -126,7 +125,7 @@ def tracked_run(
                 checkpoint_prefix=prefix,
             )
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | TerminationSignal | Stopped | Cancelled | Interrupted)
+            stopped = isinstance(error, KeyboardInterrupt | Stopped | Cancelled | Interrupted)
             if stopped and not isinstance(error, Interrupted) and not sweep:  # others' messages say it
                 by_itself = is_deployed() and not isinstance(error, Cancelled)
                 by_hand = "nothing goes on with it" if trial else f"`convoy resume {run_id}` goes on, nothing else does"
