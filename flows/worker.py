@@ -25,8 +25,8 @@ from flows.resumption import Sweep
 from infra.machine.stopping import SAME_PRESS_SECONDS
 from infra.settings import Settings
 from tasks.orchestration.outage import is_prefect_outage
+from tasks.training.protocol.patience import WORKER_WAIT
 
-GRACE_SECONDS = 130.0  # for flow runs to end themselves: a training takes up to 110 to store its last checkpoint
 POLL_SECONDS = 0.2
 
 
@@ -58,9 +58,9 @@ class Worker(ProcessWorker):
             await work
 
     async def _end_flow_runs(self, at_once: asyncio.Event) -> None:
-        """Takes no more flow runs, asks those that run to end, and waits for that, for `GRACE_SECONDS` at most."""
+        """Takes no more flow runs, asks those that run to end, and waits for that, for `WORKER_WAIT` at most."""
         self._ending = True
-        asked, deadline = set[psutil.Process](), time.monotonic() + GRACE_SECONDS
+        asked, deadline = set[psutil.Process](), time.monotonic() + WORKER_WAIT
         if self._limiter and self._limiter.borrowed_tokens:
             print_line("ending: trainings store a checkpoint and end; a second signal kills them")
             await asyncio.sleep(SAME_PRESS_SECONDS)

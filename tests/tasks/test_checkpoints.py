@@ -439,6 +439,7 @@ def test_each_process_outlasts_those_that_it_waits_for() -> None:
         patience.SUPERVISOR_WAIT,
         patience.COORDINATOR_WAIT,
         patience.FLOW_WAIT,
+        patience.WORKER_WAIT,
         patience.CONTAINER_GRACE,
     ]
     assert order == sorted(set(order))

@@ -15,6 +15,7 @@ SUPERVISOR_WAIT = TORCHRUN_WAIT + 5.0  # then supervisor or agent kills torchrun
 HUNG_RANKS_WAIT = STOP_STEP_WAIT + SLACK  # then the supervisor kills ranks that have not reached the agreed step
 COORDINATOR_WAIT = SUPERVISOR_WAIT + 5.0  # then the coordinator goes on without the nodes that have not stopped
 FLOW_WAIT = COORDINATOR_WAIT + 5.0  # then the flow kills the supervisor
+WORKER_WAIT = FLOW_WAIT + 5.0  # then a worker kills its flow runs
 CONTAINER_GRACE = 120.0  # minimum that a container engine must allow between SIGTERM and SIGKILL
 
 
