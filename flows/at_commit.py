@@ -4,6 +4,7 @@ python -m flows.at_commit        in place of `python -m prefect.engine`; reads C
 """
 
 import os
+import signal
 import sys
 from functools import partial
 from uuid import UUID
@@ -26,6 +27,7 @@ REPOSITORY_VARIABLE = "CONVOY_REPOSITORY"
 
 def main() -> None:
     """Becomes the flow run's process; a mistake ends the flow run as Failed, an outage as Crashed, so it is resumed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to this process too; the worker handles it
     flow_run_id = UUID(os.environ[FLOW_RUN_VARIABLE])
     settings = Settings()
     repository = os.environ.get(REPOSITORY_VARIABLE) or str(settings.project or os.getcwd())

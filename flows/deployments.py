@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any
-from uuid import UUID
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID, uuid4
 
 import httpx
 import yaml
@@ -31,7 +32,7 @@ from prefect.utilities.urls import url_for
 
 from flows.at_commit import COMMAND, REPOSITORY_VARIABLE
 from flows.run_names import command_reason, model_name
-from flows.summary import REFUSED, Summary
+from flows.summary import GOES_ON, REFUSED, Summary
 from infra.errors import ServiceError, UsageError, one_line
 from infra.records import Record
 from infra.tracking.provenance import COMMIT_VARIABLE
@@ -39,10 +40,12 @@ from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN, RESUMED_BY, STARTED_BY
 from tasks.config.deployment import CodeConfig, ProjectConfig, ScheduleConfig
 from tasks.config.run import RunConfig, load_config
 from tasks.orchestration.flow_runs import PAGE, may_go_on, online_workers
-from tasks.orchestration.outage import is_prefect_outage
+from tasks.orchestration.outage import is_prefect_outage, through_outage
 
 if TYPE_CHECKING:
     from tasks.training.platform import Platform
+
+Answer = TypeVar("Answer")
 
 DEPLOYMENTS = Path(__file__).parents[1] / "infra" / "prefect.yaml"
 EXAMPLE = "fashion-mnist"
@@ -83,7 +86,8 @@ class Started(Record):
 
 def deploy(file: Path, switch: bool | None = None) -> Iterator[str]:
     """Registers all deployments of a file in Prefect's format; see `_deploy`."""
-    yield from _deploy(_entries(file), file, switch)
+    entries = _entries(file)
+    yield from _deploy(yaml.safe_load(file.read_text()), entries, switch)
 
 
 def deploy_project(project: ProjectConfig, switch: bool | None = None) -> Iterator[str]:
@@ -92,11 +96,7 @@ def deploy_project(project: ProjectConfig, switch: bool | None = None) -> Iterat
     They are made of Convoy's own file, with the configuration as it is now: `retrain/NAME`, and `prune/storage` if the
     project says what to keep.
     """
-    entries = list(_project_entries(project))
-    with NamedTemporaryFile("w", prefix="convoy-", suffix=".yaml") as file:
-        yaml.safe_dump({"name": "convoy", "pull": [], "deployments": entries}, file)
-        file.flush()
-        yield from _deploy(entries, Path(file.name), switch)
+    yield from _deploy({"name": "convoy", "pull": []}, list(_project_entries(project)), switch)
 
 
 def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
@@ -127,19 +127,18 @@ def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
         yield entry(PRUNE, deploy.prune, {"retention": retention})
 
 
-def _deploy(entries: list[dict[str, Any]], file: Path, switch: bool | None) -> Iterator[str]:
-    """Registers all deployments of a file in Prefect's format; yields one line per deployment.
+def _deploy(project: dict[str, Any], entries: list[dict[str, Any]], switch: bool | None) -> Iterator[str]:
+    """Registers deployments, described in Prefect's format; yields one line per deployment.
 
     A schedule that Prefect has already, also under an older name of its deployment, stays on or off. A new one is on,
     unless the file says `active: false`.
 
     Args:
-        entries: the deployments in the file.
-        file: in Prefect's format.
-        switch: switches all schedules of the file on or off.
+        project: what a file in Prefect's format says beside its deployments.
+        entries: the deployments; they get the state of their schedules.
+        switch: switches all of their schedules on or off.
 
     Raises:
-        UsageError: the file cannot be used.
         ServiceError: Prefect refuses.
     """
     for pool in sorted({entry["work_pool"]["name"] for entry in entries}):
@@ -149,39 +148,31 @@ def _deploy(entries: list[dict[str, Any]], file: Path, switch: bool | None) -> I
         for entry in entries
     ]
     before = _schedules(chain(*names))
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        PREFECT_PROGRAM,
-        "--no-prompt",
-        "deploy",
-        "--all",
-        "--prefect-file",
-        str(file),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    for known, entry in zip(names, entries, strict=True):
+        for schedule in entry.get("schedules", []):
+            slug = schedule["slug"]
+            active = next(
+                (before[name, slug] for name in known if (name, slug) in before), schedule.get("active", True)
+            )
+            schedule["active"] = active if switch is None else switch
+    with NamedTemporaryFile("w", prefix="convoy-", suffix=".yaml") as file:
+        yaml.safe_dump({**project, "deployments": entries}, file)
+        file.flush()
+        command = ["-P", "-c", PREFECT_PROGRAM, "--no-prompt", "deploy", "--all", "--prefect-file", file.name]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         output = one_line(done.stderr or done.stdout)
-        raise ServiceError(f"Prefect did not register the deployments of {file}: {output[-400:]}")
+        raise ServiceError(f"Prefect did not register the deployments: {output[-400:]}")
     with get_client(sync_client=True) as client:
         for (name, *older), entry in zip(names, entries, strict=True):
             found = client.read_deployment_by_name(name)
             schedules = {schedule["slug"]: schedule for schedule in entry.get("schedules", [])}
-            active = {
-                slug: next((before[n, slug] for n in (name, *older) if (n, slug) in before), each.get("active", True))
-                for slug, each in schedules.items()
-            }
-            if switch is not None:
-                active = dict.fromkeys(active, switch)
             for schedule in found.schedules:
                 if schedule.slug not in schedules:
                     client.delete_deployment_schedule(found.id, schedule.id)
-                elif schedule.active != active[schedule.slug]:
-                    client.update_deployment_schedule(found.id, schedule.id, active=active[schedule.slug])
             when = ", ".join(
-                f"{each['cron']} {each.get('timezone', 'UTC')} ({'on' if active[slug] else 'off'})"
-                for slug, each in schedules.items()
+                f"{each['cron']} {each.get('timezone', 'UTC')} ({'on' if each['active'] else 'off'})"
+                for each in schedules.values()
                 if "cron" in each
             )
             yield name + (f"  at {when}" if when else "")
@@ -191,13 +182,17 @@ def _deploy(entries: list[dict[str, Any]], file: Path, switch: bool | None) -> I
 
 
 def _schedules(names: Iterable[str]) -> dict[tuple[str, str | None], bool]:
-    """Returns whether each schedule that Prefect has is on, by the deployment's name and the schedule's slug."""
+    """Returns whether each schedule that Prefect has is on, by the deployment's name and the schedule's slug.
+
+    Those of deployments that have another name now are left out: `_retire` has switched them off.
+    """
     found: dict[tuple[str, str | None], bool] = {}
     with get_client(sync_client=True) as client:
         for name in names:
             with suppress(ObjectNotFound):
-                schedules = client.read_deployment_by_name(name).schedules
-                found |= {(name, schedule.slug): schedule.active for schedule in schedules}
+                deployment = client.read_deployment_by_name(name)
+                if not any(tag.startswith(RENAMED) for tag in deployment.tags):
+                    found |= {(name, schedule.slug): schedule.active for schedule in deployment.schedules}
     return found
 
 
@@ -317,6 +312,7 @@ def start(
         run = client.create_flow_run_from_deployment(
             deployment.id,
             parameters=parameters,
+            idempotency_key=uuid4().hex,  # Prefect's client repeats a request whose answer was lost
             labels={STARTED_BY: command_reason(), **(labels or {})},
             job_variables=job_variables(code) if code else None,
         )
@@ -356,30 +352,32 @@ def follow(flow_run_id: UUID, report: Callable[[str], None]) -> tuple[Summary, l
         ServiceError: Prefect did not answer for `MAX_OUTAGE_SECONDS`.
     """
     shown: str | None = None
-    down_since: float | None = None
     began, warned = time.monotonic(), False
+
+    def answer(ask: Callable[[], Answer]) -> Answer:
+        """Returns what Prefect answers, through an outage."""
+
+        def warn(_: str) -> None:
+            nonlocal shown
+            shown = None
+            report(f"{NO_ANSWER}, which does not end the flow run: waiting for it")
+
+        try:
+            return through_outage(ask, warn, MAX_OUTAGE_SECONDS)
+        except httpx.HTTPError as error:
+            if not is_prefect_outage(error):
+                raise
+            raise ServiceError(f"{NO_ANSWER} ({error}); the flow run may go on without it") from None
+
     with get_client(sync_client=True) as client:
         while True:
-            try:
-                run = client.read_flow_run(flow_run_id)
-            except httpx.HTTPError as error:
-                if not is_prefect_outage(error):
-                    raise
-                down_since = down_since or time.monotonic()
-                if time.monotonic() - down_since > MAX_OUTAGE_SECONDS:
-                    raise ServiceError(f"{NO_ANSWER} ({error}); the flow run may go on without it") from None
-                if shown != NO_ANSWER:
-                    shown = NO_ANSWER
-                    report(f"{NO_ANSWER}, which does not end the flow run: waiting for it")
-                time.sleep(MAX_POLL_SECONDS)
-                continue
-            down_since = None
+            run = answer(partial(client.read_flow_run, flow_run_id))
             state = run.state
             if state and state.name != shown:
                 shown = state.name
                 report(f"{shown}{': ' + state.message if state.message else ''}")
             if state and state.is_final():
-                successor = _successor(client, run, report)
+                run, successor = _successor(client, run, report)
                 if successor is None:
                     break
                 report(f"it goes on as flow run {url_for('flow-run', obj_id=successor) or successor}")
@@ -388,23 +386,25 @@ def follow(flow_run_id: UUID, report: Callable[[str], None]) -> tuple[Summary, l
             waited = time.monotonic() - began
             if not warned and run.start_time is None and waited > NO_WORKER_SECONDS:
                 pool = run.work_pool_name or "convoy"
-                if not online_workers(client, pool):
+                if not answer(partial(online_workers, client, pool)):
                     report(f"no worker of the pool {pool} is online: `convoy worker --pool {pool}` starts one here")
                     warned = True
                 elif waited > BUSY_WORKER_SECONDS:
                     report(f"the workers of the pool {pool} have not taken it yet: they may be busy")
                     warned = True
             time.sleep(min(MAX_POLL_SECONDS, 0.1 + POLL_SHARE * (time.monotonic() - began)))
-        artifacts = client.read_artifacts(
-            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id])),
-            sort=ArtifactSort.CREATED_DESC,
-        )
+        of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+        artifacts = answer(partial(client.read_artifacts, artifact_filter=of_run, sort=ArtifactSort.CREATED_DESC))
     data = {artifact.key: artifact.data for artifact in reversed(artifacts)}  # of one key, the newest counts
     return _summary(run, data.get("summary")), [str(data[key]) for key in REPORT_ARTIFACTS if key in data]
 
 
-def _successor(client: SyncPrefectClient, run: FlowRun, report: Callable[[str], None]) -> UUID | None:
-    """Returns the flow run that goes on with one that died; None if there is none, or no worker makes one in time."""
+def _successor(client: SyncPrefectClient, run: FlowRun, report: Callable[[str], None]) -> tuple[FlowRun, UUID | None]:
+    """Waits for the flow run that goes on with one that died.
+
+    Returns:
+        The flow run as it is now, and the other one; None if there is none, or no worker makes one in time.
+    """
     deadline = time.monotonic() + SUCCESSOR_SECONDS
     if may_go_on(run):
         report(f"{run.state_name}: waiting until a worker resumes it")
@@ -413,9 +413,9 @@ def _successor(client: SyncPrefectClient, run: FlowRun, report: Callable[[str], 
         with suppress(httpx.HTTPError):
             run = client.read_flow_run(run.id)
     try:
-        return UUID(str(run.labels.get(RESUMED_BY)))
+        return run, UUID(str(run.labels.get(RESUMED_BY)))
     except ValueError:  # the reason why nothing goes on
-        return None
+        return run, None
 
 
 def _summary(run: FlowRun, rows: Any) -> Summary:
@@ -423,10 +423,11 @@ def _summary(run: FlowRun, rows: Any) -> Summary:
     if rows and (run.state.type == StateType.COMPLETED or run.state.name == REFUSED):
         table = json.loads(rows) if isinstance(rows, str) else rows
         return Summary.model_validate({row["name"]: row["value"] for row in table})
-    interrupted = run.state.type in (StateType.CANCELLED, StateType.CANCELLING, StateType.PAUSED)
+    stopped = run.state.type in (StateType.CANCELLED, StateType.CANCELLING, StateType.PAUSED)
+    interrupted, error = stopped or may_go_on(run), run.state.message or run.state.name
     return Summary(
         status="interrupted" if interrupted else "failed",
-        error=run.state.message or run.state.name,
+        error=f"{error}; {GOES_ON}" if may_go_on(run) else error,
         exit_status=75 if interrupted else 1,
         mlflow_run_id=run.labels.get(MLFLOW_RUN),
         prefect_flow_run_id=str(run.id),

@@ -19,6 +19,10 @@ REFUSED = "Refused"
 """Name of the state of a flow run that a gate has refused; notifications and scripts depend on it."""
 
 
+GOES_ON = "the next free worker goes on with it"
+"""End of the error of a flow run that has died."""
+
+
 class Summary(Record):
     """The result of a training run. Scripts and CI depend on these names; values that do not exist are left out."""
 

@@ -22,6 +22,7 @@ from prefect.workers.process import ProcessWorker
 
 from flows.at_commit import FLOW_RUN_VARIABLE
 from flows.resumption import Sweep
+from infra.machine.output import outlive_readers
 from infra.machine.stopping import SAME_PRESS_SECONDS
 from infra.settings import Settings
 from tasks.orchestration.outage import is_prefect_outage
@@ -53,6 +54,8 @@ class Worker(ProcessWorker):
         for stage in (told.wait, partial(self._end_flow_runs, again)):
             step = asyncio.create_task(stage())
             await asyncio.wait({work, step}, return_when=asyncio.FIRST_COMPLETED)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(each)  # a further signal ends this process, if Prefect's end of it hangs
         work.cancel()
         with suppress(asyncio.CancelledError):
             await work
@@ -60,11 +63,11 @@ class Worker(ProcessWorker):
     async def _end_flow_runs(self, at_once: asyncio.Event) -> None:
         """Takes no more flow runs, asks those that run to end, and waits for that, for `WORKER_WAIT` at most."""
         self._ending = True
+        await asyncio.sleep(SAME_PRESS_SECONDS)
+        at_once.clear()
         asked, deadline = set[psutil.Process](), time.monotonic() + WORKER_WAIT
         if self._limiter and self._limiter.borrowed_tokens:
             print_line("ending: trainings store a checkpoint and end; a second signal kills them")
-            await asyncio.sleep(SAME_PRESS_SECONDS)
-            at_once.clear()
         while self._limiter and self._limiter.borrowed_tokens and time.monotonic() < deadline and not at_once.is_set():
             for process in set(psutil.Process().children()) - asked:
                 with suppress(psutil.Error):
@@ -102,6 +105,7 @@ def print_line(line: str) -> None:
     print(f"convoy: {line}", flush=True)
 
 
+@outlive_readers("stdout", "stderr")  # the log's reader gets Ctrl-C too
 def main() -> None:
     """Runs the worker until a signal ends it."""
     pool, limit, *queues = sys.argv[1:]

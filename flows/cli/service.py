@@ -21,7 +21,7 @@ from flows.cli.console import (
 )
 from flows.cli.notify import set_up_notifications, webhook_of
 from flows.cli.options import set_option
-from flows.summary import Summary, write_report
+from flows.summary import GOES_ON, Summary, write_report
 from infra.errors import ServiceError, UsageError, one_line
 from infra.machine.checkouts import check_address
 from infra.machine.files import check_writable
@@ -296,7 +296,8 @@ def _show_result(summary: Summary, pages: Sequence[str], report: Path | None, *,
     else:
         print_pairs({"status": summary.status, "why": summary.headline})
     if summary.exit_status:
-        if summary.mlflow_run_id and summary.status != "refused" and not summary.trial:
+        goes_on = (summary.error or "").endswith(GOES_ON)
+        if summary.mlflow_run_id and summary.status != "refused" and not summary.trial and not goes_on:
             print_line(f"MLflow run {summary.mlflow_run_id}: `convoy resume` goes on with it", error=True)
         print_line(f"convoy: {summary.error}", error=True)
         raise typer.Exit(summary.exit_status)

@@ -4,11 +4,16 @@ import os
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from infra.errors import ServiceError
+from infra.machine import stopping
 from infra.web_settings import web_environment
+
+POLL_SECONDS = 0.5
 
 
 class Downloads:
@@ -61,16 +66,25 @@ def run_program(
 
     Raises:
         ServiceError: `what` took over `seconds`.
+        Stopped: a signal has arrived; the program was killed.
     """
-    try:
-        return subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        raise ServiceError(f"{what} took over {seconds} s") from None
+    deadline = time.monotonic() + seconds
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as program:
+        try:
+            while True:
+                stopping.check()
+                with suppress(subprocess.TimeoutExpired):
+                    output, errors = program.communicate(timeout=POLL_SECONDS)
+                    return subprocess.CompletedProcess(command, program.returncode, output, errors)
+                if time.monotonic() > deadline:
+                    raise ServiceError(f"{what} took over {seconds} s")
+        finally:
+            program.kill()

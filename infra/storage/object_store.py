@@ -8,12 +8,14 @@ import base64
 import hashlib
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import S3Transfer, TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -144,8 +146,7 @@ class ObjectStore:
             raise ServiceError(f"{path}: its SHA-256 is {digest}, expected {sha256}; not uploaded")
         with translated(self._where(key)):
             if size > PART_BYTES:
-                extra = {"Metadata": {SHA256: digest}, "ChecksumAlgorithm": "SHA256"}
-                self._transfer.upload_file(str(path), self.bucket, key, on_progress, extra)
+                self._upload_parts(key, path, on_progress, ObjectInfo(key=key, size=size, sha256=digest))
             else:
                 with path.open("rb") as body:
                     self._client.put_object(Bucket=self.bucket, Key=key, Body=body, **_digests(digest))
@@ -154,6 +155,17 @@ class ObjectStore:
         if size > PART_BYTES and (stored := self.head(key)) and stored.size != size:  # a part was lost
             raise ServiceError(f"{self._where(key)}: {stored.size} bytes are stored after an upload of {size}")
         return digest
+
+    def _upload_parts(self, key: str, path: Path, on_progress: OnBytes | None, sent: ObjectInfo) -> None:
+        extra = {"Metadata": {SHA256: str(sent.sha256)}, "ChecksumAlgorithm": "SHA256"}
+        try:
+            with _raising(on_progress) as callback:
+                self._transfer.upload_file(str(path), self.bucket, key, callback, extra)
+        except S3UploadFailedError as error:
+            # If the answer to the last request was lost, the store does not know the upload any more at the next try.
+            stored = self.head(key) if "NoSuchUpload" in str(error) else None
+            if not stored or (stored.size, stored.sha256) != (sent.size, sent.sha256):
+                raise
 
     def put_bytes(self, key: str, data: bytes) -> None:
         """Writes a small object; replaces an existing one."""
@@ -221,7 +233,8 @@ class ObjectStore:
             sha256 = info.sha256
         with atomic_file(path) as temporary, translated(self._where(key)):
             for _ in range(2):
-                self._transfer.download_file(self.bucket, key, str(temporary), callback=on_progress)
+                with _raising(on_progress) as callback:
+                    self._transfer.download_file(self.bucket, key, str(temporary), callback=callback)
                 if sha256 is None or (got := file_digest(temporary)) == sha256:
                     return
                 on_progress = None  # the second download moves no new bytes
@@ -314,6 +327,29 @@ class ObjectStore:
         address = urlsplit(self._client.meta.endpoint_url)
         place = f"{address.scheme}://{address.hostname}" + (f":{address.port}" if address.port else "")
         return f"object storage at {place}, bucket {self.bucket}" + (f", key {key}" if key else "")
+
+
+@contextmanager
+def _raising(on_progress: OnBytes | None) -> Iterator[OnBytes | None]:
+    """Yields a callback for boto3; what `on_progress` raises ends the transfer, and is raised at the end of the block.
+
+    boto3 calls it in its own threads, which would lose Stopped and report the transfer as done.
+    """
+    raised: list[BaseException] = []
+
+    def callback(size: int) -> None:
+        assert on_progress
+        try:
+            on_progress(size)
+        except BaseException as error:
+            raised.append(error)
+            raise RuntimeError("the caller ends the transfer") from error
+
+    try:
+        yield on_progress and callback
+    finally:
+        if raised:
+            raise raised[0]
 
 
 def _digests(sha256: str) -> dict[str, Any]:

@@ -29,6 +29,10 @@ class Superseded(RuntimeError):
     """Prefect says that this flow run has crashed: a worker took its process for dead, and may have resumed it."""
 
     exit_status = 75
+    resumable = True  # Prefect was out of reach; a worker elsewhere may have left it to one of this machine's kind
+
+    def __init__(self, why: str | None) -> None:
+        super().__init__(f"this flow run counts as crashed ({why}); another one may go on with its training")
 
 
 class CancelWatch:
@@ -60,7 +64,7 @@ def is_cancelled() -> bool:
         run_logger().debug("cannot ask Prefect about the flow run: %s", error)
         return False
     if state is not None and state.type == StateType.CRASHED:
-        raise Superseded(f"this flow run counts as crashed ({state.message}); another one may go on with its training")
+        raise Superseded(state.message)
     return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
 
 
@@ -91,8 +95,9 @@ def sigterm_is_checked_for() -> Iterator[None]:
 
 def _replace_handler(handler: Callable[[int, FrameType | None], None]) -> None:
     """Replaces Prefect's handler by one that it takes for its own, since it then cancels as usual."""
-    engine._prefect_sigterm_handler = handler  # type: ignore[assignment]
-    signal.signal(signal.SIGTERM, handler)
+    with engine._prefect_sigterm_bridge_lock:
+        engine._prefect_sigterm_handler = handler  # type: ignore[assignment]
+        signal.signal(signal.SIGTERM, handler)
 
 
 def stop_if_cancelled() -> None:

@@ -26,7 +26,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, describe_version, tag_version
 from infra.tracking.model_versions import find_version
 from infra.tracking.tags import APPROVED, EXPIRED, REFUSED, VersionRecord, decision
-from tasks.orchestration.cancellation import POLL_SECONDS, Cancelled, stop_if_cancelled
+from tasks.orchestration.cancellation import POLL_SECONDS, Cancelled, Superseded, stop_if_cancelled
 from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.messages import tell_waiting
 from tasks.orchestration.progress import run_logger
@@ -144,6 +144,8 @@ def _answer(flow_run: UUID, form: type[Approval], keyset: Keyset, deadline: floa
             state = client.read_flow_run(flow_run).state
             if state and state.is_running():
                 return _given(flow_run, form, keyset)
+            if state and state.type == StateType.CRASHED:
+                raise Superseded(state.message)
             if state and (state.is_final() or state.type == StateType.CANCELLING):
                 raise Cancelled(f"the flow run became {state.name} while it waited for approval")
     with suppress(httpx.HTTPError, PrefectException), get_client(sync_client=True) as client:

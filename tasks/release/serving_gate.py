@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cnn.networks.own import CONVOYS, own_packages
 from infra.errors import GateRefused, one_line
+from infra.machine.threads import result_of
 from infra.records import Record
 from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
@@ -163,7 +164,8 @@ def try_serving(
             )
             checks = list(_in_fresh_process(model, images, expected, tolerance, config, fresh, hidden))
             if checks[0].passed:  # a model that does not load cannot be served either
-                checks += http.result()
+                served = result_of(http)
+                checks += served
         finally:
             not_needed.set()
             fresh.dismiss()

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import psutil
 from prefect.client.schemas.objects import StateType
+from prefect.utilities.urls import url_for
 
 from infra.errors import counted
 from infra.machine.locks import is_held, try_locked
@@ -24,7 +25,7 @@ from infra.storage.object_store import ObjectInfo, ObjectStore, open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.mlflow_runs import Run
 from infra.tracking.promotion_history import misplaced_aliases, names_with_history, repair_aliases
-from infra.tracking.tags import FLOW_RUN, MANIFEST_DIGEST, SWEEP
+from infra.tracking.tags import FLOW_RUN, FLOW_RUN_URL, MANIFEST_DIGEST, SWEEP
 from tasks.orchestration.flow_runs import killed_flow_runs, mark_crashed, read_flow_run
 from tasks.orchestration.model_lease import forgotten_leases, free_forgotten
 from tasks.training.liveness import liveness, lock_file, orphaned, processes_of
@@ -158,7 +159,8 @@ def _abandoned(run: Run) -> str | None:
     here = liveness(run.run_id, tag, flow_run.start_time if flow_run else None)
     if here == "alive":
         return None
-    if tag and flow_run is None:
+    if tag and flow_run is None and run.tags.get(FLOW_RUN_URL) in (None, "", url_for("flow-run", obj_id=tag)):
+        # Otherwise the flow run is another Prefect's: machines may share MLflow and the bucket only.
         return f"its flow run {tag} is gone"
     if flow_run and flow_run.state and flow_run.state.is_final():
         return f"its flow run {flow_run.name} is {flow_run.state.name}"

@@ -26,7 +26,7 @@ class References(Record):
     """Statuses of MLflow's runs that Convoy made, by id."""
 
     running: frozenset[str]
-    """Runs that are running according to MLflow or to this machine's processes."""
+    """Runs that are running according to MLflow or to this machine's processes, or that a flow run waits to resume."""
 
     in_force: frozenset[str]
     """Runs of versions that have an alias, wait for approval, are champion, or can be restored by a rollback."""
@@ -44,11 +44,14 @@ class References(Record):
     """Flow runs of the running runs."""
 
 
-def references(store: ObjectStore, stored: Collection[str], *, forget_unknown: bool = False) -> References:
+def references(
+    store: ObjectStore, stored: Collection[str], resumed: Collection[str] = (), *, forget_unknown: bool = False
+) -> References:
     """Collects the references from the promotion histories, the registry, MLflow and this machine.
 
     Args:
         stored: runs that have objects in the bucket.
+        resumed: runs that a flow run is to go on with; they count as running.
         forget_unknown: continue if MLflow does not know some of these runs, or versions in the histories. Champions in
             the histories stay in force.
 
@@ -68,6 +71,7 @@ def references(store: ObjectStore, stored: Collection[str], *, forget_unknown: b
         if key in aliased or key in restorable or version.record.awaits_approval
     ]
     running = {run.run_id for run in runs.values() if run.status == "RUNNING"} | _with_process(runs)
+    running.update(runs.keys() & set(resumed))
     lineages = [
         *restorable.values(),  # MLflow may not know them
         *(version_lineage(store, version) for version in in_force),

@@ -130,7 +130,7 @@ def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: boo
         active = active_trainings()  # trainings that begin from now on wait
         objects = list(store.list(""))  # listed before references are read: later objects are not considered
         stored = {bucket_layout.part(info.key, 1) for info in objects if info.key.startswith(bucket_layout.RUNS)}
-        needed = references(store, stored, forget_unknown=forget_unknown)
+        needed = references(store, stored, resumed_runs(), forget_unknown=forget_unknown)
         busy = not active <= needed.flow_runs  # a training without an MLflow run may be preparing its data
         notes = ("Data were kept: a training is preparing its own; try again later.",) if busy else ()
         freed = []
@@ -157,6 +157,13 @@ def active_trainings() -> set[str]:
         found = training_flow_runs(client, [StateType.RUNNING, StateType.PENDING])
         begun = {str(run.id): run.start_time or (run.state.timestamp if run.state else now) for run in found}
     return {run_id for run_id, moment in begun.items() if moment >= now - MAX_PREPARATION}
+
+
+def resumed_runs() -> set[str]:
+    """Returns the MLflow runs that a flow run is to go on with; it may wait for a worker, or for the model's lease."""
+    with get_client(sync_client=True) as client:
+        found = training_flow_runs(client, [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING])
+        return {str(run.parameters["resume"]) for run in found if run.parameters.get("resume")}
 
 
 class _Marks:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cnn.networks.own import CONVOYS
 from infra.errors import Outage
+from infra.machine import stopping
 from infra.stack.ports import PORT_RANGE, is_free
 from infra.stack.processes import log_end
 from infra.tracking.model_versions import LOADING_ENVIRONMENT
@@ -120,6 +121,7 @@ class FreshProcesses:
         Raises:
             ConsumerFailed: the process returned no predictions.
             Outage: the process was killed.
+            Stopped: a signal has arrived.
         """
         folder = self._new_folder()
         (folder / "images").mkdir()
@@ -131,7 +133,7 @@ class FreshProcesses:
         while (status := self._status(folder)) is None:
             if time.monotonic() > deadline:
                 raise ConsumerFailed(f"{uri} gave no predictions within {time_limit:.0f} s")
-            time.sleep(POLL_SECONDS)
+            stopping.sleep(POLL_SECONDS)
         try:
             made = load_file(folder / "predictions.safetensors")
             refusals = json.loads((folder / "refusals.json").read_bytes())
