@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psutil
 import pytest
@@ -14,9 +14,10 @@ from mlflow.tracking import MlflowClient
 from prefect import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import StateType
-from prefect.states import Cancelling
+from prefect.states import Cancelling, Crashed
 
 from flows.summary import Summary
+from tasks.orchestration.flow_runs import may_go_on
 from tests.conftest import REPOSITORY
 from tests.flows.conftest import Convoy
 from tests.flows.program import ENDLESS, NextTraining, Program, Training, flow_run_of, sets
@@ -97,6 +98,33 @@ def test_a_task_does_not_begin_in_a_cancelled_flow_run(stack: object, quiet_pref
 
     between_tasks(return_state=True)
     assert found == [True]
+
+
+def test_a_flow_run_that_counts_as_crashed_while_it_lives_is_left_to_be_resumed(
+    stack: object, quiet_prefect: None
+) -> None:
+    """It was cut off from Prefect; a worker elsewhere cannot go on with it, and one of this machine's kind could."""
+    from prefect import flow
+    from prefect.runtime import flow_run
+
+    from flows.pipeline import _failure_told
+    from tasks.orchestration.cancellation import Superseded, is_cancelled
+
+    ids: list[UUID] = []
+
+    @flow(name="cut-off")
+    def cut_off() -> None:
+        ids.append(UUID(flow_run.id))
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(ids[0], Crashed(message="no sign of life for 5 minutes"), force=True)
+        with _failure_told(minor=True):
+            is_cancelled()
+
+    with pytest.raises(Superseded):
+        cut_off()
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(ids[0])
+    assert may_go_on(run.model_copy(update={"deployment_id": uuid4()}))  # as if a deployment had started it
 
 
 SIGNALLED = """

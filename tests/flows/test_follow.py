@@ -4,20 +4,23 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+import yaml
 from prefect import get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-from prefect.states import Crashed, Running, Scheduled
+from prefect.states import Completed, Crashed, Running, Scheduled
 
 from flows import deployments
 from infra.errors import ServiceError
 from infra.tracking import mlflow_runs
-from infra.tracking.tags import MLFLOW_RUN
+from infra.tracking.tags import MLFLOW_RUN, RESUMED_BY
 from tests.tasks.leftovers import flow_run_in
 
 
@@ -26,6 +29,8 @@ class Relay(BaseHTTPRequestHandler):
 
     api: ClassVar[str]
     away: ClassVar[bool] = False
+    lost: ClassVar[set[str]] = set()
+    """Ends of paths; the next answer to each is lost on its way back."""
 
     def _pass(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -38,6 +43,9 @@ class Relay(BaseHTTPRequestHandler):
                     status, data = answer.status, answer.read()
             except HTTPError as error:
                 status, data = error.code, error.read()
+        for end in {end for end in self.lost if self.path.endswith(end)}:
+            self.lost.remove(end)
+            status, data = 503, b"{}"
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -94,6 +102,52 @@ def test_an_outage_of_prefect_does_not_end_the_waiting_and_a_crash_names_the_mlf
         "Crashed: its process was killed",
     ]
     assert (summary.status, summary.exit_status, summary.mlflow_run_id) == ("failed", 1, "0123abcd")
+
+
+def test_an_outage_after_the_last_state_does_not_lose_the_result(relay: type[Relay]) -> None:
+    run = flow_run_in(Completed(), name="retrain")
+    relay.lost.add("/artifacts/filter")
+    told: list[str] = []
+    summary, _ = deployments.follow(run.id, told.append)
+    assert told == ["Completed", "Prefect does not answer, which does not end the flow run: waiting for it"]
+    assert summary.prefect_flow_run_id == str(run.id)
+
+
+def test_a_request_whose_answer_was_lost_starts_one_flow_run(relay: type[Relay], tmp_path: Path) -> None:
+    file = tmp_path / "prefect.yaml"
+    entry = {"name": "asked", "entrypoint": "flows.retrain.retrain_flow", "work_pool": {"name": "asked-pool"}}
+    file.write_text(yaml.safe_dump({"name": "convoy", "pull": [], "deployments": [entry]}))
+    list(deployments.deploy(file))
+    relay.lost.add("/create_flow_run")
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}):
+        started = deployments.start_retraining("asked", ["dataset=digits"], force=True)
+    with get_client(sync_client=True) as client:
+        found = client.read_deployment_by_name("retrain/asked")
+        runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[found.id])))
+    assert not relay.lost
+    assert [run.id for run in runs] == [started.id]
+
+
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_a_dead_flow_run_that_a_worker_will_resume_is_no_failure(
+    relay: type[Relay], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gives_up: bool
+) -> None:
+    monkeypatch.setattr(deployments, "SUCCESSOR_SECONDS", 0.2)  # as if its machine took longer to start again
+    file = tmp_path / "prefect.yaml"
+    entry = {"name": "dead", "entrypoint": "flows.retrain.retrain_flow", "work_pool": {"name": "dead-pool"}}
+    file.write_text(yaml.safe_dump({"name": "convoy", "pull": [], "deployments": [entry]}))
+    list(deployments.deploy(file))
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(
+            client.read_deployment_by_name("retrain/dead").id, state=Crashed(message="its process was killed")
+        )
+        if gives_up:
+            client.update_flow_run_labels(run.id, {RESUMED_BY: "none: it has ended 4 times in a row at step 0"})
+    summary, _ = deployments.follow(run.id, lambda _: None)
+    expected = ("failed", 1, "its process was killed")
+    if not gives_up:
+        expected = ("interrupted", 75, "its process was killed; the next free worker goes on with it")
+    assert (summary.status, summary.exit_status, summary.error) == expected
 
 
 def test_an_outage_without_end_is_one_line(relay: type[Relay], monkeypatch: pytest.MonkeyPatch) -> None:

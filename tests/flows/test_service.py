@@ -18,6 +18,7 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 
+from infra.errors import ServiceError
 from tests.flows.conftest import Convoy
 from tests.flows.program import NextTraining, running_worker, wait_for
 
@@ -209,12 +210,38 @@ def test_a_deployment_with_another_name_takes_the_place_of_the_one_that_convoy_m
         assert active == {"nightly": True, "noon": noon_is_on}
         assert len(triggers(name)) == 1
 
+    deploys(file("before", tags=["convoy", "cats"], older_names=["cats"]))  # and back again
+    active = {schedule.slug: schedule.active for schedule in read("before").schedules}
+    assert active == {"nightly": True, "noon": False}
+    assert [schedule.active for schedule in read("cats").schedules] == [False, False]
+    deploys(file("cats", tags=["convoy", "cats"], older_names=["before"]))
+
     for name in ("before", "retrain/before", "cats"):  # both names work in scripts
         done = convoy("retrain", "-d", name, "--json")
         assert done.status == 0, done.stderr
         with get_client(sync_client=True) as client:
             run = client.read_flow_run(UUID(json.loads(done.stdout)["prefect_flow_run_id"]))
         assert run.deployment_id == read("cats").id
+
+
+def test_a_deployment_that_breaks_off_leaves_a_schedule_on(
+    deployed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Prefect has taken some of the deployments, and the file says that a new schedule is off."""
+    from flows import deployments
+
+    really = subprocess.run
+
+    def break_off(*arguments: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
+        done = really(*arguments, **options)
+        return subprocess.CompletedProcess(done.args, 1, "", "the next one is wrong")
+
+    entry = yaml.safe_load(deployed.read_text())["deployments"][0]
+    off = written(tmp_path / "off.yaml", schedules=[each | {"active": False} for each in entry["schedules"]])
+    monkeypatch.setattr(deployments.subprocess, "run", break_off)
+    with pytest.raises(ServiceError, match="the next one is wrong"):
+        list(deployments.deploy(off))
+    assert {schedule.slug: schedule.active for schedule in registered().schedules} == {"nightly": True, "noon": True}
 
 
 def test_the_deployments_that_come_with_convoy_are_whole() -> None:

@@ -343,3 +343,47 @@ def test_a_bad_bucket_name_is_the_users_mistake(s3: Endpoints) -> None:
     with pytest.raises(UsageError, match="invalid name") as refused:
         ObjectStore.connect("not/a bucket")
     assert "regex" not in str(refused.value)
+
+
+class _Stopped(BaseException):
+    """As `infra.machine.stopping.Stopped`, which is no Exception either."""
+
+
+def test_what_is_raised_in_a_progress_callback_ends_the_transfer(store: ObjectStore, tmp_path: Path) -> None:
+    """boto3 calls it in its own threads, which take only an Exception for a failure."""
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(PART_BYTES + 1000)
+    store.put_file("large", tmp_path / "file")
+    store.put_bytes("small", bytes(1000))
+
+    def stop(_: int) -> None:
+        raise _Stopped
+
+    for key in ("small", "large"):
+        with pytest.raises(_Stopped):
+            store.get_file(key, tmp_path / "got", on_progress=stop)
+    assert not (tmp_path / "got").exists()
+    with pytest.raises(_Stopped):
+        store.put_file("new", tmp_path / "file", on_progress=stop)
+    assert store.head("new") is None
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_an_upload_whose_last_answer_was_lost_is_done(store: ObjectStore, tmp_path: Path, arrives: bool) -> None:
+    """As at a store that has forgotten a completed upload when the request is repeated."""
+    (tmp_path / "file").write_bytes(b"y" * (PART_BYTES + 1000))
+    unknown = b"<Error><Code>NoSuchUpload</Code><Message>The specified upload does not exist</Message></Error>"
+
+    def meddle(request: AWSPreparedRequest, **_: object) -> AWSResponse:
+        if arrives:
+            store._client._endpoint.http_session.send(request)
+        raw = HTTPResponse(io.BytesIO(unknown), preload_content=False, status=404)
+        return AWSResponse(request.url, 404, {}, raw)
+
+    with _meddling(store, "before-send.s3.CompleteMultipartUpload", meddle):
+        if arrives:
+            store.put_file("key", tmp_path / "file")
+            assert store.get_bytes("key") == (tmp_path / "file").read_bytes()
+        else:
+            with pytest.raises(ServiceError, match="NoSuchUpload"):
+                store.put_file("key", tmp_path / "file")

@@ -166,3 +166,29 @@ def test_a_program_that_handles_signals_itself_goes_on_to_do_so(start: Start) ->
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=30)
     assert (process.returncode, out) == (7, "ours\n")
+
+
+IN_PARALLEL = """
+from concurrent.futures import ThreadPoolExecutor
+from infra.machine.threads import in_parallel
+ended = threading.Event()
+def item(number):
+    if number == 0: say("ready")
+    ended.wait(20)
+def work(): in_parallel(item, range(3), ended, threads=2)
+run(work)
+"""
+PROGRAM = """
+from infra.fetch.packages import run_program
+def work():
+    say("ready")
+    run_program(["sleep", "20"], what="the sleep", seconds=60, environment=os.environ)
+run(work)
+"""
+
+
+@pytest.mark.parametrize("program", [IN_PARALLEL, PROGRAM], ids=["threads", "another program"])
+def test_a_signal_ends_waits_for_threads_and_for_other_programs(start: Start, program: str) -> None:
+    process = start(program)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 75

@@ -145,11 +145,11 @@ class Leftovers:
         return create_version(name, model_id, run_id=run_id, tags={DATASET_VERSION: dataset})
 
 
-def flow_run_in(state: State[Any], name: str = "leftover") -> FlowRun:
+def flow_run_in(state: State[Any], name: str = "leftover", **parameters: Any) -> FlowRun:
     """A flow run in Prefect that is in this state."""
 
-    def nothing() -> None:
+    def nothing(resume: str | None = None) -> None:
         pass
 
     with get_client(sync_client=True) as client:
-        return client.create_flow_run(Flow(nothing, name=name), state=state)
+        return client.create_flow_run(Flow(nothing, name=name), parameters=parameters, state=state)

@@ -16,6 +16,7 @@ from prefect import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import refresh_global_settings_context
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Failed, Paused, Running
+from prefect.utilities.urls import url_for
 
 from infra.errors import UsageError
 from infra.machine.files import locked
@@ -27,7 +28,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.mlflow_runs import Run
 from infra.tracking.model_registry import aliased, set_alias
 from infra.tracking.promotion_history import promote
-from infra.tracking.tags import FLOW_RUN, SWEEP
+from infra.tracking.tags import FLOW_RUN, FLOW_RUN_URL, SWEEP
 from tasks.training import liveness
 from tasks.training.checkpoints import STATE
 from tasks.training.liveness import DEAD_AFTER_SECONDS, hold_run_lock, lock_file
@@ -145,6 +146,16 @@ def test_a_run_whose_flow_is_gone_is_closed(made: Leftovers) -> None:
     run = running(made, uuid4())
     assert whats(settle_all()) == [("run", run)]
     assert mlflow_runs.run_status(run) == "KILLED"
+
+
+def test_a_run_of_another_prefect_stays_open(made: Leftovers) -> None:
+    """Machines can share MLflow and the bucket only."""
+    flow = uuid4()
+    run = running(made, flow)
+    mlflow_runs.set_tags(run, {FLOW_RUN_URL: f"http://127.0.0.1:4200/runs/flow-run/{flow}"})
+    assert settle_all() == []
+    mlflow_runs.set_tags(run, {FLOW_RUN_URL: str(url_for("flow-run", obj_id=flow))})
+    assert whats(settle_all()) == [("run", run)]
 
 
 @pytest.mark.parametrize("state", OPEN)

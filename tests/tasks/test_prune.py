@@ -12,9 +12,10 @@ from uuid import uuid4
 
 import pytest
 from mlflow.tracking import MlflowClient
+from prefect import get_client
 from prefect.context import refresh_global_settings_context
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
-from prefect.states import Pending, Running
+from prefect.states import Cancelled, Pending, Running, Scheduled
 
 import tasks.data.prune_mark
 import tasks.upkeep.prune
@@ -69,6 +70,18 @@ def test_checkpoints_go_when_nobody_needs_them_any_more(made: Leftovers) -> None
     kept = [checkpoints(made, run) for run in (finished, just_finished, resumable, given_up, running)]
     assert kept == [False, True, True, False, True]
     assert [(each.kind, each.count, each.bytes) for each in result.freed] == [("checkpoints", 4, 4)]
+
+
+def test_checkpoints_stay_while_a_flow_run_waits_to_go_on_from_them(made: Leftovers) -> None:
+    """It waits for a worker, or for the lease of its model; MLflow still says that the run was killed."""
+    old = made.run("KILLED", days=15)
+    waiting = flow_run_in(Scheduled(), "train", resume=old)
+    prune()
+    assert checkpoints(made, old)
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(waiting.id, Cancelled(), force=True)
+    prune()
+    assert not checkpoints(made, old)
 
 
 def test_outputs_of_a_training_go_unless_a_version_came_of_it(made: Leftovers) -> None:
