@@ -7,6 +7,7 @@ UsageError or InputError (2), Refused or another GateRefused (3), ServiceError (
 
 import json
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,11 @@ def _known_errors() -> Iterator[None]:
         if error is raised:
             raise
         raise error from raised
+    finally:
+        late = stopping.asked()  # after the flow's last check, which the program's own handler has not heard of
+        if late and late.exit_status == stopping.EXIT_STATUS[signal.SIGTERM]:
+            signal.raise_signal(signal.SIGTERM)
+            stopping.forget()
 
 
 @_known_errors()

@@ -74,6 +74,18 @@ def relay(stack: object, quiet_prefect: None, monkeypatch: pytest.MonkeyPatch) -
         server.shutdown()
 
 
+def deploy(name: str, file: Path) -> None:
+    """Registers a deployment that no worker serves."""
+    entry = {
+        "name": name,
+        "entrypoint": "flows.retrain.retrain_flow",
+        "parameters": {"config": {"dataset": "digits"}},
+        "work_pool": {"name": f"{name}-pool"},
+    }
+    file.write_text(yaml.safe_dump({"name": "convoy", "pull": [], "deployments": [entry]}))
+    list(deployments.deploy(file))
+
+
 def set_state(run: FlowRun, state: Any) -> None:
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(run.id, state, force=True)
@@ -114,10 +126,7 @@ def test_an_outage_after_the_last_state_does_not_lose_the_result(relay: type[Rel
 
 
 def test_a_request_whose_answer_was_lost_starts_one_flow_run(relay: type[Relay], tmp_path: Path) -> None:
-    file = tmp_path / "prefect.yaml"
-    entry = {"name": "asked", "entrypoint": "flows.retrain.retrain_flow", "work_pool": {"name": "asked-pool"}}
-    file.write_text(yaml.safe_dump({"name": "convoy", "pull": [], "deployments": [entry]}))
-    list(deployments.deploy(file))
+    deploy("asked", tmp_path / "prefect.yaml")
     relay.lost.add("/create_flow_run")
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}):
         started = deployments.start_retraining("asked", ["dataset=digits"], force=True)
@@ -133,10 +142,7 @@ def test_a_dead_flow_run_that_a_worker_will_resume_is_no_failure(
     relay: type[Relay], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gives_up: bool
 ) -> None:
     monkeypatch.setattr(deployments, "SUCCESSOR_SECONDS", 0.2)  # as if its machine took longer to start again
-    file = tmp_path / "prefect.yaml"
-    entry = {"name": "dead", "entrypoint": "flows.retrain.retrain_flow", "work_pool": {"name": "dead-pool"}}
-    file.write_text(yaml.safe_dump({"name": "convoy", "pull": [], "deployments": [entry]}))
-    list(deployments.deploy(file))
+    deploy("dead", tmp_path / "prefect.yaml")
     with get_client(sync_client=True) as client:
         run = client.create_flow_run_from_deployment(
             client.read_deployment_by_name("retrain/dead").id, state=Crashed(message="its process was killed")

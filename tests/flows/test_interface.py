@@ -112,6 +112,25 @@ except convoy.UsageError:
     assert (done.returncode, done.stdout) == (0, "interrupted\nNone\n"), done.stderr
 
 
+def test_a_program_hears_of_a_signal_that_came_after_the_last_check_of_a_flow(project: Path) -> None:
+    done = python(
+        """
+import os, signal, convoy
+from flows.interface import _known_errors
+from infra.machine import stopping
+signal.signal(signal.SIGTERM, lambda *_: print("ours"))
+stopping.overhear()
+with _known_errors():
+    ours = signal.signal(signal.SIGTERM, lambda *_: None)  # as while a flow runs
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, ours)
+print(stopping.asked())
+""",
+        project,
+    )
+    assert (done.returncode, done.stdout) == (0, "ours\nNone\n"), done.stderr
+
+
 def test_a_server_that_does_not_run_is_an_error_to_catch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(USERS_OWN)]:
         monkeypatch.delenv(name)  # they may name the servers of other tests
