@@ -63,7 +63,7 @@ case $status in
     echo "::notice title=Refused::A gate refused; the champion stays. The job's summary has the verdict."
     if [[ "${GITHUB_EVENT_NAME:-}" == schedule ]]; then status=0; fi
     ;;
-  75) echo "::warning title=Interrupted::The training was interrupted or cancelled." ;;
+  75) echo "::warning title=Interrupted::The training was cancelled, or it died and a worker goes on with it." ;;
   *) echo "::error title=Failed::The retraining failed with status $status." ;;
 esac
 exit "$status"

@@ -85,9 +85,13 @@ class Started(Record):
 
 
 def deploy(file: Path, switch: bool | None = None) -> Iterator[str]:
-    """Registers all deployments of a file in Prefect's format; see `_deploy`."""
-    entries = _entries(file)
-    yield from _deploy(yaml.safe_load(file.read_text()), entries, switch)
+    """Registers all deployments of a file in Prefect's format; see `_deploy`.
+
+    Raises:
+        UsageError: the file cannot be used.
+    """
+    project = _read(file)
+    yield from _deploy(project, project["deployments"], switch)
 
 
 def deploy_project(project: ProjectConfig, switch: bool | None = None) -> Iterator[str]:
@@ -101,7 +105,7 @@ def deploy_project(project: ProjectConfig, switch: bool | None = None) -> Iterat
 
 def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
     name, deploy = model_name(project), project.deploy
-    text = json.dumps(_entries(DEPLOYMENTS)).replace(EXAMPLE, json.dumps(name)[1:-1])
+    text = json.dumps(_read(DEPLOYMENTS)["deployments"]).replace(EXAMPLE, json.dumps(name)[1:-1])
     example = {entry["entrypoint"]: entry for entry in json.loads(text)}
     pool: dict[str, Any] = {"name": deploy.pool}
 
@@ -147,14 +151,16 @@ def _deploy(project: dict[str, Any], entries: list[dict[str, Any]], switch: bool
         [f"{flow_of(entry['entrypoint']).name}/{name}" for name in (entry["name"], *entry.get("older_names", ()))]
         for entry in entries
     ]
-    before = _schedules(chain(*names))
+    before, retired = _schedules(chain(*names))
     for known, entry in zip(names, entries, strict=True):
-        for schedule in entry.get("schedules", []):
-            slug = schedule["slug"]
-            active = next(
-                (before[name, slug] for name in known if (name, slug) in before), schedule.get("active", True)
-            )
-            schedule["active"] = active if switch is None else switch
+        states = dict[str | None, bool]()
+        for name in reversed(sorted(known, key=retired.__contains__)):  # the last one decides: by its present name
+            states |= before.get(name, {})
+        if "schedules" in entry:
+            entry["schedules"] = [
+                each | {"active": states.get(each["slug"], each.get("active", True)) if switch is None else switch}
+                for each in entry["schedules"]
+            ]
     with NamedTemporaryFile("w", prefix="convoy-", suffix=".yaml") as file:
         yaml.safe_dump({**project, "deployments": entries}, file)
         file.flush()
@@ -181,19 +187,20 @@ def _deploy(project: dict[str, Any], entries: list[dict[str, Any]], switch: bool
                     yield f"{old_name}  is now {name}; its schedules and triggers are off"
 
 
-def _schedules(names: Iterable[str]) -> dict[tuple[str, str | None], bool]:
-    """Returns whether each schedule that Prefect has is on, by the deployment's name and the schedule's slug.
+def _schedules(names: Iterable[str]) -> tuple[dict[str, dict[str | None, bool]], set[str]]:
+    """Returns whether each schedule is on, by the names of its deployment and its own slug.
 
-    Those of deployments that have another name now are left out: `_retire` has switched them off.
+    Also returns which of the deployments have another name now; `_retire` has switched their schedules off.
     """
-    found: dict[tuple[str, str | None], bool] = {}
+    found, retired = dict[str, dict[str | None, bool]](), set[str]()
     with get_client(sync_client=True) as client:
         for name in names:
             with suppress(ObjectNotFound):
                 deployment = client.read_deployment_by_name(name)
-                if not any(tag.startswith(RENAMED) for tag in deployment.tags):
-                    found |= {(name, schedule.slug): schedule.active for schedule in deployment.schedules}
-    return found
+                found[name] = {schedule.slug: schedule.active for schedule in deployment.schedules}
+                if any(tag.startswith(RENAMED) for tag in deployment.tags):
+                    retired.add(name)
+    return found, retired
 
 
 def _retire(client: SyncPrefectClient, old_name: str, new_name: str) -> bool:
@@ -243,9 +250,11 @@ def queues_to_serve(pool: str, platform: "Platform") -> list[str]:
     return [own, *(name for name in known if not name.startswith(PLATFORM_QUEUE))]
 
 
-def _entries(file: Path) -> list[dict[str, Any]]:
+def _read(file: Path) -> dict[str, Any]:
+    """Returns a file in Prefect's format, with deployments that can be used."""
     try:
-        entries = yaml.safe_load(file.read_text())["deployments"]
+        project: dict[str, Any] = yaml.safe_load(file.read_text())
+        entries = project["deployments"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UsageError(f"{file} is no file of deployments: {one_line(error)}") from None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -257,7 +266,7 @@ def _entries(file: Path) -> list[dict[str, Any]]:
             raise UsageError(f"{file}: older_names of {entry['name']} must be a list of names")
         if any("slug" not in schedule for schedule in entry.get("schedules", [])):
             raise UsageError(f"{file}: every schedule of {entry['name']} needs a slug, which identifies it")
-    return entries
+    return project
 
 
 def flow_of(entrypoint: str) -> Flow[..., Any]:

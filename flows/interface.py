@@ -7,7 +7,6 @@ UsageError or InputError (2), Refused or another GateRefused (3), ServiceError (
 
 import json
 import os
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,10 @@ PathOrText = str | os.PathLike[str]
 
 @contextmanager
 def _known_errors() -> Iterator[None]:
-    """Raises errors of Prefect's client and of a full disk as those that the commands print, Ctrl-C as Python does."""
+    """Raises errors of Prefect's client and of a full disk as those that the commands print, Ctrl-C as Python does.
+
+    A signal that came after a flow's last check reaches the program's own handler afterwards.
+    """
     stopping.forget()
     try:
         yield
@@ -45,10 +47,7 @@ def _known_errors() -> Iterator[None]:
             raise
         raise error from raised
     finally:
-        late = stopping.asked()  # after the flow's last check, which the program's own handler has not heard of
-        if late and late.exit_status == stopping.EXIT_STATUS[signal.SIGTERM]:
-            signal.raise_signal(signal.SIGTERM)
-            stopping.forget()
+        stopping.deliver_late()
 
 
 @_known_errors()

@@ -19,7 +19,7 @@ REFUSED = "Refused"
 """Name of the state of a flow run that a gate has refused; notifications and scripts depend on it."""
 
 
-GOES_ON = "the next free worker goes on with it"
+GOES_ON = "a worker of its kind goes on with it"
 """End of the error of a flow run that has died."""
 
 

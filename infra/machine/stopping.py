@@ -50,6 +50,7 @@ _replaced: dict[signal.Signals, object] = {}
 _presses: list[float] = []  # times of Ctrl-C
 _at_end: list[Callable[[Stopped], None]] = []
 _status: int | None = None
+_deferred = False  # whether `defer` has handled a signal for which nothing has raised Stopped yet
 
 
 def listen() -> None:
@@ -102,8 +103,24 @@ def asked() -> Stopped | None:
 
 def check() -> None:
     """Raises Stopped if a signal has arrived."""
+    global _deferred
     if stopped := asked():
+        _deferred = False
         raise stopped
+
+
+def defer(number: int, frame: FrameType | None) -> None:
+    """Handles a signal by nothing, while code runs that checks for it."""
+    global _deferred
+    _deferred = True
+
+
+def deliver_late() -> None:
+    """Sends SIGTERM to this process again if `defer` has handled one that came after the last check."""
+    global _deferred
+    if _deferred:
+        _deferred = False
+        signal.raise_signal(signal.SIGTERM)
 
 
 def forget() -> None:

@@ -29,10 +29,14 @@ class Superseded(RuntimeError):
     """Prefect says that this flow run has crashed: a worker took its process for dead, and may have resumed it."""
 
     exit_status = 75
-    resumable = True  # Prefect was out of reach; a worker elsewhere may have left it to one of this machine's kind
+    resumable = True  # so that a worker resumes it, if none has yet
 
     def __init__(self, why: str | None) -> None:
         super().__init__(f"this flow run counts as crashed ({why}); another one may go on with its training")
+
+
+STOPPED = (KeyboardInterrupt, TerminationSignal, stopping.Stopped, Cancelled)
+"""What ends a flow early although nothing is wrong; Prefect's own exception if its handler could not be replaced."""
 
 
 class CancelWatch:
@@ -82,7 +86,7 @@ def sigterm_is_checked_for() -> Iterator[None]:
         yield
         return
     raising = engine._prefect_sigterm_handler
-    _replace_handler(lambda number, frame: None)
+    _replace_handler(stopping.defer)
     try:
         yield
     except stopping.Stopped as stopped:

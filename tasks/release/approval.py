@@ -20,13 +20,12 @@ from pydantic import Field
 
 from infra.errors import GateRefused, ServiceError
 from infra.machine import stopping
-from infra.machine.stopping import Stopped
 from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, describe_version, tag_version
 from infra.tracking.model_versions import find_version
 from infra.tracking.tags import APPROVED, EXPIRED, REFUSED, VersionRecord, decision
-from tasks.orchestration.cancellation import POLL_SECONDS, Cancelled, Superseded, stop_if_cancelled
+from tasks.orchestration.cancellation import POLL_SECONDS, STOPPED, Cancelled, Superseded, stop_if_cancelled
 from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.messages import tell_waiting
 from tasks.orchestration.progress import run_logger
@@ -89,7 +88,7 @@ def wait_for_approval(registered: ModelVersion, verdict: Verdict, time_limit: fl
     tell_waiting(registered.name, registered.version, link, result=accuracy_and_gain(verdict.accuracy, verdict.gain))
     try:
         answer = _answer(flow_run, form, keyset, deadline)
-    except (Cancelled, Stopped):
+    except STOPPED:
         run_logger().warning("%s still waits for a person; `convoy resume %s` asks again", registered.address, run_id)
         raise
     if answer is None:

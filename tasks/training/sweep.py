@@ -26,7 +26,6 @@ from cnn.distributed.process_group import check_devices, device_count
 from cnn.distributed.world_size import default_world_size
 from cnn.errors import InputError
 from infra.errors import UsageError
-from infra.machine.stopping import Stopped
 from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.object_store import open_bucket
@@ -35,7 +34,7 @@ from infra.tracking.promotion_history import this_user
 from tasks.config.run import RunConfig, with_network_options
 from tasks.config.sweep import Range, SweepConfig, Value, contains, trial_config, value_of
 from tasks.data.dataset import DatasetRef
-from tasks.orchestration.cancellation import Cancelled
+from tasks.orchestration.cancellation import STOPPED
 from tasks.orchestration.progress import Advance, progress, run_logger
 from tasks.orchestration.retries import outlast
 from tasks.orchestration.step import step
@@ -380,7 +379,7 @@ def _sweep_run(record: SweepRecord, run_id: str | None) -> Iterator[str]:
             run_logger().info("the sweep's run is %s", mlflow_runs.run_url(run_id))
             yield run_id
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | Stopped | Cancelled | Interrupted)
+            stopped = isinstance(error, (*STOPPED, Interrupted))
             status = "KILLED" if stopped else "FINISHED" if finished else "FAILED"
             if not isinstance(error, UsageError):
                 run_logger().warning("the sweep has stopped; %s", hint)

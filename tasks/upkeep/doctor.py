@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import psutil
 from prefect.client.schemas.objects import StateType
@@ -30,6 +31,8 @@ from tasks.orchestration.flow_runs import killed_flow_runs, mark_crashed, read_f
 from tasks.orchestration.model_lease import forgotten_leases, free_forgotten
 from tasks.training.liveness import liveness, lock_file, orphaned, processes_of
 from tasks.training.protocol.patience import SUPERVISOR_WAIT
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 GRACE = timedelta(days=1)
 """Younger objects may still be in use: a checkpoint between its file and its commit, or a large upload."""
@@ -159,14 +162,23 @@ def _abandoned(run: Run) -> str | None:
     here = liveness(run.run_id, tag, flow_run.start_time if flow_run else None)
     if here == "alive":
         return None
-    if tag and flow_run is None and run.tags.get(FLOW_RUN_URL) in (None, "", url_for("flow-run", obj_id=tag)):
-        # Otherwise the flow run is another Prefect's: machines may share MLflow and the bucket only.
+    if tag and flow_run is None and _is_of_this_prefect(run.tags.get(FLOW_RUN_URL), tag):
         return f"its flow run {tag} is gone"
     if flow_run and flow_run.state and flow_run.state.is_final():
         return f"its flow run {flow_run.name} is {flow_run.state.name}"
     if here == "dead" and not (flow_run and flow_run.state_type == StateType.SCHEDULED):  # a worker will run it again
         return "the process of its flow was killed"
     return None
+
+
+def _is_of_this_prefect(address: str | None, flow_run: str) -> bool:
+    """Returns whether a flow run that Prefect does not know was this Prefect's.
+
+    Machines may share MLflow and the bucket only, and each has its own Prefect, at an address of its own.
+    """
+    if not address:
+        return True
+    return address == url_for("flow-run", obj_id=flow_run) and urlsplit(address).hostname not in LOOPBACK
 
 
 def close_run(run_id: str) -> bool:

@@ -12,7 +12,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.client import tracking_uri
 from infra.tracking.model_registry import aliased_versions, search_versions
 from infra.tracking.promotion_history import Lineage, champions, history, lineage_of, names_with_history
-from infra.tracking.tags import DATASET_VERSION, FLOW_RUN, MANIFEST_DIGEST
+from infra.tracking.tags import DATASET_VERSION, FLOW_RUN, MANIFEST_DIGEST, SWEEP
 from tasks.training.liveness import lock_file, orphaned, processes_of
 from tasks.training.runs.lineage import run_lineage, version_lineage
 
@@ -51,7 +51,7 @@ def references(
 
     Args:
         stored: runs that have objects in the bucket.
-        resumed: runs that a flow run is to go on with; they count as running.
+        resumed: runs, or sweeps of runs, that a flow run is to go on with; they count as running.
         forget_unknown: continue if MLflow does not know some of these runs, or versions in the histories. Champions in
             the histories stay in force.
 
@@ -71,7 +71,7 @@ def references(
         if key in aliased or key in restorable or version.record.awaits_approval
     ]
     running = {run.run_id for run in runs.values() if run.status == "RUNNING"} | _with_process(runs)
-    running.update(runs.keys() & set(resumed))
+    running |= {run.run_id for run in runs.values() if {run.run_id, run.tags.get(SWEEP)} & set(resumed)}
     lineages = [
         *restorable.values(),  # MLflow may not know them
         *(version_lineage(store, version) for version in in_force),

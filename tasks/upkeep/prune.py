@@ -160,10 +160,14 @@ def active_trainings() -> set[str]:
 
 
 def resumed_runs() -> set[str]:
-    """Returns the MLflow runs that a flow run is to go on with; it may wait for a worker, or for the model's lease."""
+    """Returns the MLflow runs of trainings and sweeps that a flow run is to go on with.
+
+    It may wait for a worker, or for the model's lease.
+    """
     with get_client(sync_client=True) as client:
         found = training_flow_runs(client, [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING])
-        return {str(run.parameters["resume"]) for run in found if run.parameters.get("resume")}
+        asked = [each for run in found for each in (run.parameters, run.parameters.get("sweep"))]
+        return {str(each["resume"]) for each in asked if isinstance(each, dict) and each.get("resume")}
 
 
 class _Marks:

@@ -152,7 +152,7 @@ def test_a_dead_flow_run_that_a_worker_will_resume_is_no_failure(
     summary, _ = deployments.follow(run.id, lambda _: None)
     expected = ("failed", 1, "its process was killed")
     if not gives_up:
-        expected = ("interrupted", 75, "its process was killed; the next free worker goes on with it")
+        expected = ("interrupted", 75, "its process was killed; a worker of its kind goes on with it")
     assert (summary.status, summary.exit_status, summary.error) == expected
 
 

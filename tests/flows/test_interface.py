@@ -121,14 +121,16 @@ from infra.machine import stopping
 signal.signal(signal.SIGTERM, lambda *_: print("ours"))
 stopping.overhear()
 with _known_errors():
-    ours = signal.signal(signal.SIGTERM, lambda *_: None)  # as while a flow runs
+    os.kill(os.getpid(), signal.SIGTERM)
+with _known_errors():
+    ours = signal.signal(signal.SIGTERM, stopping.defer)  # as while a flow runs
     os.kill(os.getpid(), signal.SIGTERM)
     signal.signal(signal.SIGTERM, ours)
-print(stopping.asked())
+    print("flow ends")
 """,
         project,
     )
-    assert (done.returncode, done.stdout) == (0, "ours\nNone\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "ours\nflow ends\nours\n"), done.stderr
 
 
 def test_a_server_that_does_not_run_is_an_error_to_catch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,20 @@ def written(file: Path, **changes: object) -> Path:
     return file
 
 
+SHARED_SCHEDULE = """
+name: convoy
+pull: []
+deployments:
+- &first
+  name: shared-first
+  entrypoint: flows.retrain.retrain_flow
+  parameters: {config: {dataset: digits}}
+  work_pool: {name: unserved-pool}
+  schedules: &nightly [{slug: nightly, cron: 0 3 * * *}]
+- {<<: *first, name: shared-second, schedules: *nightly}
+"""
+
+
 def registered() -> DeploymentResponse:
     with get_client(sync_client=True) as client:
         return client.read_deployment_by_name(f"retrain/{MODEL}")
@@ -215,6 +229,9 @@ def test_a_deployment_with_another_name_takes_the_place_of_the_one_that_convoy_m
     assert active == {"nightly": True, "noon": False}
     assert [schedule.active for schedule in read("cats").schedules] == [False, False]
     deploys(file("cats", tags=["convoy", "cats"], older_names=["before"]))
+    deploys(file("before", tags=["convoy", "cats"]))  # from an older state of the project
+    assert [schedule.active for schedule in read("before").schedules] == [False, False]
+    deploys(file("cats", tags=["convoy", "cats"], older_names=["before"]))
 
     for name in ("before", "retrain/before", "cats"):  # both names work in scripts
         done = convoy("retrain", "-d", name, "--json")
@@ -242,6 +259,24 @@ def test_a_deployment_that_breaks_off_leaves_a_schedule_on(
     with pytest.raises(ServiceError, match="the next one is wrong"):
         list(deployments.deploy(off))
     assert {schedule.slug: schedule.active for schedule in registered().schedules} == {"nightly": True, "noon": True}
+
+
+def test_deployments_that_share_a_schedule_in_their_file_keep_their_own_states(
+    stack: object, quiet_prefect: None, tmp_path: Path
+) -> None:
+    from flows.deployments import deploy
+
+    file = tmp_path / "prefect.yaml"
+    file.write_text(SHARED_SCHEDULE)
+    list(deploy(file))
+    with get_client(sync_client=True) as client:
+        first, second = (client.read_deployment_by_name(f"retrain/shared-{each}") for each in ("first", "second"))
+        client.update_deployment_schedule(first.id, first.schedules[0].id, active=False)
+    told = list(deploy(file))
+    assert ["(off)" in line for line in told] == [True, False]
+    with get_client(sync_client=True) as client:
+        found = [client.read_deployment(each.id).schedules[0].active for each in (first, second)]
+    assert found == [False, True]
 
 
 def test_the_deployments_that_come_with_convoy_are_whole() -> None:

@@ -169,7 +169,6 @@ def test_a_program_that_handles_signals_itself_goes_on_to_do_so(start: Start) ->
 
 
 IN_PARALLEL = """
-from concurrent.futures import ThreadPoolExecutor
 from infra.machine.threads import in_parallel
 ended = threading.Event()
 def item(number):
@@ -181,8 +180,8 @@ run(work)
 PROGRAM = """
 from infra.fetch.packages import run_program
 def work():
-    say("ready")
-    run_program(["sleep", "20"], what="the sleep", seconds=60, environment=os.environ)
+    program = f"echo ready > /proc/{os.getpid()}/fd/1; exec sleep 20"
+    run_program(["sh", "-c", program], what="the sleep", seconds=60, environment=os.environ)
 run(work)
 """
 

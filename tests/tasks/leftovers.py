@@ -148,7 +148,7 @@ class Leftovers:
 def flow_run_in(state: State[Any], name: str = "leftover", **parameters: Any) -> FlowRun:
     """A flow run in Prefect that is in this state."""
 
-    def nothing(resume: str | None = None) -> None:
+    def nothing(resume: str | None = None, sweep: dict[str, str] | None = None) -> None:
         pass
 
     with get_client(sync_client=True) as client:

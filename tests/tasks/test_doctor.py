@@ -15,8 +15,8 @@ from mlflow.tracking import MlflowClient
 from prefect import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import refresh_global_settings_context
+from prefect.settings import PREFECT_UI_URL, temporary_settings
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Failed, Paused, Running
-from prefect.utilities.urls import url_for
 
 from infra.errors import UsageError
 from infra.machine.files import locked
@@ -149,13 +149,16 @@ def test_a_run_whose_flow_is_gone_is_closed(made: Leftovers) -> None:
 
 
 def test_a_run_of_another_prefect_stays_open(made: Leftovers) -> None:
-    """Machines can share MLflow and the bucket only."""
+    """Machines can share MLflow and the bucket only; their own Prefects have equal addresses."""
     flow = uuid4()
     run = running(made, flow)
-    mlflow_runs.set_tags(run, {FLOW_RUN_URL: f"http://127.0.0.1:4200/runs/flow-run/{flow}"})
-    assert settle_all() == []
-    mlflow_runs.set_tags(run, {FLOW_RUN_URL: str(url_for("flow-run", obj_id=flow))})
-    assert whats(settle_all()) == [("run", run)]
+    for address in ("https://other.example", "http://127.0.0.1:4200"):
+        mlflow_runs.set_tags(run, {FLOW_RUN_URL: f"{address}/runs/flow-run/{flow}"})
+        with temporary_settings({PREFECT_UI_URL: "http://127.0.0.1:4200"}):
+            assert settle_all() == []
+    mlflow_runs.set_tags(run, {FLOW_RUN_URL: f"https://prefect.example/runs/flow-run/{flow}"})
+    with temporary_settings({PREFECT_UI_URL: "https://prefect.example"}):
+        assert whats(settle_all()) == [("run", run)]
 
 
 @pytest.mark.parametrize("state", OPEN)

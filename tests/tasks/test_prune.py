@@ -27,8 +27,10 @@ from infra.settings import Settings
 from infra.sources.raw_data import RawSource
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
+from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, delete_alias, set_alias
 from infra.tracking.promotion_history import Lineage, newest, promote
+from infra.tracking.tags import SWEEP
 from tasks.config.retention import RetentionConfig, load_retention
 from tasks.data.prune_mark import marked, wait_for_prune
 from tasks.training.liveness import hold_run_lock
@@ -74,14 +76,19 @@ def test_checkpoints_go_when_nobody_needs_them_any_more(made: Leftovers) -> None
 
 def test_checkpoints_stay_while_a_flow_run_waits_to_go_on_from_them(made: Leftovers) -> None:
     """It waits for a worker, or for the lease of its model; MLflow still says that the run was killed."""
-    old = made.run("KILLED", days=15)
-    waiting = flow_run_in(Scheduled(), "train", resume=old)
+    old, tried, sweep = made.run("KILLED", days=15), made.run("KILLED", days=15), uuid4().hex
+    mlflow_runs.set_tags(tried, {SWEEP: sweep})
+    waiting = [
+        flow_run_in(Scheduled(), "train", resume=old),
+        flow_run_in(Scheduled(), "train", sweep={"resume": sweep}),
+    ]
     prune()
-    assert checkpoints(made, old)
+    assert checkpoints(made, old) and checkpoints(made, tried)
     with get_client(sync_client=True) as client:
-        client.set_flow_run_state(waiting.id, Cancelled(), force=True)
+        for each in waiting:
+            client.set_flow_run_state(each.id, Cancelled(), force=True)
     prune()
-    assert not checkpoints(made, old)
+    assert not checkpoints(made, old) and not checkpoints(made, tried)
 
 
 def test_outputs_of_a_training_go_unless_a_version_came_of_it(made: Leftovers) -> None:

@@ -14,7 +14,6 @@ from cnn.data.manifest import Manifest
 from cnn.training.order import mixing, shuffle_window
 from cnn.training.trainer import check_fits
 from infra.errors import ServiceError, UsageError
-from infra.machine.stopping import Stopped
 from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.object_store import open_bucket
@@ -23,7 +22,7 @@ from infra.tracking.promotion_history import this_user
 from infra.tracking.provenance import Provenance, provenance
 from tasks.config.run import RunConfig, with_network_options
 from tasks.data.dataset import DatasetRef, load_manifest
-from tasks.orchestration.cancellation import Cancelled, Superseded
+from tasks.orchestration.cancellation import STOPPED, Cancelled, Superseded
 from tasks.orchestration.flow_runs import flow_run_id, is_deployed, label_flow_run
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.retries import outlast
@@ -125,7 +124,7 @@ def tracked_run(
                 checkpoint_prefix=prefix,
             )
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | Stopped | Cancelled | Interrupted)
+            stopped = isinstance(error, (*STOPPED, Interrupted))
             if stopped and not isinstance(error, Interrupted) and not sweep:  # others' messages say it
                 by_itself = is_deployed() and not isinstance(error, Cancelled)
                 by_hand = "nothing goes on with it" if trial else f"`convoy resume {run_id}` goes on, nothing else does"
