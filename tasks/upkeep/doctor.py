@@ -174,7 +174,8 @@ def _abandoned(run: Run) -> str | None:
 def _is_of_this_prefect(address: str | None, flow_run: str) -> bool:
     """Returns whether a flow run that Prefect does not know was this Prefect's.
 
-    Machines may share MLflow and the bucket only, and each has its own Prefect, at an address of its own.
+    Machines may share MLflow and the bucket only. Their own Prefects all have an address of the loopback interface,
+    which does not tell them apart.
     """
     if not address:
         return True

@@ -71,7 +71,7 @@ def references(
         if key in aliased or key in restorable or version.record.awaits_approval
     ]
     running = {run.run_id for run in runs.values() if run.status == "RUNNING"} | _with_process(runs)
-    running |= {run.run_id for run in runs.values() if {run.run_id, run.tags.get(SWEEP)} & set(resumed)}
+    running |= {run.run_id for run in runs.values() if run.run_id in resumed or run.tags.get(SWEEP) in resumed}
     lineages = [
         *restorable.values(),  # MLflow may not know them
         *(version_lineage(store, version) for version in in_force),
