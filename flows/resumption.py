@@ -44,6 +44,7 @@ from tasks.orchestration.flow_runs import (
     DEAD,
     DEAD_FOR_AT_MOST,
     is_alive_here,
+    killed_flow_runs,
     mark_crashed,
     may_go_on,
     settle_killed_flow_runs,
@@ -154,8 +155,9 @@ class Sweep:
             self._tell(f"flow run {killed.name} is Crashed: its process was killed")
             if limit := killed.labels.get(HELD_LEASE):
                 free_forgotten(str(limit), after=timedelta(0))  # no need to wait until the lease expires
+        for killed in killed_flow_runs():  # also those that Prefect has killed itself: it only calls them cancelled
             if run_id := _mlflow_run(killed):
-                close_run(run_id)
+                close_run(run_id, of=str(killed.id))
 
     def _end_silent(self, client: SyncPrefectClient) -> None:
         """Marks flow runs of other machines as crashed if they have shown no sign of life for long.
@@ -179,7 +181,7 @@ class Sweep:
                 mark_crashed(str(run.id), why)
                 self._tell(f"flow run {run.name} is Crashed: {why}")
                 if run_id := _mlflow_run(run):
-                    close_run(run_id)
+                    close_run(run_id, of=str(run.id))
         self._signs = signs
 
     def _look_at(self, client: SyncPrefectClient, run: FlowRun) -> None:

@@ -132,9 +132,15 @@ class Run(Record):
     metrics: dict[str, float]
 
 
-def search_runs(tag: str, value: str | None = None, *, limit: int | None = None) -> list[Run]:
-    """Returns the runs of all experiments that have a tag (with this value, if given), newest first."""
+def search_runs(tag: str, value: str | None = None, *, running: bool = False, limit: int | None = None) -> list[Run]:
+    """Returns the runs of all experiments that have a tag (with this value, if given), newest first.
+
+    Args:
+        running: only those with the status RUNNING.
+    """
     condition = f"tags.`{tag}` != ''" if value is None else filter_of(**{f"tags.{tag}": value})
+    if running:
+        condition += f" and {filter_of(status='RUNNING')}"
     with mlflow_client("list the runs") as client:
         experiments = all_pages(client.search_experiments, max_results=EXPERIMENTS_PER_CALL)
         found = all_pages(

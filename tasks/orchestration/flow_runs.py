@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 from uuid import UUID
@@ -24,7 +24,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType, Worker, WorkerStatus
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType, Worker, WorkerStatus
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectException
@@ -40,6 +40,7 @@ TRAINING_FLOWS, TRIAL_FLOWS = ("train", "retrain", "sweep"), ("trial", "judge")
 PAGE = 200  # results per request to Prefect
 BEAT_SECONDS = 30.0  # between two signs of life
 DEAD = (StateType.CRASHED, StateType.FAILED)  # of flow runs with these states, `may_go_on` says which may go on
+KNOWN_FOR = timedelta(hours=1)  # after its end, a flow run whose process was killed
 DEAD_FOR_AT_MOST = timedelta(days=7)  # of dead flow runs that are looked at
 
 _labelling = threading.Lock()
@@ -141,23 +142,28 @@ def online_workers(client: SyncPrefectClient, pool: str) -> list[Worker]:
 
 
 def killed_flow_runs() -> Iterator[FlowRun]:
-    """Yields the flow runs whose process on this machine was killed, and which are unfinished in Prefect.
+    """Yields the flow runs whose process on this machine was killed, also those that have ended since in Prefect.
 
-    Scheduled flow runs are excluded: a worker will run them again.
+    Those that ended more than `KNOWN_FOR` ago are forgotten. Scheduled flow runs are excluded: a worker will run them
+    again.
     """
     for lock in sorted(_folder().glob("*")):
         if note_of_dead_holder(lock) is None:
             continue
         found = read_flow_run(lock.name)
-        if found is None or found.state is None or found.state.is_final():
+        if found is None or found.state is None or _ended_long_ago(found.state):
             lock.unlink(missing_ok=True)
-        elif found.state_type != StateType.SCHEDULED:
-            yield found
+        elif found.state_type != StateType.SCHEDULED and note_of_dead_holder(lock) is not None:
+            yield found  # checked again: at first a flow may have made the file and not locked it yet
+
+
+def _ended_long_ago(state: State) -> bool:
+    return state.is_final() and state.timestamp < datetime.now(UTC) - KNOWN_FOR
 
 
 def settle_killed_flow_runs() -> list[FlowRun]:
-    """Marks the flow runs whose process on this machine was killed as crashed; returns them as they were before."""
-    killed = list(killed_flow_runs())
+    """Marks unfinished flow runs whose process on this machine was killed as crashed; returns them as they were."""
+    killed = [each for each in killed_flow_runs() if each.state_type not in TERMINAL_STATES]
     for each in killed:
         mark_crashed(str(each.id))
     return killed

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import psutil
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 from prefect.utilities.urls import url_for
 
 from infra.errors import counted
@@ -144,9 +144,9 @@ def _end_process(what: str) -> bool:
 
 
 def _runs() -> Iterator[tuple[str, str]]:
-    found = {run.run_id: run for tag in (MANIFEST_DIGEST, SWEEP) for run in mlflow_runs.search_runs(tag)}
+    found = {run.run_id: run for tag in (MANIFEST_DIGEST, SWEEP) for run in mlflow_runs.search_runs(tag, running=True)}
     for run in found.values():
-        if run.status == "RUNNING" and _is_of_a_flow(run.run_id, run.tags) and (why := _abandoned(run)):
+        if _is_of_a_flow(run.run_id, run.tags) and (why := _abandoned(run)):
             yield run.run_id, f"MLflow says that it is running, but {why}"
 
 
@@ -182,14 +182,20 @@ def _is_of_this_prefect(address: str | None, flow_run: str) -> bool:
     return address == url_for("flow-run", obj_id=flow_run) and urlsplit(address).hostname not in LOOPBACK
 
 
-def close_run(run_id: str) -> bool:
-    """Closes the MLflow run of a flow whose process was killed, and its flow run; returns whether it was still open."""
+def close_run(run_id: str, of: str | None = None) -> bool:
+    """Closes the MLflow run of a flow whose process was killed, and its flow run; returns whether it was still open.
+
+    Args:
+        of: id of the flow run whose process was killed; the MLflow run stays open if another one works on it now.
+    """
     lock = lock_file(run_id)
     flow_run_id = ""
     try:
         with try_locked(lock) as held:  # a resume at the same moment waits, or was faster
             tags = mlflow_runs.run_tags(run_id)
             if not held or not _is_of_a_flow(run_id, tags) or mlflow_runs.run_status(run_id) != "RUNNING":
+                return False
+            if of not in (None, tags.get(FLOW_RUN)):
                 return False
             flow_run_id = tags.get(FLOW_RUN, "")
             mark_crashed(flow_run_id)
@@ -202,8 +208,9 @@ def close_run(run_id: str) -> bool:
 
 def _flow_runs() -> Iterator[tuple[str, str]]:
     for killed in killed_flow_runs():
-        state = killed.state_name
-        yield str(killed.id), f"Prefect says that flow run {killed.name} is {state}, but its process was killed"
+        if killed.state_type not in TERMINAL_STATES:
+            why = f"Prefect says that flow run {killed.name} is {killed.state_name}, but its process was killed"
+            yield str(killed.id), why
 
 
 def _end_flow_run(what: str) -> bool:

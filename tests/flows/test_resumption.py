@@ -31,6 +31,7 @@ from infra.tracking.tags import (
     ALIVE,
     COMMIT,
     FLOW_RUN,
+    MANIFEST_DIGEST,
     MLFLOW_RUN,
     RESUMABLE,
     RESUMED_BY,
@@ -305,6 +306,32 @@ def test_a_flow_run_that_judged_an_earlier_version_again_is_repeated_as_it_was_a
     Sweep(POOL, "platform-test", print)()
     (again,) = [run for run in resumptions() if run.labels.get(RESUMES) == died]
     assert again.parameters == run_of(died).parameters
+
+
+def test_the_mlflow_run_of_a_flow_run_that_prefect_has_killed_is_closed_unless_another_one_works_on_it(
+    new_run: Callable[..., str],
+) -> None:
+    """Prefect kills a flow run that does not end in time after it was cancelled, and tells MLflow nothing."""
+    flows = [new_run(Cancelled()), new_run(Cancelled())]
+    workers = flows[0], str(uuid4())  # which the MLflow runs name
+    runs = [
+        mlflow_runs.start_run("resumption", "cancelled", {}, {FLOW_RUN: each, MANIFEST_DIGEST: "d" * 64})
+        for each in workers
+    ]
+    locks = [Settings().home / "flows" / each for each in flows]
+    with get_client(sync_client=True) as client:
+        for flow, run, lock in zip(flows, runs, locks, strict=True):
+            client.update_flow_run_labels(UUID(flow), {MLFLOW_RUN: run})
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()  # as a killed process leaves it
+    sweep = Sweep(POOL, "platform-test", print)
+    for _ in range(2):
+        sweep()
+        assert [mlflow_runs.run_status(each) for each in runs] == ["KILLED", "RUNNING"]
+    assert [run_of(each).state_name for each in flows] == ["Cancelled"] * 2
+    mlflow_runs.end_run(runs[1], "KILLED")
+    for lock in locks:
+        lock.unlink()
 
 
 def test_work_is_shown_as_a_page_and_by_the_command(new_run: Callable[..., str], convoy: Convoy) -> None:

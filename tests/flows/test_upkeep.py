@@ -12,7 +12,6 @@ from flows.cli import upkeep
 from infra.errors import UsageError
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
-from infra.tracking import mlflow_runs
 from tasks.training.liveness import lock_file
 from tests.tasks.leftovers import Leftovers, flow_run_in
 
@@ -26,10 +25,7 @@ def made(
     monkeypatch.setenv("CONVOY_BUCKET", "test")
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
     leftovers = Leftovers(store, monkeypatch)
-    search_runs = mlflow_runs.search_runs
-    monkeypatch.setattr(
-        mlflow_runs, "search_runs", lambda tag: [run for run in search_runs(tag) if run.run_id in leftovers.runs]
-    )
+    leftovers.hide_others(monkeypatch)
     with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}):  # else logs are on their way when Prefect ends
         yield leftovers
     leftovers.end()

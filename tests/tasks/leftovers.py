@@ -18,6 +18,7 @@ from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
 from infra.storage.object_store import ObjectInfo, ObjectStore
 from infra.tracking import mlflow_runs
+from infra.tracking.mlflow_runs import Run
 from infra.tracking.model_registry import ModelVersion, create_version
 from infra.tracking.tags import DATASET_VERSION, FLOW_RUN, MANIFEST_DIGEST
 from tasks.training.checkpoints import STATE
@@ -50,6 +51,15 @@ class Leftovers:
 
         monkeypatch.setattr(ObjectStore, "list", listing)
         monkeypatch.setattr(ObjectStore, "delete", delete)
+
+    def hide_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Hide runs of other tests from searches."""
+        search_runs = mlflow_runs.search_runs
+
+        def ours(tag: str, *, running: bool = False) -> list[Run]:
+            return [run for run in search_runs(tag, running=running) if run.run_id in self.runs]
+
+        monkeypatch.setattr(mlflow_runs, "search_runs", ours)
 
     def end(self) -> None:
         """Close the runs that are open, for other tests."""

@@ -25,7 +25,6 @@ from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
-from infra.tracking.mlflow_runs import Run
 from infra.tracking.model_registry import aliased, set_alias
 from infra.tracking.promotion_history import promote
 from infra.tracking.tags import FLOW_RUN, FLOW_RUN_URL, SWEEP
@@ -54,12 +53,7 @@ def made(stack: object, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
     refresh_global_settings_context()
     leftovers = Leftovers(store, monkeypatch)
-    search_runs = mlflow_runs.search_runs
-
-    def ours(tag: str) -> list[Run]:
-        return [run for run in search_runs(tag) if run.run_id in leftovers.runs]
-
-    monkeypatch.setattr(mlflow_runs, "search_runs", ours)
+    leftovers.hide_others(monkeypatch)
     yield leftovers
     leftovers.end()
 

@@ -93,8 +93,8 @@ def tracked_run(
                 check_resumable(run_id, trial=trial)  # again: until now another process may have trained it
             finished = mlflow_runs.run_status(run_id) == "FINISHED"
             if not finished:
+                mlflow_runs.set_tags(run_id, flow_tags())  # first, so that no worker closes it for its earlier flow run
                 mlflow_runs.reopen_run(run_id)
-                mlflow_runs.set_tags(run_id, flow_tags())
         else:
             run_id = mlflow_runs.start_run(
                 experiment=f"{dataset.name} trials" if trial else dataset.name,
