@@ -134,13 +134,13 @@ def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
 def _deploy(project: dict[str, Any], entries: list[dict[str, Any]], switch: bool | None) -> Iterator[str]:
     """Registers deployments, described in Prefect's format; yields one line per deployment.
 
-    A schedule that Prefect has already, also under an older name of its deployment, stays on or off. A new one is on,
-    unless the file says `active: false`.
+    A schedule or trigger that Prefect has already, also under an older name of its deployment, stays on or off. A new
+    one is on, unless the file says `active: false` (`enabled: false` of a trigger).
 
     Args:
         project: what a file in Prefect's format says beside its deployments.
         entries: the deployments; they get the state of their schedules.
-        switch: switches all of their schedules on or off.
+        switch: switches all of their schedules on or off, but no triggers.
 
     Raises:
         ServiceError: Prefect refuses.
@@ -151,15 +151,28 @@ def _deploy(project: dict[str, Any], entries: list[dict[str, Any]], switch: bool
         [f"{flow_of(entry['entrypoint']).name}/{name}" for name in (entry["name"], *entry.get("older_names", ()))]
         for entry in entries
     ]
-    before, retired = _schedules(chain(*names))
+    before, retired = _states(chain(*names))
     for known, entry in zip(names, entries, strict=True):
-        states = dict[str | None, bool]()
+        states = dict[tuple[str, str | None], bool]()
         for name in reversed(sorted(known, key=retired.__contains__)):  # the last one decides: by its present name
             states |= before.get(name, {})
         if "schedules" in entry:
             entry["schedules"] = [
-                each | {"active": states.get(each["slug"], each.get("active", True)) if switch is None else switch}
+                each
+                | {
+                    "active": states.get(("schedule", each["slug"]), each.get("active", True))
+                    if switch is None
+                    else switch
+                }
                 for each in entry["schedules"]
+            ]
+        if "triggers" in entry:
+            named = [
+                {"name": f"{entry['name']}__automation_{number}", **each}  # Prefect's name for a trigger without one
+                for number, each in enumerate(entry["triggers"], start=1)
+            ]
+            entry["triggers"] = [
+                each | {"enabled": states.get(("trigger", each["name"]), each.get("enabled", True))} for each in named
             ]
     with NamedTemporaryFile("w", prefix="convoy-", suffix=".yaml") as file:
         yaml.safe_dump({**project, "deployments": entries}, file)
@@ -187,17 +200,19 @@ def _deploy(project: dict[str, Any], entries: list[dict[str, Any]], switch: bool
                     yield f"{old_name}  is now {name}; its schedules and triggers are off"
 
 
-def _schedules(names: Iterable[str]) -> tuple[dict[str, dict[str | None, bool]], set[str]]:
-    """Returns whether each schedule is on, by the names of its deployment and its own slug.
+def _states(names: Iterable[str]) -> tuple[dict[str, dict[tuple[str, str | None], bool]], set[str]]:
+    """Returns whether each schedule and each trigger is on, by its deployment's name, and its own slug or name.
 
     Also returns which of the deployments have another name now; `_retire` has switched their schedules off.
     """
-    found, retired = dict[str, dict[str | None, bool]](), set[str]()
+    found, retired = dict[str, dict[tuple[str, str | None], bool]](), set[str]()
     with get_client(sync_client=True) as client:
         for name in names:
             with suppress(ObjectNotFound):
                 deployment = client.read_deployment_by_name(name)
-                found[name] = {schedule.slug: schedule.active for schedule in deployment.schedules}
+                triggers = client.read_resource_related_automations(f"prefect.deployment.{deployment.id}")
+                found[name] = {("schedule", schedule.slug): schedule.active for schedule in deployment.schedules}
+                found[name] |= {("trigger", trigger.name): trigger.enabled for trigger in triggers}
                 if any(tag.startswith(RENAMED) for tag in deployment.tags):
                     retired.add(name)
     return found, retired

@@ -61,7 +61,7 @@ def written(file: Path, **changes: object) -> Path:
     return file
 
 
-SHARED_SCHEDULE = """
+SHARED = """
 name: convoy
 pull: []
 deployments:
@@ -71,6 +71,7 @@ deployments:
   parameters: {config: {dataset: digits}}
   work_pool: {name: unserved-pool}
   schedules: &nightly [{slug: nightly, cron: 0 3 * * *}]
+  triggers: [{type: event, name: Shared, expect: [a]}, {type: event, expect: [b]}, {type: event, expect: [c]}]
 - {<<: *first, name: shared-second, schedules: *nightly}
 """
 
@@ -261,22 +262,37 @@ def test_a_deployment_that_breaks_off_leaves_a_schedule_on(
     assert {schedule.slug: schedule.active for schedule in registered().schedules} == {"nightly": True, "noon": True}
 
 
-def test_deployments_that_share_a_schedule_in_their_file_keep_their_own_states(
+def test_deployments_that_share_schedules_and_triggers_in_their_file_keep_their_own_states(
     stack: object, quiet_prefect: None, tmp_path: Path
 ) -> None:
     from flows.deployments import deploy
 
+    def triggers(deployment: UUID) -> dict[str, bool]:
+        with get_client(sync_client=True) as client:
+            found = client.read_resource_related_automations(f"prefect.deployment.{deployment}")
+        assert len(found) == 3
+        return {each.name: each.enabled for each in found}
+
     file = tmp_path / "prefect.yaml"
-    file.write_text(SHARED_SCHEDULE)
+    file.write_text(SHARED)
     list(deploy(file))
     with get_client(sync_client=True) as client:
         first, second = (client.read_deployment_by_name(f"retrain/shared-{each}") for each in ("first", "second"))
         client.update_deployment_schedule(first.id, first.schedules[0].id, active=False)
+        for each in client.read_resource_related_automations(f"prefect.deployment.{first.id}"):
+            if each.name in ("Shared", "shared-first__automation_2"):
+                client.pause_automation(each.id)
     told = list(deploy(file))
     assert ["(off)" in line for line in told] == [True, False]
     with get_client(sync_client=True) as client:
         found = [client.read_deployment(each.id).schedules[0].active for each in (first, second)]
     assert found == [False, True]
+    assert triggers(first.id) == {
+        "Shared": False,
+        "shared-first__automation_2": False,
+        "shared-first__automation_3": True,
+    }
+    assert set(triggers(second.id).values()) == {True}
 
 
 def test_the_deployments_that_come_with_convoy_are_whole() -> None:
