@@ -12,7 +12,8 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 
-from flows.deployments import cancel_flow_run, find_deployment, follow, job_variables, start
+from flows.deployed_runs import cancel_flow_run, find_deployment, follow, start
+from flows.deployments import job_variables
 from flows.run_names import model_name
 from flows.summary import Summary
 from infra.errors import UsageError

@@ -219,7 +219,7 @@ def retrain(
     config = _given_config(deployment, config_file, settings, repository, report)
     servers_up(only=["prefect"])
     with loading():
-        from flows.deployments import follow, start_retraining
+        from flows.deployed_runs import follow, start_retraining
         from tasks.config.deployment import CodeConfig
 
     code = CodeConfig(repository=repository, ref=commit) if commit else None
@@ -309,7 +309,7 @@ def cancel(
     """Cancel a training: its ranks store a checkpoint and end within seconds; `convoy resume` goes on with it."""
     servers_up()
     with loading():
-        from flows.deployments import cancel as request_cancel
+        from flows.deployed_runs import cancel as request_cancel
 
     print_line(request_cancel(run))
 
@@ -320,7 +320,7 @@ def notify_data(
     """Announce new data: deployments with a trigger for the dataset start."""
     servers_up(only=["prefect"])
     with loading():
-        from flows.deployments import announce_data
+        from flows.deployed_runs import announce_data
 
     started = announce_data(dataset)
     print_line(f"announced that {dataset} has changed")

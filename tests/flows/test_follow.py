@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Completed, Crashed, Running, Scheduled
 
-from flows import deployments
+from flows import deployed_runs, deployments
 from infra.errors import ServiceError
 from infra.tracking import mlflow_runs
 from infra.tracking.tags import MLFLOW_RUN, RESUMED_BY
@@ -65,7 +65,7 @@ def relay(stack: object, quiet_prefect: None, monkeypatch: pytest.MonkeyPatch) -
     class Ours(Relay):
         api = PREFECT_API_URL.value().removesuffix("/api")
 
-    monkeypatch.setattr(deployments, "MAX_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(deployed_runs, "MAX_POLL_SECONDS", 0.05)
     with ThreadingHTTPServer(("127.0.0.1", 0), Ours) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/api"
@@ -106,7 +106,7 @@ def test_an_outage_of_prefect_does_not_end_the_waiting_and_a_crash_names_the_mlf
         else:
             set_state(run, Crashed(message="its process was killed"))
 
-    summary, _ = deployments.follow(run.id, tell)
+    summary, _ = deployed_runs.follow(run.id, tell)
     assert told == [
         "Running",
         "Prefect does not answer, which does not end the flow run: waiting for it",
@@ -120,7 +120,7 @@ def test_an_outage_after_the_last_state_does_not_lose_the_result(relay: type[Rel
     run = flow_run_in(Completed(), name="retrain")
     relay.lost.add("/artifacts/filter")
     told: list[str] = []
-    summary, _ = deployments.follow(run.id, told.append)
+    summary, _ = deployed_runs.follow(run.id, told.append)
     assert told == ["Completed", "Prefect does not answer, which does not end the flow run: waiting for it"]
     assert summary.prefect_flow_run_id == str(run.id)
 
@@ -129,7 +129,7 @@ def test_a_request_whose_answer_was_lost_starts_one_flow_run(relay: type[Relay],
     deploy("asked", tmp_path / "prefect.yaml")
     relay.lost.add("/create_flow_run")
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}):
-        started = deployments.start_retraining("asked", ["dataset=digits"], force=True)
+        started = deployed_runs.start_retraining("asked", ["dataset=digits"], force=True)
     with get_client(sync_client=True) as client:
         found = client.read_deployment_by_name("retrain/asked")
         runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[found.id])))
@@ -141,7 +141,7 @@ def test_a_request_whose_answer_was_lost_starts_one_flow_run(relay: type[Relay],
 def test_a_dead_flow_run_that_a_worker_will_resume_is_no_failure(
     relay: type[Relay], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gives_up: bool
 ) -> None:
-    monkeypatch.setattr(deployments, "SUCCESSOR_SECONDS", 0.2)  # as if its machine took longer to start again
+    monkeypatch.setattr(deployed_runs, "SUCCESSOR_SECONDS", 0.2)  # as if its machine took longer to start again
     deploy("dead", tmp_path / "prefect.yaml")
     with get_client(sync_client=True) as client:
         run = client.create_flow_run_from_deployment(
@@ -149,7 +149,7 @@ def test_a_dead_flow_run_that_a_worker_will_resume_is_no_failure(
         )
         if gives_up:
             client.update_flow_run_labels(run.id, {RESUMED_BY: "none: it has ended 4 times in a row at step 0"})
-    summary, _ = deployments.follow(run.id, lambda _: None)
+    summary, _ = deployed_runs.follow(run.id, lambda _: None)
     expected = ("failed", 1, "its process was killed")
     if not gives_up:
         expected = ("interrupted", 75, "its process was killed; a worker of its kind goes on with it")
@@ -157,14 +157,14 @@ def test_a_dead_flow_run_that_a_worker_will_resume_is_no_failure(
 
 
 def test_an_outage_without_end_is_one_line(relay: type[Relay], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployments, "MAX_OUTAGE_SECONDS", 0.2)
+    monkeypatch.setattr(deployed_runs, "MAX_OUTAGE_SECONDS", 0.2)
     run = flow_run_in(Running(), name="retrain")
 
     def tell(_: str) -> None:
         relay.away = True
 
     with pytest.raises(ServiceError, match=r"Prefect does not answer .*the flow run may go on without it"):
-        deployments.follow(run.id, tell)
+        deployed_runs.follow(run.id, tell)
 
 
 def test_a_cancel_that_prefect_refuses_is_not_taken_for_one(
@@ -193,4 +193,4 @@ def test_a_cancel_that_prefect_refuses_is_not_taken_for_one(
     monkeypatch.setattr(relay, "do_POST", answer, raising=False)
     monkeypatch.setattr(mlflow_runs, "run_tags", lambda _: {})
     with pytest.raises(ServiceError, match="it has just ended"):
-        deployments.cancel(str(run.id))
+        deployed_runs.cancel(str(run.id))

@@ -168,7 +168,8 @@ def test_the_example_switches_no_schedule_on_and_says_how(convoy: Convoy, stack:
 
 @pytest.mark.slow
 def test_a_request_without_a_worker_says_how_to_start_one(stack: object, quiet_prefect: None, tmp_path: Path) -> None:
-    from flows.deployments import cancel, deploy, follow, start_retraining
+    from flows.deployed_runs import cancel, follow, start_retraining
+    from flows.deployments import deploy
 
     list(deploy(written(tmp_path / "prefect.yaml", name="nobodys", work_pool={"name": "idle-pool"}, schedules=[])))
     started = start_retraining("nobodys", [], force=True)

@@ -17,7 +17,8 @@ from prefect.client.schemas.objects import StateType
 from prefect.states import Crashed
 
 from flows import trial_request
-from flows.deployments import _project_entries, cancel_flow_run, find_deployment, start
+from flows.deployed_runs import cancel_flow_run, find_deployment, start
+from flows.deployments import _project_entries
 from flows.pipeline import judge_trial
 from flows.summary import Summary
 from infra.errors import Outage, UsageError
