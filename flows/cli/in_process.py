@@ -16,11 +16,11 @@ def check_before_servers(config: RunConfig) -> None:
     Raises:
         InputError, UsageError: the configuration cannot be used; see `check_early`.
     """
-    from infra.sources.entries import check_dataset, is_catalogued
+    from infra.sources.entries import catalogued, check_dataset
 
     name = config.dataset
     check_dataset(name)
-    if os.path.isdir(name) and is_catalogued(name):
+    if os.path.isdir(name) and catalogued(name):
         print_line(f"{name} is the data set of that name; for the folder here, write ./{name}", error=True)
     with loading():
         from tasks.training.early_check import check_early

@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -230,23 +229,18 @@ def catalogued(dataset: str) -> CatalogueEntry | None:
     return next((entry for entry in CATALOGUE if entry.name == dataset), None)
 
 
-def is_catalogued(dataset: str) -> bool:
-    """Returns whether this is the name of a data set of the catalogue."""
-    return catalogued(dataset) is not None
-
-
 def check_dataset(dataset: str) -> None:
     """Raises UsageError if `dataset` is no catalogue name, address or existing path; contacts no server."""
     path = os.path.expanduser(dataset.removeprefix("file:"))
-    if not is_catalogued(dataset) and "://" not in dataset and not os.path.exists(path):
-        raise no_such_dataset(dataset, CATALOGUE)
+    if not catalogued(dataset) and "://" not in dataset and not os.path.exists(path):
+        raise no_such_dataset(dataset)
 
 
-def no_such_dataset(dataset: str, catalogue: Sequence[CatalogueEntry]) -> UsageError:
+def no_such_dataset(dataset: str) -> UsageError:
     """Returns the error for a name that names nothing; it suggests the name that was probably meant."""
     if len(Path(dataset).parts) > 1 or dataset.startswith((".", "~", "/")) or is_archive(dataset):
         return UsageError(f"{dataset}: there is no such folder or archive")
-    names = [entry.name for entry in catalogue]
+    names = [entry.name for entry in CATALOGUE]
     near = difflib.get_close_matches(dataset.lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)};"
     return UsageError(f"unknown data set {dataset!r}: {hint} or {WHAT_TO_GIVE}")

@@ -1,7 +1,6 @@
 """Finds the source that a user's `dataset` names."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -10,7 +9,7 @@ from infra.fetch.meter import Meter
 from infra.fetch.web import display, file_name
 from infra.sources.archive import ArchiveSource
 from infra.sources.catalogue import CatalogueSource
-from infra.sources.entries import ARCHIVE_SUFFIXES, CATALOGUE, WHAT_TO_GIVE, CatalogueEntry, is_archive, no_such_dataset
+from infra.sources.entries import ARCHIVE_SUFFIXES, WHAT_TO_GIVE, catalogued, is_archive, no_such_dataset
 from infra.sources.folder import FolderSource, bucket_folder, local_folder
 from infra.sources.label_table import TABLE_SUFFIXES, TableOptions, is_table
 from infra.sources.labelled import labelled_images
@@ -23,7 +22,6 @@ def find_source(
     mirrors: Mirrors,
     *,
     own_mirror: str | None = None,
-    catalogue: Sequence[CatalogueEntry] = CATALOGUE,
     on_files: OnFiles = lambda count: None,
     options: TableOptions | None = None,
 ) -> CatalogueSource | ArchiveSource | FolderSource:
@@ -39,7 +37,7 @@ def find_source(
         UsageError: `dataset` names nothing; the message says what to give.
         ServiceError: the address's server failed.
     """
-    if entry := next((entry for entry in catalogue if entry.name == dataset), None):
+    if entry := catalogued(dataset):
         return CatalogueSource(entry, own_mirror)
     scheme, found, _ = dataset.partition("://")
     if found and scheme in {"http", "https"}:
@@ -57,7 +55,7 @@ def find_source(
     if path.is_file():
         _require_archive(path.name, str(path))
         return ArchiveSource(f"file:{path.absolute()}", path.name, path.stat().st_size)
-    raise no_such_dataset(dataset, catalogue)
+    raise no_such_dataset(dataset)
 
 
 def _local_path(dataset: str) -> Path:

@@ -4,16 +4,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from infra.errors import ServiceError
 from infra.machine.threads import in_parallel
 from infra.records import Record
 from infra.sources.entries import Format, Sha256
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore
-from infra.storage.s3_client import ObjectMissing
 
 LIST_FROM = 200  # files; from here on one listing of the bucket is faster than a request per file
 
@@ -156,13 +154,8 @@ class RawBucket:
 
 def read_record(store: ObjectStore, source_key: str) -> RawSource | None:
     """Returns the record of an earlier download, or None; its files may have been damaged or deleted since."""
-    key = bucket_layout.source_record(source_key)
-    try:
-        return RawSource.model_validate_json(store.get_bytes(key))
-    except ObjectMissing:
-        return None
-    except ValidationError as error:
-        raise ServiceError(f"{store.uri(key)} is damaged; fetch the data again with --refresh download") from error
+    remedy = "fetch the data again with --refresh download"
+    return store.read_record(bucket_layout.source_record(source_key), RawSource, remedy)
 
 
 def write_record(store: ObjectStore, source_key: str, source: RawSource) -> None:

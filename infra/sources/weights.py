@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from infra.errors import ServiceError
 from infra.fetch.hub import revision_and_digest
@@ -20,7 +20,6 @@ from infra.sources.entries import Sha256
 from infra.sources.mirrors import SLACK_BYTES, first_served, own_addresses
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
-from infra.storage.s3_client import ObjectMissing
 
 STATED = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
 """The first digits of a file's SHA-256, at the end of its name: the convention of `torch.hub`."""
@@ -82,13 +81,8 @@ OTHER_FILES: Mapping[str, tuple[WeightsFile, ...]] = MappingProxyType(
 
 def read_first_use(store: ObjectStore, name: str) -> FirstUse | None:
     """Returns the record of the weights that this bucket uses under a name; None before their first use."""
-    key = bucket_layout.published_weights(name)
-    try:
-        return FirstUse.model_validate_json(store.get_bytes(key))
-    except ObjectMissing:
-        return None
-    except ValidationError as error:
-        raise ServiceError(f"{store.uri(key)} is damaged; delete it, and the weights are fetched again") from error
+    remedy = "delete it, and the weights are fetched again"
+    return store.read_record(bucket_layout.published_weights(name), FirstUse, remedy)
 
 
 def record_first_use(store: ObjectStore, name: str, use: FirstUse) -> None:

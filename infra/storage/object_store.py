@@ -12,18 +12,21 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import S3Transfer, TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
+from pydantic import BaseModel, ValidationError
 
 from infra.errors import ServiceError, UsageError
 from infra.machine.files import OnBytes, atomic_file, file_digest
 from infra.records import Record
 from infra.settings import Settings
 from infra.storage.s3_client import CONCURRENCY, TRIES, ObjectMissing, error_code, open_client, translated
+
+R = TypeVar("R", bound=BaseModel)
 
 PART_BYTES = 64 << 20  # larger files are uploaded and downloaded in parts of this size, several at a time
 UNSAFE = ", so commits are not safe; use a store with conditional writes, see `convoy doctor`"
@@ -216,6 +219,24 @@ class ObjectStore:
                     if not remaining:
                         raise
         raise AssertionError("unreachable")
+
+    def read_record(self, key: str, kind: type[R], remedy: str = "") -> R | None:
+        """Reads a record that is stored as JSON; returns None if there is none.
+
+        Args:
+            remedy: what helps if the record is damaged; without it, a damaged one counts as missing.
+
+        Raises:
+            ServiceError: the record is damaged.
+        """
+        try:
+            return kind.model_validate_json(self.get_bytes(key))
+        except ObjectMissing:
+            return None
+        except ValidationError as error:
+            if not remedy:
+                return None
+            raise ServiceError(f"{self.uri(key)} is damaged; {remedy}") from error
 
     def get_file(self, key: str, path: Path, *, sha256: str | None = None, on_progress: OnBytes | None = None) -> None:
         """Downloads an object to `path`, which appears complete and verified, or not at all.

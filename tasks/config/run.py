@@ -7,6 +7,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -200,18 +201,6 @@ def recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
 
 
-def load_config(
-    file: Path | None,
-    settings: Iterable[str] = (),
-    options: Mapping[str, Any] | None = None,
-    *,
-    recipe: str | None = None,
-    base: Mapping[str, Any] | None = None,
-) -> RunConfig:
-    """Reads the configuration of a training; see `load_as`."""
-    return load_as(RunConfig, file, settings, options, recipe=recipe, base=base)
-
-
 def load_as(
     model: type[Run],
     file: Path | None,
@@ -256,6 +245,10 @@ def load_as(
             f"{key}: {lengths[key]:,} characters; a whole configuration may have {MAX_CHARACTERS:,}, so shorten it"
         )
     return config
+
+
+load_config = partial(load_as, RunConfig)
+"""Reads the configuration of a training."""
 
 
 def with_network_options(config: Run) -> Run:

@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from cnn.data.splits import SPLITS, Split
 from cnn.formats.block import LabelledImages
@@ -32,7 +31,6 @@ from infra.sources.label_table import META, LabelTable, further_names
 from infra.sources.listing import BATCH
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
-from infra.storage.s3_client import ObjectMissing
 
 NO_VALUE = "(none)"
 
@@ -196,13 +194,8 @@ def read_index_record(store: ObjectStore, version: str) -> IndexRecord | None:
     Raises:
         ServiceError: the store failed, or the commit is damaged.
     """
-    key = bucket_layout.index_record(version)
-    try:
-        return IndexRecord.model_validate_json(store.get_bytes(key))
-    except ObjectMissing:
-        return None
-    except ValidationError as error:
-        raise ServiceError(f"{store.uri(key)} is damaged; write it again with --refresh preprocess") from error
+    remedy = "write it again with --refresh preprocess"
+    return store.read_record(bucket_layout.index_record(version), IndexRecord, remedy)
 
 
 def load_index(store: ObjectStore, version: str) -> ImageIndex | None:

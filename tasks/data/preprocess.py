@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from cnn.code_digest import code_digest
 from cnn.config.preprocessing import MAX_DEFAULT_SIZE, PreprocessConfig
 from cnn.data.manifest import Manifest, canonical_json
@@ -30,7 +28,6 @@ from infra.sources.raw_data import ListingRef, RawSource
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore, open_bucket
-from infra.storage.s3_client import ObjectMissing
 from tasks.data.dataset import DatasetRef, is_complete, load_manifest
 from tasks.data.image_index import read_index_record, replace_columns, store_index, write_index
 from tasks.data.label_tables import given_by
@@ -120,11 +117,8 @@ def step_key(raw: RawSource, config: PreprocessConfig, max_default_size: int = M
 
 def _find(store: ObjectStore, step: str) -> str | None:
     """Returns the dataset version of an earlier run, if the bucket still has all of it."""
-    try:
-        version = StepRecord.model_validate_json(store.get_bytes(bucket_layout.preprocess_record(step))).dataset_version
-    except (ObjectMissing, ValidationError):
-        return None
-    return version if is_complete(store, version) else None
+    record = store.read_record(bucket_layout.preprocess_record(step), StepRecord)
+    return record.dataset_version if record and is_complete(store, record.dataset_version) else None
 
 
 def _labels(raw: RawSource, cache: Cache) -> LabelTable | None:

@@ -10,8 +10,7 @@ So they can be written in any order, and two machines at the same step do not di
 import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
-
-from pydantic import ValidationError
+from functools import partial
 
 from cnn.data.splits import SPLITS
 from cnn.preprocessing.resume_records import PackedShard, SurveyPart
@@ -70,12 +69,5 @@ class Journal:
 
 def noted_shards(store: ObjectStore, keys: Iterable[str]) -> list[PackedShard]:
     """Returns the shards that these journal entries record; damaged and missing entries are ignored."""
-
-    def read(key: str) -> PackedShard | None:
-        try:
-            return PackedShard.model_validate_json(store.get_bytes(key))
-        except (ObjectMissing, ValidationError):
-            return None
-
     wanted = (key for key in keys if key.endswith(".json"))
-    return [packed for packed in in_parallel(read, wanted) if packed]
+    return [packed for packed in in_parallel(partial(store.read_record, kind=PackedShard), wanted) if packed]

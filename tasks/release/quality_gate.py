@@ -5,6 +5,7 @@ The bucket holds each verdict as models/<name>/verdicts/<SHA-256>.json.
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -171,13 +172,9 @@ def judged_before(store: ObjectStore, version: RegisteredVersion, test_sha256: s
     """Counts the other versions of a model that the same test split has judged, by the verdicts in the bucket."""
     keys = [info.key for info in store.list(bucket_layout.verdicts(version.name))]
     judged = set()
-    for data in in_parallel(store.get_bytes, keys):
-        try:
-            verdict = Verdict.model_validate_json(data)
-        except ValidationError:  # damaged, or written by newer code
-            continue
-        # Verdicts of older code name only the dataset version.
-        if (verdict.test_sha256 or verdict.dataset_version) in (test_sha256, dataset_version):
+    for verdict in in_parallel(partial(store.read_record, kind=Verdict), keys):
+        # Those of older code name only the dataset version. Damaged ones, and those of newer code, do not count.
+        if verdict and (verdict.test_sha256 or verdict.dataset_version) in (test_sha256, dataset_version):
             judged.add(verdict.challenger)
     return len(judged - {version.address})
 

@@ -302,10 +302,8 @@ def commits_of(store: ObjectStore, run_id: str) -> Iterator[Commit]:
     """Yields a training's readable commits, newest first."""
     keys = [info.key for info in store.list(bucket_layout.checkpoints(run_id)) if info.key.endswith(f"/{COMMIT}")]
     for key in sorted(keys, reverse=True):
-        try:
-            yield Commit.model_validate_json(store.get_bytes(key))
-        except (ObjectMissing, ValidationError):
-            continue
+        if commit := store.read_record(key, Commit):
+            yield commit
 
 
 def delete_checkpoint(store: ObjectStore, run_id: str, commit: Commit) -> None:

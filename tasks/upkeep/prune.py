@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Set
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TypeVar
 from prefect import get_client
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import StateType
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from rich.filesize import decimal
 
 from infra.machine.threads import in_parallel
@@ -287,8 +287,8 @@ class _Marks:
     def _read(self, kind: str, model: type[M]) -> Iterator[tuple[ObjectInfo, M]]:
         """Yields the records of a kind, without damaged ones, which cannot be used."""
         for info in self._objects[kind]:
-            with suppress(ObjectMissing, ValidationError):
-                yield info, model.model_validate_json(self._store.get_bytes(info.key))
+            if record := self._store.read_record(info.key, model):
+                yield info, record
 
 
 def _written(info: ObjectInfo) -> datetime:

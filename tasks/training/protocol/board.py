@@ -12,12 +12,11 @@ import time
 from collections.abc import Iterator
 from typing import TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
-from infra.storage.s3_client import ObjectMissing
 from tasks.training.platform import Platform
 from tasks.training.protocol.job import Event, Job, Outcome
 
@@ -102,19 +101,19 @@ class Board:
 
     def invitation(self) -> Invitation | None:
         """Returns the training's invitation; None if it has been withdrawn."""
-        return self._read(bucket_layout.invitation(self.run_id), Invitation)
+        return self._store.read_record(bucket_layout.invitation(self.run_id), Invitation)
 
     def write_order(self, order: Instruction) -> None:
         self._store.put_bytes(bucket_layout.node_order(self.run_id), order.model_dump_json().encode())
 
     def order(self) -> Instruction | None:
-        return self._read(bucket_layout.node_order(self.run_id), Instruction)
+        return self._store.read_record(bucket_layout.node_order(self.run_id), Instruction)
 
     def write_report(self, node: str, report: NodeReport) -> None:
         self._store.put_bytes(bucket_layout.node_report(self.run_id, node), report.model_dump_json().encode())
 
     def report(self, node: str) -> NodeReport | None:
-        return self._read(bucket_layout.node_report(self.run_id, node), NodeReport)
+        return self._store.read_record(bucket_layout.node_report(self.run_id, node), NodeReport)
 
     def reports(self) -> dict[str, NodeReport]:
         """Returns the last report of every node that has joined, sorted by node name."""
@@ -127,12 +126,6 @@ class Board:
         self._store.delete(bucket_layout.invitation(self.run_id))
         for info in list(self._store.list(bucket_layout.nodes(self.run_id))):
             self._store.delete(info.key)
-
-    def _read(self, key: str, kind: type[Message]) -> Message | None:
-        try:
-            return kind.model_validate_json(self._store.get_bytes(key))
-        except (ObjectMissing, ValidationError):  # the latter if another version of Convoy wrote it
-            return None
 
 
 def invited_runs(store: ObjectStore) -> Iterator[str]:
