@@ -180,6 +180,14 @@ def follow(flow_run_id: UUID, report: Callable[[str], None]) -> tuple[Summary, l
     return _summary(run, data.get("summary")), [str(data[key]) for key in REPORT_ARTIFACTS if key in data]
 
 
+def successor_of(run: FlowRun) -> UUID | None:
+    """Returns the flow run that goes on with one that has died; None if none does."""
+    try:
+        return UUID(str(run.labels.get(RESUMED_BY)))
+    except ValueError:  # the reason why nothing goes on
+        return None
+
+
 def _successor(client: SyncPrefectClient, run: FlowRun, report: Callable[[str], None]) -> tuple[FlowRun, UUID | None]:
     """Waits for the flow run that goes on with one that died.
 
@@ -193,10 +201,7 @@ def _successor(client: SyncPrefectClient, run: FlowRun, report: Callable[[str], 
         time.sleep(MAX_POLL_SECONDS)
         with suppress(httpx.HTTPError):
             run = client.read_flow_run(run.id)
-    try:
-        return run, UUID(str(run.labels.get(RESUMED_BY)))
-    except ValueError:  # the reason why nothing goes on
-        return run, None
+    return run, successor_of(run)
 
 
 def _summary(run: FlowRun, rows: Any) -> Summary:
@@ -234,6 +239,8 @@ def cancel(run: str) -> str:
             found = client.read_flow_run(UUID(flow_run_id))
         except (ObjectNotFound, ValueError):
             raise UsageError(f"{run} is neither a training in MLflow nor a flow run; see `convoy runs`") from None
+        while successor := successor_of(found):  # which may not have begun, so that MLflow does not name it yet
+            found = client.read_flow_run(successor)
         return cancel_flow_run(client, found, "a person cancelled it")
 
 

@@ -17,7 +17,7 @@ from uuid import UUID
 import httpx
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
 from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 
 from flows.activity import activities, publish
@@ -43,9 +43,10 @@ from tasks.orchestration.flow_runs import (
     BEAT_SECONDS,
     DEAD,
     DEAD_FOR_AT_MOST,
+    forget_killed,
     is_alive_here,
     killed_flow_runs,
-    mark_crashed,
+    mark_dead,
     may_go_on,
     settle_killed_flow_runs,
     training_flow_runs,
@@ -150,14 +151,14 @@ class Sweep:
         return (run for run in training_flow_runs(client, states, **options) if run.work_pool_name == self._pool)
 
     def _settle(self) -> None:
-        """Marks what has ended on this machine as crashed."""
+        """Marks what was killed on this machine as dead."""
         for killed in settle_killed_flow_runs():
-            self._tell(f"flow run {killed.name} is Crashed: its process was killed")
+            self._tell(f"the process of flow run {killed.name} was killed")
             if limit := killed.labels.get(HELD_LEASE):
                 free_forgotten(str(limit), after=timedelta(0))  # no need to wait until the lease expires
         for killed in killed_flow_runs():  # also those that Prefect has killed itself: it only calls them cancelled
-            if run_id := _mlflow_run(killed):
-                close_run(run_id, of=str(killed.id))
+            if killed.state_type in TERMINAL_STATES and self._close(killed):
+                forget_killed(str(killed.id))  # since a person may run it again
 
     def _end_silent(self, client: SyncPrefectClient) -> None:
         """Marks flow runs of other machines as crashed if they have shown no sign of life for long.
@@ -178,11 +179,20 @@ class Sweep:
             signs[run.id] = (sign, since if sign == before else now)
             if sign == before and now - since > patience:
                 why = f"no sign of life for {patience / 60:.0f} minutes: its machine died, or lost its network"
-                mark_crashed(str(run.id), why)
+                mark_dead(str(run.id), why)
                 self._tell(f"flow run {run.name} is Crashed: {why}")
-                if run_id := _mlflow_run(run):
-                    close_run(run_id, of=str(run.id))
+                self._close(run)
         self._signs = signs
+
+    def _close(self, run: FlowRun) -> bool:
+        """Closes the MLflow run of a dead flow run; returns whether that was possible."""
+        try:
+            if run_id := _mlflow_run(run):
+                close_run(run_id, of=str(run.id))
+        except ServiceError as error:  # of this run only: it may have been deleted in MLflow
+            self._tell(f"cannot close the MLflow run of flow run {run.name} for now: {one_line(error)}")
+            return False
+        return True
 
     def _look_at(self, client: SyncPrefectClient, run: FlowRun) -> None:
         run_id = _mlflow_run(run)
@@ -224,6 +234,8 @@ class Sweep:
         self, client: SyncPrefectClient, run: FlowRun, parameters: dict[str, Any], step: int, tries: int
     ) -> None:
         assert run.deployment_id is not None
+        if not may_go_on(client.read_flow_run(run.id)):  # a person has cancelled it, or another worker was faster
+            return
         commit = run.labels.get(COMMIT)
         variables = {**(run.job_variables or {})}
         if commit:  # a branch may have gone on
@@ -242,7 +254,7 @@ class Sweep:
             made = client.create_flow_run_from_deployment(
                 run.deployment_id,
                 parameters=parameters,
-                idempotency_key=f"resume-{run.id}-{step}",
+                idempotency_key=f"resume-{run.id}",
                 work_queue_name=queue,
                 job_variables=variables or None,
                 tags=run.tags,

@@ -28,11 +28,11 @@ from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, Stat
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed
 
 from infra.errors import UsageError
 from infra.machine.files import locked
-from infra.machine.locks import is_held, note_of_dead_holder
+from infra.machine.locks import is_held, note_of_dead_holder, try_locked
 from infra.settings import Settings
 from infra.tracking.tags import ALIVE, RESUMABLE, RESUMED_BY
 
@@ -165,8 +165,14 @@ def settle_killed_flow_runs() -> list[FlowRun]:
     """Marks unfinished flow runs whose process on this machine was killed as crashed; returns them as they were."""
     killed = [each for each in killed_flow_runs() if each.state_type not in TERMINAL_STATES]
     for each in killed:
-        mark_crashed(str(each.id))
+        mark_dead(str(each.id))
     return killed
+
+
+def forget_killed(flow_run_id: str) -> None:
+    """Lets `killed_flow_runs` yield a flow run no more, unless its process is killed again."""
+    with try_locked(_folder() / flow_run_id):  # which removes the file, if no process holds it by now
+        pass
 
 
 def label_flow_run(labels: dict[str, str]) -> None:
@@ -199,12 +205,12 @@ def read_flow_run(flow_run_id: str) -> FlowRun | None:
         return None
 
 
-def mark_crashed(flow_run_id: str, why: str = "its process was killed") -> None:
-    """Marks a flow run as crashed in Prefect, unless it has ended there."""
+def mark_dead(flow_run_id: str, why: str = "its process was killed") -> None:
+    """Marks a flow run as crashed in Prefect, or as cancelled if somebody asked for that, unless it has ended there."""
     found = read_flow_run(flow_run_id)
     if found is None or found.state is None or found.state.is_final():
         return
-    state: State[None] = Crashed(message=why)
+    state: State[None] = (Cancelled if found.state.type == StateType.CANCELLING else Crashed)(message=why)
     with get_client(sync_client=True) as client:
         # Without force, Prefect releases what the flow run held.
         answer = client.set_flow_run_state(found.id, state)

@@ -27,7 +27,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.mlflow_runs import Run
 from infra.tracking.promotion_history import misplaced_aliases, names_with_history, repair_aliases
 from infra.tracking.tags import FLOW_RUN, FLOW_RUN_URL, MANIFEST_DIGEST, SWEEP
-from tasks.orchestration.flow_runs import killed_flow_runs, mark_crashed, read_flow_run
+from tasks.orchestration.flow_runs import killed_flow_runs, mark_dead, read_flow_run
 from tasks.orchestration.model_lease import forgotten_leases, free_forgotten
 from tasks.training.liveness import liveness, lock_file, orphaned, processes_of
 from tasks.training.protocol.patience import SUPERVISOR_WAIT
@@ -111,7 +111,7 @@ def _methods(grace: timedelta) -> dict[Kind, _Method]:
     return {
         "process": _Method(_processes, _end_process, "it is ended"),
         "run": _Method(_runs, close_run, closed),
-        "flow": _Method(_flow_runs, _end_flow_run, "it becomes Crashed"),
+        "flow": _Method(_flow_runs, _end_flow_run, "it becomes Crashed, or Cancelled if somebody asked for that"),
         "lease": _Method(_leases, free_forgotten, "it is freed"),
         "upload": _Method(lambda: _uploads(store, young), lambda what: _abort(store, what), "it is aborted"),
         "checkpoint": _Method(
@@ -188,20 +188,21 @@ def close_run(run_id: str, of: str | None = None) -> bool:
     Args:
         of: id of the flow run whose process was killed; the MLflow run stays open if another one works on it now.
     """
-    lock = lock_file(run_id)
-    flow_run_id = ""
+    flow_run_id = mlflow_runs.run_tags(run_id).get(FLOW_RUN, "")
+    lock, held = lock_file(run_id), False
+    if of not in (None, flow_run_id):
+        return False
     try:
         with try_locked(lock) as held:  # a resume at the same moment waits, or was faster
             tags = mlflow_runs.run_tags(run_id)
-            if not held or not _is_of_a_flow(run_id, tags) or mlflow_runs.run_status(run_id) != "RUNNING":
+            ours = _is_of_a_flow(run_id, tags) and tags.get(FLOW_RUN, "") == flow_run_id
+            if not held or not ours or mlflow_runs.run_status(run_id) != "RUNNING":
                 return False
-            if of not in (None, tags.get(FLOW_RUN)):
-                return False
-            flow_run_id = tags.get(FLOW_RUN, "")
-            mark_crashed(flow_run_id)
+            mark_dead(flow_run_id)
             mlflow_runs.end_run(run_id, "KILLED")
     except Exception:
-        lock.write_text(flow_run_id)  # so that the next check finds it dead again
+        if held:
+            lock.write_text(flow_run_id)  # so that the next check finds it dead again
         raise
     return True
 
@@ -214,7 +215,7 @@ def _flow_runs() -> Iterator[tuple[str, str]]:
 
 
 def _end_flow_run(what: str) -> bool:
-    mark_crashed(what)
+    mark_dead(what)
     return True
 
 

@@ -16,13 +16,15 @@ from uuid import UUID, uuid4
 import psutil
 import pytest
 import yaml
+from mlflow import MlflowClient
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterId
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Pending, Running, Scheduled
+from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Paused, Pending, Running, Scheduled
 
 from flows.activity import activities, publish
+from flows.deployed_runs import cancel
 from flows.resumption import Decision, Sweep, decide, tries_from
 from infra.errors import ServiceError
 from infra.settings import Settings
@@ -203,7 +205,7 @@ def test_a_dead_flow_run_is_resumed_once_whoever_looks_and_given_up_after_its_li
         Sweep(POOL, "platform-test", said.append)()
     (second,) = [run for run in resumptions() if run.labels.get(RESUMES) == died]
     assert run_of(died).labels[RESUMED_BY] == str(second.id)
-    assert second.idempotency_key == f"resume-{died}-0"
+    assert second.idempotency_key == f"resume-{died}"
     assert second.parameters == run_of(died).parameters
     assert (second.labels[RESUMED_STEP], second.labels[RESUMED_TRIES], second.labels[STARTED_BY]) == (0, 1, "CI")
     assert len([line for line in said if "goes on from the beginning" in line]) == 1
@@ -312,26 +314,57 @@ def test_the_mlflow_run_of_a_flow_run_that_prefect_has_killed_is_closed_unless_a
     new_run: Callable[..., str],
 ) -> None:
     """Prefect kills a flow run that does not end in time after it was cancelled, and tells MLflow nothing."""
-    flows = [new_run(Cancelled()), new_run(Cancelled())]
-    workers = flows[0], str(uuid4())  # which the MLflow runs name
+    flows = [new_run(Cancelled()) for _ in range(3)]
+    workers = flows[0], str(uuid4()), flows[2]  # which the MLflow runs name
     runs = [
         mlflow_runs.start_run("resumption", "cancelled", {}, {FLOW_RUN: each, MANIFEST_DIGEST: "d" * 64})
         for each in workers
     ]
+    MlflowClient().delete_run(runs[2])  # a person did, and MLflow refuses to close it
     locks = [Settings().home / "flows" / each for each in flows]
     with get_client(sync_client=True) as client:
         for flow, run, lock in zip(flows, runs, locks, strict=True):
             client.update_flow_run_labels(UUID(flow), {MLFLOW_RUN: run})
             lock.parent.mkdir(parents=True, exist_ok=True)
             lock.touch()  # as a killed process leaves it
-    sweep = Sweep(POOL, "platform-test", print)
+    said: list[str] = []
+    sweep = Sweep(POOL, "platform-test", said.append)
     for _ in range(2):
         sweep()
-        assert [mlflow_runs.run_status(each) for each in runs] == ["KILLED", "RUNNING"]
-    assert [run_of(each).state_name for each in flows] == ["Cancelled"] * 2
+        assert [mlflow_runs.run_status(each) for each in runs] == ["KILLED", "RUNNING", "RUNNING"]
+        assert [lock.exists() for lock in locks] == [False, False, True]
+    assert sweep._page  # the round went on to its end
+    assert len([line for line in said if "cannot close the MLflow run" in line]) == 1
+    assert [run_of(each).state_name for each in flows] == ["Cancelled"] * 3
     mlflow_runs.end_run(runs[1], "KILLED")
-    for lock in locks:
-        lock.unlink()
+    locks[2].unlink()
+
+
+def test_a_cancelled_flow_run_that_is_killed_stays_cancelled(new_run: Callable[..., str]) -> None:
+    cancelled = new_run(Cancelling())
+    lock = Settings().home / "flows" / cancelled
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    Sweep(POOL, "platform-test", print)()
+    assert run_of(cancelled).state_name == "Cancelled"
+    assert not [run for run in resumptions() if run.labels.get(RESUMES) == cancelled]
+
+
+def test_one_that_a_person_cancels_while_a_worker_looks_at_it_is_not_resumed(new_run: Callable[..., str]) -> None:
+    died = new_run(Crashed())
+    before = run_of(died)
+    cancel(died)
+    with get_client(sync_client=True) as client:
+        Sweep(POOL, "platform-test", print)._look_at(client, before)
+    assert not [run for run in resumptions() if run.labels.get(RESUMES) == died]
+
+
+def test_a_resumption_that_has_not_begun_is_cancelled_by_what_it_resumes(new_run: Callable[..., str]) -> None:
+    died = new_run(Crashed())
+    Sweep(POOL, "platform-test", print)()
+    cancel(died)
+    (second,) = [run for run in resumptions() if run.labels.get(RESUMES) == died]
+    assert second.state_name == "Cancelled"
 
 
 def test_work_is_shown_as_a_page_and_by_the_command(new_run: Callable[..., str], convoy: Convoy) -> None:

@@ -156,7 +156,7 @@ def test_a_run_of_another_prefect_stays_open(made: Leftovers) -> None:
 
 
 @pytest.mark.parametrize("state", OPEN)
-def test_a_killed_flow_of_this_machine_is_crashed(
+def test_a_killed_flow_of_this_machine_is_crashed_or_cancelled_as_asked(
     made: Leftovers, start: Callable[..., subprocess.Popen[str]], state: str
 ) -> None:
     flow_run = flow_run_in(OPEN[state]())
@@ -168,7 +168,10 @@ def test_a_killed_flow_of_this_machine_is_crashed(
     found = find_orphans()
     assert whats(found) == [("run", run)] and "killed" in found[0].detail
     assert settle(found) == found
-    assert (mlflow_runs.run_status(run), state_of(flow_run)) == ("KILLED", "Crashed")
+    assert (mlflow_runs.run_status(run), state_of(flow_run)) == (
+        "KILLED",
+        "Cancelled" if state == "cancelling" else "Crashed",
+    )
     assert find_orphans() == []
 
 
