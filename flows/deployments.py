@@ -120,23 +120,22 @@ def _deploy(project: dict[str, Any], entries: list[dict[str, Any]], switch: bool
         states = dict[tuple[str, str | None], bool]()
         for name in reversed(sorted(known, key=retired.__contains__)):  # the last one decides: by its present name
             states |= before.get(name, {})
-        if "schedules" in entry:
+        schedules, triggers = entry.get("schedules") or [], entry.get("triggers") or []
+        if switch is not None:
+            states |= {("schedule", each["slug"]): switch for each in schedules}
+        if schedules:
             entry["schedules"] = [
-                each
-                | {
-                    "active": states.get(("schedule", each["slug"]), each.get("active", True))
-                    if switch is None
-                    else switch
-                }
-                for each in entry["schedules"]
+                each | {"active": states.get(("schedule", each["slug"]), each.get("active", True))}
+                for each in schedules
             ]
-        if "triggers" in entry:
+        if triggers:
             named = [
                 {"name": f"{entry['name']}__automation_{number}", **each}  # Prefect's name for a trigger without one
-                for number, each in enumerate(entry["triggers"], start=1)
+                for number, each in enumerate(triggers, start=1)
             ]
             entry["triggers"] = [
-                each | {"enabled": states.get(("trigger", each["name"]), each.get("enabled", True))} for each in named
+                each | {"enabled": states.get(_trigger(each["name"], entry["name"]), each.get("enabled", True))}
+                for each in named
             ]
     with NamedTemporaryFile("w", prefix="convoy-", suffix=".yaml") as file:
         yaml.safe_dump({**project, "deployments": entries}, file)
@@ -149,7 +148,7 @@ def _deploy(project: dict[str, Any], entries: list[dict[str, Any]], switch: bool
     with get_client(sync_client=True) as client:
         for (name, *older), entry in zip(names, entries, strict=True):
             found = client.read_deployment_by_name(name)
-            schedules = {schedule["slug"]: schedule for schedule in entry.get("schedules", [])}
+            schedules = {schedule["slug"]: schedule for schedule in entry.get("schedules") or []}
             for schedule in found.schedules:
                 if schedule.slug not in schedules:
                     client.delete_deployment_schedule(found.id, schedule.id)
@@ -176,10 +175,15 @@ def _states(names: Iterable[str]) -> tuple[dict[str, dict[tuple[str, str | None]
                 deployment = client.read_deployment_by_name(name)
                 triggers = client.read_resource_related_automations(f"prefect.deployment.{deployment.id}")
                 found[name] = {("schedule", schedule.slug): schedule.active for schedule in deployment.schedules}
-                found[name] |= {("trigger", trigger.name): trigger.enabled for trigger in triggers}
+                found[name] |= {_trigger(trigger.name, deployment.name): trigger.enabled for trigger in triggers}
                 if renamed_to(deployment.tags):
                     retired.add(name)
     return found, retired
+
+
+def _trigger(name: str, deployment: str) -> tuple[str, str]:
+    """Returns the key of a trigger in `_states`: most are named after their deployment, which may be renamed."""
+    return "trigger", name.replace(deployment, "")
 
 
 def renamed_to(tags: Iterable[str]) -> str | None:
@@ -247,7 +251,7 @@ def _read(file: Path) -> dict[str, Any]:
             raise UsageError(f"{file}: a deployment lacks {', '.join(sorted(missing))}")
         if not isinstance(entry.get("older_names", []), list):
             raise UsageError(f"{file}: older_names of {entry['name']} must be a list of names")
-        if any("slug" not in schedule for schedule in entry.get("schedules", [])):
+        if any("slug" not in schedule for schedule in entry.get("schedules") or []):
             raise UsageError(f"{file}: every schedule of {entry['name']} needs a slug, which identifies it")
     return project
 

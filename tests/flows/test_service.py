@@ -17,6 +17,7 @@ from prefect import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.events.schemas.automations import Automation
 
 from infra.errors import ServiceError
 from tests.flows.conftest import Convoy
@@ -73,6 +74,7 @@ deployments:
   schedules: &nightly [{slug: nightly, cron: 0 3 * * *}]
   triggers: [{type: event, name: Shared, expect: [a]}, {type: event, expect: [b]}, {type: event, expect: [c]}]
 - {<<: *first, name: shared-second, schedules: *nightly}
+- {<<: *first, name: shared-third, schedules: , triggers: }
 """
 
 
@@ -204,15 +206,16 @@ def test_a_deployment_with_another_name_takes_the_place_of_the_one_that_convoy_m
         assert done.status == 0, done.stderr
         return done.stdout.splitlines()
 
-    def triggers(name: str) -> list[str]:
+    def triggers(name: str) -> list[Automation]:
         with get_client(sync_client=True) as client:
-            found = client.read_resource_related_automations(f"prefect.deployment.{read(name).id}")
-        return [each.name for each in found]
+            return client.read_resource_related_automations(f"prefect.deployment.{read(name).id}")
 
     nightly, noon = yaml.safe_load(file("not-ours").read_text())["deployments"][0]["schedules"]
     deploys(file("not-ours"))
     deploys(file("before", tags=["convoy", "cats"], schedules=[nightly, noon | {"active": False}]))
-    assert len(triggers("before")) == 1
+    (trigger,) = triggers("before")
+    with get_client(sync_client=True) as client:
+        client.pause_automation(trigger.id)
     new = file("cats", tags=["convoy", "cats"], older_names=["before", "not-ours", "never"])
     first, *others = deploys(new)
     assert first.startswith("retrain/cats  at ")
@@ -224,12 +227,13 @@ def test_a_deployment_with_another_name_takes_the_place_of_the_one_that_convoy_m
     for name, noon_is_on in (("cats", False), ("not-ours", True)):  # the new name goes on as the older one was
         active = {schedule.slug: schedule.active for schedule in read(name).schedules}
         assert active == {"nightly": True, "noon": noon_is_on}
-        assert len(triggers(name)) == 1
+        assert [each.enabled for each in triggers(name)] == [name != "cats"]
 
     deploys(file("before", tags=["convoy", "cats"], older_names=["cats"]))  # and back again
     active = {schedule.slug: schedule.active for schedule in read("before").schedules}
     assert active == {"nightly": True, "noon": False}
     assert [schedule.active for schedule in read("cats").schedules] == [False, False]
+    assert [each.enabled for each in triggers("before")] == [False]
     deploys(file("cats", tags=["convoy", "cats"], older_names=["before"]))
     deploys(file("before", tags=["convoy", "cats"]))  # from an older state of the project
     assert [schedule.active for schedule in read("before").schedules] == [False, False]
@@ -284,7 +288,7 @@ def test_deployments_that_share_schedules_and_triggers_in_their_file_keep_their_
             if each.name in ("Shared", "shared-first__automation_2"):
                 client.pause_automation(each.id)
     told = list(deploy(file))
-    assert ["(off)" in line for line in told] == [True, False]
+    assert ["(off)" in line for line in told] == [True, False, False]
     with get_client(sync_client=True) as client:
         found = [client.read_deployment(each.id).schedules[0].active for each in (first, second)]
     assert found == [False, True]
