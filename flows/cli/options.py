@@ -90,7 +90,10 @@ ModelOption = Annotated[
 ]
 EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]
 RanksOption = Annotated[
-    int | None, typer.Option(help="Processes; the result does not depend on it. Default: one per GPU or core.")
+    int | None,
+    typer.Option(
+        help="Processes; the result does not depend on it. Default: one per GPU or core; of a trial on CPUs, 1."
+    ),
 ]
 NameOption = Annotated[str | None, typer.Option(help="Name of the registered model. Default: the dataset's.")]
 SummaryOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON, also on failure.")]

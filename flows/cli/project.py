@@ -16,8 +16,8 @@ def init(
 ) -> None:
     """Begin a project: write a commented convoy.yaml and a module with a network of your own, my_network.py.
 
-    The commands train, retrain, config, deploy and data check read the convoy.yaml of the folder in which they are
-    called.
+    The commands train, sweep, retrain, trial, config and deploy, and for names of columns data check and errors, read
+    the convoy.yaml of the folder in which they are called.
 
     [dim]convoy init flowers[/]
     """

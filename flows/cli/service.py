@@ -315,7 +315,12 @@ def cancel(
 
 
 def notify_data(
-    dataset: Annotated[str, typer.Argument(help="Name of the dataset, as in the deployments' triggers.")],
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            help="Name for which the deployments' triggers wait: a dataset's, or for a project its model's."
+        ),
+    ],
 ) -> None:
     """Announce new data: deployments with a trigger for the dataset start."""
     servers_up(only=["prefect"])

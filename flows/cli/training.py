@@ -12,7 +12,7 @@ from rich.text import Text
 
 from flows.cli.console import as_known_error, describe, loading, print_line, print_pairs, print_whole, servers_up
 from flows.cli.in_process import check_before_servers, run_training
-from flows.cli.options import RanksOption, SummaryOption, configured, set_option
+from flows.cli.options import SummaryOption, configured, set_option
 from flows.summary import Refused, Summary, write_summary
 from infra.errors import UsageError, counted
 from infra.machine import stopping
@@ -68,7 +68,10 @@ def sweep(
     ] = None,
     at_once: Annotated[
         int | None,
-        typer.Option(min=1, help="Trials to run at a time. Default: one per core. The result does not depend on it."),
+        typer.Option(
+            min=1,
+            help="Trials to run at a time; the result does not depend on it. Default: as the cores allow; one on GPUs.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the rungs and what they cost; start nothing.")
@@ -132,7 +135,12 @@ def _print_rungs(sweep: SweepConfig, epochs: int) -> None:
 
 def resume(
     run: Annotated[str, typer.Argument(metavar="RUN", help="MLflow run id; `convoy runs` lists them.")],
-    ranks: RanksOption = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes; the result does not depend on it. Default: as the run began, or one per GPU or core."
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         set_option("Change a key that does not affect the result."),
