@@ -41,6 +41,7 @@ _ZIP_ERRORS = (
 )
 """Errors of zipfile when an archive is damaged."""
 
+_ZIP_STARTS = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")  # of a zip, an empty one, and one of several parts
 _UTF8_FLAG = 0x800
 
 
@@ -68,7 +69,7 @@ class ArchiveImages:
             raise InputError(f"expected one archive, found {len(files)} files")
         ((self._name, self._path),) = files.items()
         with self._path.open("rb") as stream:  # a self-extracting zip begins with a program
-            self._is_zip = stream.read(2) == b"PK" or self._name.lower().endswith(".zip")
+            self._is_zip = stream.read(4) in _ZIP_STARTS or self._name.lower().endswith(".zip")
         members = check_members(self._name, self._path, self._list_zip() if self._is_zip else self._list_tar())
         stored = [member.name for member in members if member.is_file]
         names = sorted(stored)
@@ -106,7 +107,7 @@ class ArchiveImages:
     def _block(self, names: list[str], contents: list[bytes]) -> FileBlock:
         places = np.array([self._places[name] for name in names])
         return FileBlock(
-            names=names,
+            names=[name.removeprefix(self._root) for name in names],
             files=contents,
             labels=places[:, 0].astype(np.int64),
             splits=places[:, 1].astype(np.int8),

@@ -54,7 +54,7 @@ class FolderImages:
     def _block(self, start: int, stop: int) -> FileBlock:
         positions = self._layout.chosen[start:stop].tolist()
         return FileBlock(
-            names=[self._files.paths[position] for position in positions],
+            names=[self._files.paths[position].removeprefix(self._layout.root) for position in positions],
             files=[partial(self._files.read, position) for position in positions],
             labels=self._layout.labels[start:stop],
             splits=self._layout.splits[start:stop],

@@ -151,7 +151,8 @@ def arrange(paths: Sequence[str], folders: Iterable[str] = (), unreachable: Iter
         raise InputError(
             f"{paths[int(chosen[stray.argmax()])]} is outside of all class folders; paths must look like {wanted}"
         )
-    losses = [_losses(each, roots) for each in (others, broken, unlabelled)]
+    left_out, root = (others, broken, unlabelled), _wrapper(roots)
+    losses = [_losses(each, roots) for each in left_out]
     lost = sum(losses, Counter[str]())
     classes = sorted({place.name for place in places if place})
     _check_classes(classes, {place.name for folder in folders if (place := _place_of_path(folder, roots))}, lost)
@@ -164,10 +165,10 @@ def arrange(paths: Sequence[str], folders: Iterable[str] = (), unreachable: Iter
         labels=label_of[folder_of],
         splits=split_of[folder_of],
         left_out=LeftOut(
-            tuple(filter(None, map(_remark, (others, broken, unlabelled), losses))),
+            tuple(filter(None, (_remark(*each, root) for each in zip(left_out, losses, strict=True)))),
             {name: lost[name] for name in sorted(lost)},
         ),
-        root=_wrapper(roots),
+        root=root,
     )
 
 
@@ -361,11 +362,12 @@ def _losses(others: _LeftOutFiles, roots: Roots) -> Counter[str]:
     return lost
 
 
-def _remark(others: _LeftOutFiles, lost: Counter[str]) -> str:
+def _remark(others: _LeftOutFiles, lost: Counter[str], root: str) -> str:
     if not others.folders:
         return ""
     most = sorted(lost.items(), key=lambda item: (-item[1], item[0]))
     named = ", ".join(f"{name} {count}" for name, count in most[:_MAX_NAMED])
     more = f" and {len(most) - _MAX_NAMED} more classes" if len(most) > _MAX_NAMED else ""
     per_class = f" ({named}{more})" if named else ""
-    return escaped(f"{others.folders.total()} {others.kind} were left out{per_class}, for example {others.example}")
+    example = others.example.removeprefix(root)  # an archive may hold the folder itself, and is the same dataset
+    return escaped(f"{others.folders.total()} {others.kind} were left out{per_class}, for example {example}")

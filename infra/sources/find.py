@@ -47,12 +47,12 @@ def find_source(
     if found and scheme != "file":
         raise UsageError(f"{dataset}: {scheme}:// is not supported; {WHAT_TO_GIVE}")
     path = _local_path(dataset)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike those of Path, these raise nothing, for a name that is too long say
         return local_folder(path, on_files)
-    if path.is_file() and is_table(path.name):
+    if os.path.isfile(path) and is_table(path.name):
         location = LocalLocation(path.absolute().parent)
         return labelled_images(path, path.name, location, f"file:{path.absolute()}", options or TableOptions())
-    if path.is_file():
+    if os.path.isfile(path):
         _require_archive(path.name, str(path))
         return ArchiveSource(f"file:{path.absolute()}", path.name, path.stat().st_size)
     raise no_such_dataset(dataset)

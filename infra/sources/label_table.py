@@ -195,9 +195,13 @@ def header_of(file: Path, where: str) -> list[str]:
 
 
 def _open(file: Path, where: str) -> tuple[list[str], Iterator[Row]]:
-    with file.open("rb") as stream:
-        if encoding := _BOMS.get(stream.read(2)):
-            raise UsageError(f"{where} is text in {encoding}; save it as UTF-8")
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(2)
+    except OSError as error:
+        raise UsageError(f"{where} cannot be read: {error.strerror}") from None
+    if encoding := _BOMS.get(start):
+        raise UsageError(f"{where} is text in {encoding}; save it as UTF-8")
     match Path(where).suffix.lower():
         case ".jsonl":
             return _read_lines(file, where)
@@ -404,7 +408,8 @@ class _Checker:
         if "split" in checked:
             checked["split"] = split or None
         if "group" in checked:
-            checked["group"] = checked["group"] or None
+            group = checked["group"] or None  # in one form: in another, the same name would be another group
+            checked["group"] = group and unicodedata.normalize("NFC", group)
         return [*checked.values(), *(texts[place] or None for place in self._further.values())]
 
     def _normal(self, path: str) -> str:

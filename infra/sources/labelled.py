@@ -133,18 +133,17 @@ def labelled_images(file: Path, name: str, base: FolderLocation, address: str, o
                 yield entry
 
     files = Listing.collect(present())
-    if missing:
+    examples, more = missing[:EXAMPLES], ", ..." * (len(missing) > EXAMPLES)
+    if missing and (len(missing) > options.max_missing * len(table) or not kept):
         rows = table.rows
-        named = ", ".join(f"{paths[position]} (row {rows[position]})" for position in missing[:EXAMPLES])
-        named += ", ..." * (len(missing) > EXAMPLES)
-        if len(missing) > options.max_missing * len(table) or not kept:
-            raise UsageError(
-                f"{name}: {len(missing):,} of its {counted(len(table), 'file')} cannot be read, and "
-                f"data.max_unreadable is {options.max_missing:g}: {named}; correct the table, or fetch the files"
-            )
-    remarks = (
-        (f"{counted(len(missing), 'row')} of the label table left out, without a file: {named}",) if missing else ()
-    )
+        named = ", ".join(f"{paths[position]} (row {rows[position]})" for position in examples) + more
+        raise UsageError(
+            f"{name}: {len(missing):,} of its {counted(len(table), 'file')} cannot be read, and "
+            f"data.max_unreadable is {options.max_missing:g}: {named}; correct the table, or fetch the files"
+        )
+    # No numbers of rows: these words are part of the dataset version, and the order of the rows is not.
+    named = ", ".join(paths[position] for position in examples) + more
+    remarks = (f"{counted(len(missing), 'row')} of the label table left out, without a file: {named}",)
     labels = [unicodedata.normalize("NFC", label) for label in table.required("label")]  # as classes are named
     stem = name.rpartition(".")[0]
     return FolderSource(
@@ -152,7 +151,7 @@ def labelled_images(file: Path, name: str, base: FolderLocation, address: str, o
         files=files,
         labels=table.take(np.array(kept)),
         title=Path(address).parent.name if name == METADATA else stem,
-        remarks=remarks,
+        remarks=remarks if missing else (),
         left_out=dict(sorted(Counter(labels[position] for position in missing).items())),
     )
 

@@ -55,7 +55,7 @@ def test_every_kind_is_recognised_by_content_and_read(tmp_path: Path, kind: str)
         for block in source.blocks():
             pixels = block.decode(np.ones(len(block.labels), dtype=np.bool_), Target(8, 1)).images[:, 0]
             seen |= {name: (image, label) for name, image, label in zip(block.names, pixels, block.labels, strict=True)}
-        assert seen.keys() == contents.keys()
+        assert seen.keys() == {name.removeprefix("digits/") for name in contents}
         for name, (image, label) in seen.items():
             number = int(Path(name).stem)
             assert (image == digits.images[number] * 15).all()
@@ -174,9 +174,32 @@ def test_something_else_than_an_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"hello" * 1000)
     with pytest.raises(InputError, match=r"x\.tar is not a whole tar archive"):
         open_source("archive", {"x.tar": tmp_path / "x"})
-    (tmp_path / "x").write_bytes(b"PK" + b"hello" * 1000)
+    (tmp_path / "x").write_bytes(b"PK\3\4" + b"hello" * 1000)
     with pytest.raises(InputError, match=r"x\.zip is not a whole zip archive"):
         open_source("archive", {"x.zip": tmp_path / "x"})
+
+
+def test_a_tar_is_told_by_more_than_two_letters(tmp_path: Path) -> None:
+    contents = {name.replace("digits/", "PK"): content for name, content in digit_pngs().items()}
+    assert len(open_source("archive", {"d": write(tmp_path / "d", contents, "tar")})) == len(contents)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_an_archive_of_a_folder_itself_has_the_words_of_the_folder(tmp_path: Path, kind: str) -> None:
+    """They are part of the dataset version."""
+    contents = digit_pngs() | {"digits/README.txt": b"x", "digits/0/broken.png": b"no image"}
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    files = {name.removeprefix("digits/"): tmp_path / name for name in sorted(contents)}
+    sources = open_source("folder", files), open_source("archive", {"d": write(tmp_path / "d", contents, kind)})
+    assert sources[0].left_out == sources[1].left_out
+    assert "for example README.txt" in sources[0].left_out.remarks[0]
+    first, second = (
+        [image for block in each.blocks() for image in block.decode(block.labels >= 0, Target(8, 1)).unreadable]
+        for each in sources
+    )
+    assert first == second and [image.name for image in first] == ["0/broken.png"]
 
 
 def renamed(path: Path, names: dict[str, bytes]) -> Path:
@@ -257,7 +280,8 @@ def test_images_of_a_tar_come_in_the_order_of_their_paths(tmp_path: Path) -> Non
         found = {
             name: content for block in source.blocks() for name, content in zip(block.names, block.files, strict=True)
         }
-        assert found == contents and list(found) == sorted(contents)
+        wanted = {name.removeprefix("digits/"): content for name, content in sorted(contents.items())}
+        assert found == wanted and list(found) == list(wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
 

@@ -84,6 +84,12 @@ def test_columns_may_have_other_names_and_a_group_is_metadata_too(tmp_path: Path
     assert table.columns == ("patient", "label") and table.values("meta.label") == ["0", "1"]
 
 
+def test_a_group_has_one_name_whatever_its_bytes(tmp_path: Path) -> None:
+    composed, decomposed = "M\N{LATIN SMALL LETTER U WITH DIAERESIS}ller", "Mu\N{COMBINING DIAERESIS}ller"
+    table = read(tmp_path, "t.csv", f"path,label,group\na.png,cat,{composed}\nb.png,dog,{decomposed}\n")
+    assert table.values("group") == [composed, composed]
+
+
 def test_only_what_decides_a_dataset_version_is_in_its_digest(tmp_path: Path) -> None:
     base = read(tmp_path, "t.csv", "path,label,camera\na.png,cat,left\n")
     for text, same in (

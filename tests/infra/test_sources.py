@@ -254,6 +254,7 @@ def test_refresh_repairs_what_a_size_cannot_tell(place: Workplace, folder: Path)
             "imagenet21k",
             [f"known are {', '.join(entry.name for entry in CATALOGUE)}", "a folder, a label table, an archive"],
         ),
+        ("x" * 300, ["unknown data set"]),
         ("./none", ["./none: there is no such folder or archive"]),
         ("some/where", ["no such folder or archive"]),
         ("none.zip", ["no such folder or archive"]),
