@@ -33,7 +33,7 @@ from infra.tracking.tags import NO_CHAMPION, VersionRecord
 from tasks.config.gates import GateConfig
 from tasks.config.key_values import explain
 from tasks.data.dataset import DatasetDamaged, load_manifest, open_cache, open_split
-from tasks.data.image_index import index_digest, load_index, slice_masks
+from tasks.data.image_index import ImageIndex, index_digest, load_index, slice_masks
 from tasks.evaluation.report import median_ms
 from tasks.evaluation.split_predictions import load_predictions, store_predictions
 from tasks.orchestration.cancellation import stop_if_cancelled
@@ -152,7 +152,18 @@ def compare(
         judged_before=judged_before(store, found, test, dataset_version),
     )
     sha256 = index_digest(store, dataset_version, columns)
-    return verdict.model_copy(update={"slices": columns, "index_sha256": sha256})
+    notes = (*verdict.notes, *missing_columns(columns, index))
+    return verdict.model_copy(update={"slices": columns, "index_sha256": sha256, "notes": notes})
+
+
+def missing_columns(columns: Sequence[str], index: ImageIndex | None) -> list[str]:
+    """Returns a note on each column of metadata that the image index of the test split lacks."""
+    return [
+        f"the values of column {name} (data.slices) were not compared: the image index has no such column any more, "
+        "since the same images were packed from a source without it; pack them from the label table again"
+        for name in columns
+        if index is None or name not in index.columns
+    ]
 
 
 def _slices_of(run_id: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from infra.storage.object_store import open_bucket
 from infra.storage.s3_client import ObjectMissing
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import RegisteredVersion, describe_version, headed, tag_version
-from infra.tracking.tags import MODEL_VERSION, RESULT, VERDICT, VersionRecord
+from infra.tracking.tags import DESCRIPTION, MODEL_VERSION, RESULT, VERDICT, VersionRecord
 from tasks.data.dataset import DatasetDamaged, load_manifest, open_cache, open_split
 from tasks.evaluation.report import EvaluationReport
 from tasks.orchestration.progress import run_logger
@@ -74,7 +74,7 @@ def make_page(version: RegisteredVersion) -> EvaluationReport:
     record = version.record
     outcome = {RESULT: record.headline, MODEL_VERSION: version.address}
     outcome |= {VERDICT: record.outcome} if record.outcome else {}
-    mlflow_runs.describe_run(run_id, description(version, report), outcome)
+    mlflow_runs.set_tags(run_id, {DESCRIPTION: description(version, report), **outcome})
     describe_version(version, headed(version.description, f"{first_sentence(version, report)}."))
     tag_version(version, {RESULT: record.headline})
     return report

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from mlflow.artifacts import download_artifacts
@@ -34,6 +35,7 @@ from tasks.config.gates import GateConfig, load_gate
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, load_manifest, open_split
 from tasks.data.download import download
+from tasks.data.image_index import ImageIndex
 from tasks.data.preprocess import preprocess
 from tasks.evaluation.split_predictions import load_predictions
 from tasks.release.promote import PromotionRefused, promote_version
@@ -45,6 +47,7 @@ from tasks.release.quality_gate import (
     _other_images,
     compare,
     judge_version,
+    missing_columns,
     publish,
     quality_gate,
 )
@@ -643,3 +646,11 @@ def test_damaged_verdict_counts_for_nothing(line: Line) -> None:
         pytest.fail("the weak version should not be champion here")
     with pytest.raises(PromotionRefused, match="no verdict of the quality gate"):
         promote_version(line.weak)
+
+
+def test_columns_that_the_index_has_lost_are_named() -> None:
+    index = ImageIndex(pa.table({"path": ["a.png"], "meta.camera": ["left"]}))
+    (note,) = missing_columns(["camera", "site"], index)
+    assert note.startswith("the values of column site (data.slices) were not compared")
+    assert len(missing_columns(["camera", "site"], None)) == 2
+    assert missing_columns([], None) == []
