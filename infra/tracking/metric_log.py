@@ -54,8 +54,6 @@ class MetricLogger:
     Args:
         run_id: the MLflow run.
         backlog: rows that an earlier process could not deliver (its `unacknowledged()`); sent first.
-        resumed: an earlier process logged steps beyond this one's first. Of each metric, only steps that the server
-            does not have are then sent, so that no step is stored twice.
         capacity: values that may wait.
         is_current: called after an outage before anything is sent; returns False if another process has taken over the
             run. The buffer is then dropped, since the other process logs the same steps. May raise if it cannot tell.
@@ -66,12 +64,11 @@ class MetricLogger:
         run_id: str,
         *,
         backlog: Iterable[MetricRow] = (),
-        resumed: bool = False,
         capacity: int = BUFFERED_VALUES,
         is_current: Callable[[], bool] = lambda: True,
     ) -> None:
         self.run_id = run_id
-        self._skip_stored_steps, self._is_current = resumed, is_current
+        self._is_current = is_current
         self._superseded = False
         self._stored: dict[str, int] = {}  # last step of each metric on the server, as far as it was read
         self._capacity = capacity
@@ -169,9 +166,7 @@ class MetricLogger:
         return True
 
     def _last_step(self, name: str) -> int:
-        """Returns the last step of a metric on the server; -1 if there is none, or stored steps are not skipped."""
-        if not self._skip_stored_steps:
-            return -1
+        """Returns the last step of a metric on the server; -1 if there is none."""
         if name not in self._stored:
             history = mlflow.MlflowClient().get_metric_history(self.run_id, name)
             self._stored[name] = max((metric.step for metric in history), default=-1)
@@ -179,7 +174,6 @@ class MetricLogger:
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
-        self._skip_stored_steps = True
         self._stored.clear()
         if self._failures == 1:
             message = "MLflow at %s does not accept metrics; training continues, and up to %d values wait (%s)"
@@ -215,7 +209,7 @@ def deliver(run_id: str, rows: Iterable[MetricRow]) -> None:
     Raises:
         Outage: the server did not accept all rows.
     """
-    if rest := MetricLogger(run_id, backlog=rows, resumed=True).close(DELIVERY_TIMEOUT_SECONDS):
+    if rest := MetricLogger(run_id, backlog=rows).close(DELIVERY_TIMEOUT_SECONDS):
         raise Outage(
             f"MLflow at {tracking_uri()} does not accept {counted(len(rest), 'row')} of metrics of run {run_id}"
         )

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException, RestException
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from infra.errors import UsageError
 from infra.records import Record
@@ -214,11 +213,6 @@ def set_tags(run_id: str, tags: Mapping[str, str]) -> None:
     """Sets tags of a run, and replaces existing values."""
     with mlflow_client(f"tag run {run_id}") as client:
         client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-
-
-def describe_run(run_id: str, markdown: str, tags: Mapping[str, str]) -> None:
-    """Sets the description at the top of a run's page, and tags."""
-    set_tags(run_id, {MLFLOW_RUN_NOTE: markdown, **tags})
 
 
 def fetch_artifacts(run_id: str, path: str, folder: Path) -> Path:

@@ -47,14 +47,11 @@ class Provenance(Record):
 def provenance(code: Path = PACKAGE_FILE) -> Provenance:
     """Reads the environment, and the repository of `code`, a file two levels below the repository's root."""
     root = code.parent.parent
-    if commit := os.environ.get(COMMIT_VARIABLE):  # a worker runs the code of this commit
-        return _provenance(commit, changes="", code=code)
-    # Installed code is often inside another project's repository, which does not track it.
-    commit = _git(root, "rev-parse", "HEAD") if _git(root, "ls-files", "--error-unmatch", str(code)) else None
-    return _provenance(commit, _git(root, "status", "--porcelain") if commit else None, code)
-
-
-def _provenance(commit: str | None, changes: str | None, code: Path) -> Provenance:
+    changes: str | None = ""
+    if not (commit := os.environ.get(COMMIT_VARIABLE)):  # with it, a worker runs the code of this commit
+        # Installed code is often inside another project's repository, which does not track it.
+        commit = _git(root, "rev-parse", "HEAD") if _git(root, "ls-files", "--error-unmatch", str(code)) else None
+        changes = _git(root, "status", "--porcelain") if commit else None
     return Provenance(
         git_commit=commit,
         git_dirty=None if changes is None else changes != "",

@@ -46,6 +46,7 @@ SWEEP_FAILED = "convoy.sweep_failed"
 SWEEP_BEST = "convoy.sweep_best"
 """Of the best trial, once it is known: it is an ordinary training from then on."""
 
+DESCRIPTION = "mlflow.note.content"  # at the top of a run's page
 PARENT = "mlflow.parentRunId"
 
 SOURCE_COMMIT = "mlflow.source.git.commit"

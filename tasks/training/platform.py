@@ -63,9 +63,9 @@ def weight_files() -> list[Path]:
     ]
 
 
-def this_platform() -> Platform:
-    """Returns the platform of processes that start now."""
-    return Platform(**code_inputs(), **this_machine())
+def this_platform(network_files: Mapping[str, str] = NO_FILES) -> Platform:
+    """Returns the platform of processes that start now, for a training of a network with these files of one's own."""
+    return Platform(**code_inputs(network_files), **this_machine())
 
 
 def code_inputs(network_files: Mapping[str, str] = NO_FILES) -> dict[str, Any]:
@@ -85,12 +85,6 @@ def loaded_code() -> str:
     Only for programs that have just loaded the code.
     """
     return code_digest(weight_files())
-
-
-def with_files(platform: Platform, network_files: Mapping[str, str]) -> Platform:
-    """Returns the platform for a training of a network of one's own that has these files."""
-    joined = joined_digest(platform.code_digest, network_files)
-    return platform.model_copy(update={"code_digest": joined, "network_files": dict(network_files)})
 
 
 def joined_digest(convoys: str, network_files: Mapping[str, str]) -> str:

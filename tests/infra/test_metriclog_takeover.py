@@ -21,6 +21,8 @@ class Away(BaseHTTPRequestHandler):
         self.send_response(503)
         self.end_headers()
 
+    do_GET = do_POST
+
     def log_message(self, format: str, *args: object) -> None: ...
 
 

@@ -161,7 +161,7 @@ def test_a_resumed_logger_sends_what_the_server_lacks_and_only_that(run_id: str)
 
     # The checkpoint of step 2 did not know yet that its rows would arrive, nor that the server would get step 3.
     backlog = [MetricRow(step=step, timestamp=1, values={"loss": 1 / step, "lost": 0.1 * step}) for step in (1, 2)]
-    resumed = MetricLogger(run_id, backlog=backlog, resumed=True)
+    resumed = MetricLogger(run_id, backlog=backlog)
     resumed.log(3, {"loss": 1 / 3, "fresh": 3.0})  # repeated after the resume
     resumed.log(4, {"loss": 1 / 4, "val": 0.75})
     assert resumed.close(PATIENCE) == ()
@@ -181,7 +181,7 @@ def test_a_resumed_logger_keeps_the_backlog_first_and_asks_again_while_the_serve
         run_id = mlflow_runs.start_run("resumed-in-an-outage", "run", {}, {})
         mlflow_runs.log_metrics(run_id, {"loss": 1.0}, step=1)
     backlog = [MetricRow(step=step, timestamp=1, values={"loss": 1 / step}) for step in (1, 2)]
-    resumed = MetricLogger(run_id, backlog=backlog, resumed=True)
+    resumed = MetricLogger(run_id, backlog=backlog)
     resumed.log(3, {"loss": 1 / 3})
     wait_for(lambda: resumed._failures)
     assert [row.step for row in resumed.unacknowledged()] == [1, 2, 3]

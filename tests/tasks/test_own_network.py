@@ -21,7 +21,7 @@ from tasks.data.dataset import DatasetRef
 from tasks.release import retrain_decision
 from tasks.release.serving.fresh_process import Hide
 from tasks.training.nodes.agent import Membership, Node
-from tasks.training.platform import code_inputs, differences, this_platform, weight_files, with_files
+from tasks.training.platform import code_inputs, differences, this_platform, weight_files
 from tasks.training.protocol.board import Instruction
 from tasks.training.protocol.job import Job, JobFolder
 from tasks.training.rank import check_code
@@ -105,7 +105,7 @@ def test_manifests_of_other_runs_stay_as_they_are() -> None:
 
 
 def manifest_of(config: RunConfig, files: dict[str, str]) -> RunManifest:
-    platform = with_files(this_platform(), files)
+    platform = this_platform(files)
     return RunManifest(**platform.model_dump(), dataset_version=DATASET.version, config=config_inputs(config))
 
 
@@ -142,7 +142,7 @@ def job(files: dict[str, str]) -> Job:
         dataset_version="0" * 64,
         world_size=2,
         manifest_digest="",
-        code_digest=with_files(this_platform(), files).code_digest,
+        code_digest=this_platform(files).code_digest,
         network_files=files,
         checkpoints=CheckpointConfig(),
         restarts=0,
@@ -167,7 +167,7 @@ def test_a_node_reports_the_digests_of_its_own_files_without_importing_them(own:
     member = Membership(node, board, job(asked), JobFolder(own), print)
     reported = member._report.platform
     assert reported.network_files["nets/gone.py"] == "missing"
-    differing = differences(with_files(this_platform(), asked).model_dump(), reported.model_dump())
+    differing = differences(this_platform(asked).model_dump(), reported.model_dump())
     names = [each.partition(" was ")[0] for each in differing]
     assert names == ["code_digest", "network_files.nets/gone.py", "network_files.nets/small.py"]
     assert "nets" not in sys.modules
@@ -181,7 +181,7 @@ def test_a_node_reports_its_code_anew_for_each_start_of_ranks(own: Path, monkeyp
     board: Any = None
     member = Membership(node, board, job(files), JobFolder(own), print)
     first = member._report.platform
-    assert first == with_files(this_platform(), files)
+    assert first == this_platform(files)
     (own / "nets/small.py").write_text(f"{EXAMPLE}CHANGED = 1\n")
     member._follow(Instruction(beat=1, generation="a"), leaving=False)
     assert first.network_files != member._report.platform.network_files
