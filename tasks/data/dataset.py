@@ -89,10 +89,10 @@ def shards_of(manifest: Manifest) -> list[Shard]:
     return list({shard.sha256: shard for shard in shards}.values())
 
 
-def open_cache(store: ObjectStore) -> Cache:
+def open_cache(store: ObjectStore, kind: type[Cache] = Cache) -> Cache:
     """Returns this machine's cache, limited by CONVOY_CACHE_BYTES or by the free space on its disk."""
     settings = Settings()
-    return Cache(settings.cache, store, limit=settings.cache_bytes or disk_limit(settings.cache))
+    return kind(settings.cache, store, limit=settings.cache_bytes or disk_limit(settings.cache))
 
 
 def fits(cache: Cache, manifest: Manifest) -> bool:

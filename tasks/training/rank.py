@@ -13,13 +13,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from cnn.distributed.process_group import make_deterministic, process_group
+from cnn.distributed.process_group import EXCHANGE_TIMEOUT, make_deterministic, process_group
 from cnn.errors import InputError
 from cnn.networks.own import network_files
 from cnn.training.arithmetic import peak
@@ -29,9 +31,11 @@ from cnn.training.stragglers import StragglerWatch
 from cnn.training.trainer import Trainer
 from cnn.training.training_state import restore, take_state
 from infra.errors import counted
+from infra.machine.files import OnBytes
 from infra.machine.lifeline import TORCHRUN_PID, die_with_parent, name_process
 from infra.machine.output import outlive_readers
 from infra.storage import bucket_layout
+from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore, open_bucket
 from tasks.data.dataset import load_manifest, open_cache, open_split
 from tasks.data.training_split import open_training_split
@@ -47,6 +51,9 @@ if TYPE_CHECKING:
     from tasks.training.trace import Trace
 
 SPEED_SPAN = 0.5  # minimum of seconds that a speed is measured over
+OUTAGE_SECONDS = EXCHANGE_TIMEOUT.total_seconds() - 60.0  # of the storage, in which a rank waits for data
+
+Result = TypeVar("Result")
 
 
 class StopSignal:
@@ -191,9 +198,7 @@ class RankZero:
             self._seconds_before, backlog = found[0].train_seconds, found[0].metrics
         rows = [self._metriclog.MetricRow.model_validate(row) for row in backlog]
         # An earlier start of the ranks may have logged steps without leaving a checkpoint.
-        self._metrics = self._metriclog.MetricLogger(
-            self._job.run_id, backlog=rows, resumed=True, is_current=self._is_current
-        )
+        self._metrics = self._metriclog.MetricLogger(self._job.run_id, backlog=rows, is_current=self._is_current)
         self._system = self._systemmetrics.SystemMetrics(self._metrics)
         self._system.start()
         self._writer = CheckpointWriter(
@@ -369,14 +374,26 @@ def main() -> int:
     return 0
 
 
+def _patiently(work: Callable[[], Result]) -> Result:
+    """Returns the result of `work`, which needs the storage, also after an outage; other ranks wait as long."""
+    return through_outage(work, logging.getLogger("infra.storage").warning, OUTAGE_SECONDS)
+
+
+class PatientCache(Cache):
+    """The cache of a rank, which fetches what it lacks also after an outage of the storage."""
+
+    def fetch(self, key: str, sha256: str, *, size: int | None = None, on_progress: OnBytes | None = None) -> Path:
+        return _patiently(lambda: super(PatientCache, self).fetch(key, sha256, size=size, on_progress=on_progress))
+
+
 def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: StopSignal) -> None:
     """Trains to the end, or until the ranks agree to stop; rank 0 stores the weights and writes the outcome."""
     check_code(job)
     if os.environ.get("RANK") == "0":
         folder.write_event(Event(waiting="loading the data"))
-    store = open_bucket()
-    cache = open_cache(store)
-    manifest = load_manifest(store, job.dataset_version)
+    store = _patiently(open_bucket)
+    cache = open_cache(store, PatientCache)
+    manifest = _patiently(partial(load_manifest, store, job.dataset_version))
     train_split = open_training_split(cache, manifest, job.config, _world_size())
     val_split = open_split(cache, manifest, "val")
 

@@ -87,9 +87,8 @@ def train(
     stop_if_cancelled()
     folder = JobFolder(Settings().runs / run.run_id)
     await_earlier_start(folder)
-    store = open_bucket()
-    outcome = finished_outcome(store, run.run_id)
-    if outcome:
+    store = outlast(open_bucket)
+    if outcome := outlast(partial(finished_outcome, store, run.run_id)):
         run_logger().info("training of run %s has already finished", run.run_id)
         store.get_file(outcome.weights_key, folder.weights)
         return _publish(run, outcome, folder)

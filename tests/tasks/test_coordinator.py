@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from cnn.config.training import TrainConfig
+from infra.errors import ServiceError
 from infra.storage.object_store import ObjectStore
 from tasks.config.launchers import Launch, NodesConfig
 from tasks.config.run import CheckpointConfig
 from tasks.training.nodes import coordinator
 from tasks.training.nodes.coordinator import Coordinator
-from tasks.training.platform import this_platform, with_files
+from tasks.training.platform import this_platform
 from tasks.training.protocol.board import Board, Instruction, NodeReport
 from tasks.training.protocol.job import Job, JobFolder, Outcome
 from tasks.training.rank import is_current
@@ -25,7 +26,7 @@ class Play:
     def __init__(self, store: ObjectStore, folder: Path, network_files: dict[str, str]) -> None:
         job = Job(
             run_id="f00d", config=TrainConfig(), dataset_version="0" * 64, world_size=2, manifest_digest="",
-            code_digest=with_files(this_platform(), network_files).code_digest, network_files=network_files,
+            code_digest=this_platform(network_files).code_digest, network_files=network_files,
             checkpoints=CheckpointConfig(), restarts=1,
             launch=Launch(launcher="nodes", nodes=NodesConfig(min=2, max=2)),
         )  # fmt: skip
@@ -113,8 +114,44 @@ def test_rank_zero_of_a_generation_that_was_given_up_finds_that_it_was_replaced(
 @pytest.mark.parametrize("play", [{"nets/small.py": "1" * 64}], indirect=True)
 def test_a_node_that_has_other_files_of_the_network_is_not_used(play: Play) -> None:
     for node, digest in (("a", "1"), ("b", "2"), ("c", "1")):
-        play.say(node, platform=with_files(this_platform(), {"nets/small.py": digest * 64}))
+        play.say(node, platform=this_platform({"nets/small.py": digest * 64}))
     assert sorted(play.order(lambda order: bool(order.members)).members) == ["a", "c"]
     (told,) = (event.warning for event in play.folder.new_events() if event.warning)
     assert told.startswith("node b is not used, since its weights would differ: code_digest was ")
     assert told.endswith(f"; network_files.nets/small.py was {'1' * 64}, is {'2' * 64}")
+
+
+def test_a_storage_that_refuses_for_long_ends_the_training(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(board: Board) -> dict[str, NodeReport]:
+        raise ServiceError("ExpiredToken")
+
+    for node in ("a", "b"):
+        play.say(node)
+    play.order(lambda order: len(order.members) == 2)
+    with monkeypatch.context() as refusing:
+        refusing.setattr(Board, "reports", refuse)
+        refusing.setattr(coordinator, "COORDINATOR_WAIT", 0.5 - CheckpointConfig().patience)
+        wait_for(play.ended, "the coordinator to end")
+    outcome = play.folder.read_outcome()
+    assert outcome and (outcome.status, outcome.resumable) == ("unsaved", True)
+    assert "has not reached the nodes" in outcome.error and "ExpiredToken" in outcome.error
+    assert [event.warning for event in play.folder.new_events() if event.warning] == [
+        "the coordinator does not reach the nodes, which go on: ExpiredToken"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "resumable"), [("rank 0 was killed by SIGKILL", True), ("ValueError: no such file", False)]
+)
+def test_a_training_whose_ranks_are_killed_too_often_may_go_on(play: Play, trouble: str, resumable: bool) -> None:
+    generations = {""}
+    for _ in range(2):  # of which one is the only restart
+        for node in ("a", "b"):
+            play.say(node)
+        order = play.order(lambda order: len(order.members) == 2 and order.generation not in generations)
+        generations.add(order.generation)
+        play.say("a", generation=order.generation, exit_status=1, trouble=trouble)
+    wait_for(play.ended, "the coordinator to end")
+    outcome = play.folder.read_outcome()
+    assert outcome and (outcome.status, outcome.resumable) == ("crashed", resumable)
+    assert outcome.error == f"{trouble} on node a"

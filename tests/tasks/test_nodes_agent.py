@@ -15,7 +15,9 @@ from infra.machine.network import free_port
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.storage.s3_client import open_client
+from tasks.config.launchers import Launch, NodesConfig
 from tasks.config.run import CheckpointConfig
+from tasks.training.launchers import nodes
 from tasks.training.nodes.agent import Membership, Node, serve
 from tasks.training.protocol.board import Board
 from tasks.training.protocol.job import Job, JobFolder
@@ -86,3 +88,21 @@ def test_node_can_be_told_to_leave_while_the_storage_does_not_answer(
     told.set()
     thread.join(30)
     assert left == [True]
+
+
+def test_the_flow_hears_why_the_agent_of_its_own_machine_has_ended(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVOY_ADDRESS", "203.0.113.9")  # of no machine
+    monkeypatch.setattr("tasks.training.launchers.watch.POLL_SECONDS", 0.1)
+    folder = JobFolder(tmp_path)
+    folder.write_job(
+        Job(
+            run_id="f00d", config=TrainConfig(), dataset_version="0" * 64, world_size=2, manifest_digest="",
+            checkpoints=CheckpointConfig(), restarts=0, launch=Launch(launcher="nodes", nodes=NodesConfig()),
+        )
+    )  # fmt: skip
+    with nodes.agents(folder):
+        (warning,) = wait_for(lambda: [event.warning for event in folder.new_events()], "the warning")
+    assert warning.startswith("the agent of this machine has ended with status 2: error: ")
+    assert "203.0.113.9" in warning

@@ -1,9 +1,11 @@
 """The training split with a small cache: the same weights, within the limit, or a clear refusal."""
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from cnn.networks.weights import weights_sha256
 from cnn.training.loop import fit
 from cnn.training.reports import EpochReport, StepReport
 from cnn.training.trainer import Trainer
-from infra.errors import UsageError
+from infra.errors import Outage, UsageError
 from infra.machine.files import locked
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
@@ -27,6 +29,7 @@ from infra.storage.s3_client import ObjectMissing
 from tasks.data import dataset
 from tasks.data.dataset import DatasetRef, is_complete, open_cache, open_split, shards_of
 from tasks.data.training_split import bytes_at_a_time, open_training_split
+from tasks.training.rank import PatientCache
 from tests.cnn.conftest import Packed, digits, encoded, joined_group, many_shards  # noqa: F401  # fixtures
 from tests.infra.test_cache import flip
 
@@ -264,3 +267,23 @@ def test_trainings_that_together_need_more_than_the_cache_may_hold_all_open_thei
     with ThreadPoolExecutor(2) as pool:
         counts = list(pool.map(open_twice, (stored, other)))
     assert counts == [[stored.splits["train"].count] * 2] * 2
+
+
+def test_a_rank_that_lacks_data_waits_for_the_storage(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.put_bytes("shards/x", b"x")
+    sha256, get_file, asked = hashlib.sha256(b"x").hexdigest(), ObjectStore.get_file, []
+
+    def restarting(self: ObjectStore, *args: Any, **options: Any) -> None:
+        asked.append(args)
+        if len(asked) == 1:
+            raise Outage("the store does not answer")
+        get_file(self, *args, **options)
+
+    monkeypatch.setattr(ObjectStore, "get_file", restarting)
+    assert open_cache(store, PatientCache).fetch("shards/x", sha256, size=1).read_bytes() == b"x"
+    assert len(asked) == 2
+    assert [record.getMessage() for record in caplog.records if record.name == "infra.storage"] == [
+        "trying again for up to 540 s: the store does not answer"
+    ]

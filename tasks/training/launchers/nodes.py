@@ -6,20 +6,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from infra.machine.lifeline import dying_with_this_process
+from tasks.training.launchers.watch import watching
 from tasks.training.protocol.job import JobFolder
 
 
 @contextmanager
 def agents(folder: JobFolder) -> Iterator[None]:
     """Runs an agent on this machine, unless it only coordinates; the agent dies with this process."""
-    job = folder.read_job()
-    if job.launch.nodes.here:
-        with (folder.path / "agent.log").open("wb") as log:
-            subprocess.Popen(
+    job, log_file = folder.read_job(), folder.path / "agent.log"
+    if not job.launch.nodes.here:
+        yield
+    else:
+        with log_file.open("wb") as log:
+            agent = subprocess.Popen(
                 [sys.executable, "-m", "tasks.training.nodes.agent", job.run_id],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 preexec_fn=dying_with_this_process(),
             )
-    yield
+
+        def problems() -> Iterator[str]:
+            if agent.poll():
+                said = log_file.read_text(errors="replace").strip().rpartition("\n")[2]
+                yield f"the agent of this machine has ended with status {agent.returncode}: {said}"
+
+        with watching(problems, folder):
+            yield

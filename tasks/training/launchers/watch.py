@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from infra.errors import ServiceError
+from infra.errors import one_line
 from tasks.training.protocol.job import Event, JobFolder
 
 POLL_SECONDS = 5.0
@@ -23,8 +23,8 @@ def watching(poll: Callable[[], Iterable[str]], folder: JobFolder) -> Iterator[N
         while not over.wait(POLL_SECONDS):
             try:
                 found = set(poll())
-            except ServiceError as error:
-                found = {str(error)}
+            except Exception as error:  # of a scheduler's client, say: the next poll may succeed
+                found = {one_line(error) or type(error).__name__}
             for line in sorted(found - known):
                 folder.write_event(Event(warning=line))
             known = found

@@ -22,12 +22,12 @@ from pathlib import Path
 from cnn.distributed.process_group import check_devices, device_count
 from cnn.errors import InputError
 from cnn.networks.own import digests
-from infra.errors import ServiceError, UsageError, counted
+from infra.errors import ServiceError, UsageError, counted, one_line
 from infra.machine.lifeline import adopt_orphans, end_descendants
 from infra.machine.network import address_towards, free_port, interface_of
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore, open_bucket
-from tasks.training.platform import Platform, this_platform, with_files
+from tasks.training.platform import Platform, this_platform
 from tasks.training.protocol.board import BEAT, STORAGE_TIMEOUT, Board, Heartbeat, Instruction, NodeReport, invited_runs
 from tasks.training.protocol.job import Event, Job, JobFolder, spare_outcome
 from tasks.training.protocol.patience import SUPERVISOR_WAIT
@@ -126,7 +126,7 @@ class Membership:
             ServiceError: the files cannot be read, for example during an upgrade.
         """
         try:
-            return with_files(this_platform(), digests(Path.cwd(), self._job.network_files))
+            return this_platform(digests(Path.cwd(), self._job.network_files))
         except (OSError, SyntaxError) as error:
             raise ServiceError(f"the code of this node cannot be read: {error}") from error
 
@@ -226,18 +226,23 @@ def serve(
     invited = time.monotonic()
     print_line(f"node {node.name}: {counted(node.slots, 'rank')} at {node.address}; waiting for a training")
     silent: dict[str, Instruction | None] = {}  # last order of each coordinator that fell silent, perhaps killed
+    unfit: set[str] = set()  # runs in which this node cannot take part
     while not leave():
         try:
             for run_id in [run] if run else list(invited_runs(store)):
                 board = Board(store, run_id)
                 invitation = board.invitation()
-                if invitation is None or leave() or (run_id in silent and silent[run_id] == board.order()):
+                fell_silent = run_id in silent and silent[run_id] == board.order()
+                if invitation is None or leave() or fell_silent or run_id in unfit:
                     continue
                 print_line(f"run {run_id}: joining")
                 folder = JobFolder(settings.runs / run_id / "nodes" / node.name)
                 try:
                     if not Membership(node, board, invitation.job, folder, print_line).run(leave):
                         silent[run_id] = board.order()
+                except OSError as error:  # above all a full disk
+                    print_line(f"run {run_id}: this node cannot take part: {one_line(error)}")
+                    unfit.add(run_id)
                 finally:
                     end_descendants(SUPERVISOR_WAIT)
                 print_line(f"run {run_id}: left")

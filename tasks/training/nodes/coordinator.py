@@ -8,7 +8,7 @@ from contextlib import suppress
 from infra.errors import ServiceError, counted
 from infra.storage.object_store import open_bucket
 from tasks.training.nodes.plan import plan
-from tasks.training.platform import Platform, differences, this_platform, with_files
+from tasks.training.platform import Platform, differences, this_platform
 from tasks.training.protocol.board import BEAT, STORAGE_TIMEOUT, Board, Heartbeat, Instruction, Invitation, NodeReport
 from tasks.training.protocol.job import STARTING, Event, JobFolder, Outcome, Restarts, Status
 from tasks.training.protocol.patience import COORDINATOR_WAIT
@@ -34,7 +34,7 @@ class Coordinator:
         self._heartbeats: dict[str, Heartbeat] = {}
         # A machine that only coordinates may have another kind of processor: then the first node decides.
         here = self._job.launch.launcher == "nodes" and self._nodes.here
-        self._platform: Platform | None = with_files(this_platform(), self._job.network_files) if here else None
+        self._platform: Platform | None = this_platform(self._job.network_files) if here else None
         self._refused: set[str] = set()
         self._passed_on: dict[str, int] = {}  # number of events per member of this generation
         self._ready: frozenset[str] = frozenset()
@@ -42,6 +42,7 @@ class Coordinator:
         self._too_few_since: float | None = time.monotonic()
         self._formed = 0.0
         self._paused: float | None = None
+        self._cut_off_since: float | None = None  # time of the first of the storage's failures in a row
         self._restarts = Restarts(folder)
 
     def run(self, wants_end: Callable[[], bool]) -> None:
@@ -70,12 +71,26 @@ class Coordinator:
                 update={"beat": self._order.beat + 1, "pause": self._paused is not None}
             )
             self._board.write_order(self._order)
+            if self._cut_off_since is not None:
+                self._cut_off_since = None
+                self._folder.write_event(Event(note="the coordinator reaches the nodes again"))
             return over
-        except ServiceError:
+        except ServiceError as error:
             # The ranks go on meanwhile. This machine could not read the reports, so no node counts as silent.
             for heartbeat in self._heartbeats.values():
                 heartbeat.reset()
-            return ending and self._paused_for > COORDINATOR_WAIT
+            return self._cut_off_for_long(error) or (ending and self._paused_for > COORDINATOR_WAIT)
+
+    def _cut_off_for_long(self, error: ServiceError) -> bool:
+        """Warns at the first failure of the storage; after the patience for checkpoints, ends the training."""
+        if self._cut_off_since is None:
+            self._cut_off_since = time.monotonic()
+            self._folder.write_event(Event(warning=f"the coordinator does not reach the nodes, which go on: {error}"))
+        if time.monotonic() - self._cut_off_since < self._job.checkpoints.patience + COORDINATOR_WAIT:
+            return False
+        why = f"the coordinator has not reached the nodes for {self._job.checkpoints.patience:g} s: {error}"
+        self._folder.write_outcome(Outcome(status="unsaved", error=why, exit_status=error.exit_status, resumable=True))
+        return True
 
     def _read_reports(self) -> None:
         self._reports = self._board.reports()
@@ -115,9 +130,10 @@ class Coordinator:
             self._end_generation()
             return ending
         if lost:
-            return self._retry(f"node {', '.join(lost)} has been silent for {patience:g} s", outcomes)
+            return self._retry(f"node {', '.join(lost)} has been silent for {patience:g} s", {}, resumable=True)
         if troubles := [f"{report.trouble} on node {node}" for node, report in ended.items() if report.exit_status]:
-            return self._retry(troubles[0], outcomes)
+            killed = next((trouble for trouble in troubles if "was killed by" in trouble), None)
+            return self._retry(killed or troubles[0], {} if killed else outcomes, resumable=killed is not None)
         if all_ended:
             return self._retry("the ranks ended without an outcome", outcomes)
         if self._could_grow():
@@ -125,10 +141,14 @@ class Coordinator:
             self._paused = time.monotonic()
         return False
 
-    def _retry(self, reason: str, outcomes: Mapping[Status, Outcome]) -> bool:
-        """Ends the generation, so that the next one resumes; returns True if no restart is left."""
+    def _retry(self, reason: str, outcomes: Mapping[Status, Outcome], *, resumable: bool = False) -> bool:
+        """Ends the generation, so that the next one resumes; returns True if no restart is left.
+
+        Args:
+            resumable: the training itself did not fail, but machines or processes were killed.
+        """
         if not self._restarts.take():
-            last = Outcome(status="crashed", error=reason, exit_status=1)
+            last = Outcome(status="crashed", error=reason, exit_status=1, resumable=resumable)
             self._folder.write_outcome(outcomes.get("crashed", last))
             return True
         self._folder.write_event(Event(warning=f"{reason}; going on from the last checkpoint", waiting=STARTING))
