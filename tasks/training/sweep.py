@@ -35,6 +35,7 @@ from tasks.config.run import RunConfig, with_network_options
 from tasks.config.sweep import Range, SweepConfig, Value, contains, trial_config, value_of
 from tasks.data.dataset import DatasetRef
 from tasks.orchestration.cancellation import STOPPED
+from tasks.orchestration.model_lease import model_lease
 from tasks.orchestration.progress import Advance, progress, run_logger
 from tasks.orchestration.retries import outlast
 from tasks.orchestration.step import step
@@ -367,15 +368,15 @@ def _sweep_run(record: SweepRecord, run_id: str | None) -> Iterator[str]:
             tags={tags.RESULT: "a sweep under way", tags.USER: this_user()},
         )
     hint = f"`convoy sweep --resume {run_id}` goes on"
-    with hold_run_lock(run_id, str(flow_run.id)):
+    with hold_run_lock(run_id, str(flow_run.id)), model_lease(f"sweep {run_id}"):  # here, and on other machines
         status: mlflow_runs.RunStatus = "FINISHED"
         finished = mlflow_runs.run_status(run_id) == "FINISHED"
         try:
-            if resumed:
-                outlast(partial(mlflow_runs.reopen_run, run_id))
-            else:
+            if not resumed:
                 mlflow_runs.log_text(run_id, RECORD, record.model_dump_json(indent=2, exclude_unset=True))
             mlflow_runs.set_tags(run_id, {tags.SWEEP: run_id, **flow_tags()})
+            if resumed:
+                outlast(partial(mlflow_runs.reopen_run, run_id))
             run_logger().info("the sweep's run is %s", mlflow_runs.run_url(run_id))
             yield run_id
         except BaseException as error:

@@ -15,7 +15,7 @@ from tasks.training.nodes import coordinator
 from tasks.training.nodes.coordinator import Coordinator
 from tasks.training.platform import this_platform
 from tasks.training.protocol.board import Board, Instruction, NodeReport
-from tasks.training.protocol.job import Job, JobFolder, Outcome
+from tasks.training.protocol.job import Event, Job, JobFolder, Outcome
 from tasks.training.rank import is_current
 from tests.flows.program import wait_for
 
@@ -155,3 +155,29 @@ def test_a_training_whose_ranks_are_killed_too_often_may_go_on(play: Play, troub
     outcome = play.folder.read_outcome()
     assert outcome and (outcome.status, outcome.resumable) == ("crashed", resumable)
     assert outcome.error == f"{trouble} on node a"
+
+
+def test_a_node_that_joins_and_fails_is_left_out_and_the_others_go_on(play: Play) -> None:
+    for node in ("a", "b"):
+        play.say(node)
+    first = play.order(lambda order: len(order.members) == 2)
+    play.say("a", generation=first.generation, events=[Event(step=1, total_steps=9, epoch=1)])
+    play.say("b", generation=first.generation, leaving=True)
+    play.order(lambda order: order.pause)
+    stopped = Outcome(status="interrupted", exit_status=75)
+    for node in ("a", "b"):
+        play.say(node, generation=first.generation, exit_status=1, outcome=stopped, leaving=node == "b")
+    play.order(lambda order: not order.generation)
+    for node in ("a", "c"):
+        play.say(node)
+    second = play.order(lambda order: set(order.members) == {"a", "c"})
+    error = "the disk is full"
+    failed = Outcome(status="failed", error=error, exit_status=1)
+    play.say("a", generation=second.generation)
+    play.say("c", generation=second.generation, exit_status=1, outcome=failed, trouble=error)
+    play.order(lambda order: not order.generation)
+    for node in ("a", "c", "d"):
+        play.say(node)
+    assert play.order(lambda order: bool(order.members)).members.keys() == {"a", "d"}
+    assert play.folder.read_outcome() is None
+    assert f"node c is not used, since it failed: {error}" in [event.warning for event in play.folder.new_events()]

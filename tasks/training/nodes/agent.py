@@ -28,7 +28,16 @@ from infra.machine.network import address_towards, free_port, interface_of
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore, open_bucket
 from tasks.training.platform import Platform, this_platform
-from tasks.training.protocol.board import BEAT, STORAGE_TIMEOUT, Board, Heartbeat, Instruction, NodeReport, invited_runs
+from tasks.training.protocol.board import (
+    BEAT,
+    CONNECTION_LOST,
+    STORAGE_TIMEOUT,
+    Board,
+    Heartbeat,
+    Instruction,
+    NodeReport,
+    invited_runs,
+)
 from tasks.training.protocol.job import Event, Job, JobFolder, spare_outcome
 from tasks.training.protocol.patience import SUPERVISOR_WAIT
 from tasks.training.torchrun import node_options, start_torchrun
@@ -36,7 +45,7 @@ from tasks.training.torchrun import node_options, start_torchrun
 END_RANKS_SECONDS = 2.0  # seconds that ranks have to end after their generation is over
 POLL_SECONDS = 2.0  # seconds between two searches for an invitation
 UNINVITED_SECONDS = 600.0  # that an agent of one training waits for an invitation, as long as `nodes.wait`
-CONNECTION_LOST = re.compile(r"gloo/transport|[Cc]onnection (closed|reset)|ncclRemoteError")  # in a rank's error
+_LOST_IN_ERROR = re.compile(r"gloo/transport|[Cc]onnection (closed|reset)|ncclRemoteError")  # in a rank's error
 EVENTS_PER_REPORT = 32
 
 Print = Callable[[str], None]
@@ -212,7 +221,7 @@ def _why_ranks_died(folder: JobFolder) -> str:
         return killed
     if outcome is None:
         return folder.log_end()
-    return "the connection to another node was lost" if CONNECTION_LOST.search(outcome.error) else outcome.error
+    return CONNECTION_LOST if _LOST_IN_ERROR.search(outcome.error) else outcome.error
 
 
 def serve(

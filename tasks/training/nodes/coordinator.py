@@ -9,7 +9,16 @@ from infra.errors import ServiceError, counted
 from infra.storage.object_store import open_bucket
 from tasks.training.nodes.plan import plan
 from tasks.training.platform import Platform, differences, this_platform
-from tasks.training.protocol.board import BEAT, STORAGE_TIMEOUT, Board, Heartbeat, Instruction, Invitation, NodeReport
+from tasks.training.protocol.board import (
+    BEAT,
+    CONNECTION_LOST,
+    STORAGE_TIMEOUT,
+    Board,
+    Heartbeat,
+    Instruction,
+    Invitation,
+    NodeReport,
+)
 from tasks.training.protocol.job import STARTING, Event, JobFolder, Outcome, Restarts, Status
 from tasks.training.protocol.patience import COORDINATOR_WAIT
 
@@ -36,6 +45,8 @@ class Coordinator:
         here = self._job.launch.launcher == "nodes" and self._nodes.here
         self._platform: Platform | None = this_platform(self._job.network_files) if here else None
         self._refused: set[str] = set()
+        self._unfit: set[str] = set()  # nodes that have ended a generation of proven ones
+        self._proven: set[str] = set()  # nodes of a generation that has made a step
         self._passed_on: dict[str, int] = {}  # number of events per member of this generation
         self._ready: frozenset[str] = frozenset()
         self._ready_changed = time.monotonic()  # time of the last change of _ready
@@ -99,6 +110,8 @@ class Coordinator:
         for node, report in self._members().items():
             for event in report.events[max(0, self._passed_on.get(node, 0) - report.events_before) :]:
                 self._folder.write_event(event)
+                if event.step and not event.waiting:
+                    self._proven |= set(self._order.members)
             self._passed_on[node] = report.events_before + len(report.events)
         ready = frozenset(self._candidates())
         if ready != self._ready:
@@ -113,6 +126,8 @@ class Coordinator:
         patience = self._nodes.patience
         alive = {node for node, heartbeat in self._heartbeats.items() if heartbeat.silence <= patience}
         lost = [node for node in self._order.members if node not in alive]
+        if self._refuse_newcomers(ended):
+            return False
         # If the checkpoint of a pause cannot be stored, the next generation only repeats its steps.
         final: list[Status] = ["finished", "failed", "diverged"]
         if self._paused is None:
@@ -140,6 +155,25 @@ class Coordinator:
             self._folder.write_event(Event(note="more nodes are ready: storing a checkpoint, to go on with them"))
             self._paused = time.monotonic()
         return False
+
+    def _refuse_newcomers(self, ended: Mapping[str, NodeReport]) -> bool:
+        """Ends a generation that fails because of nodes that joined last, as with a full disk; others go on without.
+
+        Returns:
+            Whether it has: not if a node that has trained before fails by itself too, or if all are new.
+        """
+        failed = {
+            node
+            for node, report in ended.items()
+            if report.outcome and report.outcome.status in ("failed", "crashed") and report.trouble != CONNECTION_LOST
+        }
+        if not failed or failed & self._proven or not self._proven & self._order.members.keys():
+            return False
+        for node in failed:
+            self._unfit.add(node)
+            self._folder.write_event(Event(warning=f"node {node} is not used, since it failed: {ended[node].trouble}"))
+        self._end_generation()
+        return True
 
     def _retry(self, reason: str, outcomes: Mapping[Status, Outcome], *, resumable: bool = False) -> bool:
         """Ends the generation, so that the next one resumes; returns True if no restart is left.
@@ -202,7 +236,7 @@ class Coordinator:
         """
         found: dict[str, NodeReport] = {}
         for node, report in self._reports.items():
-            if report.leaving or self._heartbeats[node].silence > STALE_SECONDS:
+            if report.leaving or self._heartbeats[node].silence > STALE_SECONDS or node in self._unfit:
                 continue
             if report.generation and not self._order.members:
                 continue

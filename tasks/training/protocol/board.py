@@ -23,6 +23,9 @@ from tasks.training.protocol.job import Event, Job, Outcome
 BEAT = 1.0  # seconds between two rounds of reading and writing the board
 STORAGE_TIMEOUT = 5.0  # seconds until a request fails; a process that waits for one cannot beat
 
+CONNECTION_LOST = "the connection to another node was lost"
+"""`NodeReport.trouble` of a node that has not failed by itself."""
+
 
 class _Message(Record, extra="forbid"):
     """A message. One with unknown fields, from another version of Convoy, is refused rather than read in part."""
