@@ -126,7 +126,7 @@ class Coordinator:
         patience = self._nodes.patience
         alive = {node for node, heartbeat in self._heartbeats.items() if heartbeat.silence <= patience}
         lost = [node for node in self._order.members if node not in alive]
-        if self._refuse_newcomers(ended):
+        if self._paused is None and self._refuse_newcomers(ended):
             return False
         # If the checkpoint of a pause cannot be stored, the next generation only repeats its steps.
         final: list[Status] = ["finished", "failed", "diverged"]
