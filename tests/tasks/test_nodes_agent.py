@@ -6,8 +6,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cnn.config.training import TrainConfig
@@ -90,19 +92,48 @@ def test_node_can_be_told_to_leave_while_the_storage_does_not_answer(
     assert left == [True]
 
 
-def test_the_flow_hears_why_the_agent_of_its_own_machine_has_ended(
-    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CONVOY_ADDRESS", "203.0.113.9")  # of no machine
-    monkeypatch.setattr("tasks.training.launchers.watch.POLL_SECONDS", 0.1)
-    folder = JobFolder(tmp_path)
+def ordered(path: Path) -> JobFolder:
+    """The folder of a training on nodes."""
+    folder = JobFolder(path)
     folder.write_job(
         Job(
             run_id="f00d", config=TrainConfig(), dataset_version="0" * 64, world_size=2, manifest_digest="",
             checkpoints=CheckpointConfig(), restarts=0, launch=Launch(launcher="nodes", nodes=NodesConfig()),
         )
     )  # fmt: skip
+    return folder
+
+
+def test_the_flow_hears_why_the_agent_of_its_own_machine_has_ended(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVOY_ADDRESS", "203.0.113.9")  # of no machine
+    monkeypatch.setattr("tasks.training.launchers.watch.POLL_SECONDS", 0.1)
+    folder = ordered(tmp_path)
     with nodes.agents(folder):
         (warning,) = wait_for(lambda: [event.warning for event in folder.new_events()], "the warning")
     assert warning.startswith("the agent of this machine has ended with status 2: error: ")
     assert "203.0.113.9" in warning
+
+
+def test_the_agent_of_the_flows_own_machine_is_started_again_if_it_is_killed(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.training.launchers.watch.POLL_SECONDS", 0.1)
+    folder = ordered(tmp_path)
+
+    def is_agent(process: psutil.Process) -> bool:
+        with suppress(psutil.Error):  # it has just been killed
+            return process.status() != psutil.STATUS_ZOMBIE and "tasks.training.nodes.agent" in process.cmdline()
+        return False
+
+    def agents() -> list[psutil.Process]:
+        return list(filter(is_agent, psutil.Process().children()))
+
+    with nodes.agents(folder):
+        (first,) = wait_for(agents, "the agent")
+        first.kill()
+        (second,) = wait_for(lambda: [each for each in agents() if each.pid != first.pid], "the next agent")
+        (warning,) = wait_for(lambda: [event.warning for event in folder.new_events()], "the warning")
+        assert warning and warning.startswith("the agent of this machine has ended with status -9")
+    second.wait(10)

@@ -12,13 +12,15 @@ from tasks.training.protocol.job import JobFolder
 
 @contextmanager
 def agents(folder: JobFolder) -> Iterator[None]:
-    """Runs an agent on this machine, unless it only coordinates; the agent dies with this process."""
+    """Runs an agent on this machine, unless it only coordinates; again if it is killed. It dies with this process."""
     job, log_file = folder.read_job(), folder.path / "agent.log"
     if not job.launch.nodes.here:
         yield
-    else:
-        with log_file.open("wb") as log:
-            agent = subprocess.Popen(
+        return
+
+    def start() -> "subprocess.Popen[bytes]":
+        with log_file.open("ab") as log:
+            return subprocess.Popen(
                 [sys.executable, "-m", "tasks.training.nodes.agent", job.run_id],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -26,10 +28,16 @@ def agents(folder: JobFolder) -> Iterator[None]:
                 preexec_fn=dying_with_this_process(),
             )
 
-        def problems() -> Iterator[str]:
-            if agent.poll():
-                said = log_file.read_text(errors="replace").strip().rpartition("\n")[2]
-                yield f"the agent of this machine has ended with status {agent.returncode}: {said}"
+    log_file.unlink(missing_ok=True)
+    agent = start()
 
-        with watching(problems, folder):
-            yield
+    def problems() -> Iterator[str]:
+        nonlocal agent
+        if status := agent.poll():
+            said = log_file.read_text(errors="replace").strip().rpartition("\n")[2]
+            yield f"the agent of this machine has ended with status {status}: {said}"
+        if status is not None and status < 0:  # it was killed, for lack of memory say
+            agent = start()
+
+    with watching(problems, folder):
+        yield
