@@ -10,7 +10,6 @@ are compared.
 
 import time
 from collections.abc import Iterator
-from typing import TypeVar
 
 from pydantic import Field
 
@@ -29,9 +28,6 @@ CONNECTION_LOST = "the connection to another node was lost"
 
 class _Message(Record, extra="forbid"):
     """A message. One with unknown fields, from another version of Convoy, is refused rather than read in part."""
-
-
-Message = TypeVar("Message", bound=_Message)
 
 
 class Invitation(_Message):
