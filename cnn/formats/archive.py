@@ -15,14 +15,12 @@ import numpy as np
 
 from cnn.errors import InputError
 from cnn.formats.block import FileBlock
+from cnn.formats.decode import MAX_FILE_BYTES
 from cnn.formats.layout import arrange
 from cnn.formats.tar import tar_stream
 
 BLOCK_IMAGES = 32
 BLOCK_BYTES = 8 * 2**20  # encoded; a block ends when it reaches this size or that number of images
-
-MAX_MEMBER_BYTES = 256 * 2**20
-"""Largest uncompressed size of a member."""
 
 MAX_EXPANSION, ALWAYS_ALLOWED_BYTES = 100, 2**30
 """All members together may be so many times larger than the archive, or have so many bytes if that is more."""
@@ -223,7 +221,7 @@ def check_members(archive: str, path: Path, members: Iterable[Member]) -> list[M
                 "for example with tar's options -h --hard-dereference"
             )
         total += member.size
-        if member.size > MAX_MEMBER_BYTES or total > allowed:
+        if member.size > MAX_FILE_BYTES or total > allowed:
             raise InputError(f"{archive}: member {name} makes it too large when uncompressed ({total:,} bytes)")
         if member.is_file and name in names:
             raise InputError(f"{archive}: member {name} is there twice; pack each file once")

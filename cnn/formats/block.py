@@ -55,8 +55,8 @@ class Block(Protocol):
     def loaded(self, wanted: NDArray[np.bool_] | None = None) -> "Block":
         """Reads the wanted images (None: all) into memory, and returns the block with them."""
 
-    def survey(self) -> Survey:
-        """Returns digests, sizes and modes, without decoding pixels."""
+    def survey(self, wanted: NDArray[np.bool_] | None = None) -> Survey:
+        """Returns digests, sizes and modes of the wanted images (None: of all), without decoding pixels."""
 
     def decode(self, wanted: NDArray[np.bool_], target: Target) -> Decoded:
         """Decodes the wanted images to the target's size and mode."""
@@ -110,9 +110,10 @@ class PixelBlock:
     def loaded(self, wanted: NDArray[np.bool_] | None = None) -> Self:
         return self
 
-    def survey(self) -> Survey:
-        count, channels, height, width = self.images.shape
-        rows = np.ascontiguousarray(self.images).reshape(count, -1)
+    def survey(self, wanted: NDArray[np.bool_] | None = None) -> Survey:
+        images = self.images if wanted is None else self.images[wanted]
+        count, channels, height, width = images.shape
+        rows = np.ascontiguousarray(images).reshape(count, -1)
         digests = [hashlib.sha256(row.data).digest() for row in rows]
         header = ImageHeader(width, height, "L" if channels == 1 else "RGB", channels == 1)
         return Survey(digests, Counter({header: count}))
@@ -145,16 +146,18 @@ class FileBlock:
     splits: NDArray[np.int8]
 
     def loaded(self, wanted: NDArray[np.bool_] | None = None) -> "FileBlock":
-        chosen = range(len(self.files)) if wanted is None else np.flatnonzero(wanted).tolist()
         files = list(self.files)
-        for position in chosen:
+        for position in self._positions(wanted):
             files[position] = _read(files[position])
         return replace(self, files=files)
 
-    def survey(self) -> Survey:
+    def _positions(self, wanted: NDArray[np.bool_] | None) -> Sequence[int]:
+        return range(len(self.files)) if wanted is None else np.flatnonzero(wanted).tolist()
+
+    def survey(self, wanted: NDArray[np.bool_] | None = None) -> Survey:
         digests, headers = [], Counter[ImageHeader]()
-        for file in self.files:
-            data = _read(file)
+        for position in self._positions(wanted):
+            data = _read(self.files[position])
             digests.append(hashlib.sha256(data).digest())
             try:
                 headers[read_header(data)] += 1

@@ -21,6 +21,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000
 """Larger images are refused: a file of a few kilobytes can claim to contain gigapixels."""
 
+MAX_FILE_BYTES = 256 * 2**20
+"""Larger files are refused: a film with an image's name would fill the memory."""
+
 _TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,6 +36,8 @@ _TURNS: dict[object, Image.Transpose] = {
 """The transposition that turns an image upright, by EXIF orientation (Exif 2.32, tag 274)."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+_TOO_LARGE = b"not read because of its size in bytes: "
 
 _WIDE_MODES = ("I;16", "I;16L", "I;16B", "I")
 
@@ -62,6 +67,17 @@ class Target(NamedTuple):
     def mode(self) -> str:
         """Pillow's name of the mode."""
         return "L" if self.channels == 1 else "RGB"
+
+
+def stand_in(size: int) -> bytes:
+    """Returns what stands for the content of a file that is too large to be read; decoding it raises ValueError."""
+    return _TOO_LARGE + str(size).encode()
+
+
+def check_size(size: int) -> None:
+    """Raises ValueError if an image file has more than `MAX_FILE_BYTES`."""
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{size:,} bytes is more than {MAX_FILE_BYTES:,}")
 
 
 def read_header(data: bytes) -> ImageHeader:
@@ -127,6 +143,8 @@ def _despite_metadata(read: Callable[[bytes], T], data: bytes) -> T:
 def _open(data: bytes) -> Image.Image:
     if data.startswith(_LFS_POINTER):
         raise ValueError("a Git LFS pointer in place of the image; run git lfs pull")
+    if data.startswith(_TOO_LARGE):
+        check_size(int(data.removeprefix(_TOO_LARGE)))
     image = Image.open(BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} by {image.height} pixels is more than {MAX_PIXELS:,}")

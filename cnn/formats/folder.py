@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from cnn.formats.block import FileBlock
+from cnn.formats.decode import MAX_FILE_BYTES, stand_in
 from cnn.formats.files import Files
 from cnn.formats.layout import Given, Layout, LeftOut, arrange, arrange_given
 
@@ -55,10 +56,14 @@ class FolderImages:
         positions = self._layout.chosen[start:stop].tolist()
         return FileBlock(
             names=[self._files.paths[position].removeprefix(self._layout.root) for position in positions],
-            files=[partial(self._files.read, position) for position in positions],
+            files=[partial(self._read, position) for position in positions],
             labels=self._layout.labels[start:stop],
             splits=self._layout.splits[start:stop],
         )
+
+    def _read(self, position: int) -> bytes:
+        size = self._files.size(position)
+        return self._files.read(position) if size <= MAX_FILE_BYTES else stand_in(size)
 
 
 def _at(values: Sequence[str | None], layout: Layout) -> list[str | None]:

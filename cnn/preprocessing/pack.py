@@ -24,7 +24,7 @@ from cnn.formats.block import Block, LabelledImages
 from cnn.preprocessing.pixel_statistics import Moments, moments
 from cnn.preprocessing.resume_records import PackedShard
 from cnn.preprocessing.split_packer import MAX_EXAMPLES, Failure, OnShard, SplitPacker
-from cnn.preprocessing.survey import OnImages, Plan, check_splits, count_classes, median, survey
+from cnn.preprocessing.survey import OnImages, Plan, check_splits, count_classes, median, retarget, survey
 from cnn.threads import READER_THREADS, in_order
 
 PIECE_BYTES = 4 * 2**20
@@ -62,7 +62,9 @@ def preprocess(
     """
     source = open_source(format, files, classes)
     plan = survey(source, config, on_progress)
-    return pack(source, plan, config, out, on_progress).manifest
+    packed = pack(source, plan, config, out, on_progress)
+    again = retarget(plan, source, packed.splits, config)
+    return (packed if again.target == plan.target else pack(source, again, config, out)).manifest
 
 
 def pack(

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +84,35 @@ def survey(
         on_part(part)
         parts.append(part)
     return _plan(source, config, parts, max_default_size)
+
+
+def retarget(
+    plan: Plan,
+    source: LabelledImages,
+    packed: NDArray[np.int8],
+    config: PreprocessConfig,
+    *,
+    max_default_size: int = MAX_DEFAULT_SIZE,
+) -> Plan:
+    """Returns the plan with the size and channels of the images that could be decoded.
+
+    A damaged image may have a readable header, which must not decide what becomes of all the others. If the target
+    differs from the plan's, the images have to be packed again.
+
+    Args:
+        packed: the split of each image after packing, as in `cnn.preprocessing.pack.Packed`.
+        max_default_size: as for `survey`.
+    """
+    failed = (plan.splits != UNDECIDED) & (packed == UNDECIDED)
+    if not failed.any():
+        return plan
+    headers, start = plan.headers.copy(), 0
+    for block in source.blocks():
+        wanted = failed[start : start + len(block.labels)]
+        start += len(block.labels)
+        if wanted.any():
+            headers -= block.loaded(wanted).survey(wanted).headers
+    return replace(plan, target=_target(headers, config, max_default_size))
 
 
 def _parts(source: LabelledImages, config: PreprocessConfig, start: int, on_progress: OnImages) -> Iterator[SurveyPart]:

@@ -49,6 +49,7 @@ class ArchiveSource:
                 if not (zipfile.is_zipfile(path) if self.file.lower().endswith(".zip") else _is_tar(path)):
                     raise UsageError(f"{where}: this is no whole archive of the kind that its name says")
                 digest = place.cache.add_file(path)
+                as_found = place.mirrors.version(self.address)[0] == self.version
         except ServiceError as error:
             raise ServiceError(f"{where}: {error}") from error
         raw = RawFile(path=self.file, sha256=digest, size=place.cache.path(digest).stat().st_size)
@@ -58,7 +59,7 @@ class ArchiveSource:
             bucket.put(raw)
         meter.advance_to(1.0)
         source = RawSource(name=self.name, format="archive", files=(raw,), served_by={raw.path: where}, reused=reused)
-        if self.key:
+        if self.key and as_found:  # else the record would give this content to a later reader of the other version
             write_record(place.store, self.key, source)
         return source
 

@@ -74,7 +74,7 @@ def _web(address: str, mirrors: Mirrors) -> ArchiveSource:
             f"{display(address)}: a label table is read from this machine or from a bucket; fetch it first"
         )
     _require_archive(file_name(address), display(address))
-    version, size = mirrors.web.version(address)
+    version, size = mirrors.version(address)
     return ArchiveSource(address, file_name(address), size, version)
 
 
@@ -82,15 +82,13 @@ def _bucket(address: str, mirrors: Mirrors, on_files: OnFiles, options: TableOpt
     store, key = mirrors.object(address)
     if not is_table(key) and not is_archive(key):
         return bucket_folder(store, key, on_files)
-    info = store.head(key)
-    if info is None:
-        raise UsageError(f"{address}: there is no such object")
+    version, size = mirrors.version(address)
     if is_table(key):
         folder, _, name = key.rpartition("/")
         location = BucketLocation(store, f"{folder}/" if folder else "")
         with mirrors.fetched(address, Meter(0, lambda count: None)) as file:
             return labelled_images(file, name, location, store.uri(key), options)
-    return ArchiveSource(address, key.rpartition("/")[2], info.size, info.etag or None)
+    return ArchiveSource(address, key.rpartition("/")[2], size, version)
 
 
 def _require_archive(file: str, where: str) -> None:

@@ -78,22 +78,22 @@ class FolderSource(FolderListing):
         bucket = RawBucket(place.store, place.cache, expected_files=len(self.files))
         stop = threading.Event()
 
-        def store(file: Entry) -> tuple[RawFile, bool]:
+        def store(file: Entry) -> tuple[RawFile, bool, bool]:
             meter = Meter(file.size, on_bytes, stop)
             meter.advance_to(0.0)
-            digest = self.location.add_to(place.cache, file.path)
+            digest, version = self.location.add_to(place.cache, file.path)
             raw = RawFile(path=file.path, sha256=digest, size=place.cache.path(digest).stat().st_size)
             present = not refresh and bucket.holds(raw)
             if not present:
                 bucket.put(raw)
             meter.advance_to(1.0)
-            return raw, present
+            return raw, present, version == file.version
 
         results = in_parallel(store, self.files, stop)
-        files = tuple(raw for raw, _ in results)
+        files = tuple(raw for raw, _, _ in results)
         labels = self._store_labels(place)
-        source = self._raw_source(files, None, labels, reused=all(present for _, present in results))
-        if self.key:
+        source = self._raw_source(files, None, labels, reused=all(present for _, present, _ in results))
+        if self.key and all(as_listed for _, _, as_listed in results):
             write_record(place.store, self.key, source)
         return source
 

@@ -44,7 +44,7 @@ class TableLocation:
     def marks_content(self) -> bool:
         return isinstance(self.base, BucketLocation)  # such a table names no files of this machine
 
-    def add_to(self, cache: Cache, path: str) -> str:
+    def add_to(self, cache: Cache, path: str) -> tuple[str, str | None]:
         location, inner = self.place(path)
         return location.add_to(cache, inner)
 

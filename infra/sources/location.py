@@ -29,8 +29,8 @@ class FolderLocation(Protocol):
     def marks_content(self) -> bool:
         """Whether equal versions prove equal content, at any later time."""
 
-    def add_to(self, cache: Cache, path: str) -> str:
-        """Puts a file's present content into the cache; returns its SHA-256."""
+    def add_to(self, cache: Cache, path: str) -> tuple[str, str | None]:
+        """Puts a file's present content into the cache; returns its SHA-256, and its version if that marks content."""
 
     def read(self, entry: Entry) -> bytes:
         """Returns the content of a file as it was listed; UsageError if it has changed since."""
@@ -50,10 +50,10 @@ class LocalLocation:
     def address(self) -> str:
         return f"file:{self.root.absolute()}"
 
-    def add_to(self, cache: Cache, path: str) -> str:
+    def add_to(self, cache: Cache, path: str) -> tuple[str, str | None]:
         place = self._place(path)
         try:
-            return cache.add_file(place)
+            return cache.add_file(place), None
         except OSError as error:
             if error.filename != str(place):
                 raise
@@ -89,10 +89,10 @@ class BucketLocation:
     def address(self) -> str:
         return self.store.uri(self.prefix)
 
-    def add_to(self, cache: Cache, path: str) -> str:
+    def add_to(self, cache: Cache, path: str) -> tuple[str, str | None]:
         with temporary_file(cache.root) as temporary:
-            self.store.get_file(self.prefix + path, temporary)
-            return cache.add_file(temporary)
+            info = self.store.get_file(self.prefix + path, temporary)
+            return cache.add_file(temporary), info.etag if info else None
 
     def read(self, entry: Entry) -> bytes:
         key = self.prefix + entry.path

@@ -97,6 +97,22 @@ class Mirrors:
             case _:
                 raise ServiceError(f"no such kind of address; known are {' '.join(SCHEMES)}")
 
+    def version(self, address: str) -> tuple[str | None, int | None]:
+        """Returns what tells the present version of a file from others, and its bytes; None for what is not known.
+
+        Raises:
+            UsageError: there is no such object.
+            ServiceError: the server did not answer.
+        """
+        if address.startswith(("http:", "https:")):
+            return self.web.version(address)
+        if not address.startswith("s3:"):
+            return None, None
+        store, key = self.object(address)
+        if (info := store.head(key)) is None:
+            raise UsageError(f"{address}: there is no such object")
+        return info.etag or None, info.size
+
     @contextmanager
     def _object(self, address: str, limit: int | None, meter: Meter) -> Iterator[Path]:
         store, key = self.object(address)

@@ -238,7 +238,9 @@ class ObjectStore:
                 return None
             raise ServiceError(f"{self.uri(key)} is damaged; {remedy}") from error
 
-    def get_file(self, key: str, path: Path, *, sha256: str | None = None, on_progress: OnBytes | None = None) -> None:
+    def get_file(
+        self, key: str, path: Path, *, sha256: str | None = None, on_progress: OnBytes | None = None
+    ) -> ObjectInfo | None:
         """Downloads an object to `path`, which appears complete and verified, or not at all.
 
         A download with a wrong digest is repeated once.
@@ -246,18 +248,21 @@ class ObjectStore:
         Args:
             sha256: the expected digest; None takes the one stored with the object, if any.
 
+        Returns:
+            With `sha256` None, the store's description of the object just before the download.
+
         Raises:
             ObjectMissing: there is no such object.
             ServiceError: also on a wrong digest; the message names both digests.
         """
-        if sha256 is None and (info := self.head(key)):
-            sha256 = info.sha256
+        info = self.head(key) if sha256 is None else None
+        sha256 = info.sha256 if info else sha256
         with atomic_file(path) as temporary, translated(self._where(key)):
             for _ in range(2):
                 with _raising(on_progress) as callback:
                     self._transfer.download_file(self.bucket, key, str(temporary), callback=callback)
                 if sha256 is None or (got := file_digest(temporary)) == sha256:
-                    return
+                    return info
                 on_progress = None  # the second download moves no new bytes
             raise ServiceError(f"{self._where(key)}: damaged: its SHA-256 is {got}, expected {sha256}")
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from cnn.formats import open_source
 from cnn.formats.decode import decoder_versions
 from cnn.formats.files import Files
 from cnn.formats.layout import LeftOut
-from cnn.preprocessing.pack import code_files, pack
-from cnn.preprocessing.survey import survey
+from cnn.preprocessing.pack import Packed, code_files, pack
+from cnn.preprocessing.survey import Plan, retarget, survey
 from infra.machine.files import locked
 from infra.machine.threads import in_parallel
 from infra.records import Record
@@ -75,14 +75,14 @@ def preprocess(
         if not refresh and (version := _find(store, key)) and _renew_columns(store, version, raw, labels):
             _warn(raw.name, load_manifest(store, version))
             return DatasetRef(version=version, name=raw.name, reused=True)
-        journal = Journal(store, key)
+        journals = Journal(store, key), Journal(store, f"{key}-again")
         if refresh:
-            journal.clear()
+            _clear(journals)
         files = _in_place(raw.listing, cache) if raw.listing else _fetch(raw, cache)
         with _workspace(settings.home / "work" / f"preprocess-{key}") as out:
             try:
                 manifest = _pack(
-                    raw, files, labels, config, out, cache, journal, max_default_size=max_default_size, refresh=refresh
+                    raw, files, labels, config, out, cache, journals, max_default_size=max_default_size, refresh=refresh
                 )
             except InputError as error:
                 raise InputError(f"{raw.name}: {error}") from error
@@ -91,7 +91,7 @@ def preprocess(
             _commit(store, bucket_layout.dataset_manifest(version), manifest.to_bytes())
             store_index(store, version, out / INDEX, raw.labels.file.sha256 if raw.labels else None)
         _commit(store, bucket_layout.preprocess_record(key), record.model_dump_json().encode())
-        journal.clear()
+        _clear(journals)
     _log_summary(raw.name, manifest)
     return DatasetRef(version=version, name=raw.name)
 
@@ -173,20 +173,22 @@ def _pack(
     config: PreprocessConfig,
     out: Path,
     cache: Cache,
-    journal: Journal,
+    journals: tuple[Journal, Journal],
     *,
     max_default_size: int,
     refresh: bool,
 ) -> Manifest:
-    """Surveys and packs the images; the shards are in the bucket afterwards, and the image index in `out`."""
+    """Surveys and packs the images; the shards are in the bucket afterwards, and the image index in `out`.
+
+    Args:
+        journals: of the survey and the packing, and of packing once more if images that cannot be decoded had decided
+            the size or the channels.
+    """
+    journal, second = journals
     left_out = LeftOut(raw.remarks, raw.left_out) if raw.remarks else None
     source = open_source(raw.format, files, raw.classes or None, left_out, given_by(labels) if labels else None)
-    surveyed, packed = journal.survey_parts(), journal.shards()
-    if surveyed:
-        count = sum(each.shard.count for each in packed)
-        run_logger().info(
-            "%s: going on with an interrupted run: %d images surveyed, %d packed", raw.name, surveyed[-1].stop, count
-        )
+    if surveyed := journal.survey_parts():
+        run_logger().info("%s: going on with an interrupted run: %d images surveyed", raw.name, surveyed[-1].stop)
     with progress(f"Reading {raw.name}", len(source), unit="images") as advance:
         plan = survey(
             source,
@@ -196,13 +198,29 @@ def _pack(
             on_part=journal.note_part,
             max_default_size=max_default_size,
         )
-    with (
-        progress(f"Packing {raw.name}", plan.count, unit="images", artifact="preprocess") as advance,
-        ShardStore(cache, journal, keep=fits_cache(plan, cache), refresh=refresh) as shards,
-    ):
-        result = pack(source, plan, config, out, advance, done=packed, on_shard=shards.add)
+
+    def packed(plan: Plan, journal: Journal) -> Packed:
+        done = journal.shards()
+        if count := sum(each.shard.count for each in done):
+            run_logger().info("%s: going on with an interrupted run: %d images packed", raw.name, count)
+        with (
+            progress(f"Packing {raw.name}", plan.count, unit="images", artifact="preprocess") as advance,
+            ShardStore(cache, journal, keep=fits_cache(plan, cache), refresh=refresh) as shards,
+        ):
+            return pack(source, plan, config, out, advance, done=done, on_shard=shards.add)
+
+    result = packed(plan, journal)
+    again = retarget(plan, source, result.splits, config, max_default_size=max_default_size)
+    if again.target != plan.target:
+        run_logger().info("%s: packing again: unreadable images had decided the size or channels", raw.name)
+        plan, result = again, packed(again, second)
     write_index(out / INDEX, source, plan, result, labels)
     return result.manifest
+
+
+def _clear(journals: Iterable[Journal]) -> None:
+    for journal in journals:
+        journal.clear()
 
 
 def _commit(store: ObjectStore, key: str, data: bytes) -> None:

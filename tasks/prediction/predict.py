@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from prefect.artifacts import create_markdown_artifact
 from scipy.special import softmax
 
-from cnn.formats.archive import MAX_MEMBER_BYTES
-from cnn.formats.decode import decode_image, read_header, reason_of
+from cnn.formats.decode import check_size, decode_image, read_header, reason_of
 from cnn.threads import in_order
 from infra.errors import Outage, ServiceError, UsageError, counted
 from infra.records import Record
@@ -197,8 +196,7 @@ def _decode(files: Sequence[Picture], classifier: ImageClassifier) -> PredictedB
 
 def _pixels(picture: Picture, classifier: ImageClassifier) -> NDArray[np.uint8]:
     """Returns pixels as preprocessing would; refuses colour images if the model was trained on grey ones only."""
-    if picture.size > MAX_MEMBER_BYTES:
-        raise ValueError(f"{picture.size:,} bytes is more than {MAX_MEMBER_BYTES:,}")
+    check_size(picture.size)
     data = picture.read()
     if not classifier.colour and not read_header(data).grey:
         pixels = decode_image(data, classifier.target._replace(channels=3)).astype(np.int16)

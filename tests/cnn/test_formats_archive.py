@@ -110,7 +110,7 @@ def test_an_archive_bomb_is_refused_before_any_image_is_read(
     with pytest.raises(InputError, match=r"big\.bmp makes it too large"):
         open_source("archive", {f"d.{kind}": path})
     monkeypatch.setattr(archives, "ALWAYS_ALLOWED_BYTES", 2**30)
-    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 2**20)
+    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 2**20)
     with pytest.raises(InputError, match=r"big\.bmp makes it too large"):
         open_source("archive", {f"d.{kind}": path})
 

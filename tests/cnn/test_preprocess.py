@@ -379,6 +379,37 @@ def test_a_source_without_one_readable_image_is_refused(folder: Folder, out: Pat
         preprocess("folder", folder.files, PreprocessConfig(max_unreadable=1), out)
 
 
+def test_images_that_cannot_be_decoded_do_not_decide_size_and_channels(folder: Folder, out: Path) -> None:
+    folder.add_digits(range(60))
+    expected = preprocess("folder", folder.files, CONFIG, out)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8))
+    for number in range(70):  # they are the majority, and of another size and mode
+        buffer = io.BytesIO()
+        noise.rotate(number).save(buffer, "JPEG")
+        folder.add(f"0/broken-{number}.jpg", buffer.getvalue()[:-500])
+    config = PreprocessConfig(max_unreadable=0.9)
+    assert survey(open_source("folder", folder.files), config).target == Target(90, 3)
+    manifest = preprocess("folder", folder.files, config, out)
+    assert (manifest.image_size, manifest.channels, manifest.report.unreadable) == (8, 1, 70)
+    assert manifest.splits == expected.splits and manifest.mean == expected.mean
+
+
+def test_a_file_that_is_too_large_is_not_read(folder: Folder, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.add_digits(range(120))
+    film = out / "film"
+    with film.open("wb") as file:
+        file.truncate(300 * 2**20)  # bytes that no disk stores
+    folder.files["1/film.png"] = film
+    read: list[Path] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))  # type: ignore[func-returns-value]
+    report = preprocess("folder", folder.files, CONFIG, out).report
+    assert [str(image) for image in report.unreadable_examples] == [
+        "name='1/film.png' reason='314,572,800 bytes is more than 268,435,456'"
+    ]
+    assert len(read) == 240 and film not in read
+
+
 def test_copies_are_counted_and_share_a_split(folder: Folder, out: Path) -> None:
     folder.add_digits(range(200))
     for path, local in list(folder.files.items())[:50]:

@@ -58,9 +58,9 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def _zip(path: Path) -> Path:
+def _zip(path: Path, images: dict[str, bytes] = IMAGES) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
-        for name, content in IMAGES.items():
+        for name, content in images.items():
             archive.writestr(name, content)
     return path
 
@@ -234,6 +234,23 @@ def test_an_archive_in_a_bucket_is_found(place: Workplace, store: ObjectStore, t
     assert _fetch(place, f"s3://{store.bucket}/in/pets.zip").reused
     with pytest.raises(UsageError, match="no such object"):
         _fetch(place, f"s3://{store.bucket}/in/none.zip")
+
+
+def test_what_changes_before_it_is_fetched_is_not_recorded_as_what_was_found(
+    place: Workplace, store: ObjectStore, tmp_path: Path
+) -> None:
+    """Else a file that is put back afterwards would be taken for the one that was fetched."""
+    old, new = _zip(tmp_path / "old.zip").read_bytes(), _zip(tmp_path / "new.zip", {"cat/9.png": b"9"}).read_bytes()
+    for key, dataset in (("pets/cat/1.png", "pets"), ("pets.zip", "pets.zip")):
+        store.put_bytes(key, old)
+        source = find_source(f"s3://{store.bucket}/{dataset}", place.mirrors)
+        store.put_bytes(key, new)
+        (file,) = source.fetch(place, lambda _: None).files
+        assert place.store.get_bytes(file.key) == new
+        store.put_bytes(key, old)
+        (file,) = _fetch(place, f"s3://{store.bucket}/{dataset}").files
+        assert place.store.get_bytes(file.key) == old
+        assert _fetch(place, f"s3://{store.bucket}/{dataset}").reused
 
 
 def test_refresh_repairs_what_a_size_cannot_tell(place: Workplace, folder: Path) -> None:

@@ -6,7 +6,8 @@ import json
 import shutil
 from importlib.resources import files
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sklearn.datasets import load_digits
 
 from cnn.config.preprocessing import PreprocessConfig, Resize
 from cnn.errors import InputError
+from cnn.preprocessing.pack import Packed, pack
 from infra.errors import ServiceError, UsageError
 from infra.sources.raw_data import RawFile, RawSource
 from infra.storage import bucket_layout
@@ -136,6 +138,38 @@ def test_the_limit_of_an_unset_size_makes_another_version_of_large_images(
     versions = [preprocess.fn(raw, CONFIG, max_default_size=limit).version for limit in (128, 224)]
     assert [load_manifest(store, version).image_size for version in versions] == [128, 150]
     assert preprocess.fn(raw, CONFIG, max_default_size=224).reused
+
+
+def test_images_are_packed_again_if_a_damaged_one_decided_their_size(
+    store: ObjectStore, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after an interruption behind the second packing, which then packs nothing."""
+    place = tmp_path / "images"
+    for number in range(59):
+        path = place / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((30, 30), number, dtype=np.uint8)).save(path)
+    config = PreprocessConfig(max_unreadable=0.02)
+    expected = load_manifest(store, preprocess.fn(download.fn(str(place)), config).version)
+    Image.fromarray(np.zeros((70, 70, 3), dtype=np.uint8)).save(place / "a" / "whole.jpg")
+    (place / "a" / "cut.jpg").write_bytes((place / "a" / "whole.jpg").read_bytes()[:-100])
+    (place / "a" / "whole.jpg").unlink()
+    raw = download.fn(str(place))
+    with monkeypatch.context() as patched:
+        patched.setattr("tasks.data.preprocess.write_index", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            preprocess.fn(raw, config)
+    packed: list[int] = []
+
+    def pack_again(source: Any, plan: Any, config: Any, out: Any, advance: Any, *, done: Any, on_shard: Any) -> Packed:
+        packed.append(plan.count - sum(each.shard.count for each in done))
+        return pack(source, plan, config, out, advance, done=done, on_shard=on_shard)
+
+    monkeypatch.setattr("tasks.data.preprocess.pack", pack_again)
+    manifest = load_manifest(store, preprocess.fn(raw, config).version)
+    assert packed == [1, 1]  # the damaged image, which comes after the last shard
+    assert (manifest.channels, manifest.image_size, manifest.splits) == (1, 30, expected.splits)
+    assert not list(store.list("journals/"))
 
 
 def test_the_name_and_the_mirror_are_not_part_of_the_step(store: ObjectStore, raw: RawSource, home: Path) -> None:
