@@ -174,7 +174,8 @@ def with_approval(summary: Summary, config: RunConfig, step_timer: StepTimer) ->
                 summary = _release(summary, config, version, made)
             except GateRefused as refused:  # by a champion that is newer than the verdict
                 summary = _refused(summary, refused)
-        elif entries := promotions_of(version):  # by `convoy promote`, while it waited
+        elif (entries := promotions_of(version)) and entries[-1].to_version == version.version:
+            # `convoy promote` has made it the champion while it waited, and no rollback since.
             summary, made = _promoted_before(summary, version, entries), _decided_by(entries[0])
         else:
             summary = _refused(

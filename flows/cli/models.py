@@ -109,13 +109,19 @@ def promote_named(
     if conditions and found != standing_champion(open_bucket(create=True), name).version:  # not against itself
         with loading():
             from tasks.release.quality_gate import conditions_of, judge_version, publish
-            from tasks.release.report_page import make_page
 
         verdict = judge_version(found, conditions_of(found, conditions))
         publish(found, verdict)
-        make_page(find_version(found.address))
         judged(verdict)
-    return promote_version(found, force=force, reason=reason)
+    try:
+        return promote_version(found, force=force, reason=reason)
+    finally:
+        now = find_version(found.address)
+        if now.tags != found.tags:  # the report page shows verdict and decision
+            with loading():
+                from tasks.release.report_page import make_page
+
+            make_page(now)
 
 
 def rollback(name: NameArgument, reason: ReasonOption = "") -> None:
@@ -125,9 +131,14 @@ def rollback(name: NameArgument, reason: ReasonOption = "") -> None:
     """
     servers_up()
     from infra.storage.object_store import open_bucket
+    from infra.tracking.model_registry import check_model_exists
+    from infra.tracking.promotion_history import newest
     from infra.tracking.promotion_history import rollback as roll_back
 
-    print_line(f"{name} was {roll_back(open_bucket(create=True), name, reason=reason)}")
+    store = open_bucket(create=True)
+    if newest(store, name) is None:
+        check_model_exists(name)
+    print_line(f"{name} was {roll_back(store, name, reason=reason)}")
 
 
 def history(name: NameArgument, as_json: JsonOption = False) -> None:
@@ -146,11 +157,11 @@ def history(name: NameArgument, as_json: JsonOption = False) -> None:
     entries = changes(store, name)
     if not entries:
         check_model_exists(name)
-    promoted = {entry.to_version for entry in entries}
     decisions = {
         version.version: said
         for version in search_versions(name=name)
-        if (said := version.record.approval_sentence) and version.version not in promoted
+        if (said := version.record.approval_sentence)
+        and not any(entry.is_of(version.version, version.run_id) for entry in entries)
     }
     misplaced = misplaced_aliases(store, name)
     if as_json:
@@ -202,9 +213,11 @@ def compare_named(a: str, b: str, conditions: "GateConfig") -> "Verdict":
     """
     servers_to_read()
     with loading():
-        from infra.tracking.model_versions import find_version
+        from infra.storage.object_store import open_bucket
+        from infra.tracking.promotion_history import find_model
         from tasks.release.quality_gate import compare as judge
         from tasks.release.quality_gate import conditions_of
 
-    challenger = find_version(a)
-    return judge(challenger, find_version(b), conditions_of(challenger, conditions))
+    store = open_bucket()
+    challenger = find_model(store, a)
+    return judge(challenger, find_model(store, b), conditions_of(challenger, conditions))

@@ -111,7 +111,7 @@ def check_model_name(name: str) -> str:
         UsageError: a model of this name could not be registered, or not be found again.
     """
     if fault := model_name_fault(name):
-        raise UsageError(f"{name!r} cannot name a model: {fault}; choose one with --name")
+        raise UsageError(f"{name!r} cannot name a model: {fault}")
     return name
 
 

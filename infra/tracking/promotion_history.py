@@ -9,15 +9,17 @@ import getpass
 import os
 import socket
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Literal
 
 from pydantic import ValidationError
 
 from infra.errors import Outage, ServiceError, UsageError
 from infra.machine import stopping
+from infra.machine.threads import in_parallel
 from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
@@ -31,6 +33,7 @@ from infra.tracking.model_registry import (
     set_alias,
 )
 from infra.tracking.model_versions import find_version
+from infra.tracking.names import model_name_fault
 
 CHAMPION, PREVIOUS = "champion", "previous"
 
@@ -99,6 +102,13 @@ class Promotion(Lineage):
     id: str
     """Random, so that two writers never send the same bytes, and a retry recognises its own entry."""
 
+    def is_of(self, version: str, run_id: str | None) -> bool:
+        """Returns whether it made the version of this number and run the champion.
+
+        The number alone does not tell: MLflow counts from 1 again once a model has been deleted or renamed there.
+        """
+        return self.to_version == version and (None in (self.run_id, run_id) or self.run_id == run_id)
+
     def __str__(self) -> str:
         was = f" from version {self.from_version}" if self.from_version else ""
         did = "rolled back" if self.action == "rollback" else "promoted"
@@ -114,7 +124,7 @@ def history(store: ObjectStore, name: str) -> list[Promotion]:
         UsageError: the name is invalid.
         ServiceError: the store failed, or an entry is damaged.
     """
-    return [_read(store, key) for key in _keys(store, name)]
+    return in_parallel(partial(_read, store), _keys(store, name))
 
 
 def newest(store: ObjectStore, name: str) -> Promotion | None:
@@ -123,21 +133,33 @@ def newest(store: ObjectStore, name: str) -> Promotion | None:
     return _read(store, keys[-1]) if keys else None
 
 
-def champions(entries: Sequence[Promotion]) -> list[str]:
-    """Returns the versions that rollbacks can restore, the present champion last.
+def champions(entries: Iterable[Promotion]) -> list[Promotion]:
+    """Returns the promotions of the versions that rollbacks can restore, that of the present champion last.
 
     A promotion adds a version; a rollback removes all after the one that it restored, so that a second rollback goes
     further back.
     """
-    standing: list[str] = []
+    standing: list[Promotion] = []
     for entry in entries:
         if entry.action == "promote":
-            standing.append(entry.to_version)
+            standing.append(entry)
             continue
         standing.pop()
-        while standing and standing[-1] != entry.to_version:
+        while standing and not standing[-1].is_of(entry.to_version, entry.run_id):
             standing.pop()
     return standing
+
+
+def registered_champions(
+    entries: Iterable[Promotion], versions: Iterable[RegisteredVersion]
+) -> list[RegisteredVersion]:
+    """Returns the champions that rollbacks can restore, as far as they are among these versions of the model.
+
+    The present champion is the last.
+    """
+    known = {version.version: version for version in versions}
+    found = ((entry, known.get(entry.to_version)) for entry in champions(entries))
+    return [version for entry, version in found if version and entry.is_of(version.version, version.run_id)]
 
 
 class Standing(Record):
@@ -157,7 +179,7 @@ class Standing(Record):
     @property
     def note(self) -> str:
         """Returns a message if the registry lacks the champion: which version takes its place; else an empty text."""
-        if self.last is None or (self.version and self.version.version == self.last.to_version):
+        if self.last is None or (self.version and self.last.is_of(self.version.version, self.version.run_id)):
             return ""
         place = f"version {self.version.version}, the champion before, takes its place" if self.version else ""
         return (
@@ -175,6 +197,20 @@ def standing_champion(store: ObjectStore, name: str) -> Standing:
     """
     entries = history(store, name)
     return Standing(entries=tuple(entries), version=next(_present(name, champions(entries)), None))
+
+
+def find_model(store: ObjectStore, reference: str) -> RegisteredVersion:
+    """Does what `find_version` does, but the history says which version is the champion: its alias may not show it yet.
+
+    Raises:
+        UsageError: there is no such model, alias or version.
+        ServiceError: a server failed, or an entry of the history is damaged.
+    """
+    name, _, alias = reference.removeprefix("models:/").partition("@")
+    champion = None
+    if alias in ("", CHAMPION) and not model_name_fault(name):  # a slash, before a number, is such a fault
+        champion = standing_champion(store, name).version
+    return champion or find_version(reference)
 
 
 def lineage_of(entries: Sequence[Promotion], version: str) -> Lineage:
@@ -214,15 +250,15 @@ def promote(
         ServiceError: a server failed (Outage: temporarily). If MLflow failed after the change, `repair_aliases` or a
             second call moves the aliases.
     """
-    champion = after.to_version if after else None
-    if champion == model.version:
+    lineage = lineage or Lineage()
+    if after and after.is_of(model.version, lineage.run_id):
         repair_aliases(store, model.name)
         raise AlreadyChampion(f"version {model.version} of {model.name!r} is its champion already: {after}")
     entry = Promotion(
         name=model.name,
         number=after.number + 1 if after else 1,
         action="promote",
-        from_version=champion,
+        from_version=after.to_version if after else None,
         to_version=model.version,
         who=who or this_user(),
         when=datetime.now(UTC),
@@ -232,7 +268,7 @@ def promote(
         verdict_sha256=verdict_sha256,
         verdict_summary=verdict_summary,
         id=uuid.uuid4().hex,
-        **(lineage or Lineage()).model_dump(),
+        **lineage.model_dump(),
     )
     return _append(store, entry)
 
@@ -257,7 +293,7 @@ def rollback(store: ObjectStore, name: str, *, who: str | None = None, reason: s
         name=name,
         number=entries[-1].number + 1,
         action="rollback",
-        from_version=standing[-1],
+        from_version=standing[-1].to_version,
         to_version=target,
         who=who or this_user(),
         when=datetime.now(UTC),
@@ -341,14 +377,16 @@ def _append(store: ObjectStore, entry: Promotion) -> Promotion:
     return entry
 
 
-def _present(name: str, standing: Sequence[str]) -> Iterator[RegisteredVersion]:
+def _present(name: str, standing: Sequence[Promotion]) -> Iterator[RegisteredVersion]:
     """Yields the champions that are still in the registry, the present one first."""
-    for version in reversed(standing):
+    for entry in reversed(standing):
         with suppress(UsageError):
-            yield find_version(f"{name}/{version}")
+            found = find_version(f"{name}/{entry.to_version}")
+            if entry.is_of(found.version, found.run_id):
+                yield found
 
 
-def _champion_and_previous(name: str, standing: Sequence[str]) -> tuple[str | None, str | None]:
+def _champion_and_previous(name: str, standing: Sequence[Promotion]) -> tuple[str | None, str | None]:
     """Returns the version that is champion, and another one that was before; both are still in the registry."""
     present = (each.version for each in _present(name, standing))
     champion = next(present, None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cnn.data.manifest import Manifest, Shard
 from cnn.data.splits import Split
 from cnn.errors import InputError
-from infra.errors import ServiceError
+from infra.errors import ServiceError, UsageError
 from infra.machine.threads import in_parallel
 from infra.records import Record
 from infra.settings import Settings
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cnn.data.shard_reader import RawShard
     from cnn.data.split_reader import SplitReader
     from cnn.data.streamed_split import StreamedSplit
+    from infra.tracking.model_registry import RegisteredVersion
 
 T = TypeVar("T")
 
@@ -62,6 +63,22 @@ def load_manifest(store: ObjectStore, version: str) -> Manifest:
         return Manifest.from_bytes(data)
     except InputError as error:
         raise DatasetDamaged(f"{store.uri(key)}: {error}; write it again with --refresh preprocess") from error
+
+
+def dataset_of(store: ObjectStore, version: "RegisteredVersion") -> Manifest:
+    """Returns the manifest of the data that a version was trained on.
+
+    Raises:
+        UsageError: they are no longer in the bucket.
+        DatasetDamaged: see `load_manifest`.
+    """
+    wanted = version.required("dataset_version")
+    try:
+        return load_manifest(store, wanted)
+    except ObjectMissing:
+        raise UsageError(
+            f"dataset version {wanted} of {version.address} was removed from the bucket; choose a newer version"
+        ) from None
 
 
 def is_stored(store: ObjectStore, shard: Shard) -> bool:

@@ -59,12 +59,12 @@ def write_corrected(model: str, corrections: LabelTable, out: Path, options: Tab
         ServiceError: MLflow or the object store failed.
     """
     from infra.storage.object_store import open_bucket
-    from infra.tracking.model_versions import find_version
+    from infra.tracking.promotion_history import find_model
+    from tasks.data.dataset import dataset_of
     from tasks.data.dataset_diff import index_of
-    from tasks.prediction.label_errors import dataset_of
 
-    version = find_version(model)
     store = open_bucket()
+    version = find_model(store, model)
     manifest = dataset_of(store, version)
     index = index_of(store, manifest.version).table
     if index["path"].null_count:

@@ -22,7 +22,8 @@ from infra.machine.files import check_writable, file_digest
 from infra.records import Record
 from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking.model_registry import RegisteredVersion
-from infra.tracking.model_versions import download_version, find_version
+from infra.tracking.model_versions import download_version
+from infra.tracking.promotion_history import find_model
 from infra.tracking.served_model import ServedModel
 from tasks.data.dataset import load_manifest
 from tasks.evaluation.evaluate import fetch_weights
@@ -75,8 +76,8 @@ def export(model: str, format: Format, out: Path) -> Exported:
     check_writable(out, "--out")
     if format == "onnx":
         check_onnx()
-    version = find_version(model)
     store = open_bucket()
+    version = find_model(store, model)
     images = load_reference(store, version.required("reference_key"))["images"]
     with TemporaryDirectory() as temporary:
         folder = download_version(version, Path(temporary))

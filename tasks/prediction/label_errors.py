@@ -11,17 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cnn.data.manifest import Manifest
 from cnn.data.splits import SPLITS, Split
 from cnn.evaluation.label_errors import LabelErrors, find_label_errors
-from infra.errors import UsageError
 from infra.machine.files import atomic_file
-from infra.storage.object_store import ObjectStore, open_bucket
-from infra.storage.s3_client import ObjectMissing
-from infra.tracking.model_registry import RegisteredVersion
-from infra.tracking.model_versions import find_version
+from infra.storage.object_store import open_bucket
+from infra.tracking.promotion_history import find_model
 from infra.tracking.served_model import ServedModel
-from tasks.data.dataset import load_manifest, open_cache, open_split
+from tasks.data.dataset import dataset_of, open_cache, open_split
 from tasks.data.image_index import ImageIndex, load_index
 from tasks.orchestration.progress import progress
 from tasks.prediction.label_errors_page import FoundLabelErrors, Suspect, label_errors_page
@@ -55,8 +51,8 @@ def write_label_errors(model: str, out: Path) -> FoundLabelErrors:
         UsageError: there is no such version, or the bucket has lost its images.
         ServiceError: MLflow or the object store failed.
     """
-    version = find_version(model)
     store = open_bucket()
+    version = find_model(store, model)
     manifest = dataset_of(store, version)
     index = load_index(store, manifest.version)
     cache = open_cache(store)
@@ -87,21 +83,6 @@ def write_label_errors(model: str, out: Path) -> FoundLabelErrors:
     with atomic_file(out) as file:
         write_table(file, suspects)
     return result
-
-
-def dataset_of(store: ObjectStore, version: RegisteredVersion) -> Manifest:
-    """Returns the manifest of the data that a version was trained on.
-
-    Raises:
-        UsageError: they are no longer in the bucket.
-    """
-    wanted = version.required("dataset_version")
-    try:
-        return load_manifest(store, wanted)
-    except ObjectMissing:
-        raise UsageError(
-            f"dataset version {wanted} of {version.address} was removed from the bucket; choose a newer version"
-        ) from None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from infra.errors import Outage, ServiceError, UsageError, counted
 from infra.records import Record
 from infra.storage.object_store import open_bucket
 from infra.tracking.model_registry import RegisteredVersion
-from infra.tracking.model_versions import find_version
+from infra.tracking.promotion_history import find_model
 from infra.tracking.served_model import ServedModel
 from tasks.data.dataset import load_manifest
 from tasks.orchestration.flow_runs import flow_run_id
@@ -80,7 +80,7 @@ def predict(model: str, inputs: Sequence[str], out: str) -> Predictions:
     """
     check_out(out)
     total = sum(1 for _ in pictures(inputs))
-    classifier = ImageClassifier(find_version(model))
+    classifier = ImageClassifier(find_model(open_bucket(), model))
     unread: list[Unread] = []
     done, unread_count, classes = 0, 0, Counter[str]()
     with (

@@ -7,7 +7,7 @@ from infra.records import Record
 from infra.storage.object_store import ObjectStore
 from infra.tracking.model_registry import RegisteredVersion, search_versions
 from infra.tracking.names import model_name_fault
-from infra.tracking.promotion_history import Standing, champions, history
+from infra.tracking.promotion_history import Standing, history, registered_champions
 
 UNITS = (("d", timedelta(days=1)), ("h", timedelta(hours=1)), ("min", timedelta(minutes=1)))
 
@@ -56,8 +56,7 @@ def list_models(store: ObjectStore) -> list[Model]:
 
 def _model(store: ObjectStore, name: str, versions: list[RegisteredVersion]) -> Model:
     entries = [] if model_name_fault(name) else history(store, name)  # another program may use other names
-    present = {version.version: version for version in versions}
-    champion = next((present[version] for version in reversed(champions(entries)) if version in present), None)
+    champion = next(reversed(registered_champions(entries, versions)), None)
     return Model(
         name=name,
         versions=len(versions),

@@ -19,13 +19,13 @@ from infra.tracking.model_versions import find_version
 from infra.tracking.promotion_history import (
     Promotion,
     Standing,
-    champions,
     history,
     promote,
+    registered_champions,
     repair_aliases,
     standing_champion,
 )
-from infra.tracking.tags import APPROVED, RESULT, VERDICT, decision
+from infra.tracking.tags import APPROVED, EXPIRED, REFUSED, RESULT, VERDICT, WAITING, decision
 from tasks.release.quality.verdict import Verdict
 from tasks.training.runs.lineage import version_lineage
 
@@ -56,13 +56,13 @@ def champion_data(name: str) -> ChampionData:
     standing = repaired_champion(open_bucket(create=True), name)
     if standing.version is None:
         return ChampionData(None, None)
-    datasets = {each.version: each.record.dataset_version for each in search_versions(name=name)}
-    known = (datasets.get(version) for version in champions(standing.entries))
+    reachable = registered_champions(standing.entries, search_versions(name=name))
+    known = (version.record.dataset_version for version in reachable)
     return ChampionData(standing.version.record.dataset_version, next(filter(None, known), None))
 
 
 def repaired_champion(store: ObjectStore, name: str) -> Standing:
-    """Repairs a model's aliases, logs a warning per repair, and returns the champion. Every flow starts with it.
+    """Repairs a model's aliases, logs a warning per repair, and returns the champion. Every training starts with it.
 
     Raises:
         UsageError: invalid name.
@@ -85,8 +85,10 @@ def promotions_of(version: ModelVersion) -> list[Promotion]:
         ServiceError: a server failed.
     """
     store = open_bucket()
-    promotion = ("promote", version.version)
-    entries = list(dropwhile(lambda each: (each.action, each.to_version) != promotion, history(store, version.name)))
+    entries = list(dropwhile(lambda each: each.to_version != version.version, history(store, version.name)))
+    if entries:
+        run_id = find_version(version.address).run_id
+        entries = list(dropwhile(lambda each: not each.is_of(version.version, run_id), entries))
     if entries:
         repair_aliases(store, version.name)
     return entries
@@ -117,7 +119,7 @@ def promote_version(
     last = standing.last
     found = find_version(version.address)
     verdict = verdict_on(store, found)
-    is_champion = last is not None and last.to_version == found.version  # `promote` raises for it
+    is_champion = last is not None and last.is_of(found.version, found.run_id)  # `promote` raises for it
     objection = None if is_champion else _objection(found, verdict, standing)
     if objection and not force:
         kind = ChampionChanged if objection.champion_changed else PromotionRefused
@@ -133,7 +135,7 @@ def promote_version(
         verdict_sha256=found.record.verdict_sha256 if verdict else None,  # older code may have written its bytes
         verdict_summary=verdict.summary if verdict else "",
     )
-    if found.record.awaits_approval:  # otherwise it would still count as waiting after a promotion by hand
+    if found.record.approval in (WAITING, REFUSED, EXPIRED):  # a promotion by hand is a later decision
         made = decision(APPROVED, approved_by or promotion.who, reason)
         record = found.record.model_copy(update=made.model_dump(exclude_none=True))
         tag_version(found, {**made.to_tags(), RESULT: record.headline})

@@ -32,7 +32,7 @@ from infra.tracking.served_model import ServedModel
 from infra.tracking.tags import NO_CHAMPION, VersionRecord
 from tasks.config.gates import GateConfig
 from tasks.config.key_values import explain
-from tasks.data.dataset import DatasetDamaged, load_manifest, open_cache, open_split
+from tasks.data.dataset import DatasetDamaged, dataset_of, open_cache, open_split
 from tasks.data.image_index import ImageIndex, index_digest, load_index, slice_masks
 from tasks.evaluation.report import median_ms
 from tasks.evaluation.split_predictions import load_predictions, store_predictions
@@ -85,17 +85,21 @@ def conditions_of(version: RegisteredVersion, changes: GateConfig) -> GateConfig
     """Returns the conditions that a version's training was to meet, with changes.
 
     Args:
-        changes: the keys that are set in it replace those of the training; all keys, if the training's record is gone
-            or another version of Convoy wrote it.
+        changes: the keys that are set in it replace those of the training. If the training's record is gone, or another
+            version of Convoy wrote it, they are all that is known.
 
     Raises:
-        UsageError: they contradict each other.
+        UsageError: they contradict each other, or nothing is known.
     """
     try:
         own = read_record(version.run_id).config.gate
     except UsageError as error:
-        run_logger().warning("the conditions of %s are not known, so the defaults apply: %s", version.address, error)
-        return changes
+        if changes.model_fields_set:
+            return changes
+        raise UsageError(
+            f"the conditions that {version.address} was to meet are not known: {error}; give them, such as "
+            f"--set mode={changes.mode}: the others are then the defaults"
+        ) from error
     values = own.model_dump(exclude_unset=True) | changes.model_dump(exclude_unset=True)
     try:
         return GateConfig.model_validate(values)
@@ -125,34 +129,34 @@ def compare(
         slices: columns of metadata whose values must not get worse; None: those of the challenger's training.
 
     Raises:
-        UsageError: there is no such version.
+        UsageError: there is no such version, or the bucket has lost the challenger's data.
         ServiceError: a server failed.
     """
     store = open_bucket()
     # A trial has a run and tags, but is not in the registry.
     found = challenger if isinstance(challenger, RegisteredVersion) else find_version(challenger.address)
-    dataset_version = found.required("dataset_version")
-    manifest = load_manifest(store, dataset_version)
+    manifest = dataset_of(store, found)
     split = open_split(open_cache(store), manifest, "test")
     timed = config.max_latency_ms is not None
     against = find_version(champion.address) if champion else None
     test = test_digest(manifest)
     columns = _slices_of(found.run_id) if slices is None else tuple(slices)
-    index = load_index(store, dataset_version) if columns else None
+    index = load_index(store, manifest.version) if columns else None
+    learned, unknown = _only_champions(open_cache(store), manifest, split, against) if against else (None, "")
     verdict = judge(
         score(store, found, manifest, split, timed=timed),
-        score(store, against, manifest, split) if against else None,
+        _score_champion(store, against, manifest, split) if against else None,
         config,
         labels=split.labels.numpy(),
         classes=manifest.classes,
         slices=slice_masks(index, "test", columns) if index else None,
-        dataset_version=dataset_version,
+        dataset_version=manifest.version,
         test_sha256=test,
-        learned=_only_champions(open_cache(store), manifest, split, against) if against else None,
-        judged_before=judged_before(store, found, test, dataset_version),
+        learned=learned,
+        judged_before=judged_before(store, found, test, manifest.version),
     )
-    sha256 = index_digest(store, dataset_version, columns)
-    notes = (*verdict.notes, *missing_columns(columns, index))
+    sha256 = index_digest(store, manifest.version, columns)
+    notes = (*verdict.notes, *filter(None, [unknown]), *missing_columns(columns, index))
     return verdict.model_copy(update={"slices": columns, "index_sha256": sha256, "notes": notes})
 
 
@@ -192,21 +196,23 @@ def judged_before(store: ObjectStore, version: RegisteredVersion, test_sha256: s
 
 def _only_champions(
     cache: Cache, manifest: Manifest, split: SplitReader, champion: RegisteredVersion
-) -> NDArray[np.bool_] | None:
-    """Returns a mask of the test images that only the champion was trained on; None if its data is equal or unknown."""
+) -> tuple[NDArray[np.bool_] | None, str]:
+    """Returns a mask of the test images that only the champion was trained on, None if its data are equal or unknown.
+
+    If they are unknown, the text says so.
+    """
     version = champion.record.dataset_version
-    if version is None or version == manifest.version:
-        return None
+    if version == manifest.version:
+        return None, ""
     try:
-        learned = pixel_digests(open_split(cache, load_manifest(cache.store, version), "train"))
-    except (ObjectMissing, DatasetDamaged) as error:
-        run_logger().warning("cannot leave out test images that %s was trained on: %s", champion.address, error)
-        return None
+        learned = pixel_digests(open_split(cache, dataset_of(cache.store, champion), "train"))
+    except (UsageError, ObjectMissing, DatasetDamaged) as error:
+        return None, f"test images that the champion was trained on, if any, were not left out: {error}"
     test = pixel_digests(split)
     mask = np.isin(test, learned)
     if mask.any():  # images in both training splits favour neither version
         mask &= ~np.isin(test, pixel_digests(open_split(cache, manifest, "train")))
-    return mask
+    return mask, ""
 
 
 def publish(version: ModelVersion, verdict: Verdict) -> None:
@@ -231,6 +237,22 @@ def log_verdict(run_id: str, verdict: Verdict, approval: str = "") -> None:
     mlflow_runs.log_text(run_id, "report/verdict.md", verdict.markdown(approval))
 
 
+def _score_champion(store: ObjectStore, version: RegisteredVersion, manifest: Manifest, split: SplitReader) -> Scored:
+    """Scores the champion. One that cannot be loaded is an obstacle, which the verdict states; it ends no training."""
+    try:
+        return score(store, version, manifest, split)
+    except UsageError as error:
+        return _not_comparable(version, split, str(error))
+
+
+def _not_comparable(version: RegisteredVersion, split: SplitReader, why: str) -> Scored:
+    return Scored(
+        address=version.address,
+        correct=np.zeros(len(split), dtype=np.bool_),
+        obstacle=f"{why}: it cannot be compared",
+    )
+
+
 def score(
     store: ObjectStore, version: RegisteredVersion, manifest: Manifest, split: SplitReader, *, timed: bool = False
 ) -> Scored:
@@ -247,11 +269,7 @@ def score(
     found = load_predictions(store, version.run_id, manifest, weights)
     if found is None:
         if takes := _other_images(model, manifest, split):
-            return Scored(
-                address=version.address,
-                correct=np.zeros(len(split), dtype=np.bool_),
-                obstacle=f"{version.address} {takes}: it cannot be compared",
-            )
+            return _not_comparable(version, split, f"{version.address} {takes}")
         found = _predict(model, split), model.classes
         store_predictions(store, version.run_id, found[0], found[1], manifest, weights)
     predicted, classes = found

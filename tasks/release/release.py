@@ -29,12 +29,16 @@ def release(registered: ModelVersion, approval: VersionRecord | None = None) -> 
     run = f" in Prefect flow run {flow}" if (flow := flow_run_id()) else ""
     reason = f"passed its gates{run}" + (f"; {approval.approval_sentence}" if approval else "")
     by = approval.approval_by if approval else None
-    try:
-        promotion = promote_version(registered, reason=reason, approved_by=by or "")
-        run_logger().info("%s was %s", registered.name, promotion)
-    except AlreadyChampion as already:
-        run_logger().info("%s", already)
-    except (ChampionChanged, PromotionLost) as changed:
-        run_logger().warning("%s", changed)
-        return False
-    return True
+    while True:
+        try:
+            promotion = promote_version(registered, reason=reason, approved_by=by or "")
+            run_logger().info("%s was %s", registered.name, promotion)
+        except AlreadyChampion as already:
+            run_logger().info("%s", already)
+        except ChampionChanged as changed:
+            run_logger().warning("%s", changed)
+            return False
+        except PromotionLost as lost:  # perhaps to a promotion of this version by hand
+            run_logger().warning("%s", lost)
+            continue
+        return True

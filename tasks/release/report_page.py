@@ -56,26 +56,32 @@ def publish_page(version: RegisteredVersion) -> None:
     Raises:
         ServiceError: MLflow failed.
     """
-    report = make_page(version)
-    create_table_artifact(result_table(version, report), key="result", description=version.address)
+    if report := make_page(version):
+        create_table_artifact(result_table(version, report), key="result", description=version.address)
     link = mlflow_runs.run_url(version.run_id)
     create_link_artifact(link, link_text=f"MLflow run of {version.address}", key="mlflow-run")
     run_logger().info("the report is %s", mlflow_runs.report_url(version.run_id))
 
 
-def make_page(version: RegisteredVersion) -> EvaluationReport:
-    """Makes the page and the descriptions; returns the report that they show."""
+def make_page(version: RegisteredVersion) -> EvaluationReport | None:
+    """Makes the page and the descriptions; returns the report that they show.
+
+    Without a report, which a training that was killed may lack and another version of Convoy writes otherwise, returns
+    None, and leaves the descriptions as they are.
+    """
     run_id = version.run_id
     with TemporaryDirectory() as temporary:
         folder = mlflow_runs.fetch_artifacts(run_id, "report", Path(temporary))
-        report = EvaluationReport.model_validate_json((folder / "evaluation.json").read_bytes())
+        report = EvaluationReport.from_file(folder / "evaluation.json")
         page = html_page(version.address, folder, _thumbnails(folder), version.record)
         mlflow_runs.log_text(run_id, "report/index.html", page)
     record = version.record
     outcome = {RESULT: record.headline, MODEL_VERSION: version.address}
     outcome |= {VERDICT: record.outcome} if record.outcome else {}
-    mlflow_runs.set_tags(run_id, {DESCRIPTION: description(version, report), **outcome})
-    describe_version(version, headed(version.description, f"{first_sentence(version, report)}."))
+    if report:
+        outcome |= {DESCRIPTION: description(version, report)}
+        describe_version(version, headed(version.description, f"{first_sentence(version, report)}."))
+    mlflow_runs.set_tags(run_id, outcome)
     tag_version(version, {RESULT: record.headline})
     return report
 

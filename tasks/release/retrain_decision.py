@@ -1,6 +1,7 @@
 """Decides whether to retrain: compares the inputs of a training with those of the champion."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from prefect.client.schemas.objects import StateType
@@ -147,11 +148,13 @@ def _known(
     champion = standing.version
     present = champion.address if champion else NO_CHAMPION
     against = f"against version {champion.version}" if champion else "when there was no champion either"
-    left = {entry.from_version: entry for entry in standing.entries}  # the last change away from each champion
+    changes = list(pairwise(standing.entries))  # from each champion to the next
     for version in search_versions(name=name):
         record, why = version.record, f"version {version.version}, with the same inputs,"
-        judged = record.verdict in ("passed", "refused") and record.verdict_champion == present and not record.approval
-        change = left.get(version.version)
+        gates = record.verdict == "refused" or (record.verdict == "passed" and not record.approval)
+        judged = gates and record.verdict_champion == present
+        left = (after for before, after in reversed(changes) if before.is_of(version.version, version.run_id))
+        change = next(left, None)
         given_up = change if change and (change.action == "rollback" or judged) else None
         if version.address == present or not (given_up or judged) or _inputs_of(version, config) != now:
             continue

@@ -95,9 +95,9 @@ def _restorable(store: ObjectStore) -> dict[tuple[str, str], Lineage]:
     """Returns the lineages of champions and of earlier champions that a rollback can restore, by name and version."""
     histories = {name: history(store, name) for name in names_with_history(store)}
     return {
-        (name, version): lineage_of(entries, version)
+        (name, entry.to_version): lineage_of(entries, entry.to_version)
         for name, entries in histories.items()
-        for version in champions(entries)
+        for entry in champions(entries)
     }
 
 

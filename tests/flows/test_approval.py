@@ -28,7 +28,7 @@ from infra.storage.object_store import open_bucket
 from infra.tracking.mlflow_runs import run_url
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion, aliased, tag_version
 from infra.tracking.model_versions import find_version
-from infra.tracking.promotion_history import history
+from infra.tracking.promotion_history import history, rollback
 from infra.tracking.tags import APPROVED, EXPIRED, REFUSED, WAITING, VersionRecord, decision
 from tasks.config.run import RunConfig
 from tasks.orchestration.cancellation import Cancelled
@@ -230,6 +230,41 @@ def test_promotion_by_hand_of_a_version_that_waits_is_shown_as_its_decision(
     assert summary.approval == found().record.approval_sentence
     assert summary.approval.endswith(": seen them all")
     assert f"**Approval**: {summary.approval}." in found().description
+
+
+def test_a_promotion_that_was_rolled_back_is_no_approval(
+    stack: object, quiet_prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion, version = (register_digits("taken-back", tmp_path).version for _ in range(2))
+
+    def try_out_and_refuse(*_: object) -> VersionRecord:
+        promote_version(version)
+        assert rollback(open_bucket(), "taken-back").to_version == champion.version
+        return decision(REFUSED, "Ann", "blurry")
+
+    monkeypatch.setattr(candidate, "wait_for_approval", try_out_and_refuse)
+
+    @flow
+    def run() -> Summary:
+        for each in (champion, version):
+            tag_version(each, VersionRecord(serving="passed").to_tags())
+            quality_gate(each, CONFIG.gate)
+            if each == champion:
+                assert release(each)
+        record_decision(version, decision(WAITING))
+        waiting = Summary(status="done", model_name="taken-back", model_version=version.version)
+        return candidate.with_approval(waiting, CONFIG, StepTimer())
+
+    summary = run()
+    assert (summary.status, summary.approval) == ("refused", "refused by Ann: blurry")
+    refused = find_version(version.address)
+    assert refused.record.approval_sentence == "refused by Ann: blurry"
+    assert refused.record.result == f"{refused.record.accuracy:.2%} test accuracy, not approved"
+
+    promoted = promote_version(version, reason="sharp enough")  # which a person may decide later
+    record = find_version(version.address).record
+    assert record.approval_sentence == f"approved by {promoted.who}: sharp enough"
+    assert record.result == f"{record.accuracy:.2%} test accuracy, passed"
 
 
 def test_card_has_one_decision_before_its_first_section() -> None:

@@ -23,6 +23,7 @@ from infra.tracking.promotion_history import (
     Promotion,
     PromotionLost,
     champions,
+    find_model,
     history,
     lineage_of,
     misplaced_aliases,
@@ -34,7 +35,7 @@ from infra.tracking.promotion_history import (
     standing_champion,
 )
 from tasks.release.model_list import age, list_models
-from tasks.release.promote import champion_data
+from tasks.release.promote import champion_data, promotions_of
 
 RACERS = 6
 NAMES = (f"promotion {number}" for number in count())
@@ -183,10 +184,10 @@ def test_rollback_without_a_champion_says_so(store: ObjectStore, versions: list[
 def test_champions_after_promoting_one_again(store: ObjectStore, versions: list[ModelVersion], aliases: Any) -> None:
     first, second, _ = versions
     promote_all(store, [first, second, first])
-    assert champions(history(store, first.name)) == ["1", "2", "1"]
+    assert [entry.to_version for entry in champions(history(store, first.name))] == ["1", "2", "1"]
     assert aliases() == ("1", "2")
     assert rollback(store, first.name).to_version == "2"
-    assert champions(history(store, first.name)) == ["1", "2"]
+    assert [entry.to_version for entry in champions(history(store, first.name))] == ["1", "2"]
 
 
 def test_aliases_are_repaired_from_the_history(store: ObjectStore, versions: list[ModelVersion], aliases: Any) -> None:
@@ -271,13 +272,75 @@ def test_a_champion_that_was_deleted_is_replaced_by_the_last_one_that_is_there(
     assert repair_aliases(store, name) == []
 
 
-def test_an_entry_says_what_its_version_was_made_of(store: ObjectStore, versions: list[ModelVersion]) -> None:
-    name, lineage = versions[0].name, Lineage(run_id="r", weights_key="runs/r/w", dataset_version="d")
+def test_another_version_of_the_same_number_is_no_champion(
+    store: ObjectStore, model_id: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow counts from 1 again when a model has been deleted, while its history stays in the bucket."""
+    monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
+    name, client = next(NAMES), MlflowClient()
+    run_ids = [mlflow_runs.start_run("promotion-tests", "run", {}, {}) for _ in range(3)]
+
+    def register(run_id: str) -> ModelVersion:
+        return create_version(name, model_id[1], run_id=run_id, tags={"convoy.dataset_version": f"data of {run_id}"})
+
+    for run_id in run_ids[:2]:
+        promote(store, register(run_id), after=newest(store, name), lineage=Lineage(run_id=run_id))
+    client.delete_registered_model(name)
+    stranger = register(run_ids[2])
+    assert stranger.version == "1"
+    assert standing_champion(store, name).version is None
+    assert "so the model has none" in standing_champion(store, name).note
+    assert repair_aliases(store, name) == [] and aliased(name, "champion") is None
+    assert champion_data(name) == (None, None)
+    assert promotions_of(stranger) == []
+    assert [model.champion for model in list_models(store) if model.name == name] == [None]
+    with pytest.raises(UsageError, match=f"model '{name}' has no alias 'champion'"):
+        find_model(store, name)
+
+    promotion = promote(store, stranger, after=newest(store, name), lineage=Lineage(run_id=run_ids[2]))
+    assert (promotion.from_version, promotion.to_version) == ("2", "1")
+    standing = standing_champion(store, name).version
+    assert standing and (standing.version, standing.run_id) == ("1", run_ids[2])
+    assert promotions_of(stranger) == [promotion]
+    assert champion_data(name) == (f"data of {run_ids[2]}",) * 2
+    with pytest.raises(UsageError, match="so there is none to go back to"):
+        rollback(store, name)
+    second = register(run_ids[0])
+    promote(store, second, after=promotion, lineage=Lineage(run_id=run_ids[0]))
+    assert rollback(store, name).run_id == run_ids[2]
+
+
+def test_the_history_and_not_the_alias_says_what_a_bare_name_means(
+    store: ObjectStore, versions: list[ModelVersion], aliases: Any
+) -> None:
+    name = versions[0].name
+    set_alias(versions[2], "champion")
+    assert find_model(store, name).version == "3"  # there is no history
+    promote_all(store, versions[:2])
+    set_alias(versions[2], "champion")
+    for reference, expected in (
+        (name, "2"),
+        (f"{name}@champion", "2"),
+        (f"models:/{name}@champion", "2"),
+        (f"{name}@previous", "1"),
+        (f"{name}/3", "3"),
+    ):
+        assert find_model(store, reference).version == expected
+    for wrong in ("", "@champion", f"{name}@wrong", f"{name}/9"):
+        with pytest.raises(UsageError):
+            find_model(store, wrong)
+
+
+def test_an_entry_says_what_its_version_was_made_of(
+    store: ObjectStore, versions: list[ModelVersion], model_id: tuple[str, str]
+) -> None:
+    run_id = model_id[0]
+    name, lineage = versions[0].name, Lineage(run_id=run_id, weights_key=f"runs/{run_id}/w", dataset_version="d")
     promote(store, versions[0], after=None, lineage=lineage)
     promote(store, versions[1], after=newest(store, name))
     back = rollback(store, name)
     entries = history(store, name)
-    assert (back.run_id, back.weights_key, back.dataset_version) == ("r", "runs/r/w", "d")
+    assert (back.run_id, back.weights_key, back.dataset_version) == (run_id, f"runs/{run_id}/w", "d")
     assert lineage_of(entries, "1") == lineage
     assert lineage_of(entries, "2") == Lineage()
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, aliased, create_version, log_model, tag_version
+from infra.tracking.model_versions import find_version
 from infra.tracking.promotion_history import AlreadyChampion, history, newest, rollback
 from tasks.config.gates import GateConfig, load_gate
 from tasks.config.run import RunConfig
@@ -46,12 +48,15 @@ from tasks.release.quality_gate import (
     QualityRefused,
     _other_images,
     compare,
+    conditions_of,
     judge_version,
     missing_columns,
     publish,
     quality_gate,
+    score,
 )
 from tasks.release.release import release
+from tasks.release.report_page import make_page
 
 CLASSES = ("a", "b")
 LABELS = np.repeat([0, 1], 500)
@@ -616,6 +621,51 @@ def test_images_of_the_champions_training_split_are_found(line: Line) -> None:
     tag_version(line.bad, {"convoy.dataset_version": line.dataset.version})
     assert verdict.left_out > 0.95 * verdict.images
     assert compare(line.good, line.bad, GateConfig()).left_out == 0
+
+
+def test_what_stands_in_the_way_of_a_comparison_is_in_the_verdict(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    tag_version(line.bad, {"convoy.dataset_version": "0" * 64})
+    verdict = compare(line.good, line.bad, GateConfig())
+    (note,) = (note for note in verdict.notes if "were not left out" in note)
+    assert f"dataset version {'0' * 64} of {line.bad.address} was removed from the bucket" in note
+    with pytest.raises(UsageError, match=f"of {line.bad.address} was removed from the bucket"):
+        compare(line.bad, line.good, GateConfig())
+    tag_version(line.bad, {"convoy.dataset_version": line.dataset.version})
+
+    def only_the_challenger(store: Any, version: Any, *rest: Any, **options: Any) -> Any:
+        if version.address == line.bad.address:
+            raise UsageError(f"{version.uri} cannot be loaded: no file")
+        return score(store, version, *rest, **options)
+
+    monkeypatch.setattr("tasks.release.quality_gate.score", only_the_challenger)
+    refused = compare(line.good, line.bad, GateConfig())
+    assert not refused.passed
+    assert check(refused, GateConfig().mode).detail == f"{line.bad.uri} cannot be loaded: no file: it cannot be compared"
+    assert "promote --force" in refused.remedy
+
+
+def test_conditions_that_are_not_known_have_to_be_given(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = find_version(line.good.address)  # its run has no record
+    with pytest.raises(UsageError, match=r"that gated/3 was to meet are not known: .*; give them, such as --set mode="):
+        conditions_of(version, GateConfig())
+    assert conditions_of(version, GateConfig(floor=0.9)) == GateConfig(floor=0.9)
+    trained = SimpleNamespace(config=SimpleNamespace(gate=GateConfig(floor=0.8, alpha=0.01)))
+    monkeypatch.setattr("tasks.release.quality_gate.read_record", lambda run_id: trained)
+    assert conditions_of(version, GateConfig(floor=0.9)) == GateConfig(floor=0.9, alpha=0.01)
+    assert conditions_of(version, GateConfig()) == GateConfig(floor=0.8, alpha=0.01)
+
+
+def test_a_version_without_an_evaluation_has_a_page_and_a_result(line: Line) -> None:
+    """As one whose training was killed after it was registered, or that another version of Convoy has made."""
+    run_id = mlflow_runs.start_run("page-tests", "run", {}, {})
+    mlflow_runs.log_text(run_id, "report/verdict.md", "a verdict")
+    client = MlflowClient()
+    model = client.create_logged_model(client.get_run(run_id).info.experiment_id, name="empty", source_run_id=run_id)
+    tags = {"convoy.verdict": "refused"}
+    version = create_version("without-evaluation", str(model.model_id), run_id=run_id, tags=tags)
+    assert make_page(find_version(version.address)) is None
+    assert find_version(version.address).record.result == "test accuracy unknown, refused"
+    assert mlflow_runs.run_tags(run_id)["convoy.result"] == "test accuracy unknown, refused"
 
 
 def test_verdict_of_older_code_is_read_and_counts_for_a_promotion(line: Line) -> None:

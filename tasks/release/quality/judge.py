@@ -53,7 +53,7 @@ def judge(
     wins = losses = left_out = 0
     p_value = champion_accuracy = changes = None
     if champion and champion.obstacle:
-        remedy = "a champion for such images: `convoy promote --force --reason TEXT`"
+        remedy = "a champion that can be compared: `convoy promote --force --reason TEXT`"
         checks.append(
             QualityCheck(name=config.mode, threshold=0, passed=False, detail=champion.obstacle, remedy=remedy)
         )

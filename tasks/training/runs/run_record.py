@@ -20,7 +20,7 @@ from infra.storage.object_store import ObjectStore, open_bucket
 from infra.storage.s3_client import ObjectMissing
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import search_versions
-from infra.tracking.model_versions import find_version
+from infra.tracking.promotion_history import find_model
 from infra.tracking.tags import FLOW_RUN, SWEEP, SWEEP_BEST, TRIAL
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, load_manifest
@@ -151,6 +151,6 @@ def find_dataset(store: ObjectStore, reference: str) -> str:
             return read_record(reference).dataset.version
         except UsageError:
             with suppress(UsageError):  # a model may be called `facade`
-                return find_version(reference).required("dataset_version")
+                return find_model(store, reference).required("dataset_version")
             raise
-    return find_version(reference).required("dataset_version")
+    return find_model(store, reference).required("dataset_version")
