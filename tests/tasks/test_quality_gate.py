@@ -640,7 +640,8 @@ def test_what_stands_in_the_way_of_a_comparison_is_in_the_verdict(line: Line, mo
     monkeypatch.setattr("tasks.release.quality_gate.score", only_the_challenger)
     refused = compare(line.good, line.bad, GateConfig())
     assert not refused.passed
-    assert check(refused, GateConfig().mode).detail == f"{line.bad.uri} cannot be loaded: no file: it cannot be compared"
+    why = f"{line.bad.uri} cannot be loaded: no file: it cannot be compared"
+    assert check(refused, GateConfig().mode).detail == why
     assert "promote --force" in refused.remedy
 
 
