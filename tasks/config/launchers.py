@@ -2,9 +2,9 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import Field, model_validator
 
 from cnn.config.base import Config
 from infra.errors import UsageError
@@ -96,34 +96,12 @@ class KubernetesConfig(Config):
 
 
 class Launch(Config):
-    """Launch on this machine, or on it and on nodes that join."""
+    """The part of a run's configuration that says where the ranks run; only the launcher's own section counts."""
 
-    launcher: Literal["local", "nodes"] = "local"
-    nodes: NodesConfig = NodesConfig()
-
-
-class RayLaunch(Config):
-    """Launch in actors of a Ray cluster."""
-
-    launcher: Literal["ray"] = "ray"
+    launcher: Launcher = "local"
     nodes: NodesConfig = NodesConfig()
     ray: RayConfig = RayConfig()
-
-
-class KubernetesLaunch(Config):
-    """Launch in the pods of a Job."""
-
-    launcher: Literal["kubernetes"] = "kubernetes"
-    nodes: NodesConfig = NodesConfig()
     kubernetes: KubernetesConfig = KubernetesConfig()
-
-
-AnyLaunch = Annotated[Launch | RayLaunch | KubernetesLaunch, Field(discriminator="launcher")]
-
-
-def launch_of(config: object) -> AnyLaunch:
-    """Returns the part of a run's configuration that its launcher needs."""
-    return TypeAdapter[AnyLaunch](AnyLaunch).validate_python(config, from_attributes=True)
 
 
 def check_installed(launcher: Launcher) -> None:

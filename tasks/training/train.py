@@ -20,7 +20,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.metric_log import MetricRow, deliver
 from infra.tracking.model_registry import rehearsal
 from infra.tracking.tags import WEIGHTS_SHA256, WORLD_SIZE
-from tasks.config.launchers import launch_of
+from tasks.config.launchers import Launch
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
 from tasks.orchestration.cancellation import Cancelled, CancelWatch, stop_if_cancelled
@@ -157,7 +157,7 @@ def _job(run: TrackedRun, dataset: DatasetRef, config: RunConfig, world_size: in
         config=config.training(),
         dataset_version=dataset.version,
         world_size=world_size,
-        launch=launch_of(config),
+        launch=Launch.model_validate(config, from_attributes=True),
         manifest_digest=run.manifest_digest,
         code_digest=run.code_digest,
         network_files=network_files(config.model),

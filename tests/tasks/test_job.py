@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from cnn.config.training import TrainConfig
-from tasks.config.launchers import Launcher, launch_of
+from tasks.config.launchers import Launch, Launcher
 from tasks.config.run import CheckpointConfig, load_config
 from tasks.training.protocol.job import SPARE_OUTCOME, Event, Job, JobFolder, Outcome, Restarts, spare_outcome
 
@@ -67,7 +67,7 @@ def test_job_comes_back_as_it_was_given_with_the_options_of_its_network(folder: 
 def test_job_names_a_launcher_that_there_is_with_its_own_options(folder: JobFolder, launcher: str) -> None:
     options = ["kubernetes.image=convoy:1", "ray.cpus=2", "nodes.patience=7"]
     config = load_config(None, [f"launcher={launcher}", *options])
-    folder.write_job(JOB.model_copy(update={"launch": launch_of(config)}))
+    folder.write_job(JOB.model_copy(update={"launch": Launch.model_validate(config, from_attributes=True)}))
     launch = folder.read_job().launch
     assert (launch.launcher, launch.nodes.patience) == (launcher, 7)
     assert dict(launch).items() <= dict(config).items()

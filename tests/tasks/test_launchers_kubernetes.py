@@ -8,7 +8,7 @@ import pytest
 from cnn.config.training import TrainConfig
 from infra.errors import UsageError
 from infra.settings import Settings
-from tasks.config.launchers import KubernetesConfig, KubernetesLaunch, check_installed
+from tasks.config.launchers import KubernetesConfig, Launch, check_installed
 from tasks.config.run import CheckpointConfig, load_config
 from tasks.training.launchers.kubernetes import TEMPLATE, agents, training_job
 from tasks.training.protocol.job import Job, JobFolder
@@ -23,7 +23,9 @@ def order(**kubernetes: Any) -> Job:
         config=TrainConfig(),
         dataset_version="0" * 64,
         world_size=4,
-        launch=KubernetesLaunch(kubernetes=KubernetesConfig(image="registry.example/convoy:1", **kubernetes)),
+        launch=Launch(
+            launcher="kubernetes", kubernetes=KubernetesConfig(image="registry.example/convoy:1", **kubernetes)
+        ),
         manifest_digest="",
         checkpoints=CheckpointConfig(),
         restarts=0,

@@ -15,7 +15,7 @@ import pytest
 from cnn.config.training import TrainConfig
 from infra.errors import Outage
 from infra.machine.network import free_port
-from tasks.config.launchers import KubernetesLaunch
+from tasks.config.launchers import Launch
 from tasks.config.run import CheckpointConfig
 from tasks.orchestration import outage
 from tasks.orchestration.outage import through_outage
@@ -499,7 +499,7 @@ def test_launcher_that_cannot_start_says_so_in_the_outcome(
 ) -> None:
     training = order(tmp_path, restarts=0)
     folder = JobFolder(training.folder)
-    folder.write_job(folder.read_job().model_copy(update={"launch": KubernetesLaunch()}))
+    folder.write_job(folder.read_job().model_copy(update={"launch": Launch(launcher="kubernetes")}))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     assert supervise(started, training).wait(60) == 2
     outcome = folder.read_outcome()

@@ -15,7 +15,7 @@ import infra.kubernetes
 from infra.errors import ServiceError, UsageError
 from infra.kubernetes.jobs import Jobs
 from infra.settings import Settings
-from tasks.config.launchers import KubernetesConfig, KubernetesLaunch
+from tasks.config.launchers import KubernetesConfig
 from tasks.training.launchers.watch import watching
 from tasks.training.protocol.job import Event, Job, JobFolder
 
@@ -57,7 +57,6 @@ def training_job(job: Job, flow_pod: str | None) -> dict[str, Any]:
     Raises:
         UsageError: the template cannot be used.
     """
-    assert isinstance(job.launch, KubernetesLaunch)
     config = job.launch.kubernetes
     template = config.template or TEMPLATE
     try:

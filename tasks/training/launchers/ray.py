@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infra.errors import Outage, UsageError, one_line
 from infra.machine.lifeline import dying_with_this_process
-from tasks.config.launchers import RayConfig, RayLaunch
+from tasks.config.launchers import RayConfig
 from tasks.training.launchers.watch import watching
 from tasks.training.protocol.job import JobFolder
 
@@ -106,7 +106,6 @@ def agents(folder: JobFolder) -> Iterator[None]:
         UsageError: the cluster cannot be used, for example because of its version.
     """
     job = folder.read_job()
-    assert isinstance(job.launch, RayLaunch)
     config = job.launch.ray
     with chdir(folder.path):  # Ray's workers search the driver's working folder first; a user's may hold a `tasks`, too
         _connect(config)

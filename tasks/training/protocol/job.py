@@ -23,7 +23,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from cnn.config.training import TrainConfig
 from infra.errors import one_line
 from infra.records import Record
-from tasks.config.launchers import AnyLaunch, Launch
+from tasks.config.launchers import Launch
 from tasks.config.run import CheckpointConfig
 from tasks.training.protocol.memory_file import memory_file
 from tasks.training.utilisation import Utilisation
@@ -53,7 +53,7 @@ class Job(Record, extra="forbid"):
     world_size: int
     """Exact for a training on this machine; the maximum for several nodes."""
 
-    launch: AnyLaunch = Launch()
+    launch: Launch = Launch()
     manifest_digest: str
     code_digest: str = ""
     """`Platform.code_digest` of the code that the training began with: each rank checks that it has loaded the same.
