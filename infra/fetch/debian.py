@@ -22,34 +22,30 @@ APT_OPTIONS = (
 )
 
 
-class Debian:
-    """The packages of one download run; each is downloaded at most once. Threads may share it."""
+@contextmanager
+def debian_file(address: str, packages: Downloads) -> Iterator[Path]:
+    """Yields the local file that `<package>/<path inside the package>` names.
 
-    def __init__(self) -> None:
-        self._downloads = Downloads(_apt_download)
-        self.close = self._downloads.close
+    Args:
+        packages: those of one download run, by `apt_download`.
 
-    @contextmanager
-    def fetched(self, address: str) -> Iterator[Path]:
-        """Yields the local file that `<package>/<path inside the package>` names.
-
-        Raises:
-            ServiceError: apt is missing, the package or file does not exist, or apt's servers do not answer.
-        """
-        package, _, inside = address.partition("/")
-        if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", package):
-            raise ServiceError(f"{package!r} is no name of a Debian package")
-        installed = Path("/", inside)
-        if installed.is_file() and _is_installed(package):
-            yield installed
-            return
-        with tempfile.TemporaryDirectory(prefix="convoy-deb-") as folder:
-            target = Path(folder, "file")
-            _unpack(self._downloads.file(package), inside, target)
-            yield target
+    Raises:
+        ServiceError: apt is missing, the package or file does not exist, or apt's servers do not answer.
+    """
+    package, _, inside = address.partition("/")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", package):
+        raise ServiceError(f"{package!r} is no name of a Debian package")
+    installed = Path("/", inside)
+    if installed.is_file() and _is_installed(package):
+        yield installed
+        return
+    with tempfile.TemporaryDirectory(prefix="convoy-deb-") as folder:
+        target = Path(folder, "file")
+        _unpack(packages.file(package), inside, target)
+        yield target
 
 
-def _apt_download(package: str, folder: Path) -> Path:
+def apt_download(package: str, folder: Path) -> Path:
     """Runs `apt-get download` with the system's package lists or, if that fails, with newly fetched private ones."""
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         raise ServiceError("apt-get is not installed, this is no Debian")

