@@ -8,6 +8,7 @@ and aliases that do not follow their model's history.
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from prefect.utilities.urls import url_for
 
 from infra.errors import counted
 from infra.machine.locks import is_held, try_locked
+from infra.machine.threads import in_parallel
 from infra.records import Record
 from infra.settings import Settings
 from infra.storage import bucket_layout
@@ -264,8 +266,9 @@ def _delete_checkpoint(store: ObjectStore, prefix: str, young: datetime) -> bool
 
 
 def _aliases(store: ObjectStore) -> Iterator[tuple[str, str]]:
-    for name in names_with_history(store):
-        if wrong := misplaced_aliases(store, name):
+    names = names_with_history(store)
+    for name, wrong in zip(names, in_parallel(partial(misplaced_aliases, store), names), strict=True):
+        if wrong:
             yield name, f"its aliases are not where its history says ({'; '.join(wrong)})"
 
 

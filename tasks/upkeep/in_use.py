@@ -1,10 +1,12 @@
 """Finds what in the bucket is in use: by a running training, an alias, or a champion that a rollback can restore."""
 
 from collections.abc import Collection, Iterable
+from functools import partial
 from itertools import islice
 
 from infra.errors import ServiceError
 from infra.machine.locks import is_held
+from infra.machine.threads import in_parallel
 from infra.records import Record
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
@@ -93,7 +95,8 @@ def references(
 
 def _restorable(store: ObjectStore) -> dict[tuple[str, str], Lineage]:
     """Returns the lineages of champions and of earlier champions that a rollback can restore, by name and version."""
-    histories = {name: history(store, name) for name in names_with_history(store)}
+    names = names_with_history(store)
+    histories = dict(zip(names, in_parallel(partial(history, store), names), strict=True))
     return {
         (name, entry.to_version): lineage_of(entries, entry.to_version)
         for name, entries in histories.items()
