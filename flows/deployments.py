@@ -17,12 +17,14 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.flows import Flow, load_flow_from_entrypoint
+from pydantic import BaseModel, ValidationError, field_validator
 
 from flows.at_commit import COMMAND, REPOSITORY_VARIABLE
 from flows.run_names import model_name
 from infra.errors import ServiceError, UsageError, one_line
 from infra.tracking.provenance import COMMIT_VARIABLE
 from tasks.config.deployment import CodeConfig, ProjectConfig, ScheduleConfig
+from tasks.config.key_values import explain
 
 if TYPE_CHECKING:
     from tasks.training.platform import Platform
@@ -49,13 +51,13 @@ packages of these names."""
 
 
 def deploy(file: Path, switch: bool | None = None) -> Iterator[str]:
-    """Registers all deployments of a file in Prefect's format; see `_deploy`.
+    """Reads a file in Prefect's format, and returns an iterator that registers its deployments; see `_deploy`.
 
     Raises:
         UsageError: the file cannot be used.
     """
     project = _read(file)
-    yield from _deploy(project, project["deployments"], switch)
+    return _deploy(project, project["deployments"], switch)
 
 
 def deploy_project(project: ProjectConfig, switch: bool | None = None) -> Iterator[str]:
@@ -69,7 +71,7 @@ def deploy_project(project: ProjectConfig, switch: bool | None = None) -> Iterat
 
 def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
     name, deploy = model_name(project), project.deploy
-    text = json.dumps(_read(DEPLOYMENTS)["deployments"]).replace(EXAMPLE, json.dumps(name)[1:-1])
+    text = json.dumps(yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]).replace(EXAMPLE, json.dumps(name)[1:-1])
     example = {entry["entrypoint"]: entry for entry in json.loads(text)}
     pool: dict[str, Any] = {"name": deploy.pool}
 
@@ -218,7 +220,8 @@ def ensure_pool(name: str) -> None:
         try:
             client.read_work_pool(name)
         except ObjectNotFound:
-            client.create_work_pool(WorkPoolCreate(name=name, type="process", description=POOL_DESCRIPTION))
+            with suppress(ObjectAlreadyExists):  # another worker was faster
+                client.create_work_pool(WorkPoolCreate(name=name, type="process", description=POOL_DESCRIPTION))
 
 
 def queues_to_serve(pool: str, platform: "Platform") -> list[str]:
@@ -240,20 +243,48 @@ def queues_to_serve(pool: str, platform: "Platform") -> list[str]:
 def _read(file: Path) -> dict[str, Any]:
     """Returns a file in Prefect's format, with deployments that can be used."""
     try:
-        project: dict[str, Any] = yaml.safe_load(file.read_text())
-        entries = project["deployments"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        project = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{file} is no file of deployments: {one_line(error)}") from None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UsageError(f"{file}: `deployments` must be a list, each with name, entrypoint and work_pool")
-    for entry in entries:
-        if missing := {"name", "entrypoint", "work_pool"} - entry.keys():
-            raise UsageError(f"{file}: a deployment lacks {', '.join(sorted(missing))}")
-        if not isinstance(entry.get("older_names", []), list):
-            raise UsageError(f"{file}: older_names of {entry['name']} must be a list of names")
-        if any("slug" not in schedule for schedule in entry.get("schedules") or []):
-            raise UsageError(f"{file}: every schedule of {entry['name']} needs a slug, which identifies it")
+    project = project if isinstance(project, dict) else {}
+    try:
+        _Deployments.model_validate(project)
+    except ValidationError as error:
+        raise UsageError(f"{file}: {explain(error, _Deployments, project)}") from None
     return project
+
+
+class _Pool(BaseModel):
+    name: str
+
+
+class _Schedule(BaseModel):
+    slug: str
+    """Identifies it, so that it stays on or off."""
+
+
+class _Deployment(BaseModel):
+    name: str
+    entrypoint: str
+    work_pool: _Pool
+    older_names: list[str] = []
+    schedules: list[_Schedule] | None = None
+    triggers: list[dict[str, Any]] | None = None
+
+    @field_validator("entrypoint")
+    @classmethod
+    def _can_be_loaded(cls, entrypoint: str) -> str:
+        try:
+            flow_of(entrypoint)
+        except Exception as error:  # of Prefect, or of the module
+            raise ValueError(f"{entrypoint} is no flow ({type(error).__name__}: {one_line(error)})") from None
+        return entrypoint
+
+
+class _Deployments(BaseModel):
+    """What Convoy reads of a file in Prefect's format; Prefect checks the rest."""
+
+    deployments: list[_Deployment]
 
 
 def flow_of(entrypoint: str) -> Flow[..., Any]:

@@ -22,7 +22,8 @@ def counted(count: int, noun: str) -> str:
 
 def without_login(address: str) -> str:
     """Removes user and password from an address, or from each address in a text."""
-    return re.sub(r"(^[^/]*//)[^/]*@|(?<=//)[^/\s]*@", r"\1", address)
+    with_slash = r"[^/\s:\[]*:(?!\d*/)\S*"  # a password that should have been escaped, but neither port nor IPv6
+    return re.sub(rf"(^[^/]*//)[^/]*@|(?<=//)([^/\s]*|{with_slash})@", r"\1", address)
 
 
 class UsageError(ValueError):

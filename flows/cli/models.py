@@ -19,6 +19,7 @@ from flows.cli.console import (
     terminal,
 )
 from flows.cli.options import set_option
+from infra.errors import UsageError
 
 if TYPE_CHECKING:
     from infra.tracking.promotion_history import Promotion
@@ -98,6 +99,8 @@ def promote_named(
             None: do not.
         judged: is called with the verdict, before a gate may refuse.
     """
+    if force and not reason.strip():
+        raise UsageError("--force needs a --reason, which is kept in the history")
     servers_up()
     from infra.storage.object_store import open_bucket
     from infra.tracking.model_versions import find_version

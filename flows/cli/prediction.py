@@ -1,5 +1,6 @@
 """Commands that use a registered model: `predict`, `errors` and `export`."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -105,7 +106,7 @@ def errors(
         raise UsageError(f"--out {out}: its name must end with .csv")
     check_writable(out, "--out")
     if corrected:
-        if out.exists() and corrected.exists() and out.samefile(corrected):
+        if os.path.exists(out) and os.path.exists(corrected) and os.path.samefile(out, corrected):
             raise UsageError(f"--out {out} would replace the table of --corrected; name another file")
         corrections = read_corrections(corrected)  # before boto3 is loaded, so that a mistake is told at once
         from tasks.config.deployment import load_project

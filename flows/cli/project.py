@@ -1,5 +1,6 @@
 """The command `init`, which begins a project."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ def init(
     from tasks.config.explain import starter
 
     contents = {folder / FILE: starter(), folder / NETWORK_FILE: STARTER_NETWORK.read_text(encoding="utf-8")}
-    if there := [str(file) for file in contents if file.exists() or file.is_symlink()]:
+    if there := [str(file) for file in contents if os.path.lexists(file)]:
         raise UsageError(f"already there: {', '.join(there)}; nothing was written")
     try:
         folder.mkdir(parents=True, exist_ok=True)

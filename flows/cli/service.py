@@ -68,12 +68,14 @@ def deploy(
     project = read_config() if file is None and (given or project_file()) else None
     notification = project and project.deploy.notification
     webhook = webhook_of(notification) if notification else None  # a missing one is reported before servers start
-    servers_up(only=["prefect"])
     with loading():
         from flows.deployments import DEPLOYMENTS, deploy_project
         from flows.deployments import deploy as deploy_file
 
-    lines = list(deploy_project(project, schedules) if project else deploy_file(file or DEPLOYMENTS, schedules))
+    # A faulty file is reported before servers start.
+    registering = deploy_project(project, schedules) if project else deploy_file(file or DEPLOYMENTS, schedules)
+    servers_up(only=["prefect"])
+    lines = list(registering)
     for line in lines:
         print_line(line)
     if notification and webhook:
@@ -216,6 +218,8 @@ def retrain(
     """
     if repository and not commit:
         raise UsageError("--repository needs --commit")
+    if report and not wait:
+        raise UsageError("--report needs --wait: there is nothing to report before the end")
     config = _given_config(deployment, config_file, settings, repository, report)
     servers_up(only=["prefect"])
     with loading():

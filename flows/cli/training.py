@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tasks.config.deployment import ProjectConfig
 
 INTERRUPTED_STATUSES = (75, 130)
+OPTIONS = {"config_file": "config", "settings": "set"}
+"""Names of the options whose parameters have another name."""
 
 
 @configured
@@ -91,35 +93,40 @@ def sweep(
     """
     if (space is None) == (resume is None):
         raise UsageError("give a --space to search, or the sweep to --resume")
-    if dry_run and resume:
+    if dry_run and resume is not None:
         raise UsageError("--dry-run and --resume exclude each other")
     chosen = {"trials": trials, "eta": eta, "metric": metric}
     given = [name for name, value in (read_config.keywords | chosen).items() if value not in (None, [], "")]
-    if resume and given:
-        raise UsageError(f"--resume goes on with what the sweep was started with; leave out {', '.join(given)}")
-    config = read_config().run
-    asked = SweepRequest(resume=resume, at_once=at_once)
-    if space:
-        asked = asked.model_copy(update={"sweep": read_sweep(space, chosen, config)})
-    if config.launcher != "local":
-        raise UsageError("a sweep trains on this machine; leave out `launcher`")
-    if dry_run and asked.sweep:
-        _print_rungs(asked.sweep, config.epochs)
+    if resume is not None and given:
+        options = ", ".join(f"--{OPTIONS.get(name, name)}" for name in given)
+        raise UsageError(f"--resume goes on with what the sweep was started with; leave out {options}")
+
+    def read() -> tuple[RunConfig, SweepConfig]:
+        assert space
+        config = read_config().run
+        if config.launcher != "local":
+            raise UsageError("a sweep trains on this machine; leave out `launcher`")
+        return config, read_sweep(space, chosen, config)
+
+    if dry_run:
+        config, search = read()
+        _print_rungs(search, config.epochs)
         return
 
     def run() -> Summary:
-        begun = config
-        if resume:
+        search = None
+        if resume is None:
+            config, search = read()
+            check_before_servers(config)
+        else:
             servers_up()
             with loading():
                 from tasks.training.sweep import read_sweep_record
-            begun = read_sweep_record(resume).config
-        else:
-            check_before_servers(config)
+            config = read_sweep_record(resume).config
         with loading():
             from tasks.training.sweep import at_a_time
-        at_a_time(begun, at_once)
-        return _train(begun, [], sweep=asked)
+        at_a_time(config, at_once)
+        return _train(config, [], sweep=SweepRequest(sweep=search, resume=resume, at_once=at_once))
 
     _run_with_summary(run, summary, read_config.keywords["dataset"])
 

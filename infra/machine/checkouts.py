@@ -54,10 +54,13 @@ def check_address(repository: str) -> str:
     """Returns a repository's address.
 
     Raises:
-        UsageError: it holds a password, which would be visible to all, or is an option of git.
+        UsageError: it holds a password or a query, which would be visible to all, or is an option of git.
     """
-    if without_login(repository) != repository and not repository.startswith("ssh://"):
-        raise UsageError("the repository's address must hold no password: git takes it from a credential helper")
+    address = re.sub(r"^ssh://[^/:@]+@", "ssh://", repository)  # a user alone is no secret there
+    if without_login(address) != address or re.match(r"[^/]*://.*\?", address):
+        raise UsageError(
+            "the repository's address must hold no password and no query: git takes passwords from a credential helper"
+        )
     if repository.startswith("-") or "::" in repository:
         raise UsageError(f"{repository} is no address of a git repository")
     return repository

@@ -13,7 +13,14 @@ from infra.machine.checkouts import check_address
 from tasks.config.retention import RetentionConfig
 from tasks.config.run import RunConfig, load_as
 
-CRON_FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day", 1, 31), ("month", 1, 12), ("weekday", 0, 7))
+CRON_FIELDS = (
+    ("minute", 0, 59, ""),
+    ("hour", 0, 23, ""),
+    ("day", 1, 31, "|l"),
+    ("month", 1, 12, "|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"),
+    ("weekday", 0, 7, "|sun|mon|tue|wed|thu|fri|sat"),
+)
+"""Names, lowest and highest numbers, and what may stand in place of a number."""
 
 
 class ScheduleConfig(Config):
@@ -32,9 +39,17 @@ class ScheduleConfig(Config):
         if cron is not None and len(fields) != len(CRON_FIELDS):
             names = ", ".join(name for name, *_ in CRON_FIELDS)
             raise ValueError(f"{cron!r} does not have the five fields {names}; for example '0 3 * * *'")
-        for field, (name, low, high) in zip(fields, CRON_FIELDS, strict=False):
+        for field, (name, low, high, names) in zip(fields, CRON_FIELDS, strict=False):
+            value = rf"(\d+{names})"
+            lists = [rf"(\*|{value}(-{value})?)(/0*[1-9]\d*)?"]
+            if name == "weekday":
+                lists += [rf"{value}#[1-5]", r"l\d"]  # the second Friday, the last one; neither beside other kinds
+            if not any(re.fullmatch(f"{each}(,{each})*", field, re.ASCII | re.IGNORECASE) for each in lists):
+                raise ValueError(
+                    f"{cron!r}: the {name} {field!r} is none of cron's; for example '*/15 3 * jan mon-fri'"
+                )
             numbers = map(int, re.findall(r"(?<![/\d])\d+", field))  # those after a slash are steps
-            if not re.fullmatch(r"[\w*,/#-]+", field) or not all(low <= number <= high for number in numbers):
+            if not all(low <= number <= high for number in numbers):
                 raise ValueError(f"{cron!r}: the {name} {field!r} is not between {low} and {high}")
         return cron
 

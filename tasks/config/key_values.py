@@ -15,6 +15,7 @@ from tasks.config.plain_yaml import read_yaml
 
 Flat = TypeVar("Flat", bound=Config)
 
+MAX_NAMED = 20  # keys in one line
 _SHORT = reprlib.Repr()  # for given values, which may be of any size
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
@@ -114,7 +115,10 @@ def _nearest(path: list[str], model: type[BaseModel], values: Mapping[str, Any])
     ):
         if close := difflib.get_close_matches(wrong, names, n=1, cutoff=cutoff):
             return _hint(names[close[0]], others, network)
-    return f"there are {', '.join([key for key in siblings.values() if key in keys] if path[1:] else keys) or 'none'}"
+    there = [key for key in siblings.values() if key in keys] if path[1:] else keys
+    if len(there) > MAX_NAMED:
+        return "`convoy config --explain` lists all keys"
+    return f"there are {', '.join(there) or 'none'}"
 
 
 def _hint(key: str, others: Mapping[str, list[str]], network: str) -> str:

@@ -276,7 +276,7 @@ def _recipe(name: object, where: str) -> Path:
         UsageError: there is no such recipe; the message begins with `where` and names the nearest.
     """
     known = recipes()
-    if name not in known:
+    if str(name) not in known:  # since YAML may hold a list
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
         raise UsageError(f"{where}unknown recipe {name!r}; did you mean {near[0]!r}?")
     return known[str(name)]

@@ -108,7 +108,7 @@ def _acquire(limit: str, held: ExitStack) -> bool:
             if _is_forgotten(client, found) and _free(client, found):
                 run_logger().warning(
                     "the lease %s was taken but had no holder, so it was freed: Prefect forgets leases at a restart; "
-                    "to prevent that, set PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE for its server, see flows/README.md",
+                    "to prevent that, set PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE for its server, see infra/README.md",
                     limit,
                 )
             return False

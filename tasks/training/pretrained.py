@@ -1,5 +1,6 @@
 """Stores weights to start from, under their digest, and checks them against the network before a run exists."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -89,7 +90,7 @@ def _of_user(address: str, cache: Cache) -> str:
 
 def check_exists(address: str) -> None:
     """Raises UsageError if `pretrained` names a local file that does not exist."""
-    if not address.startswith("s3://") and not Path(address).is_file():
+    if not address.startswith("s3://") and not os.path.isfile(address):
         raise UsageError(f"pretrained: the file {address} does not exist")
 
 

@@ -51,6 +51,7 @@ REFUSED = {
     ),
     "stage that the network lacks": (["--set", "finetune.freeze=layer9"], "has no stage 'layer9'; it has stem, stage1"),
     "file of weights that does not exist": (["--set", "pretrained=no.pth"], "the file no.pth does not exist"),
+    "file of weights that cannot exist": (["--set", f"pretrained={'x' * 300}"], "does not exist"),
     "floor that no test split shows": (["--set", "gate.floor=1"], "gate.floor: 10,000 test images can never show"),
     "floor for more test images": (["--set", "gate.floor=0.9999"], "it needs 38,411; set it to at most 0.9996"),
 }

@@ -64,6 +64,7 @@ def test_init_writes_a_project_that_the_commands_read_and_never_overwrites(
     assert (again.status, again.complaint) == (2, "already there: a project/my_network.py; nothing was written")
     assert not (tmp_path / "a project" / "convoy.yaml").exists()
     assert run("init", "a project/my_network.py").status == 2  # a file is no folder
+    assert "File name too long" in run("init", "x" * 300).complaint
 
     assert run("init").status == 0  # in the working folder
     (tmp_path / "convoy.yaml").write_text(there["convoy.yaml"] + "epochs: 3\nseed: 3\n")
@@ -92,16 +93,18 @@ def test_a_mistake_in_the_project_is_refused_in_one_line_before_servers_start(
 @pytest.mark.parametrize(
     ("arguments", "variables", "complaint"),
     [
-        ([], {}, "deploy.notification.variable: HOOK is not set here"),
-        ([], {"HOOK": "mailto:secret"}, "the webhook's address must start with http:// or https:// and name a host"),
-        (["--file", "x.yaml", "--epochs", "3"], {}, "--file and the options of a configuration exclude each other"),
+        ("deploy", {}, "deploy.notification.variable: HOOK is not set here"),
+        ("deploy", {"HOOK": "mailto:x"}, "the webhook's address must start with http:// or https:// and name a host"),
+        ("deploy --file x.yaml --epochs 3", {}, "--file and the options of a configuration exclude each other"),
+        ("retrain --report r.md", {}, "--report needs --wait: there is nothing to report before the end"),
+        ("promote photos 3 --force --judge", {}, "--force needs a --reason, which is kept in the history"),
     ],
 )
-def test_a_deployment_that_cannot_be_made_is_refused_before_servers_start(
-    run: Callable[..., Done], tmp_path: Path, arguments: list[str], variables: dict[str, str], complaint: str
+def test_what_cannot_succeed_is_refused_before_servers_start(
+    run: Callable[..., Done], tmp_path: Path, arguments: str, variables: dict[str, str], complaint: str
 ) -> None:
     (tmp_path / "convoy.yaml").write_text("deploy: {notification: {variable: HOOK}}")
-    done = run("deploy", *arguments, **variables)
+    done = run(*arguments.split(), **variables)
     assert (done.status, done.complaint) == (2, complaint)
     assert not (tmp_path / "state").exists()
 

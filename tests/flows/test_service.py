@@ -14,11 +14,14 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import Automation
+from prefect.exceptions import ObjectNotFound
 
+from flows.cli import service
 from infra.errors import ServiceError
 from tests.flows.conftest import Convoy
 from tests.flows.program import NextTraining, running_worker, wait_for
@@ -36,6 +39,7 @@ CONFIG = {
     "serving": {"http": False},
     "promote": True,
 }
+GOOD = "deployments: [{name: a, entrypoint: flows.train.train_flow, work_pool: {name: p}}]"
 
 
 def written(file: Path, **changes: object) -> Path:
@@ -317,24 +321,43 @@ def test_the_deployments_that_come_with_convoy_are_whole() -> None:
 @pytest.mark.parametrize(
     ("content", "hint"),
     [
-        ("deployment: 3", "is no file of deployments"),
-        ("deployments: [{name: a, entrypoint: flows.train.train_flow}]", "lacks work_pool"),
-        (
-            "deployments: [{name: a, entrypoint: e, work_pool: {name: p}, older_names: b}]",
-            "older_names of a must be a list of names",
-        ),
-        (
-            "deployments: [{name: a, entrypoint: e, work_pool: {name: p}, schedules: [{cron: 0 3 * * *}]}]",
-            "every schedule of a needs a slug",
-        ),
+        ("", "deployments: field required"),
+        ("just text", "deployments: field required"),
+        ("deployments: a", "deployments: input should be a valid list"),
+        (b"\x80", "is no file of deployments"),
+        (GOOD.replace("work_pool", "pool"), "deployments.0.work_pool: field required"),
+        (GOOD.replace("{name: p}", "p"), "deployments.0.work_pool is a section; give it keys"),
+        (GOOD.replace("}]", ", older_names: b}]"), "deployments.0.older_names: input should be a valid list"),
+        (GOOD.replace("}]", ", schedules: [{cron: 0 3 * * *}]}]"), "deployments.0.schedules.0.slug: field required"),
+        (GOOD.replace("}]", ", schedules: [nightly]}]"), "deployments.0.schedules.0 is a section"),
+        (GOOD.replace("}]", ", triggers: [event]}]"), "deployments.0.triggers.0: input should be a valid dictionary"),
+        (GOOD.replace("flows.train.", "flows.trian."), "flows.trian.train_flow is no flow (ModuleNotFoundError: "),
+        (GOOD.replace("train_flow", "flow"), "flows.train.flow is no flow (MissingFlowError: "),
+        (GOOD.replace("flows.train.train_flow", "no.py:flow"), "no.py:flow is no flow ("),
     ],
 )
-def test_file_that_cannot_be_deployed_is_refused(convoy: Convoy, tmp_path: Path, content: str, hint: str) -> None:
+def test_file_that_cannot_be_deployed_is_refused_before_servers_start(
+    convoy: Convoy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | bytes, hint: str
+) -> None:
+    monkeypatch.setattr(service, "servers_up", None)
     file = tmp_path / "prefect.yaml"
-    file.write_text(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     done = convoy("deploy", "--file", str(file))
-    assert done.status == 2
-    assert hint in done.complaint
+    assert (done.status, done.stdout) == (2, "")
+    assert done.complaint.startswith(str(file)) and hint in done.complaint
+
+
+def test_two_workers_may_create_their_pool_at_the_same_time(
+    stack: object, quiet_prefect: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.deployments import ensure_pool
+
+    def is_missing(client: SyncPrefectClient, name: str) -> None:
+        raise ObjectNotFound(Exception(name))
+
+    ensure_pool("for-two")
+    monkeypatch.setattr(SyncPrefectClient, "read_work_pool", is_missing)
+    ensure_pool("for-two")
 
 
 @pytest.mark.slow

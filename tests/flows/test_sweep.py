@@ -10,6 +10,8 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from flows.cli import training
+from infra.errors import UsageError
 from infra.settings import Settings
 from tests.flows.conftest import Convoy
 from tests.flows.program import LET_PASS, NextTraining, Program, Training, sets, wait_for
@@ -38,9 +40,10 @@ def test_a_dry_run_prints_the_rungs_and_what_they_cost(convoy: Convoy, space: st
         ([], "give a --space to search, or the sweep to --resume"),
         (["--space", "missing.yaml"], "cannot read the space missing.yaml: No such file"),
         (["--space", "SPACE", "--resume", "1"], "give a --space to search, or the sweep to --resume"),
-        (["--resume", "1", "--trials", "3", "--epochs", "3"], "leave out epochs, trials"),
+        (["--resume", "1", "--trials", "3", "--epochs", "3"], "leave out --epochs, --trials"),
         (["--space", "SPACE", "--set", "launcher=nodes"], "a sweep trains on this machine"),
         (["--space", "SPACE", "--trials", "1"], "trials: "),
+        (["--resume", "1", "--config", "x.yaml", "--set", "lr=1"], "leave out --set, --config"),
     ],
 )
 def test_mistakes_are_refused_before_anything_starts(
@@ -49,6 +52,31 @@ def test_mistakes_are_refused_before_anything_starts(
     done = convoy("sweep", *(space if each == "SPACE" else each for each in arguments))
     assert (done.status, done.stdout) == (2, "")
     assert hint in done.complaint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"), [(["--space", "missing.yaml"], "missing.yaml"), (["--set", "launcher=nodes"], "launcher")]
+)
+def test_a_refused_configuration_or_space_is_in_the_summary(
+    convoy: Convoy, space: str, tmp_path: Path, arguments: list[str], hint: str
+) -> None:
+    assert convoy("sweep", "--space", space, *arguments, "--summary", str(tmp_path / "out.json")).status == 2
+    written = json.loads((tmp_path / "out.json").read_bytes())
+    assert (written["status"], written["exit_status"]) == ("failed", 2)
+    assert hint in written["error"]
+
+
+def test_a_sweep_is_resumed_whatever_the_project_says_now(
+    convoy: Convoy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def servers_up() -> None:
+        raise UsageError("here the servers start")
+
+    monkeypatch.setattr(training, "servers_up", servers_up)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "convoy.yaml").write_text("launcher: nodes\nepoch: 3")
+    done = convoy("sweep", "--resume", "1")
+    assert done.stderr == "convoy: here the servers start\n"
 
 
 def trials_of(sweep: str) -> dict[int, Run]:

@@ -103,6 +103,7 @@ def test_mistakes_are_one_line(convoy: Convoy, photos: Path, tmp_path: Path) -> 
         (["errors", NAME, "--out", str(tmp_path / "no" / "out.csv")], "cannot write there"),
         (["errors", NAME, "--corrected", str(edited), "--out", str(edited)], "would replace the table"),
         (["errors", NAME, "--corrected", str(tmp_path / "none.csv"), *out], "there is no such table"),
+        (["errors", NAME, "--corrected", "x" * 300, "--out", str(edited)], "there is no such table"),
         (["errors", NAME, "--corrected", str(edited), *out], "have no file names"),
     ):
         done = convoy(*arguments)

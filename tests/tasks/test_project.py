@@ -79,11 +79,16 @@ def test_a_deployment_has_the_configuration_of_the_same_keys_without_a_file(file
         "deploy: {retention: {run_days: 1}}": "unknown key 'deploy.retention.run_days'; did you mean",
         "recipe: foto": "unknown recipe 'foto'; did you mean 'photos'?",
         "recipe: 3": "unknown recipe 3",
+        "recipe: {a: 1}": "unknown recipe {'a': 1}",
         "lr: -1": "lr: input should be greater than 0 (given: -1)",
         "deploy: {schedule: {cron: 0 3 * *}}": "'0 3 * *' does not have the five fields minute, hour, day, month",
         "deploy: {schedule: {cron: 0 24 * * *}}": "the hour '24' is not between 0 and 23",
         "deploy: {schedule: {cron: 0 3 32 * *}}": "the day '32' is not between 1 and 31",
         "deploy: {prune: {cron: 0 3 * * 1..5}}": "deploy.prune.cron: '0 3 * * 1..5': the weekday",
+        "deploy: {schedule: {cron: '*/0 3 * * *'}}": "deploy.schedule.cron: '*/0 3 * * *': the minute '*/0'",
+        "deploy: {schedule: {cron: 0 3 * * abc}}": "the weekday 'abc'",
+        "deploy: {schedule: {cron: 0 3 * mon *}}": "the month 'mon'",
+        "deploy: {schedule: {cron: '0 3 * * 1,2,,'}}": "the weekday '1,2,,'",
         "deploy: {schedule: {timezone: Europe/Berlim}}": "did you mean 'Europe/Berlin'?",
         f"deploy: {{notification: {SECRET}}}": "deploy.notification is a section; give it keys, or leave it out",
         f"deploy: {{notification: [{SECRET}]}}": "deploy.notification is a section; give it keys, or leave it out",
@@ -109,13 +114,23 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(file: Path) -> 
         (["epoch=3"], "unknown key 'epoch'"),
         (["lr=-1"], "lr: input"),
         (["recipe=x"], "unknown"),
+        (["recipe=[photos]"], "unknown recipe"),
     ):
         with pytest.raises(UsageError, match=f"^{complaint}"):
             load_project(file, settings)
 
 
 @pytest.mark.parametrize(
-    "cron", ["0 3 * * *", "*/5 0-6,22 1 jan,7 mon-fri", "59 23 31 12 7", "0 0 * * 5#2", "15 4 L * *"]
+    "cron",
+    [
+        "0 3 * * *",
+        "*/5 0-6,22 1 jan,7 mon-fri",
+        "59 23 31 12 7",
+        "0 0 * * 5#2",
+        "0 0 * * L5,l1",
+        "15 4 L * *",
+        "5/10 22-3 1,L NOV-Feb/2 *",
+    ],
 )
 def test_a_cron_that_prefect_takes_is_taken(cron: str) -> None:
     from prefect.client.schemas.schedules import CronSchedule
