@@ -33,6 +33,11 @@ def _http_address(url: str) -> str:
     return url.rstrip("/")
 
 
+def _tracking_address(url: str) -> str:
+    is_database = "://" in url and not url.startswith("http")
+    return url if is_database else _http_address(url)
+
+
 Address = Annotated[str, AfterValidator(_http_address)]
 Port = Annotated[int, Field(ge=1024, le=65535)]
 
@@ -99,8 +104,11 @@ class Settings(BaseSettings):
     """CONVOY_S3_ADDRESSING: where an address has the bucket's name: in the path, which nearly every store accepts, or
     in the host name (virtual); auto leaves it to boto3."""
 
-    mlflow_uri: str | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
-    """MLFLOW_TRACKING_URI: an MLflow to use instead of a local one, in any form that MLflow understands."""
+    mlflow_uri: Annotated[str, AfterValidator(_tracking_address)] | None = Field(
+        None, validation_alias="MLFLOW_TRACKING_URI"
+    )
+    """MLFLOW_TRACKING_URI: an MLflow to use instead of a local one: a server, or on one machine a database, such as
+    sqlite:////data/mlflow.db."""
 
     prefect_api_url: Address | None = Field(None, validation_alias="PREFECT_API_URL")
     """PREFECT_API_URL: a Prefect API to use instead of a local one."""

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,14 +75,23 @@ def publish(temporary: Path, target: Path) -> None:
 
 
 @contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
+def atomic_file(target: Path, *, public: bool = False) -> Iterator[Path]:
     """Yields a temporary path next to `target`; publishes it as `target` when the block ends without an error.
 
     A link stays one: the file that it leads to is replaced.
+
+    Args:
+        public: whether the file has the mode of the one that it replaces, or that of any new file; otherwise only its
+            owner can read it.
     """
     target = Path(os.path.realpath(target))
     with temporary_file(target.parent) as temporary:
+        if public:
+            temporary.unlink()
+            temporary.touch(0o666, exist_ok=False)  # less the umask
         yield temporary
+        if public and target.exists():
+            shutil.copymode(target, temporary)
         publish(temporary, target)
 
 

@@ -238,7 +238,7 @@ def _check_external(variable: str, address: str) -> None:
 
     Sends no secret and verifies no certificate: each client has its own settings for certificates and login.
     """
-    if not address.startswith(("http://", "https://")):  # MLflow also accepts databases and folders
+    if not address.startswith(("http://", "https://")):  # MLflow also accepts databases
         return
     url = without_login(address)
     way = proxy_of(url)

@@ -187,7 +187,11 @@ class ObjectStore:
         """
         created = self._put_if_absent(key, data)
         if created and not self._conditions_proven:
-            if self._put_if_absent(key, data, again=True):
+            try:
+                ignored = self._put_if_absent(key, data, again=True)
+            except ServiceError:  # the object is written; the next call will be the proof
+                return True
+            if ignored:
                 raise ServiceError(f"{self._where(key)}: this store ignores If-None-Match{UNSAFE}")
             self._conditions_proven = True
         return created

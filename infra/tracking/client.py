@@ -24,7 +24,6 @@ CLIENT_DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # Convoy shows its own
 }
-ACCESS_DENIED = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")  # MLflow's names of 401 and 403
 
 T = TypeVar("T")
 
@@ -41,13 +40,29 @@ def mlflow_client(action: str) -> Iterator[mlflow.MlflowClient]:
     try:
         yield mlflow.MlflowClient()
     except (MlflowException, RequestException) as error:
-        if getattr(error, "error_code", None) in ACCESS_DENIED:
+        status = http_status(error)
+        if status in (401, 403):
             raise ServiceError(
                 f"MLflow at {tracking_uri()} does not let you {action}: check MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, and that user's permissions"
             ) from error
-        what, kind = ("refused", ServiceError) if isinstance(error, RestException) else ("failed", Outage)
+        answered = 400 <= status < 500 and status not in (408, 429)
+        # MLflow's client reports every download that failed as missing, even in an outage.
+        hidden = getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+        is_final = isinstance(error, RestException) or (answered and not hidden)
+        what, kind = ("refused", ServiceError) if is_final else ("failed", Outage)
         raise kind(f"MLflow at {tracking_uri()} {what} to {action}: {first_line(error)}") from error
+
+
+def http_status(error: Exception) -> int:
+    """Returns the HTTP status of MLflow's answer, or the one that fits an error of its client; 500 without an answer.
+
+    Requests for artifacts raise the exceptions of the library requests.
+    """
+    if isinstance(error, MlflowException):
+        return int(error.get_http_status_code())  # type: ignore[no-untyped-call]
+    response = getattr(error, "response", None)
+    return 500 if response is None else int(response.status_code)
 
 
 def none_if_missing(query: Callable[..., T], *arguments: str) -> T | None:
@@ -103,7 +118,7 @@ def check_server() -> None:
     """
     check_web_environment()
     address = mlflow.get_tracking_uri().rstrip("/")
-    if not address.startswith(("http://", "https://")):
+    if not address.startswith(("http://", "https://")):  # a database
         return
     try:
         status = httpx.get(f"{address}/health", timeout=HEALTH_TIMEOUT_SECONDS).status_code

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 import mlflow
 from mlflow.entities import Metric
-from mlflow.exceptions import MlflowException
 
 from infra.errors import Outage, counted
 from infra.records import Record
-from infra.tracking.client import first_line, tracking_uri
+from infra.tracking.client import first_line, http_status, tracking_uri
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +154,7 @@ class MetricLogger:
             for start in range(0, len(metrics), METRICS_PER_CALL):
                 mlflow.MlflowClient().log_batch(self.run_id, metrics[start : start + METRICS_PER_CALL])
         except Exception as error:  # training must not stop because of an unforeseen error
-            # MLflow reports 500 if no answer came.
-            status = error.get_http_status_code() if isinstance(error, MlflowException) else 500  # type: ignore[no-untyped-call]
+            status = http_status(error)
             if 400 <= status < 500 and status not in RETRIED_STATUSES:
                 steps = f"{batch[0].step} to {batch[-1].step}"
                 logger.warning("MLflow refused the metrics of steps %s: %s", steps, first_line(error))

@@ -79,7 +79,7 @@ class ImageIndex:
     def write_csv(self, path: Path) -> None:
         """Writes all columns; see `with_metadata_of`."""
         own = {name: self.table[name] for name in _OWN.names}
-        with atomic_file(path) as file:
+        with atomic_file(path, public=True) as file:
             pa_csv.write_csv(with_metadata_of(self.table, own), file)
 
     def of_split(self, split: Split) -> pa.Table:

@@ -28,11 +28,11 @@ from infra.sources.raw_data import ListingRef, RawSource
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore, open_bucket
-from tasks.data.dataset import DatasetRef, is_complete, load_manifest
+from tasks.data.dataset import DatasetRef, is_complete, load_manifest, open_cache
 from tasks.data.image_index import read_index_record, replace_columns, store_index, write_index
 from tasks.data.label_tables import given_by
 from tasks.data.preprocessing_journal import Journal
-from tasks.data.shard_uploads import ShardStore, fits_cache
+from tasks.data.shard_uploads import ShardStore, make_space
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
@@ -148,6 +148,7 @@ def _in_place(listing: ListingRef, cache: Cache) -> ListedFiles:
 def _fetch(raw: RawSource, cache: Cache) -> dict[str, Path]:
     """Returns local paths of the raw files, each verified, by their paths in the source."""
     missing = sum(file.size for file in raw.files if not cache.holds(file.sha256, file.size))
+    open_cache(cache.store).make_space(missing)
     with progress(f"Fetching {raw.name}", missing, unit="bytes") if missing else nullcontext() as advance:
         paths = in_parallel(
             lambda file: cache.fetch(file.key, file.sha256, size=file.size, on_progress=advance), raw.files
@@ -205,7 +206,7 @@ def _pack(
             run_logger().info("%s: going on with an interrupted run: %d images packed", raw.name, count)
         with (
             progress(f"Packing {raw.name}", plan.count, unit="images", artifact="preprocess") as advance,
-            ShardStore(cache, journal, keep=fits_cache(plan, cache), refresh=refresh) as shards,
+            ShardStore(cache, journal, keep=make_space(plan, cache.store), refresh=refresh) as shards,
         ):
             return pack(source, plan, config, out, advance, done=done, on_shard=shards.add)
 

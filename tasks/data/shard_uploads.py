@@ -10,7 +10,8 @@ from cnn.preprocessing.resume_records import PackedShard
 from cnn.preprocessing.survey import Plan
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from tasks.data.dataset import is_stored
+from infra.storage.object_store import ObjectStore
+from tasks.data.dataset import is_stored, open_cache
 from tasks.data.preprocessing_journal import Journal
 
 UPLOADS = 2  # in parallel
@@ -66,7 +67,11 @@ class ShardStore:
         path.unlink()
 
 
-def fits_cache(plan: Plan, cache: Cache) -> bool:
-    """Returns whether this machine has space for the whole dataset version in its cache."""
+def make_space(plan: Plan, store: ObjectStore) -> bool:
+    """Makes space for the whole dataset version in this machine's cache; returns False if it would take too much."""
+    cache = open_cache(store)
     cache.root.mkdir(parents=True, exist_ok=True)
-    return plan.pixel_bytes <= CACHE_SHARE * shutil.disk_usage(cache.root).free
+    if plan.pixel_bytes > min(cache.limit or 0, CACHE_SHARE * shutil.disk_usage(cache.root).free):
+        return False
+    cache.make_space(plan.pixel_bytes)
+    return True

@@ -70,7 +70,7 @@ def write_corrected(model: str, corrections: LabelTable, out: Path, options: Tab
     if index["path"].null_count:
         raise UsageError(f"the images of {version.address} {UNNAMED}")
     table, changed = corrected_table(index, corrections, manifest.classes, options)
-    with atomic_file(out) as temporary:
+    with atomic_file(out, public=True) as temporary:
         pa_csv.write_csv(table, temporary)
     first = str(index["path"][0])
     there = "://" in first or os.path.lexists(out.parent / first)

@@ -78,9 +78,9 @@ def write_label_errors(model: str, out: Path) -> FoundLabelErrors:
         table=out,
         page=page_of(out),
     )
-    with atomic_file(result.page) as file:
+    with atomic_file(result.page, public=True) as file:
         file.write_text(label_errors_page(result, suspects, splits), encoding="utf-8")
-    with atomic_file(out) as file:
+    with atomic_file(out, public=True) as file:
         write_table(file, suspects)
     return result
 

@@ -14,6 +14,7 @@ from cnn.threads import in_order
 from infra.errors import Outage, ServiceError, UsageError, counted
 from infra.records import Record
 from infra.storage.object_store import open_bucket
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking.model_registry import RegisteredVersion
 from infra.tracking.promotion_history import find_model
 from infra.tracking.served_model import ServedModel
@@ -181,17 +182,21 @@ def _predict_batches(
 
 
 def _decode(files: Sequence[Picture], classifier: ImageClassifier) -> PredictedBatch:
-    images, unread = [], []
+    images: list[NDArray[np.uint8]] = []
+    reasons: list[str | None] = []
     for picture in files:
+        reason = None
         try:
             images.append(_pixels(picture, classifier))
+        except ObjectMissing:  # it was deleted after it was listed
+            reason = "no such object"
         except ServiceError:
             raise
         except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything
             reason = getattr(error, "strerror", None) or reason_of(error)
-            unread.append(Unread(file=picture.name, reason=reason))
+        reasons.append(reason)
     stack = np.stack(images) if images else np.empty((0, *classifier.target.shape), dtype=np.uint8)
-    return PredictedBatch(tuple(picture.name for picture in files), stack, tuple(unread))
+    return PredictedBatch(tuple(picture.name for picture in files), stack, tuple(reasons))
 
 
 def _pixels(picture: Picture, classifier: ImageClassifier) -> NDArray[np.uint8]:

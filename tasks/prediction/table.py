@@ -37,7 +37,14 @@ class PredictedBatch(NamedTuple):
     images: NDArray[np.uint8]
     """[n, C, H, W], of the readable files."""
 
-    unread: tuple[Unread, ...]
+    reasons: tuple[str | None, ...]
+    """Per file, why it could not be used; two files may have one name."""
+
+    @property
+    def unread(self) -> tuple[Unread, ...]:
+        """Returns the files that could not be used."""
+        named = zip(self.names, self.reasons, strict=True)
+        return tuple(Unread(file=name, reason=reason) for name, reason in named if reason is not None)
 
 
 TableWriter = Callable[[PredictedBatch, NDArray[np.float32]], object]
@@ -89,8 +96,7 @@ def table_writer(file: Path, classes: Sequence[str]) -> Iterator[TableWriter]:
 def _rows(
     batch: PredictedBatch, probabilities: NDArray[np.float32], classes: Sequence[str], schema: pa.Schema
 ) -> pa.RecordBatch:
-    reasons = {each.file: each.reason for each in batch.unread}
-    unread = np.array([name in reasons for name in batch.names])
+    unread = np.array([reason is not None for reason in batch.reasons])
     best = np.zeros(len(unread), dtype=np.int64)
     table = np.zeros((1 + len(classes), len(unread)), dtype=np.float32)  # highest probability, then one row per class
     best[~unread] = probabilities.argmax(1)
@@ -100,7 +106,7 @@ def _rows(
         pa.array(batch.names, pa.string()),
         pa.array(classes, pa.string()).take(named),
         *(pa.array(row, mask=unread) for row in table),
-        pa.array(map(reasons.get, batch.names), pa.string()),
+        pa.array(batch.reasons, pa.string()),
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 

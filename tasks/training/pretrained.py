@@ -29,7 +29,7 @@ from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore, open_bucket, parse_s3
 from infra.storage.s3_client import ObjectMissing
 from tasks.config.run import RunConfig
-from tasks.data.dataset import DatasetRef, load_manifest
+from tasks.data.dataset import DatasetRef, load_manifest, open_cache
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
@@ -51,7 +51,7 @@ def pretrained(config: RunConfig, dataset: DatasetRef) -> RunConfig:
     asked = config.pretrained
     assert asked
     store = open_bucket()
-    cache = Cache(Settings().cache, store)
+    cache = open_cache(store)
     manifest = load_manifest(store, dataset.version)
     check_fits(config.training(), manifest)  # before weights are downloaded
     network = build(config.training(), manifest)

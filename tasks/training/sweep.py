@@ -365,8 +365,9 @@ def _sweep_run(record: SweepRecord, run_id: str | None) -> Iterator[str]:
             experiment=record.dataset.name,
             run_name=f"sweep of {sweep.trials} trials",
             params={"trials": sweep.trials, "eta": sweep.eta, "metric": sweep.metric, **space},
-            tags={tags.RESULT: "a sweep under way", tags.USER: this_user()},
+            tags={tags.RESULT: "a sweep under way", tags.USER: this_user(), **flow_tags()},
         )
+        mlflow_runs.set_tags(run_id, {tags.SWEEP: run_id})  # the doctor closes it if this process is killed from now on
     hint = f"`convoy sweep --resume {run_id}` goes on"
     with hold_run_lock(run_id, str(flow_run.id)), model_lease(f"sweep {run_id}"):  # here, and on other machines
         status: mlflow_runs.RunStatus = "FINISHED"
@@ -374,7 +375,7 @@ def _sweep_run(record: SweepRecord, run_id: str | None) -> Iterator[str]:
         try:
             if not resumed:
                 mlflow_runs.log_text(run_id, RECORD, record.model_dump_json(indent=2, exclude_unset=True))
-            mlflow_runs.set_tags(run_id, {tags.SWEEP: run_id, **flow_tags()})
+            mlflow_runs.set_tags(run_id, flow_tags())
             if resumed:
                 outlast(partial(mlflow_runs.reopen_run, run_id))
             run_logger().info("the sweep's run is %s", mlflow_runs.run_url(run_id))

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from stat import S_ISREG
 from typing import TypeVar
 
 from prefect import get_client
@@ -128,7 +129,9 @@ def prune(config: RetentionConfig, *, dry_run: bool = False, forget_unknown: boo
     mark: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None) if dry_run else marked(store)
     with mark as check:
         active = active_trainings()  # trainings that begin from now on wait
-        objects = list(store.list(""))  # listed before references are read: later objects are not considered
+        prefixes = sorted({rule.prefix for rule in SWEPT.values()})
+        # Listed before references are read: later objects are not considered.
+        objects = [info for prefix in prefixes for info in store.list(prefix)]
         stored = {bucket_layout.part(info.key, 1) for info in objects if info.key.startswith(bucket_layout.RUNS)}
         needed = references(store, stored, resumed_runs(), forget_unknown=forget_unknown)
         busy = not active <= needed.flow_runs  # a training without an MLflow run may be preparing its data
@@ -304,31 +307,44 @@ def _prune_machine(settings: Settings, needed: References, config: RetentionConf
         file
         for pattern, limit in (("[0-9a-f][0-9a-f]/*", before), (".*.part", abandoned), ("partial/*", abandoned))
         for file in settings.cache.glob(pattern)
-        if file.is_file() and file.suffix != ".lock" and _used(file) < limit
+        if file.suffix != ".lock" and _is_old_file(file, limit)
     ]
     folders = [
         folder
         for folder in settings.runs.glob("*")
-        if folder.is_dir()
-        and folder.name not in needed.running
-        and all(file.stat().st_mtime < before for file in (folder, *folder.iterdir()))
+        if folder.name not in needed.running and _is_old_folder(folder, before)
     ]
     freed = []
     for kind, paths in (("cached files", cached), ("folders of trainings", folders)):
         freed.append(Freed(kind=kind, count=len(paths), bytes=sum(map(_size, paths))))
         for path in () if dry_run else paths:
             if path.is_dir():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
     return freed
 
 
-def _used(file: Path) -> float:
-    status = file.stat()
-    return max(status.st_atime, status.st_mtime)
+# Other processes remove files and folders at the same time.
+
+
+def _is_old_file(file: Path, before: float) -> bool:
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return False
+    return S_ISREG(status.st_mode) and max(status.st_atime, status.st_mtime) < before
+
+
+def _is_old_folder(folder: Path, before: float) -> bool:
+    try:
+        return folder.is_dir() and all(file.stat().st_mtime < before for file in (folder, *folder.iterdir()))
+    except FileNotFoundError:
+        return False
 
 
 def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    try:
+        return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    except FileNotFoundError:
+        return 0

@@ -148,6 +148,19 @@ def test_a_file_that_is_replaced_may_be_a_link_but_no_device_or_pipe(tmp_path: P
             check_writable(each, "--out")
 
 
+def test_a_public_file_keeps_the_mode_of_the_one_that_it_replaces(tmp_path: Path) -> None:
+    def mode(name: str, public: bool) -> int:
+        with atomic_file(tmp_path / name, public=public) as file:
+            file.write_text("new")
+        return (tmp_path / name).stat().st_mode & 0o777
+
+    (tmp_path / "any").touch()
+    assert mode("new", True) == (tmp_path / "any").stat().st_mode & 0o777
+    (tmp_path / "new").chmod(0o664)
+    assert mode("new", True) == 0o664
+    assert mode("secret", False) == 0o600
+
+
 @pytest.mark.parametrize(
     "file, content, reason",
     [

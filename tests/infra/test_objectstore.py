@@ -230,6 +230,28 @@ def test_a_disturbed_proof_does_not_accuse_the_store(store: ObjectStore) -> None
     assert len(sent) == 3 and store.get_bytes("commit") == b"mine"
 
 
+def test_an_outage_during_the_proof_does_not_hide_that_the_object_was_written(store: ObjectStore) -> None:
+    sent: list[str] = []
+
+    def away_after_the_first(request: AWSPreparedRequest, **_: object) -> AWSResponse | None:
+        sent.append(request.url)
+        if len(sent) == 1:
+            return None
+        return AWSResponse(request.url, 400, {}, HTTPResponse(io.BytesIO(b""), preload_content=False))
+
+    def ignore(request: AWSRequest, **_: object) -> None:
+        del request.headers["If-None-Match"]
+
+    with _meddling(store, "before-send.s3.PutObject", away_after_the_first):
+        assert store.put_if_absent("first", b"mine") is True
+    assert store.get_bytes("first") == b"mine"
+    with (
+        _meddling(store, "before-sign.s3.PutObject", ignore),
+        pytest.raises(ServiceError, match="ignores If-None-Match"),
+    ):
+        store.put_if_absent("second", b"mine")
+
+
 def test_an_object_that_changes_while_its_parts_are_fetched_is_an_error_of_one_line(
     store: ObjectStore, tmp_path: Path
 ) -> None:

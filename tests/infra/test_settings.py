@@ -83,6 +83,8 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
         ("CONVOY_HOME", "~no-such-user/convoy"),
         ("AWS_ENDPOINT_URL", "localhost:9000"),
         ("AWS_ENDPOINT_URL", "http://localhost:nine"),
+        ("MLFLOW_TRACKING_URI", "localhost:5000"),
+        ("MLFLOW_TRACKING_URI", "http://localhost:nine"),
         ("PREFECT_API_URL", "ftp://prefect.example/api"),
     ],
 )

@@ -16,11 +16,12 @@ from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 from pydantic import TypeAdapter
 
-from infra.errors import ServiceError, UsageError
+from infra.errors import Outage, ServiceError, UsageError
 from infra.tracking import mlflow_runs
 from infra.tracking.client import check_server, mlflow_client, tracking_uri
 from infra.tracking.metric_log import MetricLogger, MetricRow, deliver
 from infra.tracking.system_metrics import SystemMetrics
+from tests.infra.webserver import Fault, web_server
 
 PATIENCE = 60.0  # seconds until a wait counts as a failure
 
@@ -127,6 +128,50 @@ def test_server_that_is_down_is_named_in_one_line(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ServiceError, match=f"{free_address} does not answer") as failure:
         mlflow_runs.start_run("experiment", "run", {}, {})
     assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "complaint"),
+    [
+        ("401", ServiceError, "does not let you look: .*MLFLOW_TRACKING_TOKEN"),
+        ("403", ServiceError, "does not let you look: "),
+        ("404", ServiceError, "refused to look: 404"),
+        ("413", ServiceError, "refused to look: 413"),
+        ("429", Outage, "failed to look: "),
+        ("503", Outage, "failed to look: "),
+    ],
+)
+def test_an_answer_about_artifacts_is_an_outage_only_if_it_may_change(
+    fault: Fault, kind: type[ServiceError], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with web_server() as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+        run = {"info": {"run_id": "a" * 32, "artifact_uri": "mlflow-artifacts:/0/a/artifacts"}}
+        server.files["/api/2.0/mlflow/runs/get"] = json.dumps({"run": run}).encode()
+        server.files[artifacts := "/api/2.0/mlflow-artifacts/artifacts"] = b""
+        server.faults[artifacts] = [fault]
+        with pytest.raises(ServiceError, match=complaint) as failure, mlflow_client("look") as client:
+            client.list_artifacts("a" * 32)
+    assert type(failure.value) is kind
+
+
+def test_a_download_that_failed_is_an_outage_though_mlflow_calls_the_artifact_missing(
+    run_id: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Outage, match="failed to fetch report of run"):
+        mlflow_runs.fetch_artifacts(run_id, "report", tmp_path)
+
+
+def test_an_address_where_no_mlflow_is_and_one_that_its_client_refuses_are_no_outages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with web_server() as server:
+        for address, reason in ((server.url, "404"), ("nonsense://mlflow", "unsupported URI")):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+            with pytest.raises(ServiceError, match=f"refused to find run .*{reason}") as failure:
+                mlflow_runs.run_status("a" * 32)
+            assert type(failure.value) is ServiceError
 
 
 def test_metrics_arrive_once_each_and_in_order(run_id: str) -> None:

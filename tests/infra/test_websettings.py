@@ -189,7 +189,7 @@ def test_an_external_store_is_the_one_that_is_named(monkeypatch: pytest.MonkeyPa
 
 def test_an_external_address_that_is_none_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match="MLFLOW_TRACKING_URI names"):
-        up(Settings(home=tmp_path, mlflow_uri="http://mlflow.example:x"), only=["mlflow"])
+        up(Settings(home=tmp_path, mlflow_uri="http://mlflow.example/\x01"), only=["mlflow"])
 
 
 def test_the_password_of_a_proxy_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Fault = Literal["cut", "404", "500", "no ranges"]
+Fault = Literal["cut", "no ranges", "401", "403", "404", "413", "429", "500", "503"]
 
 
 class WebServer:
@@ -54,7 +54,7 @@ class WebServer:
             self.requests.append((handler.command, path, asked))
             faults = self.faults.get(path, []) if handler.command == "GET" else []
             fault = faults.pop(0) if faults else None
-        if path not in self.files or fault in {"404", "500"}:
+        if path not in self.files or (fault and fault.isdigit()):
             handler.send_error(int(fault or 404))
             return
         content = self.files[path]

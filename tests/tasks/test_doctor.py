@@ -28,9 +28,12 @@ from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import aliased, set_alias
 from infra.tracking.promotion_history import promote
 from infra.tracking.tags import FLOW_RUN, FLOW_RUN_URL, SWEEP
-from tasks.training import liveness
+from tasks.config.sweep import SweepConfig
+from tasks.data.dataset import DatasetRef
+from tasks.training import liveness, sweep
 from tasks.training.checkpoints import STATE
 from tasks.training.liveness import DEAD_AFTER_SECONDS, hold_run_lock, lock_file
+from tasks.training.sweep import SweepRecord
 from tasks.upkeep.doctor import Finding, _delete_checkpoint, find_orphans, settle, settle_all
 from tests.tasks.leftovers import Leftovers, flow_run_in
 
@@ -242,6 +245,25 @@ def test_a_sweep_whose_flow_has_died_is_closed(made: Leftovers) -> None:
     mlflow_runs.set_tags(run, {SWEEP: run})
     assert whats(settle_all()) == [("run", run)]
     assert mlflow_runs.run_status(run) == "KILLED"
+
+
+def test_a_sweep_that_is_killed_before_it_has_its_lock_is_closed(
+    made: Leftovers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "flow_tags", lambda: {FLOW_RUN: str(flow_run_in(Failed()).id)})
+
+    def killed(run_id: str, note: str) -> None:
+        made.runs.append(run_id)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "hold_run_lock", killed)
+    record = SweepRecord.model_construct(
+        dataset=DatasetRef(version="0" * 64, name="leftovers"),
+        sweep=SweepConfig.model_construct(space={}, trials=2, eta=3, metric="val/accuracy"),
+    )
+    with pytest.raises(KeyboardInterrupt), sweep._sweep_run(record, None):
+        pass
+    assert whats(settle_all()) == [("run", made.runs[-1])]
 
 
 def test_runs_that_are_not_ours_are_left_alone(made: Leftovers) -> None:

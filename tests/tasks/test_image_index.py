@@ -160,6 +160,7 @@ def test_columns_called_like_those_of_the_index_are_told_apart_in_csv(tmp_path: 
     mine = {"digest": "mine", "camera": "left", "row": "7"}
     lines = [{"path": path, "label": path.split("/")[0], "group": path, **mine} for path in PHOTOS]
     index_of(bucket, packed(table(folder / "labels.csv", lines))).write_csv(tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").stat().st_mode == (folder / "labels.csv").stat().st_mode
     with (tmp_path / "out.csv").open(newline="") as stream:
         found = list(csv.DictReader(stream))
     own = ["split", "position", "label", "digest", "path", "group"]

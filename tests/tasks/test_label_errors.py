@@ -288,7 +288,11 @@ def test_corrections_become_a_table_that_relabels_these_images_only(photos: Path
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    out.touch()
+    out.chmod(0o664)
     done = write_corrected(model, read_corrections(errors.table), out, TableOptions())
+    assert out.stat().st_mode & 0o777 == 0o664
+    assert errors.page.stat().st_mode == errors.table.stat().st_mode == (photos / rows[0]["path"]).stat().st_mode
     assert (done.name, done.images, done.changed, done.missing) == (f"{NAME}-photos", 300, 3, None)
     elsewhere = write_corrected(model, corrections(), tmp_path / "elsewhere.csv", TableOptions())
     assert (elsewhere.changed, (photos / str(elsewhere.missing)).is_file()) == (0, True)

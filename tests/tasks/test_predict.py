@@ -28,6 +28,7 @@ from tasks.evaluation.reference_images import load_reference
 from tasks.prediction.export import export
 from tasks.prediction.inputs import pictures, target_of
 from tasks.prediction.predict import ImageClassifier, Predictions, _decode, _trained_on_colour, calibrated, predict
+from tasks.prediction.table import PredictedBatch, table_writer
 from tests.cnn.without_convoy import read_metadata, run_example, save_photo
 from tests.tasks.registered import Registered, register_digits
 
@@ -247,6 +248,34 @@ def test_inputs_and_results_may_be_in_a_bucket(photos: Path, registered: Registe
     assert [row["file"] for row in rows] == [store.uri(f"photos/{name}") for name in ("000.png", "001.png", "001.png")]
     with pytest.raises(ServiceError, match="no such bucket"):
         predicting(NAME, ["s3://no-such-bucket-here/x"], tmp_path / "out.csv")
+
+
+def test_an_object_that_was_deleted_meanwhile_is_a_row_with_a_reason(
+    photos: Path, registered: Registered, tmp_path: Path
+) -> None:
+    classifier, photo = ImageClassifier(find_version(NAME)), photos / "a" / "000.png"
+    for name in ("there", "gone"):
+        registered.store.put_file(f"fleeting/{name}.png", photo)
+    found = list(pictures([registered.store.uri("fleeting"), registered.store.uri("fleeting/there.png")]))
+    registered.store.delete("fleeting/gone.png")
+    batch = _decode(found, classifier)
+    assert batch.reasons == ("no such object", None, None)
+
+    def denied() -> bytes:
+        raise ServiceError("access denied")
+
+    with pytest.raises(ServiceError, match="denied"):
+        _decode([found[0]._replace(read=denied)], classifier)
+
+
+def test_of_two_files_with_one_name_only_the_unreadable_one_has_no_class(tmp_path: Path) -> None:
+    batch = PredictedBatch(("x.png", "x.png"), np.zeros((1, 1, 8, 8), np.uint8), (None, "truncated"))
+    assert [(each.file, each.reason) for each in batch.unread] == [("x.png", "truncated")]
+    with table_writer(tmp_path / "out.csv", ("a", "b")) as write:
+        write(batch, np.array([[0.25, 0.75]], np.float32))
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["class"], row["error"]) for row in rows] == [("b", ""), ("", "truncated")]
 
 
 def test_temperature_of_the_version_calibrates(registered: Registered, photos: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import gzip
 import hashlib
+import io
 import json
+import os
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -90,6 +92,19 @@ def test_another_machine_reads_the_packed_images(
         assert torch.bincount(labels, minlength=10).tolist() == list(manifest.splits[split].class_counts)
         total += int(images.sum())
     assert total == np.round(load_digits().images * 255 / 16).sum()
+
+
+@pytest.mark.parametrize(("limit", "held"), [("1GB", True), ("100kB", False)])
+def test_shards_are_cached_only_within_the_limit_and_raw_files_take_the_place_of_others(
+    store: ObjectStore, raw: RawSource, home: Path, limit: str, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(home / "cache", store)
+    before = cache.path(cache.add_stream(io.BytesIO(bytes(1000))))
+    os.utime(before, (1, 1))
+    monkeypatch.setenv("CONVOY_CACHE_BYTES", limit)
+    manifest = load_manifest(store, run(raw).version)
+    assert {cache.holds(shard.sha256) for shard in shards_of(manifest)} == {held}
+    assert before.exists() == held
 
 
 def test_a_second_run_is_skipped_even_without_the_raw_files(store: ObjectStore, raw: RawSource, home: Path) -> None:

@@ -1,6 +1,8 @@
 """The task that finds weights to start from: published ones by name, and a user's files."""
 
 import hashlib
+import io
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,9 +20,11 @@ from cnn.networks.published import Published
 from cnn.networks.weights import in_order_of, load_weights, read_pth, save_weights, weights_sha256
 from infra.errors import ServiceError
 from infra.fetch.meter import Meter
+from infra.settings import Settings
 from infra.sources.mirrors import Mirrors
 from infra.sources.weights import OTHER_FILES, read_first_use
 from infra.storage import bucket_layout
+from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore
 from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
@@ -105,6 +109,18 @@ def test_a_second_use_needs_no_mirror_and_gives_an_equal_configuration(
     web.requests.clear()
     monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "another machine"))
     assert module.pretrained.fn(CONFIG, dataset) == config and not web.requests
+
+
+def test_weights_take_the_place_of_unused_files_in_a_limited_cache(
+    store: ObjectStore, dataset: DatasetRef, web: WebServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    publish(web, monkeypatch, weights(), tmp_path)
+    cache = Cache(Settings().cache, store)
+    before = cache.path(cache.add_stream(io.BytesIO(bytes(1000))))
+    os.utime(before, (1, 1))
+    monkeypatch.setenv("CONVOY_CACHE_BYTES", "1")
+    module.pretrained.fn(CONFIG, dataset)
+    assert not before.exists()
 
 
 def test_the_weights_of_the_first_use_are_enforced_from_then_on(

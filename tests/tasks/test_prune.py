@@ -26,7 +26,7 @@ from infra.errors import ServiceError, UsageError
 from infra.settings import Settings
 from infra.sources.raw_data import RawSource
 from infra.storage import bucket_layout
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectInfo, ObjectStore
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, delete_alias, set_alias
 from infra.tracking.promotion_history import Lineage, newest, promote
@@ -459,6 +459,45 @@ def test_files_of_this_machine_go_by_age(made: Leftovers) -> None:
     ]
     assert (cache / "new").exists() and not any(file.exists() for file in (cache / "old", *unfinished))
     assert (runs / live).exists() and not (runs / ended).exists()
+
+
+def test_files_that_another_process_removes_at_the_same_time_are_passed_over(
+    made: Leftovers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, run = Settings().cache / "ab", Settings().runs / made.run(days=0)
+    really = Path.stat
+    vanishing = set()
+    then = time.time() - 31 * 86_400
+    for folder in (cache, run):
+        folder.mkdir(parents=True)
+        for name in ("first", "second"):
+            (folder / name).write_bytes(b"xx")
+            os.utime(folder / name, (then, then))
+            vanishing.add(folder / name)
+    os.utime(run, (then, then))
+
+    def stat(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        status = really(path, follow_symlinks=follow_symlinks)
+        if path in vanishing:  # it is there at the first look only
+            path.unlink(missing_ok=True)
+        return status
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert [(each.kind, each.bytes) for each in prune().freed] == [("cached files", 0), ("folders of trainings", 0)]
+    assert not run.exists()
+
+
+def test_artifacts_of_mlflow_are_not_even_listed(made: Leftovers, monkeypatch: pytest.MonkeyPatch) -> None:
+    made.put("mlflow/1/artifact")
+    asked, listing = [], ObjectStore.list
+
+    def noted(store: ObjectStore, prefix: str) -> Iterator[ObjectInfo]:
+        asked.append(prefix)
+        return listing(store, prefix)
+
+    monkeypatch.setattr(ObjectStore, "list", noted)
+    prune()
+    assert asked and not any("mlflow/1/artifact".startswith(prefix) for prefix in asked)
 
 
 def test_a_wrong_key_is_named() -> None:

@@ -4,6 +4,7 @@ from contextlib import suppress
 from datetime import datetime
 
 from infra.errors import UsageError
+from infra.machine.threads import in_parallel
 from infra.records import Record
 from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking import mlflow_runs
@@ -63,7 +64,7 @@ def list_trainings(limit: int) -> list[Training]:
     parts = [ids[start : start + IDS_PER_REQUEST] for start in range(0, len(ids), IDS_PER_REQUEST)]
     found = [version for part in parts for version in search_versions(run_id=part)]
     versions = {version.run_id: version for version in reversed(found)}
-    return [_training(store, run, versions.get(run.run_id)) for run in runs]
+    return in_parallel(lambda run: _training(store, run, versions.get(run.run_id)), runs)
 
 
 def _training(store: ObjectStore, run: mlflow_runs.Run, version: RegisteredVersion | None) -> Training:
