@@ -71,7 +71,8 @@ def deploy_project(project: ProjectConfig, switch: bool | None = None) -> Iterat
 
 def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
     name, deploy = model_name(project), project.deploy
-    text = json.dumps(yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]).replace(EXAMPLE, json.dumps(name)[1:-1])
+    own = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))
+    text = json.dumps(own["deployments"]).replace(EXAMPLE, json.dumps(name)[1:-1])
     example = {entry["entrypoint"]: entry for entry in json.loads(text)}
     pool: dict[str, Any] = {"name": deploy.pool}
 

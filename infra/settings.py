@@ -34,8 +34,8 @@ def _http_address(url: str) -> str:
 
 
 def _tracking_address(url: str) -> str:
-    is_database = "://" in url and not url.startswith("http")
-    return url if is_database else _http_address(url)
+    is_other = url == "databricks" or ("://" in url and not url.lower().startswith("http"))
+    return url if is_other else _http_address(url)
 
 
 Address = Annotated[str, AfterValidator(_http_address)]

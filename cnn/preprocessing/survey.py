@@ -104,7 +104,7 @@ def retarget(
         max_default_size: as for `survey`.
     """
     failed = (plan.splits != UNDECIDED) & (packed == UNDECIDED)
-    if not failed.any():
+    if not failed.any() or None not in (config.image_size, config.channels):
         return plan
     headers, start = plan.headers.copy(), 0
     for block in source.blocks():
@@ -112,6 +112,8 @@ def retarget(
         start += len(block.labels)
         if wanted.any():
             headers -= block.loaded(wanted).survey(wanted).headers
+        if not failed[start:].any():
+            break
     return replace(plan, target=_target(headers, config, max_default_size))
 
 

@@ -19,9 +19,10 @@ from flows.cli.console import (
     terminal,
 )
 from flows.cli.options import set_option
-from infra.errors import UsageError
+from infra.errors import GateRefused, ServiceError, UsageError
 
 if TYPE_CHECKING:
+    from infra.tracking.model_registry import RegisteredVersion
     from infra.tracking.promotion_history import Promotion
     from tasks.config.gates import GateConfig
     from tasks.release.quality.verdict import Verdict
@@ -117,14 +118,34 @@ def promote_named(
         publish(found, verdict)
         judged(verdict)
     try:
-        return promote_version(found, force=force, reason=reason)
-    finally:
-        now = find_version(found.address)
-        if now.tags != found.tags:  # the report page shows verdict and decision
-            with loading():
-                from tasks.release.report_page import make_page
+        promotion = promote_version(found, force=force, reason=reason)
+    except GateRefused:
+        _renew_pages(found)
+        raise
+    _renew_pages(found)
+    return promotion
 
-            make_page(now)
+
+def _renew_pages(before: "RegisteredVersion") -> None:
+    """Renews card and report of a version if its verdict, or a person's decision about it, has changed.
+
+    They do not change what was done, so a server that fails now is a warning only.
+    """
+    from infra.tracking.model_versions import find_version
+
+    try:
+        now = find_version(before.address)
+        if now.tags == before.tags:
+            return
+        with loading():
+            from tasks.release.approval import show_decision
+            from tasks.release.report_page import make_page
+
+        if now.record.approval != before.record.approval:
+            show_decision(now)
+        make_page(find_version(now.address))
+    except ServiceError as error:
+        print_line(f"the report of {before.address} is not up to date: {error}", error=True)
 
 
 def rollback(name: NameArgument, reason: ReasonOption = "") -> None:

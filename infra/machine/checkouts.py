@@ -57,7 +57,7 @@ def check_address(repository: str) -> str:
         UsageError: it holds a password or a query, which would be visible to all, or is an option of git.
     """
     address = re.sub(r"^ssh://[^/:@]+@", "ssh://", repository)  # a user alone is no secret there
-    if without_login(address) != address or re.match(r"[^/]*://.*\?", address):
+    if without_login(address) != address or re.match(r"https?://.*\?", address):
         raise UsageError(
             "the repository's address must hold no password and no query: git takes passwords from a credential helper"
         )

@@ -49,7 +49,6 @@ class ArchiveSource:
                 if not (zipfile.is_zipfile(path) if self.file.lower().endswith(".zip") else _is_tar(path)):
                     raise UsageError(f"{where}: this is no whole archive of the kind that its name says")
                 digest = place.cache.add_file(path)
-                as_found = place.mirrors.version(self.address)[0] == self.version
         except ServiceError as error:
             raise ServiceError(f"{where}: {error}") from error
         raw = RawFile(path=self.file, sha256=digest, size=place.cache.path(digest).stat().st_size)
@@ -59,9 +58,16 @@ class ArchiveSource:
             bucket.put(raw)
         meter.advance_to(1.0)
         source = RawSource(name=self.name, format="archive", files=(raw,), served_by={raw.path: where}, reused=reused)
-        if self.key and as_found:  # else the record would give this content to a later reader of the other version
+        if self.key and self._is_as_found(place):
             write_record(place.store, self.key, source)
         return source
+
+    def _is_as_found(self, place: Workplace) -> bool:
+        """Returns whether the server still has the version that was found; otherwise a record would confuse the two."""
+        try:
+            return place.mirrors.version(self.address)[0] == self.version
+        except (ServiceError, UsageError):
+            return False
 
 
 def _is_tar(path: Path) -> bool:

@@ -5,7 +5,6 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
-from secrets import token_hex
 from typing import IO
 
 from infra.errors import ServiceError
@@ -32,9 +31,8 @@ class Cache:
     Args:
         root: the folder.
         store: the bucket that files are fetched from.
-        limit: bytes that the folder may hold: a new file removes the least recently used ones, so open a path that
-            `fetch` returned before the next fetch. None: nothing is removed. As the folder is listed for each new file,
-            a caller with thousands of them calls `make_space` once, and uses a cache without a limit.
+        limit: bytes that the folder may hold: a fetch removes the least recently used files, so open a path that
+            `fetch` returned before the next fetch. None: nothing is removed.
     """
 
     def __init__(self, root: Path, store: ObjectStore, *, limit: int | None = None) -> None:
@@ -89,7 +87,6 @@ class Cache:
             if size is not None and count != size:
                 raise ServiceError(f"it holds {count} bytes, expected {size}")
             temporary.chmod(READ_ONLY)
-            self.make_space(count)
             publish(temporary, self.path(got))
             self._note_verified(got)
         return got
@@ -121,12 +118,12 @@ class Cache:
                 self._note_verified(sha256)
         return path
 
-    def make_space(self, size: int) -> None:
-        """Removes the least recently used files until as many bytes fit, if there is a limit."""
+    def trim(self) -> None:
+        """Removes the least recently used files until the limit holds, after files were added without it."""
         if self._limit:
-            lock = self.root / "locks" / token_hex(32)  # named like the one of a file
+            lock = self.root / "locks" / "trim"
             with locked(lock):
-                self._limit.make_space(size, lock)
+                self._limit.make_space(0, lock)
 
     def _use(self, sha256: str, size: int | None) -> bool:
         """Returns whether the file is there and undamaged; if so, marks it as used now."""

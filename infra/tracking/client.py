@@ -61,8 +61,7 @@ def http_status(error: Exception) -> int:
     """
     if isinstance(error, MlflowException):
         return int(error.get_http_status_code())  # type: ignore[no-untyped-call]
-    response = getattr(error, "response", None)
-    return 500 if response is None else int(response.status_code)
+    return int(getattr(getattr(error, "response", None), "status_code", 500))
 
 
 def none_if_missing(query: Callable[..., T], *arguments: str) -> T | None:

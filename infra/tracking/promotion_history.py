@@ -10,6 +10,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +20,6 @@ from pydantic import ValidationError
 
 from infra.errors import Outage, ServiceError, UsageError
 from infra.machine import stopping
-from infra.machine.threads import in_parallel
 from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
@@ -36,6 +36,7 @@ from infra.tracking.model_versions import find_version
 from infra.tracking.names import model_name_fault
 
 CHAMPION, PREVIOUS = "champion", "previous"
+READERS = 8  # threads that read entries
 
 
 class PromotionLost(ServiceError):
@@ -124,7 +125,8 @@ def history(store: ObjectStore, name: str) -> list[Promotion]:
         UsageError: the name is invalid.
         ServiceError: the store failed, or an entry is damaged.
     """
-    return in_parallel(partial(_read, store), _keys(store, name))
+    with ThreadPoolExecutor(READERS) as pool:  # `in_parallel` ends at a signal; a promotion that is written does not
+        return list(pool.map(partial(_read, store), _keys(store, name)))
 
 
 def newest(store: ObjectStore, name: str) -> Promotion | None:

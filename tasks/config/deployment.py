@@ -16,7 +16,7 @@ from tasks.config.run import RunConfig, load_as
 CRON_FIELDS = (
     ("minute", 0, 59, ""),
     ("hour", 0, 23, ""),
-    ("day", 1, 31, "|l"),
+    ("day", 1, 31, ""),
     ("month", 1, 12, "|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"),
     ("weekday", 0, 7, "|sun|mon|tue|wed|thu|fri|sat"),
 )
@@ -42,6 +42,8 @@ class ScheduleConfig(Config):
         for field, (name, low, high, names) in zip(fields, CRON_FIELDS, strict=False):
             value = rf"(\d+{names})"
             lists = [rf"(\*|{value}(-{value})?)(/0*[1-9]\d*)?"]
+            if name == "day":
+                lists = [f"({lists[0]}|l)"]  # the last one of the month
             if name == "weekday":
                 lists += [rf"{value}#[1-5]", r"l\d"]  # the second Friday, the last one; neither beside other kinds
             if not any(re.fullmatch(f"{each}(,{each})*", field, re.ASCII | re.IGNORECASE) for each in lists):

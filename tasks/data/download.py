@@ -16,7 +16,6 @@ from infra.sources.mirrors import Mirrors
 from infra.sources.raw_data import RawSource
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore, open_bucket
-from tasks.data.dataset import open_cache
 from tasks.data.label_tables import check_columns, images_of, table_options
 from tasks.data.prune_mark import wait_for_prune
 from tasks.orchestration.cancellation import stop_if_cancelled
@@ -71,7 +70,6 @@ def _download(
         if not refresh and (raw := reusable(source, place)):
             return raw
         with progress(f"Downloading {source.name}", source.size, unit="bytes", artifact="download") as advance:
-            open_cache(store).make_space(source.size or 0)
             return source.fetch(place, advance, refresh=refresh)
 
 

@@ -32,7 +32,7 @@ from tasks.data.dataset import DatasetRef, is_complete, load_manifest, open_cach
 from tasks.data.image_index import read_index_record, replace_columns, store_index, write_index
 from tasks.data.label_tables import given_by
 from tasks.data.preprocessing_journal import Journal
-from tasks.data.shard_uploads import ShardStore, make_space
+from tasks.data.shard_uploads import ShardStore, fits_cache
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
@@ -70,7 +70,8 @@ def preprocess(
     store = open_bucket(create=True)
     cache = Cache(settings.cache, store)
     key = step_key(raw, config, max_default_size)
-    with locked(settings.cache / "locks" / f"preprocess-{key}"):  # a process that waits here finds the result
+    lock = settings.cache / "locks" / f"preprocess-{key}"
+    with _cache_limited_afterwards(settings, store), locked(lock):  # a process that waits here finds the result
         labels = _labels(raw, cache)
         if not refresh and (version := _find(store, key)) and _renew_columns(store, version, raw, labels):
             _warn(raw.name, load_manifest(store, version))
@@ -148,12 +149,21 @@ def _in_place(listing: ListingRef, cache: Cache) -> ListedFiles:
 def _fetch(raw: RawSource, cache: Cache) -> dict[str, Path]:
     """Returns local paths of the raw files, each verified, by their paths in the source."""
     missing = sum(file.size for file in raw.files if not cache.holds(file.sha256, file.size))
-    open_cache(cache.store).make_space(missing)
     with progress(f"Fetching {raw.name}", missing, unit="bytes") if missing else nullcontext() as advance:
         paths = in_parallel(
             lambda file: cache.fetch(file.key, file.sha256, size=file.size, on_progress=advance), raw.files
         )
     return {file.path: path for file, path in zip(raw.files, paths, strict=True)}
+
+
+@contextmanager
+def _cache_limited_afterwards(settings: Settings, store: ObjectStore) -> Iterator[None]:
+    """Trims the cache at the end, if the user has set its limit: packing needs all raw files at the same time."""
+    try:
+        yield
+    finally:
+        if settings.cache_bytes:
+            open_cache(store).trim()
 
 
 @contextmanager
@@ -206,7 +216,7 @@ def _pack(
             run_logger().info("%s: going on with an interrupted run: %d images packed", raw.name, count)
         with (
             progress(f"Packing {raw.name}", plan.count, unit="images", artifact="preprocess") as advance,
-            ShardStore(cache, journal, keep=make_space(plan, cache.store), refresh=refresh) as shards,
+            ShardStore(cache, journal, keep=fits_cache(plan, cache), refresh=refresh) as shards,
         ):
             return pack(source, plan, config, out, advance, done=done, on_shard=shards.add)
 

@@ -8,10 +8,10 @@ from typing import Self
 
 from cnn.preprocessing.resume_records import PackedShard
 from cnn.preprocessing.survey import Plan
+from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectStore
-from tasks.data.dataset import is_stored, open_cache
+from tasks.data.dataset import is_stored
 from tasks.data.preprocessing_journal import Journal
 
 UPLOADS = 2  # in parallel
@@ -67,11 +67,8 @@ class ShardStore:
         path.unlink()
 
 
-def make_space(plan: Plan, store: ObjectStore) -> bool:
-    """Makes space for the whole dataset version in this machine's cache; returns False if it would take too much."""
-    cache = open_cache(store)
+def fits_cache(plan: Plan, cache: Cache) -> bool:
+    """Returns whether this machine has space for the whole dataset version in its cache."""
     cache.root.mkdir(parents=True, exist_ok=True)
-    if plan.pixel_bytes > min(cache.limit or 0, CACHE_SHARE * shutil.disk_usage(cache.root).free):
-        return False
-    cache.make_space(plan.pixel_bytes)
-    return True
+    most = CACHE_SHARE * shutil.disk_usage(cache.root).free
+    return plan.pixel_bytes <= min(most, Settings().cache_bytes or most)

@@ -22,7 +22,7 @@ from infra.errors import GateRefused, ServiceError
 from infra.machine import stopping
 from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
-from infra.tracking.model_registry import ModelVersion, describe_version, tag_version
+from infra.tracking.model_registry import ModelVersion, RegisteredVersion, describe_version, tag_version
 from infra.tracking.model_versions import find_version
 from infra.tracking.tags import APPROVED, EXPIRED, REFUSED, VersionRecord, decision
 from tasks.orchestration.cancellation import POLL_SECONDS, STOPPED, Cancelled, Superseded, stop_if_cancelled
@@ -106,12 +106,19 @@ def record_decision(registered: ModelVersion, made: VersionRecord) -> None:
     """
     tag_version(registered, made.to_tags())
     found = find_version(registered.address)
-    said = found.record.approval_sentence
-    describe_version(registered, with_approval(found.description, said))
-    if verdict := verdict_on(open_bucket(), found):
+    if verdict := show_decision(found):
+        said = found.record.approval_sentence
         page = verdict.markdown(said)
-        mlflow_runs.log_text(found.run_id, "report/verdict.md", page)
         create_markdown_artifact(page, key="quality-gate", description=f"{verdict.summary}; approval: {said}")
+
+
+def show_decision(version: RegisteredVersion) -> Verdict | None:
+    """Puts the decision that a version's tags name into its card and the verdict's page; returns the verdict."""
+    said = version.record.approval_sentence
+    describe_version(version, with_approval(version.description, said))
+    if verdict := verdict_on(open_bucket(), version):
+        mlflow_runs.log_text(version.run_id, "report/verdict.md", verdict.markdown(said))
+    return verdict
 
 
 def _pause(flow_run: UUID, form: type[Approval], message: str, time_limit: float) -> Keyset:

@@ -5,6 +5,7 @@ The bucket holds each verdict as models/<name>/verdicts/<SHA-256>.json.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -85,8 +86,8 @@ def conditions_of(version: RegisteredVersion, changes: GateConfig) -> GateConfig
     """Returns the conditions that a version's training was to meet, with changes.
 
     Args:
-        changes: the keys that are set in it replace those of the training. If the training's record is gone, or another
-            version of Convoy wrote it, they are all that is known.
+        changes: the keys that are set in it replace those of the training. Only they are used if its record is gone, or
+            if another version of Convoy wrote it.
 
     Raises:
         UsageError: they contradict each other, or nothing is known.
@@ -143,9 +144,10 @@ def compare(
     columns = _slices_of(found.run_id) if slices is None else tuple(slices)
     index = load_index(store, manifest.version) if columns else None
     learned, unknown = _only_champions(open_cache(store), manifest, split, against) if against else (None, "")
+    champions = _score_champion(store, against, manifest, split) if against else None
     verdict = judge(
         score(store, found, manifest, split, timed=timed),
-        _score_champion(store, against, manifest, split) if against else None,
+        champions,
         config,
         labels=split.labels.numpy(),
         classes=manifest.classes,
@@ -157,7 +159,9 @@ def compare(
     )
     sha256 = index_digest(store, manifest.version, columns)
     notes = (*verdict.notes, *filter(None, [unknown]), *missing_columns(columns, index))
-    return verdict.model_copy(update={"slices": columns, "index_sha256": sha256, "notes": notes})
+    failed = champions is not None and champions.failed
+    about = {"slices": columns, "index_sha256": sha256, "notes": notes, "champion_failed": failed}
+    return verdict.model_copy(update=about)
 
 
 def missing_columns(columns: Sequence[str], index: ImageIndex | None) -> list[str]:
@@ -242,7 +246,7 @@ def _score_champion(store: ObjectStore, version: RegisteredVersion, manifest: Ma
     try:
         return score(store, version, manifest, split)
     except UsageError as error:
-        return _not_comparable(version, split, str(error))
+        return replace(_not_comparable(version, split, str(error)), failed=True)
 
 
 def _not_comparable(version: RegisteredVersion, split: SplitReader, why: str) -> Scored:

@@ -39,6 +39,6 @@ def release(registered: ModelVersion, approval: VersionRecord | None = None) -> 
             run_logger().warning("%s", changed)
             return False
         except PromotionLost as lost:  # perhaps to a promotion of this version by hand
-            run_logger().warning("%s", lost)
+            run_logger().warning("%s (this flow run now decides again)", lost)
             continue
         return True

@@ -167,6 +167,8 @@ def _known(
         why = f"{why} was refused {against}"
         verdict = verdict_on(store, version)
         slices = config.data.slices, index_digest(store, dataset.version, config.data.slices)
+        if verdict and verdict.champion_failed:
+            return False, f"{why}, which could not be loaded, so it is judged again", version
         if verdict and verdict.config == config.gate and (verdict.slices, verdict.index_sha256) == slices:
             return False, why, None
         return False, f"{why} by other conditions than the present ones, so it is judged again", version

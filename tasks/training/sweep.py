@@ -367,14 +367,15 @@ def _sweep_run(record: SweepRecord, run_id: str | None) -> Iterator[str]:
             params={"trials": sweep.trials, "eta": sweep.eta, "metric": sweep.metric, **space},
             tags={tags.RESULT: "a sweep under way", tags.USER: this_user(), **flow_tags()},
         )
-        mlflow_runs.set_tags(run_id, {tags.SWEEP: run_id})  # the doctor closes it if this process is killed from now on
+        written = record.model_dump_json(indent=2, exclude_unset=True)
+        outlast(partial(mlflow_runs.log_text, run_id, RECORD, written))
+        # With this tag the sweep can be resumed, and the doctor closes it if this process is killed.
+        outlast(partial(mlflow_runs.set_tags, run_id, {tags.SWEEP: run_id}))
     hint = f"`convoy sweep --resume {run_id}` goes on"
     with hold_run_lock(run_id, str(flow_run.id)), model_lease(f"sweep {run_id}"):  # here, and on other machines
         status: mlflow_runs.RunStatus = "FINISHED"
         finished = mlflow_runs.run_status(run_id) == "FINISHED"
         try:
-            if not resumed:
-                mlflow_runs.log_text(run_id, RECORD, record.model_dump_json(indent=2, exclude_unset=True))
             mlflow_runs.set_tags(run_id, flow_tags())
             if resumed:
                 outlast(partial(mlflow_runs.reopen_run, run_id))

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Set
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -319,7 +319,8 @@ def _prune_machine(settings: Settings, needed: References, config: RetentionConf
         freed.append(Freed(kind=kind, count=len(paths), bytes=sum(map(_size, paths))))
         for path in () if dry_run else paths:
             if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
+                with suppress(FileNotFoundError):  # another process removes it, too
+                    shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
     return freed

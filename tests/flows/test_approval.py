@@ -22,9 +22,11 @@ from prefect.utilities.urls import url_for
 
 from flows import candidate
 from flows.candidate import _release
+from flows.cli.models import _renew_pages
 from flows.step_timer import StepTimer
 from flows.summary import Refused, Summary
 from infra.storage.object_store import open_bucket
+from infra.tracking import mlflow_runs
 from infra.tracking.mlflow_runs import run_url
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion, aliased, tag_version
 from infra.tracking.model_versions import find_version
@@ -265,6 +267,12 @@ def test_a_promotion_that_was_rolled_back_is_no_approval(
     record = find_version(version.address).record
     assert record.approval_sentence == f"approved by {promoted.who}: sharp enough"
     assert record.result == f"{record.accuracy:.2%} test accuracy, passed"
+    _renew_pages(refused)
+    assert f"**Approval**: {record.approval_sentence}." in find_version(version.address).description
+    page = mlflow_runs.fetch_artifacts(refused.run_id, "report", tmp_path / "report")
+    for name in ("verdict.md", "index.html"):
+        text = (page / name).read_text()
+        assert "sharp enough" in text and "blurry" not in text
 
 
 def test_card_has_one_decision_before_its_first_section() -> None:

@@ -144,15 +144,15 @@ def test_a_cache_without_a_limit_keeps_everything(cache: Cache, store: ObjectSto
     assert len(_files(cache)) == 6
 
 
-def test_added_files_and_space_for_files_to_come_count_too(store: ObjectStore, tmp_path: Path) -> None:
+def test_trimming_removes_the_files_that_were_used_longest_ago(store: ObjectStore, tmp_path: Path) -> None:
     digests = _put_several(store, 3)
     cache = Cache(tmp_path / "cache", store, limit=3500)
     for when, digest in enumerate(digests, start=1):
         _use_at(cache, cache.fetch(digest, digest).name, when)
-    added = cache.add_stream(io.BytesIO(b"added" * 200))
-    assert {path.name for path in _files(cache)} == {*digests[1:], added}
-    cache.make_space(2000)
-    assert {path.name for path in _files(cache)} == {added}
+    added = {Cache(cache.root, store).add_stream(io.BytesIO(text * 200)) for text in (b"added", b"later")}
+    assert {path.name for path in _files(cache)} == {*digests, *added}
+    cache.trim()
+    assert {path.name for path in _files(cache)} == {digests[2], *added}
     assert not list((cache.root / "locks").iterdir())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from infra.errors import Outage, ServiceError, UsageError
+from infra.machine import stopping
+from infra.machine.stopping import Stopped
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, aliased, create_version, delete_alias, set_alias, tag_version
@@ -221,6 +224,26 @@ def test_promotion_stands_when_the_aliases_cannot_follow(
     assert aliases() == (None, None)
     with pytest.raises(AlreadyChampion):
         promote(store, versions[0], after=newest(store, versions[0].name))
+    assert aliases() == ("1", None)
+
+
+def test_a_signal_after_a_promotion_is_written_does_not_hide_it(
+    store: ObjectStore, versions: list[ModelVersion], aliases: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    put = store.put_if_absent
+
+    def put_and_signal(key: str, data: bytes) -> bool:
+        written.append(key)
+        return put(key, data)
+
+    def check() -> None:
+        if written:
+            raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(store, "put_if_absent", put_and_signal)
+    monkeypatch.setattr(stopping, "check", check)
+    assert promote(store, versions[0], after=None).to_version == "1"
     assert aliases() == ("1", None)
 
 

@@ -1,7 +1,5 @@
 """The whole download task, with a real bucket."""
 
-import io
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import get_args
@@ -14,7 +12,6 @@ from cnn.config.preprocessing import PreprocessConfig
 from infra.errors import ServiceError, UsageError
 from infra.sources import entries
 from infra.sources.raw_data import RawSource
-from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore
 from tasks.data.download import download
 
@@ -135,16 +132,3 @@ def test_a_state_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypa
     with pytest.raises(ServiceError, match=r"file/cache.*Not a directory; CONVOY_HOME") as raised:
         _download("digits")
     assert "\n" not in str(raised.value)
-
-
-def test_the_limit_of_the_cache_holds_for_downloads(
-    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = sum(file.size for file in _download("digits").files)
-    unused = Cache(tmp_path / "home" / "cache", store)
-    before = unused.path(unused.add_stream(io.BytesIO(bytes(1000))))
-    for path in (tmp_path / "home" / "cache").glob("??/*"):
-        os.utime(path, (1, 1))
-    monkeypatch.setenv("CONVOY_CACHE_BYTES", str(size + 500))
-    _download("digits", refresh=True)
-    assert not before.exists()

@@ -620,6 +620,7 @@ def test_images_of_the_champions_training_split_are_found(line: Line) -> None:
     verdict = compare(line.good, line.bad, GateConfig())
     tag_version(line.bad, {"convoy.dataset_version": line.dataset.version})
     assert verdict.left_out > 0.95 * verdict.images
+    assert not verdict.champion_failed
     assert compare(line.good, line.bad, GateConfig()).left_out == 0
 
 
@@ -642,6 +643,7 @@ def test_what_stands_in_the_way_of_a_comparison_is_in_the_verdict(line: Line, mo
     assert not refused.passed
     why = f"{line.bad.uri} cannot be loaded: no file: it cannot be compared"
     assert check(refused, GateConfig().mode).detail == why
+    assert refused.champion_failed
     assert "promote --force" in refused.remedy
 
 

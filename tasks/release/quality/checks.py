@@ -47,6 +47,9 @@ class Scored:
     obstacle: str = ""
     """The reason why the version cannot be scored on this split; `correct` is then all false."""
 
+    failed: bool = False
+    """Whether the obstacle lies in this process or machine, such as a missing package, not in version or split."""
+
     @property
     def accuracy(self) -> float:
         """Share of correctly classified images."""

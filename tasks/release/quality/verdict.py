@@ -94,6 +94,9 @@ class Verdict(Record):
     index_sha256: str = ""
     """The image index that these columns come from; empty without such columns."""
 
+    champion_failed: bool = False
+    """Whether the champion could not be loaded here, which may pass: then the version is judged again."""
+
     config: GateConfig
 
     @property
