@@ -115,7 +115,7 @@ def test_model_that_a_gate_refuses_stays_out_until_it_is_forced(convoy: Convoy, 
     [
         (["promote", "nobody", "1"], "no model is called 'nobody'"),
         (["promote", "nobody", "1", "--set", "no_such_key=3"], "no_such_key"),
-        (["rollback", "nobody"], "'nobody' has no champion"),
+        (["rollback", "nobody"], "no model is called 'nobody'"),
         (["history", "nobody"], "no model is called 'nobody'"),
         (["compare", "nobody", "nobody/1"], "no model is called 'nobody'"),
     ],

@@ -6,11 +6,13 @@ from datetime import datetime
 from infra.errors import UsageError
 from infra.machine.threads import in_parallel
 from infra.records import Record
+from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import RegisteredVersion, search_versions
 from infra.tracking.tags import MANIFEST_DIGEST, MODEL, VersionRecord
 from tasks.training.checkpoints import commits_of
+from tasks.training.protocol.job import Outcome
 from tasks.training.runs.run_record import read_record
 
 IDS_PER_REQUEST = 100
@@ -26,7 +28,7 @@ class Training(Record):
     """MLflow's status: RUNNING, FINISHED, FAILED or KILLED."""
 
     step: int | None
-    """Step of the newest checkpoint."""
+    """Number of steps, if it has finished; else the step of the newest checkpoint."""
 
     dataset: str
     """As given: a name, a folder, an archive or an address; empty, like `network`, if the run cannot be read."""
@@ -71,13 +73,15 @@ def _training(store: ObjectStore, run: mlflow_runs.Run, version: RegisteredVersi
     config = None
     with suppress(UsageError):  # a run of another version of Convoy, which `resume` refuses with the reason
         config = read_record(run.run_id).config
-    newest = next(commits_of(store, run.run_id), None)
+    # A finished training drops the checkpoint that it had not begun to store.
+    finished = store.read_record(bucket_layout.outcome(run.run_id), Outcome) if run.status == "FINISHED" else None
+    newest = None if finished else next(commits_of(store, run.run_id), None)
     record = version.record if version else VersionRecord()
     return Training(
         run_id=run.run_id,
         started=run.started,
         status=run.status,
-        step=newest and newest.step,
+        step=finished.steps if finished else newest and newest.step,
         dataset=config.dataset if config else "",
         network=config.model if config else "",
         model=version.address if version else run.tags.get(MODEL, ""),
