@@ -66,6 +66,7 @@ def pretrained(config: RunConfig, dataset: DatasetRef) -> RunConfig:
     key = bucket_layout.pretrained_weights(sha256)
     if store.head(key) is None:
         store.put_file(key, cache.path(sha256), sha256=sha256)
+    cache.trim()
     run_logger().info("starting from %s%s", named, f", except {', '.join(fresh)}" if fresh else "")
     return config.model_copy(update={"pretrained_sha256": sha256})
 
