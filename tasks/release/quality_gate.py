@@ -144,10 +144,10 @@ def compare(
     columns = _slices_of(found.run_id) if slices is None else tuple(slices)
     index = load_index(store, manifest.version) if columns else None
     learned, unknown = _only_champions(open_cache(store), manifest, split, against) if against else (None, "")
-    champions = _score_champion(store, against, manifest, split) if against else None
+    opponent = _score_champion(store, against, manifest, split) if against else None
     verdict = judge(
         score(store, found, manifest, split, timed=timed),
-        champions,
+        opponent,
         config,
         labels=split.labels.numpy(),
         classes=manifest.classes,
@@ -159,7 +159,7 @@ def compare(
     )
     sha256 = index_digest(store, manifest.version, columns)
     notes = (*verdict.notes, *filter(None, [unknown]), *missing_columns(columns, index))
-    failed = champions is not None and champions.failed
+    failed = opponent is not None and opponent.failed
     about = {"slices": columns, "index_sha256": sha256, "notes": notes, "champion_failed": failed}
     return verdict.model_copy(update=about)
 

@@ -203,6 +203,12 @@ def test_what_other_conditions_refused_is_judged_again_rather_than_trained_again
     why = f"version {refused.version}, with the same inputs, was refused against version {champion}"
     skipped = retrain_flow(strict)
     assert (skipped.status, skipped.reason) == ("unchanged", why)
+    verdict = judge_version(refused, strict.gate)
+    publish(refused, verdict.model_copy(update={"champion_failed": True}))
+    decided = what_changed.fn("retrained", strict, DatasetRef(version=before.dataset_version or "", name="digits"))
+    assert decided.why == f"{why}, which could not be loaded, so it is judged again"
+    assert decided.judge and decided.judge.version == refused.version
+    publish(refused, verdict)
     judged = retrain_flow(strict.model_copy(update={"gate": config.gate}))
     assert judged.reason == f"{why} by other conditions than the present ones, so it is judged again"
     assert (judged.status, judged.champion, judged.model_version) == ("done", True, refused.version)
