@@ -19,7 +19,7 @@ from flows.cli.console import (
     terminal,
 )
 from flows.cli.options import set_option
-from infra.errors import GateRefused, ServiceError, UsageError
+from infra.errors import GateRefused, ServiceError
 
 if TYPE_CHECKING:
     from infra.tracking.model_registry import RegisteredVersion
@@ -100,8 +100,9 @@ def promote_named(
             None: do not.
         judged: is called with the verdict, before a gate may refuse.
     """
-    if force and not reason.strip():
-        raise UsageError("--force needs a --reason, which is kept in the history")
+    from tasks.config.gates import check_override
+
+    check_override(force, reason)
     servers_up()
     from infra.storage.object_store import open_bucket
     from infra.tracking.model_versions import find_version

@@ -46,10 +46,9 @@ def mlflow_client(action: str) -> Iterator[mlflow.MlflowClient]:
                 f"MLflow at {tracking_uri()} does not let you {action}: check MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, and that user's permissions"
             ) from error
-        answered = 400 <= status < 500 and status not in (408, 429)
         # MLflow's client reports every download that failed as missing, even in an outage.
         hidden = getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
-        is_final = isinstance(error, RestException) or (answered and not hidden)
+        is_final = isinstance(error, RestException) or (is_refusal(status) and not hidden)
         what, kind = ("refused", ServiceError) if is_final else ("failed", Outage)
         raise kind(f"MLflow at {tracking_uri()} {what} to {action}: {first_line(error)}") from error
 
@@ -62,6 +61,11 @@ def http_status(error: Exception) -> int:
     if isinstance(error, MlflowException):
         return int(error.get_http_status_code())  # type: ignore[no-untyped-call]
     return int(getattr(getattr(error, "response", None), "status_code", 500))
+
+
+def is_refusal(status: int) -> bool:
+    """Returns whether a request with this answer cannot succeed later either, since it is wrong itself."""
+    return 400 <= status < 500 and status not in (401, 403, 408, 429)  # a token or limit may change
 
 
 def none_if_missing(query: Callable[..., T], *arguments: str) -> T | None:

@@ -11,7 +11,7 @@ from mlflow.entities import Metric
 
 from infra.errors import Outage, counted
 from infra.records import Record
-from infra.tracking.client import first_line, http_status, tracking_uri
+from infra.tracking.client import first_line, http_status, is_refusal, tracking_uri
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,6 @@ BUFFERED_VALUES = 100_000  # some 20 MB
 SEND_INTERVAL_SECONDS = 1.0  # a training does many steps per second, a request takes milliseconds
 DELIVERY_TIMEOUT_SECONDS = 30.0  # for the rows that a training could not send
 MAX_RETRY_SECONDS = 30.0  # between tries during an outage
-RETRIED_STATUSES = (401, 403, 408, 429)  # a token or limit may change; other 4xx answers are final
 
 ONE_TRY_PER_REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 """For a rank's environment: the MetricLogger itself retries, and MLflow's retries would delay it."""
@@ -154,8 +153,7 @@ class MetricLogger:
             for start in range(0, len(metrics), METRICS_PER_CALL):
                 mlflow.MlflowClient().log_batch(self.run_id, metrics[start : start + METRICS_PER_CALL])
         except Exception as error:  # training must not stop because of an unforeseen error
-            status = http_status(error)
-            if 400 <= status < 500 and status not in RETRIED_STATUSES:
+            if is_refusal(http_status(error)):
                 steps = f"{batch[0].step} to {batch[-1].step}"
                 logger.warning("MLflow refused the metrics of steps %s: %s", steps, first_line(error))
                 return True  # a retry would be refused too, and block all later rows

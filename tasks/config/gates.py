@@ -121,6 +121,12 @@ class ServingConfig(Config):
     """Most seconds to load the model, and per answer."""
 
 
+def check_override(force: bool, reason: str) -> None:
+    """Raises UsageError if the gates are to be overridden without a reason."""
+    if force and not reason.strip():
+        raise UsageError("--force needs a --reason, which is kept in the history")
+
+
 def load_gate(settings: Iterable[str]) -> GateConfig:
     """Returns the conditions that `key=value` texts set; keys may begin with `gate.`.
 

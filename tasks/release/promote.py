@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from infra.errors import GateRefused, UsageError
+from infra.errors import GateRefused
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore, open_bucket
 from infra.storage.s3_client import ObjectMissing
@@ -26,6 +26,7 @@ from infra.tracking.promotion_history import (
     standing_champion,
 )
 from infra.tracking.tags import APPROVED, EXPIRED, REFUSED, RESULT, VERDICT, WAITING, decision
+from tasks.config.gates import check_override
 from tasks.release.quality.verdict import Verdict
 from tasks.training.runs.lineage import version_lineage
 
@@ -111,8 +112,7 @@ def promote_version(
         PromotionLost: another promotion came first.
         ServiceError: a server failed.
     """
-    if force and not reason.strip():
-        raise UsageError("--force needs a --reason, which is kept in the history")
+    check_override(force, reason)
     store = open_bucket(create=True)
     # Every decision below rests on this state: a promotion in between makes this one lose.
     standing = standing_champion(store, version.name)

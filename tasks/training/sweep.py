@@ -376,8 +376,8 @@ def _sweep_run(record: SweepRecord, run_id: str | None) -> Iterator[str]:
         status: mlflow_runs.RunStatus = "FINISHED"
         finished = mlflow_runs.run_status(run_id) == "FINISHED"
         try:
-            mlflow_runs.set_tags(run_id, flow_tags())
             if resumed:
+                mlflow_runs.set_tags(run_id, flow_tags())
                 outlast(partial(mlflow_runs.reopen_run, run_id))
             run_logger().info("the sweep's run is %s", mlflow_runs.run_url(run_id))
             yield run_id
