@@ -1,5 +1,6 @@
 """Commands about the versions of models: `models`, `promote`, `rollback`, `history`, `compare`."""
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
@@ -118,6 +119,9 @@ def promote_named(
         verdict = judge_version(found, conditions_of(found, conditions))
         publish(found, verdict)
         judged(verdict)
+        # A loosened condition overrides the gates as --force does: the history must show it.
+        changed = conditions.model_dump(exclude_unset=True, mode="json")
+        reason = reason or (f"judged with {json.dumps(changed)}" if changed else "")
     try:
         promotion = promote_version(found, force=force, reason=reason)
     except GateRefused:

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
-import httpx
 import mlflow
+import requests
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.store.entities import PagedList
-from requests import RequestException
+from mlflow.utils.credentials import get_default_host_creds
 
 from infra.errors import Outage, ServiceError, without_login
 from infra.web_settings import check_web_environment
@@ -39,7 +39,7 @@ def mlflow_client(action: str) -> Iterator[mlflow.MlflowClient]:
         os.environ.setdefault(name, value)
     try:
         yield mlflow.MlflowClient()
-    except (MlflowException, RequestException) as error:
+    except (MlflowException, requests.RequestException) as error:
         status = http_status(error)
         if status in (401, 403):
             raise ServiceError(
@@ -123,10 +123,14 @@ def check_server() -> None:
     address = mlflow.get_tracking_uri().rstrip("/")
     if not address.startswith(("http://", "https://")):  # a database
         return
-    try:
-        status = httpx.get(f"{address}/health", timeout=HEALTH_TIMEOUT_SECONDS).status_code
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    tls = get_default_host_creds(address)  # type: ignore[no-untyped-call]
+    try:  # by MLflow's own library, which reads variables for proxies and certificates that others do not
+        status = requests.get(
+            f"{address}/health", timeout=HEALTH_TIMEOUT_SECONDS, verify=tls.verify, cert=tls.client_cert_path
+        ).status_code
+    except OSError as error:  # any error of requests, or a missing file of certificates
+        reason = getattr(error.args[0] if error.args else None, "reason", None) or error
         hint = "start it with `convoy up`, or correct MLFLOW_TRACKING_URI"
-        raise Outage(f"MLflow at {tracking_uri()} does not answer ({first_line(error)}); {hint}") from error
+        raise Outage(f"MLflow at {tracking_uri()} does not answer ({first_line(reason)}); {hint}") from error
     if status in (502, 503, 504):
         raise Outage(f"MLflow at {tracking_uri()} is not available (HTTP {status}); try again later")

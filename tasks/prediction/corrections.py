@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
-from infra.errors import UsageError
+from infra.errors import UsageError, counted, escaped
 from infra.machine.files import atomic_file
 from infra.records import Record
 from infra.sources.label_table import LabelTable, TableOptions, is_table, read_table
@@ -51,11 +51,12 @@ def write_corrected(model: str, corrections: LabelTable, out: Path, options: Tab
 
     Args:
         model: `name` (its champion), `name@alias` or `name/version`.
-        out: the table, as CSV; replaced if it exists.
+        out: the table, as CSV; replaced if it exists and all its rows are in the new one.
         options: names of the table's columns.
 
     Raises:
-        UsageError: there is no such version, its images have no names, or a correction names no image or class.
+        UsageError: there is no such version, its images have no names, a correction names no image or class, or rows
+            of `out` would be lost.
         ServiceError: MLflow or the object store failed.
     """
     from infra.storage.object_store import open_bucket
@@ -70,6 +71,7 @@ def write_corrected(model: str, corrections: LabelTable, out: Path, options: Tab
     if index["path"].null_count:
         raise UsageError(f"the images of {version.address} {UNNAMED}")
     table, changed = corrected_table(index, corrections, manifest.classes, options)
+    _check_replaced(out, index, version.address, options)
     with atomic_file(out, public=True) as temporary:
         pa_csv.write_csv(table, temporary)
     first = str(index["path"][0])
@@ -81,6 +83,22 @@ def write_corrected(model: str, corrections: LabelTable, out: Path, options: Tab
         changed=changed,
         missing=None if there else first,
     )
+
+
+def _check_replaced(out: Path, index: pa.Table, model: str, options: TableOptions) -> None:
+    """Refuses to lose rows of an existing table, such as those of files that `data.limit` left out."""
+    if not out.exists() or out.stat().st_size == 0:
+        return
+    try:
+        there = read_table(out, str(out), options, labelled=False)
+    except UsageError as error:
+        raise UsageError(f"--out would replace a file that is no label table; name another one ({error})") from None
+    kept = set(index["path"].to_pylist())
+    if lost := [path for path in there.required("path") if path not in kept]:
+        raise UsageError(
+            f"--out {out} has {counted(len(lost), 'row')} of images that {model} was not trained with, such as "
+            f"{escaped(lost[0])}; name another file"
+        )
 
 
 def corrected_table(

@@ -11,9 +11,13 @@ from prefect.client.schemas.objects import State, StateType
 
 from flows.pipeline import _ended
 from flows.summary import Refused, Summary
-from infra.tracking.model_registry import ModelVersion, aliased, set_alias
+from infra.storage.object_store import open_bucket
+from infra.tracking.model_registry import ModelVersion, aliased, set_alias, tag_version
+from infra.tracking.promotion_history import history
+from infra.tracking.tags import VersionRecord
 from tests.flows.conftest import CONFIG, Convoy
 from tests.flows.program import reported
+from tests.tasks.registered import register_digits
 
 SMALL = CONFIG.model_copy(update={"epochs": 1, "ranks": 1})
 
@@ -87,6 +91,8 @@ def test_model_that_a_gate_refuses_stays_out_until_it_is_forced(convoy: Convoy, 
     judged = convoy("promote", "poor-model", "1", "--judge", "--set", "power=0.9")  # the floor is that of its training
     assert judged.status == 3
     assert "floor" in judged.stdout
+    unasked = convoy("promote", "poor-model", "1", "--set", "floor=0", "--force")
+    assert (unasked.status, unasked.complaint) == (2, "--force needs a --reason, which is kept in the history")
     forced = convoy("promote", "poor-model", "@challenger", "--force", "--reason", "a test")
     assert forced.status == 0, forced.stderr
     assert "poor-model was promoted to version 1" in forced.stdout
@@ -108,6 +114,18 @@ def test_model_that_a_gate_refuses_stays_out_until_it_is_forced(convoy: Convoy, 
     compared = convoy("compare", "poor-model/1", "poor-model")
     assert compared.status == 0, compared.stderr
     assert "McNemar exact p = 1" in compared.stdout
+
+
+def test_history_shows_the_conditions_that_a_promotion_changed(
+    convoy: Convoy, stack: object, quiet_prefect: None, tmp_path: Path
+) -> None:
+    version = register_digits("loosened", tmp_path).version
+    tag_version(version, VersionRecord(serving="passed").to_tags())
+    assert convoy("promote", "loosened", "1", "--judge").status == 3  # its weights were never trained
+    done = convoy("promote", "loosened", "1", "-s", "floor=0", "-s", "min_class_recall=0")
+    assert done.status == 0, done.stderr
+    (entry,) = history(open_bucket(), "loosened")
+    assert entry.reason == 'judged with {"floor": 0.0, "min_class_recall": 0.0}'
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import mlflow
@@ -17,6 +17,7 @@ from mlflow.tracking import MlflowClient
 from pydantic import TypeAdapter
 
 from infra.errors import Outage, ServiceError, UsageError
+from infra.stack.credentials import ensure_certificate
 from infra.tracking import mlflow_runs
 from infra.tracking.client import check_server, mlflow_client, tracking_uri
 from infra.tracking.metric_log import MetricLogger, MetricRow, deliver
@@ -85,6 +86,31 @@ def test_experiment_that_others_have_created_gets_the_columns() -> None:
         mlflow_runs.start_run("by hand", "first", {}, {})
     tags = MlflowClient().get_experiment(created).tags
     assert json.loads(tags["mlflow.sharedViewState.convoy"])["selectedColumns"][0] == "metrics.`test/accuracy`"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "complaint"),
+    [
+        ("HOME", "/", "certificate verify failed"),
+        ("MLFLOW_TRACKING_SERVER_CERT_PATH", "/nonexistent.pem", "/nonexistent.pem"),
+        ("MLFLOW_TRACKING_SERVER_CERT_PATH", "CERTIFICATE", None),
+        ("MLFLOW_TRACKING_INSECURE_TLS", "true", None),
+        ("REQUESTS_CA_BUNDLE", "CERTIFICATE", None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_server_is_checked_with_the_certificates_that_mlflow_uses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, value: str, complaint: str | None
+) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    ensure_certificate(certificate, key)
+    monkeypatch.setenv(variable, value.replace("CERTIFICATE", str(certificate)))
+    with web_server((certificate, key)) as server:
+        server.files["/health"] = b"OK"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+        with pytest.raises(Outage, match=complaint) if complaint else nullcontext():
+            check_server()
+        assert len(server.gets("/health")) == (not complaint)
 
 
 def test_password_in_the_servers_address_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,26 @@
 """A real HTTP server on 127.0.0.1 for tests: ranges, validators, and faults on demand."""
 
 import hashlib
+import ssl
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Literal
 
 Fault = Literal["cut", "no ranges", "401", "403", "404", "413", "429", "500", "503"]
 
 
 class WebServer:
-    """Files by path; `faults` lists, per path, the faults of its next requests."""
+    """Files by path; `faults` lists, per path, the faults of its next requests.
 
-    def __init__(self) -> None:
+    Args:
+        tls: the server's certificate and key, for https.
+    """
+
+    def __init__(self, tls: tuple[Path, Path] | None = None) -> None:
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, list[Fault]] = {}
         self.headers: dict[str, dict[str, str]] = {}  # further ones, by path
@@ -39,7 +45,11 @@ class WebServer:
                     super().handle_error(request, client_address)  # type: ignore[arg-type]
 
         self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._server.server_port}"
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*tls)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
@@ -96,9 +106,9 @@ class WebServer:
 
 
 @contextmanager
-def web_server() -> Iterator[WebServer]:
-    """Runs a server until the block ends."""
-    server = WebServer()
+def web_server(tls: tuple[Path, Path] | None = None) -> Iterator[WebServer]:
+    """Runs a server until the block ends; see `WebServer`."""
+    server = WebServer(tls)
     try:
         yield server
     finally:

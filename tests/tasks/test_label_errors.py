@@ -288,7 +288,15 @@ def test_corrections_become_a_table_that_relabels_these_images_only(photos: Path
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    out.touch()
+    out.write_text(f"path,label\n{rows[0]['path']},0\n./9/left-out.png,9\n")
+    with pytest.raises(
+        UsageError, match=f"labels.csv has 1 row of images that {model} .*, such as 9/left-out.png; name"
+    ):
+        write_corrected(model, read_corrections(errors.table), out, TableOptions())
+    out.write_text("any other text")
+    with pytest.raises(UsageError, match=r"would replace a file that is no label table; name another one \(.*column"):
+        write_corrected(model, read_corrections(errors.table), out, TableOptions())
+    out.write_text(f"path,label\n{rows[0]['path']},0\n")
     out.chmod(0o664)
     done = write_corrected(model, read_corrections(errors.table), out, TableOptions())
     assert out.stat().st_mode & 0o777 == 0o664
