@@ -13,6 +13,8 @@ help:
 	@echo "make test-all  run the tests of every marker (hours), and print one table; ARGS=\"net slow\" chooses markers"
 	@echo "make up      start local servers     make down   stop them"
 	@echo "make bench   measure, with ratios    make lock   update requirements.lock; ARGS=--upgrade for newer versions"
+	@echo "make setup   install the locked packages, as most targets do first; needed after an upgrade"
+	@echo "make team-secrets  write random passwords for infra/compose.yaml"
 	@echo "make ray     install Ray, for launcher=ray"
 	@echo "make faults  disturb trainings at random for MINUTES=20, by SEED, and check the result of each"
 	@echo "make linters install the programs with which the tests lint scripts and the Dockerfile"

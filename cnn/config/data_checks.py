@@ -51,7 +51,7 @@ class DataGateConfig(Config):
 
     max_group_leakage: float = Field(0.0, ge=0, le=1)
     """Share of the validation images whose group is in the training split, or of the test images whose group is in the
-    training or validation split; the larger one. Own splits of the source can do that."""
+    training or validation split; the larger one. Above 0 only if the source brings its own splits."""
 
     trained_on: Level = "warn"
     """Check for test images that the champion was trained on."""
@@ -64,7 +64,7 @@ class DataGateConfig(Config):
     """Check for a test split that is too small to judge a version."""
 
     min_test_images: int = Field(100, ge=0)
-    """Smallest number of test images; N cannot rule out a loss below 3 / N. Your own `gate.margin` may need more."""
+    """Smallest number of test images. N images cannot rule out a loss below 3 / N: a small `gate.margin` needs more."""
 
     unreadable: Level = "warn"
     """Check for images that cannot be decoded."""

@@ -114,7 +114,8 @@ class TrainConfig(Config):
 
     pretrained: str | None = None
     """Weights to start from instead of new random ones. `imagenet`: those that the publisher of the network has
-    trained on ImageNet. Or a file of the same network's weights, local or s3://: safetensors, or .pth of PyTorch."""
+    trained on ImageNet. Or a file of the same network's weights, local or s3://: safetensors, or PyTorch's .pth, .pt
+    or .bin."""
 
     pretrained_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """SHA-256 of those weights as a safetensors file; the flow sets it, so that the run's manifest records the initial

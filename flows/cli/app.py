@@ -32,7 +32,7 @@ from flows.cli.console import (
     servers_up,
 )
 from flows.cli.options import configured
-from infra.errors import UsageError
+from infra.errors import UsageError, one_line
 from infra.machine.output import outlive_readers
 from infra.settings import Settings
 
@@ -49,7 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Retrain convolutional image classifiers: download, check, preprocess, train on all GPUs or cores, evaluate, "
+    help="Retrain convolutional image classifiers: download, check, preprocess, train on your GPUs or cores, evaluate, "
     "register, and release what is good enough.\n\n"
     "Start with [bold]convoy train[/]: it starts local servers, trains on Fashion-MNIST and prints where the results "
     "are.",
@@ -265,7 +265,14 @@ def main() -> None:
         del os.environ["COLUMNS"]
     with outlive_readers("stderr"):
         try:
-            app(prog_name="convoy")
+            ended = app(prog_name="convoy", standalone_mode=False)  # else it prints wrong arguments in a box
+            status = ended if isinstance(ended, int) else 0
+        except typer.TyperException as raised:  # a wrong argument
+            status = raised.exit_code
+            if message := one_line(raised.format_message()):  # else there was none at all, and the help was shown
+                context = getattr(raised, "ctx", None)
+                shown = context.command_path if context else "convoy"
+                print_line(f"convoy: {message.rstrip('.?')}; see `{shown} --help`", error=True)
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         except (stopping.Stopped, Exception) as raised:

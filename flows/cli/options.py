@@ -76,7 +76,8 @@ DatasetOption = Annotated[
     str | None,
     typer.Option(
         help=f"{', '.join(entry.name for entry in CATALOGUE)}; or a folder or archive of class sub-folders; or a label "
-        "table (.csv, .tsv, .jsonl, .parquet) with the columns path and label; or the address of one.",
+        "table (.csv, .tsv, .jsonl, .parquet) with the columns path and label; here, at an s3:// address or, for an "
+        "archive, an https:// address.",
         autocompletion=_datasets,
     ),
 ]
@@ -92,7 +93,8 @@ EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training
 RanksOption = Annotated[
     int | None,
     typer.Option(
-        help="Processes; the result does not depend on it. Default: one per GPU or core; of a trial on CPUs, 1."
+        help="Processes; the result does not depend on it. Default: one per GPU or core, at most `lanes`; in a sweep "
+        "on CPUs, one per trial."
     ),
 ]
 NameOption = Annotated[str | None, typer.Option(help="Name of the registered model. Default: the dataset's.")]

@@ -80,7 +80,7 @@ class StackFolder:
         (self.root / "ports.json").write_text(self.ports.model_dump_json())
 
     def _make_private(self) -> None:
-        """Closes the data to other users of the machine: cached files are as confidential as their source.
+        """Closes the data to other users of the machine, and to git: cached files are as confidential as their source.
 
         A state folder that the user has named may hold other files, or be shared on purpose. So the state folder itself
         is closed only if it has the default name.
@@ -93,6 +93,9 @@ class StackFolder:
             if not folder.is_symlink():  # a link may lead to a shared folder
                 with suppress(OSError):  # the folder is another user's, or on a disk without modes
                     folder.chmod(0o700)
+        ignored = self.settings.home / ".gitignore"
+        if self.settings.home in private and not ignored.exists():
+            ignored.write_text("*\n")
 
     def external(self) -> list[tuple[ServerName, str, str]]:
         """Returns the external servers in place of local ones: name, the variable that names it, address."""

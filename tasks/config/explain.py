@@ -20,10 +20,11 @@ deploy.schedule.cron deploy.schedule.timezone deploy.prune.cron deploy.notificat
 """Keys in the `convoy.yaml` of a new project; the first is set, the others are commented out."""
 
 STARTER_HEAD = """\
-# The configuration of this project: `convoy train`, `retrain`, `config`, `deploy` and `data check`
-# read it if they are called in this folder. To set a key, remove the # before it, and before the
-# section that it is in; `convoy config --explain` prints all keys. my_network.py is a network of
-# your own: `model: my_network:SmallNet` trains it.
+# The configuration of this project: `convoy train`, `sweep`, `retrain`, `trial`, `config` and
+# `deploy` read it if they are called in this folder, `data check` and `errors` its names of columns.
+# To set a key, remove the # before it, and before the section that it is in; `convoy config
+# --explain` prints all keys. my_network.py is a network of your own: `model: my_network:SmallNet`
+# trains it.
 """
 COMMENT_CHARACTERS = 100  # of a line of comment
 PAGE = """\

@@ -27,8 +27,8 @@ class GateConfig(Config):
     models that must stay fresh; only the floor notices several small losses in a row."""
 
     margin: float | None = Field(None, ge=0, lt=1)
-    """In accuracy: the least gain if superior (unset: 0), the largest loss if non-inferior (unset: 0.005, or 3 / test
-    images if that is more, which is the least that the test split can show)."""
+    """Of accuracy. `superior`: the smallest gain (unset: 0). `non-inferior`: the largest loss (unset: 0.005, or 3
+    divided by the number of test images if that is more, since the test split cannot show a smaller loss)."""
 
     alpha: float = Field(0.05, gt=0, lt=0.5)
     """Largest probability of passing wrongly, one-sided."""

@@ -63,11 +63,11 @@ class ResumeConfig(Config):
 
 
 class RunConfig(TrainConfig):
-    """All keys of `convoy train`. `TrainConfig`, `data` and the dataset decide the weights."""
+    """All keys of `convoy train`. The dataset, `data` and the keys of `TrainConfig` decide the weights."""
 
     dataset: str = "fashion-mnist"
-    """A catalogue name, a folder or archive of class sub-folders, a label table (.csv, .tsv, .jsonl or .parquet, with
-    the columns `path` and `label`), or the s3:// or https:// address of one."""
+    """A catalogue name; a folder of class sub-folders or a label table (.csv, .tsv, .jsonl or .parquet, with the
+    columns `path` and `label`), local or s3://; or an archive of class sub-folders, local, s3:// or https://."""
 
     name: str | None = None
     """Name of the registered model. Unset: the dataset's name."""

@@ -367,11 +367,30 @@ def test_a_command_that_only_reads_starts_no_server(command: str, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["train", "--epochs", "many"], ["train", "--epoch", "3"], ["trian"]])
-def test_wrong_usage_ends_with_status_2(convoy: Convoy, arguments: list[str]) -> None:
-    done = convoy(*arguments)
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("train --epochs many", "Invalid value for '--epochs': Input should be a valid integer, unable to parse"),
+        ("train --epoch 3", "No such option: --epoch (Possible options: --epochs); see `convoy train --help`"),
+        ("train photos", "Got unexpected extra argument(s) (photos); see `convoy train --help`"),
+        ("trian", "No such command 'trian'. Did you mean 'trial', 'train', 'retrain'; see `convoy --help`"),
+        ("data shwo", "No such command 'shwo'. Did you mean 'show'; see `convoy data --help`"),
+        ("promote photos", "Missing argument 'VERSION'; see `convoy promote --help`"),
+        ("predict photos new/", "Missing option '--out'; see `convoy predict --help`"),
+        ("train --summary", "Option '--summary' requires an argument; see `convoy --help`"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(convoy: Convoy, arguments: str, complaint: str) -> None:
+    done = convoy(*arguments.split())
+    assert (done.status, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.complaint.startswith(complaint)
+
+
+@pytest.mark.parametrize("group", ["", "data"])
+def test_a_group_of_commands_alone_shows_its_help(convoy: Convoy, group: str) -> None:
+    done = convoy(*group.split())
     assert done.status == 2
-    assert "Traceback" not in done.stderr
+    assert "Usage: convoy" in done.stdout and not done.stderr
 
 
 def test_second_training_by_one_rank_skips_what_is_there_and_gives_the_same_weights(

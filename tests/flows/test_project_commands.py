@@ -15,6 +15,8 @@ from prefect.blocks.webhook import Webhook
 from prefect.client.schemas.responses import DeploymentResponse
 from pydantic import SecretStr
 
+from infra.settings import Settings
+from infra.stack.local_stack import down
 from tasks.config.deployment import load_project
 from tests.flows.conftest import Convoy
 from tests.flows.program import Done, running_worker
@@ -36,8 +38,8 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., Done]:
-    """Runs `convoy` as a program in an empty folder, without servers."""
+def run(tmp_path: Path) -> Iterator[Callable[..., Done]]:
+    """Runs `convoy` as a program in an empty folder, without servers; those that a fault starts are stopped."""
     servers = ("AWS_", "MLFLOW_", "PREFECT_")
     own = {name: value for name, value in os.environ.items() if not name.startswith(servers)}
 
@@ -48,7 +50,9 @@ def run(tmp_path: Path) -> Callable[..., Done]:
         )
         return Done(done.returncode, done.stdout, done.stderr)
 
-    return start
+    yield start
+    if (tmp_path / "state").exists():
+        down(Settings(home=tmp_path / "state"))
 
 
 def test_init_writes_a_project_that_the_commands_read_and_never_overwrites(

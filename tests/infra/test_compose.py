@@ -139,6 +139,12 @@ def test_a_build_does_not_get_what_is_secret_or_large() -> None:
     assert "**/.*" in (REPOSITORY / ".dockerignore").read_text().splitlines()  # infra/.env is one
 
 
+def test_the_image_has_the_programs_that_a_worker_calls() -> None:
+    text = (INFRA / "Dockerfile").read_text()
+    assert re.search(r"^RUN pip install .* uv==\d", text, re.MULTILINE)
+    assert re.search(r"apt-get install .* git ", text.partition("AS build")[2].partition("\nFROM ")[2])
+
+
 def test_the_lock_without_torch_is_what_the_dockerfile_says(tmp_path: Path) -> None:
     text = (INFRA / "Dockerfile").read_text()
     script = re.search(r"awk '([^']+)'", text)

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ def test_kustomization_names_every_manifest_that_is_applied_as_it_is() -> None:
     assert set(kustomization["resources"]) == {f"{name}.yaml" for name in APPLIED}
     (config,) = kustomization["configMapGenerator"]
     assert all((FOLDER / file).exists() for file in config["files"])
+
+
+def test_worker_has_the_locked_version_of_prefect() -> None:
+    (worker,) = manifests("worker")
+    (container,) = worker["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == f"prefecthq/prefect:{version('prefect')}-python3.11-kubernetes"
 
 
 def test_example_of_a_secret_holds_no_value() -> None:

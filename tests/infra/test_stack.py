@@ -68,6 +68,7 @@ def test_other_users_of_the_machine_cannot_read_data(s3: Endpoints, settings: Se
         folder.chmod(0o755)  # as earlier versions made them
     up(settings, only=[])
     assert {folder.stat().st_mode & 0o777 for folder in private} == {0o700}
+    assert (settings.home / ".gitignore").read_text() == "*\n"  # its credentials must not be committed
 
 
 def test_a_state_folder_of_the_users_own_keeps_its_mode(tmp_path: Path) -> None:
@@ -75,6 +76,7 @@ def test_a_state_folder_of_the_users_own_keeps_its_mode(tmp_path: Path) -> None:
     up(Settings(home=tmp_path), only=[])
     assert tmp_path.stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    assert not (tmp_path / ".gitignore").exists()  # it may be a repository
 
 
 def test_secrets_are_in_private_files_and_nowhere_else(stack: Endpoints, settings: Settings) -> None:
