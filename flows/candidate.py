@@ -137,14 +137,14 @@ def _through_gates(
 
     Args:
         evaluated: None if the version passed the serving gate before.
-        fresh: starts the processes of the serving gate.
+        fresh: starts the processes of the serving gate, which `evaluated` needs.
         published: the task run that publishes the evaluation.
     """
     if evaluated and (entries := promotions_of(registered)):
         return _promoted_before(summary, registered, entries)
     summary = summary.model_copy(update={"champion": False})
     try:
-        if evaluated:
+        if evaluated and fresh:
             serving_gate(registered, evaluated, config.serving, fresh, config.model)
         if published:
             published.result()  # before anything is released

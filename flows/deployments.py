@@ -16,7 +16,7 @@ from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
-from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.flows import load_flow_from_entrypoint
 from pydantic import BaseModel, ValidationError, field_validator
 
 from flows.at_commit import COMMAND, REPOSITORY_VARIABLE
@@ -115,7 +115,10 @@ def _deploy(project: dict[str, Any], entries: list[dict[str, Any]], switch: bool
     for pool in sorted({entry["work_pool"]["name"] for entry in entries}):
         ensure_pool(pool)
     names = [
-        [f"{flow_of(entry['entrypoint']).name}/{name}" for name in (entry["name"], *entry.get("older_names", ()))]
+        [
+            f"{load_flow_from_entrypoint(entry['entrypoint']).name}/{name}"
+            for name in (entry["name"], *entry.get("older_names", ()))
+        ]
         for entry in entries
     ]
     before, retired = _states(chain(*names))
@@ -276,7 +279,7 @@ class _Deployment(BaseModel):
     @classmethod
     def _can_be_loaded(cls, entrypoint: str) -> str:
         try:
-            flow_of(entrypoint)
+            load_flow_from_entrypoint(entrypoint)
         except Exception as error:  # of Prefect, or of the module
             raise ValueError(f"{entrypoint} is no flow ({type(error).__name__}: {one_line(error)})") from None
         return entrypoint
@@ -286,11 +289,6 @@ class _Deployments(BaseModel):
     """What Convoy reads of a file in Prefect's format; Prefect checks the rest."""
 
     deployments: list[_Deployment]
-
-
-def flow_of(entrypoint: str) -> Flow[..., Any]:
-    """Returns the flow at an entrypoint such as `flows.train.train_flow`."""
-    return load_flow_from_entrypoint(entrypoint)
 
 
 def job_variables(code: CodeConfig) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def train_and_release(
     try:
         with _failure_told(minor=minor):
             if sweep:
-                config, resume, found = _search(config, refresh, sweep, step_timer)
+                config, resume, found = _search(config, sweep, step_timer)
             summary = _train_and_release(
                 config, refresh, resume, step_timer, only_if_changed=only_if_changed, force=force, trial=trial
             ).model_copy(update={"sweep": found})
@@ -110,9 +110,7 @@ def _failure_told(*, minor: bool) -> Iterator[None]:
         raise
 
 
-def _search(
-    config: RunConfig, refresh: frozenset[Step], asked: SweepRequest, step_timer: StepTimer
-) -> tuple[RunConfig, str, dict[str, Any]]:
+def _search(config: RunConfig, asked: SweepRequest, step_timer: StepTimer) -> tuple[RunConfig, str, dict[str, Any]]:
     """Runs or resumes a sweep; returns the best configuration, its run, and what the sweep has found."""
     enter_project()
     check_server()
@@ -121,7 +119,7 @@ def _search(
 
         record = read_sweep_record(asked.resume)
     else:
-        config, dataset, _ = _prepared(with_network_options(config), refresh, step_timer)
+        config, dataset, _ = _prepared(with_network_options(config), frozenset(), step_timer)
         from flows.candidate import checked_data
         from tasks.training.sweep import SweepRecord, sweep_best
 

@@ -1,7 +1,6 @@
 """The result of a training run: as JSON for scripts (`--summary FILE`) and as a page for people."""
 
 import json
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from infra.errors import GateRefused
-from infra.machine.files import is_irreplaceable
+from infra.machine.files import atomic_file, is_irreplaceable
 from infra.records import Record
 from tasks.reporting.markdown import Markup, accuracy_and_gain, plain, shown, table
 from tasks.training.utilisation import Utilisation
@@ -194,6 +193,5 @@ def _write(path: Path, text: str) -> None:
     if is_irreplaceable(path):
         path.write_text(text)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with atomic_file(path, public=True) as temporary:
+        temporary.write_text(text)

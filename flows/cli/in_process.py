@@ -52,7 +52,7 @@ def run_training(
     show_task_logs()
     stopping.check()
     if sweep:
-        return sweep_flow(config, sweep, frozenset(refresh))
+        return sweep_flow(config, sweep)
     if only_if_changed:
         return retrain_flow(config, force, frozenset(refresh))
     return train_flow(config, frozenset(refresh), resume)

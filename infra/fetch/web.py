@@ -14,7 +14,7 @@ import httpx
 
 from infra.errors import ServiceError, UsageError, one_line, without_login
 from infra.fetch.meter import Meter
-from infra.machine.files import locked
+from infra.machine.locks import locked
 from infra.web_settings import WebTransport, certificates, proxy_of
 
 CONNECT_SECONDS = 3.0

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from infra.errors import Outage, UsageError, one_line, without_login
-from infra.machine.files import is_current, locked
+from infra.machine.locks import is_current, locked, try_locked
 from infra.records import Record
 
 UNUSED_SECONDS = 7 * 86_400.0  # after which a tree or an environment is removed
@@ -211,17 +211,9 @@ def _remove_if_unused(path: Path) -> None:
     try:
         if time.time() - lock.stat().st_mtime < UNUSED_SECONDS:
             return
-        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not is_current(lock, descriptor):
-            return
-        _mark(path).unlink(missing_ok=True)  # first, so that what remains after a kill counts as incomplete
-        shutil.rmtree(path, ignore_errors=True)
-        lock.unlink()
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(descriptor)
+    with try_locked(lock) as unused:
+        if unused:
+            _mark(path).unlink(missing_ok=True)  # first, so that what remains after a kill counts as incomplete
+            shutil.rmtree(path, ignore_errors=True)

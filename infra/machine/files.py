@@ -1,6 +1,5 @@
 """Local files: digests, atomic replacement, and locks between processes."""
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from infra.errors import UsageError
-from infra.machine import stopping
 
 CHUNK = 1 << 20
 LOCK_POLL_SECONDS = 0.05
@@ -93,46 +91,3 @@ def atomic_file(target: Path, *, public: bool = False) -> Iterator[Path]:
         if public and target.exists():
             shutil.copymode(target, temporary)
         publish(temporary, target)
-
-
-def wait_for_lock(file: int) -> None:
-    """Takes the lock of an open file (flock(2)) and waits while another process holds it, without a timeout.
-
-    Raises:
-        Stopped: a signal asked this process to end.
-    """
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stopping.sleep(LOCK_POLL_SECONDS)
-
-
-def is_current(path: Path, file: int) -> bool:
-    """Returns whether an open lock file is still the one at `path`: its last holder may have removed it."""
-    try:
-        return path.stat().st_ino == os.fstat(file).st_ino
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the lock named by `path`; other threads and processes wait for it.
-
-    The kernel releases it when its holder dies. The holder removes the lock file at the end, so a waiter checks that
-    the file it locked is still the one at `path`, and locks the new one if not.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            wait_for_lock(descriptor)
-            if is_current(path, descriptor):
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-        finally:
-            os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Takes and inspects the locks of `infra.machine.files.locked` without waiting."""
+"""Takes and inspects locks. The kernel releases a lock (flock(2)) when its holder dies."""
 
 import fcntl
 import os
@@ -6,12 +6,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infra.machine.files import is_current
+from infra.machine import stopping
+
+LOCK_POLL_SECONDS = 0.05
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock named by `path` during the block; waits while another thread or process holds it.
+
+    Raises:
+        Stopped: a signal asked this process to end.
+    """
+    while True:
+        with try_locked(path) as taken:
+            if taken:
+                yield
+                return
+        stopping.sleep(LOCK_POLL_SECONDS)
 
 
 @contextmanager
 def try_locked(path: Path, note: str = "") -> Iterator[bool]:
     """Takes the lock named by `path` if it is free, and holds it during the block; yields whether it was taken.
+
+    The holder removes the file at the end, so the one that was locked must still be the one at `path`.
 
     Args:
         note: text for the lock file, which remains if this process is killed.
@@ -56,3 +75,11 @@ def note_of_dead_holder(path: Path) -> str | None:
 def is_held(path: Path) -> bool:
     """Returns whether a process holds the lock."""
     return path.exists() and note_of_dead_holder(path) is None
+
+
+def is_current(path: Path, file: int) -> bool:
+    """Returns whether an open lock file is still the one at `path`."""
+    try:
+        return path.stat().st_ino == os.fstat(file).st_ino
+    except FileNotFoundError:
+        return False

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from infra.errors import ServiceError
 from infra.fetch.meter import Meter
-from infra.machine.files import OnBytes, file_digest, locked
+from infra.machine.files import OnBytes, file_digest
+from infra.machine.locks import locked
 from infra.machine.threads import in_parallel
 from infra.sources.base import Workplace, reusable
 from infra.sources.entries import CatalogueEntry, CatalogueFile

@@ -1,6 +1,5 @@
 """The local stack's part of the state folder, and the servers' definitions and addresses that follow from it."""
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +10,7 @@ from typing import Literal, get_args
 import psutil
 
 from infra.errors import UsageError
-from infra.machine.files import wait_for_lock
+from infra.machine.locks import is_held, locked
 from infra.settings import DEFAULT_HOME, Settings
 from infra.stack import ports, processes, servers
 from infra.stack.credentials import Credentials, ensure_certificate, load_or_create
@@ -45,12 +44,9 @@ class StackFolder:
     def locked(self, on_event: Callable[[str], None] = lambda event: None) -> Iterator[None]:
         """Keeps other commands from starting or stopping servers; the kernel releases the lock of a killed command."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (self.root / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_event("another command is starting or stopping the servers: waiting for it")
-                wait_for_lock(lock.fileno())
+        if is_held(self.root / "lock"):
+            on_event("another command is starting or stopping the servers: waiting for it")
+        with locked(self.root / "lock"):
             self.ports = self._read_ports()
             yield
 

@@ -1,10 +1,4 @@
-"""Defines all keys of the bucket: what an object holds, what commits it, and when `convoy prune` may delete it.
-
-An object without a separate commit is complete as soon as it exists. `LAYOUT` is the table; only the functions below it
-build keys.
-"""
-
-from dataclasses import dataclass
+"""Builds all keys of the bucket. `tasks/README.md` has the table of what each object holds, and when it is deleted."""
 
 COMMIT = "commit.json"
 
@@ -12,58 +6,6 @@ RUNS, INVITATIONS = "runs/", "nodes/invitations/"
 DATASETS, SHARDS, STEPS, JOURNALS, REPORTS = "datasets/", "shards/", "steps/", "journals/", "reports/"
 SOURCES, LISTINGS, RAW, PRETRAINED, PUBLISHED = "sources/", "listings/", "raw/", "pretrained/", "published/"
 MODELS, PRUNING, PROBE = "models/", "pruning/", "probe/"
-
-
-@dataclass(frozen=True)
-class Place:
-    """A kind of object."""
-
-    pattern: str
-    """Pattern of its keys: a name between `<` and `>` stands for a text without a slash, `**` for any text."""
-
-    holds: str
-    commit: str = ""
-    """The object that commits it; empty if it needs none."""
-
-    goes: str = ""
-    """The settings and conditions by which it is deleted."""
-
-
-LAYOUT = (
-    Place("sources/<source>.json", "the list of a source's raw files", goes="raw_days, unused"),
-    Place("raw/<sha256>", "a raw file", "its source's record", "no record names it"),
-    Place("listings/<digest>.parquet", "paths of a folder that is read in place", goes="raw_days"),
-    Place("steps/preprocess/<step>.json", "the dataset version of raw data", goes="with the version, steps_days"),
-    Place("journals/<step>/survey/<first>.npz", "a preprocessing's measurements", goes="at its end, journals_days"),
-    Place("journals/<step>/shards/<split>/<number>.json", "a packed shard", goes="at its end, journals_days"),
-    Place("datasets/<version>/manifest.json", "a dataset version", goes="datasets_keep, datasets_days"),
-    Place("datasets/<version>/index.json", "the digest of a version's image index", goes="with the version"),
-    Place("datasets/<version>/index/<sha256>.parquet", "file and columns of each image", "`index.json`", "with it"),
-    Place("shards/<sha256>.safetensors", "packed images", "the version's manifest", "no version names it"),
-    Place("reports/data/<version>/<digest>/<file>", "a report of the data gate", "`data.json`", "reports_days"),
-    Place("pretrained/<sha256>.safetensors", "weights to start from", goes="raw_days, unused"),
-    Place("published/<weights>.json", "digests of published weights, from their first use on", goes="never"),
-    Place("runs/<run>/run.json", "data, configuration and code of a training", goes="runs_days, unregistered"),
-    Place(
-        "runs/<run>/checkpoints/<step>/state.safetensors",
-        "the state after a step",
-        f"`{COMMIT}`",
-        "finished_checkpoints_days, unfinished_checkpoints_days",
-    ),
-    Place(f"runs/<run>/checkpoints/<step>/{COMMIT}", "its digest and the training's figures", goes="before the state"),
-    Place("runs/<run>/weights/<sha256>.safetensors", "the trained weights", f"`{COMMIT}`", "runs_days, unregistered"),
-    Place(f"runs/<run>/weights/{COMMIT}", "the outcome of a training that has finished", goes="before the weights"),
-    Place("runs/<run>/reference.safetensors", "test images and their predictions", goes="runs_days, unregistered"),
-    Place("runs/<run>/test-predictions.safetensors", "predictions of the test split", goes="runs_days, unregistered"),
-    Place("runs/<run>/nodes/order", "the coordinator's order to the nodes", goes="at the training's end"),
-    Place("runs/<run>/nodes/report/<node>", "the last report of a node", goes="at the training's end"),
-    Place("nodes/invitations/<run>", "a training that waits for nodes", goes="at the training's end"),
-    Place("models/<name>/history/<number>.json", "a promotion or rollback: they define the champion", goes="never"),
-    Place("models/<name>/verdicts/<sha256>.json", "a verdict of the quality gate", goes="never"),
-    Place("mlflow/**", "MLflow's artifacts of runs and models", goes="by MLflow's own commands"),
-    Place("pruning/<prune>", "the mark of a prune that runs", goes="at its end"),
-    Place("probe/<probe>/<name>", "a test object of a probe of the object store", goes="at its end"),
-)
 
 
 def source_record(source: str) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import IO
 
 from infra.errors import ServiceError
-from infra.machine.files import CHUNK, OnBytes, file_digest, locked, publish, temporary_file
+from infra.machine.files import CHUNK, OnBytes, file_digest, publish, temporary_file
+from infra.machine.locks import locked
 from infra.storage.cache_limit import CacheLimit
 from infra.storage.object_store import ObjectStore
 

@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from infra.machine.files import locked
-from infra.machine.locks import is_held
+from infra.machine.locks import is_held, locked
 
 ABANDONED_SECONDS = 3600.0  # an unfinished file that was not written to for so long belongs to a killed process
 SHARE_OF_FREE = 0.9

@@ -8,14 +8,9 @@ NETWORK_FILE = "my_network.py"
 STARTER_NETWORK = Path(__file__).parent / "starter" / NETWORK_FILE
 
 
-def project_folder() -> Path:
-    """Returns the folder of the project: the working folder, where its `convoy.yaml` is if it has one.
+def project_file() -> Path | None:
+    """Returns the `convoy.yaml` of the project, which is the working folder; None if there is none.
 
     A flow run of a project's deployment works in its worker's working folder, which is then the project there.
     """
-    return Path.cwd()
-
-
-def project_file() -> Path | None:
-    """Returns the `convoy.yaml` of the project, relative to the working folder; None if there is none."""
-    return Path(FILE) if os.path.lexists(project_folder() / FILE) else None  # a broken link is refused later
+    return Path(FILE) if os.path.lexists(FILE) else None  # a broken link is refused later

@@ -16,7 +16,7 @@ from cnn.formats.files import Files
 from cnn.formats.layout import LeftOut
 from cnn.preprocessing.pack import Packed, code_files, pack
 from cnn.preprocessing.survey import Plan, retarget, survey
-from infra.machine.files import locked
+from infra.machine.locks import locked
 from infra.machine.threads import in_parallel
 from infra.records import Record
 from infra.settings import Settings

@@ -3,7 +3,7 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from infra.storage.object_store import ObjectStore
@@ -11,10 +11,7 @@ from infra.storage.object_store import ObjectStore
 
 def store_reference(store: ObjectStore, key: str, images: Tensor, probabilities: Tensor) -> None:
     """Stores images, uint8 N×C×H×W, with their probabilities, float32 N×classes."""
-    with TemporaryDirectory() as temporary:
-        file = Path(temporary) / "reference.safetensors"
-        save_file({"images": images.contiguous(), "probabilities": probabilities.contiguous()}, file)
-        store.put_file(key, file)
+    store.put_bytes(key, save({"images": images.contiguous(), "probabilities": probabilities.contiguous()}))
 
 
 def load_reference(store: ObjectStore, key: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cnn.data.manifest import Manifest
@@ -30,10 +30,8 @@ def store_predictions(
         manifest: of the test split's dataset version.
     """
     marks = {"of": _mark(manifest, weights_sha256), "classes": json.dumps(list(classes))}
-    with TemporaryDirectory() as temporary:
-        file = Path(temporary) / "predictions.safetensors"
-        save_file({"predicted": predicted.to(torch.int64).contiguous()}, file, metadata=marks)
-        store.put_file(bucket_layout.test_predictions(run_id), file)
+    stored = save({"predicted": predicted.to(torch.int64).contiguous()}, metadata=marks)
+    store.put_bytes(bucket_layout.test_predictions(run_id), stored)
 
 
 def load_predictions(

@@ -31,8 +31,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Crashed
 
 from infra.errors import UsageError
-from infra.machine.files import locked
-from infra.machine.locks import is_held, note_of_dead_holder, try_locked
+from infra.machine.locks import is_held, locked, note_of_dead_holder, try_locked
 from infra.settings import Settings
 from infra.tracking.tags import ALIVE, RESUMABLE, RESUMED_BY
 

@@ -32,11 +32,6 @@ GROUPS: tuple[tuple[Split, ...], ...] = (("train",), ("val", "test"))
 """Splits that share thresholds: the network is surer of images that it was trained on."""
 
 
-def page_of(table: Path) -> Path:
-    """Returns where the page to a table is written: beside it."""
-    return table.with_suffix(".html")
-
-
 def write_label_errors(model: str, out: Path) -> FoundLabelErrors:
     """Writes a table (CSV) and a page of the images whose label is probably wrong, the most probable first.
 
@@ -45,7 +40,7 @@ def write_label_errors(model: str, out: Path) -> FoundLabelErrors:
 
     Args:
         model: `name` (its champion), `name@alias` or `name/version`.
-        out: the table; the page is `page_of(out)`. Both are replaced if they exist.
+        out: the table; the page lies beside it, as `.html`. Both are replaced if they exist.
 
     Raises:
         UsageError: there is no such version, or the bucket has lost its images.
@@ -76,7 +71,7 @@ def write_label_errors(model: str, out: Path) -> FoundLabelErrors:
         suspects={split: sum(each.split == split for each in suspects) for split in SPLITS},
         named=any(each.path for each in suspects) or not suspects,
         table=out,
-        page=page_of(out),
+        page=out.with_suffix(".html"),
     )
     with atomic_file(result.page, public=True) as file:
         file.write_text(label_errors_page(result, suspects, splits), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from threading import Event
 
 import httpx
@@ -88,7 +87,7 @@ def serving_gate(
     registered: ModelVersion,
     evaluated: Evaluation,
     config: ServingConfig,
-    fresh: FreshProcesses | None = None,
+    fresh: FreshProcesses,
     network: str = "",
 ) -> ServingReport:
     """Uses the version as a consumer would, then moves the alias `challenger` to it.
@@ -99,7 +98,7 @@ def serving_gate(
     inspection, without an alias.
 
     Args:
-        fresh: starts the processes that use the version; None makes one for this gate.
+        fresh: starts the processes that use the version.
         network: its name. Of one's own, those processes cannot import the files, just as they cannot import Convoy.
 
     Raises:
@@ -110,16 +109,15 @@ def serving_gate(
     stop_if_cancelled()
     reference = load_reference(open_bucket(), evaluated.reference_key)
     tolerance = config.tolerance or TOLERANCE[evaluated.device]
-    with ExitStack() as started:
-        report = try_serving(
-            registered,
-            reference["images"],
-            reference["probabilities"],
-            tolerance,
-            config,
-            fresh or started.enter_context(FreshProcesses()),
-            (*CONVOYS, *own_packages(network)),
-        )
+    report = try_serving(
+        registered,
+        reference["images"],
+        reference["probabilities"],
+        tolerance,
+        config,
+        fresh,
+        (*CONVOYS, *own_packages(network)),
+    )
     mlflow_runs.log_text(evaluated.run_id, "report/serving.json", report.model_dump_json(indent=2))
     mlflow_runs.log_text(evaluated.run_id, "report/serving.md", report.markdown())
     create_markdown_artifact(

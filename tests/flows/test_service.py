@@ -305,10 +305,12 @@ def test_deployments_that_share_schedules_and_triggers_in_their_file_keep_their_
 
 
 def test_the_deployments_that_come_with_convoy_are_whole() -> None:
-    from flows.deployments import DEPLOYMENTS, flow_of
+    from prefect.flows import load_flow_from_entrypoint
+
+    from flows.deployments import DEPLOYMENTS
 
     entries = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
-    flows = {entry["entrypoint"]: flow_of(entry["entrypoint"]) for entry in entries}
+    flows = {entry["entrypoint"]: load_flow_from_entrypoint(entry["entrypoint"]) for entry in entries}
     assert len({entry["name"] for entry in entries}) == len(entries)  # Prefect's list shows this name first
     assert all(each["description"] for entry in entries for each in (entry, *entry.get("triggers", ())))
     assert {flow.name for flow in flows.values()} == {"retrain", "train", "predict", "prune", "trial", "judge"}

@@ -31,13 +31,13 @@ from flows import pipeline
 from flows.step_timer import StepTimer
 from flows.summary import Summary
 from infra.settings import Settings
-from infra.storage.bucket_layout import LAYOUT
 from infra.storage.object_store import ObjectStore
 from infra.tracking.mlflow_runs import run_url
 from infra.tracking.promotion_history import history, this_user
 from tasks.config.run import RunConfig
 from tasks.data.dataset import load_manifest
 from tasks.training.checkpoints import commits_of, finished_outcome
+from tests.conftest import REPOSITORY
 from tests.flows.conftest import CONFIG
 from tests.flows.program import reported, wait_for
 from tests.flows.requests_made import table
@@ -88,8 +88,10 @@ def test_servers_are_asked_no_more_than_they_need_to_be(
 
 
 def test_every_object_in_the_bucket_has_its_row_in_the_layout(trained: Summary, bucket: ObjectStore) -> None:
-    patterns = [re.sub("<[^>]+>", "[^/]+", place.pattern.replace(".", r"\.").replace("**", ".+")) for place in LAYOUT]
-    tops = {place.pattern.partition("/")[0] for place in LAYOUT}
+    table = (REPOSITORY / "tasks/README.md").read_text().partition("\n## The bucket\n")[2].partition("\n## ")[0]
+    layout = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    patterns = [re.sub("<[^>]+>", "[^/]+", key.replace(".", r"\.").replace("**", ".+")) for key in layout]
+    tops = {key.partition("/")[0] for key in layout}
     keys = [info.key for info in bucket.list("") if info.key.partition("/")[0] in tops]  # without the user's own
     assert any(str(trained.mlflow_run_id) in key for key in keys)
     assert [key for key in keys if sum(bool(re.fullmatch(pattern, key)) for pattern in patterns) != 1] == []

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import ServiceError
-from infra.machine.files import atomic_file, locked
+from infra.machine.files import atomic_file
+from infra.machine.locks import locked
 from infra.storage.cache import Cache
 from infra.storage.cache_limit import CacheLimit, disk_limit
 from infra.storage.object_store import ObjectStore

@@ -19,7 +19,7 @@ from prefect.settings import PREFECT_UI_URL, temporary_settings
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Failed, Paused, Running
 
 from infra.errors import UsageError
-from infra.machine.files import locked
+from infra.machine.locks import locked
 from infra.settings import Settings
 from infra.storage import bucket_layout
 from infra.storage.bucket_layout import COMMIT

@@ -14,7 +14,7 @@ from tasks.config.deployment import ProjectConfig, load_project
 from tasks.config.explain import STARTER_KEYS, starter
 from tasks.config.key_values import known_keys
 from tasks.config.keys import sections_of
-from tasks.config.project import STARTER_NETWORK, project_file, project_folder
+from tasks.config.project import STARTER_NETWORK, project_file
 from tasks.config.run import RunConfig, load_config
 
 SECRET = "https://hooks.example/T0/secret"
@@ -27,13 +27,11 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_project_is_the_working_folder_and_its_file_is_the_one_there(file: Path, tmp_path: Path) -> None:
-    assert project_folder() == tmp_path
     assert project_file() is None
     file.touch()
     assert project_file() == file
     (tmp_path / "inner").mkdir()
     os.chdir("inner")
-    assert project_folder() == tmp_path / "inner"
     assert project_file() is None  # of the working folder, not of those above it
     file.symlink_to("nothing")
     with pytest.raises(UsageError, match=r"cannot read the configuration convoy.yaml: No such file"):

@@ -35,7 +35,8 @@ def registered(stack: object, tmp_path_factory: pytest.TempPathFactory) -> Regis
 def gate(registered: Registered, evaluated: Evaluation, config: ServingConfig) -> ServingReport:
     @flow
     def run() -> ServingReport:
-        return serving_gate(registered.version, evaluated, config)
+        with FreshProcesses() as fresh:
+            return serving_gate(registered.version, evaluated, config, fresh)
 
     return run()
 

@@ -21,7 +21,7 @@ from cnn.training.loop import fit
 from cnn.training.reports import EpochReport, StepReport
 from cnn.training.trainer import Trainer
 from infra.errors import Outage, UsageError
-from infra.machine.files import locked
+from infra.machine.locks import locked
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore
