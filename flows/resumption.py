@@ -23,6 +23,7 @@ from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 from flows.activity import activities, publish
 from flows.run_names import reason_of
 from infra.errors import Outage, ServiceError, UsageError, one_line
+from infra.settings import Settings
 from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.provenance import COMMIT_VARIABLE
@@ -57,6 +58,7 @@ from tasks.training.checkpoints import commits_of, finished_outcome
 from tasks.training.runs.run_record import check_resumable, read_record, run_of_flow
 from tasks.upkeep.doctor import close_run
 
+CHECK_SECONDS = 300.0  # in which an import of the user's network, which may hang, must end
 SILENCE_SECONDS = 10 * BEAT_SECONDS  # without a sign of life, until a flow run counts as dead
 PENDING_SECONDS = 1800.0  # that a worker may take to start a flow run's process
 CHECK = (
@@ -221,11 +223,11 @@ class Sweep:
         decision = decide(run, step, config.resume.limit)
         if decision == "give up":
             why = f"it has ended {tries + 1} times in a row at step {step}" if tries else "resume.limit is 0"
-            client.update_flow_run_labels(run.id, {RESUMED_BY: f"none: {why}"})
             said = run.state.message if run.state else ""
             trial = TRIAL in run.labels
             by_hand = f"\n`convoy resume {run_id}` tries again" if run_id and not trial else ""
             emit(client, "failed", f"flow run {run.name} is not resumed, since {why}: {said}{by_hand}", minor=trial)
+            client.update_flow_run_labels(run.id, {RESUMED_BY: f"none: {why}"})  # last, or nobody would be told
             self._tell(f"flow run {run.name} is not resumed: {why}")
         elif decision == "resume":
             self._resume(client, run, parameters, step, tries + 1)
@@ -240,9 +242,8 @@ class Sweep:
         variables = {**(run.job_variables or {})}
         if commit:  # a branch may have gone on
             variables["env"] = {**variables.get("env", {}), COMMIT_VARIABLE: commit}
-            queue = run.work_queue_name
-        else:
-            queue = self._queue if "resume" in parameters else run.work_queue_name
+        # With its checkpoint it needs the kind of machine on which `_differences` has found none.
+        queue = self._queue if "resume" in parameters else run.work_queue_name
         labels: dict[str, Any] = {
             STARTED_BY: reason_of(run),
             RESUMES: str(run.id),
@@ -307,9 +308,18 @@ def _differences(run_id: str, *, code: bool) -> str:
     Raises:
         ServiceError: it could not be found out.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK, run_id, "code" * code], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-c", CHECK, run_id, "code" * code]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            cwd=Settings().project,
+            timeout=CHECK_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ServiceError(f"the check has not ended after {CHECK_SECONDS:g} s") from error
     if done.returncode:
         raise ServiceError(one_line(done.stderr.strip().rpartition("\n")[2])[:MAX_DIFFERENCES])
     return "; ".join(json.loads(done.stdout.strip().rpartition("\n")[2]))[:MAX_DIFFERENCES]

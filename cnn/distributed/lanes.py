@@ -14,12 +14,10 @@ Related: EasyScale (Li et al., SC '23) makes elastic training consistent by repl
 of a ring all-reduce; with a tree, ranks do most of the adding before they communicate.
 """
 
-import inspect
 import queue
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,12 +33,6 @@ SPLIT_BYTES = 1 << 16
 IN_FLIGHT_BYTES = 1 << 19
 """Bytes that two ranks swap at a time. Over a network, more would overflow queues on the way, so that TCP backs off;
 less would pay the latency too often. With more ranks there are more rounds with a latency. Not part of the result."""
-
-_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
-SEND_NO_BUFFERS: dict[str, Any] = {
-    "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers": False
-}
-"""DDP's option not to send buffers before each forward pass; its second name is that of older versions of PyTorch."""
 
 
 class PartialSums:
@@ -209,7 +201,9 @@ class LaneParallel:
         self._reduced_message: Future[Tensor] = Future()
         # `finish` averages the buffers, which are equal at the start, so DDP need not send them.
         self._ddp = DistributedDataParallel(
-            network, device_ids=[p.device for p in self._parameters[:1] if p.is_cuda] or None, **SEND_NO_BUFFERS
+            network,
+            device_ids=[p.device for p in self._parameters[:1] if p.is_cuda] or None,
+            forward_sync_buffers=False,
         )
         # A bound method would keep this object alive, and with it DDP's copy of the gradients, since the garbage
         # collector does not see DDP's reference to its hook.

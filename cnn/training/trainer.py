@@ -97,9 +97,11 @@ def _check_images(config: TrainConfig, manifest: Manifest) -> None:
     """Checks what needs no network."""
     count = manifest.splits["train"].count
     if count < config.batch_size:
+        per_lane = count // config.lanes
+        smaller = f"set batch_size to at most {per_lane * config.lanes}, or " if per_lane > 1 else ""
         raise InputError(
             f"the training split has {count} images, fewer than a batch of {config.batch_size}; "
-            f"set batch_size to at most {count // config.lanes * config.lanes}, or give more images"
+            f"{smaller}give more images"
         )
     check_sampling(config, manifest.splits["train"])
     augment = config.augment

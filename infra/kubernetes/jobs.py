@@ -7,7 +7,6 @@ from typing import Any
 
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
-from kubernetes.config.config_exception import ConfigException
 from urllib3.exceptions import HTTPError
 
 from infra.errors import Outage, ServiceError, UsageError, one_line
@@ -34,8 +33,8 @@ class Jobs:
                 config.load_incluster_config()  # type: ignore[no-untyped-call]
             else:
                 config.load_kube_config(os.environ.get("KUBECONFIG"))  # type: ignore[no-untyped-call]
-        except ConfigException as error:
-            raise UsageError(f"no Kubernetes cluster: {error}") from error
+        except Exception as error:  # of a malformed file, the client and its parser raise many kinds
+            raise UsageError(f"no Kubernetes cluster: {one_line(error) or type(error).__name__}") from error
         self._namespace = namespace
         self._batch: Any = client.BatchV1Api()  # its types demand model classes, but plain dictionaries work
         self._core: Any = client.CoreV1Api()

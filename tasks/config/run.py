@@ -20,7 +20,7 @@ from cnn.config.networks import is_own
 from cnn.config.preprocessing import MAX_DEFAULT_SIZE, MAX_PRETRAINED_SIZE, PreprocessConfig
 from cnn.config.training import RESOLVE_OPTIONS, TrainConfig
 from cnn.distributed.world_size import check_world_size
-from cnn.networks.own import own_network
+from cnn.networks.own import digests, own_network
 from infra.errors import UsageError
 from infra.sources.entries import CATALOGUE
 from infra.tracking.names import model_name_fault
@@ -262,9 +262,13 @@ def with_network_options(config: Run) -> Run:
     """
     if not is_own(config.model):
         return config
+    network = own_network(config.model)
+    now = digests(network.folder, network.files)
+    if changed := [file for file, digest in network.files.items() if now[file] != digest]:
+        raise UsageError(f"{config.model}: {changed[0]} has changed since this program loaded it; restart the program")
     values = {"network": {}} | config.model_dump(exclude_unset=True)  # what is set stays in `ProjectConfig.run`
     try:
-        return type(config).model_validate(values, context={RESOLVE_OPTIONS: own_network(config.model).resolved})
+        return type(config).model_validate(values, context={RESOLVE_OPTIONS: network.resolved})
     except ValidationError as error:
         raise UsageError(explain(error, type(config), values)) from None
 

@@ -274,7 +274,7 @@ class CheckpointWriter:
         """Deletes old checkpoints; a failure is no reason to stop storing new ones."""
         try:
             self._prune(step)
-        except (ServiceError, OSError) as error:
+        except Exception as error:
             if not self._cannot_delete:
                 self._on_trouble(f"old checkpoints cannot be deleted; training goes on ({error})")
             self._cannot_delete = True
@@ -292,7 +292,7 @@ class CheckpointWriter:
             if key.endswith(f"/{STATE}") and folder < newest and folder + COMMIT not in keys:
                 self._store.delete(key)
         commits = [commit for commit in commits_of(self._store, self._job.run_id) if commit.step <= step]
-        best = max(commits, key=lambda commit: commit.val_accuracy or 0.0)  # the newest of equals, which is first
+        best = max(commits, key=lambda commit: commit.val_accuracy or 0.0, default=None)  # the newest of equals
         for commit in commits[self._config.keep :]:
             if commit is not best:
                 delete_checkpoint(self._store, self._job.run_id, commit)

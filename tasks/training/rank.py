@@ -191,7 +191,9 @@ class RankZero:
         """Returns the state of the newest checkpoint, if there is one; opens the metrics and the checkpoint writer."""
         job, folder = self._job, self._folder.path
         found = through_outage(
-            lambda: newest_checkpoint(self._store, job.run_id, job.manifest_digest, self.warn, folder), self.warn
+            lambda: newest_checkpoint(self._store, job.run_id, job.manifest_digest, self.warn, folder),
+            self.warn,
+            OUTAGE_SECONDS,
         )
         backlog: tuple[dict[str, Any], ...] = ()
         if found:
@@ -442,7 +444,11 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
             outcome = outcome.model_copy(update=found | {"metrics": rows})  # after a stop, the checkpoint has the rows
         if finished:
             state, unplaced = trainer.weights(), outcome
-            outcome = through_outage(lambda: commit_weights(store, job, state, folder.weights, unplaced), first.warn)
+            # As long as for a checkpoint: the weights are worth more than one. No other rank waits for this one.
+            patience = max(OUTAGE_SECONDS, job.checkpoints.patience)
+            outcome = through_outage(
+                lambda: commit_weights(store, job, state, folder.weights, unplaced), first.warn, patience
+            )
             first.end_checkpoints()
         folder.write_outcome(outcome)
 

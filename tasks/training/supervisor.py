@@ -12,10 +12,11 @@ import os
 import select
 import signal
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 
-from infra.errors import Outage, ServiceError, UsageError
+from infra.errors import Outage, ServiceError, UsageError, one_line
 from infra.machine.lifeline import adopt_orphans, end_descendants, hear_sigterm_as_end_of_input
 from tasks.training.launchers.local import run
 from tasks.training.protocol.job import JobFolder, Outcome
@@ -34,6 +35,12 @@ def main() -> int:
         outcome = Outcome(status="failed", error=str(error), exit_status=error.exit_status, resumable=resumable)
         folder.write_outcome(outcome)
         return error.exit_status
+    except Exception as error:  # a fault of Convoy's, or of a library's: the training must not seem to have been killed
+        traceback.print_exc()
+        folder.write_outcome(
+            Outcome(status="failed", error=f"{type(error).__name__}: {one_line(error)}", exit_status=1)
+        )
+        return 1
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         end_descendants(SUPERVISOR_WAIT)

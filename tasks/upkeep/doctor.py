@@ -32,6 +32,7 @@ from infra.tracking.tags import FLOW_RUN, FLOW_RUN_URL, MANIFEST_DIGEST, SWEEP
 from tasks.orchestration.flow_runs import killed_flow_runs, mark_dead, read_flow_run
 from tasks.orchestration.model_lease import forgotten_leases, free_forgotten
 from tasks.training.liveness import liveness, lock_file, orphaned, processes_of
+from tasks.training.protocol.board import Board
 from tasks.training.protocol.patience import SUPERVISOR_WAIT
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -201,6 +202,7 @@ def close_run(run_id: str, of: str | None = None) -> bool:
             if not held or not ours or mlflow_runs.run_status(run_id) != "RUNNING":
                 return False
             mark_dead(flow_run_id)
+            Board(open_bucket(), run_id).clear()  # else nodes would join it before others
             mlflow_runs.end_run(run_id, "KILLED")
     except Exception:
         if held:

@@ -322,9 +322,11 @@ def test_rank_seconds_are_reported(lab: Lab) -> None:
 
 def test_a_batch_larger_than_the_training_split_is_refused_with_the_largest_that_fits(lab: Lab) -> None:
     with pytest.raises(
-        InputError, match=r"has 1372 images, fewer than a batch of 2048; set batch_size to at most 1372"
+        InputError, match=r"has 1372 images, fewer than a batch of 2048; set batch_size to at most 1372, or give more"
     ):
         lab.trainer(batch_size=2048)
+    with pytest.raises(InputError, match=r"has 1372 images, fewer than a batch of 2048; give more images$"):
+        lab.trainer(batch_size=2048, lanes=1024)  # two images per lane are the fewest
 
 
 def test_images_too_small_for_the_network_are_refused(lab: Lab) -> None:

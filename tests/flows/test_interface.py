@@ -91,6 +91,38 @@ refused(convoy.promote, "a", 1, floor=2)
     assert set(done.stderr.splitlines()) == {"configuration: convoy.yaml"}
 
 
+NETWORK = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, channels, image_size, classes, *, width: int = 4):
+        super().__init__(nn.Flatten(), nn.Linear(channels * image_size**2, width), nn.ReLU(), nn.Linear(width, classes))
+"""
+
+
+def test_a_program_is_told_that_its_network_has_changed_since_it_was_loaded(project: Path) -> None:
+    """Python imports a module once, so a retraining would find the code unchanged."""
+    (project / "nets.py").write_text(NETWORK)
+    done = python(
+        """
+import convoy
+from pathlib import Path
+from flows.interface import _read
+print(_read(None, None, {"model": "nets:Net"}).model)
+file = Path("nets.py")
+file.write_text(file.read_text().replace("width: int = 4", "width: int = 8"))
+try:
+    convoy.retrain(model="nets:Net")
+except convoy.UsageError as error:
+    print(error)
+""",
+        project,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = "nets:Net: nets.py has changed since this program loaded it; restart the program"
+    assert done.stdout.splitlines() == ["nets:Net", expected]
+
+
 def test_a_program_goes_on_after_ctrl_c(project: Path) -> None:
     done = python(
         """

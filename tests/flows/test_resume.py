@@ -14,7 +14,7 @@ from prefect import flow
 from flows.summary import Summary
 from infra.errors import UsageError
 from infra.settings import Settings
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectStore, open_bucket
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion, delete_alias
 from infra.tracking.model_versions import find_version
@@ -23,6 +23,7 @@ from infra.tracking.tags import FLOW_RUN, MANIFEST_DIGEST
 from tasks.config.run import RunConfig, load_config
 from tasks.data.dataset import DatasetRef
 from tasks.training.checkpoints import commits_of
+from tasks.training.protocol.board import Board, Instruction
 from tasks.training.protocol.job import JobFolder
 from tasks.training.runs.run_record import RunRecord, check_same_result, read_record
 from tasks.training.runs.tracked_run import tracked_run
@@ -254,6 +255,14 @@ def test_a_run_that_finished_while_its_resume_waited_is_not_opened_again(undistu
         pytest.fail("it was opened")
     after = MlflowClient().get_run(run_id).info
     assert (after.status, after.end_time) == ("FINISHED", before.end_time)
+
+
+def test_nodes_of_a_flow_that_was_killed_leave_when_its_training_is_resumed_without_them(unfinished: str) -> None:
+    """Two first ranks would log the same steps."""
+    record, board = read_record(unfinished), Board(open_bucket(), unfinished)
+    board.write_order(Instruction(beat=1))
+    with tracked_run(record.config, record.dataset, unfinished):
+        assert board.order() is None
 
 
 def test_a_flow_run_that_is_tried_again_leaves_its_finished_run_closed(undisturbed: Summary) -> None:

@@ -23,12 +23,14 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterId
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Paused, Pending, Running, Scheduled
 
+from flows import resumption
 from flows.activity import activities, publish
 from flows.deployed_runs import cancel
 from flows.resumption import Decision, Sweep, decide, tries_from
 from infra.errors import ServiceError
 from infra.settings import Settings
 from infra.tracking import mlflow_runs
+from infra.tracking.provenance import COMMIT_VARIABLE
 from infra.tracking.tags import (
     ALIVE,
     COMMIT,
@@ -218,6 +220,29 @@ def test_a_dead_flow_run_is_resumed_once_whoever_looks_and_given_up_after_its_li
     shown = json.loads(convoy("status", "--work", "--json").stdout)
     (row,) = [each for each in shown if each["flow_run_id"] == str(second.id)]
     assert (row["kind"], row["detail"][:50]) == ("died", "not resumed: it has ended 2 times in a row at step")
+
+
+def test_a_training_by_commit_goes_on_with_a_worker_of_its_kind(new_run: Callable[..., str]) -> None:
+    """On another kind of processor its weights would differ, and the resumption would fail for good."""
+    died, commit = new_run(Crashed(), {COMMIT: "c" * 40}), "c" * 40
+    parameters = {**run_of(died).parameters, "resume": "a" * 32}
+    with get_client(sync_client=True) as client:
+        Sweep(POOL, "platform-test", print)._resume(client, run_of(died), parameters, step=3, tries=1)
+    (again,) = [run for run in resumptions() if run.labels.get(RESUMES) == died]
+    assert (again.work_queue_name, again.parameters["resume"]) == ("platform-test", "a" * 32)
+    assert again.job_variables == {"env": {COMMIT_VARIABLE: commit}}
+
+
+def test_whether_it_can_go_on_here_is_looked_at_in_the_project(
+    stack: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVOY_PROJECT", str(tmp_path))
+    monkeypatch.setattr(resumption, "CHECK", "import json, os; print(json.dumps([os.getcwd()]))")
+    assert resumption._differences("a" * 32, code=True) == str(tmp_path)
+    monkeypatch.setattr(resumption, "CHECK", "import time; time.sleep(60)")
+    monkeypatch.setattr(resumption, "CHECK_SECONDS", 0.5)
+    with pytest.raises(ServiceError, match=r"the check has not ended after 0.5 s"):
+        resumption._differences("a" * 32, code=True)
 
 
 def test_two_workers_that_look_at_the_same_moment_make_one_resumption(new_run: Callable[..., str]) -> None:

@@ -22,7 +22,7 @@ from infra.settings import Settings
 from infra.stack.local_stack import down, up
 from infra.stack.state import StackFolder
 from infra.storage.bucket_layout import COMMIT
-from infra.storage.object_store import ObjectStore
+from infra.storage.object_store import ObjectInfo, ObjectStore
 from tasks.config.run import CheckpointConfig
 from tasks.training.checkpoints import (
     CheckpointFailed,
@@ -398,6 +398,13 @@ def test_training_ends_when_no_checkpoint_can_be_stored_for_longer_than_patience
     assert not writing.writer.close(CLOSE)
 
 
+class Unlisted(ObjectStore):
+    """A bucket whose listing lags behind."""
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        return iter(())
+
+
 class Undeletable(ObjectStore):
     """A bucket whose policy forbids deletion."""
 
@@ -411,6 +418,13 @@ def test_old_checkpoints_that_cannot_be_deleted_do_not_stop_new_ones(store: Obje
     assert steps(store) == [5, 4, 3, 2, 1]
     (told,) = writing.told
     assert told.startswith("old checkpoints cannot be deleted; training goes on (")
+
+
+def test_a_bucket_that_lists_no_checkpoint_does_not_stop_new_ones(store: ObjectStore, tmp_path: Path) -> None:
+    """As if a rule of the bucket had deleted them."""
+    writing = Writing(Unlisted(store._client, store.bucket), tmp_path / "files", keep=1, patience=0.1)
+    writing.save(*map(snapshot, range(1, 4)))
+    assert (steps(store), writing.told) == ([3, 2, 1], [])
 
 
 def test_a_state_without_its_commit_goes_with_the_next_checkpoint(

@@ -1,6 +1,7 @@
 """The coordinator of a training on several nodes; the tests write the nodes' reports on the board."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import pytest
 
 from cnn.config.training import TrainConfig
 from infra.errors import ServiceError
+from infra.storage.bucket_layout import COMMIT, checkpoint
 from infra.storage.object_store import ObjectStore
 from tasks.config.launchers import Launch, NodesConfig
 from tasks.config.run import CheckpointConfig
+from tasks.training.checkpoints import Commit
 from tasks.training.nodes import coordinator
 from tasks.training.nodes.coordinator import Coordinator
 from tasks.training.platform import this_platform
@@ -155,6 +158,19 @@ def test_a_training_whose_ranks_are_killed_too_often_may_go_on(play: Play, troub
     outcome = play.folder.read_outcome()
     assert outcome and (outcome.status, outcome.resumable) == ("crashed", resumable)
     assert outcome.error == f"{trouble} on node a"
+
+
+def test_a_wait_for_nodes_that_was_in_vain_names_the_step_from_which_a_resume_goes_on(
+    play: Play, store: ObjectStore, tmp_path: Path
+) -> None:
+    play.folder.write_event(Event(step=480, total_steps=900, epoch=1))
+    commit = Commit(step=400, manifest_digest="", files={}, train_seconds=1.0, metrics=(), committed=0.0)
+    store.put_bytes(checkpoint("f00d", 400) + COMMIT, commit.model_dump_json().encode())
+    waiting = Coordinator(play.folder)
+    waiting._too_few_since = time.monotonic() - NodesConfig().wait
+    assert waiting._form_generation()
+    outcome = play.folder.read_outcome()
+    assert outcome and (outcome.status, outcome.steps) == ("interrupted", 400)
 
 
 def test_a_node_that_joins_and_fails_is_left_out_and_the_others_go_on(play: Play) -> None:

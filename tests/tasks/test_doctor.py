@@ -22,7 +22,7 @@ from infra.errors import UsageError
 from infra.machine.locks import locked
 from infra.settings import Settings
 from infra.storage import bucket_layout
-from infra.storage.bucket_layout import COMMIT
+from infra.storage.bucket_layout import COMMIT, invitation
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import aliased, set_alias
@@ -33,6 +33,7 @@ from tasks.data.dataset import DatasetRef
 from tasks.training import liveness, sweep
 from tasks.training.checkpoints import STATE
 from tasks.training.liveness import DEAD_AFTER_SECONDS, hold_run_lock, lock_file
+from tasks.training.protocol.board import Board, Instruction
 from tasks.training.sweep import SweepRecord
 from tasks.upkeep.doctor import Finding, _delete_checkpoint, find_orphans, settle, settle_all
 from tests.tasks.leftovers import Leftovers, flow_run_in
@@ -103,10 +104,13 @@ def whats(findings: list[Finding]) -> list[tuple[str, str]]:
 def test_a_run_whose_flow_has_ended_is_closed(made: Leftovers, end: str) -> None:
     flow_run = flow_run_in(FINAL[end]())
     run = running(made, flow_run)
-    before = state_of(flow_run)
+    before, board = state_of(flow_run), Board(made.store, run)
+    made.store.put_bytes(invitation(run), b"{}")
+    board.write_order(Instruction(beat=1))
     found = find_orphans()
     assert whats(found) == [("run", run)] and before in found[0].detail
     assert settle(found) == found
+    assert (board.order(), list(made.store.list(invitation(run)))) == (None, [])  # nodes must not join it
     assert (mlflow_runs.run_status(run), state_of(flow_run)) == ("KILLED", before)
     assert find_orphans() == []
 

@@ -21,8 +21,8 @@ from tasks.config.launchers import Launch, NodesConfig
 from tasks.config.run import CheckpointConfig
 from tasks.training.launchers import nodes
 from tasks.training.nodes.agent import Membership, Node, serve
-from tasks.training.protocol.board import Board
-from tasks.training.protocol.job import Job, JobFolder
+from tasks.training.protocol.board import Board, Instruction, Invitation
+from tasks.training.protocol.job import Event, Job, JobFolder
 from tests.flows.program import wait_for
 
 
@@ -51,6 +51,53 @@ def test_an_agent_of_one_training_does_not_wait_for_ever(store: ObjectStore, mon
     said: list[str] = []
     assert not serve(node, Settings(), store, lambda: False, said.append, "f00d")
     assert said[-1] == "run f00d has invited no node for 0 minutes; is it over?"
+
+
+CANNOT_WRITE = """
+import os, sys
+from tasks.training.nodes import agent
+from tasks.training.protocol.job import JobFolder
+def full(folder, job):
+    raise OSError(28, "No space left on device")
+JobFolder.write_job = full
+sys.exit(agent.main())
+"""
+
+
+def test_an_agent_that_cannot_take_part_says_why_and_fails(store: ObjectStore, tmp_path: Path) -> None:
+    """So that the coordinator goes on without it, and Kubernetes or Ray starts another one."""
+    board, folder = Board(store, "f00d"), ordered(tmp_path / "flow")
+    board.invite(Invitation(job=folder.read_job()))
+    board.write_order(Instruction(beat=1))
+    variables = {"CONVOY_BUCKET": store.bucket, "CONVOY_HOME": str(tmp_path), "CONVOY_ADDRESS": "127.0.0.1"}
+    command = [sys.executable, "-u", "-c", CANNOT_WRITE, "f00d"]
+    with subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            (node,) = wait_for(board.reports, "the node's first report")
+            board.write_order(Instruction(beat=2, generation="1", members={node: 1}, leader=node))
+            assert process.wait(60) == 75
+            assert process.stdout and "this node cannot take part: " in process.stdout.read()
+        finally:
+            process.kill()
+    report = board.report(node)
+    assert report and report.outcome
+    assert (report.generation, report.exit_status, report.outcome.status) == ("1", 1, "crashed")
+    assert "No space left on device" in report.trouble
+
+
+def test_all_that_people_have_to_know_is_passed_on_however_quick_the_steps_are(
+    member: Callable[[list[str]], Membership], tmp_path: Path
+) -> None:
+    ranks, membership = JobFolder(tmp_path), member([])
+    important = [Event(warning="slow"), Event(note="storing"), Event(step=9, total_steps=9, epoch=1, val_accuracy=0.0)]
+    for step, event in enumerate(important):
+        ranks.write_event(event)
+        for _ in range(100):
+            ranks.write_event(Event(step=step, total_steps=9, epoch=1))
+    membership._take_events()
+    taken = membership._events
+    assert [event for event in taken if event in important] == important
+    assert len(taken) < 10 and taken[-1] == Event(step=2, total_steps=9, epoch=1)
 
 
 @pytest.mark.parametrize(

@@ -501,7 +501,20 @@ def test_launcher_that_cannot_start_says_so_in_the_outcome(
     folder = JobFolder(training.folder)
     folder.write_job(folder.read_job().model_copy(update={"launch": Launch(launcher="kubernetes")}))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    assert supervise(started, training).wait(60) == 2
-    outcome = folder.read_outcome()
-    assert outcome and (outcome.status, outcome.exit_status) == ("failed", 2)
-    assert "no Kubernetes cluster" in outcome.error
+    for text in (None, "clusters: 3", "clusters: [", "apiVersion: v1\nclusters: []"):
+        if text:
+            (tmp_path / "none").write_text(text)
+        assert supervise(started, training).wait(60) == 2
+        outcome = folder.read_outcome()
+        assert outcome and (outcome.status, outcome.exit_status) == ("failed", 2)
+        assert outcome.error.startswith("no Kubernetes cluster: ")
+
+
+def test_an_error_that_nothing_expects_is_the_outcome(started: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+    """Else it would look as if the ranks had been killed, and a worker would resume the training again and again."""
+    training = order(tmp_path, restarts=0)
+    (training.folder / "train.log").mkdir()
+    assert supervise(started, training).wait(60) == 1
+    outcome = JobFolder(training.folder).read_outcome()
+    assert outcome and (outcome.status, outcome.resumable) == ("failed", False)
+    assert outcome.error.startswith("IsADirectoryError: ")

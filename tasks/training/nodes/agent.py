@@ -38,7 +38,7 @@ from tasks.training.protocol.board import (
     NodeReport,
     invited_runs,
 )
-from tasks.training.protocol.job import Event, Job, JobFolder, spare_outcome
+from tasks.training.protocol.job import Event, Job, JobFolder, Outcome, spare_outcome
 from tasks.training.protocol.patience import SUPERVISOR_WAIT
 from tasks.training.torchrun import node_options, start_torchrun
 
@@ -46,7 +46,8 @@ END_RANKS_SECONDS = 2.0  # seconds that ranks have to end after their generation
 POLL_SECONDS = 2.0  # seconds between two searches for an invitation
 UNINVITED_SECONDS = 600.0  # that an agent of one training waits for an invitation, as long as `nodes.wait`
 _LOST_IN_ERROR = re.compile(r"gloo/transport|[Cc]onnection (closed|reset)|ncclRemoteError")  # in a rank's error
-EVENTS_PER_REPORT = 32
+PROGRESS_PER_BEAT = 4  # reports of progress that are passed on per beat
+EVENTS_PER_REPORT = 100  # of the last beats, since the coordinator may miss a report
 
 Print = Callable[[str], None]
 
@@ -126,6 +127,13 @@ class Membership:
                     return True
             time.sleep(BEAT)
 
+    def give_up(self, reason: str) -> None:
+        """Tells the coordinator why this node cannot take part."""
+        outcome = Outcome(status="crashed", error=reason, exit_status=1)
+        update = {"exit_status": 1, "outcome": outcome, "trouble": reason}
+        self._report = self._report.model_copy(update=update)
+        self._write_report(leaving=False)
+
     def _platform(self) -> Platform:
         """Returns the platform that ranks would have that start now, as far as files decide it.
 
@@ -188,11 +196,11 @@ class Membership:
         self._print(f"run {self._job.run_id}: {counted(ranks, 'rank')} of {sum(order.members.values())} start here")
 
     def _check_ranks(self) -> None:
-        self._events += self._folder.new_events()
+        self._take_events()
         if self._torchrun is None or (status := self._torchrun.poll()) is None:
             return
         end_descendants(END_RANKS_SECONDS)
-        self._events += self._folder.new_events()
+        self._take_events()
         self._torchrun = None
         ended = {
             "exit_status": status,
@@ -200,6 +208,13 @@ class Membership:
             "trouble": _why_ranks_died(self._folder),
         }
         self._report = self._report.model_copy(update=ended)
+
+    def _take_events(self) -> None:
+        """Takes what the ranks report: all that people have to know, and the latest of the progress."""
+        new = list(self._folder.new_events())
+        progress = [event for event in new if not (event.warning or event.note or event.val_accuracy is not None)]
+        dropped = {id(event) for event in progress[:-PROGRESS_PER_BEAT]}
+        self._events += [event for event in new if id(event) not in dropped]
 
     def _write_report(self, *, leaving: bool) -> None:
         latest = self._events[-EVENTS_PER_REPORT:]
@@ -230,7 +245,8 @@ def serve(
     """Joins one training after another until `leave` returns True; given a `run`, joins only that.
 
     Returns:
-        False if the coordinator of the `run` was silent for too long, or invited no node: the caller may try again.
+        False if the coordinator of the `run` was silent for too long, or invited no node, or this node could not take
+            part: the caller may try again.
     """
     invited = time.monotonic()
     print_line(f"node {node.name}: {counted(node.slots, 'rank')} at {node.address}; waiting for a training")
@@ -246,17 +262,19 @@ def serve(
                     continue
                 print_line(f"run {run_id}: joining")
                 folder = JobFolder(settings.runs / run_id / "nodes" / node.name)
+                membership = Membership(node, board, invitation.job, folder, print_line)
                 try:
-                    if not Membership(node, board, invitation.job, folder, print_line).run(leave):
+                    if not membership.run(leave):
                         silent[run_id] = board.order()
                 except OSError as error:  # above all a full disk
                     print_line(f"run {run_id}: this node cannot take part: {one_line(error)}")
                     unfit.add(run_id)
+                    membership.give_up(one_line(error))
                 finally:
                     end_descendants(SUPERVISOR_WAIT)
                 print_line(f"run {run_id}: left")
                 if run:
-                    return run not in silent
+                    return run not in silent and run not in unfit
         except ServiceError as error:
             print_line(str(error))
             invited = time.monotonic()  # there may be an invitation

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from infra.errors import ServiceError, counted
 from infra.storage.object_store import open_bucket
+from tasks.training.checkpoints import commits_of
 from tasks.training.nodes.plan import plan
 from tasks.training.platform import Platform, differences, this_platform
 from tasks.training.protocol.board import (
@@ -36,8 +37,8 @@ class Coordinator:
     def __init__(self, folder: JobFolder) -> None:
         self._folder, self._job = folder, folder.read_job()
         self._nodes = self._job.launch.nodes
-        store = open_bucket(timeout=STORAGE_TIMEOUT)
-        self._board = Board(store, self._job.run_id)
+        self._store = open_bucket(timeout=STORAGE_TIMEOUT)
+        self._board = Board(self._store, self._job.run_id)
         self._order = Instruction(beat=0)
         self._reports: dict[str, NodeReport] = {}
         self._heartbeats: dict[str, Heartbeat] = {}
@@ -205,9 +206,9 @@ class Coordinator:
             if now - self._too_few_since < self._nodes.wait:
                 return False
             error = f"only {len(self._ready)} nodes for {self._nodes.wait:g} s, fewer than nodes.min {self._nodes.min}"
-            self._folder.write_outcome(
-                Outcome(status="interrupted", error=error, exit_status=75, steps=self._folder.last_step())
-            )
+            newest = next(commits_of(self._store, self._job.run_id), None)
+            steps = newest.step if newest else 0
+            self._folder.write_outcome(Outcome(status="interrupted", error=error, exit_status=75, steps=steps))
             return True
         self._too_few_since = None
         if len(self._ready) != self._nodes.max and now - self._ready_changed < SETTLE_SECONDS:

@@ -28,6 +28,7 @@ from tasks.orchestration.progress import run_logger
 from tasks.orchestration.retries import outlast
 from tasks.training.liveness import hold_run_lock
 from tasks.training.platform import differences, flatten, this_machine
+from tasks.training.protocol.board import Board
 from tasks.training.runs.run_record import RunManifest, RunRecord, check_resumable, inputs_of, read_record, run_of_flow
 
 _checking = threading.Lock()
@@ -93,6 +94,7 @@ def tracked_run(
                 check_resumable(run_id, trial=trial)  # again: until now another process may have trained it
             finished = mlflow_runs.run_status(run_id) == "FINISHED"
             if not finished:
+                outlast(Board(store, run_id).clear)  # nodes of a coordinator that was killed end their ranks
                 mlflow_runs.set_tags(run_id, flow_tags())  # first, so that no worker closes it for its earlier flow run
                 mlflow_runs.reopen_run(run_id)
         else:
