@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -170,13 +171,16 @@ class CheckpointWriter:
     def end(self) -> None:
         """Ends the thread after the last step, when no snapshot is needed any more: one that waits is dropped.
 
-        An upload that runs may end: otherwise its state would stay in the bucket without a commit.
+        An upload that runs may end: otherwise its state would stay in the bucket without a commit, as one of an earlier
+        start that was killed, which is deleted.
         """
         with self._changed:
             self._closing = self._over = True
             self._waiting = None
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._busy, self.patience)
+            over = self._changed.wait_for(lambda: not self._busy, self.patience)
+        if over:
+            self._try_to(self._delete_uncommitted)
 
     def _run(self) -> None:
         pause = 1.0
@@ -205,7 +209,7 @@ class CheckpointWriter:
                 if self._failing_since is not None:
                     self._on_trouble(f"checkpoints are stored again, at step {snapshot.step}")
                 self._failing_since = None
-                self._try_to_prune(snapshot.step)
+                self._try_to(partial(self._prune, snapshot.step))
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
@@ -270,10 +274,10 @@ class CheckpointWriter:
         if found.files != files:
             raise CheckpointFailed(f"another process trains run {self._job.run_id}: {prefix} differs; stop one of them")
 
-    def _try_to_prune(self, step: int) -> None:
+    def _try_to(self, delete: Callable[[], None]) -> None:
         """Deletes old checkpoints; a failure is no reason to stop storing new ones."""
         try:
-            self._prune(step)
+            delete()
         except Exception as error:
             if not self._cannot_delete:
                 self._on_trouble(f"old checkpoints cannot be deleted; training goes on ({error})")
@@ -285,17 +289,20 @@ class CheckpointWriter:
         Also deletes states of earlier steps whose commit is missing because of an outage. Leaves checkpoints of steps
         after `step`: they are damaged, since the resume skipped them, and will be replaced.
         """
-        keys = {info.key for info in self._store.list(bucket_layout.checkpoints(self._job.run_id))}
-        newest = bucket_layout.checkpoint(self._job.run_id, step)
-        for key in keys:
-            folder = key.removesuffix(STATE)
-            if key.endswith(f"/{STATE}") and folder < newest and folder + COMMIT not in keys:
-                self._store.delete(key)
+        self._delete_uncommitted(before=bucket_layout.checkpoint(self._job.run_id, step))
         commits = [commit for commit in commits_of(self._store, self._job.run_id) if commit.step <= step]
         best = max(commits, key=lambda commit: commit.val_accuracy or 0.0, default=None)  # the newest of equals
         for commit in commits[self._config.keep :]:
             if commit is not best:
                 delete_checkpoint(self._store, self._job.run_id, commit)
+
+    def _delete_uncommitted(self, before: str = "~") -> None:
+        """Deletes states without a commit, of checkpoints whose prefix sorts before the given one."""
+        keys = {info.key for info in self._store.list(bucket_layout.checkpoints(self._job.run_id))}
+        for key in keys:
+            folder = key.removesuffix(STATE)
+            if key.endswith(f"/{STATE}") and folder < before and folder + COMMIT not in keys:
+                self._store.delete(key)
 
 
 def commits_of(store: ObjectStore, run_id: str) -> Iterator[Commit]:

@@ -205,6 +205,12 @@ def test_a_day(
     )
     wait_for(lambda: run_of(asked).state.is_final(), "the lost flow run to be settled")  # type: ignore[union-attr]
     tell(f"a new worker has settled what was left: the flow run is {run_of(asked).state.name}")  # type: ignore[union-attr]
+    reached = training.steps()
+    wait_for(lambda: training.steps() > reached, "the training to go on by itself", 120)
+    cancelled = len(named("Cancelled"))
+    assert convoy("cancel", training.run_id).status == 0
+    wait_for(lambda: len(named("Cancelled")) > cancelled, "its new flow run to be cancelled")
+    tell(f"it went on by itself beyond step {reached}, and was cancelled")
 
     worse = ("--set", "lr=0.000001", "--set", "epochs=1")
     done = convoy(*retrain, *worse)

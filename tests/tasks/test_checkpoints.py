@@ -438,6 +438,18 @@ def test_a_state_without_its_commit_goes_with_the_next_checkpoint(
     assert states == [state_key(1), state_key(3), state_key(9)]
 
 
+def test_a_state_without_its_commit_goes_at_the_end_of_the_training(
+    store: ObjectStore, write: Callable[..., Writing]
+) -> None:
+    """As of a rank that was killed at the last step, for which no checkpoint is stored again."""
+    writing = write()
+    writing.writer.save(snapshot(1))
+    writing.until_idle()
+    store.put_bytes(state_key(9), store.get_bytes(state_key(1)))
+    writing.writer.end()
+    assert [info.key for info in store.list("") if info.key.endswith("safetensors")] == [state_key(1)]
+
+
 def test_the_patience_of_a_stop_grows_with_the_state_and_with_a_slow_upload_up_to_a_limit() -> None:
     small, large = patience.last_checkpoint(1000, None), patience.last_checkpoint(340 * 10**6, 100e6)
     slow = patience.last_checkpoint(340 * 10**6, 20e6)
