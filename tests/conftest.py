@@ -23,8 +23,10 @@ from infra.settings import Settings
 from infra.stack.endpoints import Endpoints
 from infra.stack.local_stack import down, up
 from infra.stack.ports import PORT_RANGE
+from tests.infra.webserver import WebServer, web_server
 
 if TYPE_CHECKING:
+    from infra.sources.base import Workplace
     from infra.storage.object_store import ObjectStore
 
 REPOSITORY = Path(__file__).parents[1]
@@ -173,3 +175,29 @@ def store(s3: Endpoints) -> "Iterator[ObjectStore]":
     yield store
     for info in list(store.list("")):
         store.delete(info.key)
+
+
+@pytest.fixture
+def bucket(store: "ObjectStore", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "ObjectStore":
+    """`store`, as the bucket that tasks use, with a state folder of its own."""
+    monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
+    return store
+
+
+@pytest.fixture
+def place(store: "ObjectStore", tmp_path: Path) -> "Iterator[Workplace]":
+    """Where sources fetch to: the empty bucket and an empty cache."""
+    from infra.sources.base import Workplace
+    from infra.sources.mirrors import Mirrors
+    from infra.storage.cache import Cache
+
+    with Mirrors(tmp_path / "partial") as mirrors:
+        yield Workplace(mirrors=mirrors, store=store, cache=Cache(tmp_path / "cache", store))
+
+
+@pytest.fixture
+def web() -> Iterator[WebServer]:
+    """An HTTP server."""
+    with web_server() as server:
+        yield server

@@ -14,11 +14,9 @@ from infra.errors import ServiceError, UsageError
 from infra.sources.base import Workplace, reusable
 from infra.sources.catalogue import CatalogueSource
 from infra.sources.entries import CATALOGUE, CatalogueEntry, CatalogueFile, check_dataset
-from infra.sources.mirrors import SCHEMES, Mirrors
+from infra.sources.mirrors import SCHEMES
 from infra.sources.raw_data import RawSource, read_record
 from infra.storage import bucket_layout
-from infra.storage.cache import Cache
-from infra.storage.object_store import ObjectStore
 from tests.infra.webserver import WebServer, web_server
 
 CONTENTS = {"images": os.urandom(90_000), "labels": os.urandom(500), "more": os.urandom(2_000)}
@@ -53,12 +51,6 @@ def source(web: WebServer, tmp_path: Path) -> CatalogueSource:
         mirrors=("http://127.0.0.1:9/set", f"{web.url}/set/"),
     )
     return CatalogueSource(entry)
-
-
-@pytest.fixture
-def place(store: ObjectStore, tmp_path: Path) -> Iterator[Workplace]:
-    with Mirrors(tmp_path / "partial") as mirrors:
-        yield Workplace(mirrors=mirrors, store=store, cache=Cache(tmp_path / "cache", store))
 
 
 def _check(raw: RawSource, place: Workplace) -> None:

@@ -1,7 +1,7 @@
 """Folders that are read in place: the listing, and files that change afterwards."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,18 +13,10 @@ from infra.sources.folder import FolderSource
 from infra.sources.labelled import open_location
 from infra.sources.listing import BATCH, Entry, Listing
 from infra.sources.location import ListedFiles
-from infra.sources.mirrors import Mirrors
 from infra.sources.raw_data import RawSource
-from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectChanged, ObjectStore
 
 IMAGES = {"cat/1.png": b"one", "cat/deep/2.png": b"two", "dog/1.png": b"three", "dog/\U0001f600.png": b"four"}
-
-
-@pytest.fixture
-def place(store: ObjectStore, tmp_path: Path) -> Iterator[Workplace]:
-    with Mirrors(tmp_path / "partial") as mirrors:
-        yield Workplace(mirrors=mirrors, store=store, cache=Cache(tmp_path / "cache", store))
 
 
 class Folder:

@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,18 +20,12 @@ from infra.sources.mirrors import Mirrors, addresses, obtain
 from infra.stack.endpoints import Endpoints
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore
-from tests.infra.webserver import WebServer, web_server
+from tests.infra.webserver import WebServer
 
 CONTENT = os.urandom(400_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 PLAIN = CatalogueFile(name="data.bin", size=len(CONTENT), sha256=SHA256)
 PACKED = CatalogueFile(name="data.bin.gz", size=len(CONTENT), sha256=SHA256)
-
-
-@pytest.fixture
-def web() -> Iterator[WebServer]:
-    with web_server() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from infra.sources.weights import (
 )
 from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore
-from tests.infra.webserver import WebServer, web_server
+from tests.infra.webserver import WebServer
 from tests.infra.wheels import make_wheel
 
 CONTENT = os.urandom(200_000)
@@ -42,12 +42,6 @@ def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture
-def web() -> Iterator[WebServer]:
-    with web_server() as server:
-        yield server
 
 
 @pytest.fixture

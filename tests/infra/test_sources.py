@@ -10,7 +10,6 @@ import tarfile
 import tracemalloc
 import unicodedata
 import zipfile
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,26 +26,12 @@ from infra.sources.catalogue import CatalogueSource
 from infra.sources.entries import CATALOGUE
 from infra.sources.find import find_source
 from infra.sources.folder import FolderSource
-from infra.sources.mirrors import Mirrors
 from infra.sources.raw_data import RawSource
 from infra.sources.slug import slug
-from infra.storage.cache import Cache
 from infra.storage.object_store import ObjectStore
-from tests.infra.webserver import WebServer, web_server
+from tests.infra.webserver import WebServer
 
 IMAGES = {"cat/1.png": b"one", "cat/deep/2.png": b"two", "dog/1.png": b"three", "dog/same.png": b"one"}
-
-
-@pytest.fixture
-def place(store: ObjectStore, tmp_path: Path) -> Iterator[Workplace]:
-    with Mirrors(tmp_path / "partial") as mirrors:
-        yield Workplace(mirrors=mirrors, store=store, cache=Cache(tmp_path / "cache", store))
-
-
-@pytest.fixture
-def web() -> Iterator[WebServer]:
-    with web_server() as server:
-        yield server
 
 
 @pytest.fixture

@@ -15,11 +15,7 @@ from infra.sources.raw_data import RawSource
 from infra.storage.object_store import ObjectStore
 from tasks.data.download import download
 
-
-@pytest.fixture(autouse=True)
-def _own_bucket(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
+pytestmark = pytest.mark.usefixtures("bucket")
 
 
 def _download(dataset: str, *, refresh: bool = False, keep_raw: bool | None = None) -> RawSource:

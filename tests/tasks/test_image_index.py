@@ -28,14 +28,6 @@ CONFIG = PreprocessConfig(val_fraction=0.3, test_fraction=0.3)
 PHOTOS = images("cat", "dog", each=20)
 
 
-@pytest.fixture
-def bucket(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    """The bucket that the tasks use."""
-    monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
-    return store
-
-
 def packed(dataset: object, config: PreprocessConfig = CONFIG, *, refresh: bool = False) -> DatasetRef:
     return preprocess.fn(download.fn(str(dataset), config), config, refresh=refresh)
 

@@ -141,14 +141,6 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
 }
 
 
-@pytest.fixture
-def bucket(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    """The bucket that the tasks use."""
-    monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
-    return store
-
-
 def laid_out(contents: dict[str, bytes], root: Path) -> Path:
     for path, content in contents.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -30,24 +30,14 @@ from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef
 from tasks.training import pretrained as module
 from tests.cnn.conftest import source_report
-from tests.infra.webserver import WebServer, web_server
+from tests.infra.webserver import WebServer
+
+pytestmark = pytest.mark.usefixtures("bucket")
 
 MODEL = "shufflenet_v2_x1_0"
 NAME = f"torchvision/{MODEL}.TEST"
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 CONFIG = RunConfig.model_validate({"model": MODEL, "pretrained": "imagenet", "batch_size": 8})
-
-
-@pytest.fixture(autouse=True)
-def own_bucket(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CONVOY_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("CONVOY_BUCKET", store.bucket)
-
-
-@pytest.fixture
-def web() -> Iterator[WebServer]:
-    with web_server() as server:
-        yield server
 
 
 @pytest.fixture
