@@ -33,7 +33,8 @@ def run(marker: str) -> tuple[int, Counter[str], float]:
     """Runs the tests of a marker; returns pytest's exit status, its report's counts, and seconds."""
     with tempfile.TemporaryDirectory() as folder:
         report, began = Path(folder, "report.xml"), time.monotonic()
-        chosen = ["-n", "2"] if marker == DEFAULT else ["-m", marker]
+        chosen = [] if marker == DEFAULT else ["-m", marker]
+        chosen += ["-n", "2"] if marker in (DEFAULT, "long") else []
         tests = subprocess.Popen([sys.executable, "-m", "pytest", *chosen, f"--junitxml={report}"])
         signal.signal(signal.SIGTERM, lambda *_: tests.terminate())
         signal.signal(signal.SIGINT, lambda *_: None)  # the terminal tells the tests too, which end what they started

@@ -88,6 +88,7 @@ def _change(file: Path, lines: list[str]) -> None:
     file.write_text(text.replace(old, new))
 
 
+@pytest.mark.long
 def test_the_library_example_trains_evaluates_and_exports(tmp_path: Path) -> None:
     ((_, program),) = (
         block for block in BLOCK.findall((REPOSITORY / "cnn/README.md").read_text()) if block[0] == "python"
@@ -117,6 +118,7 @@ def test_a_page_changes_at_most_two_files_of_the_product_and_its_code_is_as_ruff
     extended.run("-m", "ruff", "format", "--no-cache", "--check", *python)
 
 
+@pytest.mark.long
 @of_page("network.md")
 def test_the_network_of_the_page_trains_to_equal_weights_on_1_and_2_ranks(extended: Extended) -> None:
     (command,) = extended.commands
@@ -124,11 +126,13 @@ def test_the_network_of_the_page_trains_to_equal_weights_on_1_and_2_ranks(extend
     extended.passes_its_tests()
 
 
+@pytest.mark.long
 @of_page("data-set.md")
 def test_the_data_set_of_the_page_is_fetched_and_opened(extended: Extended) -> None:
     extended.passes_its_tests()
 
 
+@pytest.mark.long
 @of_page("gate.md")
 def test_the_gate_of_the_page_objects(extended: Extended) -> None:
     extended.passes_its_tests()

@@ -11,7 +11,6 @@ from pathlib import Path
 from infra.errors import UsageError
 
 CHUNK = 1 << 20
-LOCK_POLL_SECONDS = 0.05
 
 OnBytes = Callable[[int], object]
 """Called from any thread with the number of bytes just moved; negative if a part has to be moved again."""

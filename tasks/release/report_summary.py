@@ -1,5 +1,7 @@
 """The first screen of a run's report: accuracy, verdict, what changed against the champion, what the data gate saw."""
 
+import base64
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -16,7 +18,6 @@ from tasks.evaluation.report import EvaluationReport
 from tasks.release.quality.verdict import Verdict
 from tasks.release.serving_gate import ServingReport
 from tasks.reporting.drawing import images_at, rgb
-from tasks.reporting.html import webp
 
 LISTED_CLASSES = 4  # better ones, and as many worse ones
 LISTED_FINDINGS = 3  # of the data gate
@@ -61,10 +62,14 @@ def _tile(name: str, body: str) -> str:
 
 
 def make_thumbnails(changes: Changes, split: SplitReader) -> dict[int, str]:
-    """Returns the changed images as `data:` addresses, by position in the split."""
+    """Returns the changed images as `data:` addresses of PNG files, by position in the split."""
     indices = [each.index for each in (*changes.newly_right, *changes.newly_wrong)]
-    images = images_at(split, indices) if indices else ()
-    return {index: webp(Image.fromarray(rgb(image.numpy()))) for index, image in zip(indices, images, strict=True)}
+    found = {}
+    for index, image in zip(indices, images_at(split, indices) if indices else (), strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(rgb(image.numpy())).save(buffer, "PNG")
+        found[index] = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return found
 
 
 def _accuracy(report: EvaluationReport | None) -> str:

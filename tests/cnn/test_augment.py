@@ -128,6 +128,7 @@ def kolmogorov_smirnov(ours: Tensor, theirs: Tensor) -> float:
     return float((shares[0] - shares[1]).abs().max())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
 @pytest.mark.parametrize(("kind", "theirs"), [("mixup", v2.MixUp), ("cutmix", v2.CutMix)])
 def test_shares_are_distributed_as_in_torchvision(kind: str, theirs: type[v2.Transform], alpha: float) -> None:
@@ -139,6 +140,7 @@ def test_shares_are_distributed_as_in_torchvision(kind: str, theirs: type[v2.Tra
     assert kolmogorov_smirnov(own_shares(targets), own_shares(another)) > 0.07
 
 
+@pytest.mark.long
 def test_boxes_lie_where_those_of_torchvision_do() -> None:
     def boxes(mixing: Mix) -> Tensor:
         images, targets = mixed_batches(mixing, DRAWS)

@@ -101,6 +101,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.long
 def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FULL, str(tmp_path / "model.pt2")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -108,6 +109,7 @@ def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_onnx_gives_what_the_original_gives(program: ExportedProgram, expected: torch.Tensor, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     out = tmp_path / "named as you like"
@@ -145,6 +147,7 @@ def export_to(
     return read_metadata(out)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("format", "resize"), [("pt2", "crop"), ("pt2", "pad"), ("onnx", "squash"), ("safetensors", "pad")]
 )

@@ -277,6 +277,7 @@ def test_pretrained_weights_stay_in_the_frozen_body(trainer_of: Make, tmp_path: 
     assert changed(trainer, before) == {"linear"}
 
 
+@pytest.mark.long
 def test_ranks_and_interruptions_just_before_at_and_after_the_boundary_change_nothing(
     ranks: Ranks, digits: Packed
 ) -> None:
@@ -353,6 +354,7 @@ def test_features_of_a_frozen_body_are_computed_once_and_the_head_learns_as_it_w
     assert not runs
 
 
+@pytest.mark.long
 def test_ranks_and_interruptions_change_nothing_where_features_are_computed_once(ranks: Ranks, digits: Packed) -> None:
     config = TrainConfig.model_validate(CONVOY9 | FEATURES | {"epochs": 2, "ema": 0.9, "select": "best"})
     (alone,), two, four, (resumed,) = ranks.train(digits, config, 1, 2, 4, "2@5,4@30,1")

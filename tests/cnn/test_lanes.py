@@ -77,6 +77,7 @@ except ValueError:
 """
 
 
+@pytest.mark.long
 def test_a_rank_that_fails_destroys_nothing_that_would_wait_for_the_others(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(
@@ -153,12 +154,14 @@ def test_a_network_of_each_family_too(name: str, ranks: Ranks, digits: Packed) -
     assert [rank["weights"] for rank in two] == [alone["weights"]] * 2
 
 
+@pytest.mark.long
 def test_eight_lanes_give_the_same_to_1_2_4_and_8_ranks(ranks: Ranks, digits: Packed) -> None:
     config = TrainConfig(epochs=1, batch_size=64, lanes=8, **RECIPES["convoy9"])
     plans = ranks.train(digits, config, 1, 2, 4, 8)
     assert len({rank["weights"] for plan in plans for rank in plan}) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "recipe", ["notes", "convoy9", "convoy9 augmented, of balanced classes", "convoy9 by Muon in bfloat16"]
 )
@@ -213,6 +216,7 @@ def test_partial_sums_add_along_the_balanced_tree(leaves: int) -> None:
     assert torch.equal(last, tree(values))
 
 
+@pytest.mark.long
 def test_2_4_and_8_ranks_add_vectors_of_any_size_along_the_balanced_tree(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.cnn.sum_program", str(tmp_path), "2", "4", "8"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -321,6 +321,7 @@ def test_the_files_that_the_import_loads_are_named_and_no_others(project: Path) 
     assert network_files("convoy9") == {} == network_files("timm/resnet18d")
 
 
+@pytest.mark.long
 def test_packages_that_are_installed_below_the_folder_are_not_the_projects(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,6 +375,7 @@ def test_the_trial_accepts_the_example_and_leaves_the_default_generator_alone(pr
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.long
 def test_the_example_gives_equal_weights_on_1_and_2_ranks(project: Path, digits: Packed) -> None:
     write(project, {"nets/small.py": EXAMPLE})
     network = {"width": 4, "dropout": 0.2}

@@ -460,6 +460,7 @@ def test_shards_of_a_large_set_are_small_unless_said_otherwise(digits: dict[str,
         PreprocessConfig.model_validate({"shard_bytes": "16 parsecs"})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("encoding", ["raw", "jpeg"])
 def test_going_on_after_any_shard_gives_the_same_manifest(folder: Folder, tmp_path: Path, encoding: str) -> None:
     folder.add_digits(range(400))

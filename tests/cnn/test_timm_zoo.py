@@ -106,6 +106,7 @@ def test_dropout_and_drop_path_are_functions_of_the_lanes_seed() -> None:
     assert not torch.equal(logits(0), logits(1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["timm/resnet18d", "efficientnet_lite0", "timm/convnext_atto"])
 def test_export_takes_any_number_of_images(name: str) -> None:
     served = ServedClassifier(network(name, image_size=32), (0.5,) * 3, (0.3,) * 3)

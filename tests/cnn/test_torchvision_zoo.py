@@ -68,6 +68,7 @@ def test_the_table_has_all_networks_that_classify_and_have_one_output() -> None:
     assert sorted((*TORCHVISION_NETWORKS, *AUXILIARY)) == sorted(models.list_models(module=models))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", [name for name in TORCHVISION_NETWORKS if not name.startswith("regnet")])
 def test_every_name_builds(model: str) -> None:
     with without_weights(model):
@@ -75,11 +76,13 @@ def test_every_name_builds(model: str) -> None:
         assert built(torch.empty(2, 1, 224, 224)).shape == (2, 7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", FAMILIES)
 def test_a_network_of_each_family_passes_the_trial(model: str) -> None:
     check_network(TrainConfig(model=model), channels=3, image_size=96, classes=7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", FAMILIES)
 def test_every_parameter_of_a_network_of_each_family_learns_from_two_images(model: str) -> None:
     torch.manual_seed(0)
@@ -117,6 +120,7 @@ def test_small_images_are_not_shrunk_by_the_stem(image_size: int, stem: str, sma
     assert isinstance(resnet.maxpool, nn.Identity if small else nn.MaxPool2d)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", FAMILIES)
 def test_first_convolution_is_drawn_as_torchvision_draws_it(model: str) -> None:
     torch.manual_seed(0)
@@ -151,6 +155,7 @@ def test_convnext_refuses_images_of_which_nothing_would_be_left(stem: str, too_s
     assert network("convnext_tiny", image_size=fits, stem=stem)(torch.empty(2, 1, fits, fits)).shape == (2, 7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["convnext_tiny", "efficientnet_b0", "shufflenet_v2_x1_0"])
 def test_export_takes_any_number_of_images(model: str) -> None:
     served = ServedClassifier(network(model, image_size=16), (0.5,), (0.3,))

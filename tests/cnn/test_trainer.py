@@ -85,6 +85,7 @@ def lab(digits: Packed, group: tuple[torch.device, Exchange]) -> Lab:
     return Lab(digits, group)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("network", [NOTES, CONVOY9], ids=["notes", "convoy9"])
 def test_each_network_learns_with_each_optimizer(lab: Lab, network: dict[str, Any], optimizer: str) -> None:
@@ -264,6 +265,7 @@ def test_a_network_without_a_deterministic_backward_pass_is_refused_in_one_line(
     )
 
 
+@pytest.mark.long
 def test_early_stopping_and_best_epoch_keep_the_weights_of_the_best(lab: Lab) -> None:
     keys = {"epochs": 30, "early_stopping": 2, "select": "best", "lr": 0.3, **CONVOY9}
     trainer, history = lab.train(**keys)
@@ -278,6 +280,7 @@ def test_early_stopping_and_best_epoch_keep_the_weights_of_the_best(lab: Lab) ->
     assert weights_sha256(trainer.weights()) == weights_sha256(again.network.state_dict())
 
 
+@pytest.mark.long
 def test_only_some_epochs_are_validated_and_the_last_and_early_stopping_counts_epochs(lab: Lab) -> None:
     trainer, history = lab.train(epochs=8, validate_every=3, **CONVOY9)
     assert [report.epoch for report in history.epochs] == [3, 6, 8]
@@ -292,6 +295,7 @@ def test_only_some_epochs_are_validated_and_the_last_and_early_stopping_counts_e
     assert trainer.step // trainer.steps_per_epoch == trainer.best_epoch + 4 < 30
 
 
+@pytest.mark.long
 def test_moving_average_lags_behind_the_weights_and_is_what_is_kept(lab: Lab) -> None:
     trainer, history = lab.train(epochs=5, ema=0.8, **CONVOY9)
     assert trainer.average is not None

@@ -19,6 +19,10 @@ from tests.faults.campaign.trial import UNATTENDED
 def test_an_unattended_night(family: str) -> None:
     seed = str(random.SystemRandom().randrange(10**6))
     command = [sys.executable, "-m", "tests.faults.campaign", "--family", family, "--minutes", "80", "--seed", seed]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert f"{1 + len(FAULTS[family])} trials; failed: none" in done.stdout
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as campaign:
+        try:
+            out, errors = campaign.communicate()
+        finally:
+            campaign.terminate()  # so that it stops its servers, if this session is ended
+    assert campaign.returncode == 0, out + errors[-2000:]
+    assert f"{1 + len(FAULTS[family])} trials; failed: none" in out

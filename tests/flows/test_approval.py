@@ -114,6 +114,7 @@ def asking(stack: object, quiet_prefect: None, tmp_path_factory: pytest.TempPath
     return Asked(register_digits("asked", tmp_path_factory.mktemp("asked")).version)
 
 
+@pytest.mark.long
 def test_person_must_choose_and_give_a_name_and_a_reason(asking: Asked) -> None:
     refusals: list[str] = []
 
@@ -162,6 +163,7 @@ def test_flow_run_is_cancelled_while_it_waits(asking: Asked) -> None:
         asking(600, cancel)
 
 
+@pytest.mark.long
 def test_champion_that_changed_meanwhile_is_what_a_version_is_judged_against(
     stack: object, quiet_prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +199,7 @@ def test_champion_that_changed_meanwhile_is_what_a_version_is_judged_against(
     assert verdict is not None and verdict.champion == "overtaken/1"
 
 
+@pytest.mark.long
 def test_promotion_by_hand_of_a_version_that_waits_is_shown_as_its_decision(
     stack: object, quiet_prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +237,7 @@ def test_promotion_by_hand_of_a_version_that_waits_is_shown_as_its_decision(
     assert f"**Approval**: {summary.approval}." in found().description
 
 
+@pytest.mark.long
 def test_a_promotion_that_was_rolled_back_is_no_approval(
     stack: object, quiet_prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

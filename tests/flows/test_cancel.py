@@ -33,6 +33,7 @@ def listening(training: Training) -> set[str]:
     }
 
 
+@pytest.mark.long
 def test_no_process_of_a_training_outlives_a_killed_flow(
     program: Callable[..., Program], next_training: NextTraining
 ) -> None:
@@ -45,6 +46,7 @@ def test_no_process_of_a_training_outlives_a_killed_flow(
     training.assert_ends()
 
 
+@pytest.mark.long
 def test_a_flow_run_cancelled_in_prefect_stops_its_ranks_and_ends_as_cancelled(
     convoy: Convoy, next_training: NextTraining, tmp_path: Path
 ) -> None:
@@ -78,6 +80,7 @@ def test_a_flow_run_cancelled_in_prefect_stops_its_ranks_and_ends_as_cancelled(
     assert state.type == StateType.CANCELLED
 
 
+@pytest.mark.long
 def test_a_task_does_not_begin_in_a_cancelled_flow_run(stack: object, quiet_prefect: None) -> None:
     from prefect import flow
     from prefect.runtime import flow_run
@@ -100,6 +103,7 @@ def test_a_task_does_not_begin_in_a_cancelled_flow_run(stack: object, quiet_pref
     assert found == [True]
 
 
+@pytest.mark.long
 def test_a_flow_run_that_counts_as_crashed_while_it_lives_is_left_to_be_resumed(
     stack: object, quiet_prefect: None
 ) -> None:
@@ -145,6 +149,7 @@ signalled()
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "inside", "after", "said"),
     [

@@ -300,6 +300,7 @@ def test_help_and_refusals_load_no_heavy_library(arguments: list[str], tmp_path:
     assert loaded_by(COMMAND, *arguments, folder=tmp_path) == ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "loaded"),
     [
@@ -325,6 +326,7 @@ def test_a_command_loads_only_what_it_needs(stack: object, arguments: list[str],
     assert set(loaded_by(COMMAND, *arguments, folder=tmp_path).split()) <= set(loaded.split())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("module", "loaded"),
     [
@@ -393,6 +395,7 @@ def test_a_group_of_commands_alone_shows_its_help(convoy: Convoy, group: str) ->
     assert "Usage: convoy" in done.stdout and not done.stderr
 
 
+@pytest.mark.long
 def test_second_training_by_one_rank_skips_what_is_there_and_gives_the_same_weights(
     trained: Summary, program: Callable[..., Program], tmp_path: Path, settings: Settings
 ) -> None:

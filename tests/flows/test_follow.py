@@ -91,6 +91,7 @@ def set_state(run: FlowRun, state: Any) -> None:
         client.set_flow_run_state(run.id, state, force=True)
 
 
+@pytest.mark.long
 def test_an_outage_of_prefect_does_not_end_the_waiting_and_a_crash_names_the_mlflow_run(relay: type[Relay]) -> None:
     run = flow_run_in(Running(), name="retrain")
     with get_client(sync_client=True) as client:
@@ -116,6 +117,7 @@ def test_an_outage_of_prefect_does_not_end_the_waiting_and_a_crash_names_the_mlf
     assert (summary.status, summary.exit_status, summary.mlflow_run_id) == ("failed", 1, "0123abcd")
 
 
+@pytest.mark.long
 def test_an_outage_after_the_last_state_does_not_lose_the_result(relay: type[Relay]) -> None:
     run = flow_run_in(Completed(), name="retrain")
     relay.lost.add("/artifacts/filter")
@@ -125,6 +127,7 @@ def test_an_outage_after_the_last_state_does_not_lose_the_result(relay: type[Rel
     assert summary.prefect_flow_run_id == str(run.id)
 
 
+@pytest.mark.long
 def test_a_request_whose_answer_was_lost_starts_one_flow_run(relay: type[Relay], tmp_path: Path) -> None:
     deploy("asked", tmp_path / "prefect.yaml")
     relay.lost.add("/create_flow_run")
@@ -137,6 +140,7 @@ def test_a_request_whose_answer_was_lost_starts_one_flow_run(relay: type[Relay],
     assert [run.id for run in runs] == [started.id]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gives_up", [False, True])
 def test_a_dead_flow_run_that_a_worker_will_resume_is_no_failure(
     relay: type[Relay], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gives_up: bool

@@ -48,6 +48,7 @@ def test_the_script_of_the_page_runs_as_written(stack: object, project: Path) ->
     assert len((project / "result.csv").read_text().splitlines()) == 5
 
 
+@pytest.mark.long
 def test_mistakes_are_raised_and_end_no_program(project: Path) -> None:
     (project / "convoy.yaml").write_text("epochs: 3\naugment: {shift: 3}")
     done = python(
@@ -100,6 +101,7 @@ class Net(nn.Sequential):
 """
 
 
+@pytest.mark.long
 def test_a_program_is_told_that_its_network_has_changed_since_it_was_loaded(project: Path) -> None:
     """Python imports a module once, so a retraining would find the code unchanged."""
     (project / "nets.py").write_text(NETWORK)
@@ -178,6 +180,7 @@ def test_a_server_that_does_not_run_is_an_error_to_catch(tmp_path: Path, monkeyp
     assert (done.returncode, done.stdout) == (0, said), done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "before",
     [

@@ -89,6 +89,7 @@ def test_lists_and_verdicts_are_those_of_the_training(
     assert {check["name"] for check in verdict["checks"]} >= {"floor", "non-inferior"}
 
 
+@pytest.mark.long
 def test_the_state_of_servers_and_store_is_printed_as_json(stack: object, convoy: Convoy) -> None:
     servers = json.loads(convoy("status", "--json").stdout)
     assert {server["name"]: server["state"] for server in servers} == dict.fromkeys(
@@ -114,6 +115,7 @@ def test_a_configuration_is_printed_as_json(convoy: Convoy) -> None:
     assert deployed["properties"]["pool"]["default"] == "convoy"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "completed"),
     [

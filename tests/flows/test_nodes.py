@@ -40,6 +40,7 @@ def test_a_machine_without_the_trainings_servers_cannot_join(
     assert done.complaint.startswith("set AWS_ENDPOINT_URL")
 
 
+@pytest.mark.long
 def test_too_few_nodes_end_the_training_as_one_to_be_resumed(trained: Summary, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.train import train_flow
     from tasks.training.runs.tracked_run import Interrupted

@@ -55,6 +55,7 @@ def run(tmp_path: Path) -> Iterator[Callable[..., Done]]:
         down(Settings(home=tmp_path / "state"))
 
 
+@pytest.mark.long
 def test_init_writes_a_project_that_the_commands_read_and_never_overwrites(
     run: Callable[..., Done], tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ def test_a_refusal_is_final_in_a_flow_with_retries(stack: object, quiet_prefect:
     assert len(tries) == 1
 
 
+@pytest.mark.long
 def test_data_that_a_gate_refuses_are_not_trained_on(convoy: Convoy, stack: object, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     limit = ("--set", "data_gate.class_images=fail", "--set", "data_gate.min_class_images=1000")
@@ -55,6 +56,7 @@ def test_data_that_a_gate_refuses_are_not_trained_on(convoy: Convoy, stack: obje
     assert text == f"poor-data was refused\n{found['error']}\nflow run: {found['prefect_flow_run_url']}"
 
 
+@pytest.mark.long
 def test_model_that_a_gate_refuses_stays_out_until_it_is_forced(convoy: Convoy, tmp_path: Path) -> None:
     out, config = tmp_path / "out.json", tmp_path / "config.yaml"
     config.write_text(json.dumps(SMALL.model_copy(update={"name": "poor-model"}).resolved()))
@@ -116,6 +118,7 @@ def test_model_that_a_gate_refuses_stays_out_until_it_is_forced(convoy: Convoy, 
     assert "McNemar exact p = 1" in compared.stdout
 
 
+@pytest.mark.long
 def test_history_shows_the_conditions_that_a_promotion_changed(
     convoy: Convoy, stack: object, quiet_prefect: None, tmp_path: Path
 ) -> None:

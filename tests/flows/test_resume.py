@@ -133,6 +133,7 @@ def survived(undisturbed: Summary, settings: Settings) -> Survived:
 
 
 # First, so that the two trainings do not share one test's time limit.
+@pytest.mark.long
 def test_a_finished_run_is_not_resumed(undisturbed: Summary, convoy: Convoy) -> None:
     run_id = undisturbed.mlflow_run_id or ""
     done = convoy("resume", run_id)
@@ -140,6 +141,7 @@ def test_a_finished_run_is_not_resumed(undisturbed: Summary, convoy: Convoy) -> 
     assert MlflowClient().get_run(run_id).info.status == "FINISHED"
 
 
+@pytest.mark.long
 def test_weights_and_history_are_those_of_the_undisturbed_training_after_a_rank_was_killed(
     survived: Survived, undisturbed: Summary
 ) -> None:
@@ -148,6 +150,7 @@ def test_weights_and_history_are_those_of_the_undisturbed_training_after_a_rank_
     assert_as_undisturbed(survived.summary, undisturbed)
 
 
+@pytest.mark.long
 def test_a_flow_run_that_prefect_tries_again_goes_on_in_its_mlflow_run_and_does_not_train_again(
     survived: Survived,
 ) -> None:
@@ -157,11 +160,13 @@ def test_a_flow_run_that_prefect_tries_again_goes_on_in_its_mlflow_run_and_does_
     assert others == [first, first]  # the ranks would have begun another account of what they do
 
 
+@pytest.mark.long
 def test_an_evaluation_that_is_done_again_is_recorded_once(survived: Survived) -> None:
     points = MlflowClient().get_metric_history(survived.training.run_id, "test/accuracy")
     assert len(points) == 1
 
 
+@pytest.mark.long
 def test_a_flow_that_dies_after_the_promotion_has_only_the_rest_to_do(survived: Survived, bucket: ObjectStore) -> None:
     summary = survived.summary
     assert len(survived.published) == 2
@@ -243,6 +248,7 @@ def open_and_fail(config: RunConfig, dataset: DatasetRef) -> str:
     return run_id
 
 
+@pytest.mark.long
 def test_a_run_that_finished_while_its_resume_waited_is_not_opened_again(undisturbed: Summary) -> None:
     from flows.train import train_flow
 
@@ -257,6 +263,7 @@ def test_a_run_that_finished_while_its_resume_waited_is_not_opened_again(undistu
     assert (after.status, after.end_time) == ("FINISHED", before.end_time)
 
 
+@pytest.mark.long
 def test_nodes_of_a_flow_that_was_killed_leave_when_its_training_is_resumed_without_them(unfinished: str) -> None:
     """Two first ranks would log the same steps."""
     record, board = read_record(unfinished), Board(open_bucket(), unfinished)
@@ -265,6 +272,7 @@ def test_nodes_of_a_flow_that_was_killed_leave_when_its_training_is_resumed_with
         assert board.order() is None
 
 
+@pytest.mark.long
 def test_a_flow_run_that_is_tried_again_leaves_its_finished_run_closed(undisturbed: Summary) -> None:
     record = read_record(undisturbed.mlflow_run_id or "")
 
@@ -279,6 +287,7 @@ def test_a_flow_run_that_is_tried_again_leaves_its_finished_run_closed(undisturb
     assert tried_again() == ["RUNNING", "FINISHED"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("run_id", ["0" * 32, "no-run", "../x"])
 def test_an_unknown_run_is_refused(stack: object, bucket: ObjectStore, convoy: Convoy, run_id: str) -> None:
     done = convoy("resume", run_id)
@@ -286,12 +295,14 @@ def test_an_unknown_run_is_refused(stack: object, bucket: ObjectStore, convoy: C
     assert done.complaint == f"no run {run_id} in bucket {bucket.bucket}; `convoy runs` lists them"
 
 
+@pytest.mark.long
 def test_ranks_that_cannot_share_the_lanes_are_refused(unfinished: str, convoy: Convoy) -> None:
     done = convoy("resume", unfinished, "--ranks", "3")
     assert done.status == 2
     assert "nearest are 2 and 4" in done.complaint
 
 
+@pytest.mark.long
 def test_keys_that_decide_the_result_are_refused_before_anything_starts(unfinished: str, convoy: Convoy) -> None:
     done = convoy("resume", unfinished, *sets("epochs=3", "data.split_seed=1", "checkpoints.keep=3"))
     assert done.status == 2
@@ -301,6 +312,7 @@ def test_keys_that_decide_the_result_are_refused_before_anything_starts(unfinish
     assert done.complaint.endswith(", is 3; leave them out, or train again")
 
 
+@pytest.mark.long
 def test_place_of_raw_files_does_not_count_as_a_difference() -> None:
     given = load_config(None, (), {"dataset": "digits"})
     check_same_result("1a2b", given, load_config(None, ["data.keep_raw=true", "ranks=1"], {"dataset": "digits"}))
@@ -308,6 +320,7 @@ def test_place_of_raw_files_does_not_count_as_a_difference() -> None:
         check_same_result("1a2b", given, load_config(None, ["data.split_seed=1"], {"dataset": "digits"}))
 
 
+@pytest.mark.long
 def test_a_run_that_was_made_differently_is_refused_with_what_differs(
     unfinished: str, bucket: ObjectStore, convoy: Convoy
 ) -> None:
@@ -334,6 +347,7 @@ def test_a_run_that_was_made_differently_is_refused_with_what_differs(
     assert MlflowClient().get_run(unfinished).info.status == "FAILED"
 
 
+@pytest.mark.long
 def test_a_run_whose_dataset_is_gone_is_refused(undisturbed: Summary, bucket: ObjectStore, convoy: Convoy) -> None:
     record = read_record(undisturbed.mlflow_run_id or "")
     run_id = open_and_fail(record.config, record.dataset)
@@ -347,11 +361,13 @@ def test_a_run_whose_dataset_is_gone_is_refused(undisturbed: Summary, bucket: Ob
 # The list of trainings
 
 
+@pytest.mark.long
 def test_the_newest_run_is_found_by_scripts(unfinished: str, convoy: Convoy) -> None:
     done = convoy("runs", "--last", "--id")
     assert (done.status, done.stdout) == (0, unfinished + "\n")
 
 
+@pytest.mark.long
 def test_runs_are_listed_the_newest_first_with_how_they_stand(
     undisturbed: Summary, unfinished: str, convoy: Convoy
 ) -> None:
@@ -367,6 +383,7 @@ def test_runs_are_listed_the_newest_first_with_how_they_stand(
     assert "FINISHED" in rows[finished]
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_while_it_was_opened_does_not_spoil_the_list(unfinished: str, convoy: Convoy) -> None:
     run_id = mlflow_runs.start_run("digits", "killed at once", {}, {MANIFEST_DIGEST: "d" * 64})
     try:

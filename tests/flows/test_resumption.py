@@ -198,6 +198,7 @@ def new_run(unserved: str) -> Callable[..., str]:
     return make
 
 
+@pytest.mark.long
 def test_a_dead_flow_run_is_resumed_once_whoever_looks_and_given_up_after_its_limit(
     new_run: Callable[..., str], convoy: Convoy
 ) -> None:
@@ -245,6 +246,7 @@ def test_whether_it_can_go_on_here_is_looked_at_in_the_project(
         resumption._differences("a" * 32, code=True)
 
 
+@pytest.mark.long
 def test_two_workers_that_look_at_the_same_moment_make_one_resumption(new_run: Callable[..., str]) -> None:
     died = new_run(Crashed())
     with ThreadPoolExecutor(4) as pool:
@@ -261,6 +263,7 @@ def test_a_person_can_cancel_what_has_died(new_run: Callable[..., str], convoy: 
     assert not [run for run in resumptions() if run.labels.get(RESUMES) == died]
 
 
+@pytest.mark.long
 def test_a_flow_run_elsewhere_counts_as_dead_once_its_sign_of_life_has_not_changed_for_long(
     new_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +338,7 @@ def test_a_flow_run_that_judged_an_earlier_version_again_is_repeated_as_it_was_a
     assert again.parameters == run_of(died).parameters
 
 
+@pytest.mark.long
 def test_the_mlflow_run_of_a_flow_run_that_prefect_has_killed_is_closed_unless_another_one_works_on_it(
     new_run: Callable[..., str],
 ) -> None:

@@ -41,6 +41,7 @@ def first(stack: object, quiet_prefect: None) -> tuple[RunConfig, Summary]:
     return config, retrain_flow(config)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("state", "judged"),
     [(StateType.PAUSED, False), (StateType.RUNNING, False), (StateType.CRASHED, True), (None, True)],
@@ -65,6 +66,7 @@ def test_version_that_another_flow_run_asks_about_is_not_judged_at_the_same_time
     assert retrain_decision._undecided("m", CONFIG, None, {}) is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("key", ["pretrained_sha256", "pretrained_mean", "pretrained_std"])
 @pytest.mark.parametrize(
     ("keys", "counts"),
@@ -82,6 +84,7 @@ def test_weights_to_start_from_are_a_reason_to_retrain_unless_they_are_the_last_
     assert (inputs[0] != inputs[1]) is counts
 
 
+@pytest.mark.long
 def test_a_key_that_is_newer_than_the_champion_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
     champion = RegisteredVersion(name="m", version="1", run_id="0", created=datetime.now(UTC), description="", tags={})
     manifest = {**dict.fromkeys(retrain_decision.INPUTS, "same"), "config": {"lr": CONFIG.lr, "epochs": CONFIG.epochs}}
@@ -91,6 +94,7 @@ def test_a_key_that_is_newer_than_the_champion_is_no_change(monkeypatch: pytest.
     assert retrain_decision._inputs_of(champion, CONFIG) == now
 
 
+@pytest.mark.long
 def test_a_warm_start_takes_over_the_champions_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The champion's weights were trained on images normalised like that."""
     champion = RegisteredVersion(name="m", version="1", run_id="0", created=datetime.now(UTC), description="", tags={})
@@ -109,12 +113,14 @@ def state_of(summary: Summary) -> tuple[str, str | None]:
     return state.name, state.message
 
 
+@pytest.mark.long
 def test_without_a_champion_there_is_a_reason(first: tuple[RunConfig, Summary]) -> None:
     summary = first[1]
     assert (summary.status, summary.reason, summary.champion) == ("done", "there is no champion yet", True)
     assert state_of(summary)[0] == "Completed"
 
 
+@pytest.mark.long
 def test_nothing_new_is_skipped_within_seconds(first: tuple[RunConfig, Summary]) -> None:
     config, before = first
     began = time.monotonic()
@@ -161,6 +167,7 @@ def test_force_trains_all_the_same_from_the_champion_if_asked(first: tuple[RunCo
     assert summary.accuracy > before.accuracy - 0.05  # fresh weights would know nothing after such an epoch
 
 
+@pytest.mark.long
 def test_cost_is_in_the_run_and_in_the_summary(first: tuple[RunConfig, Summary]) -> None:
     summary = first[1]
     steps = ["download", "preprocess", "decide", "data-gate", "train", "evaluate", "register", "gates"]
@@ -192,6 +199,7 @@ def copied(first: tuple[RunConfig, Summary], lr: float, to: str = "retrained") -
     return find_version(create_version(to, output.model_id, run_id=copy, tags=tags).address)
 
 
+@pytest.mark.long
 def test_what_other_conditions_refused_is_judged_again_rather_than_trained_again(
     first: tuple[RunConfig, Summary],
 ) -> None:
@@ -217,6 +225,7 @@ def test_what_other_conditions_refused_is_judged_again_rather_than_trained_again
     assert find_version("retrained@champion") == find_version(refused.address)
 
 
+@pytest.mark.long
 def test_what_a_training_would_only_repeat_is_not_trained(first: tuple[RunConfig, Summary]) -> None:
     before, store, name = first[1], ObjectStore.connect(Settings().bucket), "retrained"
     dataset = DatasetRef(version=before.dataset_version or "", name="digits")
@@ -248,6 +257,7 @@ def test_what_a_training_would_only_repeat_is_not_trained(first: tuple[RunConfig
     assert again.why == "version 1, with the same inputs, was refused when there was no champion either"
 
 
+@pytest.mark.long
 def test_champions_that_the_registry_has_lost_do_not_lock_anyone_out(first: tuple[RunConfig, Summary]) -> None:
     config, before = first
     name, store = "retrained", ObjectStore.connect(Settings().bucket)

@@ -50,6 +50,7 @@ def test_a_command_was_called_by_a_person_or_by_ci(monkeypatch: pytest.MonkeyPat
     assert command_reason() == why
 
 
+@pytest.mark.long
 def test_a_run_of_a_command_says_whether_a_person_or_ci_called_it(
     stack: object, quiet_prefect: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_run_of_a_command_says_whether_a_person_or_ci_called_it(
     ]
 
 
+@pytest.mark.long
 def test_a_run_of_a_deployment_says_what_asked_for_it(
     convoy: Convoy, stack: object, quiet_prefect: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -251,6 +251,7 @@ def test_a_deployment_with_another_name_takes_the_place_of_the_one_that_convoy_m
         assert run.deployment_id == read("cats").id
 
 
+@pytest.mark.long
 def test_a_deployment_that_breaks_off_leaves_a_schedule_on(
     deployed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -271,6 +272,7 @@ def test_a_deployment_that_breaks_off_leaves_a_schedule_on(
     assert {schedule.slug: schedule.active for schedule in registered().schedules} == {"nightly": True, "noon": True}
 
 
+@pytest.mark.long
 def test_deployments_that_share_schedules_and_triggers_in_their_file_keep_their_own_states(
     stack: object, quiet_prefect: None, tmp_path: Path
 ) -> None:
@@ -486,6 +488,7 @@ def test_mistake_is_refused_before_anything_runs(
     assert len(runs()) == before
 
 
+@pytest.mark.long
 def test_one_training_of_a_model_at_a_time(stack: object, quiet_prefect: None) -> None:
     """Two flow runs need the lease; the second gets it when the first releases it."""
     import threading

@@ -101,6 +101,7 @@ def client_of(variables: dict[str, str]) -> "boto3.client":
 A, B = "a" * 40, "b" * 40
 
 
+@pytest.mark.long
 def test_of_the_trials_with_a_key_only_one_of_the_same_commit_and_configuration_goes_on(
     deployed: Callable[..., str],
 ) -> None:

@@ -31,6 +31,7 @@ def made(
     leftovers.end()
 
 
+@pytest.mark.long
 def test_prune_says_what_goes(made: Leftovers, capsys: Output) -> None:
     made.run(days=2)
     upkeep.prune(dry_run=True)

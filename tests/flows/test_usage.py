@@ -49,6 +49,7 @@ def convoy(convoy: Convoy, monkeypatch: pytest.MonkeyPatch) -> Convoy:
     return convoy
 
 
+@pytest.mark.long
 def test_predict_writes_a_table_and_names_what_it_could_not_use(convoy: Convoy, photos: Path, tmp_path: Path) -> None:
     done = convoy("predict", f"{NAME}@champion", str(photos), "--out", str(tmp_path / "out.csv"))
     assert done.status == 0, done.stderr
@@ -61,6 +62,7 @@ def test_predict_writes_a_table_and_names_what_it_could_not_use(convoy: Convoy, 
     assert "6 files, 1 unreadable" in page
 
 
+@pytest.mark.long
 def test_export_writes_a_file_that_works(convoy: Convoy, registered: Registered, tmp_path: Path) -> None:
     done = convoy("export", NAME, "--format", "pt2", "--out", str(tmp_path / "model.pt2"))
     assert done.status == 0, done.stderr
@@ -87,6 +89,7 @@ def test_errors_writes_a_table_and_a_page_and_says_what_was_seen_in_training(
     assert found["suspects"] == {split: splits.count(split) for split in found["images"]}
 
 
+@pytest.mark.long
 def test_mistakes_are_one_line(convoy: Convoy, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     edited = tmp_path / "edited.csv"
@@ -119,6 +122,7 @@ def test_json_lines_are_json(convoy: Convoy, photos: Path, tmp_path: Path) -> No
     assert [line["error"] for line in lines] == [None, None]
 
 
+@pytest.mark.long
 def test_more_files_than_prefect_takes_as_a_parameter_are_predicted(
     convoy: Convoy, photos: Path, tmp_path: Path
 ) -> None:

@@ -215,6 +215,7 @@ def _fetch_many(root: Path, digests: list[str], seed: int) -> None:
         assert hashlib.sha256(content).hexdigest() == digest
 
 
+@pytest.mark.long
 def test_processes_that_share_a_limit_keep_to_it_together(store: ObjectStore, tmp_path: Path) -> None:
     digests, root = _put_several(store, 12), tmp_path / "cache"
     context = multiprocessing.get_context("spawn")
@@ -255,6 +256,7 @@ def _come_and_go(root: Path, seed: int, seconds: float, most: "multiprocessing.Q
     most.put(seen)
 
 
+@pytest.mark.long
 def test_a_file_that_arrives_while_room_is_made_for_another_is_counted(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     most: multiprocessing.Queue[int] = context.Queue()

@@ -39,6 +39,7 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     server.server_close()
 
 
+@pytest.mark.long
 def test_what_waits_is_dropped_when_another_process_has_taken_over_during_an_outage(away: list[str]) -> None:
     metrics = MetricLogger("f00d", is_current=lambda: False)
     metrics.log(1, {"train/loss": 1.0})

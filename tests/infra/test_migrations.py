@@ -125,6 +125,7 @@ def test_a_newer_database_is_refused_in_one_line_and_nothing_is_touched(own: Set
     up(own, only=S3)  # does not use this database
 
 
+@pytest.mark.long
 def test_a_migration_that_fails_leaves_the_database_as_it_was(tmp_path: Path) -> None:
     path = stamped(tmp_path, MLFLOW, "89d4b8295536")  # an early revision, whose tables are missing
     with pytest.raises(ServiceError, match="mlflow's database could not be migrated, and is as it was: ") as failure:

@@ -127,6 +127,7 @@ def race_as_process(version: ModelVersion, after: Promotion | None) -> str:
         return str(lost)
 
 
+@pytest.mark.long
 def test_of_racing_processes_one_wins(store: ObjectStore, versions: list[ModelVersion], aliases: Any) -> None:
     last = promote(store, versions[0], after=None)
     # Each promotes the same version, with the same reason: only the entries' ids tell them apart.
@@ -295,6 +296,7 @@ def test_a_champion_that_was_deleted_is_replaced_by_the_last_one_that_is_there(
     assert repair_aliases(store, name) == []
 
 
+@pytest.mark.long
 def test_another_version_of_the_same_number_is_no_champion(
     store: ObjectStore, model_id: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ def test_setup_has_compiled_all_packages_so_that_processes_start_in_half_the_tim
     assert not missing, "remove .venv, and run `make setup`"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_session(tmp_path: Path, sent: signal.Signals) -> None:
     (tmp_path / "test_two.py").write_text(TEST)

@@ -83,6 +83,7 @@ def test_a_missing_object_of_a_folder_is_stored_again(place: Workplace, folder: 
     _check(again, place, IMAGES)
 
 
+@pytest.mark.long
 def test_many_files_are_looked_up_by_one_listing(place: Workplace, tmp_path: Path) -> None:
     many = {f"class-{number % 2}/{number}.png": str(number).encode() for number in range(250)}
     for path, content in many.items():

@@ -223,6 +223,7 @@ def test_children_find_the_same_state_folder_from_any_working_folder(s3: Endpoin
     assert s3.environment()["CONVOY_BUCKET"] == settings.bucket
 
 
+@pytest.mark.long
 def test_a_killed_test_session_leaves_no_server(tmp_path: Path) -> None:
     test = tmp_path / "test_killed.py"
     test.write_text(

@@ -56,6 +56,7 @@ def test_who_only_reads_is_told_what_does_not_run_and_starts_nothing(own: Settin
     assert [server.state for server in status(own)] == ["running", "stopped", "stopped"]
 
 
+@pytest.mark.long
 def test_two_commands_at_once_start_one_server(own: Settings) -> None:
     commands = [run_up(own), run_up(own)]
     for command in commands:
@@ -81,6 +82,7 @@ def test_down_and_status_of_a_folder_that_was_never_used_leave_no_trace(tmp_path
     assert not settings.home.exists()
 
 
+@pytest.mark.long
 def test_a_killed_server_is_dead_and_starts_again_at_the_same_address_with_its_data(
     own: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +132,7 @@ def delete(home: Path) -> None:
     until(gone)
 
 
+@pytest.mark.long
 def test_a_stopped_server_that_does_not_answer_is_replaced(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.stack.local_stack.BUSY_SECONDS", 0.5)
     monkeypatch.setattr("infra.stack.processes.TERM_SECONDS", 0.5)
@@ -143,6 +146,7 @@ def test_a_stopped_server_that_does_not_answer_is_replaced(own: Settings, monkey
     assert not process.is_running()
 
 
+@pytest.mark.long
 def test_a_store_that_goes_on_refusing_after_the_disk_was_full_is_started_again(
     own: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +184,7 @@ def test_a_full_disk_stops_no_server(own: Settings, monkeypatch: pytest.MonkeyPa
     assert events == [f"the disk of {StackFolder(own).root} is full: nothing can be stored"]
 
 
+@pytest.mark.long
 def test_a_server_that_dies_at_its_start_is_reported_with_the_end_of_its_log(own: Settings) -> None:
     database = own.home / "mlflow" / "mlflow.db"
     database.parent.mkdir(parents=True)
@@ -197,6 +202,7 @@ def test_a_state_folder_that_cannot_be_used_is_reported(tmp_path: Path) -> None:
         up(Settings(home=tmp_path / "file"), only=S3)
 
 
+@pytest.mark.long
 def test_a_busy_port_is_replaced_by_a_free_one_that_stays(own: Settings, busy_port: int) -> None:
     settings = own.model_copy(update={"s3_port": busy_port})
     events: list[str] = []
@@ -221,6 +227,7 @@ def test_a_port_on_which_nothing_listens_is_used_although_a_connection_has_it(bu
         assert ports.choose(Ports(), kept=[], preferred={"prefect": busy_port}).prefect != busy_port
 
 
+@pytest.mark.long
 def test_a_port_taken_between_the_look_and_the_start_is_replaced(
     own: Settings, busy_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

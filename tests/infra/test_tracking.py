@@ -317,6 +317,7 @@ def test_full_buffer_thins_the_oldest_steps_but_no_epoch(monkeypatch: pytest.Mon
     assert len([step for step in steps if step <= 1000]) < 200
 
 
+@pytest.mark.long
 def test_outage_of_the_server_loses_and_repeats_no_step(
     monkeypatch: pytest.MonkeyPatch, free_address: str, tmp_path: Path
 ) -> None:

@@ -121,6 +121,7 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     os.environ.update(before)
 
 
+@pytest.mark.long
 def test_local_servers_are_reached_whatever_the_shell_sets(stack: Endpoints) -> None:
     done = subprocess.run(
         [sys.executable, "-c", USE_EVERY_CLIENT],

@@ -329,6 +329,7 @@ def test_a_newer_snapshot_takes_the_place_of_one_that_waits_and_saving_never_wai
     assert writing.told == []
 
 
+@pytest.mark.long
 def test_after_the_last_step_an_upload_that_runs_ends_with_its_commit_and_one_that_waits_is_dropped(
     frozen: Callable[[], None], own_store: ObjectStore, tmp_path: Path
 ) -> None:
@@ -344,6 +345,7 @@ def test_after_the_last_step_an_upload_that_runs_ends_with_its_commit_and_one_th
     assert not writing.writer._thread.is_alive()
 
 
+@pytest.mark.long
 def test_an_outage_of_the_storage_costs_no_checkpoint_but_those_made_meanwhile(
     own: Settings, own_store: ObjectStore, tmp_path: Path
 ) -> None:
@@ -365,6 +367,7 @@ def test_an_outage_of_the_storage_costs_no_checkpoint_but_those_made_meanwhile(
     assert "\n" not in began
 
 
+@pytest.mark.long
 def test_the_last_snapshot_of_a_training_survives_an_outage_that_ends_in_time(
     own: Settings, own_store: ObjectStore, tmp_path: Path
 ) -> None:
@@ -377,6 +380,7 @@ def test_the_last_snapshot_of_a_training_survives_an_outage_that_ends_in_time(
     assert steps(own_store) == [1]
 
 
+@pytest.mark.long
 def test_a_stop_whose_checkpoint_cannot_be_stored_in_time_says_which_one_is_the_last(
     frozen: Callable[[], None], own_store: ObjectStore, tmp_path: Path
 ) -> None:
@@ -386,6 +390,7 @@ def test_a_stop_whose_checkpoint_cannot_be_stored_in_time_says_which_one_is_the_
     assert writing.writer.committed == 0
 
 
+@pytest.mark.long
 def test_training_ends_when_no_checkpoint_can_be_stored_for_longer_than_patience(
     own: Settings, own_store: ObjectStore, tmp_path: Path
 ) -> None:

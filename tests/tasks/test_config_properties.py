@@ -45,6 +45,7 @@ def test_any_bytes_as_a_file(data: bytes) -> None:
             refused_in_one_line(str(error))
 
 
+@pytest.mark.long
 @bounded
 @given(st.dictionaries(st.sampled_from([key.split(".")[0] for key in KEYS]) | st.text(max_size=8), VALUES, max_size=4))
 def test_any_values_of_known_and_unknown_keys_in_a_file(values: dict[str, object]) -> None:

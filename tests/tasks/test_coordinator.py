@@ -75,6 +75,7 @@ def play(
     wait_for(play.ended, "the coordinator to end")
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_is_lost_in_a_pause_only_repeats_its_steps(play: Play) -> None:
     for node in ("a", "b"):
         play.say(node)
@@ -114,6 +115,7 @@ def test_rank_zero_of_a_generation_that_was_given_up_finds_that_it_was_replaced(
     assert not is_current(play.board)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("play", [{"nets/small.py": "1" * 64}], indirect=True)
 def test_a_node_that_has_other_files_of_the_network_is_not_used(play: Play) -> None:
     for node, digest in (("a", "1"), ("b", "2"), ("c", "1")):
@@ -143,6 +145,7 @@ def test_a_storage_that_refuses_for_long_ends_the_training(play: Play, monkeypat
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("trouble", "resumable"), [("rank 0 was killed by SIGKILL", True), ("ValueError: no such file", False)]
 )
@@ -173,6 +176,7 @@ def test_a_wait_for_nodes_that_was_in_vain_names_the_step_from_which_a_resume_go
     assert outcome and (outcome.status, outcome.steps) == ("interrupted", 400)
 
 
+@pytest.mark.long
 def test_a_node_that_joins_and_fails_is_left_out_and_the_others_go_on(play: Play) -> None:
     for node in ("a", "b"):
         play.say(node)

@@ -86,6 +86,7 @@ def outcomes(report: DataReport) -> dict[str, str]:
     return {check.name: check.outcome for check in report.checks.checks}
 
 
+@pytest.mark.long
 def test_good_data_pass_and_the_report_is_in_the_bucket_and_in_prefect(versions: Versions) -> None:
     report = gate(versions.good)
     assert report.checks.outcome == "passed"
@@ -99,6 +100,7 @@ def test_good_data_pass_and_the_report_is_in_the_bucket_and_in_prefect(versions:
     assert "| leakage | passed | 0 | 0.01 |" in page
 
 
+@pytest.mark.long
 def test_samples_are_drawn_once_per_report(versions: Versions) -> None:
     key = gate(versions.good).prefix + "data_samples.png"
     versions.store.put_bytes(key, b"drawn before")
@@ -131,6 +133,7 @@ def test_check_that_only_warns_lets_the_data_pass(versions: Versions) -> None:
     assert outcomes(report)["leakage"] == "warned"
 
 
+@pytest.mark.long
 def test_champions_data_are_compared_with(versions: Versions) -> None:
     compared = ("missing_classes", "new_classes", "class_drift", "pixel_drift")
     same, other = gate(versions.good, versions.good.version), gate(versions.good, versions.bad.version)
@@ -142,6 +145,7 @@ def test_champions_data_are_compared_with(versions: Versions) -> None:
     assert gone.checks.champion_version is None
 
 
+@pytest.mark.long
 def test_warm_start_on_images_that_the_champion_learned_is_refused(versions: Versions) -> None:
     """A version whose training split is the good one's test split, as another seed could have it."""
     manifest = load_manifest(versions.store, versions.good.version)

@@ -128,6 +128,7 @@ with ExitStack() as alive:
 """
 
 
+@pytest.mark.long
 def test_every_killed_flow_run_of_this_machine_is_crashed_not_only_those_with_an_mlflow_run(
     made: Leftovers, start: Callable[..., subprocess.Popen[str]]
 ) -> None:

@@ -29,6 +29,7 @@ def registered(stack: object, tmp_path_factory: pytest.TempPathFactory) -> Regis
     return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("format", ["pt2", "onnx", "safetensors"])
 def test_each_format_gives_what_was_evaluated(registered: Registered, tmp_path: Path, format: str) -> None:
     if format == "onnx":
@@ -46,6 +47,7 @@ def test_each_format_gives_what_was_evaluated(registered: Registered, tmp_path: 
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("format", ["pt2", "onnx", "safetensors"])
 def test_a_file_names_its_version_and_its_example_answers_as_predict_does(
     registered: Registered, tmp_path: Path, format: str

@@ -55,6 +55,7 @@ def photos_table(file: Path, **columns: str) -> Path:
     return table(file, [{"path": path, "label": path.split("/")[0], **columns} for path in PHOTOS])
 
 
+@pytest.mark.long
 def test_a_table_and_every_form_of_its_folder_are_one_version_with_one_index(
     tmp_path: Path, bucket: ObjectStore
 ) -> None:
@@ -194,6 +195,7 @@ def test_a_table_beside_class_folders_adds_its_columns(tmp_path: Path, bucket: O
     assert "metadata.csv" in load_manifest(bucket, dataset.version).report.warnings[0]
 
 
+@pytest.mark.long
 def test_a_group_stays_in_one_split_whatever_else_comes(tmp_path: Path, bucket: ObjectStore) -> None:
     folder = laid_out(images("cat", "dog", each=60), tmp_path / "d")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))

@@ -225,6 +225,7 @@ def registered(stack: object, tmp_path_factory: pytest.TempPathFactory) -> Regis
     return register_digits(NAME, tmp_path_factory.mktemp("weights"))
 
 
+@pytest.mark.long
 def test_registered_version_judges_all_images_of_its_data(registered: Registered, tmp_path: Path) -> None:
     version = find_version(f"{NAME}/1")
     found = write_label_errors(version.address, tmp_path / "errors.csv")
@@ -274,6 +275,7 @@ def photos(stack: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_corrections_become_a_table_that_relabels_these_images_only(photos: Path, tmp_path: Path) -> None:
     model, out = f"{NAME}-photos/1", photos / "labels.csv"
     errors = write_label_errors(model, tmp_path / "errors.csv")

@@ -62,6 +62,7 @@ def end(run: FlowRun) -> None:
         client.set_flow_run_state(run.id, Completed(), force=True)
 
 
+@pytest.mark.long
 def test_a_lease_that_prefect_has_forgotten_is_taken(
     model: str, at_once: None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -103,6 +104,7 @@ def test_what_a_killed_flow_run_of_this_machine_held_is_free_at_once(
     train()
 
 
+@pytest.mark.long
 def test_what_goes_on_without_its_lease_is_waited_for(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect lets leases expire that could not be renewed during an outage."""
     training, waits = holder(model), []

@@ -56,6 +56,7 @@ def trained(made: Registered) -> TrainResult:
     )
 
 
+@pytest.mark.long
 def test_card_is_the_description_and_links_to_everything(made: Registered) -> None:
     config, result = read_record(made.evaluated.run_id).config, trained(made)
 
@@ -86,6 +87,7 @@ def test_card_is_the_description_and_links_to_everything(made: Registered) -> No
     assert headings == [f"## {name}" for name in SECTIONS]
 
 
+@pytest.mark.long
 def test_code_of_the_card_needs_no_convoy(made: Registered, tmp_path: Path) -> None:
     manifest = load_manifest(made.store, made.dataset.version)
 

@@ -64,6 +64,7 @@ sys.exit(agent.main())
 """
 
 
+@pytest.mark.long
 def test_an_agent_that_cannot_take_part_says_why_and_fails(store: ObjectStore, tmp_path: Path) -> None:
     """So that the coordinator goes on without it, and Kubernetes or Ray starts another one."""
     board, folder = Board(store, "f00d"), ordered(tmp_path / "flow")
@@ -100,6 +101,7 @@ def test_all_that_people_have_to_know_is_passed_on_however_quick_the_steps_are(
     assert len(taken) < 10 and taken[-1] == Event(step=2, total_steps=9, epoch=1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "sent", "status"),
     [(["f00d"], signal.SIGTERM, 75), ([], signal.SIGTERM, 0), (["f00d"], signal.SIGINT, 130)],
@@ -151,6 +153,7 @@ def ordered(path: Path) -> JobFolder:
     return folder
 
 
+@pytest.mark.long
 def test_the_flow_hears_why_the_agent_of_its_own_machine_has_ended(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,6 +175,7 @@ def fails(error: Exception, *, trial: bool = False) -> UUID:
 ALL = [PROMOTED, REFUSED, WAITING, FAILED, TEST, CRASHED, NOT_BEGUN, STALE]
 
 
+@pytest.mark.long
 def test_each_kind_of_news_is_told_once_and_the_rest_is_not(chat: Receiver) -> None:
     assert ensure_notifications(chat.url, stale_after=LONG) == ALL
     refusal = "the quality gate refused: digits/3 75.42% against digits/2 99.17%; floor: below 80%"
@@ -224,6 +225,7 @@ def test_each_kind_of_news_is_told_once_and_the_rest_is_not(chat: Receiver) -> N
     assert not [run for run in unheard if any(name_of(run) in text for text in chat.texts)]
 
 
+@pytest.mark.long
 def test_the_rest_is_told_if_it_is_asked_for(chat: Receiver) -> None:
     ensure_notifications(chat.url, everything=True, stale_after=LONG)
     typed = fails(UsageError("no data set nosuch"))
@@ -275,6 +277,7 @@ def test_automations_of_an_older_convoy_are_removed(chat: Receiver) -> None:
     assert sorted(automations()) == sorted(ALL)
 
 
+@pytest.mark.long
 def test_doing_it_again_changes_nothing_and_another_address_is_taken(chat: Receiver) -> None:
     ensure_notifications(SecretStr("https://elsewhere.example/x"), stale_after=LONG)
     first = automations()
@@ -342,6 +345,7 @@ def run_notify(*arguments: str) -> Result:
     return CliRunner().invoke(command, arguments)
 
 
+@pytest.mark.long
 def test_the_address_stays_secret_even_if_the_receiver_refuses(
     chat: Receiver, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +373,7 @@ def test_the_address_stays_secret_even_if_the_receiver_refuses(
     assert run_notify("--off").stdout == "There were no notifications.\n"
 
 
+@pytest.mark.long
 def test_a_test_message_reports_what_the_receiver_answered(chat: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CONVOY_NOTIFY_URL", raising=False)
     with pytest.raises(UsageError, match="there are no notifications yet"):

@@ -109,6 +109,7 @@ def manifest_of(config: RunConfig, files: dict[str, str]) -> RunManifest:
     return RunManifest(**platform.model_dump(), dataset_version=DATASET.version, config=config_inputs(config))
 
 
+@pytest.mark.long
 def test_files_of_the_network_are_code_that_a_resume_and_a_retraining_name(
     own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,12 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import cnn
 from tasks.training.platform import weight_files
 
 PACKAGE = Path(cnn.__path__[0])
 
 
+@pytest.mark.long
 def test_all_that_a_rank_loads_of_cnn_decides_weights() -> None:
     files = "(module.__file__ for name, module in sys.modules.items() if name.startswith('cnn.'))"
     code = f"import sys, tasks.training.rank; print(*{files})"

@@ -67,6 +67,7 @@ def predicting(model: str, inputs: list[Path | str], out: Path | str) -> Predict
     return run()
 
 
+@pytest.mark.long
 def test_folder_gives_the_evaluated_probabilities_in_order(
     registered: Registered, photos: Path, reference: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -161,6 +162,7 @@ def save_photographs(folder: Path) -> None:
         image.save(folder / "a" / f"turned-{name}", exif=exif)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("resize", get_args(Resize))
 @pytest.mark.parametrize("channels", [1, 3])
 def test_files_become_the_pixels_that_are_packed_for_training(
@@ -212,6 +214,7 @@ def test_versions_that_do_not_say_how_they_see_rectangles_crop_them(monkeypatch:
         target_of(served)
 
 
+@pytest.mark.long
 def test_photographs_of_any_shape_are_predicted_as_the_version_was_trained(
     stack: object, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -236,6 +239,7 @@ def test_photographs_of_any_shape_are_predicted_as_the_version_was_trained(
     assert np.array_equal(found[0], decode_image((tmp_path / "photo.jpg").read_bytes(), Target(8, 1, "pad")))
 
 
+@pytest.mark.long
 def test_inputs_and_results_may_be_in_a_bucket(photos: Path, registered: Registered, tmp_path: Path) -> None:
     store = registered.store
     for name in ("000.png", "001.png"):
@@ -278,6 +282,7 @@ def test_of_two_files_with_one_name_only_the_unreadable_one_has_no_class(tmp_pat
     assert [(row["class"], row["error"]) for row in rows] == [("b", ""), ("", "truncated")]
 
 
+@pytest.mark.long
 def test_temperature_of_the_version_calibrates(registered: Registered, photos: Path, tmp_path: Path) -> None:
     client, version = MlflowClient(), registered.version
     client.set_model_version_tag(NAME, version.version, "convoy.temperature", "1")

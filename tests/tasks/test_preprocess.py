@@ -279,6 +279,7 @@ def test_what_a_killed_run_left_does_not_disturb(store: ObjectStore, raw: RawSou
     assert not leavings.exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["local", "bucket"])
 def test_a_folder_read_in_place_gives_the_version_that_its_copy_gives(
     store: ObjectStore, home: Path, tmp_path: Path, where: str

@@ -131,6 +131,7 @@ def test_killed_again_and_again_it_gives_the_same_version(
     assert not list(store.list("journals/"))
 
 
+@pytest.mark.long
 def test_a_journal_with_gaps_or_damage_is_used_as_far_as_it_goes(
     store: ObjectStore, folder: Path, machine: Callable[[str], None]
 ) -> None:

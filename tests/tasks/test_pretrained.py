@@ -113,6 +113,7 @@ def test_weights_take_the_place_of_unused_files_in_a_limited_cache(
     assert not before.exists()
 
 
+@pytest.mark.long
 def test_the_weights_of_the_first_use_are_enforced_from_then_on(
     store: ObjectStore, dataset: DatasetRef, web: WebServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

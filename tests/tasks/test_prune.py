@@ -291,6 +291,7 @@ def test_commits_go_before_what_they_commit(made: Leftovers) -> None:
     assert order("reports/data/1/0/data.json") < order("reports/data/1/0/data_samples.png")
 
 
+@pytest.mark.long
 def test_a_dry_run_tells_the_same_and_a_second_run_finds_nothing(made: Leftovers) -> None:
     from flows.prune import prune_flow
 

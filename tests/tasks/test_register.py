@@ -96,6 +96,7 @@ def registered(trained: Trained, evaluated: Evaluation) -> ModelVersion:
     return registering()
 
 
+@pytest.mark.long
 def test_evaluation_is_in_the_run(trained: Trained, evaluated: Evaluation) -> None:
     run = MlflowClient().get_run(trained.result.run_id)
     assert run.data.metrics["test/accuracy"] == evaluated.accuracy

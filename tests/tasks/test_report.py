@@ -303,6 +303,7 @@ def test_reliability_diagram_has_a_bar_for_each_bin_with_images(split: MappedSpl
     assert "temperature 2.500" in figure.axes[1].get_title()
 
 
+@pytest.mark.long
 def test_published_report_is_whole(stack: object, split: MappedSplit, tmp_path: Path) -> None:
     refresh_global_settings_context()  # Prefect was imported before the stack named its server
     report = guesses(split, temperature=2.5)

@@ -71,10 +71,12 @@ def report(registered: Registered, temporary: Path) -> ServingReport:
         return gate(registered, registered.evaluated, ServingConfig())
 
 
+@pytest.mark.long
 def test_trying_a_model_leaves_no_copy_of_it_behind(report: ServingReport, temporary: Path) -> None:
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.long
 def test_good_version_passes_and_becomes_challenger(registered: Registered, report: ServingReport) -> None:
     names = [check.name for check in report.checks]
     assert {"pyfunc, batch of 1", "pyfunc, batch of 64", "HTTP, batch of 1", "HTTP, batch of 64"} <= set(names)
@@ -89,6 +91,7 @@ def test_good_version_passes_and_becomes_challenger(registered: Registered, repo
     assert not servers()
 
 
+@pytest.mark.long
 def test_refusals_say_what_is_wrong(report: ServingReport) -> None:
     said = {check.name: check.detail for check in report.checks}
     for way in ("pyfunc", "HTTP"):
@@ -121,6 +124,7 @@ def test_version_that_differs_in_the_last_image_is_refused(registered: Registere
     assert "| is served over HTTP | not tested | serving.http=false switches it off |" in let_pass.markdown()
 
 
+@pytest.mark.long
 def test_version_without_files_is_refused_without_waiting_for_a_server(registered: Registered) -> None:
     client = MlflowClient()
     experiment = client.get_run(registered.evaluated.run_id).info.experiment_id
@@ -137,6 +141,7 @@ def test_version_without_files_is_refused_without_waiting_for_a_server(registere
             pass
 
 
+@pytest.mark.long
 def test_libraries_load_without_a_device_or_a_python_thread_since_forks_could_not_use_one() -> None:
     program = f"""
 import runpy, threading
@@ -151,6 +156,7 @@ print(asked, threading.active_count())
     assert done.stdout == "[] 1\n"
 
 
+@pytest.mark.long
 def test_processes_start_again_after_they_were_dismissed(registered: Registered) -> None:
     """As if the gate is tried again after an outage."""
     images = load_reference(registered.store, registered.evaluated.reference_key)["images"]
@@ -167,6 +173,7 @@ def test_processes_start_again_after_they_were_dismissed(registered: Registered)
     assert servers() == before
 
 
+@pytest.mark.long
 def test_killed_processes_are_no_verdict_on_the_version(registered: Registered) -> None:
     """As when memory runs out: the step is then tried again."""
     reference = load_reference(registered.store, registered.evaluated.reference_key)

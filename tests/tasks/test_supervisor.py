@@ -168,6 +168,7 @@ dist.HashStore().wait(["a rank that is gone"], timedelta(seconds=600))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("met", [True, False])  # before the rendezvous, immediately
 def test_rank_that_waits_inside_pytorch_ends_itself_after_sigterm(
     started: list[subprocess.Popen[str]], met: bool
@@ -280,6 +281,7 @@ def test_a_hung_rank_is_killed_sooner_when_the_ranks_have_not_come_to_the_stop(
     assert gone(rank)
 
 
+@pytest.mark.long
 def test_killed_supervisor_takes_torchrun_along_which_has_said_nothing_that_would_look_like_the_cause(
     started: list[subprocess.Popen[str]], training: Training
 ) -> None:
@@ -290,6 +292,7 @@ def test_killed_supervisor_takes_torchrun_along_which_has_said_nothing_that_woul
     assert JobFolder(training.folder).log_end() == "they were killed"
 
 
+@pytest.mark.long
 def test_torchrun_loads_the_library_of_the_network_before_it_forks_its_ranks_and_starts_no_thread(
     tmp_path: Path,
 ) -> None:
@@ -390,6 +393,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
 
 
+@pytest.mark.long
 def test_nothing_unpickles_where_ranks_are_started(
     started: list[subprocess.Popen[str]], training: Training, unpickled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +406,7 @@ def test_nothing_unpickles_where_ranks_are_started(
     assert not unpickled.exists()
 
 
+@pytest.mark.long
 def test_nodes_meet_without_unpickling(
     training: Training, unpickled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -429,6 +434,7 @@ def test_nodes_meet_without_unpickling(
     assert not unpickled.exists()
 
 
+@pytest.mark.long
 def test_supervisor_leaves_no_file_behind_but_those_of_its_folder(
     started: list[subprocess.Popen[str]], training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -467,6 +473,7 @@ def test_supervisor_starts_killed_ranks_again_as_often_as_it_may(
     assert warnings == ["they were killed; starting again from the last checkpoint"] * 2
 
 
+@pytest.mark.long
 def test_ranks_that_load_other_code_than_the_training_began_with_end_it(
     started: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -494,6 +501,7 @@ def test_supervisor_does_not_start_ranks_again_that_say_what_was_wrong(
     assert not (training.folder / "train.log.1").exists()
 
 
+@pytest.mark.long
 def test_launcher_that_cannot_start_says_so_in_the_outcome(
     started: list[subprocess.Popen[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

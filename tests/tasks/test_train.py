@@ -59,6 +59,7 @@ def meanwhile(act: Callable[[], None]) -> threading.Thread:
     return thread
 
 
+@pytest.mark.long
 def test_without_restarts_a_killed_rank_ends_the_training_which_says_so_in_one_line(settings: Settings) -> None:
     next_training, disturbed = NextTraining(settings), list[Training]()
 
@@ -146,6 +147,7 @@ def test_a_loss_that_is_no_number_fails_the_training_with_its_step_and_commits_n
     assert not (settings.runs / run.run_id / "train.log.1").exists()  # it would only do the same again
 
 
+@pytest.mark.long
 def test_steps_are_traced_on_request_and_the_result_says_what_the_ranks_waited_for(settings: Settings) -> None:
     steps = ["ranks=2", "data.limit=600", "epochs=1", "profile=3"]
     trained = only_train(load_config(None, [*SMALL, *steps], DIGITS))

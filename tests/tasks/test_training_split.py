@@ -126,6 +126,7 @@ def train(cache: Cache, manifest: Manifest, config: TrainConfig, group: tuple[to
     return weights_sha256(trainer.weights())
 
 
+@pytest.mark.long
 def test_a_training_keeps_within_a_small_cache_and_gives_the_same_weights(
     store: ObjectStore, stored: Manifest, tmp_path: Path, group: tuple[torch.device, Exchange]
 ) -> None:
@@ -251,6 +252,7 @@ def inverted(packed: Packed, folder: Path) -> Packed:
     return Packed(folder, packed.manifest.model_copy(update={"splits": splits}))
 
 
+@pytest.mark.long
 def test_trainings_that_together_need_more_than_the_cache_may_hold_all_open_their_data(
     store: ObjectStore,
     stored: Manifest,
