@@ -516,7 +516,6 @@ def promoted(version: ModelVersion) -> None:
     run()
 
 
-@pytest.mark.long
 def test_only_better_versions_become_champion(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs through the life of a model in order: each step depends on those before it."""
     with pytest.raises(QualityRefused, match=r"refused: gated/1 .*, no champion; floor") as refusal:
