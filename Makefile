@@ -4,13 +4,13 @@ BIN := .venv/bin
 # Else the first commands take twice as long, and all do where PYTHONDONTWRITEBYTECODE is set.
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: setup train test test-long test-all faults linters lint up down bench lock ray team-secrets
+.PHONY: setup train test test-all faults linters lint up down bench lock ray team-secrets
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train, evaluate and register a network on Fashion-MNIST, with local servers"
 	@echo "make test    run the quick tests     make lint   style, types and layers"
-	@echo "make test-long  run those that take more than a few seconds, which CI runs too"
+	@echo "make test LONG=1  run also those that take more than a few seconds, as CI does"
 	@echo "make test-all  run the tests of every marker (hours), and print one table; ARGS=\"net slow\" chooses markers"
 	@echo "make up      start local servers     make down   stop them"
 	@echo "make bench   measure, with ratios    make lock   update requirements.lock; ARGS=--upgrade for newer versions"
@@ -39,12 +39,9 @@ train: setup
 	$(BIN)/convoy train
 
 # Two workers fill two cores: with a third one it takes longer, and a quarter more processor time.
+# LONG=1 adds those marked long, in the same session: a second one would start its servers again.
 test: setup
-	$(BIN)/pytest -n 2
-
-# What CI runs besides.
-test-long: setup
-	$(BIN)/pytest -n 2 -m long
+	$(BIN)/pytest -n 2 $(if $(LONG),-m "not slow and not faults and not gpu and not ui and not net and not ray")
 
 test-all: setup linters
 	$(BIN)/python -m tests.everything $(ARGS)
