@@ -11,6 +11,7 @@ import pytest
 from infra.stack.endpoints import Endpoints
 from tests.conftest import REPOSITORY, USERS_OWN
 from tests.flows.test_cli import pictures
+from tests.flows.test_sweep import NETWORK
 
 PAGE = REPOSITORY / "flows" / "README.md"
 
@@ -90,15 +91,6 @@ refused(convoy.promote, "a", 1, floor=2)
         assert line.startswith("2 ") and part in line
     assert not (project / ".convoy").exists()
     assert set(done.stderr.splitlines()) == {"configuration: convoy.yaml"}
-
-
-NETWORK = """
-from torch import nn
-
-class Net(nn.Sequential):
-    def __init__(self, channels, image_size, classes, *, width: int = 4):
-        super().__init__(nn.Flatten(), nn.Linear(channels * image_size**2, width), nn.ReLU(), nn.Linear(width, classes))
-"""
 
 
 @pytest.mark.long

@@ -225,7 +225,8 @@ def test_a_dead_flow_run_is_resumed_once_whoever_looks_and_given_up_after_its_li
 
 def test_a_training_by_commit_goes_on_with_a_worker_of_its_kind(new_run: Callable[..., str]) -> None:
     """On another kind of processor its weights would differ, and the resumption would fail for good."""
-    died, commit = new_run(Crashed(), {COMMIT: "c" * 40}), "c" * 40
+    commit = "c" * 40
+    died = new_run(Crashed(), {COMMIT: commit})
     parameters = {**run_of(died).parameters, "resume": "a" * 32}
     with get_client(sync_client=True) as client:
         Sweep(POOL, "platform-test", print)._resume(client, run_of(died), parameters, step=3, tries=1)
