@@ -166,6 +166,7 @@ def test_targets_say_what_is_in_the_images(kind: str) -> None:
     torch.testing.assert_close(images.mean((2, 3)), targets @ torch.arange(SIZE).float())
 
 
+@pytest.mark.long
 def test_every_image_is_as_likely_a_partner() -> None:
     _, targets = mixed_batches(mixed_by(torch.Generator().manual_seed(1), mixup=1.0), DRAWS)
     foreign = targets.masked_fill(torch.eye(SIZE, dtype=torch.bool), 0)

@@ -184,6 +184,7 @@ def inside(transform: Callable[[Tensor], Tensor], size: tuple[int, int]) -> Tens
     return transform(torch.full((1, *size), 255, dtype=torch.uint8))[0] == 255
 
 
+@pytest.mark.long
 def test_rotations_have_torchvisions_pixels_and_distribution() -> None:
     images = photographs(16)[..., :28]
     degrees = 40 * (2 * torch.rand(16, dtype=torch.float64, generator=seeded(3)) - 1)

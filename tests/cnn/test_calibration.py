@@ -34,6 +34,7 @@ def test_no_other_temperature_has_a_lower_cross_entropy() -> None:
     assert losses[1] < min(losses[0], losses[2])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [30, 100, 300, 1000, 10_000])
 def test_other_images_do_not_suffer_from_a_temperature(count: int, one_thread: None) -> None:
     """Validation splits that are too sure, too modest or just right; some nearly without a mistake."""

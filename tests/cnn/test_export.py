@@ -209,6 +209,7 @@ def test_the_page_shows_the_examples_of_the_files() -> None:
     assert sorted(shown) == sorted([*whole, SQUARES["pad"], SQUARES["squash"]])
 
 
+@pytest.mark.long
 def test_axes_of_onnx_have_names(program: ExportedProgram, expected: torch.Tensor, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     found = export_to("onnx", program, expected, tmp_path)
@@ -229,6 +230,7 @@ def test_equal_models_are_equal_files(program: ExportedProgram, expected: torch.
     assert len(contents) == 1
 
 
+@pytest.mark.long
 def test_what_differs_from_the_original_is_not_written(
     program: ExportedProgram, expected: torch.Tensor, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.long
 def test_without_a_gpu_it_is_skipped_in_a_line() -> None:
     done = run(CUDA_VISIBLE_DEVICES="")
     assert (done.returncode, done.stdout.count("\n"), done.stdout[:8]) == (0, 1, "skipped:")

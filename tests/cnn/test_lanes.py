@@ -177,6 +177,7 @@ def test_stopped_and_resumed_in_mid_epoch_by_other_numbers_of_ranks_nothing_diff
     assert four[0] == undisturbed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("window", [300, pytest.param(None, marks=pytest.mark.slow)])
 def test_where_the_shards_are_changes_nothing_nor_does_an_interruption_with_a_window(
     window: int | None, ranks: Ranks, many_shards: Packed
@@ -190,6 +191,7 @@ def test_where_the_shards_are_changes_nothing_nor_does_an_interruption_with_a_wi
         assert (each["steps"], each["epochs"]) == (mapped["steps"], mapped["epochs"])
 
 
+@pytest.mark.long
 def test_another_seed_or_number_of_lanes_gives_other_weights(ranks: Ranks, digits: Packed) -> None:
     config = TrainConfig(epochs=1, batch_size=64, lanes=4, **RECIPES["notes"])
     changed = [config, config.model_copy(update={"seed": 1}), config.model_copy(update={"lanes": 2})]

@@ -220,6 +220,7 @@ def test_name_of_another_form_is_refused_with_the_form(name: str, hint: str) -> 
         TrainConfig(model=name)
 
 
+@pytest.mark.long
 def test_what_cannot_be_found_or_imported_is_refused_with_file_and_line(project: Path) -> None:
     write(
         project,

@@ -173,6 +173,7 @@ def test_shards_do_not_depend_on_how_images_arrive(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.long
 def test_a_folder_and_a_zip_of_it_give_one_version_per_way_to_a_square(
     folder: Folder, tmp_path: Path, out: Path
 ) -> None:
@@ -219,6 +220,7 @@ def test_arrays_of_rectangles_become_squares_as_files_do(
         assert (decode_image(file.getvalue(), Target(16, 1, resize)) == image).all()
 
 
+@pytest.mark.long
 def test_arrays_and_files_are_resized_alike(digits: dict[str, Path], folder: Folder, out: Path) -> None:
     config = PreprocessConfig(image_size=20, channels=3)
     folder.add_digits(range(1797))
@@ -235,6 +237,7 @@ def test_arrays_and_files_are_resized_alike(digits: dict[str, Path], folder: Fol
 # --- splits ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_more_images_and_classes_move_none_between_splits(folder: Folder, out: Path) -> None:
     folder.add_digits(range(400))
     before = preprocess("folder", folder.files, CONFIG, out)
@@ -289,6 +292,7 @@ def test_a_class_missing_in_validation_or_test_is_a_warning(folder: Folder, out:
 # --- size and channels ----------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
@@ -312,6 +316,7 @@ def test_an_unset_size_follows_the_images(
     assert (manifest.report.width.min, manifest.report.width.max) == (min(sizes)[0], max(sizes)[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "expected"), [((400, 300), 224), ((200, 160), 160), ((300, 300), 300)])
 def test_an_unset_size_is_larger_for_pretrained_networks(folder: Folder, size: tuple[int, int], expected: int) -> None:
     for number in range(60):

@@ -135,6 +135,7 @@ def test_first_convolution_is_drawn_as_torchvision_draws_it(model: str) -> None:
     assert ours.bias is None or bool(ours.bias.any()) is bool(theirs.bias.any())
 
 
+@pytest.mark.long
 def test_a_transformer_has_no_small_stem() -> None:
     with pytest.raises(InputError, match=r"swin_t is a transformer, which has no small stem; leave out network.stem"):
         network("swin_t", image_size=32, stem="small")

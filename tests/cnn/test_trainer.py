@@ -110,6 +110,7 @@ def enlarged(digits: Packed, folder: Path) -> Packed:
     return Packed(folder, digits.manifest.model_copy(update={"splits": splits, "image_size": 16}))
 
 
+@pytest.mark.long
 def test_a_network_trained_on_crops_is_validated_on_whole_images(
     digits: Packed, group: tuple[torch.device, Exchange], tmp_path: Path
 ) -> None:
@@ -180,6 +181,7 @@ def test_first_reported_loss_is_the_untrained_networks_mean_cross_entropy(lab: L
     assert report.accuracy == int((logits.argmax(1) == labels).sum()) / 64
 
 
+@pytest.mark.long
 def test_label_smoothing_keeps_the_training_loss_up_but_not_the_validation_loss_formula(lab: Lab) -> None:
     plain, smoothed = (lab.train(epochs=3, label_smoothing=smoothing)[1] for smoothing in (0.0, 0.3))
     # The least loss with smoothing s over K classes is the entropy of the smoothed target.

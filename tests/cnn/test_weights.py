@@ -114,6 +114,7 @@ def test_pretrained_weights_of_the_same_network_are_all_taken(tmp_path: Path) ->
     assert fresh.stage1[0][0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("there", "here", "left"),
     [
@@ -210,6 +211,7 @@ def test_weights_of_another_network_are_refused_and_change_nothing(
     assert weights_sha256(ours.state_dict()) == weights_sha256(network(seed=1).state_dict())
 
 
+@pytest.mark.long
 def test_a_deeper_network_is_another_network_though_it_has_all_names(tmp_path: Path) -> None:
     deeper = pretrained(tmp_path, model="resnet34", network={})
     with pytest.raises(InputError, match=r"122 of 122 names match; there is no 'layer1.2"):

@@ -128,6 +128,7 @@ def test_person_must_choose_and_give_a_name_and_a_reason(asking: Asked) -> None:
     assert all("Validation failed" in refusal for refusal in refusals), refusals
 
 
+@pytest.mark.long
 def test_person_refuses(asking: Asked) -> None:
     asked: list[UUID] = []
     shown: list[object] = []
@@ -149,11 +150,13 @@ def test_person_refuses(asking: Asked) -> None:
     assert made.approval_sentence == "refused by Bob: too dark"
 
 
+@pytest.mark.long
 def test_no_answer_in_time_is_no_approval(asking: Asked) -> None:
     assert asking(4) == decision(EXPIRED)
     assert decision(EXPIRED).approval_sentence == "nobody decided in time"
 
 
+@pytest.mark.long
 def test_flow_run_is_cancelled_while_it_waits(asking: Asked) -> None:
     def cancel(flow_run: UUID) -> None:
         with get_client(sync_client=True) as client:

@@ -136,6 +136,7 @@ def unreadable_images(folder: Path) -> None:
         (folder / "dog" / f"{name}.png").write_bytes(b"not an image")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "make, hint",
     [(empty, "photos"), (class_without_images, "dog"), (one_class, "cat"), (unreadable_images, "dog/a.png")],
@@ -158,6 +159,7 @@ def test_folder_that_cannot_be_learnt_from_is_refused_and_opens_no_run(
     assert aliased("refused", "challenger") is None
 
 
+@pytest.mark.long
 def test_batch_larger_than_the_training_split_is_refused_and_opens_no_run(
     convoy: Convoy, tmp_path: Path, summary: Callable[[], dict[str, object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +282,7 @@ def loaded_by(code: str, *arguments: str, folder: Path) -> str:
 COMMAND = "from flows.cli import app as cli\nfrom infra.machine import stopping\nstopping.end = sys.exit\ncli.main()"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "arguments",
     [

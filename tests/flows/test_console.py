@@ -61,6 +61,7 @@ def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     assert lines[4].split("  ") == [f" {ODD}", "x[/y].csv "]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("output", ["closed pipe", "full disk", "ascii"])
 def test_work_goes_on_when_its_output_cannot_be_written(tmp_path: Path, output: str) -> None:
     environment = os.environ | ({"PYTHONIOENCODING": "ascii"} if output == "ascii" else {})
@@ -161,6 +162,7 @@ def test_a_public_file_keeps_the_mode_of_the_one_that_it_replaces(tmp_path: Path
     assert mode("secret", False) == 0o600
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "file, content, reason",
     [
@@ -192,6 +194,7 @@ def test_a_bug_stays_a_bug() -> None:
     assert as_known_error(known) is known
 
 
+@pytest.mark.long
 def test_a_prefect_that_is_gone_just_before_the_flow_begins_is_one_line(tmp_path: Path) -> None:
     own = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_HOME": str(tmp_path)}
     command = [sys.executable, "-c", DEAD_API]

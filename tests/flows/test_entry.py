@@ -27,6 +27,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", [".", "", "/nonexistent"])
 def test_modules_of_the_same_names_do_no_harm(project: Path, path: str) -> None:
     environment = os.environ | {"PYTHONPATH": path}

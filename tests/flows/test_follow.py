@@ -160,6 +160,7 @@ def test_a_dead_flow_run_that_a_worker_will_resume_is_no_failure(
     assert (summary.status, summary.exit_status, summary.error) == expected
 
 
+@pytest.mark.long
 def test_an_outage_without_end_is_one_line(relay: type[Relay], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployed_runs, "MAX_OUTAGE_SECONDS", 0.2)
     run = flow_run_in(Running(), name="retrain")

@@ -223,6 +223,7 @@ def test_a_dead_flow_run_is_resumed_once_whoever_looks_and_given_up_after_its_li
     assert (row["kind"], row["detail"][:50]) == ("died", "not resumed: it has ended 2 times in a row at step")
 
 
+@pytest.mark.long
 def test_a_training_by_commit_goes_on_with_a_worker_of_its_kind(new_run: Callable[..., str]) -> None:
     """On another kind of processor its weights would differ, and the resumption would fail for good."""
     commit = "c" * 40
@@ -292,6 +293,7 @@ def test_a_flow_run_elsewhere_counts_as_dead_once_its_sign_of_life_has_not_chang
     assert run_of(alive).state_type == StateType.RUNNING
 
 
+@pytest.mark.long
 def test_one_that_cannot_be_looked_at_holds_up_no_other(
     new_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +319,7 @@ def test_one_that_cannot_be_looked_at_holds_up_no_other(
     assert sweep._page
 
 
+@pytest.mark.long
 def test_one_that_waited_for_long_before_it_died_is_resumed_too(unserved: str) -> None:
     began = datetime.now(UTC) - timedelta(days=30)
     with get_client(sync_client=True) as client:

@@ -62,6 +62,7 @@ def test_doctor_counts_what_one_finding_has_settled_for_another(made: Leftovers,
     assert f"settled: run {run}" in said and f"settled: flow {flow_run.id}" in said
 
 
+@pytest.mark.long
 def test_doctor_exits_with_1_until_all_is_settled(made: Leftovers, capsys: Output) -> None:
     work = Settings().home / "work" / "preprocess-dead"
     work.mkdir(parents=True)

@@ -72,6 +72,7 @@ def test_export_writes_a_file_that_works(convoy: Convoy, registered: Registered,
     assert torch.allclose(found, reference["probabilities"], atol=1e-5)
 
 
+@pytest.mark.long
 def test_errors_writes_a_table_and_a_page_and_says_what_was_seen_in_training(
     convoy: Convoy, registered: Registered, tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_mistakes_are_one_line(convoy: Convoy, photos: Path, tmp_path: Path) -> 
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.long
 def test_json_lines_are_json(convoy: Convoy, photos: Path, tmp_path: Path) -> None:
     done = convoy("predict", NAME, str(photos / "0.png"), str(photos / "1.png"), "--out", str(tmp_path / "o.jsonl"))
     assert done.status == 0, done.stderr

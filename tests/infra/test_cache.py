@@ -292,6 +292,7 @@ def _count_up(lock: Path, counter: Path, times: int) -> None:
             counter.write_text(str(int(counter.read_text()) + 1))
 
 
+@pytest.mark.long
 def test_a_lock_lets_one_process_in_at_a_time(tmp_path: Path) -> None:
     lock, counter = tmp_path / "locks" / "one", tmp_path / "counter"
     counter.write_text("0")

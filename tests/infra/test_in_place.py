@@ -109,6 +109,7 @@ def test_names_that_are_no_text_have_to_be_copied(place: Workplace, tmp_path: Pa
         refer(place, str(tmp_path / "set"))
 
 
+@pytest.mark.long
 def test_a_listing_is_sorted_however_it_arrives_and_survives_a_file(tmp_path: Path) -> None:
     entries = [Entry(f"{number * 7919 % 25_000:05}.png", number, f"v{number}") for number in range(25_000)]
     entries.append(Entry("\U0001f600", 1, "x"))

@@ -101,6 +101,7 @@ def test_small_objects_are_read_listed_and_deleted(store: ObjectStore) -> None:
         store.get_bytes("a/1")
 
 
+@pytest.mark.long
 def test_of_many_writers_at_once_exactly_one_puts_the_commit(store: ObjectStore) -> None:
     writers = 8
     together = threading.Barrier(writers)
@@ -371,6 +372,7 @@ class _Stopped(BaseException):
     """As `infra.machine.stopping.Stopped`, which is no Exception either."""
 
 
+@pytest.mark.long
 def test_what_is_raised_in_a_progress_callback_ends_the_transfer(store: ObjectStore, tmp_path: Path) -> None:
     """boto3 calls it in its own threads, which take only an Exception for a failure."""
     with (tmp_path / "file").open("wb") as file:

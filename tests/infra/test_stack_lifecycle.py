@@ -35,6 +35,7 @@ __all__ = ["busy_port", "own", "own_environment"]  # fixtures
 pytestmark = pytest.mark.usefixtures("own_environment")
 
 
+@pytest.mark.long
 def test_a_server_outlives_the_command_that_started_it(own: Settings) -> None:
     command = run_up(own)
     assert command.wait() == 0
@@ -65,6 +66,7 @@ def test_two_commands_at_once_start_one_server(own: Settings) -> None:
     assert len(StackFolder(own).members("seaweedfs")) == 1
 
 
+@pytest.mark.long
 def test_down_stops_what_runs_and_says_so(own: Settings) -> None:
     up(own, only=S3)
     members = StackFolder(own).members("seaweedfs")
@@ -96,6 +98,7 @@ def test_a_killed_server_is_dead_and_starts_again_at_the_same_address_with_its_d
     assert ObjectStore.connect(own.bucket).get_bytes("key") == b"kept"
 
 
+@pytest.mark.long
 def test_a_stale_record_does_not_harm_the_process_that_has_its_id_now(own: Settings) -> None:
     folder = StackFolder(own)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as stranger:
@@ -111,6 +114,7 @@ def test_a_stale_record_does_not_harm_the_process_that_has_its_id_now(own: Setti
         stranger.kill()
 
 
+@pytest.mark.long
 def test_servers_whose_state_folder_was_deleted_are_stopped(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.stack.processes.TERM_SECONDS", 1.0)  # without its data it does not end by itself
     up(own, only=S3)

@@ -361,6 +361,7 @@ def test_system_metrics_join_the_run(run_id: str) -> None:
     assert all(memory > 0 for _, memory in history(run_id, "system/system_memory_usage_megabytes"))
 
 
+@pytest.mark.long
 def test_system_metrics_have_each_step_once_though_they_stop_within_an_interval(run_id: str) -> None:
     metrics = MetricLogger(run_id)
     system = SystemMetrics(metrics, interval=2.0)

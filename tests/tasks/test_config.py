@@ -288,6 +288,7 @@ def test_setting_that_is_no_setting_is_refused(setting: str) -> None:
     assert f"--set {setting}" in refusal(*values)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", ["!!int x", "!!timestamp x", "[" * 5000])
 def test_a_value_that_yaml_cannot_read_is_refused(value: str, tmp_path: Path) -> None:
     assert "the value is not valid YAML" in refusal(f"lr={value}")

@@ -92,6 +92,7 @@ def test_a_checkpoint_that_is_lost_in_a_pause_only_repeats_its_steps(play: Play)
     assert play.folder.read_outcome() is None
 
 
+@pytest.mark.long
 def test_a_stop_whose_checkpoint_is_lost_on_all_nodes_is_the_outcome(play: Play) -> None:
     for node in ("a", "b"):
         play.say(node)

@@ -127,6 +127,7 @@ def test_refused_data_raise_after_the_report_is_published(versions: Versions) ->
     assert "| constant | test 20 |" in page
 
 
+@pytest.mark.long
 def test_check_that_only_warns_lets_the_data_pass(versions: Versions) -> None:
     report = gate(versions.bad, leakage="warn")
     assert report.checks.outcome == "warned"
@@ -161,6 +162,7 @@ def test_warm_start_on_images_that_the_champion_learned_is_refused(versions: Ver
     gate(versions.good, versions.good.version, warm_start=True)
 
 
+@pytest.mark.long
 def test_report_goes_into_the_run_that_is_opened_later(versions: Versions, tmp_path: Path) -> None:
     report = gate(versions.bad, versions.good.version, leakage="warn")
     run_id = mlflow_runs.start_run("data-gate-tests", "run", {}, {})

@@ -163,6 +163,7 @@ def test_a_run_of_another_prefect_stays_open(made: Leftovers) -> None:
         assert whats(settle_all()) == [("run", run)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("state", OPEN)
 def test_a_killed_flow_of_this_machine_is_crashed_or_cancelled_as_asked(
     made: Leftovers, start: Callable[..., subprocess.Popen[str]], state: str

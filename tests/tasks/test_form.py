@@ -93,6 +93,7 @@ def test_a_form_that_nobody_has_touched_trains_as_the_command_does(dataset: str)
     assert RunConfig.model_validate(values | {"dataset": dataset}) == RunConfig(dataset=dataset)
 
 
+@pytest.mark.long
 def test_the_form_accepts_all_that_the_configuration_accepts_and_refuses_typing_errors() -> None:
     schema = schema_of(train_flow)
 

@@ -136,6 +136,7 @@ def test_another_value_in_a_column_makes_no_new_version(tmp_path: Path, bucket: 
     assert slice_masks(index, "test", ["site", "nothing"]).keys() == {"site=x"}
 
 
+@pytest.mark.long
 def test_an_index_of_another_source_of_the_same_images_is_made_again(tmp_path: Path, bucket: ObjectStore) -> None:
     folder = laid_out(PHOTOS, tmp_path / "d")
     absolute = [{"path": f"{folder}/{path}", "label": path.split("/")[0], "camera": "left"} for path in PHOTOS]
@@ -296,6 +297,7 @@ def test_a_table_with_one_label_is_refused(tmp_path: Path, bucket: ObjectStore) 
         packed(table(folder / "labels.csv", [{"path": path, "label": "x"} for path in PHOTOS]))
 
 
+@pytest.mark.long
 def test_what_changed_between_two_versions_is_named_by_file(tmp_path: Path, bucket: ObjectStore) -> None:
     folder = laid_out(PHOTOS, tmp_path / "d")
     before = index_of(bucket, packed(folder))

@@ -118,6 +118,7 @@ def test_metrics_of_a_training_that_pauses_are_sent_then_since_it_may_never_go_o
         assert sent == list(range(1, paused.steps + 1))
 
 
+@pytest.mark.long
 def test_an_outage_is_outlasted_but_no_refusal(caplog: pytest.LogCaptureFixture) -> None:
     answers: list[Exception | None] = [Outage("MLflow is away"), httpx.ConnectError("Prefect is away"), None]
 

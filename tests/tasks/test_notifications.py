@@ -245,6 +245,7 @@ def test_the_rest_is_told_if_it_is_asked_for(chat: Receiver) -> None:
     assert sorted(chat.texts) == sorted([*expected, last])
 
 
+@pytest.mark.long
 def test_a_mistake_is_told_if_nobody_started_the_run(chat: Receiver) -> None:
     """A schedule or an event starts such a run; the flow run's record says so."""
     ensure_notifications(chat.url, stale_after=LONG)

@@ -203,6 +203,7 @@ def test_one_content_is_refused_in_the_same_words(row: str, tmp_path: Path) -> N
             packed(dataset, tmp_path / "out")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("row", ["seg_train, seg_test, seg_pred, a file beside them"])
 def test_it_does_so_through_the_tasks_and_from_a_bucket(row: str, tmp_path: Path, bucket: ObjectStore) -> None:
     for path, content in TABLE[row][0].items():

@@ -89,6 +89,7 @@ def test_folder_gives_the_evaluated_probabilities_in_order(
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.long
 def test_formats_hold_the_same(photos: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.png"
     bad.write_text("text")
@@ -309,6 +310,7 @@ def test_calibration_is_that_of_the_logits() -> None:
     assert np.array_equal(calibrated(sure, 2.0), sure)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "model, hint",
     [

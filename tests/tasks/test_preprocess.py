@@ -155,6 +155,7 @@ def test_the_limit_of_an_unset_size_makes_another_version_of_large_images(
     assert preprocess.fn(raw, CONFIG, max_default_size=224).reused
 
 
+@pytest.mark.long
 def test_images_are_packed_again_if_a_damaged_one_decided_their_size(
     store: ObjectStore, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +242,7 @@ def misdirect_record(store: ObjectStore, dataset: DatasetRef, raw: RawSource) ->
     return key
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "damage",
     [

@@ -100,6 +100,7 @@ def kill_after(raw: RawSource, method: str, entries: int) -> None:
         process.join()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keep_raw", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in place", "kept"])
 def test_killed_again_and_again_it_gives_the_same_version(
     store: ObjectStore, folder: Path, machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, keep_raw: bool

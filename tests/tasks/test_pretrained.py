@@ -91,6 +91,7 @@ def test_published_weights_are_stored_as_safetensors_and_set_the_normalisation(
     assert use.file.sha256 == hashlib.sha256((tmp_path / "published.pth").read_bytes()).hexdigest()
 
 
+@pytest.mark.long
 def test_a_second_use_needs_no_mirror_and_gives_an_equal_configuration(
     dataset: DatasetRef, web: WebServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -166,6 +167,7 @@ def test_without_a_mirror_all_that_were_tried_are_named(
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("in_bucket", [False, True], ids=["local", "s3"])
 def test_a_users_file_of_pytorch_is_stored_as_the_safetensors_file_with_its_tensors(
     in_bucket: bool, store: ObjectStore, dataset: DatasetRef, tmp_path: Path
@@ -214,6 +216,7 @@ def lite0(state: Mapping[str, Tensor], images: Tensor) -> Tensor:
     return functional.linear(x, state["_fc.weight"], state["_fc.bias"])
 
 
+@pytest.mark.long
 def test_the_wheels_weights_give_in_timms_network_what_they_give_in_their_own(tmp_path: Path) -> None:
     """The order of their names is all that connects them."""
     (file,) = OTHER_FILES["timm/tf_efficientnet_lite0.in1k"]

@@ -74,6 +74,7 @@ def test_checkpoints_go_when_nobody_needs_them_any_more(made: Leftovers) -> None
     assert [(each.kind, each.count, each.bytes) for each in result.freed] == [("checkpoints", 4, 4)]
 
 
+@pytest.mark.long
 def test_checkpoints_stay_while_a_flow_run_waits_to_go_on_from_them(made: Leftovers) -> None:
     """It waits for a worker, or for the lease of its model; MLflow still says that the run was killed."""
     old, tried, sweep = made.run("KILLED", days=15), made.run("KILLED", days=15), uuid4().hex
@@ -91,6 +92,7 @@ def test_checkpoints_stay_while_a_flow_run_waits_to_go_on_from_them(made: Leftov
     assert not checkpoints(made, old) and not checkpoints(made, tried)
 
 
+@pytest.mark.long
 def test_outputs_of_a_training_go_unless_a_version_came_of_it(made: Leftovers) -> None:
     unregistered, recent, registered = made.run(), made.run(days=80), made.run()
     made.version(registered, "0" * 64)
@@ -99,6 +101,7 @@ def test_outputs_of_a_training_go_unless_a_version_came_of_it(made: Leftovers) -
     assert len(made.outputs(recent)) == len(made.outputs(registered)) == 5
 
 
+@pytest.mark.long
 def test_a_process_at_work_protects_its_run_whatever_mlflow_says(made: Leftovers) -> None:
     run = made.run("KILLED")
     with hold_run_lock(run):
@@ -108,6 +111,7 @@ def test_a_process_at_work_protects_its_run_whatever_mlflow_says(made: Leftovers
     assert not made.there(f"runs/{run}/")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("why", ["alias", "champion", "earlier champion", "none"])
 def test_versions_in_force_keep_all_that_they_rest_on(made: Leftovers, why: str) -> None:
     dataset = made.dataset("shard")
@@ -149,6 +153,7 @@ def test_a_running_training_keeps_its_data(made: Leftovers, record: bool) -> Non
         assert len(made.there("pretrained/")) == len(made.there("raw/")) == 1
 
 
+@pytest.mark.long
 def test_a_training_that_can_be_resumed_keeps_its_data(made: Leftovers) -> None:
     dataset = made.dataset("shard")
     made.put(f"pretrained/{sha256('w')}.safetensors")
@@ -159,6 +164,7 @@ def test_a_training_that_can_be_resumed_keeps_its_data(made: Leftovers) -> None:
     assert not made.there("datasets/") and not made.there("shards/") and not made.there("pretrained/")
 
 
+@pytest.mark.long
 def test_the_newest_and_the_recent_dataset_versions_stay(made: Leftovers) -> None:
     ages = (10.0, 20.0, 40.0, 50.0)
     versions = {days: made.dataset(str(days), days=days) for days in ages}
@@ -168,6 +174,7 @@ def test_the_newest_and_the_recent_dataset_versions_stay(made: Leftovers) -> Non
     assert made.there("datasets/") == {bucket_layout.dataset_manifest(versions[days]) for days in ages[:2]}
 
 
+@pytest.mark.long
 def test_an_index_goes_with_its_dataset_version_and_counts_as_none(made: Leftovers) -> None:
     kept = {}
     for days in (40.0, 50.0):
@@ -225,6 +232,7 @@ def test_raw_files_of_a_source_that_stays_stay(made: Leftovers) -> None:
     assert made.there("raw/") == {f"raw/{sha256('shared file')}"} and made.there("sources/") == {source}
 
 
+@pytest.mark.long
 def test_raw_data_stay_while_a_new_dataset_may_be_of_them(made: Leftovers) -> None:
     dataset = made.dataset("shard", days=10)
     made.source("data", "file")
@@ -235,6 +243,7 @@ def test_raw_data_stay_while_a_new_dataset_may_be_of_them(made: Leftovers) -> No
     assert not made.there("raw/") and not made.there("sources/")
 
 
+@pytest.mark.long
 def test_raw_data_that_a_dataset_says_it_was_made_of_stay_whatever_their_name(made: Leftovers) -> None:
     kept = made.source("data", "file")
     made.source("data", "an earlier state of the file")
@@ -318,6 +327,7 @@ def test_data_are_left_alone_while_a_training_prepares_its_own(
     assert active_trainings() == set()
 
 
+@pytest.mark.long
 def test_what_is_no_data_goes_all_the_same(made: Leftovers, monkeypatch: pytest.MonkeyPatch) -> None:
     made.run(dataset=made.dataset("shard"))
     made.source("data", "file")
@@ -349,6 +359,7 @@ def champion_unknown_to_mlflow(made: Leftovers, *, written_down: bool) -> tuple[
     return run, made.there()
 
 
+@pytest.mark.long
 def test_a_champion_that_mlflow_does_not_know_is_protected_by_its_history(made: Leftovers) -> None:
     run, rests_on = champion_unknown_to_mlflow(made, written_down=True)
     with pytest.raises(ServiceError, match=rf"promoted versions unknown {run}/1 and runs {run}, of which the bucket"):
@@ -378,6 +389,7 @@ def test_entries_of_an_older_convoy_are_completed_from_the_registry(made: Leftov
     assert bucket_layout.dataset_manifest(dataset) in made.there() and len(made.outputs(run)) == 5
 
 
+@pytest.mark.long
 def test_runs_that_mlflow_does_not_know_are_named_and_those_deleted_there_are_not(made: Leftovers) -> None:
     deleted, unknown = made.run(), [f"{number:032}" for number in range(9)]
     MlflowClient().delete_run(deleted)
@@ -394,6 +406,7 @@ def test_runs_that_mlflow_does_not_know_are_named_and_those_deleted_there_are_no
     assert not made.there("runs/")
 
 
+@pytest.mark.long
 def test_a_training_that_begins_while_data_are_deleted_waits_and_stores_them_again(
     made: Leftovers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,6 +433,7 @@ def test_a_training_that_begins_while_data_are_deleted_waits_and_stores_them_aga
     assert not made.there()
 
 
+@pytest.mark.long
 def test_a_prune_that_was_killed_holds_up_a_training_only_for_a_while(
     made: Leftovers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ stopping.end(status)
 """
 
 
+@pytest.mark.long
 def test_a_signal_ends_the_wait_for_another_try(stack: object) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SIGNALLED], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
@@ -46,6 +47,7 @@ def test_a_signal_ends_the_wait_for_another_try(stack: object) -> None:
     assert (done.returncode, done.stdout) == (75, "tried\n"), done.stderr
 
 
+@pytest.mark.long
 def test_a_cancel_ends_the_wait_for_another_try(
     stack: object,
     quiet_prefect: None,  # noqa: F811

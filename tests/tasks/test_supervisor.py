@@ -179,6 +179,7 @@ def test_rank_that_waits_inside_pytorch_ends_itself_after_sigterm(
     assert waiting.wait(60) == 1
 
 
+@pytest.mark.long
 def test_an_outage_at_the_end_of_long_work_is_waited_for_and_told_once() -> None:
     told: list[str] = []
     answers = iter([Outage("the storage is away"), Outage("still"), None])
@@ -264,6 +265,7 @@ local._end_ranks(JobFolder(Path({folder!r})))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_hung_rank_is_killed_sooner_when_the_ranks_have_not_come_to_the_stop(
     started: list[subprocess.Popen[str]], training: Training, stopped: bool
