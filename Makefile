@@ -10,7 +10,7 @@ export UV_COMPILE_BYTECODE := 1
 help:
 	@echo "make train   train, evaluate and register a network on Fashion-MNIST, with local servers"
 	@echo "make test    run the quick tests     make lint   style, types and layers"
-	@echo "make test LONG=1  run also those that take more than a few seconds, as CI does"
+	@echo "make test LONG=1  run also those that take more than two seconds, as CI does"
 	@echo "make test-all  run the tests of every marker (hours), and print one table; ARGS=\"net slow\" chooses markers"
 	@echo "make up      start local servers     make down   stop them"
 	@echo "make bench   measure, with ratios    make lock   update requirements.lock; ARGS=--upgrade for newer versions"

@@ -34,6 +34,7 @@ REFUSED = {
 }
 CONCURRENCY = 8  # parallel requests for one large object
 TRIES = 5  # per request
+OF_OTHER_LIBRARIES = ("MLFLOW_", "PREFECT_", "TORCH")  # variables that change while a flow runs, but no client
 
 
 class ObjectMissing(ServiceError):
@@ -56,7 +57,9 @@ def open_client(addressing: str | None = None, tries: int = TRIES, timeout: floa
     """
     # A file with credentials may be renewed, so each call reads it again. Forked processes share no connection.
     renewed = object() if "AWS_ACCESS_KEY_ID" not in os.environ else None
-    environment = frozenset((name, os.environ.get(name)) for name in list(os.environ))
+    environment = frozenset(
+        (name, os.environ.get(name)) for name in list(os.environ) if not name.startswith(OF_OTHER_LIBRARIES)
+    )
     return _client((os.getpid(), renewed, environment), addressing, tries, timeout)
 
 
