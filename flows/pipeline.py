@@ -17,17 +17,19 @@ from prefect.utilities.urls import url_for
 from flows.run_names import model_name
 from flows.step_timer import StepTimer
 from flows.summary import REFUSED, Refused, Summary
-from infra.errors import GateRefused, one_line
+from infra.errors import GateRefused, UsageError, one_line
 from infra.machine.output import outlive_readers
+from infra.storage.object_store import open_bucket
 from infra.tracking.client import check_server
 from infra.tracking.provenance import COMMIT_VARIABLE
 from infra.tracking.tags import RESUMABLE
 from tasks.config.launchers import check_installed
 from tasks.config.run import RunConfig, Step, with_network_options
 from tasks.config.sweep import SweepRequest
-from tasks.data.dataset import DatasetRef
+from tasks.data.dataset import DatasetRef, is_complete, load_manifest
 from tasks.data.download import download
 from tasks.data.preprocess import preprocess
+from tasks.data.prune_mark import wait_for_prune
 from tasks.orchestration.cancellation import Cancelled, sigterm_is_checked_for
 from tasks.orchestration.flow_runs import enter_project, flow_is_alive, give_up_tries, label_flow_run
 from tasks.orchestration.messages import tell, tell_failure
@@ -35,8 +37,7 @@ from tasks.orchestration.model_lease import model_lease
 from tasks.orchestration.outage import is_prefect_outage
 from tasks.orchestration.retries import outlast
 from tasks.release.retrain_decision import what_changed
-from tasks.training.runs.run_data import recorded_dataset, with_batch_size
-from tasks.training.runs.run_record import check_resumable, read_record
+from tasks.training.runs.run_record import RunRecord, check_resumable, read_record
 
 MAX_REASON = 200  # characters of why a flow run may go on, in its label
 
@@ -140,10 +141,19 @@ def _prepared(
     packed = preprocess(raw, config.data, max_default_size=config.max_default_size, refresh=Step.preprocess in refresh)
     dataset = step_timer("preprocess", packed)
     reused = tuple(step for step, output in (("download", raw), ("preprocess", dataset)) if output.reused)
-    config = with_batch_size(config, dataset)
+    config = config.for_images(load_manifest(open_bucket(), dataset.version).splits["train"].count)
     if config.pretrained:
         config = _with_weights(config, config.pretrained, dataset)
     return config, dataset, reused
+
+
+def _recorded_dataset(record: RunRecord) -> DatasetRef:
+    """Returns the dataset version of a run to resume; raises UsageError if the bucket lacks parts of it."""
+    version, store = record.dataset.version, open_bucket()
+    wait_for_prune(store)
+    if not is_complete(store, version):
+        raise UsageError(f"the bucket lacks parts of dataset version {version}: the run cannot go on; train again")
+    return record.dataset.model_copy(update={"reused": True})
 
 
 @flow_is_alive()
@@ -187,7 +197,7 @@ def _train_and_release(
     check_server()
     reused: tuple[str, ...]
     if resume:
-        dataset, reused = recorded_dataset(read_record(resume)), ("download", "preprocess")
+        dataset, reused = _recorded_dataset(read_record(resume)), ("download", "preprocess")
     else:
         config, dataset, reused = _prepared(config, refresh, step_timer)
     name = config.name or dataset.name

@@ -25,20 +25,8 @@ from flows.run_names import reason_of
 from infra.errors import Outage, ServiceError, UsageError, one_line
 from infra.settings import Settings
 from infra.storage.object_store import open_bucket
-from infra.tracking import mlflow_runs
+from infra.tracking import mlflow_runs, tags
 from infra.tracking.provenance import COMMIT_VARIABLE
-from infra.tracking.tags import (
-    ALIVE,
-    COMMIT,
-    HELD_LEASE,
-    MLFLOW_RUN,
-    RESUMED_BY,
-    RESUMED_STEP,
-    RESUMED_TRIES,
-    RESUMES,
-    STARTED_BY,
-    TRIAL,
-)
 from tasks.config.run import RunConfig
 from tasks.orchestration.flow_runs import (
     BEAT_SECONDS,
@@ -72,7 +60,7 @@ Decision = Literal["leave", "resume", "give up"]
 
 def tries_from(labels: Mapping[str, Any], committed: int) -> int:
     """Returns how many resumptions in a row have begun at the step of the newest checkpoint."""
-    return int(labels.get(RESUMED_TRIES, 0)) if labels.get(RESUMED_STEP) == committed else 0
+    return int(labels.get(tags.RESUMED_TRIES, 0)) if labels.get(tags.RESUMED_STEP) == committed else 0
 
 
 def decide(run: FlowRun, committed: int, limit: int) -> Decision:
@@ -156,7 +144,7 @@ class Sweep:
         """Marks what was killed on this machine as dead."""
         for killed in settle_killed_flow_runs():
             self._tell(f"the process of flow run {killed.name} was killed")
-            if limit := killed.labels.get(HELD_LEASE):
+            if limit := killed.labels.get(tags.HELD_LEASE):
                 free_forgotten(str(limit), after=timedelta(0))  # no need to wait until the lease expires
         for killed in killed_flow_runs():  # also those that Prefect has killed itself: it only calls them cancelled
             if killed.state_type in TERMINAL_STATES and self._close(killed):
@@ -172,7 +160,7 @@ class Sweep:
         now, signs = time.monotonic(), dict[UUID, tuple[Any, float]]()
         for run in self._runs(client, [StateType.RUNNING, StateType.PAUSED, StateType.PENDING]):
             pending = run.state_type == StateType.PENDING
-            sign, patience = run.labels.get(ALIVE), SILENCE_SECONDS
+            sign, patience = run.labels.get(tags.ALIVE), SILENCE_SECONDS
             if pending:
                 sign, patience = "pending", PENDING_SECONDS
             if run.deployment_id is None or sign is None or is_alive_here(str(run.id)):
@@ -198,18 +186,18 @@ class Sweep:
 
     def _look_at(self, client: SyncPrefectClient, run: FlowRun) -> None:
         run_id = _mlflow_run(run)
-        if run_id and MLFLOW_RUN not in run.labels and mlflow_runs.run_status(run_id) == "FINISHED":
+        if run_id and tags.MLFLOW_RUN not in run.labels and mlflow_runs.run_status(run_id) == "FINISHED":
             run_id = run.parameters.get("resume")  # it has trained nothing, but judged an earlier version again
         parameters = {**run.parameters}
         try:
             if run_id:
-                check_resumable(run_id, trial=TRIAL in run.labels)
+                check_resumable(run_id, trial=tags.TRIAL in run.labels)
             given = run.parameters.get("config", {})
             config = read_record(run_id).config if run_id else RunConfig.model_validate(given)
-            differing = _differences(run_id, code=COMMIT not in run.labels) if run_id else ""
+            differing = _differences(run_id, code=tags.COMMIT not in run.labels) if run_id else ""
         except (UsageError, ValueError) as error:  # above all the record of another version of Convoy
             if run_id and mlflow_runs.run_status(run_id) == "FINISHED":
-                client.update_flow_run_labels(run.id, {RESUMED_BY: f"none: {one_line(error)}"})
+                client.update_flow_run_labels(run.id, {tags.RESUMED_BY: f"none: {one_line(error)}"})
             else:
                 self._leave(run, one_line(error))
             return
@@ -224,10 +212,10 @@ class Sweep:
         if decision == "give up":
             why = f"it has ended {tries + 1} times in a row at step {step}" if tries else "resume.limit is 0"
             said = run.state.message if run.state else ""
-            trial = TRIAL in run.labels
+            trial = tags.TRIAL in run.labels
             by_hand = f"\n`convoy resume {run_id}` tries again" if run_id and not trial else ""
             emit(client, "failed", f"flow run {run.name} is not resumed, since {why}: {said}{by_hand}", minor=trial)
-            client.update_flow_run_labels(run.id, {RESUMED_BY: f"none: {why}"})  # last, or nobody would be told
+            client.update_flow_run_labels(run.id, {tags.RESUMED_BY: f"none: {why}"})  # last, or nobody would be told
             self._tell(f"flow run {run.name} is not resumed: {why}")
         elif decision == "resume":
             self._resume(client, run, parameters, step, tries + 1)
@@ -238,18 +226,18 @@ class Sweep:
         assert run.deployment_id is not None
         if not may_go_on(client.read_flow_run(run.id)):  # a person has cancelled it, or another worker was faster
             return
-        commit = run.labels.get(COMMIT)
+        commit = run.labels.get(tags.COMMIT)
         variables = {**(run.job_variables or {})}
         if commit:  # a branch may have gone on
             variables["env"] = {**variables.get("env", {}), COMMIT_VARIABLE: commit}
         # With its checkpoint it needs the kind of machine on which `_differences` has found none.
         queue = self._queue if "resume" in parameters else run.work_queue_name
         labels: dict[str, Any] = {
-            STARTED_BY: reason_of(run),
-            RESUMES: str(run.id),
-            RESUMED_STEP: step,
-            RESUMED_TRIES: tries,
-            **{name: run.labels[name] for name in (TRIAL,) if name in run.labels},
+            tags.STARTED_BY: reason_of(run),
+            tags.RESUMES: str(run.id),
+            tags.RESUMED_STEP: step,
+            tags.RESUMED_TRIES: tries,
+            **{name: run.labels[name] for name in (tags.TRIAL,) if name in run.labels},
         }
         try:
             made = client.create_flow_run_from_deployment(
@@ -267,7 +255,7 @@ class Sweep:
                 f"{error.response.text[:300]}"
             )
             return
-        client.update_flow_run_labels(run.id, {RESUMED_BY: str(made.id)})
+        client.update_flow_run_labels(run.id, {tags.RESUMED_BY: str(made.id)})
         where = f"from step {step}" if step else "from the beginning"
         self._tell(f"flow run {run.name} goes on {where} as a new run of its deployment")
 
@@ -284,7 +272,7 @@ class Sweep:
 
 def _mlflow_run(run: FlowRun) -> str | None:
     """Returns the MLflow run that a flow run has worked on; None if it did not get so far."""
-    known = run.labels.get(MLFLOW_RUN) or run.parameters.get("resume")
+    known = run.labels.get(tags.MLFLOW_RUN) or run.parameters.get("resume")
     return str(known) if known else run_of_flow(str(run.id))
 
 

@@ -120,16 +120,8 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         *(prediction.predict, prediction.errors, prediction.export),
     ),
     "Service": (
-        *(
-            configured(service.deploy),
-            service.worker,
-            service.join,
-            service.retrain,
-            service.trial,
-            service.cancel,
-            service.notify_data,
-        ),
-        *(notify.notify, upkeep.prune, upkeep.doctor),
+        *(configured(service.deploy), service.worker, service.join, service.retrain, service.trial, service.cancel),
+        *(service.notify_data, notify.notify, upkeep.prune, upkeep.doctor),
     ),
 }
 for panel, commands in PANELS.items():

@@ -1,4 +1,13 @@
-"""Builds all keys of the bucket. `tasks/README.md` has the table of what each object holds, and when it is deleted."""
+"""Builds all keys of the bucket. `tasks/README.md` has the table of what each object holds, and when it is deleted.
+
+Each name below is a function of the parts of its key. Those that end with a slash are prefixes of several objects.
+"""
+
+from collections.abc import Callable
+
+One = Callable[[str], str]
+Two = Callable[[str, str], str]
+Numbered = Callable[[str, int], str]
 
 COMMIT = "commit.json"
 
@@ -7,157 +16,54 @@ DATASETS, SHARDS, STEPS, JOURNALS, REPORTS = "datasets/", "shards/", "steps/", "
 SOURCES, LISTINGS, RAW, PRETRAINED, PUBLISHED = "sources/", "listings/", "raw/", "pretrained/", "published/"
 MODELS, PRUNING, PROBE = "models/", "pruning/", "probe/"
 
+# By digest, or by the SHA-256 of the content.
+source_record: One = (SOURCES + "{}.json").format
+raw_file: One = (RAW + "{}").format
+listing: One = (LISTINGS + "{}.parquet").format
+shard: One = (SHARDS + "{}.safetensors").format
+pretrained_weights: One = (PRETRAINED + "{}.safetensors").format
 
-def source_record(source: str) -> str:
-    return f"{SOURCES}{source}.json"
+# By the digest of a step of preprocessing; the journal is that of an unfinished one.
+preprocess_record: One = (STEPS + "preprocess/{}.json").format
+journal: One = (JOURNALS + "{}/").format
+survey_parts: One = (JOURNALS + "{}/survey/").format
+survey_part: Numbered = (JOURNALS + "{}/survey/{:012}.npz").format
+packed_shards: One = (JOURNALS + "{}/shards/").format
+packed_shard: Callable[[str, str, int], str] = (JOURNALS + "{}/shards/{}/{:08}.json").format
 
+# By dataset version.
+dataset_manifest: One = (DATASETS + "{}/manifest.json").format
+index_record: One = (DATASETS + "{}/index.json").format
+image_index: Two = (DATASETS + "{}/index/{}.parquet").format
+data_report: Two = (REPORTS + "data/{}/{}/").format
 
-def raw_file(sha256: str) -> str:
-    return f"{RAW}{sha256}"
+# By MLflow run. Prefixes of checkpoints sort like steps.
+run: One = (RUNS + "{}/").format
+run_record: One = (RUNS + "{}/run.json").format
+checkpoints: One = (RUNS + "{}/checkpoints/").format
+checkpoint: Numbered = (RUNS + "{}/checkpoints/step-{:08}/").format
+trained_weights: Two = (RUNS + "{}/weights/{}.safetensors").format
+outcome: One = (RUNS + "{}/weights/" + COMMIT).format
+reference_images: One = (RUNS + "{}/reference.safetensors").format
+test_predictions: One = (RUNS + "{}/test-predictions.safetensors").format
+nodes: One = (RUNS + "{}/nodes/").format
+node_order: One = (RUNS + "{}/nodes/order").format
+node_reports: One = (RUNS + "{}/nodes/report/").format
+node_report: Two = (RUNS + "{}/nodes/report/{}").format
+invitation: One = (INVITATIONS + "{}").format
 
+# By model.
+promotions: One = (MODELS + "{}/history/").format
+promotion: Numbered = (MODELS + "{}/history/{:08}.json").format
+verdicts: One = (MODELS + "{}/verdicts/").format
+verdict: Two = (MODELS + "{}/verdicts/{}.json").format
 
-def listing(digest: str) -> str:
-    return f"{LISTINGS}{digest}.parquet"
-
-
-def preprocess_record(step: str) -> str:
-    return f"{STEPS}preprocess/{step}.json"
-
-
-def journal(step: str) -> str:
-    """Returns the prefix of the journal of an unfinished preprocessing."""
-    return f"{JOURNALS}{step}/"
-
-
-def survey_parts(step: str) -> str:
-    """Returns the prefix of its measurements."""
-    return f"{journal(step)}survey/"
-
-
-def survey_part(step: str, first: int) -> str:
-    return f"{survey_parts(step)}{first:012}.npz"
-
-
-def packed_shards(step: str) -> str:
-    """Returns the prefix of its records of shards."""
-    return f"{journal(step)}shards/"
-
-
-def packed_shard(step: str, split: str, number: int) -> str:
-    return f"{packed_shards(step)}{split}/{number:08}.json"
-
-
-def dataset_manifest(version: str) -> str:
-    return f"{DATASETS}{version}/manifest.json"
-
-
-def index_record(version: str) -> str:
-    return f"{DATASETS}{version}/index.json"
-
-
-def image_index(version: str, sha256: str) -> str:
-    return f"{DATASETS}{version}/index/{sha256}.parquet"
-
-
-def shard(sha256: str) -> str:
-    return f"{SHARDS}{sha256}.safetensors"
-
-
-def data_report(version: str, digest: str) -> str:
-    """Returns the prefix of a report of the data gate."""
-    return f"{REPORTS}data/{version}/{digest}/"
-
-
-def pretrained_weights(sha256: str) -> str:
-    return f"{PRETRAINED}{sha256}.safetensors"
+prune_mark: One = (PRUNING + "{}").format
+probe: One = (PROBE + "{}/").format
 
 
 def published_weights(name: str) -> str:
     return f"{PUBLISHED}{name.replace('/', '-')}.json"
-
-
-def run(run_id: str) -> str:
-    """Returns the prefix of all objects of a training, except its invitation."""
-    return f"{RUNS}{run_id}/"
-
-
-def run_record(run_id: str) -> str:
-    return f"{run(run_id)}run.json"
-
-
-def checkpoints(run_id: str) -> str:
-    """Returns the prefix of a training's checkpoints."""
-    return f"{run(run_id)}checkpoints/"
-
-
-def checkpoint(run_id: str, step: int) -> str:
-    """Returns the prefix of a checkpoint; prefixes sort like steps."""
-    return f"{checkpoints(run_id)}step-{step:08d}/"
-
-
-def trained_weights(run_id: str, sha256: str) -> str:
-    return f"{run(run_id)}weights/{sha256}.safetensors"
-
-
-def outcome(run_id: str) -> str:
-    return f"{run(run_id)}weights/{COMMIT}"
-
-
-def reference_images(run_id: str) -> str:
-    return f"{run(run_id)}reference.safetensors"
-
-
-def test_predictions(run_id: str) -> str:
-    return f"{run(run_id)}test-predictions.safetensors"
-
-
-def nodes(run_id: str) -> str:
-    """Returns the prefix of the board."""
-    return f"{run(run_id)}nodes/"
-
-
-def node_order(run_id: str) -> str:
-    return f"{nodes(run_id)}order"
-
-
-def node_reports(run_id: str) -> str:
-    """Returns the prefix of the nodes' reports."""
-    return f"{nodes(run_id)}report/"
-
-
-def node_report(run_id: str, node: str) -> str:
-    return node_reports(run_id) + node
-
-
-def invitation(run_id: str) -> str:
-    return INVITATIONS + run_id
-
-
-def promotions(name: str) -> str:
-    """Returns the prefix of a model's promotions and rollbacks."""
-    return f"{MODELS}{name}/history/"
-
-
-def promotion(name: str, number: int) -> str:
-    return f"{promotions(name)}{number:08}.json"
-
-
-def verdicts(name: str) -> str:
-    """Returns the prefix of the verdicts on versions of a model."""
-    return f"{MODELS}{name}/verdicts/"
-
-
-def verdict(name: str, sha256: str) -> str:
-    return f"{verdicts(name)}{sha256}.json"
-
-
-def prune_mark(prune: str) -> str:
-    return PRUNING + prune
-
-
-def probe(number: str) -> str:
-    """Returns the prefix of a probe's objects."""
-    return f"{PROBE}{number}/"
 
 
 def part(key: str, number: int) -> str:

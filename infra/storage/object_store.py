@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -269,6 +270,18 @@ class ObjectStore:
                     return info
                 on_progress = None  # the second download moves no new bytes
             raise ServiceError(f"{self._where(key)}: damaged: its SHA-256 is {got}, expected {sha256}")
+
+    @contextmanager
+    def fetched(self, key: str, *, sha256: str | None = None, folder: Path | None = None) -> "Iterator[Path]":
+        """Yields a temporary file that holds an object, downloaded as by `get_file`.
+
+        Args:
+            folder: where it is put; None: the system's folder for temporary files.
+        """
+        with TemporaryDirectory(dir=folder) as temporary:
+            path = Path(temporary, key.rpartition("/")[2])
+            self.get_file(key, path, sha256=sha256)
+            yield path
 
     def head(self, key: str) -> ObjectInfo | None:
         """Returns the store's description of an object, or None if there is no such object."""

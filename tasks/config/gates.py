@@ -1,7 +1,7 @@
 """The conditions under which a version becomes champion (`serving.*`, `gate.*`). Importing this loads pydantic only."""
 
 import math
-from collections.abc import Iterable
+from functools import partial
 from statistics import NormalDist
 from typing import Literal
 
@@ -127,10 +127,5 @@ def check_override(force: bool, reason: str) -> None:
         raise UsageError("--force needs a --reason, which is kept in the history")
 
 
-def load_gate(settings: Iterable[str]) -> GateConfig:
-    """Returns the conditions that `key=value` texts set; keys may begin with `gate.`.
-
-    Raises:
-        UsageError: a key or value is invalid.
-    """
-    return from_settings(GateConfig, settings, example="mode=non-inferior", section="gate.")
+load_gate = partial(from_settings, GateConfig, example="mode=non-inferior", section="gate.")
+"""Returns the conditions that `key=value` texts set; keys may begin with `gate.`; raises UsageError."""

@@ -1,6 +1,6 @@
 """How long objects and files are kept (`convoy prune`). Importing this loads pydantic only."""
 
-from collections.abc import Iterable
+from functools import partial
 
 from pydantic import Field
 
@@ -49,10 +49,5 @@ class RetentionConfig(Config):
     """Files on this machine, counted from the last read: the cache, and the folders of ended trainings."""
 
 
-def load_retention(settings: Iterable[str]) -> RetentionConfig:
-    """Returns the defaults, changed by `key=value` texts.
-
-    Raises:
-        UsageError: a key or value is invalid.
-    """
-    return from_settings(RetentionConfig, settings, example="datasets_keep=3")
+load_retention = partial(from_settings, RetentionConfig, example="datasets_keep=3")
+"""Returns the defaults, changed by `key=value` texts; raises UsageError."""

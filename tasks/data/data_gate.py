@@ -6,8 +6,6 @@ reports/data/<dataset version>/<digest of the report>/{data.json,data.md,data_sa
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from prefect.artifacts import create_markdown_artifact
 
@@ -144,10 +142,8 @@ def log_data_report(run_id: str, report: DataReport) -> None:
     if DATA_GATE in mlflow_runs.run_tags(run_id):
         return
     store = open_bucket()
-    with TemporaryDirectory() as temporary:
-        for name in (JSON, PAGE, SHEET):
-            file = Path(temporary) / name
-            store.get_file(report.prefix + name, file)
+    for name in (JSON, PAGE, SHEET):
+        with store.fetched(report.prefix + name) as file:
             mlflow_runs.log_file(run_id, file, "report")
     if report.checks.champion_version:  # these values differ between runs, so that a chart shows something
         names = CHAMPION_CHECKS + SLOW_DRIFT_CHECKS

@@ -24,7 +24,7 @@ from cnn.data.splits import SPLITS, Split
 from cnn.formats.block import LabelledImages
 from cnn.preprocessing.pack import Packed
 from cnn.preprocessing.survey import Plan
-from infra.errors import ServiceError
+from infra.errors import Outage, ServiceError
 from infra.machine.files import atomic_file, file_digest
 from infra.records import Record
 from infra.sources.label_table import META, LabelTable, further_names
@@ -207,13 +207,13 @@ def load_index(store: ObjectStore, version: str) -> ImageIndex | None:
     record = read_index_record(store, version)
     if record is None:
         return None
-    with TemporaryDirectory() as temporary:
-        path = Path(temporary, "index.parquet")
-        try:
-            store.get_file(bucket_layout.image_index(version, record.sha256), path, sha256=record.sha256)
-        except ServiceError as error:
-            raise ServiceError(f"{error}; if it is lost, --refresh preprocess writes it again") from error
-        return ImageIndex(pq.read_table(path))
+    try:
+        with store.fetched(bucket_layout.image_index(version, record.sha256), sha256=record.sha256) as path:
+            return ImageIndex(pq.read_table(path))
+    except Outage:  # says nothing about the index
+        raise
+    except ServiceError as error:
+        raise ServiceError(f"{error}; if it is lost, --refresh preprocess writes it again") from error
 
 
 def index_digest(store: ObjectStore, version: str, columns: Sequence[str]) -> str:

@@ -1,8 +1,6 @@
 """The evaluate task: scores the trained weights on the test split, and calibrates their probabilities."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -153,9 +151,7 @@ def fetch_weights(store: ObjectStore, key: str, sha256: str, network: nn.Module)
     Raises:
         ServiceError: the object has other weights.
     """
-    with TemporaryDirectory() as temporary:
-        file = Path(temporary, "weights.safetensors")
-        store.get_file(key, file)
+    with store.fetched(key) as file:
         load_weights(network, file)
     if (found := weights_sha256(network.state_dict())) != sha256:
         raise ServiceError(

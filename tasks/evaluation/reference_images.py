@@ -1,8 +1,5 @@
 """Stores the first test images with the evaluated network's probabilities, as one object in the bucket."""
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -16,7 +13,5 @@ def store_reference(store: ObjectStore, key: str, images: Tensor, probabilities:
 
 def load_reference(store: ObjectStore, key: str) -> dict[str, Tensor]:
     """Returns the stored `images` and `probabilities`, verified by the digest stored with them."""
-    with TemporaryDirectory() as temporary:
-        file = Path(temporary) / "reference.safetensors"
-        store.get_file(key, file)
+    with store.fetched(key) as file:
         return load_file(file)

@@ -5,8 +5,6 @@ The object is runs/<run>/test-predictions.safetensors. It is valid for the same 
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import safe_open
@@ -38,17 +36,17 @@ def load_predictions(
     store: ObjectStore, run_id: str, manifest: Manifest, weights_sha256: str
 ) -> tuple[Tensor, tuple[str, ...]] | None:
     """Returns predictions, int64 [N], and the class names they index; None if none are stored for this split."""
-    with TemporaryDirectory() as temporary:
-        file = Path(temporary) / "predictions.safetensors"
-        try:
-            store.get_file(bucket_layout.test_predictions(run_id), file)
-        except ObjectMissing:
-            return None
-        with safe_open(file, framework="pt") as opened:
+    try:
+        with (
+            store.fetched(bucket_layout.test_predictions(run_id)) as file,
+            safe_open(file, framework="pt") as opened,
+        ):
             marks = opened.metadata()
             if marks["of"] != _mark(manifest, weights_sha256):
                 return None
             return opened.get_tensor("predicted"), tuple(json.loads(marks["classes"]))
+    except ObjectMissing:
+        return None
 
 
 def _mark(manifest: Manifest, weights_sha256: str) -> str:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -345,9 +344,7 @@ def newest_checkpoint(
             raise ServiceError(f"the checkpoint of step {commit.step} of run {run_id} belongs to another training")
         ((key, digest),) = commit.files.items()
         try:
-            with TemporaryDirectory(dir=folder) as temporary:
-                file = Path(temporary) / STATE
-                store.get_file(key, file, sha256=digest)
+            with store.fetched(key, sha256=digest, folder=folder) as file:
                 return commit, load_file(file)
         except Outage:  # says nothing about the checkpoint
             raise

@@ -28,7 +28,6 @@ from tasks.release import retrain_decision
 from tasks.release.promote import champion_data, promote_version
 from tasks.release.quality_gate import judge_version, publish
 from tasks.release.retrain_decision import what_changed
-from tasks.training.runs.run_data import with_batch_size
 from tasks.training.runs.run_record import config_inputs, read_record
 from tests.flows.conftest import CONFIG
 
@@ -229,7 +228,7 @@ def test_what_other_conditions_refused_is_judged_again_rather_than_trained_again
 def test_what_a_training_would_only_repeat_is_not_trained(first: tuple[RunConfig, Summary]) -> None:
     before, store, name = first[1], ObjectStore.connect(Settings().bucket), "retrained"
     dataset = DatasetRef(version=before.dataset_version or "", name="digits")
-    config = with_batch_size(first[0].model_copy(update={"lr": 0.0625}), dataset)
+    config = first[0].model_copy(update={"lr": 0.0625})
     champion = find_version(name).version
     version = copied(first, lr=0.0625)
     publish(version, judge_version(version, config.gate))
@@ -262,7 +261,6 @@ def test_champions_that_the_registry_has_lost_do_not_lock_anyone_out(first: tupl
     config, before = first
     name, store = "retrained", ObjectStore.connect(Settings().bucket)
     dataset = DatasetRef(version=before.dataset_version or "", name="digits")
-    fit = with_batch_size(config, dataset)
     promote(store, copied(first, lr=0.25), after=newest(store, name))
     last = newest(store, name)
     assert last
@@ -271,13 +269,13 @@ def test_champions_that_the_registry_has_lost_do_not_lock_anyone_out(first: tupl
             MlflowClient().delete_model_version(name, version.version)
     assert champion_data(name).present == before.dataset_version  # the first one takes their place
     assert find_version(name).version == before.model_version
-    unchanged = what_changed.fn(name, fit, dataset)
+    unchanged = what_changed.fn(name, config, dataset)
     assert unchanged.why == f"nothing has changed since the champion, version {before.model_version}"
 
     newer = copied(first, lr=0.125)
     MlflowClient().delete_model_version(name, before.model_version or "")
     assert champion_data(name).present is None
-    decision = what_changed.fn(name, fit, dataset)
+    decision = what_changed.fn(name, config, dataset)
     assert decision.train and f"version {last.to_version} of 'retrained'" in decision.why
     verdict = judge_version(newer, config.gate)
     assert verdict.champion is None and any("registry" in note for note in verdict.notes)

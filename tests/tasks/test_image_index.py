@@ -13,7 +13,7 @@ import pytest
 from cnn.config.preprocessing import ColumnsConfig, PreprocessConfig
 from cnn.data.splits import SPLITS
 from cnn.errors import InputError
-from infra.errors import ServiceError, UsageError
+from infra.errors import Outage, ServiceError, UsageError
 from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
 from tasks.data import dataset_diff
@@ -173,6 +173,17 @@ def test_a_lost_index_is_named_with_its_remedy(tmp_path: Path, bucket: ObjectSto
         load_index(bucket, dataset.version)
     assert packed(labels, refresh=True).version == dataset.version
     assert index_of(bucket, dataset).columns == ("camera",)
+
+
+def test_an_outage_is_no_damage_of_the_index(bucket: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = packed("digits")
+
+    def away(*_: object, **__: object) -> None:
+        raise Outage("the store is away")
+
+    monkeypatch.setattr(ObjectStore, "get_file", away)
+    with pytest.raises(Outage, match="^the store is away$"):
+        load_index(bucket, dataset.version)
 
 
 def test_a_table_beside_class_folders_adds_its_columns(tmp_path: Path, bucket: ObjectStore) -> None:
