@@ -19,17 +19,16 @@ from prefect.events import EventTrigger, Resource, ResourceSpecification, emit_e
 from prefect.events.schemas.automations import Automation
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelling
-from prefect.utilities.urls import url_for
 
 from flows.deployments import job_variables, renamed_to
 from flows.run_names import command_reason, model_name
 from flows.summary import GOES_ON, REFUSED, Summary
 from infra.errors import ServiceError, UsageError
 from infra.records import Record
-from infra.tracking.tags import FLOW_RUN, MLFLOW_RUN, RESUMED_BY, STARTED_BY
+from infra.tracking.tags import EXIT_STATUS, FLOW_RUN, MLFLOW_RUN, RESUMED_BY, STARTED_BY
 from tasks.config.deployment import CodeConfig
 from tasks.config.run import RunConfig, load_config
-from tasks.orchestration.flow_runs import PAGE, may_go_on, online_workers
+from tasks.orchestration.flow_runs import PAGE, may_go_on, online_workers, page_of
 from tasks.orchestration.outage import is_prefect_outage, through_outage
 
 Answer = TypeVar("Answer")
@@ -105,7 +104,7 @@ def start(
         )
     except PrefectHTTPStatusError as error:
         raise ServiceError(f"Prefect refuses the run: {error.response.text[:300]}") from None
-    return Started(id=run.id, url=url_for("flow-run", obj_id=run.id) or str(run.id))
+    return Started(id=run.id, url=page_of(run.id))
 
 
 def find_deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
@@ -161,7 +160,7 @@ def follow(flow_run_id: UUID, report: Callable[[str], None]) -> tuple[Summary, l
                 run, successor = _successor(client, run, report)
                 if successor is None:
                     break
-                report(f"it goes on as flow run {url_for('flow-run', obj_id=successor) or successor}")
+                report(f"it goes on as flow run {page_of(successor)}")
                 flow_run_id, shown, began = successor, None, time.monotonic()
                 continue
             waited = time.monotonic() - began
@@ -214,10 +213,10 @@ def _summary(run: FlowRun, rows: Any) -> Summary:
     return Summary(
         status="interrupted" if interrupted else "failed",
         error=f"{error}; {GOES_ON}" if may_go_on(run) else error,
-        exit_status=75 if interrupted else 1,
+        exit_status=75 if interrupted else int(run.labels.get(EXIT_STATUS, 1)),
         mlflow_run_id=run.labels.get(MLFLOW_RUN),
         prefect_flow_run_id=str(run.id),
-        prefect_flow_run_url=url_for("flow-run", obj_id=run.id),
+        prefect_flow_run_url=page_of(run.id),
     )
 
 
@@ -262,7 +261,7 @@ def cancel_flow_run(client: SyncPrefectClient, found: FlowRun, why: str) -> str:
         state = answer.state.name if answer.state else found.state_name
         reason = getattr(answer.details, "reason", None) or f"it is {state}"
         raise ServiceError(f"Prefect does not cancel flow run {found.name}: {reason}")
-    return f"flow run {found.name} is being cancelled: {url_for('flow-run', obj_id=found.id)}"
+    return f"flow run {found.name} is being cancelled: {page_of(found.id)}"
 
 
 def announce_data(dataset: str) -> list[str]:

@@ -22,6 +22,8 @@ from pydantic import BaseModel, ValidationError, field_validator
 from flows.at_commit import COMMAND, REPOSITORY_VARIABLE
 from flows.run_names import model_name
 from infra.errors import ServiceError, UsageError, one_line
+from infra.sources.entries import METADATA, TABLE_SUFFIXES
+from infra.sources.slug import slug
 from infra.tracking.provenance import COMMIT_VARIABLE
 from tasks.config.deployment import CodeConfig, ProjectConfig, ScheduleConfig
 from tasks.config.key_values import explain
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 DEPLOYMENTS = Path(__file__).parents[1] / "infra" / "prefect.yaml"
 EXAMPLE = "fashion-mnist"
 """The name in that file of the deployments that are copied for a project, with another name."""
+
+SHARED = "prune/storage"
+"""The one deployment that all projects at a Prefect share."""
 
 RETRAIN, PRUNE = "flows.retrain.retrain_flow", "flows.prune.prune_flow"
 
@@ -64,9 +69,13 @@ def deploy_project(project: ProjectConfig, switch: bool | None = None) -> Iterat
     """Registers the deployments of a project; see `_deploy`.
 
     They are made of Convoy's own file, with the configuration as it is now: `retrain/NAME`, and `prune/storage` if the
-    project says what to keep.
+    project says what to keep. If it does not, a line says that `prune/storage`, which projects share, stays on.
     """
     yield from _deploy({"name": "convoy", "pull": []}, list(_project_entries(project)), switch)
+    if not project.deploy.prunes:
+        with suppress(ObjectNotFound), get_client(sync_client=True) as client:
+            if any(schedule.active for schedule in client.read_deployment_by_name(SHARED).schedules):
+                yield f"{SHARED}  stays on as deployed, maybe for another project; Prefect's page of it switches it off"
 
 
 def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
@@ -79,18 +88,23 @@ def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
     def entry(flow: str, schedule: ScheduleConfig | None, parameters: dict[str, Any], **changes: Any) -> dict[str, Any]:
         when = []
         if schedule and schedule.cron:
-            slug = example[flow]["schedules"][0]["slug"]
-            when = [{"slug": slug, "cron": schedule.cron, "timezone": schedule.timezone}]
+            kept = example[flow]["schedules"][0]["slug"]
+            when = [{"slug": kept, "cron": schedule.cron, "timezone": schedule.timezone}]
         return {**example[flow], "parameters": parameters, "schedules": when, "work_pool": pool, **changes}
 
     triggers = example[RETRAIN]["triggers"] if deploy.new_data else []
-    older = {"older_names": list(deploy.older_names), "triggers": triggers}
+    source, older_names = Path(project.dataset).name, list(deploy.older_names)
+    if source.endswith(TABLE_SUFFIXES) and not project.name:
+        older_names.append(slug(source))  # of a label table, it had the suffix in Convoy 0.1
+    older = {"older_names": older_names, "triggers": triggers}
     config = project.run.model_dump(mode="json", exclude_unset=True)
+    if source in ("", "..", METADATA):
+        config["name"] = name  # where a worker runs, that folder has another name
     with_code = {"work_pool": pool | {"job_variables": job_variables(deploy.code)}} if deploy.code.ref else {}
     yield entry(RETRAIN, deploy.schedule, {"config": config}, **older, **with_code)
     if deploy.trial_pool:
         for flow, its_pool in (("trial", deploy.trial_pool), ("judge", deploy.pool)):
-            earlier = [f"{name}-{flow}" for name in deploy.older_names]
+            earlier = [f"{older_name}-{flow}" for older_name in older_names]
             changes = {"older_names": earlier, "work_pool": {"name": its_pool}}
             yield entry(f"flows.trial.{flow}_flow", None, {"config": config}, **changes)
     if deploy.prunes:

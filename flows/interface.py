@@ -17,6 +17,7 @@ from flows.cli.in_process import check_before_servers, run_training
 from flows.cli.models import compare_named, promote_named
 from flows.cli.prediction import write_predictions
 from flows.summary import Summary
+from infra.errors import UsageError
 from infra.machine import stopping
 from tasks.config.deployment import load_project
 from tasks.config.gates import load_gate
@@ -50,6 +51,13 @@ def _known_errors() -> Iterator[None]:
         stopping.deliver_late()
 
 
+def _steps(refresh: Iterable[str]) -> frozenset[Step]:
+    try:
+        return frozenset(map(Step, refresh))
+    except ValueError as error:
+        raise UsageError(f"refresh: {error}; known are {', '.join(Step)}") from None
+
+
 @_known_errors()
 def train(
     config: PathOrText | None = None, *, recipe: str | None = None, refresh: Iterable[str] = (), **keys: Any
@@ -69,7 +77,7 @@ def train(
     """
     read = _read(config, recipe, keys)
     check_before_servers(read)
-    return run_training(read, map(Step, refresh))
+    return run_training(read, _steps(refresh))
 
 
 @_known_errors()
@@ -96,7 +104,7 @@ def retrain(
     """
     read = _read(config, recipe, keys)
     check_before_servers(read)
-    return run_training(read, map(Step, refresh), only_if_changed=True, force=force)
+    return run_training(read, _steps(refresh), only_if_changed=True, force=force)
 
 
 @_known_errors()

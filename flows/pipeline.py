@@ -12,7 +12,6 @@ from prefect import states
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.utilities.urls import url_for
 
 from flows.run_names import model_name
 from flows.step_timer import StepTimer
@@ -22,7 +21,7 @@ from infra.machine.output import outlive_readers
 from infra.storage.object_store import open_bucket
 from infra.tracking.client import check_server
 from infra.tracking.provenance import COMMIT_VARIABLE
-from infra.tracking.tags import RESUMABLE
+from infra.tracking.tags import EXIT_STATUS, RESUMABLE
 from tasks.config.launchers import check_installed
 from tasks.config.run import RunConfig, Step, with_network_options
 from tasks.config.sweep import SweepRequest
@@ -31,13 +30,20 @@ from tasks.data.download import download
 from tasks.data.preprocess import preprocess
 from tasks.data.prune_mark import wait_for_prune
 from tasks.orchestration.cancellation import Cancelled, sigterm_is_checked_for
-from tasks.orchestration.flow_runs import enter_project, flow_is_alive, give_up_tries, label_flow_run
+from tasks.orchestration.flow_runs import (
+    enter_project,
+    flow_is_alive,
+    give_up_tries,
+    is_deployed,
+    label_flow_run,
+    page_of,
+)
 from tasks.orchestration.messages import tell, tell_failure
 from tasks.orchestration.model_lease import model_lease
 from tasks.orchestration.outage import is_prefect_outage
 from tasks.orchestration.retries import outlast
 from tasks.release.retrain_decision import what_changed
-from tasks.training.runs.run_record import RunRecord, check_resumable, read_record
+from tasks.training.runs.run_record import check_resumable, read_record
 
 MAX_REASON = 200  # characters of why a flow run may go on, in its label
 
@@ -104,9 +110,15 @@ def _failure_told(*, minor: bool) -> Iterator[None]:
     except (GateRefused, Cancelled):
         raise
     except Exception as error:
+        labels = {}
         if resumable := getattr(error, "resumable", False) or is_prefect_outage(error):
+            labels = {RESUMABLE: one_line(error)[:MAX_REASON]}
+        elif (status := getattr(error, "exit_status", 1)) != 1:
+            labels = {EXIT_STATUS: str(status)}
+        if labels:
+            label = partial(label_flow_run, labels)
             with suppress(httpx.HTTPError):  # of a flow run that cannot say how it ended, its process's end is noticed
-                label_flow_run({RESUMABLE: one_line(error)[:MAX_REASON]})
+                outlast(label) if is_deployed() else label()
         tell_failure(error, trial=minor, resumable=resumable)
         raise
 
@@ -119,6 +131,7 @@ def _search(config: RunConfig, asked: SweepRequest, step_timer: StepTimer) -> tu
         from tasks.training.sweep import read_sweep_record, sweep_best  # it loads PyTorch, likewise below
 
         record = read_sweep_record(asked.resume)
+        _recorded_dataset(record.dataset)
     else:
         config, dataset, _ = _prepared(with_network_options(config), frozenset(), step_timer)
         from flows.candidate import checked_data
@@ -128,6 +141,7 @@ def _search(config: RunConfig, asked: SweepRequest, step_timer: StepTimer) -> tu
         assert asked.sweep
         record = SweepRecord(config=config, dataset=dataset, sweep=asked.sweep)
     best, run_id, result = sweep_best(record, asked.resume, asked.at_once)
+    outlast(check_server)  # after hours, an outage is waited for; before them, it is told at once
     step_timer("sweep", result)
     return best, run_id, result.model_dump()
 
@@ -147,13 +161,15 @@ def _prepared(
     return config, dataset, reused
 
 
-def _recorded_dataset(record: RunRecord) -> DatasetRef:
-    """Returns the dataset version of a run to resume; raises UsageError if the bucket lacks parts of it."""
-    version, store = record.dataset.version, open_bucket()
+def _recorded_dataset(dataset: DatasetRef) -> DatasetRef:
+    """Returns the data of a run to resume, once no prune may delete them; raises UsageError if parts are missing."""
+    store = open_bucket()
     wait_for_prune(store)
-    if not is_complete(store, version):
-        raise UsageError(f"the bucket lacks parts of dataset version {version}: the run cannot go on; train again")
-    return record.dataset.model_copy(update={"reused": True})
+    if not is_complete(store, dataset.version):
+        raise UsageError(
+            f"the bucket lacks parts of dataset version {dataset.version}: the run cannot go on; train again"
+        )
+    return dataset.model_copy(update={"reused": True})
 
 
 @flow_is_alive()
@@ -197,7 +213,7 @@ def _train_and_release(
     check_server()
     reused: tuple[str, ...]
     if resume:
-        dataset, reused = _recorded_dataset(read_record(resume)), ("download", "preprocess")
+        dataset, reused = _recorded_dataset(read_record(resume).dataset), ("download", "preprocess")
     else:
         config, dataset, reused = _prepared(config, refresh, step_timer)
     name = config.name or dataset.name
@@ -210,7 +226,7 @@ def _train_and_release(
         commit=os.environ.get(COMMIT_VARIABLE),
         trial=trial or None,
         prefect_flow_run_id=flow_run.id,
-        prefect_flow_run_url=url_for("flow-run", obj_id=flow_run.id),
+        prefect_flow_run_url=page_of(flow_run.id),
     )
     with nullcontext() if trial else model_lease(name):
         if resume:

@@ -2,11 +2,12 @@
 
 import os
 from typing import Literal, get_args
+from urllib.parse import unquote, urlsplit
 
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 
-from infra.sources.entries import ARCHIVE_SUFFIXES
+from infra.sources.entries import METADATA, stem
 from infra.sources.slug import slug
 from infra.tracking.tags import RESUMES, STARTED_BY
 from tasks.config.run import RunConfig
@@ -39,11 +40,18 @@ def model_name(config: RunConfig) -> str:
     """Returns the name of the model that a configuration trains, without a look at the data."""
     if config.name:
         return config.name
-    last = config.dataset.rstrip("/").rpartition("/")[2]
+    path = os.path.expanduser(config.dataset.removeprefix("file:"))
+    if path.startswith(("http://", "https://")):
+        path = unquote(urlsplit(path).path)
+    last = os.path.basename(path.rstrip("/"))
+    if last == METADATA:
+        path = os.path.dirname(path) or "."
+        last = os.path.basename(path)
+    elif not os.path.isdir(path):
+        last = stem(last)
     if not last.strip("."):  # the working folder, or the one above
-        last = os.path.basename(os.path.abspath(config.dataset))
-    suffix = next((each for each in ARCHIVE_SUFFIXES if last.lower().endswith(each)), "")
-    return slug(last[: len(last) - len(suffix)])
+        last = os.path.basename(os.path.abspath(path))
+    return slug(last)
 
 
 def command_reason() -> Reason:

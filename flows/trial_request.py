@@ -11,13 +11,14 @@ from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.exceptions import ObjectNotFound
 
 from flows.deployed_runs import cancel_flow_run, find_deployment, follow, start
 from flows.deployments import job_variables
 from flows.run_names import model_name
 from flows.summary import Summary
 from infra.errors import UsageError
-from infra.tracking.tags import COMMIT, TRIAL
+from infra.tracking.tags import COMMIT, RESUMES, TRIAL
 from tasks.config.deployment import CodeConfig
 from tasks.config.run import RunConfig, load_config
 from tasks.orchestration.flow_runs import DEAD, DEAD_FOR_AT_MOST, may_go_on, training_flow_runs
@@ -93,12 +94,20 @@ def _supersede(
         unfinished = run.state_type in LIVE or may_go_on(run)
         if not unfinished or run.deployment_id != deployment.id or run.labels.get(TRIAL) != key:
             continue
-        if _tries(run, code, parameters):
+        if _tries(_first(client, run), code, parameters):
             same = run.id
             continue
         with suppress(UsageError):  # it has ended
             report(cancel_flow_run(client, run, f"commit {code.ref} is tried instead"))
     return same
+
+
+def _first(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
+    """Returns the flow run that a resumed one goes on with: it has the configuration as it was asked for."""
+    with suppress(ObjectNotFound):
+        while resumed := run.labels.get(RESUMES):
+            run = client.read_flow_run(UUID(str(resumed)))
+    return run
 
 
 def _tries(run: FlowRun, code: CodeConfig, parameters: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tasks.config.deployment import NotificationConfig
 
 MIN_SPAN = timedelta(seconds=10)  # the least that Prefect accepts
+STALE_AFTER = 7.0  # days
 
 
 def notify(
@@ -30,7 +31,7 @@ def notify(
     ] = None,
     stale_after: Annotated[
         float, typer.Option(metavar="DAYS", help="Also send a message if `retrain` has not completed for this long.")
-    ] = 7.0,
+    ] = STALE_AFTER,
     everything: Annotated[
         bool,
         typer.Option(
@@ -61,13 +62,14 @@ def notify(
     span = _checked(None if off else url, stale_after)
     servers_up(only=["prefect"])
     with loading():
-        from tasks.orchestration.notifications import ensure_notifications, remove_notifications, send_test
+        from tasks.orchestration.notifications import ensure_notifications, is_in_use, remove_notifications, send_test
 
     if off:
         removed = remove_notifications()
         print_line(f"removed {', '.join(removed)}" if removed else "There were no notifications.")
         return
-    if url is not None:
+    only_test = test and url is not None and not everything and stale_after == STALE_AFTER and is_in_use(SecretStr(url))
+    if url is not None and not only_test:  # else it would take back what an earlier call, or a project, has chosen
         for name in ensure_notifications(SecretStr(url), everything=everything, stale_after=span):
             print_line(name)
     if test:

@@ -27,13 +27,17 @@ def init(
     contents = {folder / FILE: starter(), folder / NETWORK_FILE: STARTER_NETWORK.read_text(encoding="utf-8")}
     if there := [str(file) for file in contents if os.path.lexists(file)]:
         raise UsageError(f"already there: {', '.join(there)}; nothing was written")
+    created: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in contents.items():
             with file.open("x", encoding="utf-8") as opened:
+                created.append(file)
                 opened.write(text)
     except OSError as error:
-        raise UsageError(f"cannot write {error.filename}: {error.strerror}") from None
+        for file in created:
+            file.unlink()
+        raise UsageError(f"cannot write {error.filename or folder}: {error.strerror}") from None
     for file in contents:
         print_line(f"wrote {file}")
     there_first = "" if folder == Path(".") else f"cd {shlex.quote(str(folder))} && "

@@ -14,7 +14,7 @@ from infra.fetch.meter import Meter
 from infra.fetch.web import display
 from infra.machine.files import OnBytes
 from infra.sources.base import Workplace, source_key
-from infra.sources.entries import ARCHIVE_SUFFIXES
+from infra.sources.entries import stem
 from infra.sources.raw_data import RawBucket, RawFile, RawSource, write_record
 from infra.sources.slug import slug
 
@@ -33,8 +33,7 @@ class ArchiveSource:
 
     @property
     def name(self) -> str:
-        suffix = next(suffix for suffix in ARCHIVE_SUFFIXES if self.file.lower().endswith(suffix))
-        return slug(self.file[: -len(suffix)])
+        return slug(stem(self.file))
 
     @property
     def key(self) -> str | None:

@@ -12,6 +12,10 @@ from infra.errors import UsageError
 from infra.records import Record
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+METADATA = "metadata.csv"
+"""The table beside class folders, which adds columns to their images. As a data set, it has its folder's name."""
+
 WHAT_TO_GIVE = "give a folder, a label table, an archive, an s3:// or https:// address"
 
 Format = Literal["idx", "cifar", "digits", "folder", "archive"]
@@ -222,6 +226,12 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
 def is_archive(name: str) -> bool:
     """Returns whether a file's name is that of an archive."""
     return name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+def stem(name: str) -> str:
+    """Returns the name of an archive or of a label table without its suffix."""
+    suffix = next((each for each in (*ARCHIVE_SUFFIXES, *TABLE_SUFFIXES) if name.lower().endswith(each)), "")
+    return name[: len(name) - len(suffix)]
 
 
 def catalogued(dataset: str) -> CatalogueEntry | None:

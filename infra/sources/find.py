@@ -9,9 +9,16 @@ from infra.fetch.meter import Meter
 from infra.fetch.web import display, file_name
 from infra.sources.archive import ArchiveSource
 from infra.sources.catalogue import CatalogueSource
-from infra.sources.entries import ARCHIVE_SUFFIXES, WHAT_TO_GIVE, catalogued, is_archive, no_such_dataset
+from infra.sources.entries import (
+    ARCHIVE_SUFFIXES,
+    TABLE_SUFFIXES,
+    WHAT_TO_GIVE,
+    catalogued,
+    is_archive,
+    no_such_dataset,
+)
 from infra.sources.folder import FolderSource, bucket_folder, local_folder
-from infra.sources.label_table import TABLE_SUFFIXES, TableOptions, is_table
+from infra.sources.label_table import TableOptions, is_table
 from infra.sources.labelled import labelled_images
 from infra.sources.location import BucketLocation, LocalLocation, OnFiles
 from infra.sources.mirrors import Mirrors

@@ -22,9 +22,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infra.errors import UsageError, counted, escaped
+from infra.sources.entries import TABLE_SUFFIXES
 from infra.sources.listing import BATCH
-
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 META = "meta."
 """Begins the names of further columns in a `LabelTable`, so that they cannot be taken for its own."""

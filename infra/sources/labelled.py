@@ -14,6 +14,7 @@ import numpy as np
 
 from infra.errors import UsageError, counted
 from infra.machine.threads import in_parallel
+from infra.sources.entries import METADATA, stem
 from infra.sources.folder import FolderSource
 from infra.sources.label_table import LabelTable, TableOptions, header_of, is_table, read_table
 from infra.sources.listing import Entry, Listing
@@ -23,8 +24,6 @@ from infra.storage.object_store import ObjectInfo, ObjectStore, parse_s3
 
 LIST_FROM = 1000  # objects of one bucket; from here on listing their common prefix is faster than a request each
 EXAMPLES = 3
-METADATA = "metadata.csv"
-"""The table beside class folders, which adds columns to their images."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,11 @@ def labelled_images(file: Path, name: str, base: FolderLocation, address: str, o
     named = ", ".join(paths[position] for position in examples) + more
     remarks = (f"{counted(len(missing), 'row')} of the label table left out, without a file: {named}",)
     labels = [unicodedata.normalize("NFC", label) for label in table.required("label")]  # as classes are named
-    stem = name.rpartition(".")[0]
     return FolderSource(
         location=location,
         files=files,
         labels=table.take(np.array(kept)),
-        title=Path(address).parent.name if name == METADATA else stem,
+        title=Path(address).parent.name if name == METADATA else stem(name),
         remarks=remarks if missing else (),
         left_out=dict(sorted(Counter(labels[position] for position in missing).items())),
     )

@@ -99,6 +99,9 @@ ALIVE = "convoy.alive"
 RESUMABLE = "convoy.resumable"
 """Why a failed flow run may go on: what ended it was no fault of data, configuration or code."""
 
+EXIT_STATUS = "convoy.exit_status"
+"""Of a flow run that failed by a mistake: the status with which `convoy retrain --wait` ends."""
+
 RESUMED_BY = "convoy.resumed_by"
 """The flow run that goes on with a dead one; or why none does."""
 

@@ -14,7 +14,7 @@ from cnn.data.checks import CHAMPION_CHECKS, SLOW_DRIFT_CHECKS, DataCheck, DataC
 from cnn.data.manifest import Manifest
 from cnn.data.split_reader import SplitReader
 from cnn.data.splits import SPLITS, Split
-from infra.errors import GateRefused
+from infra.errors import GateRefused, Outage, ServiceError
 from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.cache import Cache
@@ -128,7 +128,13 @@ def _with_paths(checks: DataChecks, index: ImageIndex) -> DataChecks:
 
 def _changes(store: ObjectStore, index: ImageIndex | None, champion: str | None) -> list[Change] | None:
     """Returns the changes since the champion's data; None if there are none, or one of both has no index."""
-    before = load_index(store, champion) if champion and index else None
+    try:
+        before = load_index(store, champion) if champion and index else None
+    except Outage:
+        raise
+    except ServiceError as error:
+        run_logger().warning("the changes since the champion's data are not listed: %s", error)
+        return None
     return differences(before, index) if before and index else None
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.errors import UsageError
+from infra.machine.files import atomic_file
 from infra.storage.object_store import ObjectStore
 from tasks.data.image_index import ImageIndex, load_index
 
@@ -106,7 +107,7 @@ def summary(changes: Iterable[Change]) -> str:
 
 def write_changes(changes: Iterable[Change], out: Path) -> None:
     """Writes the changes as CSV, one per row."""
-    with out.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(out, public=True) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Change._fields)
         writer.writerows(changes)

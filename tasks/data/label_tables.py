@@ -11,9 +11,10 @@ from cnn.config.preprocessing import PreprocessConfig
 from cnn.errors import InputError
 from cnn.formats.layout import Given, arrange, arrange_given
 from infra.errors import UsageError, counted
+from infra.sources.entries import METADATA
 from infra.sources.folder import FolderSource
 from infra.sources.label_table import MAX_NAME, META, LabelTable, TableOptions
-from infra.sources.labelled import METADATA, TableLocation, with_metadata
+from infra.sources.labelled import TableLocation, with_metadata
 from infra.sources.location import LocalLocation
 
 MAX_SLICES = 1000  # values of a column

@@ -29,8 +29,9 @@ from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Crashed
+from prefect.utilities.urls import url_for
 
-from infra.errors import UsageError
+from infra.errors import UsageError, without_login
 from infra.machine.locks import is_held, locked, note_of_dead_holder, try_locked
 from infra.settings import Settings
 from infra.tracking.tags import ALIVE, RESUMABLE, RESUMED_BY
@@ -50,6 +51,11 @@ def flow_run_id() -> UUID | None:
     """Returns the id of the current flow run; None outside a flow run."""
     context = FlowRunContext.get()
     return context.flow_run.id if context and context.flow_run else None
+
+
+def page_of(flow_run: UUID | str) -> str:
+    """Returns the address of a flow run's page, without user and password, for people to see; its id without a page."""
+    return without_login(url_for("flow-run", obj_id=flow_run) or str(flow_run))
 
 
 def is_deployed() -> bool:

@@ -11,10 +11,10 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.context import FlowRunContext
 from prefect.events import Event
 from prefect.exceptions import PrefectException
-from prefect.utilities.urls import url_for
 
 from infra.errors import one_line
 from infra.tracking.tags import STARTED_BY
+from tasks.orchestration.flow_runs import page_of
 from tasks.orchestration.progress import run_logger
 
 Kind = Literal["promoted", "registered", "refused", "failed", "waiting", "test"]
@@ -93,5 +93,5 @@ def tell_failure(error: Exception, *, trial: bool, resumable: bool = False) -> N
     if len(reason) > REASON_CHARACTERS:
         reason = f"{reason[:REASON_CHARACTERS]} …"
     flow = f"{context.flow.name} {run.name}" if context and context.flow and run else "a run"
-    link = f"\nflow run: {url_for('flow-run', obj_id=run.id)}" if run else ""
+    link = f"\nflow run: {page_of(run.id)}" if run else ""
     tell("failed", f"{flow} failed: {reason}{link}", minor=minor)

@@ -10,20 +10,23 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from uuid import UUID
 
 import httpx
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.objects import ConcurrencyLeaseHolder, StateType
+from prefect.client.schemas.objects import ConcurrencyLeaseHolder, FlowRun, StateType
 from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from infra.machine import stopping
-from infra.tracking.tags import HELD_LEASE
+from infra.tracking.tags import ALIVE, HELD_LEASE
 from tasks.orchestration.cancellation import stop_if_cancelled
 from tasks.orchestration.flow_runs import (
+    BEAT_SECONDS,
     PAGE,
     flow_run_id,
     is_alive_here,
@@ -32,15 +35,31 @@ from tasks.orchestration.flow_runs import (
     training_flow_runs,
 )
 from tasks.orchestration.progress import run_logger
+from tasks.orchestration.retries import outlast
 
 LEASE_SECONDS = 60.0  # after which the lease of a dead holder expires: the least that Prefect accepts
 ACQUIRE_SECONDS = 5.0  # timeout for acquiring a lease that seems to be free
 POLL_SECONDS = 2.0  # between checks whether a lease is free
+SILENT_POLLS = int(3 * BEAT_SECONDS / POLL_SECONDS)  # without a new sign of life, until a holder elsewhere is dead
 FORGOTTEN_AFTER = timedelta(seconds=LEASE_SECONDS + 45)
 """Age from which a slot without a holder is freed: a lease, and three rounds of Prefect's service that ends leases."""
 
 LIMIT_PREFIX = "convoy-model-"
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.PAUSED, StateType.CANCELLING]
+
+
+class Signs:
+    """The signs of life that holders of a lease have given, which tell those elsewhere that go on from dead ones."""
+
+    def __init__(self) -> None:
+        self._last: dict[UUID, tuple[object, int]] = {}
+
+    def seen(self, holder: FlowRun) -> bool:
+        """Notes a holder's last sign; returns whether it goes on: here, or elsewhere with a new sign of late."""
+        sign, (last, polls) = holder.labels.get(ALIVE), self._last.get(holder.id, (None, 0))
+        polls = polls + 1 if sign == last else 0  # no time: Prefect may have been away
+        self._last[holder.id] = sign, polls
+        return is_alive_here(str(holder.id)) or (sign is not None and polls < SILENT_POLLS)
 
 
 def limit_of(name: str) -> str:
@@ -58,16 +77,18 @@ def model_lease(name: str) -> Iterator[None]:
     """
     limit = limit_of(name)
     # First, since a killed flow run would count as a holder; there is no need to wait for its lease to expire.
-    if any(killed.labels.get(HELD_LEASE) == limit for killed in settle_killed_flow_runs()):
-        free_forgotten(limit, after=timedelta(0))
-    logged = False
+    if any(killed.labels.get(HELD_LEASE) == limit for killed in outlast(settle_killed_flow_runs)):
+        outlast(partial(free_forgotten, limit, after=timedelta(0)))
+    logged, signs = False, Signs()
     with ExitStack() as held:
-        while not _acquire(limit, held):
+        while not outlast(partial(_acquire, limit, held, signs)):
             stop_if_cancelled()
             if not logged:
                 run_logger().info("another run trains model %s: waiting for it to end", name)
                 logged = True
             stopping.wait(POLL_SECONDS)
+        outlast(partial(label_flow_run, {HELD_LEASE: limit}))  # not with the lease: that is acquired only once
+        held.callback(_unlabel)
         yield
 
 
@@ -94,7 +115,7 @@ def free_forgotten(name: str, after: timedelta | None = None) -> bool:
         return _is_forgotten(client, limit, after) and _free(client, limit)
 
 
-def _acquire(limit: str, held: ExitStack) -> bool:
+def _acquire(limit: str, held: ExitStack, signs: Signs) -> bool:
     """Tries to acquire the lease if it seems to be free (Prefect logs an error for each failed try)."""
     flow_run = flow_run_id()
     with get_client(sync_client=True) as client:
@@ -104,6 +125,7 @@ def _acquire(limit: str, held: ExitStack) -> bool:
             found = client.read_global_concurrency_limit_by_name(limit)
         except ObjectNotFound:  # another flow run is freeing it
             return False
+        goes_on = [signs.seen(holder) for holder in _holders(client, limit) if holder.id != flow_run]
         if found.active_slots >= found.limit:
             if _is_forgotten(client, found) and _free(client, found):
                 run_logger().warning(
@@ -112,8 +134,8 @@ def _acquire(limit: str, held: ExitStack) -> bool:
                     limit,
                 )
             return False
-        if any(holder != flow_run and is_alive_here(holder) for holder in _holders(client, limit)):
-            return False  # Prefect has let its lease expire, as in an outage, but it goes on
+        if any(goes_on):
+            return False  # Prefect has let its lease expire, as in an outage
         try:
             lease = concurrency(
                 limit,
@@ -127,8 +149,6 @@ def _acquire(limit: str, held: ExitStack) -> bool:
         except (TimeoutError, ConcurrencySlotAcquisitionError):  # another flow run was faster
             return False
     held.callback(_release, lease)
-    label_flow_run({HELD_LEASE: limit})
-    held.callback(_unlabel)
     return True
 
 
@@ -153,9 +173,9 @@ def _is_forgotten(
     return not _holders(client, limit.name)
 
 
-def _holders(client: SyncPrefectClient, limit: str) -> list[str]:
-    """Returns the ids of the unfinished flow runs that say that they hold a lease."""
-    return [str(run.id) for run in training_flow_runs(client, UNFINISHED) if run.labels.get(HELD_LEASE) == limit]
+def _holders(client: SyncPrefectClient, limit: str) -> list[FlowRun]:
+    """Returns the unfinished flow runs that say that they hold a lease."""
+    return [run for run in training_flow_runs(client, UNFINISHED) if run.labels.get(HELD_LEASE) == limit]
 
 
 def _free(client: SyncPrefectClient, limit: GlobalConcurrencyLimitResponse) -> bool:

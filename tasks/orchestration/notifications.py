@@ -13,6 +13,7 @@ the first to end closes.)
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,12 +26,11 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.events.actions import CallWebhook
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventRelatedFilter
 from prefect.exceptions import ObjectNotFound
-from prefect.utilities.urls import url_for
 from pydantic import SecretStr
 
 from infra.errors import ServiceError, UsageError, one_line
 from infra.machine import stopping
-from tasks.orchestration.flow_runs import TRAINING_FLOWS
+from tasks.orchestration.flow_runs import TRAINING_FLOWS, page_of
 from tasks.orchestration.messages import Kind, emit, event_name
 
 BLOCK = "convoy-notifications"
@@ -120,6 +120,13 @@ def address_in(name: str) -> SecretStr:
     except ValueError:
         raise UsageError(f"Prefect has no block {name} of type Webhook; make one on its page Blocks") from None
     return url
+
+
+def is_in_use(url: SecretStr) -> bool:
+    """Returns whether messages go to this address already."""
+    with suppress(UsageError):
+        return address_in(BLOCK) == url
+    return False
 
 
 def remove_notifications() -> list[str]:
@@ -248,8 +255,7 @@ def _of_flows(names: Sequence[str]) -> Any:
 def _run_url() -> str:
     """Returns the template of a flow run's URL, with Prefect's address here: its server may not know its own."""
     some_run = UUID(int=0)  # a template in its place would be escaped
-    address = url_for("flow-run", obj_id=some_run)
-    return address.replace(str(some_run), "{{ flow_run.id }}") if address else "{{ flow_run | ui_url }}"
+    return page_of(some_run).replace(str(some_run), "{{ flow_run.id }}")
 
 
 def _span(time: timedelta) -> str:

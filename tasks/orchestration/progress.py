@@ -228,4 +228,6 @@ def show_task_logs() -> None:
     """Prints tasks' log lines to standard error, for flows that run in this process."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addHandler(_TaskLogs(logging.INFO))
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, _TaskLogs) for handler in logger.handlers):  # a program may train again
+            logger.addHandler(_TaskLogs(logging.INFO))

@@ -15,7 +15,6 @@ from prefect.input import RunInput
 from prefect.input.actions import read_flow_run_input
 from prefect.input.run_input import Keyset, keyset_from_paused_state
 from prefect.states import Paused, Running
-from prefect.utilities.urls import url_for
 from pydantic import Field
 
 from infra.errors import GateRefused, ServiceError
@@ -26,7 +25,7 @@ from infra.tracking.model_registry import ModelVersion, RegisteredVersion, descr
 from infra.tracking.model_versions import find_version
 from infra.tracking.tags import APPROVED, EXPIRED, REFUSED, VersionRecord, decision
 from tasks.orchestration.cancellation import POLL_SECONDS, STOPPED, Cancelled, Superseded, stop_if_cancelled
-from tasks.orchestration.flow_runs import flow_run_id
+from tasks.orchestration.flow_runs import flow_run_id, page_of
 from tasks.orchestration.messages import tell_waiting
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.step import step
@@ -70,7 +69,7 @@ def wait_for_approval(registered: ModelVersion, verdict: Verdict, time_limit: fl
     """
     flow_run = flow_run_id()
     assert flow_run is not None
-    link = url_for("flow-run", obj_id=flow_run) or str(flow_run)
+    link = page_of(flow_run)
     deadline = time.monotonic() + time_limit
     until = datetime.now(UTC) + timedelta(seconds=time_limit)
     run_id = find_version(registered.address).run_id

@@ -7,8 +7,6 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping
 
-from prefect.utilities.urls import url_for
-
 from cnn.config.training import TrainConfig
 from cnn.data.manifest import Manifest
 from cnn.formats.decode import Target
@@ -25,6 +23,7 @@ from tasks.config.run import RunConfig
 from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.evaluation.evaluate import Evaluation
 from tasks.evaluation.report import EvaluationReport
+from tasks.orchestration.flow_runs import page_of
 from tasks.orchestration.step import step
 from tasks.reporting.markdown import plain
 from tasks.training.platform import flatten
@@ -61,7 +60,7 @@ def write_model_card(
     links = CardLinks(
         tracking_uri=tracking_uri(),
         run_url=mlflow_runs.run_url(trained.run_id),
-        flow_run_url=url_for("flow-run", obj_id=flow_run) if flow_run else None,
+        flow_run_url=page_of(flow_run) if flow_run else None,
         dataset_uri=store.uri(bucket_layout.dataset_manifest(dataset.version)),
         weights_uri=store.uri(trained.weights_key),
         code=provenance(),

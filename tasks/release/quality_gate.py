@@ -286,6 +286,7 @@ def score(
         address=version.address,
         correct=(answers == split.labels).numpy(),
         predicted=answers.numpy(),
+        unknown=frozenset(label_of.values()) - frozenset(labels.tolist()),
         size_bytes=info.size if info else None,
         latency_ms=median_ms(lambda: model.predict(image), warm_up=WARM_UP_CALLS, timed=TIMED_CALLS) if timed else None,
     )

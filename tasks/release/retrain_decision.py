@@ -5,29 +5,30 @@ from itertools import pairwise
 from typing import Any
 
 from prefect.client.schemas.objects import StateType
-from prefect.utilities.urls import url_for
 from pydantic import Field
 
 from infra.errors import UsageError
 from infra.records import Record
 from infra.storage.object_store import ObjectStore, open_bucket
+from infra.storage.s3_client import ObjectMissing
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import ModelVersion, RegisteredVersion, search_versions
 from infra.tracking.promotion_history import Standing
 from infra.tracking.tags import EXPIRED, FLOW_RUN, NO_CHAMPION, REFUSED, WAITING
 from tasks.config.run import RunConfig
-from tasks.data.dataset import DatasetRef
+from tasks.data.dataset import DatasetDamaged, DatasetRef, load_manifest
 from tasks.data.image_index import index_digest
 from tasks.orchestration.cancellation import stop_if_cancelled
-from tasks.orchestration.flow_runs import flow_run_id, read_flow_run
+from tasks.orchestration.flow_runs import flow_run_id, page_of, read_flow_run
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.step import step
 from tasks.release.promote import repaired_champion, verdict_on
 from tasks.training.platform import flatten
 from tasks.training.runs.run_record import config_inputs, inputs_of, read_record
 
+DATA = "dataset_version"
 INPUTS = {
-    "dataset_version": "data",
+    DATA: "data",
     "code_digest": "code",
     "digest_format": "Convoy, which records code in another way now",
     "lock_sha256": "lock file",
@@ -112,6 +113,8 @@ def _decide(
     if not force and (undecided := _undecided(name, config, champion, now)):
         return undecided
     before = _inputs_of(champion, config) if champion else None
+    if before and _same_images(store, before[DATA], now[DATA]):
+        before = {**before, DATA: now[DATA]}
     changed = _changed(before, now) if before is not None else ""
     if not force:
         if champion and before is not None and not changed:
@@ -125,6 +128,18 @@ def _decide(
     if before is None:
         return True, f"the inputs of the champion, version {champion.version}, are unknown", None
     return True, f"changed since the champion, version {champion.version}: {changed}", None
+
+
+def _images(store: ObjectStore, version: str) -> dict[str, Any]:
+    return load_manifest(store, version).model_dump(exclude={"report"})
+
+
+def _same_images(store: ObjectStore, version: str, other: str) -> bool:
+    """Returns whether dataset versions differ in their reports only, as by a text file among the images."""
+    try:
+        return version == other or _images(store, version) == _images(store, other)
+    except (ObjectMissing, DatasetDamaged):
+        return False
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -192,7 +207,7 @@ def _undecided(
         flow_run = read_flow_run(mlflow_runs.run_tags(version.run_id).get(FLOW_RUN, ""))
         elsewhere = flow_run if flow_run and flow_run.id != flow_run_id() else None  # not if this one is tried again
         if record.approval == WAITING and elsewhere and elsewhere.state_type in BEFORE_DECISION:
-            return False, f"{why}, at {url_for('flow-run', obj_id=elsewhere.id)}", None
+            return False, f"{why}, at {page_of(elsewhere.id)}", None
         return False, f"{why}, so it is judged and a person is asked again", version
     return None
 

@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 
 import psutil
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
-from prefect.utilities.urls import url_for
 
 from infra.errors import counted
 from infra.machine.locks import is_held, try_locked
@@ -29,7 +28,7 @@ from infra.tracking import mlflow_runs
 from infra.tracking.mlflow_runs import Run
 from infra.tracking.promotion_history import misplaced_aliases, names_with_history, repair_aliases
 from infra.tracking.tags import FLOW_RUN, FLOW_RUN_URL, MANIFEST_DIGEST, SWEEP
-from tasks.orchestration.flow_runs import killed_flow_runs, mark_dead, read_flow_run
+from tasks.orchestration.flow_runs import killed_flow_runs, mark_dead, page_of, read_flow_run
 from tasks.orchestration.model_lease import forgotten_leases, free_forgotten
 from tasks.training.liveness import liveness, lock_file, orphaned, processes_of
 from tasks.training.protocol.board import Board
@@ -182,7 +181,7 @@ def _is_of_this_prefect(address: str | None, flow_run: str) -> bool:
     """
     if not address:
         return True
-    return address == url_for("flow-run", obj_id=flow_run) and urlsplit(address).hostname not in LOOPBACK
+    return address == page_of(flow_run) and urlsplit(address).hostname not in LOOPBACK
 
 
 def close_run(run_id: str, of: str | None = None) -> bool:

@@ -66,7 +66,8 @@ def references(
     runs = {run.run_id: run for run in mlflow_runs.search_runs(MANIFEST_DIGEST)}
     restorable = _restorable(store)
     if not forget_unknown:
-        _check_known(sorted(restorable.keys() - versions.keys()), sorted(set(stored) - runs.keys()))
+        missing = [key for key in sorted(restorable.keys() - versions.keys()) if not _is_known(restorable[key].run_id)]
+        _check_known(missing, sorted(set(stored) - runs.keys()))
     in_force = [
         version
         for key, version in versions.items()
@@ -104,9 +105,14 @@ def _restorable(store: ObjectStore) -> dict[tuple[str, str], Lineage]:
     }
 
 
+def _is_known(run_id: str | None) -> bool:
+    """Returns whether MLflow knows a run, maybe as deleted: then a version that it lacks was deleted or renamed."""
+    return bool(run_id and mlflow_runs.run_tags(run_id))
+
+
 def _check_known(versions: list[tuple[str, str]], runs: list[str]) -> None:
     """Raises ServiceError if any of them is unknown to MLflow; runs that were deleted there are known."""
-    unknown = list(islice((run_id for run_id in runs if not mlflow_runs.run_tags(run_id)), MAX_NAMED))
+    unknown = list(islice((run_id for run_id in runs if not _is_known(run_id)), MAX_NAMED))
     if not versions and not unknown:
         return
     kinds = {"promoted versions": ["/".join(each) for each in versions[:MAX_NAMED]], "runs": unknown}

@@ -11,14 +11,14 @@ from urllib.request import Request, urlopen
 
 import pytest
 import yaml
-from prefect import get_client
+from prefect import flow, get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Completed, Crashed, Running, Scheduled
 
 from flows import deployed_runs, deployments
-from infra.errors import ServiceError
+from infra.errors import ServiceError, UsageError
 from infra.tracking import mlflow_runs
 from infra.tracking.tags import MLFLOW_RUN, RESUMED_BY
 from tests.tasks.leftovers import flow_run_in
@@ -158,6 +158,21 @@ def test_a_dead_flow_run_that_a_worker_will_resume_is_no_failure(
     if not gives_up:
         expected = ("interrupted", 75, "its process was killed; a worker of its kind goes on with it")
     assert (summary.status, summary.exit_status, summary.error) == expected
+
+
+@pytest.mark.long
+def test_a_mistake_that_a_worker_meets_ends_the_command_with_its_status(relay: type[Relay], tmp_path: Path) -> None:
+    from flows.pipeline import _failure_told
+
+    @flow(name="retrain")
+    def mistaken() -> None:
+        with _failure_told(minor=True):
+            raise UsageError("there is no such folder")
+
+    state = mistaken(return_state=True)
+    summary, _ = deployed_runs.follow(state.state_details.flow_run_id, lambda _: None)
+    assert (summary.status, summary.exit_status) == ("failed", 2)
+    assert "there is no such folder" in (summary.error or "")
 
 
 @pytest.mark.long

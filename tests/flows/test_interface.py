@@ -70,6 +70,7 @@ refused(convoy.retrain, "/dev/null", dataset="digits", model="notes")
 refused(convoy.retrain, recipe="foto")
 refused(convoy.compare, "a", "b", margn=0.1)
 refused(convoy.promote, "a", 1, floor=2)
+refused(convoy.train, dataset="digits", refresh=["downlod"])
 """,
         project,
     )
@@ -85,6 +86,7 @@ refused(convoy.promote, "a", 1, floor=2)
             "unknown recipe 'foto'; did you mean 'photos'?",
             "unknown key 'margn'; did you mean 'margin'?",
             "floor: input should be less than or equal to 1",
+            "refresh: 'downlod' is not a valid Step; known are download, preprocess",
         ),
         strict=True,
     ):

@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from infra.settings import Settings
 from infra.stack.local_stack import down
-from tasks.config.deployment import load_project
+from tasks.config.deployment import ProjectConfig, load_project
 from tests.flows.conftest import Convoy
 from tests.flows.program import Done, running_worker
 from tests.flows.test_cli import pictures
@@ -131,6 +131,12 @@ def test_a_project_is_deployed_under_the_name_of_its_model_with_its_configuratio
     ]
     assert retrain["work_pool"] == {"name": "convoy"}
     assert "fashion-mnist" not in str(retrain)
+    from flows.deployments import _project_entries
+
+    (of_table,) = _project_entries(ProjectConfig(dataset="photos/labels.csv"))
+    assert (of_table["name"], of_table["older_names"]) == ("labels", ["labels.csv"])
+    (of_folder,) = _project_entries(ProjectConfig(dataset="."))
+    assert of_folder["parameters"]["config"]["name"] == of_folder["name"]  # a worker works elsewhere
 
     schedule = {"cron": "0 3 * * *", "timezone": "Europe/Berlin"}
     retrain, prune = entries(pool="p", new_data=False, schedule=schedule, retention={"runs_days": 9}, older_names=["b"])

@@ -1,5 +1,6 @@
 """A retraining trains only for a reason, and reports the reason."""
 
+import hashlib
 import time
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from flows.retrain import retrain_flow
 from flows.summary import Refused, Summary
 from infra.settings import Settings
+from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
 from infra.tracking import mlflow_runs
 from infra.tracking.model_registry import RegisteredVersion, create_version, search_versions
@@ -23,7 +25,7 @@ from infra.tracking.promotion_history import history, newest, promote, rollback
 from infra.tracking.tags import WAITING, VersionRecord
 from tasks.config.gates import GateConfig
 from tasks.config.run import RunConfig
-from tasks.data.dataset import DatasetRef
+from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.release import retrain_decision
 from tasks.release.promote import champion_data, promote_version
 from tasks.release.quality_gate import judge_version, publish
@@ -129,6 +131,24 @@ def test_nothing_new_is_skipped_within_seconds(first: tuple[RunConfig, Summary])
     assert summary.reason == f"nothing has changed since the champion, version {before.model_version}"
     assert state_of(summary) == ("Skipped", summary.reason)
     assert len(history(ObjectStore.connect(Settings().bucket), "retrained")) == 1
+
+
+@pytest.mark.long
+def test_a_file_that_is_no_image_is_no_reason_to_train(first: tuple[RunConfig, Summary]) -> None:
+    """It changes the report of preprocessing, which is part of the dataset version."""
+    config, before = first
+    store = ObjectStore.connect(Settings().bucket)
+    manifest = load_manifest(store, before.dataset_version or "")
+    report = manifest.report.model_copy(update={"warnings": ("1 file left out: notes.txt",)})
+
+    def stored(**changes: object) -> DatasetRef:
+        content = manifest.model_copy(update={"report": report, **changes}).to_bytes()
+        version = hashlib.sha256(content).hexdigest()
+        store.put_bytes(bucket_layout.dataset_manifest(version), content)
+        return DatasetRef(version=version, name="digits")
+
+    assert what_changed.fn("retrained", config, stored()).why.startswith("nothing has changed since the champion")
+    assert what_changed.fn("retrained", config, stored(image_size=9)).why.endswith("version 1: data")
 
 
 @pytest.mark.slow

@@ -11,6 +11,9 @@ from prefect.client.schemas.objects import FlowRun
 
 from flows.deployments import deploy
 from flows.run_names import command_reason, model_name, prediction_name, pruning_name, reason_of, training_name
+from infra.sources.find import find_source
+from infra.sources.mirrors import Mirrors
+from infra.sources.slug import slug
 from tasks.config.run import RunConfig
 from tests.flows.conftest import Convoy
 from tests.flows.program import wait_for
@@ -30,7 +33,12 @@ def name_of(run_id: object) -> str:
         ({"dataset": "data/My Photos/"}, "my-photos"),
         ({"dataset": "s3://bucket/photos.v2.tar.gz"}, "photos.v2"),
         ({"dataset": "https://host/a/Set.ZIP"}, "set"),
+        ({"dataset": "https://host/a/My%20Set.tgz"}, "my-set"),
         ({"dataset": "file:///data/photos"}, "photos"),
+        ({"dataset": "data/labels.csv"}, "labels"),
+        ({"dataset": "s3://bucket/photos/metadata.csv"}, "photos"),
+        ({"dataset": "s3://bucket/metadata.csv"}, "bucket"),
+        ({"dataset": "s3://bucket/"}, "bucket"),
     ],
 )
 def test_the_model_is_named_as_the_training_names_it(config: dict[str, str], name: str) -> None:
@@ -39,7 +47,21 @@ def test_the_model_is_named_as_the_training_names_it(config: dict[str, str], nam
 
 def test_the_working_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert model_name(RunConfig(dataset=".")) == model_name(RunConfig(dataset=str(tmp_path)))
+    assert model_name(RunConfig(dataset=".")) == model_name(RunConfig(dataset=str(tmp_path))) == slug(tmp_path.name)
+    assert model_name(RunConfig(dataset="metadata.csv")) == slug(tmp_path.name)
+
+
+@pytest.mark.parametrize("source", ["My Photos", "folder.zip", "labels.csv", "labels.v2.tsv", "deep/metadata.csv", "."])
+def test_the_source_itself_has_that_name(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    image = tmp_path / "My Photos" / "a" / "1.png"
+    for folder in (image.parent, tmp_path / "folder.zip", tmp_path / "deep"):
+        folder.mkdir(parents=True)
+    image.write_bytes(b"an image")
+    for name, between in (("labels.csv", ","), ("labels.v2.tsv", "\t"), ("deep/metadata.csv", ",")):
+        Path(name).write_text(f"path{between}label\n{image}{between}a\n")
+    with Mirrors(tmp_path / "partial") as mirrors:
+        assert find_source(source, mirrors).name == model_name(RunConfig(dataset=source))
 
 
 @pytest.mark.parametrize(

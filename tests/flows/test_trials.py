@@ -22,7 +22,7 @@ from flows.deployments import _project_entries
 from flows.pipeline import judge_trial
 from flows.summary import Summary
 from infra.errors import Outage, UsageError
-from infra.tracking.tags import RESUMABLE, TRIAL
+from infra.tracking.tags import RESUMABLE, RESUMED_BY, RESUMES, TRIAL
 from tasks.config.deployment import CodeConfig, DeployConfig, ProjectConfig
 from tasks.config.gates import GateConfig
 from tasks.config.run import RunConfig
@@ -133,6 +133,12 @@ def test_of_the_trials_with_a_key_only_one_of_the_same_commit_and_configuration_
         assert states(earlier, same, longer, other) == ["Cancelled", "Scheduled", "Cancelled", "Scheduled"]
         client.set_flow_run_state(UUID(same), Crashed(), force=True)
         assert supersede(B) == same  # a worker resumes it
+        whole = {"config": {**parameters["config"], "batch_size": 32}}  # that of its record, with a batch size
+        labels = {TRIAL: "pull-1", RESUMES: same}
+        code = CodeConfig(repository="/team.git", ref=B)
+        resumed = str(start(client, trial, whole, code=code, labels=labels).id)
+        client.update_flow_run_labels(UUID(same), {RESUMED_BY: resumed})
+        assert (supersede(B), states(resumed)) == (resumed, ["Scheduled"])
         assert supersede("main") is None  # which may have gone on since
         assert not may_go_on(run_of(same))
         branch = started("main", "pull-1")

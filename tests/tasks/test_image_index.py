@@ -182,7 +182,7 @@ def test_an_outage_is_no_damage_of_the_index(bucket: ObjectStore, monkeypatch: p
         raise Outage("the store is away")
 
     monkeypatch.setattr(ObjectStore, "get_file", away)
-    with pytest.raises(Outage, match="^the store is away$"):
+    with pytest.raises(Outage, match=r"^the store is away$"):
         load_index(bucket, dataset.version)
 
 

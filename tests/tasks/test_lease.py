@@ -12,7 +12,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Running
 
-from infra.tracking.tags import HELD_LEASE
+from infra.tracking.tags import ALIVE, HELD_LEASE
 from tasks.orchestration import model_lease as lease
 from tasks.orchestration.model_lease import forgotten_leases, free_forgotten, limit_of, model_lease
 from tasks.upkeep.doctor import settle_all
@@ -118,6 +118,59 @@ def test_what_goes_on_without_its_lease_is_waited_for(model: str, monkeypatch: p
 
     train()
     assert len(waits) == 1
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_holder_elsewhere_that_gives_signs_of_life_is_waited_for(
+    lives: bool, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has lost its lease in an outage. Without a new sign, it counts as dead after some looks."""
+    training, waits = holder(model), list[int]()
+
+    def beat(_: float) -> None:
+        waits.append(len(waits))
+        if lives and len(waits) == 9:
+            end(training)
+        with get_client(sync_client=True) as client:
+            client.update_flow_run_labels(training.id, {ALIVE: str(len(waits) if lives else 0)})
+
+    monkeypatch.setattr(lease, "SILENT_POLLS", 3)
+    monkeypatch.setattr(lease.stopping, "wait", beat)
+    beat(0)
+
+    @flow
+    def train() -> None:
+        with model_lease(model):
+            pass
+
+    train()
+    assert len(waits) == (9 if lives else 4)
+
+
+def test_an_outage_of_prefect_is_outlasted(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = ["settle_killed_flow_runs", "_acquire", "label_flow_run"]
+    failed: list[str] = []
+
+    def once(name: str) -> object:
+        real = getattr(lease, name)
+
+        def call(*arguments: object, **options: object) -> object:
+            if name not in failed:
+                failed.append(name)
+                raise httpx.ConnectError("Connection refused")
+            return real(*arguments, **options)
+
+        return call
+
+    for name in failing:
+        monkeypatch.setattr(lease, name, once(name))
+
+    @flow
+    def train() -> str:
+        with model_lease(model):
+            return "trained"
+
+    assert train() == "trained" and failed == failing
 
 
 def test_prefect_need_not_be_there_when_a_lease_is_given_back(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -386,14 +386,17 @@ def test_a_test_message_reports_what_the_receiver_answered(chat: Receiver, monke
     assert chat.texts == [f"Convoy sends its messages here from {socket.gethostname()}: this is a test"]
     before = automations()
     assert run_notify("--test").stdout == "test message sent; the receiver answered 200: ok\n"
+    monkeypatch.setenv("CONVOY_NOTIFY_URL", chat.url.get_secret_value())
+    assert run_notify("--test").stdout == "test message sent; the receiver answered 200: ok\n"
+    monkeypatch.delenv("CONVOY_NOTIFY_URL")
     assert automations() == before  # the time of --stale-after included
-    assert len(chat.texts) == 2
+    assert len(chat.texts) == 3
 
     chat.answer, chat.says = 404, f"Cannot POST /{SECRET}\n<b>nothing</b> here"
     with pytest.raises(ServiceError) as refused:
         notify(test=True)
     assert str(refused.value) == "the receiver answered 404: Cannot POST … <b>nothing</b> here"
-    assert len(chat.texts) == 3
+    assert len(chat.texts) == 4
 
     chat.close()
     with pytest.raises(ServiceError, match=r"the test message did not arrive: .*ConnectError") as lost:

@@ -369,6 +369,17 @@ def test_a_champion_that_mlflow_does_not_know_is_protected_by_its_history(made: 
     assert made.there() == rests_on
 
 
+def test_a_champion_whose_version_was_deleted_is_kept_and_holds_up_no_prune(made: Leftovers) -> None:
+    dataset = made.dataset("shard")
+    run = made.run(dataset=dataset)
+    version = made.version(run, dataset)
+    promote(made.store, version, after=None, lineage=Lineage(run_id=run, dataset_version=dataset))
+    delete_alias(version.name, "champion")
+    MlflowClient().delete_model_version(version.name, version.version)
+    prune()
+    assert bucket_layout.dataset_manifest(dataset) in made.there() and len(made.outputs(run)) == 5
+
+
 def test_the_history_protects_beside_an_empty_registry_only_what_it_names(made: Leftovers) -> None:
     champion_unknown_to_mlflow(made, written_down=False)  # by an older Convoy
     before = made.there()

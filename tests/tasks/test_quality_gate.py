@@ -350,6 +350,20 @@ def test_real_drops_of_a_class_are_found_among_many(
     assert refused / 40 >= share if share else refused <= 1
 
 
+@pytest.mark.parametrize("mode", ["superior", "non-inferior"])
+def test_a_new_class_does_not_make_up_for_a_loss_on_the_known_ones(mode: str) -> None:
+    """Of a thousand images, the last 100 are of a class that the champion does not know."""
+    labels, names = np.repeat(np.arange(10), 100), tuple(map(str, range(10)))
+    champion = scored("m/1", slice(0, 45), slice(900, 1000), unknown=frozenset({9}))
+    config = GateConfig.model_validate({"mode": mode})
+    worse = judge(scored("m/2", slice(0, 108), slice(900, 910)), champion, config, labels=labels, classes=names)
+    assert check(worse, mode).passed and not check(worse, "known classes").passed and not worse.passed
+    said = check(worse, "known classes").detail
+    assert said.startswith("without the classes that the champion does not know, 7.00 points worse") and "900" in said
+    as_good = judge(scored("m/2", slice(0, 45), slice(900, 910)), champion, config, labels=labels, classes=names)
+    assert as_good.passed
+
+
 def test_small_classes_are_not_compared_and_that_is_said() -> None:
     challenger, champion = scored("m/2", slice(500, 530)), scored("m/1", slice(0, 200))
     verdict = decide(challenger, champion, max_class_drop=0.05, min_support=501)

@@ -38,6 +38,9 @@ class Scored:
     predicted: Labels | None = None
     """int64 [N], the answers as positions in the split's classes; -1 for another class. Only the report needs them."""
 
+    unknown: frozenset[int] = frozenset()
+    """Classes of the split that the version does not know, as positions; it has all of their images wrong."""
+
     size_bytes: int | None = None
     """Size of the weights."""
 
@@ -214,6 +217,16 @@ def check_comparison(wins: int, losses: int, images: int, p_value: float, config
         detail += f"; {small}"
         remedy = f"{images_needed(wins, losses, images, config):,} test images; {remedy}"
     return QualityCheck(name=config.mode, value=value, threshold=threshold, passed=passed, detail=detail, remedy=remedy)
+
+
+def check_known_classes(challenger: Scored, champion: Scored, known: Mask, config: GateConfig) -> QualityCheck:
+    """Tests for a loss on the images of the classes that the champion knows: those of new ones would make up for it."""
+    wins, losses = wins_and_losses(challenger.correct[known], champion.correct[known])
+    margin = config.margin if config.mode == "non-inferior" else None
+    no_worse = config.model_copy(update={"mode": "non-inferior", "margin": margin})
+    found = check_comparison(wins, losses, int(known.sum()), sign_test(wins, losses), no_worse)
+    detail = f"without the classes that the champion does not know, {found.detail}"
+    return found.model_copy(update={"name": "known classes", "detail": detail})
 
 
 def _gain(gain: float, points: str) -> str:

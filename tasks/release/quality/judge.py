@@ -15,6 +15,7 @@ from tasks.release.quality.checks import (
     check_comparison,
     check_drops,
     check_floor,
+    check_known_classes,
     check_limit,
     too_small,
     wins_and_losses,
@@ -39,7 +40,8 @@ def judge(
 
     Superior: the observed gain reaches the margin, and McNemar's exact test, one-sided, is significant at `alpha`.
     Non-inferior: the lower 1 − alpha confidence bound of the difference (Tango, 1998: see tasks/evaluation/paired.py)
-    is not below −margin, and the test split is large enough to show that margin at all.
+    is not below −margin, and the test split is large enough to show that margin at all. If there are classes that the
+    champion does not know, the challenger must also be non-inferior on the others.
 
     Args:
         labels: int64 [N], of the same images in the same order.
@@ -67,6 +69,9 @@ def judge(
         if images:
             champion_accuracy = float(champion.correct[compared].mean())
             checks.append(check_comparison(wins, losses, images, p_value, config))
+            known = compared & ~np.isin(labels, list(champion.unknown))
+            if 0 < known.sum() < images:
+                checks.append(check_known_classes(challenger, champion, known, config))
             if small := too_small(wins, losses, images, config):
                 notes.append(f"{small}; a refusal may be due to too few images")
         else:

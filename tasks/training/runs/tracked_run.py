@@ -8,7 +8,6 @@ from functools import partial
 
 import httpx
 from prefect.runtime import flow_run as running_flow
-from prefect.utilities.urls import url_for
 
 from cnn.data.manifest import Manifest
 from cnn.training.order import mixing, shuffle_window
@@ -18,12 +17,13 @@ from infra.records import Record
 from infra.storage import bucket_layout
 from infra.storage.object_store import open_bucket
 from infra.tracking import mlflow_runs, tags
+from infra.tracking.client import check_server
 from infra.tracking.promotion_history import this_user
 from infra.tracking.provenance import Provenance, provenance
 from tasks.config.run import RunConfig, with_network_options
 from tasks.data.dataset import DatasetRef, load_manifest
 from tasks.orchestration.cancellation import STOPPED, Cancelled, Superseded
-from tasks.orchestration.flow_runs import flow_run_id, is_deployed, label_flow_run
+from tasks.orchestration.flow_runs import flow_run_id, is_deployed, label_flow_run, page_of
 from tasks.orchestration.progress import run_logger
 from tasks.orchestration.retries import outlast
 from tasks.training.liveness import hold_run_lock
@@ -85,6 +85,7 @@ def tracked_run(
     flow_run = flow_tags().get(tags.FLOW_RUN, "")
     asked, resume = resume, resume or (None if sweep else run_of_flow(flow_run))
     finished = False
+    outlast(check_server)  # it may be away after hours of packing
     with contextlib.ExitStack() as alive:
         if resume:
             _check_equal(resume, read_record(resume).manifest, manifest)
@@ -210,7 +211,7 @@ def flow_tags() -> dict[str, str]:
     """Returns the tags of a run that name the flow run which works on it; none outside a flow run."""
     if not (flow := flow_run_id()):
         return {}
-    return {tags.FLOW_RUN: str(flow), tags.FLOW_RUN_URL: url_for("flow-run", obj_id=flow) or ""}
+    return {tags.FLOW_RUN: str(flow), tags.FLOW_RUN_URL: page_of(flow)}
 
 
 def _tags(config: RunConfig, dataset: DatasetRef, manifest: RunManifest, code: Provenance) -> dict[str, str]:
