@@ -40,7 +40,7 @@ class ArchiveSource:
         return source_key("archive", display(self.address), self.version) if self.version else None
 
     def fetch(self, place: Workplace, on_bytes: OnBytes, *, refresh: bool = False) -> RawSource:
-        """Fetches and stores the archive; writes a record of it only if its server tells versions apart."""
+        """Fetches and stores the archive; a later call finds its record only if its server tells versions apart."""
         where = display(self.address)
         meter = Meter(self.size or 0, on_bytes)
         try:
@@ -57,8 +57,7 @@ class ArchiveSource:
             bucket.put(raw)
         meter.advance_to(1.0)
         source = RawSource(name=self.name, format="archive", files=(raw,), served_by={raw.path: where}, reused=reused)
-        if self.key and self._is_as_found(place):
-            write_record(place.store, self.key, source)
+        write_record(place.store, self.key if self.key and self._is_as_found(place) else None, source)
         return source
 
     def _is_as_found(self, place: Workplace) -> bool:

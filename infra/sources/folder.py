@@ -93,8 +93,7 @@ class FolderSource(FolderListing):
         files = tuple(raw for raw, _, _ in results)
         labels = self._store_labels(place)
         source = self._raw_source(files, None, labels, reused=all(present for _, present, _ in results))
-        if self.key and all(as_listed for _, _, as_listed in results):
-            write_record(place.store, self.key, source)
+        write_record(place.store, self.key if all(as_listed for _, _, as_listed in results) else None, source)
         return source
 
     def refer(self, place: Workplace, *, refresh: bool = False) -> RawSource:

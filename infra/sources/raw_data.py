@@ -158,8 +158,11 @@ def read_record(store: ObjectStore, source_key: str) -> RawSource | None:
     return store.read_record(bucket_layout.source_record(source_key), RawSource, remedy)
 
 
-def write_record(store: ObjectStore, source_key: str, source: RawSource) -> None:
-    """Commits a download: later ones find its record."""
-    store.put_bytes(
-        bucket_layout.source_record(source_key), source.model_dump_json(exclude={"reused", "listing"}).encode()
-    )
+def write_record(store: ObjectStore, source_key: str | None, source: RawSource) -> None:
+    """Commits a download, so that later ones find its record, and `convoy prune` keeps its files.
+
+    Args:
+        source_key: of the version that was found; None if the source shows no versions, or has changed since.
+    """
+    record = bucket_layout.source_record(source_key or source.digest)
+    store.put_bytes(record, source.model_dump_json(exclude={"reused", "listing"}).encode())

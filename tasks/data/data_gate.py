@@ -98,6 +98,10 @@ def data_gate(
             images_for_margin=images_for_margin,
             groups={split: index.groups(split) for split in SPLITS} if index else None,
         )
+    # Where these keys are not set, one image of another size or mode may change them.
+    if present and (now := _shape(manifest)) != (before := _shape(present[0])):
+        lost = "the quality gate cannot compare the two unless you set these keys"
+        run_logger().warning("the data of %s have %s, those of the champion %s: %s", dataset.name, now, before, lost)
     if index:
         checks = _with_paths(checks, index)
     changes = _changes(store, index, champion) if champion != dataset.version else None
@@ -117,6 +121,10 @@ def data_gate(
         )
     run_logger().info("the data of %s may be trained on: %s", dataset.name, outcome_counts(checks))
     return report
+
+
+def _shape(manifest: Manifest) -> str:
+    return f"data.image_size={manifest.image_size} data.channels={manifest.channels} data.resize={manifest.resize}"
 
 
 def _with_paths(checks: DataChecks, index: ImageIndex) -> DataChecks:

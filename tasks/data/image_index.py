@@ -168,19 +168,27 @@ def store_index(store: ObjectStore, version: str, path: Path, labels_sha256: str
     store.put_bytes(bucket_layout.index_record(version), record.model_dump_json().encode())
 
 
-def replace_columns(store: ObjectStore, version: str, labels: LabelTable, labels_sha256: str) -> bool:
-    """Gives the index of a version the columns that a label table has now.
+def replace_columns(store: ObjectStore, version: str, labels: LabelTable | None, labels_sha256: str | None) -> bool:
+    """Gives the index of a version the groups and further columns that the label table has now; none without a table.
 
     Returns:
         Whether it did: not if there is no index, or if it names files of another source of the same images.
     """
     index = load_index(store, version)
-    if index is None or ((rows := labels.positions(index.table["path"].to_pylist())) < 0).any():
+    if index is None:
         return False
+    group = _OWN.field("group")
     table = index.table.select(_OWN.names)
-    further = labels.further.take(pa.array(rows))
-    for name in further.column_names:
-        table = table.append_column(name, further[name])
+    groups: list[str | None] = [None] * table.num_rows
+    if labels:
+        rows = labels.positions(index.table["path"].to_pylist())
+        if (rows < 0).any():
+            return False
+        here = labels.take(rows)
+        groups = here.values("group") or groups
+        for name in here.further.column_names:
+            table = table.append_column(name, here.further[name])
+    table = table.set_column(table.schema.get_field_index(group.name), group, pa.array(groups, group.type))
     with TemporaryDirectory() as temporary:
         path = Path(temporary, "index.parquet")
         pq.write_table(table, path, compression="zstd")

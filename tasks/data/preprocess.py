@@ -129,16 +129,16 @@ def _labels(raw: RawSource, cache: Cache) -> LabelTable | None:
 
 
 def _renew_columns(store: ObjectStore, version: str, raw: RawSource, labels: LabelTable | None) -> bool:
-    """Gives the index of a version that exists the present columns of the label table.
+    """Gives the index of a version that exists the present groups and columns of the label table, if there is one.
 
     Returns:
         Whether the index is of this source now; if not, the images must be packed again.
     """
-    if raw.labels is None or labels is None:
-        return True
-    sha256 = raw.labels.file.sha256
+    sha256 = raw.labels.file.sha256 if raw.labels else None
     record = read_index_record(store, version)
-    return record is not None and (record.labels == sha256 or replace_columns(store, version, labels, sha256))
+    if record is None:
+        return sha256 is None  # code without an index made the version
+    return record.labels == sha256 or replace_columns(store, version, labels, sha256)
 
 
 def _in_place(listing: ListingRef, cache: Cache) -> ListedFiles:

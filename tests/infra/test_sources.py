@@ -28,6 +28,7 @@ from infra.sources.find import find_source
 from infra.sources.folder import FolderSource
 from infra.sources.raw_data import RawSource
 from infra.sources.slug import slug
+from infra.storage import bucket_layout
 from infra.storage.object_store import ObjectStore
 from tests.infra.webserver import WebServer
 
@@ -73,6 +74,15 @@ def test_a_folder_is_stored_by_content_and_found_unchanged_again(place: Workplac
     (folder / "cat" / "new.png").write_bytes(b"four")
     changed = _fetch(place, str(folder))
     assert not changed.reused and changed.digest != raw.digest
+
+
+def test_local_data_have_a_record_which_keeps_them_from_being_pruned(
+    place: Workplace, folder: Path, tmp_path: Path
+) -> None:
+    for dataset in (folder, _zip(tmp_path / "pets.zip")):
+        raw = _fetch(place, str(dataset))
+        record = place.store.read_record(bucket_layout.source_record(raw.digest), RawSource)
+        assert record and (record.digest, record.stored_files) == (raw.digest, raw.stored_files)
 
 
 def test_a_missing_object_of_a_folder_is_stored_again(place: Workplace, folder: Path) -> None:

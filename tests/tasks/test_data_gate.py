@@ -134,6 +134,20 @@ def test_check_that_only_warns_lets_the_data_pass(versions: Versions) -> None:
     assert outcomes(report)["leakage"] == "warned"
 
 
+def test_data_that_cannot_be_compared_with_the_champions_are_told_before_they_are_trained_on(
+    versions: Versions, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = load_manifest(versions.store, versions.bad.version).model_copy(update={"resize": "pad"})
+    versions.store.put_bytes(bucket_layout.dataset_manifest(manifest.version), manifest.to_bytes())
+    gate(versions.good, versions.bad.version)
+    assert "unless you set these keys" not in caplog.text
+    gate(versions.good, manifest.version)
+    assert (
+        "data.channels=1 data.resize=crop, those of the champion data.image_size=8 data.channels=1 data.resize=pad"
+        in (caplog.text)
+    )
+
+
 @pytest.mark.long
 def test_champions_data_are_compared_with(versions: Versions) -> None:
     compared = ("missing_classes", "new_classes", "class_drift", "pixel_drift")

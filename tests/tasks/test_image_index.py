@@ -229,6 +229,28 @@ def test_a_group_stays_in_one_split_whatever_else_comes(tmp_path: Path, bucket: 
     assert rows(ungrouped) != rows(whole) and set(ungrouped.table["group"].to_pylist()) == {None}
 
 
+def test_groups_come_and_go_with_the_table_though_the_images_are_the_same(tmp_path: Path, bucket: ObjectStore) -> None:
+    """Explicit splits: the groups decide nothing about them, so that the version stays."""
+    folder = tmp_path / "d"
+    for split in SPLITS:
+        laid_out(images("cat", "dog", each=4), folder / split)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    lines = [{"path": path, "label": path.split("/")[1], "patient": path[-5], "light": "dim"} for path in names]
+    config = CONFIG.model_copy(update={"columns": ColumnsConfig(group="patient")})
+    without = packed(folder, config)
+    table(folder / "metadata.csv", lines)
+    with_groups = packed(folder, config)
+    found = index_of(bucket, with_groups)
+    assert with_groups.version == without.version
+    assert set(found.table["group"].to_pylist()) > {"0", "1"} and found.columns == ("patient", "light")
+    (folder / "metadata.csv").unlink()
+    found = index_of(bucket, packed(folder, config))
+    assert set(found.table["group"].to_pylist()) == {None} and found.columns == ()
+    table(folder / "metadata.csv", lines)
+    again = packed(folder, config)
+    assert again.reused and set(index_of(bucket, again).table["group"].to_pylist()) > {"0", "1"}
+
+
 def test_splits_of_a_table_are_kept(tmp_path: Path, bucket: ObjectStore) -> None:
     folder = laid_out(PHOTOS, tmp_path / "d")
     split_of = ["Train", "valid", "testing", ""]
