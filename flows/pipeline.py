@@ -2,12 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import httpx
 from prefect import states
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
@@ -16,12 +14,11 @@ from prefect.runtime import flow_run
 from flows.run_names import model_name
 from flows.step_timer import StepTimer
 from flows.summary import REFUSED, Refused, Summary
-from infra.errors import GateRefused, UsageError, one_line
+from infra.errors import GateRefused, UsageError
 from infra.machine.output import outlive_readers
 from infra.storage.object_store import open_bucket
 from infra.tracking.client import check_server
 from infra.tracking.provenance import COMMIT_VARIABLE
-from infra.tracking.tags import EXIT_STATUS, RESUMABLE
 from tasks.config.launchers import check_installed
 from tasks.config.run import RunConfig, Step, with_network_options
 from tasks.config.sweep import SweepRequest
@@ -30,22 +27,18 @@ from tasks.data.download import download
 from tasks.data.preprocess import preprocess
 from tasks.data.prune_mark import wait_for_prune
 from tasks.orchestration.cancellation import Cancelled, sigterm_is_checked_for
+from tasks.orchestration.failure import failure_told
 from tasks.orchestration.flow_runs import (
     enter_project,
     flow_is_alive,
     give_up_tries,
-    is_deployed,
-    label_flow_run,
     page_of,
 )
-from tasks.orchestration.messages import tell, tell_failure
+from tasks.orchestration.messages import tell
 from tasks.orchestration.model_lease import model_lease
-from tasks.orchestration.outage import is_prefect_outage
 from tasks.orchestration.retries import outlast
 from tasks.release.retrain_decision import what_changed
 from tasks.training.runs.run_record import check_resumable, read_record
-
-MAX_REASON = 200  # characters of why a flow run may go on, in its label
 
 
 def _is_no_refusal(record: logging.LogRecord) -> bool:
@@ -85,7 +78,7 @@ def train_and_release(
     minor = trial or config.data.limit is not None
     step_timer, found = StepTimer(), None
     try:
-        with _failure_told(minor=minor):
+        with failure_told(minor=minor):
             if sweep:
                 config, resume, found = _search(config, sweep, step_timer)
             summary = _train_and_release(
@@ -100,27 +93,6 @@ def train_and_release(
     if summary.news:
         tell(summary.news, summary.message, minor=minor and summary.news != "promoted")
     return _ended(summary)
-
-
-@contextmanager
-def _failure_told(*, minor: bool) -> Iterator[None]:
-    """Tells Prefect of an error in the block, and whether the flow run may go on after it."""
-    try:
-        yield
-    except (GateRefused, Cancelled):
-        raise
-    except Exception as error:
-        labels = {}
-        if resumable := getattr(error, "resumable", False) or is_prefect_outage(error):
-            labels = {RESUMABLE: one_line(error)[:MAX_REASON]}
-        elif (status := getattr(error, "exit_status", 1)) != 1:
-            labels = {EXIT_STATUS: str(status)}
-        if labels:
-            label = partial(label_flow_run, labels)
-            with suppress(httpx.HTTPError):  # of a flow run that cannot say how it ended, its process's end is noticed
-                outlast(label) if is_deployed() else label()
-        tell_failure(error, trial=minor, resumable=resumable)
-        raise
 
 
 def _search(config: RunConfig, asked: SweepRequest, step_timer: StepTimer) -> tuple[RunConfig, str, dict[str, Any]]:
@@ -183,7 +155,7 @@ def judge_trial(config: RunConfig, run_id: str) -> Summary | State[Summary]:
     """
     step_timer = StepTimer()
     name = model_name(config)
-    with _failure_told(minor=True):
+    with failure_told(minor=True):
         check_server()
         from tasks.release.trial import judge  # it loads PyTorch
 

@@ -6,6 +6,7 @@ from flows.run_names import training_name
 from flows.summary import Summary
 from tasks.config.run import RunConfig
 from tasks.config.sweep import SweepRequest
+from tasks.orchestration.failure import failure_told
 
 
 @flow(name="sweep", flow_run_name=training_name, persist_result=False)
@@ -19,6 +20,7 @@ def sweep_flow(config: RunConfig, sweep: SweepRequest) -> Summary:
     Raises:
         Refused: a gate refused the data, or the best version.
     """
-    from flows.pipeline import train_and_release  # as in `flows.train`
+    with failure_told(minor=False):  # code that cannot be loaded, too; not above, since a deployment does not need it
+        from flows.pipeline import train_and_release
 
     return train_and_release(config, frozenset(), sweep=sweep)  # type: ignore[return-value]

@@ -9,6 +9,7 @@ from flows.run_names import training_name
 from flows.summary import Summary
 from tasks.config.form import Form
 from tasks.config.run import RunConfig, Step
+from tasks.orchestration.failure import failure_told
 
 
 @flow(name="train", flow_run_name=training_name, persist_result=False)
@@ -27,7 +28,8 @@ def train_flow(
     Raises:
         Refused: a gate refused; the flow run ends in the state Refused, of Prefect's type failed.
     """
-    from flows.pipeline import train_and_release  # not above: a deployment needs the parameters only
+    with failure_told(minor=False):  # code that cannot be loaded, too; not above, since a deployment does not need it
+        from flows.pipeline import train_and_release
 
     # Prefect turns the returned state into its summary.
     return train_and_release(config, refresh, resume)  # type: ignore[return-value]

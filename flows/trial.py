@@ -12,6 +12,7 @@ from flows.run_names import training_name
 from flows.summary import Summary
 from tasks.config.form import Form
 from tasks.config.run import RunConfig
+from tasks.orchestration.failure import failure_told
 
 
 @flow(name="trial", flow_run_name=training_name, persist_result=False)
@@ -22,7 +23,8 @@ def trial_flow(config: Annotated[RunConfig, Form()], resume: Annotated[str | Non
         config: What to train, and on what. Fields that are left alone keep their defaults.
         resume: Id of the MLflow run of an unfinished trial to continue, with the same configuration; not shown.
     """
-    from flows.pipeline import train_and_release  # not above: a deployment needs the parameters only
+    with failure_told(minor=True):  # code that cannot be loaded, too; not above, since a deployment does not need it
+        from flows.pipeline import train_and_release
 
     # Prefect turns the returned state into its summary.
     return train_and_release(config, frozenset(), resume, trial=True)  # type: ignore[return-value]
@@ -39,6 +41,7 @@ def judge_flow(config: Annotated[RunConfig, Form()], run: str) -> Summary:
     Raises:
         Refused: the gate would refuse it; the flow run ends in the state Refused, of Prefect's type failed.
     """
-    from flows.pipeline import judge_trial
+    with failure_told(minor=True):  # code that cannot be loaded, too; not above, since a deployment does not need it
+        from flows.pipeline import judge_trial
 
     return judge_trial(config, run)  # type: ignore[return-value]

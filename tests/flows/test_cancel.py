@@ -111,8 +111,8 @@ def test_a_flow_run_that_counts_as_crashed_while_it_lives_is_left_to_be_resumed(
     from prefect import flow
     from prefect.runtime import flow_run
 
-    from flows.pipeline import _failure_told
     from tasks.orchestration.cancellation import Superseded, is_cancelled
+    from tasks.orchestration.failure import failure_told
 
     ids: list[UUID] = []
 
@@ -121,7 +121,7 @@ def test_a_flow_run_that_counts_as_crashed_while_it_lives_is_left_to_be_resumed(
         ids.append(UUID(flow_run.id))
         with get_client(sync_client=True) as client:
             client.set_flow_run_state(ids[0], Crashed(message="no sign of life for 5 minutes"), force=True)
-        with _failure_told(minor=True):
+        with failure_told(minor=True):
             is_cancelled()
 
     with pytest.raises(Superseded):

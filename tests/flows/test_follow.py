@@ -162,11 +162,11 @@ def test_a_dead_flow_run_that_a_worker_will_resume_is_no_failure(
 
 @pytest.mark.long
 def test_a_mistake_that_a_worker_meets_ends_the_command_with_its_status(relay: type[Relay], tmp_path: Path) -> None:
-    from flows.pipeline import _failure_told
+    from tasks.orchestration.failure import failure_told
 
     @flow(name="retrain")
     def mistaken() -> None:
-        with _failure_told(minor=True):
+        with failure_told(minor=True):
             raise UsageError("there is no such folder")
 
     state = mistaken(return_state=True)

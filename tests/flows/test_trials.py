@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -20,7 +21,10 @@ from flows import trial_request
 from flows.deployed_runs import cancel_flow_run, find_deployment, start
 from flows.deployments import _project_entries
 from flows.pipeline import judge_trial
+from flows.retrain import retrain_flow
 from flows.summary import Summary
+from flows.train import train_flow
+from flows.trial import judge_flow, trial_flow
 from infra.errors import Outage, UsageError
 from infra.tracking.tags import RESUMABLE, RESUMED_BY, RESUMES, TRIAL
 from tasks.config.deployment import CodeConfig, DeployConfig, ProjectConfig
@@ -164,14 +168,30 @@ def test_a_project_with_a_pool_for_trials_has_their_deployments() -> None:
     assert [entry["name"] for entry in _project_entries(without)] == ["flowers"]
 
 
+def test_code_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Exception] = []
+    monkeypatch.setattr("tasks.orchestration.failure.tell_failure", lambda error, **_: told.append(error))
+    monkeypatch.setitem(sys.modules, "flows.pipeline", None)
+    config = RunConfig(dataset="digits")
+    for call in (
+        partial(retrain_flow.fn, config),
+        partial(train_flow.fn, config),
+        partial(trial_flow.fn, config),
+        partial(judge_flow.fn, config, "0"),
+    ):
+        with pytest.raises(ImportError):
+            call()
+    assert len(told) == 4
+
+
 def test_a_judgement_that_an_outage_ends_may_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def away() -> None:
         raise Outage("MLflow does not answer")
 
     labels: dict[str, str] = {}
     monkeypatch.setattr("flows.pipeline.check_server", away)
-    monkeypatch.setattr("flows.pipeline.label_flow_run", labels.update)
-    monkeypatch.setattr("flows.pipeline.tell_failure", lambda *_, **__: None)
+    monkeypatch.setattr("tasks.orchestration.failure.label_flow_run", labels.update)
+    monkeypatch.setattr("tasks.orchestration.failure.tell_failure", lambda *_, **__: None)
     with pytest.raises(Outage):
         judge_trial(RunConfig(dataset="digits"), "run")
     assert labels == {RESUMABLE: "MLflow does not answer"}
