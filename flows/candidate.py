@@ -87,7 +87,7 @@ def checked_data(name: str, config: RunConfig, dataset: DatasetRef, *, warm: boo
     Raises:
         DataRefused: the data may not be trained on.
     """
-    champions = champion_data(name)
+    champions = outlast(partial(champion_data, name))  # MLflow may be away after hours of packing
     return data_gate(
         dataset,
         config.data_gate,

@@ -20,9 +20,9 @@ from prefect.flows import load_flow_from_entrypoint
 from pydantic import BaseModel, ValidationError, field_validator
 
 from flows.at_commit import COMMAND, REPOSITORY_VARIABLE
-from flows.run_names import model_name
+from flows.run_names import model_name, with_name
 from infra.errors import ServiceError, UsageError, one_line
-from infra.sources.entries import METADATA, TABLE_SUFFIXES
+from infra.sources.entries import TABLE_SUFFIXES
 from infra.sources.slug import slug
 from infra.tracking.provenance import COMMIT_VARIABLE
 from tasks.config.deployment import CodeConfig, ProjectConfig, ScheduleConfig
@@ -94,12 +94,10 @@ def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
 
     triggers = example[RETRAIN]["triggers"] if deploy.new_data else []
     source, older_names = Path(project.dataset).name, list(deploy.older_names)
-    if source.endswith(TABLE_SUFFIXES) and not project.name:
+    if source.lower().endswith(TABLE_SUFFIXES) and not project.name:
         older_names.append(slug(source))  # of a label table, it had the suffix in Convoy 0.1
     older = {"older_names": older_names, "triggers": triggers}
-    config = project.run.model_dump(mode="json", exclude_unset=True)
-    if source in ("", "..", METADATA):
-        config["name"] = name  # where a worker runs, that folder has another name
+    config = with_name(project.run).model_dump(mode="json", exclude_unset=True)
     with_code = {"work_pool": pool | {"job_variables": job_variables(deploy.code)}} if deploy.code.ref else {}
     yield entry(RETRAIN, deploy.schedule, {"config": config}, **older, **with_code)
     if deploy.trial_pool:

@@ -1,6 +1,7 @@
 """Names flow runs after the model, the network and the reason why they run."""
 
 import os
+from pathlib import Path
 from typing import Literal, get_args
 from urllib.parse import unquote, urlsplit
 
@@ -37,7 +38,7 @@ def pruning_name() -> str:
 
 
 def model_name(config: RunConfig) -> str:
-    """Returns the name of the model that a configuration trains, without a look at the data."""
+    """Returns the name of the model that a configuration trains, without reading the data."""
     if config.name:
         return config.name
     path = os.path.expanduser(config.dataset.removeprefix("file:"))
@@ -52,6 +53,13 @@ def model_name(config: RunConfig) -> str:
     if not last.strip("."):  # the working folder, or the one above
         last = os.path.basename(os.path.abspath(path))
     return slug(last)
+
+
+def with_name(config: RunConfig) -> RunConfig:
+    """Returns a configuration for workers: with its name if that is the working folder's, since theirs differs."""
+    if config.name or Path(config.dataset).name not in ("", "..", METADATA):
+        return config
+    return config.model_copy(update={"name": model_name(config)})
 
 
 def command_reason() -> Reason:

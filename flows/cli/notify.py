@@ -68,8 +68,9 @@ def notify(
         removed = remove_notifications()
         print_line(f"removed {', '.join(removed)}" if removed else "There were no notifications.")
         return
-    only_test = test and url is not None and not everything and stale_after == STALE_AFTER and is_in_use(SecretStr(url))
-    if url is not None and not only_test:  # else it would take back what an earlier call, or a project, has chosen
+    # A mere test takes nothing back that an earlier call, or a project, has chosen.
+    chosen = not test or everything or stale_after != STALE_AFTER
+    if url is not None and (chosen or not is_in_use(SecretStr(url))):
         for name in ensure_notifications(SecretStr(url), everything=everything, stale_after=span):
             print_line(name)
     if test:

@@ -100,8 +100,8 @@ def data_gate(
         )
     # Where these keys are not set, one image of another size or mode may change them.
     if present and (now := _shape(manifest)) != (before := _shape(present[0])):
-        lost = "the quality gate cannot compare the two unless you set these keys"
-        run_logger().warning("the data of %s have %s, those of the champion %s: %s", dataset.name, now, before, lost)
+        lost = "unless you set these keys to the champion's values, the quality gate cannot compare the two"
+        run_logger().warning("the data of %s have %s, those of the champion %s; %s", dataset.name, now, before, lost)
     if index:
         checks = _with_paths(checks, index)
     changes = _changes(store, index, champion) if champion != dataset.version else None

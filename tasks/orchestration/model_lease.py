@@ -49,7 +49,10 @@ UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.PAUSED, StateType.
 
 
 class Signs:
-    """The signs of life that holders of a lease have given, which tell those elsewhere that go on from dead ones."""
+    """The signs of life of a lease's holders, by which those that still run elsewhere are told apart from dead ones.
+
+    Only flow runs of deployments give signs.
+    """
 
     def __init__(self) -> None:
         self._last: dict[UUID, tuple[object, int]] = {}
@@ -87,9 +90,13 @@ def model_lease(name: str) -> Iterator[None]:
                 run_logger().info("another run trains model %s: waiting for it to end", name)
                 logged = True
             stopping.wait(POLL_SECONDS)
-        outlast(partial(label_flow_run, {HELD_LEASE: limit}))  # not with the lease: that is acquired only once
-        held.callback(_unlabel)
-        yield
+        try:
+            yield
+        except BaseException:
+            with suppress(httpx.HTTPError):  # the label of a flow run that ends has no effect
+                label_flow_run({HELD_LEASE: ""})
+            raise
+        outlast(partial(label_flow_run, {HELD_LEASE: ""}))  # a person's approval may follow, which takes days
 
 
 def forgotten_leases() -> list[str]:
@@ -148,6 +155,11 @@ def _acquire(limit: str, held: ExitStack, signs: Signs) -> bool:
             lease.__enter__()
         except (TimeoutError, ConcurrencySlotAcquisitionError):  # another flow run was faster
             return False
+    try:
+        label_flow_run({HELD_LEASE: limit})
+    except httpx.HTTPError:  # tried again as a whole: in an outage a lease may expire
+        _release(lease)
+        raise
     held.callback(_release, lease)
     return True
 
@@ -155,11 +167,6 @@ def _acquire(limit: str, held: ExitStack, signs: Signs) -> bool:
 def _release(lease: AbstractContextManager[None]) -> None:
     with suppress(httpx.HTTPError):  # a lease that is not given back expires
         lease.__exit__(None, None, None)
-
-
-def _unlabel() -> None:
-    with suppress(httpx.HTTPError):  # the label of an ended flow run has no effect
-        label_flow_run({HELD_LEASE: ""})
 
 
 def _is_forgotten(

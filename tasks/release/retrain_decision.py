@@ -1,6 +1,7 @@
 """Decides whether to retrain: compares the inputs of a training with those of the champion."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -112,9 +113,7 @@ def _decide(
     now = _inputs(inputs_of(config, dataset), config)
     if not force and (undecided := _undecided(name, config, champion, now)):
         return undecided
-    before = _inputs_of(champion, config) if champion else None
-    if before and _same_images(store, before[DATA], now[DATA]):
-        before = {**before, DATA: now[DATA]}
+    before = _inputs_of(champion, config, now) if champion else None
     changed = _changed(before, now) if before is not None else ""
     if not force:
         if champion and before is not None and not changed:
@@ -130,14 +129,14 @@ def _decide(
     return True, f"changed since the champion, version {champion.version}: {changed}", None
 
 
-def _images(store: ObjectStore, version: str) -> dict[str, Any]:
-    return load_manifest(store, version).model_dump(exclude={"report"})
+@lru_cache(maxsize=2)  # the present ones, and those of the version that is looked at
+def _images(version: str) -> dict[str, Any]:
+    return load_manifest(open_bucket(), version).model_dump(exclude={"report"})
 
 
-def _same_images(store: ObjectStore, version: str, other: str) -> bool:
-    """Returns whether dataset versions differ in their reports only, as by a text file among the images."""
+def _same_images(version: str, other: str) -> bool:
     try:
-        return version == other or _images(store, version) == _images(store, other)
+        return version == other or _images(version) == _images(other)
     except (ObjectMissing, DatasetDamaged):
         return False
 
@@ -171,7 +170,7 @@ def _known(
         left = (after for before, after in reversed(changes) if before.is_of(version.version, version.run_id))
         change = next(left, None)
         given_up = change if change and (change.action == "rollback" or judged) else None
-        if version.address == present or not (given_up or judged) or _inputs_of(version, config) != now:
+        if version.address == present or not (given_up or judged) or _inputs_of(version, config, now) != now:
             continue
         if given_up:
             return False, f"{why} was champion until version {given_up.to_version} was restored; --force trains", None
@@ -199,7 +198,9 @@ def _undecided(
         record = version.record
         if record.verdict != "passed" or record.approval not in (WAITING, EXPIRED, REFUSED):
             continue
-        if (record.approval != WAITING and record.verdict_champion != present) or _inputs_of(version, config) != now:
+        if (record.approval != WAITING and record.verdict_champion != present) or _inputs_of(
+            version, config, now
+        ) != now:
             continue
         why = f"version {version.version}, with the same inputs: {record.approval_sentence}"
         if record.approval == REFUSED:
@@ -212,14 +213,18 @@ def _undecided(
     return None
 
 
-def _inputs_of(version: RegisteredVersion, config: RunConfig) -> dict[str, Any] | None:
-    """Returns the inputs of a version; None if its run has no readable record."""
+def _inputs_of(version: RegisteredVersion, config: RunConfig, now: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the inputs of a version; None if its run has no readable record.
+
+    A dataset version that differs from the present one in its report only, as by a text file, counts as the same.
+    """
     try:
         record = read_record(version.run_id)
     except UsageError:
         return None
     # Keys that are newer than the version have their defaults here, which do what the code before them did.
-    return _inputs({**record.manifest.model_dump(), "config": config_inputs(record.config)}, config)
+    inputs = _inputs({**record.manifest.model_dump(), "config": config_inputs(record.config)}, config)
+    return {**inputs, DATA: now[DATA]} if _same_images(inputs[DATA], now[DATA]) else inputs
 
 
 def _inputs(manifest: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:

@@ -137,14 +137,16 @@ def test_of_the_trials_with_a_key_only_one_of_the_same_commit_and_configuration_
         assert states(earlier, same, longer, other) == ["Cancelled", "Scheduled", "Cancelled", "Scheduled"]
         client.set_flow_run_state(UUID(same), Crashed(), force=True)
         assert supersede(B) == same  # a worker resumes it
-        whole = {"config": {**parameters["config"], "batch_size": 32}}  # that of its record, with a batch size
-        labels = {TRIAL: "pull-1", RESUMES: same}
-        code = CodeConfig(repository="/team.git", ref=B)
-        resumed = str(start(client, trial, whole, code=code, labels=labels).id)
-        client.update_flow_run_labels(UUID(same), {RESUMED_BY: resumed})
-        assert (supersede(B), states(resumed)) == (resumed, ["Scheduled"])
         assert supersede("main") is None  # which may have gone on since
         assert not may_go_on(run_of(same))
+        dead = started(B, "pull-1")
+        client.set_flow_run_state(UUID(dead), Crashed(), force=True)
+        whole = {"config": {**parameters["config"], "batch_size": 32}}  # that of its record, with a batch size
+        labels, code = {TRIAL: "pull-1", RESUMES: dead}, CodeConfig(repository="/team.git", ref=B)
+        resumed = str(start(client, trial, whole, code=code, labels=labels).id)
+        client.update_flow_run_labels(UUID(dead), {RESUMED_BY: resumed})
+        assert (supersede(B), states(resumed)) == (resumed, ["Scheduled"])
+        assert (supersede("main"), states(resumed)) == (None, ["Cancelled"])
         branch = started("main", "pull-1")
         assert supersede("main") is None
         assert states(branch, other) == ["Cancelled", "Scheduled"]

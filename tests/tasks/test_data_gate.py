@@ -140,7 +140,7 @@ def test_data_that_cannot_be_compared_with_the_champions_are_told_before_they_ar
     manifest = load_manifest(versions.store, versions.bad.version).model_copy(update={"resize": "pad"})
     versions.store.put_bytes(bucket_layout.dataset_manifest(manifest.version), manifest.to_bytes())
     gate(versions.good, versions.bad.version)
-    assert "unless you set these keys" not in caplog.text
+    assert "unless you set these keys to" not in caplog.text
     gate(versions.good, manifest.version)
     assert (
         "data.channels=1 data.resize=crop, those of the champion data.image_size=8 data.channels=1 data.resize=pad"

@@ -222,11 +222,14 @@ def check_comparison(wins: int, losses: int, images: int, p_value: float, config
 def check_known_classes(challenger: Scored, champion: Scored, known: Mask, config: GateConfig) -> QualityCheck:
     """Tests for a loss on the images of the classes that the champion knows: those of new ones would make up for it."""
     wins, losses = wins_and_losses(challenger.correct[known], champion.correct[known])
-    margin = config.margin if config.mode == "non-inferior" else None
+    images, margin = int(known.sum()), None
+    if config.mode == "non-inferior" and config.margin is not None:
+        margin = max(config.margin, config.smallest_margin(images))  # they are fewer than the margin was chosen for
     no_worse = config.model_copy(update={"mode": "non-inferior", "margin": margin})
-    found = check_comparison(wins, losses, int(known.sum()), sign_test(wins, losses), no_worse)
+    found = check_comparison(wins, losses, images, sign_test(wins, losses), no_worse)
     detail = f"without the classes that the champion does not know, {found.detail}"
-    return found.model_copy(update={"name": "known classes", "detail": detail})
+    remedy = found.remedy if config.mode == "non-inferior" else BETTER
+    return found.model_copy(update={"name": "known classes", "detail": detail, "remedy": remedy})
 
 
 def _gain(gain: float, points: str) -> str:

@@ -82,10 +82,10 @@ def tracked_run(
     with _checking:
         check_fits(config.training(), data)
         manifest = run_manifest(config, dataset)
+    outlast(check_server)  # it may be away after hours of packing
     flow_run = flow_tags().get(tags.FLOW_RUN, "")
     asked, resume = resume, resume or (None if sweep else run_of_flow(flow_run))
     finished = False
-    outlast(check_server)  # it may be away after hours of packing
     with contextlib.ExitStack() as alive:
         if resume:
             _check_equal(resume, read_record(resume).manifest, manifest)
