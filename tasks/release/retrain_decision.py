@@ -198,9 +198,8 @@ def _undecided(
         record = version.record
         if record.verdict != "passed" or record.approval not in (WAITING, EXPIRED, REFUSED):
             continue
-        if (record.approval != WAITING and record.verdict_champion != present) or _inputs_of(
-            version, config, now
-        ) != now:
+        other = record.approval != WAITING and record.verdict_champion != present  # of another champion's time
+        if other or _inputs_of(version, config, now) != now:
             continue
         why = f"version {version.version}, with the same inputs: {record.approval_sentence}"
         if record.approval == REFUSED:
