@@ -21,7 +21,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelling
 
 from flows.deployments import job_variables, renamed_to
-from flows.run_names import command_reason, model_name
+from flows.run_names import command_reason, model_name, with_name
 from flows.summary import GOES_ON, REFUSED, Summary
 from infra.errors import ServiceError, UsageError
 from infra.records import Record
@@ -77,7 +77,7 @@ def start_retraining(
         found = find_deployment(client, name)
         if config is None:
             config = load_config(None, settings, base=found.parameters.get("config", {}))  # mistakes are reported here
-        parameters = {"config": config.model_dump(mode="json", exclude_unset=True), "force": force}
+        parameters = {"config": with_name(config).model_dump(mode="json", exclude_unset=True), "force": force}
         return start(client, found, parameters, code=code)
 
 

@@ -15,7 +15,7 @@ from prefect.exceptions import ObjectNotFound
 
 from flows.deployed_runs import cancel_flow_run, find_deployment, follow, start
 from flows.deployments import job_variables
-from flows.run_names import model_name
+from flows.run_names import model_name, with_name
 from flows.summary import Summary
 from infra.errors import UsageError
 from infra.tracking.tags import COMMIT, RESUMES, TRIAL
@@ -57,7 +57,7 @@ def try_commit(
         trial, judge = (find_deployment(client, f"{flow}/{name}-{flow}") for flow in ("trial", "judge"))
         if config is None:
             config = load_config(None, settings, base=trial.parameters.get("config", {}))
-        parameters: dict[str, Any] = {"config": config.model_dump(mode="json", exclude_unset=True)}
+        parameters: dict[str, Any] = {"config": with_name(config).model_dump(mode="json", exclude_unset=True)}
         running = _supersede(client, trial, key, code, parameters, report) if key else None
         label = {TRIAL: key or str(code.ref)}
         if running is None:

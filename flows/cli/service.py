@@ -286,10 +286,9 @@ def _given_config(
     found = configuration_file(file) if deployment is None else file
     if not found:
         return None
-    from flows.run_names import with_name
     from tasks.config.deployment import load_project
 
-    return with_name(load_project(found, settings or []).run)
+    return load_project(found, settings or []).run
 
 
 def _show_result(summary: Summary, pages: Sequence[str], report: Path | None, *, as_json: bool) -> None:

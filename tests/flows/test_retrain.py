@@ -92,7 +92,7 @@ def test_a_key_that_is_newer_than_the_champion_is_no_change(monkeypatch: pytest.
     record = SimpleNamespace(config=CONFIG, manifest=SimpleNamespace(model_dump=lambda: manifest))
     monkeypatch.setattr(retrain_decision, "read_record", lambda run_id: record)
     now = retrain_decision._inputs({**manifest, "config": config_inputs(CONFIG)}, CONFIG)
-    assert retrain_decision._inputs_of(champion, CONFIG) == now
+    assert retrain_decision._inputs_of(champion, CONFIG, now) == now
 
 
 @pytest.mark.long

@@ -10,7 +10,15 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun
 
 from flows.deployments import deploy
-from flows.run_names import command_reason, model_name, prediction_name, pruning_name, reason_of, training_name
+from flows.run_names import (
+    command_reason,
+    model_name,
+    prediction_name,
+    pruning_name,
+    reason_of,
+    training_name,
+    with_name,
+)
 from infra.sources.find import find_source
 from infra.sources.mirrors import Mirrors
 from infra.sources.slug import slug
@@ -49,6 +57,9 @@ def test_the_working_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.chdir(tmp_path)
     assert model_name(RunConfig(dataset=".")) == model_name(RunConfig(dataset=str(tmp_path))) == slug(tmp_path.name)
     assert model_name(RunConfig(dataset="metadata.csv")) == slug(tmp_path.name)
+    sent = with_name(RunConfig(dataset=".")).model_dump(exclude_unset=True)  # to a worker, which works elsewhere
+    assert sent == {"dataset": ".", "name": slug(tmp_path.name)}
+    assert with_name(RunConfig(dataset="photos")).model_dump(exclude_unset=True) == {"dataset": "photos"}
 
 
 @pytest.mark.parametrize("source", ["My Photos", "folder.zip", "labels.csv", "labels.v2.tsv", "deep/metadata.csv", "."])
