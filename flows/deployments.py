@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError, field_validator
 from flows.at_commit import COMMAND, REPOSITORY_VARIABLE
 from flows.run_names import model_name, with_name
 from infra.errors import ServiceError, UsageError, one_line
-from infra.sources.entries import TABLE_SUFFIXES
+from infra.sources.entries import is_table
 from infra.sources.slug import slug
 from infra.tracking.provenance import COMMIT_VARIABLE
 from tasks.config.deployment import CodeConfig, ProjectConfig, ScheduleConfig
@@ -94,7 +94,7 @@ def _project_entries(project: ProjectConfig) -> Iterator[dict[str, Any]]:
 
     triggers = example[RETRAIN]["triggers"] if deploy.new_data else []
     source, older_names = Path(project.dataset).name, list(deploy.older_names)
-    if source.lower().endswith(TABLE_SUFFIXES) and not project.name:
+    if is_table(source) and not project.name:
         older_names.append(slug(source))  # of a label table, it had the suffix in Convoy 0.1
     older = {"older_names": older_names, "triggers": triggers}
     config = with_name(project.run).model_dump(mode="json", exclude_unset=True)

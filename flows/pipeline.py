@@ -28,12 +28,7 @@ from tasks.data.preprocess import preprocess
 from tasks.data.prune_mark import wait_for_prune
 from tasks.orchestration.cancellation import Cancelled, sigterm_is_checked_for
 from tasks.orchestration.failure import failure_told
-from tasks.orchestration.flow_runs import (
-    enter_project,
-    flow_is_alive,
-    give_up_tries,
-    page_of,
-)
+from tasks.orchestration.flow_runs import enter_project, flow_is_alive, give_up_tries, page_of
 from tasks.orchestration.messages import tell
 from tasks.orchestration.model_lease import model_lease
 from tasks.orchestration.retries import outlast

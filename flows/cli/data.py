@@ -95,7 +95,8 @@ def check(
 
     [dim]convoy data check labels.csv --set data.columns.label=class[/]
     """
-    from infra.sources.label_table import FaultyTable, is_table, read_table
+    from infra.sources.entries import is_table
+    from infra.sources.label_table import FaultyTable, read_table
     from tasks.config.deployment import load_project
     from tasks.data.label_tables import missing_files, table_options
 

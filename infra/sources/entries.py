@@ -228,6 +228,11 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
+def is_table(name: str) -> bool:
+    """Returns whether a file's name is that of a label table."""
+    return name.lower().endswith(TABLE_SUFFIXES)
+
+
 def stem(name: str) -> str:
     """Returns the name of an archive or of a label table without its suffix."""
     suffix = next((each for each in (*ARCHIVE_SUFFIXES, *TABLE_SUFFIXES) if name.lower().endswith(each)), "")

@@ -15,10 +15,11 @@ from infra.sources.entries import (
     WHAT_TO_GIVE,
     catalogued,
     is_archive,
+    is_table,
     no_such_dataset,
 )
 from infra.sources.folder import FolderSource, bucket_folder, local_folder
-from infra.sources.label_table import TableOptions, is_table
+from infra.sources.label_table import TableOptions
 from infra.sources.labelled import labelled_images
 from infra.sources.location import BucketLocation, LocalLocation, OnFiles
 from infra.sources.mirrors import Mirrors

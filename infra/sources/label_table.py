@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infra.errors import UsageError, counted, escaped
-from infra.sources.entries import TABLE_SUFFIXES
 from infra.sources.listing import BATCH
 
 META = "meta."
@@ -159,11 +158,6 @@ class LabelTable:
 def further_names(columns: Iterable[str]) -> tuple[str, ...]:
     """Returns the names of the further columns among all columns of a table, without `META`."""
     return tuple(name.removeprefix(META) for name in columns if name.startswith(META))
-
-
-def is_table(name: str) -> bool:
-    """Returns whether a file's name is that of a label table."""
-    return name.lower().endswith(TABLE_SUFFIXES)
 
 
 def read_table(

@@ -14,9 +14,9 @@ import numpy as np
 
 from infra.errors import UsageError, counted
 from infra.machine.threads import in_parallel
-from infra.sources.entries import METADATA, stem
+from infra.sources.entries import METADATA, is_table, stem
 from infra.sources.folder import FolderSource
-from infra.sources.label_table import LabelTable, TableOptions, header_of, is_table, read_table
+from infra.sources.label_table import LabelTable, TableOptions, header_of, read_table
 from infra.sources.listing import Entry, Listing
 from infra.sources.location import BucketLocation, FolderLocation, LocalLocation, regular_file
 from infra.storage.cache import Cache

@@ -132,9 +132,10 @@ def _acquire(limit: str, held: ExitStack, signs: Signs) -> bool:
             found = client.read_global_concurrency_limit_by_name(limit)
         except ObjectNotFound:  # another flow run is freeing it
             return False
-        goes_on = [signs.seen(holder) for holder in _holders(client, limit) if holder.id != flow_run]
+        holders = _holders(client, limit)
+        goes_on = [signs.seen(holder) for holder in holders if holder.id != flow_run]
         if found.active_slots >= found.limit:
-            if _is_forgotten(client, found) and _free(client, found):
+            if not holders and _is_forgotten(client, found) and _free(client, found):
                 run_logger().warning(
                     "the lease %s was taken but had no holder, so it was freed: Prefect forgets leases at a restart; "
                     "to prevent that, set PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE for its server, see infra/README.md",

@@ -13,7 +13,8 @@ import pyarrow.csv as pa_csv
 from infra.errors import UsageError, counted, escaped
 from infra.machine.files import atomic_file
 from infra.records import Record
-from infra.sources.label_table import LabelTable, TableOptions, is_table, read_table
+from infra.sources.entries import is_table
+from infra.sources.label_table import LabelTable, TableOptions, read_table
 
 UNNAMED = "have no file names: their source is not a folder or table of files"
 
