@@ -27,6 +27,8 @@ from infra.settings import Settings
 PATIENCE = 120.0  # seconds until a wait counts as a failure, on a busy machine
 ENDS_WITHIN = 20.0  # seconds that a training's processes have to end
 
+PF_EXITING = 0x4  # in the flags of proc_pid_stat(5)
+
 CODE = "from flows.cli import main; main()"
 CONVOY = (sys.executable, "-P", "-c", CODE)
 
@@ -113,6 +115,14 @@ class Program:
     def wait(self, patience: float = PATIENCE) -> Done:
         status = self.process.wait(patience)
         return Done(status, self._out.read_text(), self._err.read_text())
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has run its last instruction; the kernel may then still free its memory, and ignores signals."""
+        if self.process.poll() is not None:
+            return True
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return bool(int(fields[6]) & PF_EXITING)
 
     def end(self) -> None:
         self.process.kill()
