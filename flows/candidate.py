@@ -77,7 +77,7 @@ def train_version(
             step_timer("gates", summary)
         published.result()  # raises its error here if a gate refused before the result was read
         publish_page(outlast(partial(find_version, registered.address)))
-        log_cost(run.run_id, step_timer.seconds, trained.world_size * trained.train_seconds / 3600)
+        log_cost(run.run_id, step_timer.seconds, trained.rank_seconds / 3600)
     return summary
 
 
@@ -110,7 +110,7 @@ def try_out(
         evaluated = step_timer("evaluate", evaluate(config.training(), dataset, trained, slices=config.data.slices))
         publish(config.training(), dataset, evaluated)
         outlast(partial(set_tags, run.run_id, version_record(dataset, trained, evaluated).to_tags()))
-        log_cost(run.run_id, step_timer.seconds, trained.world_size * trained.train_seconds / 3600)
+        log_cost(run.run_id, step_timer.seconds, trained.rank_seconds / 3600)
     return _with_training(summary, run, trained, evaluated)
 
 
@@ -236,6 +236,7 @@ def _with_training(summary: Summary, run: TrackedRun, trained: TrainResult, eval
             "weights_sha256": trained.weights_sha256,
             "world_size": trained.world_size,
             "train_seconds": round(trained.train_seconds, 3),
+            "rank_hours": round(trained.rank_seconds / 3600, 6),
             "images_per_second": round(trained.images_per_second, 1),
             "utilisation": trained.utilisation,
             "mlflow_tracking_uri": tracking_uri(),

@@ -58,6 +58,9 @@ class Summary(Record):
 
     world_size: int | None = None
     train_seconds: float | None = None
+    rank_hours: float | None = None
+    """Of all ranks in all starts; left out for a training of an earlier release."""
+
     total_seconds: float | None = None
     images_per_second: float | None = None
     utilisation: Utilisation | None = None
@@ -180,12 +183,11 @@ def write_report(path: Path, summary: Summary, pages: Sequence[str]) -> None:
 
 
 def _cost(summary: Summary) -> str | None:
-    if summary.train_seconds is None or summary.world_size is None:
+    if None in (summary.train_seconds, summary.world_size, summary.rank_hours):
         return f"{summary.total_seconds:.0f} s" if summary.total_seconds else None
-    hours = summary.train_seconds * summary.world_size / 3600
     return (
         f"{summary.total_seconds:.0f} s in all, {summary.train_seconds:.0f} s of training on {summary.world_size} "
-        f"ranks: {hours:.2f} rank-hours, {summary.images_per_second:,.0f} images/s"
+        f"ranks: {summary.rank_hours:.2f} rank-hours, {summary.images_per_second:,.0f} images/s"
     )
 
 

@@ -134,7 +134,7 @@ def sweep(
 def _print_rungs(sweep: SweepConfig, epochs: int) -> None:
     table = Table("rung", "trials", "trained to epoch", "epochs", box=None)
     for number, rung in enumerate(sweep.rungs(epochs), start=1):
-        table.add_row(*map(str, (number, rung.trials, rung.epoch, rung.cost)))
+        table.add_row(*map(str, (number, rung.trials, rung.epoch, rung.trials * rung.epochs)))
     print_whole(table)
     cost, whole = sweep.cost(epochs), sweep.trials * epochs
     typer.echo(f"{cost} epochs, {cost / whole:.0%} of the {whole} of {sweep.trials} whole trainings")

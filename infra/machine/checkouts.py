@@ -37,9 +37,9 @@ INDEX_AWAY = re.compile(
 
 REFUSED = re.compile(
     r"does not appear to be a git repository|[Rr]epository .*not found|could not read Username"
-    r"|Authentication failed|Permission denied"
+    r"|Authentication failed|Permission denied|Host key verification failed|dubious ownership"
 )
-"""What git says if the address or the credentials are wrong."""
+"""What git says if the address or the credentials are wrong, or it does not trust the repository or its host."""
 
 
 class Checkout(Record):
@@ -109,8 +109,7 @@ def check_out(folder: Path, repository: str, ref: str) -> Checkout:
 
 def _fetch(bare: Path, repository: str, ref: str) -> str:
     """Fetches a commit, unless it is there; returns its full name."""
-    if not bare.exists():
-        subprocess.run(["git", "init", "--quiet", "--bare", str(bare)], check=True)
+    _git(bare, "init", "--quiet", "--bare")  # also completes what was interrupted
     known = _git(bare, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", must=False)
     if len(ref) == 40 and known == ref:
         return known
@@ -134,7 +133,10 @@ def _git(bare: Path, *arguments: str, must: bool = True) -> str | None:
     """
     environment = os.environ | {"GIT_TERMINAL_PROMPT": "0", "GIT_DIR": str(bare)}
     command = ["git", "-c", "protocol.ext.allow=never", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise UsageError("code by commit needs the program git on the worker") from None
     if done.returncode == 0:
         return done.stdout.strip()
     if must:
@@ -163,7 +165,10 @@ def _install(environment: Path, lock: Path, *, hashes: bool) -> None:
 
 
 def _run(command: list[str], variables: Mapping[str, str], lock: Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, stdin=subprocess.DEVNULL)
+    # uv takes relative paths in a requirements file from the working folder.
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=variables, stdin=subprocess.DEVNULL, cwd=lock.parent
+    )
     if done.returncode:
         error = Outage if INDEX_AWAY.search(done.stderr) else UsageError
         raise error(f"the packages of {lock.name} cannot be installed: {one_line(done.stderr)[-LONGEST_ERROR:]}")

@@ -90,3 +90,10 @@ def atomic_file(target: Path, *, public: bool = False) -> Iterator[Path]:
         if public and target.exists():
             shutil.copymode(target, temporary)
         publish(temporary, target)
+
+
+def write_if_changed(target: Path, text: str) -> None:
+    """Makes `text` the content of a file that other processes read at any time, and that only its owner can read."""
+    if not target.exists() or target.read_text() != text:
+        with atomic_file(target) as temporary:
+            temporary.write_text(text)

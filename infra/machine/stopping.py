@@ -11,7 +11,6 @@ ignored, since Ctrl-C is meant for the foreground job.
 """
 
 import atexit
-import contextvars
 import os
 import select
 import signal
@@ -20,10 +19,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent import futures
 from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
+
+from infra.machine.background import in_background
 
 Output = TypeVar("Output")
 
@@ -161,19 +162,9 @@ def attended(work: Callable[[], Output]) -> Output:
     check()
     if not _replaced:
         return work()
-    output: Future[Output] = Future()
-
-    def run() -> None:
-        try:
-            output.set_result(work())
-        except BaseException as error:
-            output.set_exception(error)
-
-    # A daemon, so that the interpreter does not wait for it when the main thread has to end.
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="work", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(HANDLER_SECONDS)
+    output = in_background(work)
+    while not output.done():
+        futures.wait([output], HANDLER_SECONDS)
     return output.result()
 
 

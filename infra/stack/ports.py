@@ -87,7 +87,8 @@ def choose(wanted: Ports, *, kept: Iterable[str], preferred: dict[str, int]) -> 
         for port in (preferred.get(name), last, *random.SystemRandom().sample(PORT_RANGE, 200)):
             opened = {port, port + ADMIN_GRPC_OFFSET} if name == "admin" and port else {port}
             free = partial(is_free, on_loopback=name not in SEAWEEDFS)
-            if port and not opened & taken and all(map(free, opened)):
+            reserved = set(preferred.values()) - {preferred.get(name)}
+            if port and not opened & (taken | reserved) and all(map(free, opened)):
                 break
         chosen[name] = port
         taken |= opened

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from infra.errors import one_line
+from infra.machine.files import write_if_changed
 from infra.machine.lifeline import is_alive
 from infra.records import Record
 from infra.web_settings import is_web, loopback_without_proxy, usable_web_environment
@@ -99,7 +100,8 @@ def start(server: Server, mark: str, record: Path) -> subprocess.Popen[bytes]:
             umask=0o077,
         )
     created = psutil.Process(process.pid).create_time()  # not reaped yet, so it exists even if it has ended
-    record.write_text(StartRecord(pid=process.pid, created=created, digest=server.digest).model_dump_json())
+    started = StartRecord(pid=process.pid, created=created, digest=server.digest)
+    write_if_changed(record, started.model_dump_json())
     return process
 
 

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import psutil
 
 from infra.errors import UsageError
+from infra.machine.files import write_if_changed
 from infra.machine.locks import is_held, locked
 from infra.settings import DEFAULT_HOME, Settings
 from infra.stack import ports, processes, servers
@@ -54,7 +55,7 @@ class StackFolder:
         """Creates missing credentials, and chooses ports; those of running servers do not change."""
         self._make_private()
         ensure_certificate(self._certificate, self._key)
-        (self.root / "aws-config").write_text("[default]\n")
+        write_if_changed(self.root / "aws-config", "[default]\n")
         kept: list[str] = []
         for name in SERVER_NAMES:
             if (record := self.record(name)) and record.process(self.mark(name)):
@@ -73,7 +74,7 @@ class StackFolder:
                 listens = ports.is_listened_on(port)
                 why = "another program has it" if listens else "an outgoing connection of this machine has it now"
                 on_event(f"port {port} is not used for {purpose}: {why}")
-        (self.root / "ports.json").write_text(self.ports.model_dump_json())
+        write_if_changed(self.root / "ports.json", self.ports.model_dump_json())
 
     def _make_private(self) -> None:
         """Closes the data to other users of the machine, and to git: cached files are as confidential as their source.

@@ -54,9 +54,9 @@ class Rung(NamedTuple):
     trials: int
 
     @property
-    def cost(self) -> int:
-        """The epochs that its trials train together."""
-        return self.trials * (self.epoch - self.start)
+    def epochs(self) -> int:
+        """The epochs that each of its trials trains."""
+        return self.epoch - self.start
 
 
 class SweepConfig(Config):
@@ -82,7 +82,7 @@ class SweepConfig(Config):
 
     def cost(self, epochs: int) -> int:
         """Returns the epochs that all trials together train."""
-        return sum(rung.cost for rung in self.rungs(epochs))
+        return sum(rung.trials * rung.epochs for rung in self.rungs(epochs))
 
     def corners(self) -> Iterator[tuple[str, Value]]:
         """Yields each key with each value of its list, or both ends of its range."""

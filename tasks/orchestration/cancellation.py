@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import FrameType
 
@@ -13,6 +14,7 @@ from prefect.exceptions import PrefectException, TerminationSignal
 from prefect.utilities import engine
 
 from infra.machine import stopping
+from infra.machine.background import in_background
 from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.progress import run_logger
 
@@ -44,13 +46,17 @@ class CancelWatch:
 
     def __init__(self) -> None:
         self._polled = time.monotonic()
+        self._asked: Future[bool] | None = None
 
     def __call__(self) -> bool:
         stopping.check()
-        if time.monotonic() - self._polled < POLL_SECONDS:
+        if self._asked is None and time.monotonic() - self._polled >= POLL_SECONDS:
+            self._polled = time.monotonic()
+            self._asked = in_background(is_cancelled)  # an overloaded Prefect may not answer for minutes
+        if self._asked is None or not self._asked.done():
             return False
-        self._polled = time.monotonic()
-        return is_cancelled()
+        answered, self._asked = self._asked, None
+        return answered.result()
 
 
 def is_cancelled() -> bool:

@@ -5,7 +5,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 from uuid import UUID
@@ -21,11 +23,13 @@ from rich.table import Column
 from rich.text import Text
 
 from infra.machine import stopping
+from infra.machine.background import in_background
 from tasks.orchestration.flow_runs import flow_run_id
 
 LOG_SECONDS = 10.0  # between log lines where there is no terminal
 MIN_COLUMNS_FOR_BAR = 120  # of a terminal: in a narrower one, the figures of a training need the room
 ARTIFACT_SECONDS = 3.0  # between updates of the artifact: each one is a request to Prefect
+LAST_REQUEST_SECONDS = 5.0  # that the end of the work waits for such a request
 
 SHORTER = ((" images/s", " img/s"), (" to go", " left"), ("epoch ", ""), (" img/s", "/s"))
 """Replacements that shorten a line for a narrow terminal, one after another until it fits."""
@@ -71,7 +75,7 @@ def progress(description: str, total: float | None, *, unit: Unit, artifact: str
         pace.finished = True
         shown.update(pace)
     if published:
-        published.update(pace, force=True)
+        published.update(pace, last=True)
 
 
 def run_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
@@ -197,23 +201,36 @@ class _LogLines:
 
 
 class _Artifact:
-    """A progress artifact of the flow run; a failed update is only logged."""
+    """A progress artifact of the flow run. Work never waits for Prefect here, and a failed request is only logged."""
 
     def __init__(self, key: str, description: str) -> None:
-        self._description = description
+        self._key, self._description = key, description
+        self._id: UUID | None = None
         self._last = time.monotonic()
-        created = create_progress_artifact(progress=0.0, key=key, description=description)
-        assert isinstance(created, UUID)  # not a coroutine, since this is no coroutine
-        self._id = created
+        self._request = in_background(partial(self._publish, 0.0, description))
 
-    def update(self, pace: _Pace, *, force: bool = False) -> None:
-        if force or time.monotonic() - self._last >= ARTIFACT_SECONDS:
+    def update(self, pace: _Pace, *, last: bool = False) -> None:
+        if last:
+            wait([self._request], LAST_REQUEST_SECONDS)
+        elif time.monotonic() - self._last < ARTIFACT_SECONDS:
+            return
+        if self._request.done():
             self._last = time.monotonic()
-            description = f"{self._description}: {pace.line()}"
-            try:
-                update_progress_artifact(self._id, progress=100 * (pace.share or 0.0), description=description)
-            except Exception as error:
-                run_logger().debug("the progress artifact was not updated: %s", error)
+            now = 100 * (pace.share or 0.0), f"{self._description}: {pace.line()}"
+            self._request = in_background(partial(self._publish, *now))
+        if last:
+            wait([self._request], LAST_REQUEST_SECONDS)
+
+    def _publish(self, progress: float, description: str) -> None:
+        try:
+            if self._id:
+                update_progress_artifact(self._id, progress=progress, description=description)
+            else:
+                created = create_progress_artifact(progress=progress, key=self._key, description=description)
+                assert isinstance(created, UUID)  # not a coroutine, since this is no coroutine
+                self._id = created
+        except Exception as error:
+            run_logger().debug("the progress artifact was not updated: %s", error)
 
 
 class _TaskLogs(logging.Handler):

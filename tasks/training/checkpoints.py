@@ -70,6 +70,9 @@ class Commit(Record, extra="forbid"):
     train_seconds: float = 0.0
     """Seconds of training up to this step, summed over restarts."""
 
+    rank_seconds: float = 0.0
+    """Of each restart multiplied by its number of ranks."""
+
     metrics: tuple[dict[str, Any], ...] = ()
     """Rows (`MetricRow`) that the tracking server had not acknowledged."""
 
@@ -87,6 +90,7 @@ class Snapshot:
 
     val_accuracy: float | None
     train_seconds: float
+    rank_seconds: float
     metrics: tuple[dict[str, Any], ...]
 
 
@@ -255,6 +259,7 @@ class CheckpointWriter:
             files=files,
             val_accuracy=snapshot.val_accuracy,
             train_seconds=snapshot.train_seconds,
+            rank_seconds=snapshot.rank_seconds,
             metrics=snapshot.metrics,
             committed=time.time(),
         )
@@ -369,11 +374,15 @@ def commit_weights(
         outcome: of the training, without the weights.
 
     Raises:
+        Outage: this machine's disk cannot take them now.
         ServiceError: the storage failed, or the training has already finished with other weights.
     """
     from cnn.networks.weights import save_weights
 
-    digest = save_weights(state, file)
+    try:
+        digest = save_weights(state, file)
+    except (SafetensorError, OSError) as error:  # a full disk, which may have space again
+        raise Outage(f"the weights cannot be written: {error}") from error
     earlier = finished_outcome(store, job.run_id)
     if earlier is None:
         key = bucket_layout.trained_weights(job.run_id, digest)

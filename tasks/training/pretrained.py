@@ -35,7 +35,7 @@ from tasks.orchestration.progress import progress, run_logger
 from tasks.orchestration.step import step
 
 
-@step("pretrained", retried=False)
+@step("pretrained")
 def pretrained(config: RunConfig, dataset: DatasetRef) -> RunConfig:
     """Stores the weights that `config.pretrained` names, and returns the configuration with their digest.
 

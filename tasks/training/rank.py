@@ -181,7 +181,7 @@ class RankZero:
         self._job, self._folder, self._store = job, folder, store
         self._metriclog, self._systemmetrics = metric_log, system_metrics
         self._watch = StragglerWatch()
-        self._seconds_before = 0.0
+        self._seconds_before = self._rank_seconds_before = 0.0
         self._began = time.perf_counter()
         self._speed = Speed(job.config.batch_size)
         self._meter = UtilisationMeter()
@@ -197,7 +197,8 @@ class RankZero:
         )
         backlog: tuple[dict[str, Any], ...] = ()
         if found:
-            self._seconds_before, backlog = found[0].train_seconds, found[0].metrics
+            self._seconds_before, self._rank_seconds_before = found[0].train_seconds, found[0].rank_seconds
+            backlog = found[0].metrics
         rows = [self._metriclog.MetricRow.model_validate(row) for row in backlog]
         # An earlier start of the ranks may have logged steps without leaving a checkpoint.
         self._metrics = self._metriclog.MetricLogger(self._job.run_id, backlog=rows, is_current=self._is_current)
@@ -258,10 +259,11 @@ class RankZero:
             print_line(f"{counted(len(rows), 'row')} of metrics not yet delivered to the tracking server")
         return tuple(row.model_dump(mode="json") for row in rows)
 
-    @property
-    def train_seconds(self) -> float:
-        """Training time of this and of earlier processes."""
-        return self._seconds_before + time.perf_counter() - self._began
+    def seconds(self) -> dict[str, float]:
+        """Returns the training time of this and of earlier starts of the ranks, for an `Outcome` or a `Snapshot`."""
+        here = time.perf_counter() - self._began
+        ranks = here * _world_size()
+        return {"train_seconds": self._seconds_before + here, "rank_seconds": self._rank_seconds_before + ranks}
 
     @property
     def images_per_second(self) -> float:
@@ -333,7 +335,7 @@ class RankZero:
                 step=trainer.step,
                 state=take_state(trainer),
                 val_accuracy=trainer.history[-1].accuracy if trainer.validates else None,
-                train_seconds=self.train_seconds,
+                **self.seconds(),
                 metrics=tuple(row.model_dump(mode="json") for row in self._metrics.unacknowledged()),
             )
         )
@@ -433,7 +435,7 @@ def train(job: Job, folder: JobFolder, rendezvous: dist.Store | None, stop: Stop
             status="finished" if finished else "paused" if paused else "interrupted",
             steps=trainer.step if finished else first.store_last(trainer.step, stop),
             world_size=exchange.world_size,
-            train_seconds=first.train_seconds,
+            **first.seconds(),
             images_per_second=first.images_per_second,
             utilisation=first.utilisation,
         )

@@ -72,7 +72,7 @@ class SweepResult(Record):
     """The best trial's metric on the validation split, of the weights that it keeps."""
 
     epochs: int
-    """Trained by all trials together."""
+    """Trained by all trials together, as far as they have scores."""
 
     grid_epochs: int
     """As they would train if each went to its end."""
@@ -180,7 +180,7 @@ class Sweep:
             best_trial=best.number,
             values=best.values,
             score=best.scores[last],
-            epochs=self._record.sweep.cost(epochs),
+            epochs=sum(self._rungs[rung - 1].epochs for trial in trials for rung in trial.scores),
             grid_epochs=len(trials) * epochs,
             rank_correlation=tuple(_correlation(trials, rung) for rung in range(1, last)),
         )
@@ -406,7 +406,7 @@ def _publish(result: SweepResult, ranked: Sequence[Trial], metric: str) -> None:
         {"trial": trial.number, **trial.values, **{f"rung {rung}": score for rung, score in trial.scores.items()}}
         for trial in ranked
     ]
-    create_table_artifact(rows, key="sweep-trials", description=text)
+    outlast(partial(create_table_artifact, rows, key="sweep-trials", description=text))
     run_logger().info("%s: %s", text, ", ".join(f"{key}={value}" for key, value in result.values.items()))
 
 

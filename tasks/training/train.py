@@ -61,6 +61,9 @@ class TrainResult(Record):
     world_size: int
     steps: int
     train_seconds: float
+    rank_seconds: float = 0.0
+    """As in `Outcome`."""
+
     images_per_second: float
     """Speed of all ranks together, without validation."""
 
@@ -90,7 +93,7 @@ def train(
     store = outlast(open_bucket)
     if outcome := outlast(partial(finished_outcome, store, run.run_id)):
         run_logger().info("training of run %s has already finished", run.run_id)
-        store.get_file(outcome.weights_key, folder.weights)
+        outlast(partial(store.get_file, outcome.weights_key, folder.weights))
         return _publish(run, outcome, folder)
     world_size = _world_size(config)
     folder.write_job(_job(run, dataset, config, world_size))

@@ -59,7 +59,12 @@ def checkpoints(rounds: int) -> Iterator[Comparison]:
                 list(trainer.reports.until(trainer.step))
                 writer.save(
                     Snapshot(
-                        step=trainer.step, state=take_state(trainer), val_accuracy=None, train_seconds=0, metrics=()
+                        step=trainer.step,
+                        state=take_state(trainer),
+                        val_accuracy=None,
+                        train_seconds=0,
+                        rank_seconds=0,
+                        metrics=(),
                     )
                 )
             return config.batch_size

@@ -61,6 +61,13 @@ def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE
     return found
 
 
+def handles_signals(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a program has handlers of its own for SIGTERM and Ctrl-C."""
+    both = (1 << signal.SIGTERM - 1) | (1 << signal.SIGINT - 1)
+    found = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return bool(found) and int(found[1], 16) & both == both  # type: ignore[index]
+
+
 def reported(event: str, flow_run_id: str) -> str:
     """Waits until Prefect has stored an event of a flow run; returns the event's text."""
     wanted = EventResourceFilter(id=[f"prefect.flow-run.{flow_run_id}"])

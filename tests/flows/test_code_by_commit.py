@@ -18,6 +18,7 @@ from tests.flows.conftest import Convoy
 from tests.flows.program import Program
 from tests.flows.test_resumption import deployed, run_of, start_worker
 from tests.flows.test_wheel import built_wheel
+from tests.infra.wheels import make_wheel
 from tests.own_project import EXAMPLE, write
 
 __all__ = ["deployed", "start_worker"]
@@ -69,6 +70,33 @@ def test_a_commit_or_branch_is_checked_out_with_the_packages_of_its_lock_file(re
     assert again.python == found.python  # the lock file is the same
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"PATH": "/nowhere"}, "needs the program git"),
+        ({"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}, "dubious ownership"),  # as of a mounted repository
+    ],
+)
+def test_what_no_time_mends_is_no_outage(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=said):
+        check_out(tmp_path / "code", str(repository), "main")
+
+
+def test_a_lock_file_may_name_a_wheel_of_the_repository(repository: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    wheel = make_wheel(work / "wheels", "nets", {"nets.py": b"WIDTH = 3\n"})
+    (work / "requirements.txt").write_text(f"./wheels/{wheel.name}\n")
+    git(work, "add", ".")
+    pushed(repository, "WIDTH = 2\n")
+    python = check_out(tmp_path / "code", str(repository), "main").python
+    shown = subprocess.run([python, "-c", "import nets; print(nets.WIDTH)"], check=True, capture_output=True, text=True)
+    assert shown.stdout == "3\n"
+
+
 def test_what_nothing_uses_is_removed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys, pathlib, infra.machine.checkouts as c; c.check_out(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
     command = [sys.executable, "-c", code, str(tmp_path / "code"), str(repository), "main"]
@@ -89,6 +117,8 @@ def test_what_a_kill_has_left_unfinished_is_made_anew(repository: Path, tmp_path
         path.with_name(f"{path.name}.ready").unlink()
     (first.tree / "net.py").unlink()
     first.python.unlink()
+    (bare,) = (tmp_path / "code").glob("*.git")
+    (bare / "HEAD").unlink()  # the full disk of `git init`
     again = check_out(tmp_path / "code", str(repository), "main")
     assert again == first
     assert (again.tree / "net.py").exists()

@@ -1,6 +1,5 @@
 """SIGTERM and Ctrl-C at chosen moments of a command; `tests/faults/test_signals.py` has random ones."""
 
-import re
 import signal
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -14,7 +13,17 @@ from flows.summary import Summary
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore
 from infra.tracking.promotion_history import history
-from tests.flows.program import LET_PASS, PATIENCE, Done, NextTraining, Program, flow_run_of, sets, wait_for
+from tests.flows.program import (
+    LET_PASS,
+    PATIENCE,
+    Done,
+    NextTraining,
+    Program,
+    flow_run_of,
+    handles_signals,
+    sets,
+    wait_for,
+)
 
 WHOLE = ("data.limit=400", "network.width=4", "batch_size=64", "augment.shift=0", "epochs=2", "promote=true", *LET_PASS)
 """A flow that completes and promotes."""
@@ -22,22 +31,10 @@ WHOLE = ("data.limit=400", "network.width=4", "batch_size=64", "augment.shift=0"
 STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
 
-def begun(flow: Program) -> None:
-    """Wait until the program has handlers of its own for both signals, just after Python has started."""
-    both = (1 << signal.SIGTERM - 1) | (1 << signal.SIGINT - 1)
-
-    def caught() -> bool:
-        status = Path(f"/proc/{flow.process.pid}/status").read_text()
-        found = re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)
-        return bool(found) and int(found[1], 16) & both == both  # type: ignore[index]
-
-    wait_for(caught, "handlers")
-
-
 def start(program: Callable[..., Program], name: str, **code: str) -> Program:
     train = ("train", "--dataset", "digits", "--ranks", "1", "--name", name, "--summary", "out.json")
     flow = program(*train, *sets(*WHOLE), **code)
-    begun(flow)
+    wait_for(lambda: handles_signals(flow.process), "the handlers")  # just after Python has started
     return flow
 
 

@@ -182,6 +182,7 @@ def test_trials_of_a_network_of_ones_own_run_at_the_same_time_and_values_that_do
     trials = trials_of(found["run_id"])
     left_out = [line for line in done.stderr.splitlines() if "is left out, with" in line]
     assert 0 < found["failed"] == 6 - len(trials) < 6
+    assert found["epochs"] == len(trials) + min(3, len(trials))  # half of six go on to the second epoch
     assert {line.split()[1] for line in left_out} == {str(number) for number in set(range(1, 7)) - set(trials)}
     assert all(int(run.data.params["batch_size"]) % 4 == 0 for run in trials.values())
     assert found["values"]["batch_size"] % 4 == 0

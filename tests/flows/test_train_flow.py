@@ -101,7 +101,7 @@ def test_summary_has_every_name_that_scripts_depend_on(trained: Summary) -> None
     found = trained.as_dict()
     names = (
         "accuracy weights_sha256 dataset dataset_version model_name model_version world_size train_seconds "
-        "total_seconds images_per_second mlflow_tracking_uri mlflow_run_id prefect_flow_run_id "
+        "rank_hours total_seconds images_per_second mlflow_tracking_uri mlflow_run_id prefect_flow_run_id "
         "checkpoint_prefix"
     )
     assert set(names.split()) <= found.keys()
@@ -109,6 +109,7 @@ def test_summary_has_every_name_that_scripts_depend_on(trained: Summary) -> None
     assert (found["dataset"], found["model_name"], found["world_size"]) == ("digits", CONFIG.name, 2)
     assert 0.5 < found["accuracy"] <= 1
     assert 0 < found["train_seconds"] < found["total_seconds"]
+    assert found["rank_hours"] == pytest.approx(2 * found["train_seconds"] / 3600, abs=1e-5)
     assert found["images_per_second"] > 0
 
 

@@ -116,24 +116,23 @@ def test_a_stale_record_does_not_harm_the_process_that_has_its_id_now(own: Setti
 
 @pytest.mark.long
 def test_servers_whose_state_folder_was_deleted_are_stopped(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.stack.processes.TERM_SECONDS", 1.0)  # without its data it does not end by itself
+    monkeypatch.setattr("infra.stack.processes.TERM_SECONDS", 1.0)  # a suspended process is ended by SIGKILL only
     up(own, only=S3)
-    members = StackFolder(own).members("seaweedfs")
-    delete(own.home)
+    members = delete(own)
     up(own, only=S3)
     assert not any(process.is_running() for process in members)
-    delete(own.home)
+    members = delete(own)
     assert down(own) == ["seaweedfs"]
+    assert not any(process.is_running() for process in members)
 
 
-def delete(home: Path) -> None:
-    """Deletes a folder while a server writes to it."""
-
-    def gone() -> bool:
-        shutil.rmtree(home, ignore_errors=True)
-        return not home.exists()
-
-    until(gone)
+def delete(own: Settings) -> set[psutil.Process]:
+    """Deletes the state folder; returns the server's processes, suspended so that none ends by itself without data."""
+    members = StackFolder(own).members("seaweedfs")
+    for process in members:
+        process.suspend()
+    shutil.rmtree(own.home)
+    return members
 
 
 @pytest.mark.long
@@ -261,3 +260,6 @@ def test_ports_of_running_servers_stay_and_no_port_is_given_twice(busy_port: int
     assert chosen.s3 != busy_port
     numbers = list(chosen.model_dump().values())
     assert len(set(numbers)) == len(numbers)
+    free = ports.choose(Ports(), kept=[], preferred={}).volume
+    asked = ports.choose(Ports(mlflow=free), kept=[], preferred={"prefect": free})  # before another server's last port
+    assert asked.prefect == free != asked.mlflow

@@ -58,7 +58,14 @@ def state(step: int, size: int = 100) -> dict[str, Tensor]:
 
 
 def snapshot(step: int, val_accuracy: float | None = None, size: int = 100) -> Snapshot:
-    return Snapshot(step=step, state=state(step, size), val_accuracy=val_accuracy, train_seconds=1.5 * step, metrics=())
+    return Snapshot(
+        step=step,
+        state=state(step, size),
+        val_accuracy=val_accuracy,
+        train_seconds=1.5 * step,
+        rank_seconds=3.0 * step,
+        metrics=(),
+    )
 
 
 def bits(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
@@ -153,14 +160,15 @@ def test_a_checkpoint_comes_back_to_the_bit_with_all_that_its_commit_carries(
     store: ObjectStore, write: Callable[..., Writing]
 ) -> None:
     row = {"step": 7, "timestamp": 1, "values": {"loss": "NaN"}, "keep": True}
-    kept = Snapshot(step=7, state=state(7), val_accuracy=0.25, train_seconds=12.5, metrics=(row,))
+    kept = Snapshot(step=7, state=state(7), val_accuracy=0.25, train_seconds=12.5, rank_seconds=25.0, metrics=(row,))
     writing = write()
     writing.save(kept)
     found = newest_checkpoint(store, RUN, DIGEST, pytest.fail)
     assert found
     commit, tensors = found
     assert bits(tensors) == bits(dict(kept.state))
-    assert (commit.step, commit.val_accuracy, commit.train_seconds, commit.metrics) == (7, 0.25, 12.5, (row,))
+    assert (commit.step, commit.val_accuracy, commit.metrics) == (7, 0.25, (row,))
+    assert (commit.train_seconds, commit.rank_seconds) == (12.5, 25.0)
     assert commit.manifest_digest == DIGEST
     assert list(writing.folder.iterdir()) == []  # no file is left behind
     assert writing.told == []
@@ -268,7 +276,7 @@ def test_another_process_that_trains_the_same_run_differently_is_found_out(
     store: ObjectStore, write: Callable[..., Writing]
 ) -> None:
     write().save(snapshot(5))
-    different = Snapshot(step=5, state=state(6), val_accuracy=None, train_seconds=0, metrics=())
+    different = Snapshot(step=5, state=state(6), val_accuracy=None, train_seconds=0, rank_seconds=0, metrics=())
     writing = write()
     writing.writer.save(different)
     with pytest.raises(CheckpointFailed, match=f"^another process trains run {RUN}: .*step-00000005/ differs"):
@@ -282,7 +290,9 @@ def test_a_bug_of_the_writer_ends_the_training_rather_than_looking_like_a_slow_u
     writing = write()
     shared = torch.zeros(3)  # which safetensors refuses under two names
     no_state = {"network/weight": shared, "network/bias": shared}
-    writing.writer.save(Snapshot(step=1, state=no_state, val_accuracy=None, train_seconds=0, metrics=()))
+    writing.writer.save(
+        Snapshot(step=1, state=no_state, val_accuracy=None, train_seconds=0, rank_seconds=0, metrics=())
+    )
     writing.until_taken()
     reason = writing.failure()
     assert reason.startswith("no checkpoint: ")
@@ -560,6 +570,15 @@ def test_committed_weights_are_never_replaced(store: ObjectStore, tmp_path: Path
         finish(store, tmp_path / "other", 2)
     assert store.get_bytes(first.weights_key) == committed
     assert finished_outcome(store, RUN) == first
+
+
+def test_a_full_disk_only_delays_the_final_weights(store: ObjectStore, small_disk: SmallDisk) -> None:
+    others = small_disk.path / "others"
+    others.write_bytes(bytes(1 << 20))
+    with pytest.raises(Outage, match="No space left"):
+        finish(store, small_disk.path, 1)
+    others.unlink()
+    assert finish(store, small_disk.path, 1) == finished_outcome(store, RUN)
 
 
 def test_of_two_that_finish_at_once_with_other_weights_one_wins_and_its_bytes_stay(

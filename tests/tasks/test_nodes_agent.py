@@ -23,7 +23,7 @@ from tasks.training.launchers import nodes
 from tasks.training.nodes.agent import Membership, Node, serve
 from tasks.training.protocol.board import Board, Instruction, Invitation
 from tasks.training.protocol.job import Event, Job, JobFolder
-from tests.flows.program import wait_for
+from tests.flows.program import handles_signals, wait_for
 
 
 @pytest.fixture
@@ -84,6 +84,22 @@ def test_an_agent_that_cannot_take_part_says_why_and_fails(store: ObjectStore, t
     assert report and report.outcome
     assert (report.generation, report.exit_status, report.outcome.status) == ("1", 1, "crashed")
     assert "No space left on device" in report.trouble
+
+
+@pytest.mark.long
+def test_an_agent_goes_on_when_its_output_cannot_be_written(store: ObjectStore, tmp_path: Path) -> None:
+    variables = {"CONVOY_BUCKET": store.bucket, "CONVOY_HOME": str(tmp_path), "CONVOY_ADDRESS": "127.0.0.1"}
+    command = [sys.executable, "-m", "tasks.training.nodes.agent", "f00d"]
+    with (
+        open("/dev/full", "w") as full,
+        subprocess.Popen(command, env=os.environ | variables, stdout=full, stderr=full) as process,
+    ):
+        try:
+            wait_for(lambda: handles_signals(process), "the handlers")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 75
+        finally:
+            process.kill()
 
 
 def test_all_that_people_have_to_know_is_passed_on_however_quick_the_steps_are(

@@ -2,14 +2,19 @@
 
 import logging
 import re
+import socket
 import sys
 import threading
 
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.context import SyncClientContext
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from tasks.orchestration import cancellation
 from tasks.orchestration import progress as module
+from tasks.orchestration.cancellation import CancelWatch
 from tasks.orchestration.progress import progress
 
 
@@ -180,6 +185,28 @@ def test_what_looks_like_markup_in_a_name_is_shown_as_it_is(
     shown = capsys.readouterr().err
     assert "Listing [red]:cat:[/x]" in shown
     assert "[/y] left" in shown
+
+
+def test_work_does_not_wait_for_a_prefect_that_never_answers(stack: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LAST_REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr(module, "ARTIFACT_SECONDS", 0.0)
+    monkeypatch.setattr(cancellation, "POLL_SECONDS", 0.0)
+
+    @flow
+    def working() -> str:
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}), SyncClientContext():
+            cancelled = CancelWatch()
+            with progress("Working", 8, unit="files", artifact="unanswered") as advance:
+                for _ in range(8):
+                    advance(1)
+                    assert not cancelled()
+            for _ in range(2):
+                silent.accept()  # of the artifact, and of the watch
+        return "done"
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        assert working() == "done"
 
 
 def test_a_flow_run_gets_an_artifact_that_ends_at_100_percent(stack: object) -> None:

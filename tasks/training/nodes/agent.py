@@ -25,6 +25,7 @@ from cnn.networks.own import digests
 from infra.errors import ServiceError, UsageError, counted, one_line
 from infra.machine.lifeline import adopt_orphans, end_descendants
 from infra.machine.network import address_towards, free_port, interface_of
+from infra.machine.output import outlive_readers
 from infra.settings import Settings
 from infra.storage.object_store import ObjectStore, open_bucket
 from tasks.training.platform import Platform, this_platform
@@ -308,4 +309,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with outlive_readers("stdout", "stderr"):  # the disk of its log may be full
+        sys.exit(main())

@@ -113,6 +113,9 @@ class Outcome(Record, extra="forbid"):
     """Number of ranks at their last start."""
 
     train_seconds: float = 0.0
+    rank_seconds: float = 0.0
+    """Of all starts of the ranks: the seconds of each, multiplied by its number of ranks."""
+
     images_per_second: float = 0.0
     utilisation: Utilisation | None = Field(None, exclude_if=operator.not_)
     """Of the last start of the ranks."""

@@ -114,12 +114,13 @@ def tracked_run(
                     label_flow_run({tags.MLFLOW_RUN: run_id})
             prefix = store.uri(bucket_layout.checkpoints(run_id))
             if not resume:
-                mlflow_runs.set_tags(run_id, {tags.CHECKPOINT_PREFIX: prefix, **_mixing_tags(config, data)})
+                record = RunRecord(config=config, dataset=dataset, manifest=manifest).model_dump_json().encode()
+                begun = {tags.CHECKPOINT_PREFIX: prefix, **_mixing_tags(config, data)}
                 source = store.uri(bucket_layout.dataset_manifest(dataset.version))
-                mlflow_runs.log_dataset(run_id, dataset.name, dataset.version, source)
-                mlflow_runs.log_text(run_id, "manifest.json", manifest.model_dump_json(indent=2))
-                record = RunRecord(config=config, dataset=dataset, manifest=manifest)
-                store.put_if_absent(bucket_layout.run_record(run_id), record.model_dump_json().encode())
+                outlast(partial(store.put_if_absent, bucket_layout.run_record(run_id), record))
+                outlast(partial(mlflow_runs.set_tags, run_id, begun))
+                outlast(partial(mlflow_runs.log_dataset, run_id, dataset.name, dataset.version, source))
+                outlast(partial(mlflow_runs.log_text, run_id, "manifest.json", manifest.model_dump_json(indent=2)))
             yield TrackedRun(
                 run_id=run_id,
                 manifest_digest=manifest.digest,

@@ -85,6 +85,7 @@ class Home:
         self.output.mkdir()
         ports = {f"CONVOY_{name}_PORT": str(random.choice(PORT_RANGE)) for name in ("S3", "MLFLOW", "PREFECT")}
         here = {"CONVOY_HOME": str(self.folder), "TMPDIR": str(self.tmp), "COLUMNS": "80", "CONVOY_SWEEP_SECONDS": "5"}
+        self._before = dict(os.environ)
         self._user = os.environ | ports | here
         self.settings = Settings(home=self.folder)
         self.reference = ""  # MLflow run of the undisturbed training
@@ -129,6 +130,9 @@ class Home:
         self.start("down").end()
         for disk in reversed(self.disks):
             subprocess.run(["umount", "--lazy", str(disk)], check=True)
+        os.environ.clear()  # else the next home would take this one's servers for external ones
+        os.environ.update(self._before)
+        refresh_global_settings_context()
 
 
 class Trial:
