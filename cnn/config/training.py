@@ -167,7 +167,7 @@ class TrainConfig(Config):
     """Learning rate over the steps: `one-cycle` warms up and anneals linearly, `cosine` anneals along a cosine."""
 
     warmup: float = Field(0.2, ge=0, lt=1)
-    """Share of all steps over which the learning rate rises to its peak."""
+    """Share of all steps over which the learning rate rises to its peak; `constant` has no such rise."""
 
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Share of the target probability spread evenly over all classes."""

@@ -16,7 +16,8 @@ from cnn.data.split_reader import Batch, SplitReader
 from cnn.distributed.lanes import Exchange
 from cnn.distributed.process_group import THREADS_PER_RANK, without_tf32
 
-EVAL_BATCH = 250  # images; it changes the last bits of the result, so it is no option
+EVAL_BATCH = 250  # images at most
+EVAL_PIXELS = 1 << 21  # per channel: EfficientNet-Lite0's activations of so many pixels take half a gigabyte
 MAX_PARALLEL_BATCHES = 8  # on a CPU; each takes memory for its activations
 
 
@@ -26,6 +27,12 @@ class Score:
 
     loss: float
     accuracy: float
+
+
+def eval_batch(split: SplitReader) -> int:
+    """Returns the number of images per batch, which changes the last bits of a result: so only their size decides."""
+    _, height, width = split.shape
+    return max(1, min(EVAL_BATCH, EVAL_PIXELS // (height * width)))
 
 
 def predict_logits(
@@ -42,7 +49,7 @@ def predict_logits(
     """
     parts = []
     with _evaluating(network):
-        for logits in _outputs(partial(_logits, network, device), split.blocks(EVAL_BATCH), device):
+        for logits in _outputs(partial(_logits, network, device), split.blocks(eval_batch(split)), device):
             parts.append(logits)
             on_progress(len(logits))
     return torch.cat(parts)
@@ -82,10 +89,10 @@ def evaluate(network: nn.Module, split: SplitReader, device: torch.device, excha
     Args:
         network: takes uint8 images, and includes normalisation; equal on every rank.
     """
-    rank, ranks = exchange.rank, exchange.world_size
-    sums = torch.zeros(-(-len(split) // EVAL_BATCH), 2, dtype=torch.float64, device=device)
+    rank, ranks, size = exchange.rank, exchange.world_size, eval_batch(split)
+    sums = torch.zeros(-(-len(split) // size), 2, dtype=torch.float64, device=device)
     with _evaluating(network):
-        for batch, (images, labels) in enumerate(split.blocks(EVAL_BATCH, first=rank, every=ranks)):
+        for batch, (images, labels) in enumerate(split.blocks(size, first=rank, every=ranks)):
             labels = labels.to(device)
             logits = network(images.to(device)).float()
             row = sums[rank + batch * ranks]

@@ -28,6 +28,8 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor | No
 
     def start_gradient(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         nonlocal maps
+        if not _is_map(output):  # the same module, used again behind the last map
+            return output
         torch.set_grad_enabled(True)  # until `no_grad` below ends
         maps = output.detach().requires_grad_()
         return maps.clone()  # what follows may change it in place
@@ -53,7 +55,7 @@ def _last_map(network: nn.Module, image: Tensor) -> nn.Module | None:
             return
         if output.ndim == 3 and output.shape[1] > 1:
             found = None
-        if output.ndim == 4 and output.shape[2:].numel() > 1:
+        if _is_map(output):
             found = module, output.shape[2], output.shape[3]
 
     hooks = [module.register_forward_hook(look) for module in network.modules()]
@@ -67,3 +69,7 @@ def _last_map(network: nn.Module, image: Tensor) -> nn.Module | None:
         return None
     module, height, width = found
     return module if height == width >= SMALLEST_MAP else None
+
+
+def _is_map(output: Tensor) -> bool:
+    return output.ndim == 4 and output.shape[2:].numel() > 1

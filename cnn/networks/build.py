@@ -34,6 +34,7 @@ def build_network(config: TrainConfig, *, channels: int, image_size: int, classe
         network = own.build(config.network.model_dump(), **images)
         if not isinstance(network, nn.Module):
             raise InputError(f"{own.place}: it made a {type(network).__name__}, not a torch.nn.Module")
+        network.train()  # it may have tried itself in evaluation mode
         return network
     entry = find_network(config.model)
     builder = resolve_name(entry.builder)  # imports the module only now: libraries are slow to import

@@ -16,7 +16,11 @@ class Reporter(Protocol):
     def on_epoch(self, report: EpochReport) -> None: ...
 
     def after_step(self, trainer: Trainer, *, milestone: bool) -> None:
-        """May store the trainer's state; a `milestone` is the end of an epoch, or the last step before a stop."""
+        """May store the trainer's state; a `milestone` is the end of an epoch, or the last step before a stop.
+
+        The figures of the newest steps are still on their way: `list(trainer.reports.until(trainer.step))` waits for
+        them, before `take_state(trainer)`.
+        """
 
 
 def fit(trainer: Trainer, reporter: Reporter, *, until_epoch: int | None = None) -> bool:

@@ -85,7 +85,7 @@ def show(
 
 @app.command()
 def check(
-    table: Annotated[Path, typer.Argument(metavar="TABLE", help="A label table: .csv, .tsv, .jsonl or .parquet.")],
+    table: Annotated[Path, typer.Argument(help="A .csv, .tsv, .jsonl or .parquet; or a folder with metadata.csv.")],
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -95,16 +95,21 @@ def check(
 
     [dim]convoy data check labels.csv --set data.columns.label=class[/]
     """
-    from infra.sources.entries import is_table
-    from infra.sources.label_table import FaultyTable, read_table
+    from infra.sources.entries import METADATA, is_table
+    from infra.sources.label_table import FaultyTable, header_of, read_table
     from tasks.config.deployment import load_project
     from tasks.data.label_tables import missing_files, table_options
 
     options = table_options(load_project(configuration_file(None), settings or ()).data)
+    if os.path.isdir(table):
+        folder, table = table, table / METADATA
+        if not os.path.isfile(table):
+            raise UsageError(f"{folder} has no {METADATA}; a training checks the images of a folder before it begins")
     if not is_table(table.name) or not os.path.isfile(table):
         raise UsageError(f"{table}: there is no such label table (.csv, .tsv, .jsonl, .parquet)")
+    labelled = table.name != METADATA or options.label in header_of(table, METADATA)  # else folders name the classes
     try:
-        found = read_table(table, table.name, options)
+        found = read_table(table, table.name, options, labelled=labelled)
     except FaultyTable as faulty:
         if as_json:
             print_json({"faults": faulty.faults, "missing": []})
@@ -120,10 +125,9 @@ def check(
         raise UsageError(f"{table}: {len(missing):,} of its {counted(len(found), 'file')} cannot be read")
     if as_json:
         return
+    labels = f", {counted(len(set(found.required('label'))), 'label')}" if labelled else ""
     columns = f", columns {', '.join(found.columns)}" if found.columns else ""
-    print_line(
-        f"{counted(len(found), 'row')}, {counted(len(set(found.required('label'))), 'label')}{columns}: no fault"
-    )
+    print_line(f"{counted(len(found), 'row')}{labels}{columns}: no fault")
 
 
 @app.command()

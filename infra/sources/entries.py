@@ -253,9 +253,11 @@ def check_dataset(dataset: str) -> None:
 
 def no_such_dataset(dataset: str) -> UsageError:
     """Returns the error for a name that names nothing; it suggests the name that was probably meant."""
-    if len(Path(dataset).parts) > 1 or dataset.startswith((".", "~", "/")) or is_archive(dataset):
-        return UsageError(f"{dataset}: there is no such folder or archive")
+    if len(Path(dataset).parts) > 1 or dataset.startswith((".", "~", "/")) or is_archive(dataset) or is_table(dataset):
+        return UsageError(f"{dataset}: there is no such folder, label table or archive")
     names = [entry.name for entry in CATALOGUE]
-    near = difflib.get_close_matches(dataset.lower(), names, n=1, cutoff=0.5)
+    folders = [path.name for path in Path().glob("[!.]*/")]
+    near = difflib.get_close_matches(dataset, folders, n=1, cutoff=0.8)
+    near = near or difflib.get_close_matches(dataset.lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)};"
     return UsageError(f"unknown data set {dataset!r}: {hint} or {WHAT_TO_GIVE}")

@@ -161,7 +161,7 @@ def with_metadata(folder: FolderSource, root: str, options: TableOptions) -> tup
         root: path of the folders around the class folders, with a slash at its end or empty.
 
     Returns:
-        The folder without the table, and the table; None if there is none that names paths.
+        The folder without the table, and the table; None if there is none, or one of something else.
 
     Raises:
         ServiceError: the bucket failed.
@@ -173,7 +173,8 @@ def with_metadata(folder: FolderSource, root: str, options: TableOptions) -> tup
     with TemporaryDirectory() as temporary:
         file = Path(temporary, METADATA)
         file.write_bytes(folder.location.read(folder.files[position]))
-        if options.path not in header_of(file, METADATA):
+        columns = set(header_of(file, METADATA))
+        if not columns & {options.path, options.label, options.split, options.group} and not options.needs_group:
             return None  # a table of something else
         table = read_table(file, METADATA, options, labelled=False, in_bucket=True)
     others = np.delete(np.arange(len(folder.files)), position)

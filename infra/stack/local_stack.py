@@ -134,6 +134,7 @@ def _up(folder: StackFolder, on_event: OnEvent, only: Collection[ServerName]) ->
     external = {name for name, _, _ in folder.external()}
     wanted = [name for name in SERVER_NAMES if name in only and name not in external]
     migrations.outdated(folder.settings.home, wanted)  # refuses a newer database before anything is changed
+    stopping.check()  # another command may have held the lock for long
     folder.prepare(on_event)
     with httpx.Client(trust_env=False, verify=False, timeout=ANSWER_SECONDS) as client:
         starting: dict[ServerName, subprocess.Popen[bytes]] = {}
@@ -205,7 +206,7 @@ def _wait_until_ready(
             continue
         processes.stop(partial(folder.members, name))
         if ended is None:
-            trouble = f"was not ready within {START_SECONDS:.0f} s"
+            trouble = f"was not ready within {START_SECONDS:.0f} s, as on a busy machine: try again"
         elif taken := [port for port in folder.server(name).ports if not is_free(port)]:
             raise _PortTaken(f"another program took port {taken[0]} before {name} did: choosing another")
         else:

@@ -39,13 +39,16 @@ def find_version(reference: str) -> RegisteredVersion:
         if model is None:
             names = [model.name for model in client.search_registered_models(max_results=100)]
             near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names) or 'none yet'}"
+            known = f"there are: {', '.join(names)}" if names else "there is none yet"
+            hint = f"did you mean {near[0]!r}?" if near else known
             raise UsageError(f"no model is called {name!r}; {hint}")
         if alias:
             number = str(model.aliases.get(alias, ""))
             if not number:
                 known = ", ".join(f"{name}@{each}" for each in sorted(model.aliases)) or "it has none yet"
                 hint = f"aliases: {known}; a version is named like {name}/1"
+                if alias == DEFAULT_ALIAS:
+                    hint = f"no version of it was promoted yet; {hint}"
                 raise UsageError(f"model {name!r} has no alias {alias!r}; {hint}")
             if found := none_if_missing(client.get_model_version, name, number):
                 return registered(found)

@@ -80,6 +80,8 @@ def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str,
         key = ".".join(path)
         if detail["type"] == "extra_forbidden":
             complaints.append(f"unknown key {key!r}; {_nearest(path, model, values)}")
+        elif detail["type"] in ("tuple_type", "list_type") and isinstance(detail["input"], str | int | float):
+            complaints.append(f"{key}: give a list, such as {_SHORT.repr([detail['input']])}")
         elif detail["type"] == "model_type":
             complaints.append(f"{key} is a section; give it keys, or leave it out")  # the value may be a secret
         else:

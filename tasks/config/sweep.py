@@ -141,6 +141,7 @@ def read_sweep(file: Path, options: Mapping[str, Any], config: RunConfig) -> Swe
     if len(sweep.rungs(config.epochs)) < 2:
         raise UsageError(
             f"a sweep compares trials before their end: give it at least {sweep.eta} epochs and {sweep.eta} trials"
+            + ", or a smaller --eta" * (sweep.eta > 2)
         )
     return sweep
 

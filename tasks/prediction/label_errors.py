@@ -102,11 +102,11 @@ def _predict(
     advance: Callable[[int], object],
 ) -> NDArray[np.int64]:
     """Writes the calibrated probabilities of all images into `room`; returns their labels."""
-    from cnn.evaluation.evaluate import EVAL_BATCH
+    from cnn.evaluation.evaluate import eval_batch
 
     labels, start = np.empty(len(room), dtype=np.int64), 0
     for reader in readers:
-        for images, its in reader.blocks(EVAL_BATCH):
+        for images, its in reader.blocks(eval_batch(reader)):
             stop = start + len(its)
             room[start:stop] = calibrated(served.predict(images.numpy()), temperature)
             labels[start:stop] = its.numpy()

@@ -18,7 +18,7 @@ from torch import Tensor
 from cnn.data.checks import pixel_digests
 from cnn.data.manifest import Manifest
 from cnn.data.split_reader import SplitReader
-from cnn.evaluation.evaluate import EVAL_BATCH
+from cnn.evaluation.evaluate import eval_batch
 from infra.errors import GateRefused, UsageError
 from infra.machine.threads import in_parallel
 from infra.storage import bucket_layout
@@ -306,7 +306,7 @@ def _predict(model: ServedModel, split: SplitReader) -> Tensor:
     """Returns the most probable class of each image, int64 [N]."""
     parts = []
     with progress(f"Scoring {model.version.address}", len(split), unit="images") as advance:
-        for images, _ in split.blocks(EVAL_BATCH):
+        for images, _ in split.blocks(eval_batch(split)):
             parts.append(torch.from_numpy(model.predict(images.numpy())).argmax(1))
             advance(len(images))
     return torch.cat(parts)

@@ -12,7 +12,7 @@ from cnn.config.training import TrainConfig
 from cnn.data.mapped_split import MappedSplit
 from cnn.distributed.lanes import Exchange
 from cnn.distributed.process_group import without_tf32
-from cnn.evaluation.evaluate import EVAL_BATCH, evaluate, predict_logits
+from cnn.evaluation.evaluate import EVAL_BATCH, eval_batch, evaluate, predict_logits
 from cnn.networks.build import build_network
 from cnn.networks.wrappers import Normalise
 from tests.cnn.conftest import Packed
@@ -91,6 +91,12 @@ def test_every_image_counts_once(count: int, tmp_path: Path) -> None:
     assert sorted(network.seen) == list(range(count))  # several batches at a time
     assert torch.equal(logits[:, 1], torch.arange(count).float() % 2)
     assert sum(done) == len(logits) == count
+
+
+@pytest.mark.parametrize(("side", "images"), [(28, 250), (91, 250), (160, 81), (224, 41), (2000, 1)])
+def test_large_images_make_small_batches(side: int, images: int, tmp_path: Path) -> None:
+    save_file({"images": torch.zeros(1, 3, side, side, dtype=torch.uint8), "labels": torch.tensor([1])}, tmp_path / "s")
+    assert eval_batch(MappedSplit([tmp_path / "s"])) == images
 
 
 def single(folder: Path) -> MappedSplit:

@@ -33,6 +33,28 @@ def test_map_of_a_pooled_network_is_its_class_activation_map() -> None:
     assert torch.allclose(found, activation / activation.amax((1, 2), keepdim=True), atol=1e-6)
 
 
+class Reusing(Pooled):
+    """Uses one activation for the maps, and again for the vector that follows."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 5)
+        self.relu = nn.ReLU()
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.relu(self.convolution(images))
+        return self.linear(self.relu(maps.mean((2, 3))))  # type: ignore[no-any-return]
+
+
+def test_module_that_is_used_again_behind_the_map_is_no_error() -> None:
+    torch.manual_seed(0)
+    network, images, classes = Reusing().eval(), torch.randn(6, 3, 10, 10), torch.tensor([0, 1, 2, 3, 4, 0])
+    found = grad_cam(network, images, classes)
+    with torch.no_grad():
+        maps = network.convolution(images).relu()
+    activation = torch.einsum("nk,nkhw->nhw", network.linear.weight[classes], maps).relu().detach()
+    assert found is not None and torch.allclose(found, activation / activation.amax((1, 2), keepdim=True), atol=1e-6)
+
+
 def test_gradient_is_that_of_the_logit_behind_layers_that_are_not_linear() -> None:
     torch.manual_seed(1)
     body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))

@@ -35,7 +35,7 @@ def net(channels: int, image_size: int, classes: int, depth: int, *, width: int 
         residual: bool = True, activation=nn.ReLU, maker: nn.Module | None = None):
     made = nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size**2, classes))
     made.seen = (depth, width, dropout, kernels, norm, name, bare, residual, activation, maker)
-    return made
+    return made.eval()
 
 
 def anything(channels, image_size, classes, **more):
@@ -161,6 +161,7 @@ def test_options_are_those_of_the_signature_and_keep_their_types(project: Path) 
     config = TrainConfig(model="options:net", network=resolved)  # type: ignore[arg-type]
     network: Any = build_network(config, channels=1, image_size=4, classes=3)
     assert network.seen == (3, 8, 0.0, (7,), "batch", None, (1, 2), True, torch.nn.ReLU, None)
+    assert all(module.training for module in network.modules())
     assert own.resolved(resolved) == resolved
 
 

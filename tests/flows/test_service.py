@@ -327,11 +327,11 @@ def test_the_deployments_that_come_with_convoy_are_whole() -> None:
     [
         ("", "deployments: field required"),
         ("just text", "deployments: field required"),
-        ("deployments: a", "deployments: input should be a valid list"),
+        ("deployments: a", "deployments: give a list, such as ['a']"),
         (b"\x80", "is no file of deployments"),
         (GOOD.replace("work_pool", "pool"), "deployments.0.work_pool: field required"),
         (GOOD.replace("{name: p}", "p"), "deployments.0.work_pool is a section; give it keys"),
-        (GOOD.replace("}]", ", older_names: b}]"), "deployments.0.older_names: input should be a valid list"),
+        (GOOD.replace("}]", ", older_names: b}]"), "deployments.0.older_names: give a list, such as ['b']"),
         (GOOD.replace("}]", ", schedules: [{cron: 0 3 * * *}]}]"), "deployments.0.schedules.0.slug: field required"),
         (GOOD.replace("}]", ", schedules: [nightly]}]"), "deployments.0.schedules.0 is a section"),
         (GOOD.replace("}]", ", triggers: [event]}]"), "deployments.0.triggers.0: input should be a valid dictionary"),

@@ -325,6 +325,7 @@ def test_plain_yaml_values_mean_what_they_look_like(tmp_path: Path, text: str, v
         "augment:\n  shift: 1\naugment:\n  cutout: 3\n": "augment is there twice (lines 1 and 3)",
         "augment: {shift: 1, shift: 2}\n": "shift is there twice (lines 1 and 1)",
         "epochs: 12:30\n": "epochs: input should be a valid integer",
+        "data: {slices: camera}\n": "data.slices: give a list, such as ['camera']",
         "name: 123\n": "put it into quotes",
         "network: &a {width: *a}\n": "config.yaml is not valid YAML",
         "epochs: " + 5000 * "[": "config.yaml is not valid YAML",

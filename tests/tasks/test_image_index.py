@@ -201,6 +201,9 @@ def test_a_table_beside_class_folders_adds_its_columns(tmp_path: Path, bucket: O
     table(folder / "metadata.csv", [{"path": f"d/{path}", "camera": "x"} for path in PHOTOS])
     with pytest.raises(UsageError, match=r"metadata\.csv names none of the images"):
         packed(folder)
+    (folder / "metadata.csv").write_text("filename,camera,group\ncat/3.png,x,1\n")  # which must not be lost
+    with pytest.raises(UsageError, match=r"metadata\.csv has no column 'path': its columns are filename, camera"):
+        packed(folder)
     (folder / "metadata.csv").write_text("some,other\ntable,1\n")
     dataset = packed(folder)
     assert index_of(bucket, dataset).columns == ()

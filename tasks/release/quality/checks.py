@@ -113,7 +113,7 @@ def check_floor(challenger: Scored, labels: Labels, config: GateConfig) -> Quali
         if not passed and accuracy > floor:
             needed = math.ceil(normal_score((1 - CONFIDENCE) / 2) ** 2 * floor * (1 - floor) / (accuracy - floor) ** 2)
             detail += f"; the test split is too small: {images:,} images, but {needed:,} are needed"
-            remedy = f"{needed:,} test images with the same accuracy; {remedy}"
+            remedy = f"{BETTER}; {needed:,} test images with the same accuracy; a lower gate.floor"
         return QualityCheck(
             name="floor", value=low, threshold=floor, passed=passed, tested=floor > 0, detail=detail, remedy=remedy
         )
@@ -134,7 +134,7 @@ def check_floor(challenger: Scored, labels: Labels, config: GateConfig) -> Quali
         detail += (
             f"; {_by_chance(p, config)}; the test split is too small: {images:,} images, but {needed:,} are needed"
         )
-        remedy = f"{needed:,} test images with the same accuracy; {BETTER}"
+        remedy = f"{BETTER}; {needed:,} test images with the same accuracy"
     return QualityCheck(
         name="floor", value=accuracy, threshold=float(constant.mean()), passed=passed, detail=detail, remedy=remedy
     )
