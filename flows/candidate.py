@@ -236,7 +236,7 @@ def _with_training(summary: Summary, run: TrackedRun, trained: TrainResult, eval
             "weights_sha256": trained.weights_sha256,
             "world_size": trained.world_size,
             "train_seconds": round(trained.train_seconds, 3),
-            "rank_hours": round(trained.rank_seconds / 3600, 6),
+            "rank_hours": round(trained.rank_seconds / 3600, 6) or None,
             "images_per_second": round(trained.images_per_second, 1),
             "utilisation": trained.utilisation,
             "mlflow_tracking_uri": tracking_uri(),

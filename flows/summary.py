@@ -59,7 +59,7 @@ class Summary(Record):
     world_size: int | None = None
     train_seconds: float | None = None
     rank_hours: float | None = None
-    """Of all ranks in all starts; left out for a training of an earlier release."""
+    """Of all ranks, in each start up to its last checkpoint; left out for a training of an earlier release."""
 
     total_seconds: float | None = None
     images_per_second: float | None = None

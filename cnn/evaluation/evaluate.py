@@ -30,7 +30,7 @@ class Score:
 
 
 def eval_batch(split: SplitReader) -> int:
-    """Returns the number of images per batch, which changes the last bits of a result: so only their size decides."""
+    """Returns the number of images per batch, by their size alone: another number changes the last bits of a result."""
     _, height, width = split.shape
     return max(1, min(EVAL_BATCH, EVAL_PIXELS // (height * width)))
 

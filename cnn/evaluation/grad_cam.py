@@ -1,5 +1,7 @@
 """Shows which parts of an image raise the score of a class: Grad-CAM (Selvaraju et al., 2017, equations 1 and 2)."""
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor | No
         return None
     maps = torch.empty(0)
 
-    def start_gradient(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+    def start_gradient(_module: nn.Module, _inputs: object, output: object) -> object:
         nonlocal maps
         if not _is_map(output):  # the same module, used again behind the last map
             return output
@@ -51,9 +53,7 @@ def _last_map(network: nn.Module, image: Tensor) -> nn.Module | None:
 
     def look(module: nn.Module, _inputs: object, output: object) -> None:
         nonlocal found
-        if not isinstance(output, Tensor):
-            return
-        if output.ndim == 3 and output.shape[1] > 1:
+        if isinstance(output, Tensor) and output.ndim == 3 and output.shape[1] > 1:
             found = None
         if _is_map(output):
             found = module, output.shape[2], output.shape[3]
@@ -71,5 +71,5 @@ def _last_map(network: nn.Module, image: Tensor) -> nn.Module | None:
     return module if height == width >= SMALLEST_MAP else None
 
 
-def _is_map(output: Tensor) -> bool:
-    return output.ndim == 4 and output.shape[2:].numel() > 1
+def _is_map(output: object) -> TypeGuard[Tensor]:
+    return isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1

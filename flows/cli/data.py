@@ -101,15 +101,15 @@ def check(
     from tasks.data.label_tables import missing_files, table_options
 
     options = table_options(load_project(configuration_file(None), settings or ()).data)
-    if os.path.isdir(table):
+    if beside := os.path.isdir(table):
         folder, table = table, table / METADATA
-        if not os.path.isfile(table):
-            raise UsageError(f"{folder} has no {METADATA}; a training checks the images of a folder before it begins")
+        if not os.path.isfile(table) or not options.are_in(header_of(table, METADATA)):
+            has = f"{folder} has no {METADATA} about its images"
+            raise UsageError(f"{has}; a training checks the images of a folder before it begins")
     if not is_table(table.name) or not os.path.isfile(table):
         raise UsageError(f"{table}: there is no such label table (.csv, .tsv, .jsonl, .parquet)")
-    labelled = table.name != METADATA or options.label in header_of(table, METADATA)  # else folders name the classes
     try:
-        found = read_table(table, table.name, options, labelled=labelled)
+        found = read_table(table, table.name, options, labelled=not beside, in_bucket=beside)  # as a training reads it
     except FaultyTable as faulty:
         if as_json:
             print_json({"faults": faulty.faults, "missing": []})
@@ -125,7 +125,8 @@ def check(
         raise UsageError(f"{table}: {len(missing):,} of its {counted(len(found), 'file')} cannot be read")
     if as_json:
         return
-    labels = f", {counted(len(set(found.required('label'))), 'label')}" if labelled else ""
+    named = set(filter(None, found.values("label") or ()))
+    labels = f", {counted(len(named), 'label')}" if named else ""
     columns = f", columns {', '.join(found.columns)}" if found.columns else ""
     print_line(f"{counted(len(found), 'row')}{labels}{columns}: no fault")
 

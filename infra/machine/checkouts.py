@@ -35,6 +35,9 @@ INDEX_AWAY = re.compile(
 )
 """What uv says of a package index that does not answer, or is overloaded."""
 
+OWN_FILES = re.compile(rb"^ *(-e|--editable|\.|/|file:)|@ *(file:|\.)|source = \{ (path|directory) =", re.MULTILINE)
+"""Packages of a lock file that are files of the repository, and may change although the lock file does not."""
+
 REFUSED = re.compile(
     r"does not appear to be a git repository|[Rr]epository .*not found|could not read Username"
     r"|Authentication failed|Permission denied|Host key verification failed|dubious ownership"
@@ -97,7 +100,8 @@ def check_out(folder: Path, repository: str, ref: str) -> Checkout:
     if lock is None:
         raise UsageError(f"commit {commit[:12]} has no lock file: {', '.join(LOCK_FILES)}")
     text = lock.read_bytes()
-    digest = hashlib.sha256(f"{lock.name} {platform.python_version()}\n".encode() + text).hexdigest()
+    own = commit if OWN_FILES.search(text) else ""
+    digest = hashlib.sha256(f"{lock.name} {platform.python_version()}{own}\n".encode() + text).hexdigest()
     environment = environments / digest[:24]
     with _making(environment) as wanted:
         if wanted:

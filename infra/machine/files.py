@@ -93,7 +93,7 @@ def atomic_file(target: Path, *, public: bool = False) -> Iterator[Path]:
 
 
 def write_if_changed(target: Path, text: str) -> None:
-    """Makes `text` the content of a file that other processes read at any time, and that only its owner can read."""
-    if not target.exists() or target.read_text() != text:
+    """Makes `text` the content of a file that other processes read at any time; a new one only its owner can read."""
+    if not target.exists() or target.read_bytes() != text.encode():
         with atomic_file(target) as temporary:
             temporary.write_text(text)

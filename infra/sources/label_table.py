@@ -58,6 +58,10 @@ class TableOptions:
     max_missing: float = 0.01
     """Largest share of rows whose files are missing."""
 
+    def are_in(self, columns: Iterable[str]) -> bool:
+        """Returns whether a table `metadata.csv` with these columns is about the images beside it."""
+        return self.needs_group or bool({self.path, self.label, self.split, self.group} & set(columns))
+
 
 class FaultyTable(UsageError):
     """Rows of a label table are faulty."""

@@ -173,8 +173,7 @@ def with_metadata(folder: FolderSource, root: str, options: TableOptions) -> tup
     with TemporaryDirectory() as temporary:
         file = Path(temporary, METADATA)
         file.write_bytes(folder.location.read(folder.files[position]))
-        columns = set(header_of(file, METADATA))
-        if not columns & {options.path, options.label, options.split, options.group} and not options.needs_group:
+        if not options.are_in(header_of(file, METADATA)):
             return None  # a table of something else
         table = read_table(file, METADATA, options, labelled=False, in_bucket=True)
     others = np.delete(np.arange(len(folder.files)), position)

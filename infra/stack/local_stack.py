@@ -206,7 +206,7 @@ def _wait_until_ready(
             continue
         processes.stop(partial(folder.members, name))
         if ended is None:
-            trouble = f"was not ready within {START_SECONDS:.0f} s, as on a busy machine: try again"
+            trouble = f"was not ready within {START_SECONDS:.0f} s; the machine may be busy: try again"
         elif taken := [port for port in folder.server(name).ports if not is_free(port)]:
             raise _PortTaken(f"another program took port {taken[0]} before {name} did: choosing another")
         else:

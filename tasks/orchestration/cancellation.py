@@ -15,6 +15,7 @@ from prefect.utilities import engine
 
 from infra.machine import stopping
 from infra.machine.background import in_background
+from infra.machine.threads import result_of
 from tasks.orchestration.flow_runs import flow_run_id
 from tasks.orchestration.progress import run_logger
 
@@ -118,5 +119,5 @@ def stop_if_cancelled() -> None:
         Stopped: a signal asked this process to end.
     """
     stopping.check()
-    if is_cancelled():
+    if result_of(in_background(is_cancelled)):
         raise Cancelled("the flow run was cancelled")

@@ -201,7 +201,7 @@ class _LogLines:
 
 
 class _Artifact:
-    """A progress artifact of the flow run. Work never waits for Prefect here, and a failed request is only logged."""
+    """A progress artifact of the flow run. Only the end of the work waits for Prefect; a failed request is logged."""
 
     def __init__(self, key: str, description: str) -> None:
         self._key, self._description = key, description
@@ -211,13 +211,14 @@ class _Artifact:
 
     def update(self, pace: _Pace, *, last: bool = False) -> None:
         if last:
-            wait([self._request], LAST_REQUEST_SECONDS)
+            wait([self._request], LAST_REQUEST_SECONDS)  # an earlier one
         elif time.monotonic() - self._last < ARTIFACT_SECONDS:
             return
-        if self._request.done():
-            self._last = time.monotonic()
-            now = 100 * (pace.share or 0.0), f"{self._description}: {pace.line()}"
-            self._request = in_background(partial(self._publish, *now))
+        if not self._request.done():
+            return
+        self._last = time.monotonic()
+        now = 100 * (pace.share or 0.0), f"{self._description}: {pace.line()}"
+        self._request = in_background(partial(self._publish, *now))
         if last:
             wait([self._request], LAST_REQUEST_SECONDS)
 

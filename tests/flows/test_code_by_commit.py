@@ -86,15 +86,25 @@ def test_what_no_time_mends_is_no_outage(
         check_out(tmp_path / "code", str(repository), "main")
 
 
+def test_a_repository_of_another_user_is_taken_if_git_trusts_it(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gitconfig").write_text(f"[safe]\ndirectory = {repository}\n")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    assert check_out(tmp_path / "code", str(repository), "main").commit
+
+
 def test_a_lock_file_may_name_a_wheel_of_the_repository(repository: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
-    wheel = make_wheel(work / "wheels", "nets", {"nets.py": b"WIDTH = 3\n"})
-    (work / "requirements.txt").write_text(f"./wheels/{wheel.name}\n")
-    git(work, "add", ".")
-    pushed(repository, "WIDTH = 2\n")
-    python = check_out(tmp_path / "code", str(repository), "main").python
-    shown = subprocess.run([python, "-c", "import nets; print(nets.WIDTH)"], check=True, capture_output=True, text=True)
-    assert shown.stdout == "3\n"
+    (work / "requirements.txt").write_text("./wheels/nets-0.1.0-py3-none-any.whl\n")
+    for width in (3, 4):
+        make_wheel(work / "wheels", "nets", {"nets.py": f"WIDTH = {width}\n".encode()})
+        git(work, "add", ".")
+        pushed(repository, f"WIDTH = 1{width}\n")
+        python = check_out(tmp_path / "code", str(repository), "main").python
+        program = [python, "-c", "import nets; print(nets.WIDTH)"]
+        assert subprocess.run(program, check=True, capture_output=True, text=True).stdout == f"{width}\n"
 
 
 def test_what_nothing_uses_is_removed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,9 +126,13 @@ def test_a_table_is_checked_without_servers(convoy: Convoy, tmp_path: Path, monk
     monkeypatch.chdir(folder)
     assert convoy("data", "check", "bad.csv").complaint.endswith("bad.csv: 7 faults; correct the table")
     assert "there is no such label table" in convoy("data", "check", str(folder / "none.csv")).complaint
-    assert "cat has no metadata.csv; a training checks" in convoy("data", "check", str(folder / "cat")).complaint
+    assert "cat has no metadata.csv about its images" in convoy("data", "check", str(folder / "cat")).complaint
     (folder / "metadata.csv").write_text("path,camera\ncat/4.png,x\ncat/no.png,x\n")  # the folders give the labels
     done = convoy("data", "check", str(folder))
     assert (done.status, done.stdout) == (2, "row 3: no file cat/no.png\n")
     (folder / "metadata.csv").write_text("path,camera\ncat/4.png,x\n")
     assert convoy("data", "check", str(folder)).stdout == "1 row, columns camera: no fault\n"
+    beside = convoy("data", "check", str(folder / "metadata.csv"), "--set", "data.columns.label=label")
+    assert "metadata.csv has no column 'label'" in beside.complaint  # as a data set of its own
+    (folder / "metadata.csv").write_text("path,camera\n../9.png,x\n")
+    assert convoy("data", "check", str(folder)).status == 2

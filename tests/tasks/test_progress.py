@@ -205,6 +205,7 @@ def test_work_does_not_wait_for_a_prefect_that_never_answers(stack: object, monk
         return "done"
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
         port = silent.getsockname()[1]
         assert working() == "done"
 

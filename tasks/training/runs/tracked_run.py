@@ -117,10 +117,11 @@ def tracked_run(
                 record = RunRecord(config=config, dataset=dataset, manifest=manifest).model_dump_json().encode()
                 begun = {tags.CHECKPOINT_PREFIX: prefix, **_mixing_tags(config, data)}
                 source = store.uri(bucket_layout.dataset_manifest(dataset.version))
-                outlast(partial(store.put_if_absent, bucket_layout.run_record(run_id), record))
                 outlast(partial(mlflow_runs.set_tags, run_id, begun))
                 outlast(partial(mlflow_runs.log_dataset, run_id, dataset.name, dataset.version, source))
                 outlast(partial(mlflow_runs.log_text, run_id, "manifest.json", manifest.model_dump_json(indent=2)))
+                # Last, since from here on the run can be resumed.
+                outlast(partial(store.put_if_absent, bucket_layout.run_record(run_id), record))
             yield TrackedRun(
                 run_id=run_id,
                 manifest_digest=manifest.digest,
