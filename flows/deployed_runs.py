@@ -117,7 +117,7 @@ def find_deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
         found = client.read_deployment_by_name(name)
     except ObjectNotFound:
         known = ", ".join(sorted(each.name for each in client.read_deployments())) or "none; see `convoy deploy`"
-        raise UsageError(f"Prefect has no deployment {name}; there are: {known}") from None
+        raise UsageError(f"Prefect has no deployment {name}; there are: {known}; --deployment names one") from None
     new_name = renamed_to(found.tags)
     return find_deployment(client, new_name) if new_name else found
 

@@ -41,7 +41,8 @@ def predict(
 ) -> None:
     """Write a table of images with their classes and probabilities.
 
-    For a file that cannot be used, the table holds the reason; the other files are predicted.
+    For a file that cannot be used, the table holds the reason; the other files are predicted. In a folder, those files
+    count whose names end in .png, .jpg, .jpeg, .jfif, .webp or .bmp.
 
     [dim]convoy predict fashion-mnist@champion photos/ --out results.csv[/]
     """

@@ -119,6 +119,7 @@ def read_sweep(file: Path, options: Mapping[str, Any], config: RunConfig) -> Swe
     space = read_file(file, "space")
     if not isinstance(space, dict) or not space:
         raise UsageError(f"{file} must hold keys with ranges or lists, for example 'lr: {{low: 0.05, high: 0.5}}'")
+    parsed: dict[str, Range | list[Any]] = {}
     for key, values in space.items():
         if not isinstance(values, dict | list) or not values:
             raise UsageError(f"{file}: {key}: write a list of values, or a range such as {{low: 0.05, high: 0.5}}")
@@ -126,11 +127,16 @@ def read_sweep(file: Path, options: Mapping[str, Any], config: RunConfig) -> Swe
             raise UsageError(
                 f"{file}: {key} is no key that trials can differ in; `convoy config` lists those of training"
             )
-    given = {"space": space} | {key: value for key, value in options.items() if value is not None}
+        try:
+            parsed[key] = Range.model_validate(values) if isinstance(values, dict) else values
+        except ValidationError as error:
+            raise UsageError(f"{file}: {key}: {explain(error, Range, values)}") from None
+    given = {"space": parsed} | {key: value for key, value in options.items() if value is not None}
     try:
         sweep = SweepConfig.model_validate(given)
     except ValidationError as error:
-        raise UsageError(f"{file}: {explain(error, SweepConfig, given)}") from None
+        where = f"{file}: " if error.errors()[0]["loc"][0] == "space" else "--"
+        raise UsageError(where + explain(error, SweepConfig, given)) from None
     for key, value in sweep.corners():
         if key == "batch_size" and not value:
             raise UsageError(f"{file}: batch_size: name sizes; 0, which leaves the choice to Convoy, is none")

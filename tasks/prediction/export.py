@@ -73,6 +73,8 @@ def export(model: str, format: Format, out: Path) -> Exported:
     """
     if format not in get_args(Format):
         raise UsageError(f"--format {format}: choose one of {', '.join(get_args(Format))}")
+    if out.suffix in {f".{each}" for each in get_args(Format)} - {f".{format}"}:
+        raise UsageError(f"--out {out}: this is the name of another format than --format {format}")
     check_writable(out, "--out")
     if format == "onnx":
         check_onnx()

@@ -89,6 +89,7 @@ def test_mistakes_are_refused(registered: Registered, tmp_path: Path) -> None:
     for arguments, hint in (
         ((NAME, "tflite", tmp_path / "x"), "choose one of pt2, onnx, safetensors"),
         ((NAME, "pt2", tmp_path), "cannot write there"),
+        ((NAME, "pt2", tmp_path / "x.onnx"), "another format than --format pt2"),
         (("no-such-model", "pt2", tmp_path / "x"), "no model is called"),
         ((f"{NAME}@winner", "pt2", tmp_path / "x"), "has no alias 'winner'"),
     ):

@@ -132,7 +132,7 @@ def tracked_run(
             stopped = isinstance(error, (*STOPPED, Interrupted))
             if stopped and not isinstance(error, Interrupted) and not sweep:  # others' messages say it
                 by_itself = is_deployed() and not isinstance(error, Cancelled)
-                by_hand = "nothing goes on with it" if trial else f"`convoy resume {run_id}` goes on, nothing else does"
+                by_hand = "nothing goes on with it" if trial else f"`convoy resume {run_id}` goes on, no worker does"
                 after = "a worker goes on with it" if by_itself else by_hand
                 run_logger().warning("run %s has stopped; %s", run_id, after)
             with contextlib.suppress(ServiceError):  # if the server failed, the first error explains more
