@@ -74,7 +74,7 @@ def test_a_commit_or_branch_is_checked_out_with_the_packages_of_its_lock_file(re
     ("variables", "said"),
     [
         ({"PATH": "/nowhere"}, "needs the program git"),
-        ({"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}, "dubious ownership"),  # as of a mounted repository
+        ({"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}, "safe.directory"),  # as of a mounted repository
     ],
 )
 def test_what_no_time_mends_is_no_outage(
