@@ -86,6 +86,7 @@ def test_what_no_time_mends_is_no_outage(
         check_out(tmp_path / "code", str(repository), "main")
 
 
+@pytest.mark.long
 def test_a_repository_of_another_user_is_taken_if_git_trusts_it(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_repository_of_another_user_is_taken_if_git_trusts_it(
     assert check_out(tmp_path / "code", str(repository), "main").commit
 
 
+@pytest.mark.long
 def test_a_lock_file_may_name_a_wheel_of_the_repository(repository: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     (work / "requirements.txt").write_text("./wheels/nets-0.1.0-py3-none-any.whl\n")
