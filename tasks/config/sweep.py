@@ -127,8 +127,11 @@ def read_sweep(file: Path, options: Mapping[str, Any], config: RunConfig) -> Swe
             raise UsageError(
                 f"{file}: {key} is no key that trials can differ in; `convoy config` lists those of training"
             )
+        if isinstance(values, list):
+            parsed[key] = values
+            continue
         try:
-            parsed[key] = Range.model_validate(values) if isinstance(values, dict) else values
+            parsed[key] = Range.model_validate(values)
         except ValidationError as error:
             raise UsageError(f"{file}: {key}: {explain(error, Range, values)}") from None
     given = {"space": parsed} | {key: value for key, value in options.items() if value is not None}
