@@ -148,9 +148,7 @@ def export_to(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("format", "resize"), [("pt2", "crop"), ("pt2", "pad"), ("onnx", "squash"), ("safetensors", "pad")]
-)
+@pytest.mark.parametrize(("format", "resize"), [("pt2", "crop"), ("onnx", "squash"), ("safetensors", "pad")])
 def test_the_example_in_a_file_needs_no_convoy(
     program: ExportedProgram, expected: torch.Tensor, tmp_path: Path, format: str, resize: Resize
 ) -> None:

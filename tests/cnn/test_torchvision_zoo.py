@@ -156,8 +156,14 @@ def test_convnext_refuses_images_of_which_nothing_would_be_left(stem: str, too_s
     assert network("convnext_tiny", image_size=fits, stem=stem)(torch.empty(2, 1, fits, fits)).shape == (2, 7)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("model", ["convnext_tiny", "efficientnet_b0", "shufflenet_v2_x1_0"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param("convnext_tiny", marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", marks=pytest.mark.slow),
+        pytest.param("shufflenet_v2_x1_0", marks=pytest.mark.long),
+    ],
+)
 def test_export_takes_any_number_of_images(model: str) -> None:
     served = ServedClassifier(network(model, image_size=16), (0.5,), (0.3,))
     images = torch.randint(256, (9, 1, 16, 16), dtype=torch.uint8)
