@@ -1,6 +1,9 @@
 """Loads a registered version with MLflow from its files, as a model server does."""
 
+import logging
+from collections.abc import Iterator
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,6 +15,8 @@ from numpy.typing import NDArray
 from infra.errors import UsageError, one_line
 from infra.tracking.model_registry import RegisteredVersion
 from infra.tracking.model_versions import download_version
+
+logger = logging.getLogger(__name__)
 
 
 class ServedModel:
@@ -53,8 +58,10 @@ class ServedModel:
     def _model(self) -> Any:
         with TemporaryDirectory() as temporary:
             files = self._files or download_version(self.version, Path(temporary))
+            if others := ", ".join(_other_versions(files)):
+                logger.warning("%s was made with %s; its predictions may differ", self.version.uri, others)
             try:
-                model = load_model(str(files))
+                model = load_model(str(files), suppress_warnings=True)  # MLflow's own check of versions takes a second
             except Exception as error:  # from torch, MLflow or a missing package
                 raise UsageError(f"{self.version.uri} cannot be loaded: {one_line(error)[:300]}") from error
         inputs = getattr(model.metadata.signature, "inputs", None)
@@ -62,3 +69,18 @@ class ServedModel:
         if "classes" not in (model.metadata.metadata or ()) or len(shape) != 4:
             raise UsageError(f"{self.version.uri} is no image classifier that Convoy has registered")
         return model
+
+
+def _other_versions(files: Path) -> Iterator[str]:
+    """Yields the packages that a model needs, and of which another version, or none, is installed here."""
+    requirements = files / "requirements.txt"
+    for line in requirements.read_text().splitlines() if requirements.exists() else ():
+        package, pinned, needed = line.partition("==")
+        if not pinned:
+            continue
+        try:
+            here = version(package)
+        except PackageNotFoundError:
+            here = "none"
+        if needed.partition("+")[0] != here.partition("+")[0]:  # which may be PyTorch for GPUs, or for CPUs
+            yield f"{package} {needed} (here: {here})"

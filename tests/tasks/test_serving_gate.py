@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,20 @@ def report(registered: Registered, temporary: Path) -> ServingReport:
         patch.setenv("TMPDIR", str(temporary))
         patch.setattr(tempfile, "tempdir", None)
         return gate(registered, registered.evaluated, ServingConfig())
+
+
+@pytest.mark.long
+def test_a_process_that_predicts_finds_its_libraries_loaded(
+    registered: Registered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    images = load_reference(registered.store, registered.evaluated.reference_key)["images"]
+    with FreshProcesses() as fresh:
+        fresh.predict(registered.version.uri, images, [1], ServingConfig().time_limit)
+        (log,) = Path(fresh._folder.name).glob("*/log")
+        loaded = re.findall(r"^import time:.*\| +(\S+)", log.read_text(), re.MULTILINE)
+    assert loaded  # as it does for its own files
+    assert sum(name.startswith(("torch", "sympy", "mlflow")) for name in loaded) < 50  # of more than 700
 
 
 @pytest.mark.long

@@ -18,13 +18,14 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import mlflow.artifacts
 import mlflow.pyfunc
 import numpy as np
-import torch.export.pt2_archive  # noqa: F401  # the models need it
 import uvicorn.main
 from mlflow.pyfunc import scoring_server
 from PIL import Image
@@ -32,6 +33,9 @@ from safetensors.numpy import save_file
 
 POLL_SECONDS = 0.05  # between checks of whether a process has ended
 PR_SET_PDEATHSIG = 1
+
+NEEDED = ("torch.export.pt2_archive", "torch.export._trace", "sympy.tensor.tensor", "mlflow.pytorch")
+"""Modules that MLflow and PyTorch import only when they load the first model of a process, which takes seconds."""
 
 
 class Hide:
@@ -87,6 +91,7 @@ KINDS: dict[str, Callable[..., None]] = {"predict": predict, "serve": serve}
 
 
 def main() -> None:
+    _load_libraries()
     running: dict[int, Path] = {}
     with open(0, "rb", buffering=0) as tasks:  # a buffer would hide lines from `select`
         while True:
@@ -104,6 +109,17 @@ def main() -> None:
     for process in running:
         os.waitpid(process, 0)
     os._exit(0)  # the interpreter would take a second to take its modules apart
+
+
+def _load_libraries() -> None:
+    """Does once what each forked process would do for its model, as far as these versions of the libraries have it."""
+    for name in NEEDED:
+        with suppress(ImportError):
+            import_module(name)
+    with suppress(ImportError):
+        from mlflow.utils.requirements_utils import warn_dependency_requirement_mismatches
+
+        warn_dependency_requirement_mismatches(["mlflow"])  # it lists all installed packages, and keeps the list
 
 
 def _fork(task: dict[str, Any]) -> int:
